@@ -1,0 +1,195 @@
+"""The arithmetic of steering: one family of rank-1 edits that every kind compiles to.
+
+A block reads a residual row x once and writes once:
+
+    x ← x + shift + Σ_k c_k(⟨r_k, x⟩) · w_k
+
+with every scalar law c taken from one family with seven parameters (`Law`):
+
+    u    = a + bias                where that exceeds `threshold`, else 0
+    c(a) = clip(intercept + slope · u, floor, ceiling)         times ‖x‖ where `relative`
+
+Dot products, norms and the sum are float32; the result is cast once. This is the only place,
+with `steer.kernels` and `steer.sae`, where activations are computed with.
+
+Shapes: T tokens, K edits, d the width of the hook point.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from steer.errors import Unsupported
+
+
+class Law(NamedTuple):
+    """The scalar law of one edit; the defaults are c(a) = a."""
+
+    bias: float = 0.0
+    threshold: float = -math.inf
+    intercept: float = 0.0
+    slope: float = 1.0
+    floor: float = -math.inf
+    ceiling: float = math.inf
+    relative: float = 0.0
+
+    @staticmethod
+    def constant(value: float, *, relative: bool = False) -> Law:
+        """c = value, or value · ‖x‖: the law of an addition."""
+        return Law(intercept=value, slope=0.0, relative=float(relative))
+
+    @staticmethod
+    def toward(
+        target: float, mode: str = "set", *, bias: float = 0.0, threshold: float = -math.inf
+    ) -> Law:
+        """c = target − u: moves the value read to `target`, or only up, or only down to it."""
+        floor = 0.0 if mode == "at_least" else -math.inf
+        ceiling = 0.0 if mode == "at_most" else math.inf
+        return Law(bias, threshold, target, -1.0, floor, ceiling)
+
+    @staticmethod
+    def scaled(factor: float, *, bias: float = 0.0, threshold: float = -math.inf) -> Law:
+        """c = (factor − 1) · u: multiplies the value read."""
+        return Law(bias, threshold, 0.0, factor - 1.0)
+
+
+LAW_FIELDS = len(Law._fields)
+BIAS, THRESHOLD, INTERCEPT, SLOPE, FLOOR, CEILING, RELATIVE = range(LAW_FIELDS)
+
+
+@dataclass(frozen=True)
+class Competition:
+    """A TopK SAE's encoder: a feature is active only among the k largest pre-activations.
+
+    `read` `[d_sae, d]` and `bias` `[d_sae]` are all of the SAE's latents; `identity` is the SAE's
+    hash, so that clamps of one SAE share one encode.
+    """
+
+    identity: str
+    read: Float[Tensor, "d_sae d"]
+    bias: Float[Tensor, "d_sae"]
+    k: int
+
+    def cutoff(self, x: Float[Tensor, "T d"]) -> Float[Tensor, "T 1"]:
+        """The price of being active: halfway from the k-th to the next pre-activation.
+
+        Halfway, because a clamped feature is read by a product of another shape, whose rounding
+        differs: at the k-th value itself, the last active feature would often count as inactive.
+        """
+        values = torch.addmm(self.bias, x, self.read.T).clamp_min_(0.0)
+        if self.k >= values.shape[-1]:
+            return values.new_zeros(len(values), 1)
+        return values.topk(self.k + 1, dim=-1).values[:, -2:].mean(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one intervention does at one hook point. All tensors float32.
+
+    `shift` `[d]` is added as it is; `read` and `write` `[K, d]` with `laws` `[K, 7]` are rank-1
+    edits that all see the same x; `replace` discards x and keeps the shift alone;
+    `preserve_norm` rescales the result to ‖x‖.
+    """
+
+    shift: Float[Tensor, "d"] | None = None
+    read: Float[Tensor, "K d"] | None = None
+    write: Float[Tensor, "K d"] | None = None
+    laws: Float[Tensor, "K 7"] | None = None
+    competition: Competition | None = None
+    replace: bool = False
+    preserve_norm: bool = False
+
+    @staticmethod
+    def of_edits(
+        read: Float[Tensor, "K d"],
+        write: Float[Tensor, "K d"],
+        laws: Sequence[Law],
+        *,
+        competition: Competition | None = None,
+    ) -> Block:
+        """A block of simultaneous rank-1 edits."""
+        table = torch.tensor(laws, dtype=torch.float32)
+        return Block(read=read, write=write, laws=table, competition=competition)
+
+    @property
+    def is_shift(self) -> bool:
+        """Whether the block only adds a constant, so that neighbours may be fused into one row."""
+        return self.read is None and not self.replace and not self.preserve_norm
+
+    @property
+    def n_edits(self) -> int:
+        return 0 if self.read is None else self.read.shape[0]
+
+    def fused_with(self, later: Block) -> Block:
+        """The one block that adds both constants."""
+        if not (self.is_shift and later.is_shift and self.shift is not None):
+            raise Unsupported("only constant additions fuse")
+        return Block(shift=self.shift + later.shift)
+
+
+def coefficients(
+    products: Float[Tensor, "T K"],
+    laws: Float[Tensor, "K 7"],
+    norms: Float[Tensor, "T 1"],
+    cutoff: Float[Tensor, "T K"] | Float[Tensor, "T 1"] | None = None,
+) -> Float[Tensor, "T K"]:
+    """c_k(a) for `products` a = ⟨r_k, x⟩, each column by its own law.
+
+    `cutoff` is the least pre-activation that counts as active under a `Competition`.
+    """
+    value = products + laws[:, BIAS]
+    active = value > laws[:, THRESHOLD]
+    if cutoff is not None:
+        active &= value >= cutoff
+    value = value.masked_fill(~active, 0.0)
+    c = torch.addcmul(laws[:, INTERCEPT], laws[:, SLOPE], value)
+    c = torch.minimum(torch.maximum(c, laws[:, FLOOR]), laws[:, CEILING])
+    return torch.where(laws[:, RELATIVE] > 0, c * norms, c)
+
+
+def rescaled(x: Float[Tensor, "T d"], norms: Float[Tensor, "T 1"]) -> Float[Tensor, "T d"]:
+    """x with its rows scaled to `norms`; a zero row stays zero."""
+    return x * (norms / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))
+
+
+def apply(block: Block, x: Tensor) -> Tensor:
+    """`block` applied to every row of `x` `[..., d]`; the result has the dtype of `x`."""
+    if block.is_shift and block.shift is not None:
+        return (x.float() + block.shift).to(x.dtype)
+    before = x.reshape(-1, x.shape[-1]).float()
+    after = torch.zeros_like(before) if block.replace else before
+    if block.shift is not None:
+        after = after + block.shift
+    if block.read is not None and block.write is not None and block.laws is not None:
+        norms = before.norm(dim=-1, keepdim=True)
+        cutoff = None if block.competition is None else block.competition.cutoff(before)
+        c = coefficients(before @ block.read.T, block.laws, norms, cutoff)
+        after = after + c @ block.write
+    if block.preserve_norm:
+        after = rescaled(after, before.norm(dim=-1, keepdim=True))
+    return after.to(x.dtype).reshape(x.shape)
+
+
+def gate_open(
+    x: Float[Tensor, "T d"],
+    direction: Float[Tensor, "T d"],
+    cosine: Bool[Tensor, "T"],
+    above: Float[Tensor, "T"],
+    below: Float[Tensor, "T"],
+) -> tuple[Bool[Tensor, "T"], Float[Tensor, "T"]]:
+    """Whether each token's gate opens, and the value it read.
+
+    `direction` holds unit rows; the value is their projection, or the cosine where `cosine`.
+    """
+    x = x.float()
+    value = (x * direction).sum(-1)
+    length = x.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    value = torch.where(cosine, value / length, value)
+    return (value > above) & (value < below), value

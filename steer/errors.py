@@ -1,0 +1,142 @@
+"""Every error Steer raises on purpose.
+
+    SteerError
+    ├── SpecError              the steering spec itself is wrong
+    ├── UnknownArtefact        a name or hash that the registry does not hold
+    ├── IncompatibleArtefact   an artefact that does not fit this model (width, layer, model)
+    ├── Unsupported            a correct request that this engine cannot honour
+    ├── FileFormatError        bytes that are not what they claim to be
+    ├── TooLarge               over a configured limit
+    ├── Conflict               would overwrite something that must not change
+    ├── CapacityError          no slot, row or queue place is free at the moment
+    ├── EngineError            the engine failed while running a request
+    └── StorageError           the registry's own folder or catalogue failed
+
+Each error carries a stable `code`, the `param` it concerns (an RFC 6901 JSON pointer into the
+request, or None), and an HTTP `status` so that every front end answers alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a request: what, where, and under which stable code."""
+
+    message: str
+    code: str
+    param: str | None = None
+
+
+class SteerError(Exception):
+    """Root of the tree; `str(error)` is a sentence that says what to do."""
+
+    code = "steer_error"
+    status = 400
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """The problems behind this error: one, unless several were collected."""
+        return (Problem(self.message, self.code, self.param),)
+
+    def at(self, pointer: str) -> SteerError:
+        """The same error, its `param` set to `pointer` where it had none."""
+        if self.param is None:
+            self.param = pointer
+        return self
+
+
+class SpecError(SteerError):
+    """The steering spec is malformed or contradicts itself."""
+
+    code = "invalid_spec"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        problems: Sequence[Problem] = (),
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        self._problems = tuple(problems)
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        return self._problems or super().problems
+
+
+class UnknownArtefact(SteerError):
+    """A vector, SAE, adapter or profile that is not registered."""
+
+    code = "unknown_artefact"
+    status = 404
+
+
+class IncompatibleArtefact(SteerError):
+    """An artefact whose width, layers or model do not fit the model being served."""
+
+    code = "incompatible_artefact"
+
+
+class Unsupported(SteerError):
+    """A valid request that this engine, model or version cannot honour."""
+
+    code = "unsupported"
+
+
+class FileFormatError(SteerError):
+    """A file that is truncated, lies about itself, or is of no known format."""
+
+    code = "invalid_file"
+
+
+class TooLarge(SteerError):
+    """More bytes, rows or tokens than the configured limit allows."""
+
+    code = "too_large"
+    status = 413
+
+
+class Conflict(SteerError):
+    """The change would break something that refers to the present state."""
+
+    code = "conflict"
+    status = 409
+
+
+class CapacityError(SteerError):
+    """Nothing is wrong with the request; there is no room for it now."""
+
+    code = "at_capacity"
+    status = 503
+
+
+class EngineError(SteerError):
+    """The engine failed; the request may be tried again."""
+
+    code = "engine_error"
+    status = 500
+
+
+class StorageError(SteerError):
+    """The registry could not read or write its own files: full disk, damaged blob, no access."""
+
+    code = "storage_error"
+    status = 500
+
+
+def pointer(*parts: str | int) -> str:
+    """An RFC 6901 JSON pointer: `pointer("interventions", 0)` is `/interventions/0`."""
+    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)

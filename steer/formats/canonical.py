@@ -1,0 +1,127 @@
+"""Our own files: safetensors with the card in its metadata, under the key `steer`."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+from pydantic import ValidationError
+
+from steer.control_vector import Card, ControlVector, LowRankAdapter
+from steer.errors import FileFormatError
+from steer.formats.safetensors_file import SafetensorsFile
+from steer.sae.base import SAE
+
+_ROW = re.compile(r"layers\.(0|[1-9]\d{0,5})")
+_PART = re.compile(r"layers\.(0|[1-9]\d{0,5})\.(rotation|weight|bias)")
+
+
+def is_canonical(file: SafetensorsFile) -> bool:
+    return "steer" in file.metadata
+
+
+def read_canonical(file: SafetensorsFile) -> ControlVector | LowRankAdapter | SAE:
+    """The artefact in one of our own files, its card checked against its tensors."""
+    about = _metadata(file.metadata["steer"])
+    if "architecture" in about:
+        # Its own reader checks everything; the header is known to be sound by now.
+        return SAE.from_bytes(file.path.read_bytes())
+    card = read_card(about)
+    if card.kind == "vector":
+        return _vector(file, card)
+    if card.kind == "low_rank":
+        return _low_rank(file, card)
+    raise FileFormatError("the file's card says 'sae', but its metadata are not those of an SAE")
+
+
+def read_card(about: dict[str, Any]) -> Card:
+    """A card from JSON; raises `FileFormatError` for a wrong one."""
+    try:
+        card = Card.model_validate(about)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise FileFormatError(
+            f"the file's card is not valid: {place}: {first['msg']}", code="invalid_card"
+        ) from error
+    if not math.isfinite(card.default_strength):
+        raise FileFormatError(
+            f"the card's default strength {card.default_strength!r} is not finite",
+            code="invalid_card",
+        )
+    return card
+
+
+def check_card(card: Card, rebuilt: Card) -> None:
+    """Raises unless `card` says of its tensors what `rebuilt`, made from them, says."""
+    for field in ("width", "layers"):
+        claimed, real = getattr(card, field), getattr(rebuilt, field)
+        if claimed != real:
+            raise FileFormatError(
+                f"the card says {field} {claimed!r}, the tensors have {real!r}",
+                code="invalid_card",
+            )
+    outside = sorted(set(card.default_layers or ()) - set(card.layers))
+    if outside:
+        raise FileFormatError(
+            f"the card's default layers {outside} are not among its layers", code="invalid_card"
+        )
+
+
+def _metadata(text: str) -> dict[str, Any]:
+    try:
+        about = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(
+            f"the file's card is not JSON: {error}", code="invalid_card"
+        ) from None
+    if not isinstance(about, dict):
+        raise FileFormatError("the file's card is not a JSON object", code="invalid_card")
+    return about
+
+
+def _vector(file: SafetensorsFile, card: Card) -> ControlVector:
+    layers = {key: int(_matched(_ROW, key)[1]) for key in file.tensors}
+    rows = {layers[key]: row for key, row in file.load(layers).items()}
+    vector = ControlVector.of(rows)
+    check_card(card, vector.card)
+    return ControlVector(vector.directions, card.model_copy(update={"name": ""}))
+
+
+def _low_rank(file: SafetensorsFile, card: Card) -> LowRankAdapter:
+    for key in file.tensors:
+        _matched(_PART, key)
+    adapter = LowRankAdapter.of(complete_parts(file))
+    check_card(card, adapter.card)
+    return LowRankAdapter(adapter.parts, card.model_copy(update={"name": ""}))
+
+
+def complete_parts(file: SafetensorsFile) -> dict[int, tuple[Any, Any, Any]]:
+    """Rotation, weight and bias of each layer in the keys `layers.N.rotation` and so on."""
+    layers = sorted({int(match[1]) for key in file.tensors if (match := _PART.fullmatch(key))})
+    names = ("rotation", "weight", "bias")
+    keys = [f"layers.{layer}.{part}" for layer in layers for part in names]
+    missing = [key for key in keys if key not in file.tensors]
+    if missing or not keys:
+        raise FileFormatError(
+            "a low-rank adapter has layers.N.rotation, layers.N.weight and layers.N.bias for each "
+            f"layer; missing: {', '.join(missing[:5]) or 'all'}"
+        )
+    tensors = file.load(keys)
+    return {
+        layer: (
+            tensors[f"layers.{layer}.rotation"],
+            tensors[f"layers.{layer}.weight"],
+            tensors[f"layers.{layer}.bias"],
+        )
+        for layer in layers
+    }
+
+
+def _matched(pattern: re.Pattern[str], key: str) -> re.Match[str]:
+    match = pattern.fullmatch(key)
+    if match is None:
+        raise FileFormatError(f"the file has a card, but its tensor {key!r} is not named by layer")
+    return match

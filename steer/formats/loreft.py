@@ -1,0 +1,20 @@
+"""LoReFT adapters (2404.03592) as safetensors: `layers.N.rotation`, `.weight`, `.bias`."""
+
+from __future__ import annotations
+
+from steer.control_vector import LowRankAdapter
+from steer.formats.canonical import complete_parts
+from steer.formats.options import ImportOptions
+from steer.formats.placement import shift
+from steer.formats.safetensors_file import SafetensorsFile
+
+
+def is_loreft(file: SafetensorsFile) -> bool:
+    return any(key.endswith(".rotation") for key in file.tensors)
+
+
+def read_loreft(file: SafetensorsFile, options: ImportOptions) -> LowRankAdapter:
+    """The adapter; the file says nothing about itself, so its card holds the options alone."""
+    offset = options.layer_offset or 0
+    parts = shift(complete_parts(file), offset)
+    return LowRankAdapter.of(parts, provenance={"format": "safetensors", "layer_offset": offset})

@@ -1,0 +1,67 @@
+"""What a file is, from its first bytes; its name is never believed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from steer.errors import FileFormatError
+
+Format = Literal["safetensors", "gguf", "zip", "tar", "tar.gz"]
+
+_FOREIGN = {
+    b"\x93NUMPY": "a NumPy array",
+    b"\xfd7zXZ": "an xz archive: send .zip or .tar.gz",
+    b"BZh": "a bzip2 archive: send .zip or .tar.gz",
+    b"\x28\xb5\x2f\xfd": "a zstd archive: send .zip or .tar.gz",
+}
+PICKLE = (
+    "the file is a Python pickle (as torch.save writes), which can run code when it is opened and "
+    "is never read: save its tensors with safetensors.torch.save_file and upload that"
+)
+
+
+def sniff(path: Path) -> Format:
+    """The format of the file at `path`.
+
+    Raises `FileFormatError`: `empty_file`, `pickle_refused`, or `unknown_format` with what the
+    file seems to be.
+    """
+    with path.open("rb") as stream:
+        start = stream.read(512)
+    if not start:
+        raise FileFormatError("the file is empty", code="empty_file")
+    if start.startswith(b"GGUF"):
+        return "gguf"
+    if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        if _first_member(start).endswith(b"data.pkl"):
+            raise FileFormatError(PICKLE, code="pickle_refused")
+        return "zip"
+    if start.startswith(b"\x1f\x8b"):
+        return "tar.gz"
+    if start[257:262] == b"ustar":
+        return "tar"
+    if _is_pickle(start):
+        raise FileFormatError(PICKLE, code="pickle_refused")
+    # A safetensors file is a length in 8 bytes and then a JSON object.
+    if start[8:9] == b"{":
+        return "safetensors"
+    seems = next((what for magic, what in _FOREIGN.items() if start.startswith(magic)), None)
+    raise FileFormatError(
+        f"the file is {seems or 'of no known format'}; known are safetensors, GGUF control "
+        "vectors, and SAELens folders as .zip, .tar or .tar.gz",
+        code="unknown_format",
+    )
+
+
+def _first_member(start: bytes) -> bytes:
+    """The name in a zip file's first header; torch.save begins with its pickle."""
+    length = int.from_bytes(start[26:28], "little")
+    return start[30 : 30 + length]
+
+
+def _is_pickle(start: bytes) -> bool:
+    # PROTO, a protocol from 2 to 5, then an opcode; a safetensors length may begin alike, but has
+    # "{" in its ninth byte.
+    framed = len(start) > 2 and start[0] == 0x80 and 2 <= start[1] <= 5
+    return framed and not (start[8:9] == b"{" and start[4:8] == b"\0\0\0\0")

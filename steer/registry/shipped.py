@@ -1,0 +1,61 @@
+"""Artefacts that come with the software: a folder, offered to the registry at every start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from steer.errors import FileFormatError, UnknownArtefact
+from steer.formats.importing import read_artefact
+from steer.formats.options import ImportOptions
+from steer.registry.entry import Entry
+from steer.registry.profiles import Profile
+
+if TYPE_CHECKING:
+    from steer.registry.registry import Registry
+
+_UNPACKED_LIMIT = 1 << 30
+
+
+def add_library(registry: Registry, folder: Path) -> list[Entry]:
+    """Registers every artefact under `folder`; the entries that are new.
+
+    Content that has had its name before is left as it is now, so that users may replace or remove
+    what was shipped. Profiles are stored where none of their name exists.
+    """
+    if not folder.is_dir():
+        raise FileFormatError(f"{str(folder)!r} is not a folder of artefacts", code="no_library")
+    files = [*_files(folder / "vectors"), *_files(folder / "low_ranks"), *_folders(folder / "saes")]
+    added = [_add_artefact(registry, path) for path in files]
+    for path in sorted((folder / "profiles").glob("*.json")):
+        _add_profile(registry, path)
+    return [entry for entry in added if entry is not None]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("*/cfg.json"))
+
+
+def _add_artefact(registry: Registry, path: Path) -> Entry | None:
+    # No scratch folder: nothing shipped is an archive.
+    artefact = read_artefact(path, ImportOptions(), scratch=None, unpacked_limit=_UNPACKED_LIMIT)
+    name = path.name if path.is_dir() else path.stem
+    return registry.add_shipped(name, artefact)
+
+
+def _add_profile(registry: Registry, path: Path) -> None:
+    try:
+        profile = Profile.model_validate({"name": path.stem, **json.loads(path.read_text())})
+    except (ValidationError, ValueError, TypeError) as error:
+        raise FileFormatError(f"{path.name} is not a profile: {error}") from error
+    try:
+        registry.profile(profile.name)
+    except UnknownArtefact:
+        registry.put_profile(profile)

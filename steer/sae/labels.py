@@ -1,0 +1,61 @@
+"""What is known about single features, and how it is searched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class FeatureLabel(BaseModel):
+    """What one feature is about.
+
+    `attribute` and `direction` name the known attribute and the class that the feature goes with;
+    `auroc` is how well its activation tells that class apart on held-out data, `effect` how far
+    clamping it moves the attribute's rate, `density` the share of tokens on which it is active,
+    `largest` its largest activation seen.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    text: str = ""
+    attribute: str | None = None
+    direction: str | None = None
+    auroc: float | None = Field(default=None, ge=0, le=1)
+    effect: float | None = None
+    density: float | None = Field(default=None, ge=0, le=1)
+    largest: float | None = None
+    tokens: tuple[str, ...] = ()
+
+
+class FeatureMatch(BaseModel):
+    """A search result: the feature, its label, and the share of the query's words found."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    feature: int
+    label: FeatureLabel
+    score: float
+
+
+def search_labels(
+    labels: Mapping[int, FeatureLabel], query: str, *, limit: int = 20
+) -> tuple[FeatureMatch, ...]:
+    """Features whose labels hold words of `query` (case ignored, word beginnings count), best
+    first: by the share of words found, then AUROC, then index."""
+    wanted = _words(query)
+    found = []
+    for feature, label in labels.items():
+        parts = (label.text, label.attribute or "", label.direction or "", *label.tokens)
+        present = _words(" ".join(parts))
+        hits = sum(any(word.startswith(want) for word in present) for want in wanted)
+        if hits:
+            score = hits / len(wanted)
+            found.append(FeatureMatch(feature=feature, label=label, score=score))
+    found.sort(key=lambda match: (-match.score, -(match.label.auroc or 0.0), match.feature))
+    return tuple(found[:limit])
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", text.lower()))

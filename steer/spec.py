@@ -1,0 +1,424 @@
+"""The steering spec: what a request asks to have done to the model's activations.
+
+One schema for the server, the command line and the library. A spec is frozen, refuses unknown
+fields, and has a canonical `fingerprint()`: two specs that mean the same have the same one. This
+module knows JSON and nothing else: no torch, no registry, no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from steer.errors import Problem, SpecError, pointer
+
+MAX_INTERVENTIONS = 64
+MAX_FEATURES = 256
+
+Phase: TypeAlias = Literal["prompt", "generation"]
+Site: TypeAlias = Literal[
+    "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_act", "head_out"
+]
+SITES: tuple[Site, ...] = get_args(Site)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(@[0-9a-f]{6,64})?")
+
+
+def _no_negative_zero(value: float) -> float:
+    return value + 0.0
+
+
+def _check_name(value: str) -> str:
+    if not _NAME.fullmatch(value):
+        raise ValueError(
+            f"{value!r} is not an artefact name: use letters, digits, '.', '_' and '-' "
+            "(at most 128, no slashes), optionally followed by '@' and a hash"
+        )
+    return value
+
+
+def check_name(value: str) -> str:
+    """`value` as the name of something to be stored: as in a spec, without a hash.
+
+    Raises `ValueError`.
+    """
+    if "@" in _check_name(value):
+        raise ValueError(f"{value!r} ends in a hash: a stored name is only the part before '@'")
+    return value
+
+
+def _check_strength(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float | dict | BaseModel):
+        raise ValueError(
+            f"{value!r} is not a strength: give a number (multiples of the stored vector), "
+            '{"norm": x}, {"kl": x} or {"effect": x}'
+        )
+    if isinstance(value, dict) and set(value) not in ({"norm"}, {"kl"}, {"effect"}):
+        raise ValueError(
+            f"a strength object has exactly one of the keys norm, kl, effect; got {sorted(value)}"
+        )
+    if isinstance(value, int | float) and not math.isfinite(value):
+        raise ValueError(f"strength {value!r} is not a finite number")
+    return value
+
+
+def _strength_tag(value: Any) -> str:
+    tags = {"norm": "a norm", "kl": "a kl", "effect": "an effect"}
+    if isinstance(value, dict):
+        return next(tags[key] for key in value)
+    return {NormStrength: "a norm", KLStrength: "a kl", EffectStrength: "an effect"}.get(
+        type(value), "a number"
+    )
+
+
+def _sorted_layers(value: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(set(value)))
+
+
+Number: TypeAlias = Annotated[
+    float, Field(strict=True, allow_inf_nan=False), AfterValidator(_no_negative_zero)
+]
+Index: TypeAlias = Annotated[int, Field(strict=True, ge=0)]
+Name: TypeAlias = Annotated[str, AfterValidator(_check_name)]
+Layers: TypeAlias = Annotated[
+    tuple[Index, ...], Field(min_length=1, max_length=1024), AfterValidator(_sorted_layers)
+]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class NormStrength(_Frozen):
+    """A fraction of the token's own norm: the edit has length norm · ‖x‖."""
+
+    norm: Number
+
+
+class KLStrength(_Frozen):
+    """The strength at which the next-token distribution moves by `kl` nats (needs a calibrated
+    card)."""
+
+    kl: Annotated[Number, Field(gt=0)]
+
+
+class EffectStrength(_Frozen):
+    """The strength that reaches this share of the attribute's range (needs a calibrated card)."""
+
+    effect: Number
+
+
+Strength: TypeAlias = Annotated[
+    Annotated[Number, Tag("a number")]
+    | Annotated[NormStrength, Tag("a norm")]
+    | Annotated[KLStrength, Tag("a kl")]
+    | Annotated[EffectStrength, Tag("an effect")],
+    Discriminator(_strength_tag),
+    BeforeValidator(_check_strength),
+]
+
+
+class InlineVector(_Frozen):
+    """A vector that travels with the request: base64 of a safetensors file.
+
+    The file holds one row per layer (`layers.N`), or a single row that `layer` places.
+    """
+
+    data: Annotated[str, Field(min_length=1, max_length=64 << 20)]
+    layer: Index | None = None
+
+
+VectorRef: TypeAlias = Annotated[
+    Annotated[Name, Tag("a name")] | Annotated[InlineVector, Tag("inline")],
+    Discriminator(lambda value: "inline" if isinstance(value, dict | InlineVector) else "a name"),
+]
+
+
+class Where(_Frozen):
+    """Which tokens an intervention touches. All the fields given must agree (logical and).
+
+    `positions` are half-open ranges of absolute positions; a negative bound counts from the end
+    of the prompt, and an end of null is open: `[[-1, null]]` is the last prompt token and
+    everything generated. `tokens` are ids, or strings that are one token of the model.
+    """
+
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)] | None = None
+    positions: (
+        Annotated[
+            tuple[
+                tuple[
+                    Annotated[int, Field(strict=True)], Annotated[int, Field(strict=True)] | None
+                ],
+                ...,
+            ],
+            Field(min_length=1, max_length=256),
+        ]
+        | None
+    ) = None
+    tokens: (
+        Annotated[
+            tuple[Index | Annotated[str, Field(min_length=1)], ...],
+            Field(min_length=1, max_length=1024),
+        ]
+        | None
+    ) = None
+    except_: Where | None = Field(default=None, alias="except")
+
+    @model_validator(mode="after")
+    def _check(self) -> Where:
+        for start, end in self.positions or ():
+            if end is not None and (start < 0) == (end < 0) and start >= end:
+                raise ValueError(
+                    f"the range [{start}, {end}] is empty: ranges are half-open [start, end); "
+                    "use null as the end for 'to the last token'"
+                )
+        if self.except_ is not None and self.except_.except_ is not None:
+            raise ValueError("'except' may not contain another 'except'")
+        return self
+
+
+class When(_Frozen):
+    """A gate: act only where the residual stream points along a condition direction.
+
+    The value is the cosine between the residual and the direction (`measure: "cosine"`), or the
+    projection on the unit direction (`"projection"`). Scope `token` decides for every token by
+    itself. Scope `prompt` decides once, on the last prompt token, and holds the decision for the
+    rest of the request; it therefore acts from the last prompt token on (CAST, 2409.05907).
+    """
+
+    vector: VectorRef
+    above: Number | None = None
+    below: Number | None = None
+    scope: Literal["prompt", "token"] = "prompt"
+    measure: Literal["cosine", "projection"] = "cosine"
+    layer: Index | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> When:
+        if self.above is None and self.below is None:
+            raise ValueError("a gate needs 'above', 'below' or both")
+        if self.above is not None and self.below is not None and self.above >= self.below:
+            raise ValueError(f"no value is above {self.above} and below {self.below}")
+        return self
+
+
+class _Intervention(_Frozen):
+    layers: Layers | Literal["all"] | None = None
+    site: Site | None = None
+    where: Where | None = None
+    when: When | None = None
+
+
+class Add(_Intervention):
+    """x + α·v. `strength` defaults to the card's."""
+
+    kind: Literal["add"] = "add"
+    vector: VectorRef
+    strength: Strength | None = None
+
+
+class Ablate(_Intervention):
+    """x − α·v̂v̂ᵀx: directional ablation (2406.11717); α = 1 removes the direction."""
+
+    kind: Literal["ablate"] = "ablate"
+    vector: VectorRef
+    strength: Number = 1.0
+
+
+class Project(_Intervention):
+    """Move the projection on v̂ to `value`, or keep it on one side of it.
+
+    `value` is in units of the residual stream, or the name of a class whose mean projection the
+    card records.
+    """
+
+    kind: Literal["project"] = "project"
+    vector: VectorRef
+    value: Number | Literal["positive", "negative"]
+    mode: Literal["set", "at_least", "at_most"] = "set"
+
+
+class Clamp(_Intervention):
+    """Fix or bound SAE features, leaving the reconstruction error untouched.
+
+    `value` is an activation (or, for mode `scale`, a factor); one for all features, or one each.
+    """
+
+    kind: Literal["clamp"] = "clamp"
+    sae: Name
+    features: Annotated[tuple[Index, ...], Field(min_length=1, max_length=MAX_FEATURES)]
+    value: Number | Annotated[tuple[Number, ...], Field(min_length=1, max_length=MAX_FEATURES)]
+    mode: Literal["set", "at_least", "at_most", "scale"] = "set"
+
+    @model_validator(mode="after")
+    def _check(self) -> Clamp:
+        if len(set(self.features)) != len(self.features):
+            raise ValueError("'features' names a feature twice")
+        if isinstance(self.value, tuple) and len(self.value) != len(self.features):
+            raise ValueError(
+                f"'value' lists {len(self.value)} numbers for {len(self.features)} features: "
+                "give one number, or one for each feature"
+            )
+        return self
+
+
+class Concept(_Intervention):
+    """Steer towards what a text means to an SAE (Concept Steerers, 2501.19066).
+
+    The text is encoded without the top-k limit and λ·Σ zᵢ·W_dec[i] is added. With `contrast`, the
+    latents of that text are subtracted.
+    """
+
+    kind: Literal["concept"] = "concept"
+    sae: Name
+    text: Annotated[str, Field(min_length=1, max_length=4096)]
+    contrast: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    strength: Number = 1.0
+
+
+class Swap(_Intervention):
+    """x + β·‖x‖·(v̂_add − v̂_remove): exchange one concept for another (LRC, 2311.08968)."""
+
+    kind: Literal["swap"] = "swap"
+    remove: VectorRef
+    add: VectorRef
+    strength: Number = 0.06
+
+
+class LowRank(_Intervention):
+    """x + Rᵀ(Wx + b − Rx): a trained low-rank intervention (LoReFT, 2404.03592)."""
+
+    kind: Literal["low_rank"] = "low_rank"
+    adapter: Name
+
+
+class Rotate(_Intervention):
+    """Rotate by an angle in the plane of `vector` and `toward`, from the first to the second."""
+
+    kind: Literal["rotate"] = "rotate"
+    vector: VectorRef
+    toward: VectorRef
+    degrees: Number
+
+
+class Patch(_Intervention):
+    """Replace the state by a given one (Patchscopes, 2401.06102)."""
+
+    kind: Literal["patch"] = "patch"
+    vector: VectorRef
+
+
+Intervention: TypeAlias = Annotated[
+    Add | Ablate | Project | Clamp | Concept | Swap | LowRank | Rotate | Patch,
+    Field(discriminator="kind"),
+]
+KINDS: tuple[str, ...] = tuple(
+    str(member.model_fields["kind"].default) for member in get_args(get_args(Intervention)[0])
+)
+
+
+class SteeringSpec(_Frozen):
+    """Interventions in the order in which they run, each seeing the result of the one before.
+
+    `where` and `when` given here are the default of every intervention. `norm: "preserve"`
+    rescales each token to its norm before the edit.
+    """
+
+    interventions: Annotated[
+        tuple[Intervention, ...], Field(min_length=1, max_length=MAX_INTERVENTIONS)
+    ]
+    where: Where | None = None
+    when: When | None = None
+    norm: Literal["preserve"] | None = None
+
+    def fingerprint(self) -> str:
+        """32 hex digits that identify this spec's meaning (names are taken as written)."""
+        canonical = json.dumps(
+            self.model_dump(mode="json", by_alias=True, exclude_none=True),
+            sort_keys=True,
+            separators=(",", ":"),
+            ensure_ascii=False,
+        )
+        return hashlib.sha256(b"steer/spec/1\n" + canonical.encode()).hexdigest()[:32]
+
+
+def parse_spec(value: Mapping[str, Any] | SteeringSpec, *, at: str = "") -> SteeringSpec:
+    """`value` as a `SteeringSpec`.
+
+    Raises `SpecError` that names every wrong field; `at` is the JSON pointer of the spec itself.
+    """
+    if isinstance(value, SteeringSpec):
+        return value
+    try:
+        return SteeringSpec.model_validate(value)
+    except ValidationError as error:
+        problems = tuple(_problems(error, value, at))
+        first = problems[0]
+        more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+        raise SpecError(
+            first.message + more, param=first.param, code=first.code, problems=problems
+        ) from None
+
+
+def _problems(error: ValidationError, value: Any, at: str) -> list[Problem]:
+    """pydantic's errors as problems: one per field, in the words of a caller who sees JSON."""
+    found: dict[str, Problem] = {}
+    for item in error.errors(include_url=False):
+        where = at + pointer(*_json_path(item["loc"], value, item["type"]))
+        message = item["msg"].removeprefix("Value error, ")
+        code = "invalid_spec"
+        if item["type"] == "extra_forbidden":
+            code, message = "unknown_field", f"unknown field {item['loc'][-1]!r}: remove it"
+        elif item["type"] == "union_tag_invalid":
+            message = f"{item['input'].get('kind')!r} is not a kind: use one of {', '.join(KINDS)}"
+        elif item["type"] == "union_tag_not_found":
+            message = f"an intervention needs a 'kind': one of {', '.join(KINDS)}"
+        elif item["type"] == "missing":
+            message = f"the field {item['loc'][-1]!r} is required"
+        elif not item["type"] == "value_error":
+            message = f"{message}; got {_shortened(item['input'])}"
+        found.setdefault(where, Problem(message, code, where or None))
+    # A list whose items are wrong is also reported as too short: only the items are of interest.
+    return [
+        problem
+        for where, problem in found.items()
+        if "after validation, not 0" not in problem.message
+        or not any(other.startswith(where + "/") for other in found)
+    ]
+
+
+def _json_path(loc: tuple[str | int, ...], value: Any, error_type: str) -> list[str | int]:
+    """`loc` without the parts that pydantic adds for union members."""
+    path: list[str | int] = []
+    for place, part in enumerate(loc):
+        last = place == len(loc) - 1
+        if isinstance(value, Mapping) and part in value:
+            path.append(part)
+            value = value[part]
+        elif isinstance(value, list | tuple) and isinstance(part, int) and part < len(value):
+            path.append(part)
+            value = value[part]
+        elif last and error_type == "missing":
+            path.append(part)
+    return path
+
+
+def _shortened(value: Any, limit: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

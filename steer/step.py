@@ -1,0 +1,252 @@
+"""One forward pass: which slot every token has, and what is known afterwards.
+
+A `Seat` is a running request as steering sees it. `build_step` turns seats and the positions they
+are about to compute into a `Step`; the engine's hooks call `Step.edit` at each hook point; after
+the pass `Step.finish` counts what was really applied into the `Ledger`.
+
+T tokens of the batch (packed, or a padded batch flattened), P passes, R request rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from steer.edits import apply, gate_open
+from steer.errors import EngineError
+from steer.kernels import apply_stage
+from steer.model_info import HookPoint
+from steer.plan import SteeringPlan
+from steer.tables import MAX_PASSES, GateRows, Tables
+
+Ints = NDArray[np.int64]
+NOBODY = -1
+"""The row of a padding token."""
+
+
+class Ledger:
+    """What was applied to each request row, and the decisions that its gates hold.
+
+    `tokens[row, bits]` counts the tokens that the passes named by `bits` edited.
+    Assumes: a row is reset before a request takes it.
+    """
+
+    def __init__(self, rows: int, device: torch.device | str = "cpu") -> None:
+        self.tokens = np.zeros((rows, 1 << MAX_PASSES), dtype=np.int64)
+        self.gate_open = torch.zeros(rows, MAX_PASSES, dtype=torch.bool, device=device)
+        self.gate_value = torch.full((rows, MAX_PASSES), float("nan"), device=device)
+        self.relative: dict[HookPoint, Tensor] = {}
+
+    def reset(self, row: int) -> None:
+        self.tokens[row] = 0
+        self.gate_open[row] = False
+        self.gate_value[row] = float("nan")
+        for sums in self.relative.values():
+            sums[row] = 0.0
+
+    def add_relative(self, point: HookPoint, rows: Tensor, sizes: Tensor) -> None:
+        """Adds ‖Δx‖/‖x‖ of each token `[T]` to the sum of its row."""
+        if point not in self.relative:
+            self.relative[point] = torch.zeros(len(self.gate_open), device=sizes.device)
+        self.relative[point].index_add_(0, rows, sizes)
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A request that runs: its ledger row, its slot in the tables, and where its prompt ends."""
+
+    row: int
+    prompt_length: int
+    plan: SteeringPlan | None = None
+    slot: int = 0
+    measure: bool = False
+
+    def slots(self, positions: Ints, tokens: Ints) -> Ints:
+        """The slot of each token in each pass, `[P, T]`, gates apart."""
+        passes = () if self.plan is None else self.plan.passes
+        out = np.zeros((len(passes), len(positions)), dtype=np.int64)
+        for number, one in enumerate(passes):
+            out[number] = one.selection.mask(positions, self.prompt_length, tokens) * self.slot
+        return out
+
+    @property
+    def steady_from(self) -> int | None:
+        """The position from which on `slots` no longer changes; None where it may."""
+        found = 0
+        for one in () if self.plan is None else self.plan.passes:
+            bound = one.selection.steady_from(self.prompt_length)
+            if bound is None:
+                return None
+            found = max(found, bound)
+        return found
+
+
+@dataclass(frozen=True)
+class Span:
+    """The tokens of one seat in this pass: where they lie in the batch, and what they are."""
+
+    seat: Seat
+    offset: int
+    positions: Ints
+    tokens: Ints
+
+
+class Step:
+    """One forward pass over T tokens.
+
+    Assumes: hooks call `edit` in forward order, once per hook point.
+    Guarantees: `finish` raises if an edited hook point was never reached.
+    """
+
+    def __init__(
+        self,
+        tables: Tables,
+        ledger: Ledger,
+        slots: Ints,
+        rows: Ints,
+        deciding: NDArray[np.bool_] | None = None,
+        measured: NDArray[np.bool_] | None = None,
+    ) -> None:
+        device = tables.device
+        self._tables, self._ledger, self._rows = tables, ledger, rows
+        self._host_slots = slots
+        self.slots = torch.from_numpy(slots).to(device)
+        self._row_index = torch.from_numpy(rows).clamp_min(0).to(device)
+        self._pending: Tensor | None = None
+        self._measured = None if measured is None else torch.from_numpy(measured).to(device)
+        self._uniform = self._uniform_slots(slots)
+        if deciding is not None:
+            self._close_gates(torch.from_numpy(deciding).to(device))
+        live = {int(slot) for slot in np.unique(slots)} - {0}
+        self._edited = [p for p in tables.points() if self._touches(p, live)]
+        self.points = frozenset(self._edited)
+        self._visited: set[HookPoint] = set()
+
+    def edit(self, point: HookPoint, x: Tensor) -> Tensor:
+        """`x` `[..., d]`, T rows in all, after the gates and edits of `point`."""
+        self._visited.add(point)
+        if point not in self.points:
+            return x
+        flat = x.reshape(-1, x.shape[-1])
+        for number, gates in enumerate(self._tables.gates(point)[: len(self.slots)]):
+            if gates is not None and gates.live and self._pending is not None:
+                self._decide(number, gates, flat)
+        before = flat
+        for number, stage in enumerate(self._tables.stages(point)[: len(self.slots)]):
+            if stage is None or not stage.blocks:
+                continue
+            if self._uniform is None:
+                flat = apply_stage(stage, flat, self.slots[number])
+            elif self._uniform[number] in stage.blocks:
+                flat = apply(stage.blocks[self._uniform[number]], flat)
+        if self._measured is not None and flat is not before:
+            self._measure(point, before, flat)
+        return flat.reshape(x.shape)
+
+    def finish(self) -> None:
+        """Counts what was applied; raises if a hook point was never reached (fail closed)."""
+        missed = self.points - self._visited
+        if missed:
+            raise EngineError(
+                f"the forward pass never reached {', '.join(map(str, sorted(missed)))}: the edits "
+                "there were not applied, so the result is withheld"
+            )
+        self._visited = set()
+        slots = self._host_slots if self._pending is None else self.slots.cpu().numpy()
+        present = self._rows != NOBODY
+        bits = np.zeros(slots.shape[1], dtype=np.int64)
+        for number in range(len(slots)):
+            bits |= (slots[number] != 0).astype(np.int64) << number
+        np.add.at(self._ledger.tokens, (self._rows[present], bits[present]), 1)
+
+    def _touches(self, point: HookPoint, live: set[int]) -> bool:
+        stages, gates = self._tables.stages(point), self._tables.gates(point)
+        return any(s is not None and not live.isdisjoint(s.blocks) for s in stages) or any(
+            g is not None and not live.isdisjoint(g.live) for g in gates
+        )
+
+    def _uniform_slots(self, slots: Ints) -> list[int] | None:
+        """The slot of each pass where all tokens share it and blocks can be applied directly."""
+        if slots.shape[1] == 0 or not (slots == slots[:, :1]).all():
+            return None
+        return [int(slot) for slot in slots[:, 0]]
+
+    def _close_gates(self, deciding: Tensor) -> None:
+        """Withholds gated slots until their gate opens; held decisions are taken as they stand."""
+        self._uniform = None
+        self._deciding = deciding
+        self._pending = self.slots
+        gated = torch.zeros_like(self.slots, dtype=torch.bool)
+        held = torch.zeros_like(gated)
+        for point in self._tables.points():
+            for number, gates in enumerate(self._tables.gates(point)[: len(self.slots)]):
+                if gates is not None and gates.live:
+                    gated[number] |= (gates.held | gates.per_token)[self._pending[number]]
+                    held[number] |= gates.held[self._pending[number]]
+        remembered = self._ledger.gate_open[self._row_index, : len(self.slots)].T
+        free = ~gated | (held & remembered & ~deciding)
+        self.slots = torch.where(free, self._pending, 0)
+
+    def _decide(self, number: int, gates: GateRows, x: Tensor) -> None:
+        if self._pending is None:
+            return
+        pending = self._pending[number]
+        opened, value = gate_open(
+            x,
+            gates.direction[pending],
+            gates.cosine[pending],
+            gates.above[pending],
+            gates.below[pending],
+        )
+        held = gates.held[pending] & self._deciding
+        decided = held | gates.per_token[pending]
+        self.slots[number] = torch.where(decided & opened, pending, self.slots[number])
+        if bool(held.any()):
+            rows = self._row_index[held]
+            self._ledger.gate_open[rows, number] = opened[held]
+            self._ledger.gate_value[rows, number] = value[held]
+
+    def _measure(self, point: HookPoint, before: Tensor, after: Tensor) -> None:
+        tiny = torch.finfo(torch.float32).tiny
+        size = (after.float() - before.float()).norm(dim=-1) / before.float().norm(
+            dim=-1
+        ).clamp_min(tiny)
+        self._ledger.add_relative(point, self._row_index, size * self._measured)
+
+
+def build_step(
+    tables: Tables, ledger: Ledger, spans: Sequence[Span], tokens_in_batch: int
+) -> Step | None:
+    """The step that computes `spans`; None where no seat in it is steered.
+
+    Unsteered seats may be left out of `spans`; padding belongs to none.
+    """
+    steered = [span for span in spans if span.seat.plan is not None and span.seat.plan.passes]
+    if not steered:
+        return None
+    n_passes = max(len(span.seat.plan.passes) for span in steered if span.seat.plan)
+    slots = np.zeros((n_passes, tokens_in_batch), dtype=np.int64)
+    rows = np.full(tokens_in_batch, NOBODY, dtype=np.int64)
+    deciding = np.zeros(tokens_in_batch, dtype=bool)
+    measured = np.zeros(tokens_in_batch, dtype=bool)
+    for span in steered:
+        seat, place = span.seat, slice(span.offset, span.offset + len(span.positions))
+        mine = seat.slots(span.positions, span.tokens)
+        slots[: len(mine), place] = mine
+        rows[place] = seat.row
+        deciding[place] = span.positions == seat.prompt_length - 1
+        measured[place] = seat.measure
+    gated = any(span.seat.plan.gated for span in steered if span.seat.plan)
+    return Step(
+        tables,
+        ledger,
+        slots,
+        rows,
+        deciding if gated else None,
+        measured if measured.any() else None,
+    )

@@ -1,0 +1,279 @@
+"""Many plans in static tables: what a batch of differently steered tokens is computed from.
+
+Every plan that runs holds one *slot* (a small integer; 0 is "do nothing"), shared by fingerprint
+and counted by reference. For each hook point and pass there is a `Stage`: a row of constants per
+slot, and a bank of rank-1 edits in which every row knows its owner. A token then needs one slot
+number per pass, whatever the number of distinct specs around it.
+
+S slots, M bank rows, d the width of the hook point, P passes, R request rows.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steer.edits import LAW_FIELDS, Block, Competition
+from steer.errors import CapacityError, Unsupported
+from steer.model_info import HookPoint, ModelInfo
+from steer.plan import Gate, SteeringPlan
+
+MAX_PASSES = 8
+_FIRST_BANK_ROWS = 16
+
+
+class Stage:
+    """One pass at one hook point, for every slot.
+
+    Guarantees: row 0 of `shift` is −0.0, so that x + shift[0] is x to the bit; bank rows that are
+    free have owner −1 and zero weights.
+    """
+
+    def __init__(self, slots: int, width: int, device: torch.device) -> None:
+        self.device, self.width = device, width
+        self.shift = torch.full((slots, width), -0.0, device=device)
+        self.replace = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.preserve = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.read = torch.zeros(0, width, device=device)
+        self.write = torch.zeros(0, width, device=device)
+        self.laws = torch.zeros(0, LAW_FIELDS, device=device)
+        self.owner = torch.zeros(0, dtype=torch.long, device=device)
+        self.contest = torch.zeros(0, dtype=torch.long, device=device)
+        self.competitions: dict[str, tuple[int, Competition]] = {}
+        self.blocks: dict[int, Block] = {}
+        self.bank_rows = 0
+        self._owned: dict[int, list[int]] = {}
+
+    @property
+    def shifts_only(self) -> bool:
+        """Whether every block here only adds a constant: the fast form applies."""
+        return self._shifts_only
+
+    _shifts_only = True
+
+    def write_block(self, slot: int, block: Block) -> None:
+        """Makes `slot` mean `block`; the slot was free."""
+        self.blocks[slot] = block
+        if block.shift is not None:
+            self.shift[slot] = block.shift.to(self.device)
+        self.replace[slot] = block.replace
+        self.preserve[slot] = block.preserve_norm
+        if block.read is not None and block.write is not None and block.laws is not None:
+            rows = self._free_rows(block.n_edits)
+            self._owned[slot] = rows
+            self.read[rows] = block.read.to(self.device)
+            self.write[rows] = block.write.to(self.device)
+            self.laws[rows] = block.laws.to(self.device)
+            self.owner[rows] = slot
+            self.contest[rows] = self._enter(block.competition)
+        self._refresh()
+
+    def clear(self, slot: int) -> None:
+        """Makes `slot` mean nothing again."""
+        self.blocks.pop(slot, None)
+        self.shift[slot] = -0.0
+        self.replace[slot] = False
+        self.preserve[slot] = False
+        rows = self._owned.pop(slot, [])
+        if rows:
+            self.read[rows] = 0.0
+            self.write[rows] = 0.0
+            self.laws[rows] = 0.0
+            self.owner[rows] = -1
+            self.contest[rows] = 0
+        in_use = {b.competition.identity for b in self.blocks.values() if b.competition is not None}
+        if not in_use:
+            self.competitions.clear()
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self._shifts_only = all(block.is_shift for block in self.blocks.values())
+        self.bank_rows = 1 + max((max(rows) for rows in self._owned.values()), default=-1)
+
+    def _enter(self, competition: Competition | None) -> int:
+        """The column of `competition` among the cutoffs; column 0 is no competition."""
+        if competition is None:
+            return 0
+        if competition.identity not in self.competitions:
+            moved = Competition(
+                competition.identity,
+                competition.read.to(self.device),
+                competition.bias.to(self.device),
+                competition.k,
+            )
+            self.competitions[competition.identity] = (len(self.competitions) + 1, moved)
+        return self.competitions[competition.identity][0]
+
+    def _free_rows(self, count: int) -> list[int]:
+        taken = {row for rows in self._owned.values() for row in rows}
+        free = [row for row in range(len(self.owner)) if row not in taken][:count]
+        if len(free) < count:
+            self._grow(max(_FIRST_BANK_ROWS, 2 * len(self.owner), len(taken) + count))
+            return self._free_rows(count)
+        return free
+
+    def _grow(self, rows: int) -> None:
+        extra = rows - len(self.owner)
+        self.read = torch.cat([self.read, self.read.new_zeros(extra, self.width)])
+        self.write = torch.cat([self.write, self.write.new_zeros(extra, self.width)])
+        self.laws = torch.cat([self.laws, self.laws.new_zeros(extra, LAW_FIELDS)])
+        self.owner = torch.cat([self.owner, self.owner.new_full((extra,), -1)])
+        self.contest = torch.cat([self.contest, self.contest.new_zeros(extra)])
+
+
+class GateRows:
+    """The gates that read one hook point for one pass, a row per slot."""
+
+    def __init__(self, slots: int, width: int, device: torch.device) -> None:
+        self.direction = torch.zeros(slots, width, device=device)
+        self.above = torch.full((slots,), float("inf"), device=device)
+        self.below = torch.full((slots,), float("-inf"), device=device)
+        self.cosine = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.held = torch.zeros(slots, dtype=torch.bool, device=device)
+        """Slots whose gate is decided here on the last prompt token and then held."""
+        self.per_token = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.live: set[int] = set()
+
+    def write(self, slot: int, gate: Gate) -> None:
+        self.direction[slot] = gate.direction.to(self.direction.device)
+        self.above[slot], self.below[slot] = gate.above, gate.below
+        self.cosine[slot] = gate.cosine
+        self.held[slot] = gate.prompt_scope
+        self.per_token[slot] = not gate.prompt_scope
+        self.live.add(slot)
+
+    def clear(self, slot: int) -> None:
+        self.above[slot], self.below[slot] = float("inf"), float("-inf")
+        self.held[slot] = False
+        self.per_token[slot] = False
+        self.live.discard(slot)
+
+
+@dataclass
+class _Holding:
+    slot: int
+    plan: SteeringPlan
+    references: int
+
+
+class Tables:
+    """Slots and their tables.
+
+    Assumes: `acquire` and `release` are called between steps, by one thread.
+    Guarantees: equal fingerprints share a slot; a slot in use is never rewritten; the tables of a
+    released slot are kept until another plan needs the place (least recently used first);
+    `CapacityError` when every slot is in use.
+    """
+
+    def __init__(
+        self,
+        model: ModelInfo,
+        *,
+        slots: int = 256,
+        device: torch.device | str = "cpu",
+        max_passes: int = MAX_PASSES,
+    ) -> None:
+        self.model, self.slots, self.device = model, slots, torch.device(device)
+        self.max_passes = max_passes
+        self._stages: dict[HookPoint, list[Stage | None]] = {}
+        self._gates: dict[HookPoint, list[GateRows | None]] = {}
+        self._held: dict[str, _Holding] = {}
+        self._idle: OrderedDict[str, _Holding] = OrderedDict()
+        self._free = list(range(slots, 0, -1))
+
+    @property
+    def in_use(self) -> int:
+        """Slots that a running request refers to."""
+        return len(self._held)
+
+    def check(self, plan: SteeringPlan) -> None:
+        """Raises where no table of this shape could ever hold `plan`."""
+        if len(plan.passes) > self.max_passes:
+            raise Unsupported(
+                f"this spec needs {len(plan.passes)} passes over a token and {self.max_passes} are "
+                "supported: merge interventions that share 'where', or send fewer",
+                code="too_many_passes",
+                param="/interventions",
+            )
+
+    def acquire(self, plan: SteeringPlan) -> int:
+        """The slot of `plan`, written if it is new; release it as often as it was acquired."""
+        self.check(plan)
+        held = self._held.get(plan.fingerprint) or self._idle.pop(plan.fingerprint, None)
+        if held is None:
+            held = _Holding(self._free_slot(), plan, 0)
+            self._write(held.slot, plan)
+        held.references += 1
+        self._held[plan.fingerprint] = held
+        return held.slot
+
+    def release(self, plan: SteeringPlan) -> None:
+        """Gives back one reference; the last one makes the slot reusable."""
+        held = self._held[plan.fingerprint]
+        held.references -= 1
+        if held.references == 0:
+            del self._held[plan.fingerprint]
+            self._idle[plan.fingerprint] = held
+
+    def can_acquire(self, plan: SteeringPlan) -> bool:
+        """Whether `acquire` would find a slot now."""
+        known = plan.fingerprint in self._held or plan.fingerprint in self._idle
+        return known or bool(self._free) or bool(self._idle)
+
+    def stages(self, point: HookPoint) -> list[Stage | None]:
+        """The stages at `point`, by pass; None where a pass has nothing there."""
+        return self._stages.get(point, [])
+
+    def gates(self, point: HookPoint) -> list[GateRows | None]:
+        """The gates that read `point`, by pass."""
+        return self._gates.get(point, [])
+
+    def points(self) -> set[HookPoint]:
+        """Hook points at which some slot, in use or idle, edits or reads."""
+        edited = {p for p, row in self._stages.items() if any(s and s.blocks for s in row)}
+        return edited | {p for p, row in self._gates.items() if any(g and g.live for g in row)}
+
+    def _free_slot(self) -> int:
+        if self._free:
+            return self._free.pop()
+        if not self._idle:
+            raise CapacityError(
+                f"all {self.slots} steering slots are in use by running requests: try again "
+                "when one has finished, or start the server with more slots",
+                code="slots_full",
+            )
+        _, oldest = self._idle.popitem(last=False)
+        self._clear(oldest.slot, oldest.plan)
+        return oldest.slot
+
+    def _write(self, slot: int, plan: SteeringPlan) -> None:
+        size = self.slots + 1
+        for number, one in enumerate(plan.passes):
+            for point, block in one.blocks.items():
+                row = self._stages.setdefault(point, [None] * self.max_passes)
+                stage = row[number]
+                if stage is None:
+                    width = self.model.width(point.site)
+                    stage = row[number] = Stage(size, width, self.device)
+                stage.write_block(slot, block)
+            if one.gate is not None:
+                gates = self._gates.setdefault(one.gate.point, [None] * self.max_passes)
+                rows = gates[number]
+                if rows is None:
+                    width = self.model.width(one.gate.point.site)
+                    rows = gates[number] = GateRows(size, width, self.device)
+                rows.write(slot, one.gate)
+
+    def _clear(self, slot: int, plan: SteeringPlan) -> None:
+        for number, one in enumerate(plan.passes):
+            for point in one.blocks:
+                stage = self._stages[point][number]
+                if stage is not None:
+                    stage.clear(slot)
+            if one.gate is not None:
+                rows = self._gates[one.gate.point][number]
+                if rows is not None:
+                    rows.clear(slot)
