@@ -1,0 +1,213 @@
+"""The one engine interface: two real adapters (transformers, vLLM) and one fake implement it.
+
+Requests are frozen; everything that changes while a request runs belongs to the engine. The
+synchronous methods may be called from any thread and wait for their turn between steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from torch import Tensor
+
+from steer.model_info import Capabilities, HookPoint, ModelInfo
+
+if TYPE_CHECKING:
+    from steer.plan import SteeringPlan
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. `temperature` 0 is greedy; `logprobs` is the number of alternatives
+    to report beside the chosen token (0: only the chosen one, None: nothing)."""
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    seed: int | None = None
+    logprobs: int | None = None
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One sequence to generate; `n` choices are n requests."""
+
+    id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams = SamplingParams()
+    plan: SteeringPlan | None = None
+    measure: bool = False
+    """Measure the relative size of the edits (`"receipt": "full"`)."""
+    stop: Callable[[int], bool] | None = None
+    """Called with every generated token, in order and once; true ends the request after that token
+    with finish `"stop"` and its receipt. Front ends match stop strings here, because closing the
+    iterator would lose the receipt."""
+
+
+@dataclass(frozen=True)
+class PointReceipt:
+    """What happened at one hook point: tokens edited, and mean ‖Δx‖/‖x‖ where it was measured."""
+
+    point: HookPoint
+    tokens: int
+    relative_size: float | None = None
+
+
+@dataclass(frozen=True)
+class GateReceipt:
+    """A gate's decisions: how many tokens it let through, and the value a prompt gate read."""
+
+    name: str
+    fired: int
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Proof of what was applied to one request.
+
+    `tokens_steered` counts the fed tokens that at least one intervention selected, `tokens_skipped`
+    the fed tokens that none did; their sum is prompt + generated − 1, because the last token is
+    never fed back. `tokens_cached` counts the steered ones whose state came from a prefix cache.
+    """
+
+    fingerprint: str
+    tokens_steered: int
+    tokens_skipped: int
+    tokens_cached: int = 0
+    hook_points: tuple[PointReceipt, ...] = ()
+    gates: tuple[GateReceipt, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """The form of `response.steering`."""
+        points: list[dict[str, Any]] = []
+        for entry in self.hook_points:
+            row: dict[str, Any] = {
+                "layer": entry.point.layer,
+                "site": entry.point.site,
+                "tokens": entry.tokens,
+            }
+            if entry.relative_size is not None:
+                row["relative_size"] = entry.relative_size
+            points.append(row)
+        return {
+            "fingerprint": self.fingerprint,
+            "tokens_steered": self.tokens_steered,
+            "tokens_skipped": self.tokens_skipped,
+            "tokens_cached": self.tokens_cached,
+            "hook_points": points,
+            "gates": [{"name": g.name, "fired": g.fired, "value": g.value} for g in self.gates],
+        }
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token's log-probability and the best alternatives at its place, best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One generated token. The last event of a request carries the reason and the receipt.
+
+    An end-of-sequence token is reported as an event whose `finish` is `"stop"`; it is not text.
+    Where `GenerationRequest.stop` ended the request, that token is reported in the same way.
+    """
+
+    token: int
+    logprob: TokenLogprob | None = None
+    finish: FinishReason | None = None
+    receipt: Receipt | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole generated sequence; `tokens` are without the token that finished it with `"stop"`."""
+
+    tokens: tuple[int, ...]
+    finish: FinishReason
+    receipt: Receipt | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class CaptureRequest:
+    """Read activations of whole prompts, without generating.
+
+    `positions` are absolute, negative from the prompt's end; None reads every token. `logits`
+    asks for the next-token logits at the last position or at every position. States are read
+    after the edits of `plan` at the same point, as the model goes on to see them.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    points: tuple[HookPoint, ...] = ()
+    positions: tuple[int, ...] | None = None
+    plans: Sequence[SteeringPlan | None] | None = None
+    logits: Literal["none", "last", "all"] = "none"
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One prompt's activations: float32 `[positions, width]` for each hook point, and float32
+    logits `[1 or tokens, vocab]` where asked for."""
+
+    states: Mapping[HookPoint, Tensor]
+    logits: Tensor | None = None
+
+
+@dataclass
+class EngineStats:
+    """Live figures for metrics; counters only ever grow."""
+
+    slots: int = 0
+    slots_in_use: int = 0
+    requests_running: int = 0
+    requests_waiting: int = 0
+    slot_waits: int = 0
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """Runs requests with their plans, many in one batch.
+
+    Guarantees: a request's tokens do not depend on its neighbours; a plan is applied to exactly
+    the tokens its selections name, or the request is refused; slots are freed however a request
+    ends (finished, cancelled by closing the iterator, failed).
+    """
+
+    info: ModelInfo
+    capabilities: Capabilities
+    tokenizer: Any
+    """A Hugging Face tokenizer, or an object with its `encode`, `decode` and chat template."""
+
+    def start(self) -> None:
+        """Begin to serve; proves that steering acts and that slot 0 changes nothing."""
+
+    def stop(self) -> None:
+        """Finish what runs, then release everything. May be called twice."""
+
+    def admit(self, request: GenerationRequest) -> None:
+        """Raises what `generate` would raise at once for this request."""
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        """Tokens as they come. Closing the iterator cancels the request."""
+
+    def complete(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+        """Whole sequences, batched together; in the order of `requests`."""
+
+    def capture(self, request: CaptureRequest) -> list[Captured]:
+        """Activations of each prompt, in order, batched internally."""
+
+    def unembed(self, states: Tensor) -> Tensor:
+        """Final norm and output matrix: `[..., d_model]` residuals to `[..., vocab]` logits."""
+
+    def stats(self) -> EngineStats:
+        """Live figures for metrics."""

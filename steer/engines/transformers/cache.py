@@ -1,0 +1,166 @@
+"""A key-value cache for a batch whose rows come and go.
+
+Rows are aligned at their right end: every row's newest token is in the last column, older columns
+of a short row are padding. So one decode step writes one column for all rows, whatever their
+lengths, and any model that accepts left padding can be served.
+
+Buffers are `[rows, heads, columns, head_dim]`, grown by doubling; the model sees views of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+@dataclass
+class Extent:
+    """The part of the buffers that is in use; shared by all layers."""
+
+    rows: int = 0
+    columns: int = 0
+
+
+class RollingLayer(DynamicLayer):  # type: ignore[misc]
+    """One layer's buffers. `update` writes after the columns in use; the batch moves the end."""
+
+    def __init__(self, extent: Extent) -> None:
+        super().__init__()
+        self.extent = extent
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        rows, end = self.extent.rows, self.extent.columns + key_states.shape[-2]
+        self.reserve(rows, end, key_states, value_states)
+        self.keys[:rows, :, self.extent.columns : end] = key_states
+        self.values[:rows, :, self.extent.columns : end] = value_states
+        return self.keys[:rows, :, :end], self.values[:rows, :, :end]
+
+    def get_seq_length(self) -> int:
+        return self.extent.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.extent.columns + query_length, 0
+
+    def reserve(self, rows: int, columns: int, keys: Tensor, values: Tensor) -> None:
+        """Makes room for `rows` × `columns`, in the shapes and dtype of `keys` and `values`."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.keys = keys.new_zeros(0, keys.shape[1], 0, keys.shape[3])
+            self.values = values.new_zeros(0, values.shape[1], 0, values.shape[3])
+        if rows > self.keys.shape[0] or columns > self.keys.shape[2]:
+            self.keys = self._grown(self.keys, rows, columns)
+            self.values = self._grown(self.values, rows, columns)
+
+    def _grown(self, buffer: Tensor, rows: int, columns: int) -> Tensor:
+        old_rows, heads, old_columns, width = buffer.shape
+        rows = old_rows if rows <= old_rows else max(rows, 2 * old_rows)
+        columns = old_columns if columns <= old_columns else max(columns, 2 * old_columns, 64)
+        grown = buffer.new_zeros(rows, heads, columns, width)
+        grown[:old_rows, :, :old_columns] = buffer
+        return grown
+
+
+class RollingCache:
+    """The batch's cache and its padding mask.
+
+    Assumes: the model keeps plain keys and values in every layer.
+    Guarantees: a row's content depends on its own tokens alone; removing a row moves the last row
+    into its place (`remove` says which).
+    """
+
+    def __init__(self, layers: int, device: torch.device) -> None:
+        self.extent = Extent()
+        self.cache = DynamicCache()
+        self.cache.layers = [RollingLayer(self.extent) for _ in range(layers)]
+        self._mask = torch.zeros(0, 0, dtype=torch.long, device=device)
+
+    @property
+    def rows(self) -> int:
+        return self.extent.rows
+
+    @property
+    def columns(self) -> int:
+        return self.extent.columns
+
+    def mask(self, new_columns: int) -> Tensor:
+        """`[rows, columns + new_columns]`: 1 where a key may be seen."""
+        rows, end = self.extent.rows, self.extent.columns + new_columns
+        self._reserve_mask(rows, end)
+        self._mask[:rows, self.extent.columns : end] = 1
+        return self._mask[:rows, :end]
+
+    def advance(self, columns: int = 1) -> None:
+        """Takes the columns that the last forward pass wrote into use."""
+        self.extent.columns += columns
+
+    def adopt(self, other: DynamicCache, mask: Tensor) -> None:
+        """Adds the rows of a right-aligned prompt cache; `mask` is its padding `[m, columns]`."""
+        rows, columns = mask.shape
+        if self.extent.rows == 0:
+            self.extent.columns = 0
+        if columns > self.extent.columns:
+            self._shift(columns - self.extent.columns)
+        first, last = self.extent.rows, self.extent.rows + rows
+        start = self.extent.columns - columns
+        for mine, theirs in zip(self.cache.layers, other.layers, strict=True):
+            mine.reserve(last, self.extent.columns, theirs.keys, theirs.values)
+            for target, source in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                target[first:last, :, :start] = 0
+                target[first:last, :, start : self.extent.columns] = source
+        self._reserve_mask(last, self.extent.columns)
+        self._mask[first:last, :start] = 0
+        self._mask[first:last, start : self.extent.columns] = mask
+        self.extent.rows = last
+
+    def remove(self, row: int) -> int:
+        """Drops `row`; returns the index of the row that now stands in its place (the last)."""
+        last = self.extent.rows - 1
+        if row != last:
+            end = self.extent.columns
+            for layer in self.cache.layers:
+                layer.keys[row, :, :end] = layer.keys[last, :, :end]
+                layer.values[row, :, :end] = layer.values[last, :, :end]
+            self._mask[row, :end] = self._mask[last, :end]
+        self.extent.rows = last
+        if last == 0:
+            self.extent.columns = 0
+        return last
+
+    def trim(self, slack: int = 128) -> None:
+        """Drops leading columns that are padding in every row, once there are more than `slack`."""
+        if self.extent.rows == 0 or self.extent.columns <= slack:
+            return
+        seen = self._mask[: self.extent.rows, : self.extent.columns].any(0)
+        empty = int(seen.to(torch.uint8).argmax())
+        if empty > slack:
+            self._shift(-empty)
+
+    def _shift(self, by: int) -> None:
+        """Moves every row `by` columns to the right; the columns freed on the left are padding."""
+        rows, end = self.extent.rows, self.extent.columns
+        start, self.extent.columns = max(-by, 0), end + by
+        for layer in self.cache.layers if rows else ():
+            layer.reserve(rows, end + by, layer.keys, layer.values)
+            for buffer in (layer.keys, layer.values):
+                moved = buffer[:rows, :, start:end].clone()
+                buffer[:rows, :, start + by : end + by] = moved
+                buffer[:rows, :, : max(by, 0)] = 0
+        self._reserve_mask(rows, end + by)
+        kept = self._mask[:rows, start:end].clone()
+        self._mask[:rows, start + by : end + by] = kept
+        self._mask[:rows, : max(by, 0)] = 0
+
+    def _reserve_mask(self, rows: int, columns: int) -> None:
+        old_rows, old_columns = self._mask.shape
+        if rows > old_rows or columns > old_columns:
+            size = (max(rows, old_rows), max(columns, 2 * old_columns, 64))
+            grown = self._mask.new_zeros(size)
+            grown[:old_rows, :old_columns] = self._mask
+            self._mask = grown

@@ -1,0 +1,79 @@
+"""Reading activations of whole prompts, with or without steering, through the same hook points."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from steer.engines.base import Captured, CaptureRequest, GenerationRequest
+from steer.engines.transformers.batch import RollingBatch
+from steer.engines.transformers.prompts import run_prompts
+from steer.errors import SpecError
+from steer.plan import SteeringPlan
+
+
+def capture_batch(batch: RollingBatch, request: CaptureRequest) -> list[Captured]:
+    """The states of each prompt, in the order asked for.
+
+    Prompts run in groups of like length, so that padding stays small; memory is bounded by one
+    group's states and logits.
+    """
+    plans = request.plans or [None] * len(request.prompts)
+    order = sorted(range(len(request.prompts)), key=lambda n: len(request.prompts[n]))
+    found: dict[int, Captured] = {}
+    for first in range(0, len(order), batch.rows):
+        group = order[first : first + batch.rows]
+        captured = _capture_group(
+            batch, request, [request.prompts[n] for n in group], [plans[n] for n in group]
+        )
+        found.update(zip(group, captured, strict=True))
+    return [found[n] for n in range(len(order))]
+
+
+def _capture_group(
+    batch: RollingBatch,
+    request: CaptureRequest,
+    prompts: Sequence[Sequence[int]],
+    plans: Sequence[SteeringPlan | None],
+) -> list[Captured]:
+    seats = []
+    try:
+        for prompt, plan in zip(prompts, plans, strict=True):
+            seats.append(batch.seat(GenerationRequest("capture", tuple(prompt), plan=plan)))
+        done = run_prompts(
+            batch.hooked,
+            batch.tables,
+            batch.ledger,
+            seats,
+            prompts,
+            points=request.points,
+            logits=request.logits,
+        )
+    finally:
+        for seat in seats:
+            batch.unseat(seat)
+    width = max(map(len, prompts))
+    results = []
+    for row, prompt in enumerate(prompts):
+        columns = _columns(request.positions, len(prompt), width)
+        states = {p: state[row, columns].float().cpu().clone() for p, state in done.states.items()}
+        logits = None
+        if done.logits is not None:
+            kept = done.logits[row, width - len(prompt) :] if request.logits == "all" else done.logits[row]
+            logits = kept.cpu().clone()
+        results.append(Captured(states, logits))
+    return results
+
+
+def _columns(positions: tuple[int, ...] | None, length: int, width: int) -> list[int]:
+    """Columns of the padded batch for absolute (or negative) positions of one prompt."""
+    padding = width - length
+    if positions is None:
+        return list(range(padding, width))
+    for position in positions:
+        if not -length <= position < length:
+            raise SpecError(
+                f"position {position} is outside a prompt of {length} tokens",
+                code="position_out_of_range",
+                param="/positions",
+            )
+    return [width + p if p < 0 else padding + p for p in positions]

@@ -1,0 +1,203 @@
+"""The transformers engine: any decoder-only Hugging Face model, on a laptop or one GPU."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from steer.engines.base import (
+    Captured,
+    CaptureRequest,
+    Completion,
+    EngineStats,
+    GenerationRequest,
+    TokenEvent,
+)
+from steer.engines.transformers.batch import RollingBatch
+from steer.engines.transformers.blocks import find_hook_points
+from steer.engines.transformers.capture import capture_batch
+from steer.engines.transformers.hooks import HookedModel
+from steer.engines.transformers.listeners import AsyncListener, BlockingListener, Mailbox
+from steer.engines.transformers.proof import prove_steering
+from steer.engines.transformers.scheduler import Scheduler
+from steer.errors import SpecError, SteerError
+from steer.model_info import Capabilities, ModelInfo
+from steer.sae.architectures import SUPPORTED
+from steer.spec import KINDS
+from steer.tables import MAX_PASSES, Tables
+
+
+class TransformersEngine:
+    """An `Engine` over a `PreTrainedModel`.
+
+    Requests with different specs share one rolling batch; nothing is cached between requests, so
+    no steered state can reach another request.
+    """
+
+    info: ModelInfo
+    capabilities: Capabilities
+    tokenizer: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        name: str = "model",
+        rows: int = 64,
+        slots: int = 256,
+        prefill_tokens: int = 4096,
+        chunk: int = 512,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._hooked = HookedModel(model.eval(), find_hook_points(model, name))
+        self.info = self._hooked.info
+        self._tables = Tables(self.info, slots=slots, device=self._hooked.device)
+        self._batch = RollingBatch(
+            self._hooked,
+            self._tables,
+            rows=rows,
+            eos=end_tokens(model, tokenizer),
+            prefill_tokens=prefill_tokens,
+            chunk=chunk,
+        )
+        self._scheduler = Scheduler(self._batch, self.info.max_length)
+        self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
+        self._proved = False
+        self._proving = threading.Lock()
+        self.capabilities = Capabilities(
+            engine="transformers",
+            kinds=KINDS,
+            sites=self.info.sites,
+            sae_architectures=SUPPORTED,
+            sampling=("temperature", "top_p", "top_k", "seed", "stop", "n", "logprobs"),
+            inspection=("patchscope", "logit_lens", "activations"),
+            limits={"slots": slots, "passes": MAX_PASSES, "batch": rows},
+        )
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        name: str | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
+        **options: Any,
+    ) -> TransformersEngine:
+        """Loads a model folder or hub name; float32 on a CPU, the model's own dtype on a GPU."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 (slow import)
+
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        chosen = dtype or ("float32" if device == "cpu" else "auto")
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=chosen).to(device)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        return cls(loaded, tokenizer, name=name or Path(str(model)).name, **options)
+
+    def start(self) -> None:
+        """Starts the engine's thread and proves that steering acts; may be called again."""
+        self._scheduler.start()
+        with self._proving:
+            if not self._proved:
+                self._scheduler.run(lambda: prove_steering(self._hooked))
+                self._proved = True
+
+    def stop(self) -> None:
+        self._scheduler.stop()
+        self._hooked.remove()
+
+    def __enter__(self) -> TransformersEngine:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def admit(self, request: GenerationRequest) -> None:
+        """Raises where `request` can never run here."""
+        length = len(request.prompt)
+        if length == 0:
+            raise SpecError("the prompt is empty: send at least one token", code="empty_prompt")
+        if length >= self.info.max_length:
+            raise SteerError(
+                f"the prompt has {length} tokens and the context {self.info.max_length}: shorten "
+                "the prompt",
+                code="context_length_exceeded",
+            )
+        if request.plan is not None:
+            self._tables.check(request.plan)
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        self.admit(request)
+        self.start()
+        listener = AsyncListener(self._mailbox())
+        ticket = self._scheduler.submit(request, listener)
+        try:
+            while True:
+                item = await listener.queue.get()
+                if isinstance(item, SteerError):
+                    raise item
+                yield item
+                if item.finish:
+                    return
+        finally:
+            ticket.cancel()
+
+    def complete(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+        for request in requests:
+            self.admit(request)
+        self.start()
+        listeners = [BlockingListener() for _ in requests]
+        tickets = [
+            self._scheduler.submit(request, listener)
+            for request, listener in zip(requests, listeners, strict=True)
+        ]
+        try:
+            return [listener.result() for listener in listeners]
+        finally:
+            for ticket in tickets:
+                ticket.cancel()
+
+    def capture(self, request: CaptureRequest) -> list[Captured]:
+        for point in request.points:
+            self.info.check_point(point)
+        self.start()
+        return self._scheduler.run(lambda: capture_batch(self._batch, request))
+
+    def unembed(self, states: Tensor) -> Tensor:
+        self.start()
+        return self._scheduler.run(lambda: self._hooked.unembed(states))
+
+    def stats(self) -> EngineStats:
+        figures = self._scheduler.figures
+        return EngineStats(
+            slots=self._tables.slots,
+            slots_in_use=self._tables.in_use,
+            requests_running=figures.running,
+            requests_waiting=figures.waiting,
+            slot_waits=figures.slot_waits,
+        )
+
+    def _mailbox(self) -> Mailbox:
+        loop = asyncio.get_running_loop()
+        if loop not in self._mailboxes:
+            self._mailboxes[loop] = Mailbox(loop)
+        return self._mailboxes[loop]
+
+
+def end_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
+    """The ids that end a sequence, by the model's generation config or the tokenizer."""
+    config = getattr(model, "generation_config", None)
+    found = getattr(config, "eos_token_id", None)
+    if found is None and tokenizer is not None:
+        found = tokenizer.eos_token_id
+    if found is None:
+        return frozenset()
+    return frozenset([found] if isinstance(found, int) else found)

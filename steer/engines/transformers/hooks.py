@@ -1,0 +1,132 @@
+"""A model whose hook points can be edited and read during one forward pass.
+
+Hooks exist only at the points that some step has needed, and return at once in any other step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steer.engines.transformers.blocks import HookMap, HookTarget, first_tensor
+from steer.errors import EngineError
+from steer.model_info import HookPoint
+from steer.step import Step
+
+
+class HookedModel:
+    """Assumes: one forward pass at a time.
+
+    Guarantees: without a step and without captures the model computes what it would compute
+    without hooks; `remove` leaves the model as it was found.
+    """
+
+    def __init__(self, model: nn.Module, hook_map: HookMap) -> None:
+        self.model, self.map, self.info = model, hook_map, hook_map.info
+        self._handles: dict[HookPoint, torch.utils.hooks.RemovableHandle] = {}
+        self._step: Step | None = None
+        self._wanted: frozenset[HookPoint] = frozenset()
+        self._captured: dict[HookPoint, Tensor] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def forward(
+        self,
+        step: Step | None,
+        capture: Iterable[HookPoint] = (),
+        **inputs: Any,
+    ) -> tuple[Any, dict[HookPoint, Tensor]]:
+        """One forward pass with `step`'s edits; the outputs, and a copy of every captured state.
+
+        States are read after the edits at their point.
+        """
+        self.begin(step, capture)
+        try:
+            outputs = self.model(**inputs)
+            return outputs, self.end()
+        finally:
+            self._step, self._wanted = None, frozenset()
+
+    def begin(self, step: Step | None, capture: Iterable[HookPoint] = ()) -> None:
+        """Arms the hooks for the next forward pass."""
+        self._step, self._wanted, self._captured = step, frozenset(capture), {}
+        for point in self._wanted | (step.points if step is not None else frozenset()):
+            if point not in self._handles:
+                self._handles[point] = self._install(point, self.map.targets[point])
+
+    def end(self) -> dict[HookPoint, Tensor]:
+        """Disarms the hooks; raises if a point that was asked for was never reached."""
+        step, wanted, captured = self._step, self._wanted, self._captured
+        self._step, self._wanted, self._captured = None, frozenset(), {}
+        if step is not None:
+            step.finish()
+        if len(captured) < len(wanted):
+            raise EngineError(f"no state passed {sorted(map(str, wanted - captured.keys()))}")
+        return captured
+
+    def remove(self) -> None:
+        """Takes every hook off the model."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+        self._step, self._wanted = None, frozenset()
+
+    def unembed(self, states: Tensor) -> Tensor:
+        """Final norm and output matrix: `[..., d_model]` to float32 logits `[..., vocab]`."""
+        dtype = next(self.model.parameters()).dtype
+        with torch.inference_mode():
+            normed = self.map.final_norm(states.to(self.device, dtype))
+            logits: Tensor = self.map.output(normed).float()
+        soft_cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
+
+    def _visit(self, point: HookPoint, x: Tensor) -> Tensor:
+        if self._step is not None:
+            x = self._step.edit(point, x)
+        if point in self._wanted:
+            # A copy: later modules may add to this tensor in place.
+            self._captured[point] = x.detach().clone()
+        return x
+
+    def _install(
+        self, point: HookPoint, target: HookTarget
+    ) -> torch.utils.hooks.RemovableHandle:
+        if target.side == "output":
+            return target.module.register_forward_hook(self._after(point))
+        return target.module.register_forward_pre_hook(
+            self._before(point, target.in_place), with_kwargs=True
+        )
+
+    def _after(self, point: HookPoint) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if self._step is None and not self._wanted:
+                return None
+            x = first_tensor(output)
+            edited = self._visit(point, x)
+            if edited is x:
+                return None
+            return edited if isinstance(output, Tensor) else (edited, *output[1:])
+
+        return hook
+
+    def _before(self, point: HookPoint, in_place: bool) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._step is None and not self._wanted:
+                return None
+            x = args[0] if args else kwargs["hidden_states"]
+            edited = self._visit(point, x)
+            if edited is x:
+                return None
+            if in_place:
+                x.copy_(edited)
+                return None
+            if args:
+                return (edited, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": edited}
+
+        return hook

@@ -1,0 +1,72 @@
+"""The start-up proof: at every hook point steering acts, and doing nothing changes nothing.
+
+For each site one batch is run in which row i is steered at layer i and the last row is not. Each
+steered row must differ from the model without hooks, the last must equal it to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from steer.edits import Block
+from steer.engines.transformers.hooks import HookedModel
+from steer.errors import Unsupported
+from steer.model_info import HookPoint
+from steer.plan import Pass, SteeringPlan
+from steer.positions import EVERYWHERE
+from steer.spec import Patch, Site, SteeringSpec
+from steer.step import Ledger, Seat, Span, build_step
+from steer.tables import Tables
+
+_PROBE_LENGTH = 4
+
+
+@torch.inference_mode()
+def prove_steering(hooked: HookedModel) -> None:
+    """Raises `Unsupported` naming the first hook point at which an edit does not act."""
+    rows = hooked.info.n_layers + 1
+    ids = torch.arange(1, _PROBE_LENGTH + 1, device=hooked.device).repeat(rows, 1)
+    plain, _ = hooked.forward(None, input_ids=ids, use_cache=False)
+    for site in hooked.info.sites:
+        steered = _probe(hooked, site, ids)
+        for layer in range(hooked.info.n_layers):
+            if torch.equal(steered[layer], plain.logits[layer]):
+                raise Unsupported(
+                    f"an edit at {HookPoint(layer, site)} of {hooked.info.architecture} changes "
+                    "nothing: this model is not supported",
+                    code="steering_does_not_act",
+                )
+        if not torch.equal(steered[-1], plain.logits[-1]):
+            raise Unsupported(
+                f"an unsteered row next to edits at {site} is not bit-identical to the model "
+                "without hooks: this model is not supported",
+                code="neighbour_changed",
+            )
+
+
+def _probe(hooked: HookedModel, site: Site, ids: torch.Tensor) -> torch.Tensor:
+    tables = Tables(hooked.info, slots=hooked.info.n_layers, device=hooked.device)
+    spans = []
+    positions = np.arange(_PROBE_LENGTH, dtype=np.int64)
+    for layer in range(hooked.info.n_layers):
+        plan = _probe_plan(hooked, HookPoint(layer, site))
+        seat = Seat(layer, _PROBE_LENGTH, plan, tables.acquire(plan))
+        spans.append(Span(seat, layer * _PROBE_LENGTH, positions, positions + 1))
+    ledger = Ledger(hooked.info.n_layers + 1, hooked.device)
+    step = build_step(tables, ledger, spans, ids.numel())
+    outputs, _ = hooked.forward(step, input_ids=ids, use_cache=False)
+    logits: torch.Tensor = outputs.logits
+    return logits
+
+
+def _probe_plan(hooked: HookedModel, point: HookPoint) -> SteeringPlan:
+    """An edit that no model can miss: another direction for each coordinate, of a large size."""
+    width = hooked.info.width(point.site)
+    direction = torch.cos(torch.arange(width, dtype=torch.float32)) * 10.0
+    blocks: Mapping[HookPoint, Block] = {point: Block(shift=direction)}
+    spec = SteeringSpec(interventions=(Patch(vector="probe"),))
+    name = f"probe-{point}"
+    return SteeringPlan(name, spec, (Pass(EVERYWHERE, None, blocks),), (), (), ())

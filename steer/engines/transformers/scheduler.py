@@ -1,0 +1,220 @@
+"""The engine's thread: takes requests, runs the batch, hands out tokens.
+
+Everything that touches the model happens in this one thread: between two steps it admits waiting
+requests, drops cancelled ones, and runs the jobs (captures, inspection) that were submitted.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+
+from steer.engines.base import GenerationRequest, TokenEvent
+from steer.engines.transformers.batch import RollingBatch, Running
+from steer.engines.transformers.sampling import Sampler
+from steer.errors import EngineError, SteerError
+
+Result = TypeVar("Result")
+
+
+class Listener(Protocol):
+    """Where a request's tokens go. Called from the engine's thread."""
+
+    def put(self, event: TokenEvent) -> None: ...
+
+    def fail(self, error: SteerError) -> None: ...
+
+    def flush(self) -> None:
+        """Called once after each step that put something."""
+
+
+@dataclass
+class Ticket:
+    """A submitted request; `cancel` may be called from any thread, at any time."""
+
+    request: GenerationRequest
+    listener: Listener
+    cancelled: bool = False
+    waited: bool = False
+    """Whether it has been counted as waiting for a slot."""
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+@dataclass
+class Figures:
+    """Counters for metrics."""
+
+    slot_waits: int = 0
+    waiting: int = 0
+    running: int = 0
+
+
+class Scheduler:
+    """Assumes: `batch` is used by nobody else.
+
+    Guarantees: first come, first served; a request that finds no slot waits; when a step fails,
+    the requests in it fail with `EngineError` and the engine goes on.
+    """
+
+    def __init__(self, batch: RollingBatch, max_length: int) -> None:
+        self._batch, self._max_length = batch, max_length
+        self._inbox: queue.SimpleQueue[Ticket | Callable[[], None] | None] = queue.SimpleQueue()
+        self._waiting: deque[Ticket] = deque()
+        self._tickets: dict[int, Ticket] = {}
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._starting = threading.Lock()
+        self.figures = Figures()
+
+    def start(self) -> None:
+        """Starts the thread unless it runs."""
+        with self._starting:
+            if self._thread is None:
+                self._stopping = False
+                self._thread = threading.Thread(target=self._loop, name="steer", daemon=True)
+                self._thread.start()
+
+    def stop(self) -> None:
+        """Lets the running requests finish, refuses the waiting ones, ends the thread."""
+        with self._starting:
+            if self._thread is not None:
+                self._inbox.put(None)
+                self._thread.join()
+                self._thread = None
+
+    def submit(self, request: GenerationRequest, listener: Listener) -> Ticket:
+        ticket = Ticket(request, listener)
+        self._inbox.put(ticket)
+        return ticket
+
+    def run(self, job: Callable[[], Result]) -> Result:
+        """The result of `job`, run in the engine's thread between two steps."""
+        if threading.current_thread() is self._thread:
+            return job()
+        future: Future[Result] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(job())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._inbox.put(work)
+        return future.result()
+
+    @torch.inference_mode()
+    def _loop(self) -> None:
+        while not (self._stopping and not self._batch.sequences):
+            self._read_inbox(block=not self._batch.sequences and not self._waiting)
+            self._drop_cancelled()
+            touched: dict[int, Listener] = {}
+            try:
+                self._admit(touched)
+                if self._batch.sequences:
+                    self._hand_out(self._batch.decode(), touched)
+            except Exception as error:
+                self._fail_batch(error, touched)
+            for listener in touched.values():
+                listener.flush()
+            self.figures.running = len(self._batch.sequences)
+            self.figures.waiting = len(self._waiting)
+        for ticket in self._waiting:
+            _refuse(ticket, EngineError("the engine is stopping"))
+        self._waiting.clear()
+
+    def _read_inbox(self, block: bool) -> None:
+        while True:
+            try:
+                item = self._inbox.get(block=block and not self._stopping)
+            except queue.Empty:
+                return
+            block = False
+            if item is None:
+                self._stopping = True
+            elif isinstance(item, Ticket):
+                self._waiting.append(item)
+            else:
+                item()
+
+    def _drop_cancelled(self) -> None:
+        for sequence in [s for s in self._batch.sequences if self._tickets[id(s)].cancelled]:
+            self._batch.leave(sequence)
+            del self._tickets[id(sequence)]
+        if any(ticket.cancelled for ticket in self._waiting):
+            self._waiting = deque(t for t in self._waiting if not t.cancelled)
+
+    def _admit(self, touched: dict[int, Listener]) -> None:
+        newcomers: list[Running] = []
+        while self._waiting and len(newcomers) < self._batch.free and not self._stopping:
+            ticket = self._waiting[0]
+            plan = ticket.request.plan
+            if plan is not None and not self._batch.tables.can_acquire(plan):
+                self.figures.slot_waits += not ticket.waited
+                ticket.waited = True
+                break
+            self._waiting.popleft()
+            try:
+                newcomers.append(self._running(ticket))
+            except SteerError as error:
+                _refuse(ticket, error)
+        if newcomers:
+            try:
+                self._hand_out(self._batch.join(newcomers), touched)
+            except Exception:
+                present = {id(s) for s in self._batch.sequences}
+                for sequence in newcomers:
+                    if id(sequence) not in present and id(sequence) in self._tickets:
+                        self._batch.unseat(sequence.seat)
+                        self._refuse_running(sequence, touched)
+                raise
+
+    def _refuse_running(self, sequence: Running, touched: dict[int, Listener]) -> None:
+        listener = self._tickets.pop(id(sequence)).listener
+        listener.fail(EngineError("the engine failed while it computed this prompt"))
+        touched[id(listener)] = listener
+
+    def _running(self, ticket: Ticket) -> Running:
+        request = ticket.request
+        room = self._max_length - len(request.prompt)
+        sequence = Running(
+            request,
+            self._batch.seat(request),
+            Sampler(request.sampling, self._batch.hooked.device),
+            min(request.sampling.max_tokens, room),
+        )
+        self._tickets[id(sequence)] = ticket
+        return sequence
+
+    def _hand_out(
+        self, events: list[tuple[Running, TokenEvent]], touched: dict[int, Listener]
+    ) -> None:
+        for sequence, event in events:
+            ticket = self._tickets[id(sequence)]
+            if event.finish:
+                del self._tickets[id(sequence)]
+            if not ticket.cancelled:
+                ticket.listener.put(event)
+                touched[id(ticket.listener)] = ticket.listener
+
+    def _fail_batch(self, error: Exception, touched: dict[int, Listener]) -> None:
+        known = error if isinstance(error, SteerError) else None
+        for sequence in self._batch.clear():
+            ticket = self._tickets.pop(id(sequence))
+            ticket.listener.fail(
+                known or EngineError(f"the engine failed: {type(error).__name__}: {error}")
+            )
+            touched[id(ticket.listener)] = ticket.listener
+
+
+def _refuse(ticket: Ticket, error: SteerError) -> None:
+    ticket.listener.fail(error)
+    ticket.listener.flush()
