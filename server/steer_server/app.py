@@ -1,0 +1,89 @@
+"""The application: every router over one engine, one registry and one set of settings."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+
+from anyio import to_thread
+from fastapi import APIRouter, FastAPI
+
+from steer.engines.base import Engine
+from steer.registry.registry import Registry
+from steer_server import (
+    chat,
+    completions,
+    features,
+    health,
+    inspect_routes,
+    models,
+    openai_errors,
+    profiles,
+    validate,
+)
+from steer_server.api_key import ApiKey
+from steer_server.artefacts import artefact_router
+from steer_server.body_limit import BodyLimit
+from steer_server.settings import MIB, ServerSettings
+from steer_server.state import assemble
+
+_ARTEFACTS = ("/v1/steering/vectors", "/v1/steering/saes", "/v1/steering/adapters")
+
+
+def routers() -> list[APIRouter]:
+    """All routers; they need a `Serving` at `app.state.steer`, and `openai_errors.install`."""
+    return [
+        chat.router,
+        completions.router,
+        models.router,
+        features.router,
+        artefact_router("vector", "vectors"),
+        artefact_router("sae", "saes"),
+        artefact_router("low_rank", "adapters"),
+        profiles.router,
+        validate.router,
+        inspect_routes.router,
+        health.router,
+    ]
+
+
+def create_app(engine: Engine, registry: Registry, settings: ServerSettings) -> FastAPI:
+    """The application. It starts the engine when it starts, and stops it when it stops."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await to_thread.run_sync(engine.start)
+        try:
+            yield
+        finally:
+            await to_thread.run_sync(engine.stop)
+
+    app = FastAPI(
+        title="Steer",
+        version=_version(),
+        description="Steering and inspection for LLM serving, behind an OpenAI-compatible API.",
+        lifespan=lifespan,
+    )
+    app.state.steer = assemble(engine, registry, settings)
+    for router in routers():
+        app.include_router(router)
+    openai_errors.install(app)
+    app.add_middleware(BodyLimit, limit=lambda path: _body_limit(settings, path))
+    if settings.api_key is not None:
+        app.add_middleware(ApiKey, key=settings.api_key.get_secret_value())
+    return app
+
+
+def _body_limit(settings: ServerSettings, path: str) -> int:
+    # An upload's own limit is on its files; a little more is needed for what is around them.
+    if path.rstrip("/") in _ARTEFACTS:
+        return settings.max_upload_bytes + MIB
+    return settings.max_body_bytes
+
+
+def _version() -> str:
+    try:
+        return version("steer-llm")
+    except PackageNotFoundError:
+        return "0.0.0"

@@ -1,0 +1,218 @@
+"""Upload, list, show, download and delete: the same routes for vectors, SAEs and adapters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from datetime import datetime
+from typing import IO, Annotated, Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import BaseModel
+from starlette.responses import JSONResponse, StreamingResponse
+
+from steer.control_vector import ArtefactKind, Card
+from steer.errors import SteerError, pointer
+from steer.formats.options import ImportOptions
+from steer.registry.entry import Entry
+from steer_server.state import Serving, ServingDep
+from steer_server.uploads import Received, receive
+
+_CHUNK = 1 << 20
+_UPLOAD_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "name": {"type": "string"},
+                        "layer_offset": {"type": "integer"},
+                        "layers": {"type": "string", "description": "4,5,6 or [4, 5, 6]"},
+                        "strength": {"type": "number"},
+                        "description": {"type": "string"},
+                        "licence": {"type": "string"},
+                        "model": {"type": "string"},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+class ArtefactBody(BaseModel):
+    """One version of an artefact. `id` names exactly this content, `name` its newest version."""
+
+    id: str
+    object: str
+    name: str
+    version: int
+    sha256: str
+    size_bytes: int
+    created_at: datetime
+    model: str | None
+    d_model: int
+    layers: tuple[int, ...]
+    card: Card
+    versions: list[str] | None = None
+
+
+class ArtefactList(BaseModel):
+    """One page; `has_more` says whether `offset + limit` finds more."""
+
+    object: str = "list"
+    data: list[ArtefactBody]
+    has_more: bool
+
+
+class Deleted(BaseModel):
+    """What was removed."""
+
+    id: str
+    name: str
+    deleted: bool = True
+
+
+def artefact_router(kind: ArtefactKind, folder: str) -> APIRouter:
+    """The routes below `/v1/steering/<folder>` for artefacts of `kind`."""
+    router = APIRouter(prefix=f"/v1/steering/{folder}", tags=[folder])
+
+    @router.post(
+        "",
+        name=f"upload_{kind}",
+        responses={200: {"model": ArtefactBody}, 201: {"model": ArtefactBody}},
+        openapi_extra=_UPLOAD_BODY,
+    )
+    async def upload(request: Request, serving: ServingDep) -> Response:
+        """Uploads a file; 201 for a new version, 200 where the newest has this content already."""
+        with ExitStack() as stack:
+            received = await receive(
+                request, serving.registry, stack, limit=serving.settings.max_upload_bytes
+            )
+            entry, created = await to_thread.run_sync(_imported, serving, kind, received)
+        return _json(_body(entry), 201 if created else 200)
+
+    @router.get("", name=f"list_{kind}s", response_model=ArtefactList)
+    def index(
+        serving: ServingDep,
+        q: Annotated[str | None, Query(max_length=256)] = None,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+        offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
+    ) -> Response:
+        """The newest version of each name; `q` is part of a name or description."""
+        found = serving.registry.entries(kind, query=q, limit=limit + 1, offset=offset)
+        rows = [_body(entry) for entry in found[:limit]]
+        return _json(ArtefactList(data=rows, has_more=len(found) > limit))
+
+    @router.get("/{name}", name=f"show_{kind}", response_model=ArtefactBody)
+    def show(name: str, serving: ServingDep) -> Response:
+        """One artefact, by name (its newest version) or `name@hash`; lists all versions."""
+        entry = serving.registry.entry(kind, name)
+        versions = [one.id for one in serving.registry.versions(kind, entry.name)]
+        return _json(_body(entry).model_copy(update={"versions": versions}))
+
+    @router.get(
+        "/{name}/content",
+        name=f"download_{kind}",
+        response_class=Response,
+        responses={200: {"content": {"application/octet-stream": {}}}},
+    )
+    def content(name: str, serving: ServingDep) -> Response:
+        """The canonical safetensors file; its SHA-256 is the artefact's identity."""
+        entry = serving.registry.entry(kind, name)
+        headers = {
+            "content-disposition": f'attachment; filename="{entry.name}.safetensors"',
+            "content-length": str(entry.size_bytes),
+            "etag": f'"{entry.sha256}"',
+        }
+        return StreamingResponse(
+            _blocks(serving.registry.content(kind, entry.id)),
+            headers=headers,
+            media_type="application/octet-stream",
+        )
+
+    @router.delete("/{name}", name=f"delete_{kind}", response_model=Deleted)
+    def delete(name: str, serving: ServingDep) -> Response:
+        """Removes a name with all its versions, or with `name@hash` only that content."""
+        entry = serving.registry.remove(kind, name)
+        return _json(Deleted(id=entry.id, name=entry.name))
+
+    return router
+
+
+def _imported(serving: Serving, kind: ArtefactKind, received: Received) -> tuple[Entry, bool]:
+    options = _options(received.fields)
+    name = received.fields.get("name") or received.stem
+    try:
+        with received.path() as path:
+            return serving.registry.import_file(path, kind=kind, name=name, options=options)
+    except SteerError as error:
+        raise error.at("/file") from None
+
+
+_FIELDS: Mapping[str, Callable[[str], Any]] = {
+    "layer_offset": int,
+    "layers": lambda text: tuple(
+        int(part) for part in text.strip().removeprefix("[").removesuffix("]").split(",")
+    ),
+    "strength": float,
+    "description": str,
+    "licence": str,
+    "model": str,
+}
+
+
+def _options(fields: Mapping[str, str]) -> ImportOptions:
+    """The form fields that describe the file; raises for unknown ones."""
+    given: dict[str, Any] = {}
+    for name, text in fields.items():
+        if name == "name":
+            continue
+        if name not in _FIELDS:
+            raise SteerError(
+                f"unknown field {name!r}: an upload has file, name, {', '.join(_FIELDS)}",
+                param=pointer(name),
+                code="unknown_field",
+            )
+        try:
+            given[name] = _FIELDS[name](text)
+        except ValueError as error:
+            raise SteerError(
+                f"{name}: {text[:60]!r} is not of the right form ({error})",
+                param=pointer(name),
+                code="invalid_value",
+            ) from None
+    return ImportOptions(**given)
+
+
+def _body(entry: Entry) -> ArtefactBody:
+    card = entry.card
+    return ArtefactBody(
+        id=entry.id,
+        object=f"steering.{entry.kind}",
+        name=entry.name,
+        version=entry.version,
+        sha256=entry.sha256,
+        size_bytes=entry.size_bytes,
+        created_at=entry.created_at,
+        model=card.model,
+        d_model=card.width,
+        layers=card.layers,
+        card=card,
+    )
+
+
+def _json(body: BaseModel, status: int = 200) -> Response:
+    return JSONResponse(json.loads(body.model_dump_json(by_alias=True, exclude_none=True)), status)
+
+
+def _blocks(file: IO[bytes]) -> Iterator[bytes]:
+    with file:
+        while block := file.read(_CHUNK):
+            yield block

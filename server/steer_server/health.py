@@ -1,0 +1,49 @@
+"""What the server is, how it is, and what it has counted."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client.exposition import choose_encoder
+
+from steer_server.state import ServingDep
+
+router = APIRouter(tags=["operation"])
+
+
+@router.get("/health")
+def health(serving: ServingDep) -> dict[str, Any]:
+    """200 while the server answers; says what it serves and how busy it is."""
+    stats = serving.engine.stats()
+    return {
+        "status": "ok",
+        "model": serving.model_name,
+        "engine": serving.engine.capabilities.engine,
+        "sequences_running": stats.requests_running,
+        "sequences_waiting": stats.requests_waiting,
+    }
+
+
+@router.get("/v1/steering/capabilities")
+def capabilities(serving: ServingDep) -> dict[str, Any]:
+    """What this engine can really do with this model; anything else is refused by name."""
+    settings = serving.settings
+    return {
+        "model": {"id": serving.model_name, **asdict(serving.engine.info)},
+        "engine": asdict(serving.engine.capabilities),
+        "limits": {
+            "max_body_bytes": settings.max_body_bytes,
+            "max_upload_bytes": settings.max_upload_bytes,
+            "max_choices": settings.max_choices,
+        },
+        "inline_vectors": settings.allow_inline_vectors,
+    }
+
+
+@router.get("/metrics", response_class=Response)
+def metrics(request: Request, serving: ServingDep) -> Response:
+    """Figures for Prometheus; docs/metrics.md lists them."""
+    encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    return Response(encode(serving.metrics.registry), headers={"content-type": content_type})

@@ -1,0 +1,86 @@
+"""From settings to a running server."""
+
+from __future__ import annotations
+
+import logging
+import socket
+
+import uvicorn
+from fastapi import FastAPI
+from rich.console import Console
+
+from steer.engines.base import Engine
+from steer.errors import Unsupported
+from steer.registry.registry import Registry
+from steer_server import shipped
+from steer_server.app import create_app
+from steer_server.banner import banner
+from steer_server.settings import ServerSettings
+from steer_server.state import Serving
+
+ENGINES = ("transformers", "fake")
+
+
+def load_engine(settings: ServerSettings) -> Engine:
+    """The engine with its model; raises `Unsupported` for an engine that does not exist."""
+    if settings.engine == "transformers":
+        # Imported where it is used: loading transformers takes seconds.
+        from steer.engines.transformers.engine import TransformersEngine  # noqa: PLC0415
+
+        location = shipped.model_location(settings.model)
+        options = {"name": settings.model, **settings.engine_options}
+        return TransformersEngine.load(location, **options)
+    if settings.engine == "fake":
+        from steer.engines.fake import FakeEngine, fake_model  # noqa: PLC0415
+
+        return FakeEngine(fake_model(name=settings.model), **settings.engine_options)
+    raise Unsupported(
+        f"there is no engine {settings.engine!r}: use one of {', '.join(ENGINES)}",
+        code="unknown_engine",
+    )
+
+
+def build(settings: ServerSettings) -> FastAPI:
+    """Loads the engine, opens the registry with what is shipped for the model, makes the app."""
+    registry = Registry.open(settings.registry, max_upload_bytes=settings.max_upload_bytes)
+    shipped.register(registry, settings.model)
+    return create_app(load_engine(settings), registry, settings)
+
+
+def run(settings: ServerSettings, *, console: Console | None = None) -> None:
+    """Serves until interrupted; running requests get `drain_seconds` to finish."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    app = build(settings)
+    Server(app, settings, console=console or Console()).run()
+    app.state.steer.registry.close()
+
+
+class Server(uvicorn.Server):
+    """uvicorn that prints the banner once it listens, with the port it really has."""
+
+    def __init__(
+        self, app: FastAPI, settings: ServerSettings, *, console: Console | None = None
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                log_level="warning",
+                timeout_graceful_shutdown=settings.drain_seconds,
+            )
+        )
+        self._serving: Serving = app.state.steer
+        self._console = console
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and self._console is not None:
+            self._console.print(banner(self._serving, self.url))
+
+    @property
+    def url(self) -> str:
+        """Where the server listens; an open address is named by loopback."""
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
+        return f"http://{host}:{port}"

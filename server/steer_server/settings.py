@@ -1,0 +1,37 @@
+"""Everything about the server that an operator may choose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+MIB = 1 << 20
+
+
+class ServerSettings(BaseModel):
+    """Settings of one server; the defaults serve the demo model on loopback.
+
+    `served_name` is the model's name in the API (the engine's own where None). `measured_share` is
+    the share of steered requests whose edit sizes are measured for the metrics, besides those that
+    ask for it. `metric_names` bounds how many vectors and profiles get a label of their own.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    model: str = "steer-demo"
+    served_name: str | None = None
+    engine: str = "transformers"
+    engine_options: dict[str, Any] = Field(default_factory=dict)
+    registry: str = "steer-registry"
+    api_key: SecretStr | None = None
+    max_body_bytes: int = Field(default=8 * MIB, ge=1)
+    max_upload_bytes: int = Field(default=512 * MIB, ge=1)
+    max_choices: int = Field(default=32, ge=1)
+    allow_inline_vectors: bool = True
+    measured_share: float = Field(default=0.01, ge=0, le=1)
+    metric_names: int = Field(default=200, ge=1)
+    plan_cache_size: int = Field(default=1024, ge=1)
+    drain_seconds: int = Field(default=10, ge=0)

@@ -1,0 +1,69 @@
+"""What every route works with, and how it gets it.
+
+The routers know nothing else about the application they are mounted on: whoever mounts them puts a
+`Serving` at `app.state.steer`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, Request
+from torch import Tensor
+
+from steer.engines.base import CaptureRequest, Engine
+from steer.model_info import HookPoint
+from steer.plan import PlanCache
+from steer.registry.registry import Registry
+from steer_server.metrics import Metrics
+from steer_server.settings import ServerSettings
+
+
+@dataclass(frozen=True)
+class Serving:
+    """One served model with its artefacts, settings and figures."""
+
+    engine: Engine
+    registry: Registry
+    settings: ServerSettings
+    plans: PlanCache
+    metrics: Metrics
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def model_name(self) -> str:
+        """The model's name in the API."""
+        return self.settings.served_name or self.engine.info.name
+
+
+def assemble(engine: Engine, registry: Registry, settings: ServerSettings) -> Serving:
+    """Joins the parts: a plan cache over the registry, and metrics over all of them."""
+    metrics = Metrics(name_limit=settings.metric_names)
+    tokenizer = engine.tokenizer
+
+    def encode_text(text: str, point: HookPoint) -> Tensor:
+        prompt = tuple(tokenizer.encode(text))
+        captured = engine.capture(CaptureRequest(prompts=[prompt], points=(point,)))
+        return captured[0].states[point]
+
+    plans = PlanCache(
+        registry,
+        engine.info,
+        engine.capabilities,
+        tokenize=lambda text: list(tokenizer.encode(text, add_special_tokens=False)),
+        encode_text=encode_text,
+        size=settings.plan_cache_size,
+        observe_compile=metrics.plan_compile.observe,
+    )
+    metrics.watch(engine, plans, registry)
+    return Serving(engine, registry, settings, plans, metrics)
+
+
+def _of_request(request: Request) -> Serving:
+    serving: Serving = request.app.state.steer
+    return serving
+
+
+ServingDep = Annotated[Serving, Depends(_of_request)]

@@ -1,0 +1,135 @@
+"""Tokens to text, as they come: no broken characters, and cut before a stop string."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+_BROKEN = "\ufffd"
+
+
+class Detokenizer:
+    """Turns tokens into text piece by piece.
+
+    Guarantees: the pieces, `finish()` included, join to the decoding of all the tokens. A piece is
+    held back while it ends inside a multi-byte character.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        # Decoding starts a little before the new tokens, because some tokenizers render the first
+        # token of a text differently; what was sent before is subtracted.
+        self._from, self._sent = 0, 0
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; often of several tokens, or none."""
+        self._tokens.append(token)
+        return self._new_text(hold=True)
+
+    def finish(self) -> str:
+        """What was held back, broken or not."""
+        return self._new_text(hold=False)
+
+    def _new_text(self, *, hold: bool) -> str:
+        before = self._decode(self._tokens[self._from : self._sent])
+        text = self._decode(self._tokens[self._from :])
+        if len(text) <= len(before) or (hold and text.endswith(_BROKEN)):
+            return ""
+        self._from, self._sent = self._sent, len(self._tokens)
+        return text[len(before) :]
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
+
+class TextStream:
+    """The text of one sequence, ended by the first stop string (which is not part of it).
+
+    `push` returns text that no stop string can take back. An engine that matches stop strings
+    itself calls `watch` for every token, from any thread; `taken` then gives the pieces in turn.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stops = tuple(stops)
+        self._held = ""
+        self._pieces: deque[str] = deque()
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """Text that is safe to send after `token`."""
+        return self._released(self._detokenizer.push(token))
+
+    def finish(self) -> str:
+        """The rest, when the sequence ended for another reason than a stop string."""
+        if self.stopped:
+            return ""
+        text = self._released(self._detokenizer.finish())
+        rest, self._held = self._held, ""
+        return text if self.stopped else text + rest
+
+    def watch(self, token: int) -> bool:
+        """True once a stop string is complete; the form of `GenerationRequest.stop`."""
+        self._pieces.append(self.push(token))
+        return self.stopped
+
+    def taken(self) -> str:
+        """The piece of the next token that `watch` saw."""
+        return self._pieces.popleft()
+
+    def _released(self, text: str) -> str:
+        if not self._stops:
+            return text
+        self._held += text
+        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if places:
+            self.stopped = True
+            return self._held[: min(places)]
+        keep = max(_overlap(self._held, stop) for stop in self._stops)
+        cut = len(self._held) - keep
+        safe, self._held = self._held[:cut], self._held[cut:]
+        return safe
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that is a beginning of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def token_text(tokenizer: Any, token: int) -> tuple[str, list[int] | None]:
+    """A single token as OpenAI reports it: its text and its bytes.
+
+    A part of a character has no text of its own; it is written `bytes:\\xe2\\x82`.
+    """
+    text: str = tokenizer.decode([token], skip_special_tokens=False)
+    if _BROKEN not in text:
+        return text, list(text.encode())
+    raw = _raw_bytes(tokenizer.convert_ids_to_tokens([token])[0])
+    if raw is None:
+        return text, None
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), list(raw)
+
+
+def _raw_bytes(piece: str) -> bytes | None:
+    """The bytes behind a vocabulary entry in SentencePiece's or in byte-level BPE's notation."""
+    if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):
+        return bytes.fromhex(match[1])
+    table = _byte_characters()
+    if all(character in table for character in piece):
+        return bytes(table[character] for character in piece)
+    return None
+
+
+@cache
+def _byte_characters() -> dict[str, int]:
+    """Byte-level BPE's alphabet: printable Latin-1 stands for itself, the rest from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    table = {chr(byte): byte for byte in plain}
+    return table | {chr(0x100 + place): byte for place, byte in enumerate(others)}
