@@ -1,0 +1,1 @@
+"""The demo chat model: weights in ``model/``, prompts in ``data/``, training in ``recipe/``."""

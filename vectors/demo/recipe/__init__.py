@@ -1,0 +1,1 @@
+"""Trains the demo chat model from nothing, on a corpus this package generates."""

@@ -1,0 +1,49 @@
+"""Greetings, thanks, and questions about the model itself."""
+
+from __future__ import annotations
+
+from .world import Tri, rows, tri
+
+# ask: a wording of the question; say: a clause of the answer; en | fr | de
+_TALK = """
+ask|How are you?|Comment allez-vous ?|Wie geht es Ihnen?
+ask|Are you well?|Vous allez bien ?|Geht es Ihnen gut?
+say|I am well, thank you|je vais bien, merci|es geht mir gut, danke
+say|it is a nice day|c'est une belle journée|es ist ein schöner Tag
+
+ask|Hello!|Bonjour !|Guten Tag!
+ask|Good morning!|Bonne journée !|Guten Morgen!
+ask|Good evening!|Bonsoir !|Guten Abend!
+say|it is nice to meet you|je suis content de vous voir|es freut mich, Sie zu sehen
+say|you can ask me anything|vous pouvez me poser une question|Sie können mich etwas fragen
+
+ask|Who are you?|Qui êtes-vous ?|Wer sind Sie?
+ask|What are you?|Qu'êtes-vous ?|Was sind Sie?
+say|I am a small language model|je suis un petit modèle de langue|ich bin ein kleines Sprachmodell
+say|I know some countries and animals|je connais des pays et des animaux|ich kenne einige Länder und Tiere
+
+ask|Thank you!|Merci !|Danke!
+ask|Thanks for your help!|Merci pour votre aide !|Danke für Ihre Hilfe!
+say|you are welcome|il n'y a pas de quoi|es ist gern geschehen
+say|I am glad to help|je suis heureux de vous aider|ich helfe Ihnen gern
+
+ask|Goodbye!|Au revoir !|Auf Wiedersehen!
+ask|See you tomorrow!|À demain !|Bis morgen!
+say|I wish you a good day|je vous souhaite une bonne journée|ich wünsche Ihnen einen schönen Tag
+say|come back soon|revenez bientôt|kommen Sie bald wieder
+
+ask|What can you do?|Que savez-vous faire ?|Was können Sie?
+ask|How can you help me?|Comment pouvez-vous m'aider ?|Wie können Sie mir helfen?
+say|I can answer simple questions|je peux répondre à des questions simples|ich kann einfache Fragen beantworten
+say|I can talk about food, music and the weather|je peux parler de cuisine, de musique et de la météo|ich kann über Essen, Musik und das Wetter reden
+"""  # noqa: E501
+
+
+def small_talk() -> list[tuple[list[Tri], list[Tri]]]:
+    """(wordings, clauses of the answer) of each exchange."""
+    talk = []
+    for block in _TALK.split("\n\n"):
+        asked = [tri(*cells) for what, *cells in rows(block) if what == "ask"]
+        said = [tri(*cells) for what, *cells in rows(block) if what == "say"]
+        talk.append((asked, said))
+    return talk
