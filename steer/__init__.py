@@ -1,8 +1,13 @@
 """Steer: per-request steering and inspection for LLM serving."""
 
-from steer.control_vector import Card, ControlVector, LowRankAdapter
-from steer.errors import SteerError
-from steer.spec import SteeringSpec, parse_spec
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from steer.control_vector import Card, ControlVector, LowRankAdapter
+    from steer.engines.transformers.attach import attach
+    from steer.errors import SteerError
+    from steer.spec import SteeringSpec, parse_spec
 
 __all__ = [
     "Card",
@@ -14,11 +19,19 @@ __all__ = [
     "parse_spec",
 ]
 
+_HOMES = {
+    "Card": "steer.control_vector",
+    "ControlVector": "steer.control_vector",
+    "LowRankAdapter": "steer.control_vector",
+    "SteerError": "steer.errors",
+    "SteeringSpec": "steer.spec",
+    "attach": "steer.engines.transformers.attach",
+    "parse_spec": "steer.spec",
+}
+
 
 def __getattr__(name: str) -> object:
-    # `attach` needs transformers, which takes seconds to import; the rest does not.
-    if name == "attach":
-        from steer.engines.transformers.attach import attach  # noqa: PLC0415
-
-        return attach
+    # Imported on first use: torch and transformers take seconds, and `steer --help` needs neither.
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'steer' has no attribute {name!r}")

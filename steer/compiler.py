@@ -1,315 +1,260 @@
-"""Interventions to blocks: what each kind means as arithmetic at its hook points.
-
-One function per kind, each returning `{hook point: Block}`; an intervention that would change
-nothing (strength 0, rotation by 0°) compiles to no block, so that zero is bit-identical.
-Errors carry a pointer relative to the intervention.
-"""
+"""Specs to plans: every intervention resolved, checked, compiled and packed into passes."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from steer.control_vector import ControlVector
-from steer.edits import Block, Competition, Law
-from steer.errors import IncompatibleArtefact, SpecError, SteerError, Unsupported
-from steer.formats.inline import decode_inline
-from steer.model_info import HookPoint, ModelInfo
-from steer.registry.library import Library
-from steer.sae.base import SAE
+from steer import kinds
+from steer.errors import IncompatibleArtefact, SpecError, SteerError, Unsupported, pointer
+from steer.kinds import Blocks, Sources
+from steer.model_info import Capabilities, HookPoint, forward_order
+from steer.plan import Gate, Pass, SteeringPlan
+from steer.positions import Selection, resolve
 from steer.spec import (
-    Ablate,
-    Add,
     Clamp,
     Concept,
     InlineVector,
-    LowRank,
-    NormStrength,
-    Patch,
-    Project,
-    Rotate,
-    Swap,
+    Intervention,
+    SteeringSpec,
     VectorRef,
+    When,
 )
 
-Result = TypeVar("Result")
-Blocks = dict[HookPoint, Block]
-EncodeText = Callable[[str, HookPoint], Tensor]
-"""A text and a hook point to its tokens' states `[tokens, width]`, by the model being served."""
+Tokenize = Callable[[str], list[int]]
 
 
-@dataclass(frozen=True)
-class Sources:
-    """What compiling draws on: artefacts, the model's shape, and the model itself for texts."""
-
-    library: Library
-    model: ModelInfo
-    encode_text: EncodeText | None = None
-    overlay: Mapping[str, ControlVector] | None = None
-
-    def vector(self, ref: VectorRef, field: str) -> ControlVector:
-        """The vector that `ref` names; errors point at `field`."""
-        if isinstance(ref, InlineVector):
-            return _pointed(lambda: decode_inline(ref), f"/{field}")
-        if self.overlay is not None and ref in self.overlay:
-            return self.overlay[ref]
-        return _pointed(lambda: self.library.vector(ref), f"/{field}")
-
-    def sae(self, ref: str) -> SAE:
-        return _pointed(lambda: self.library.sae(ref), "/sae")
-
-
-def vector_points(
-    item: Add | Ablate | Project | Swap | Rotate | Patch,
-    vectors: Iterable[tuple[str, ControlVector]],
-    model: ModelInfo,
-) -> list[HookPoint]:
-    """The hook points of an intervention on vectors, all checked against the model.
-
-    A vector of one row may be used on any layer; a vector of several only on its own.
-    """
-    named = list(vectors)
-    first = named[0][1].card
-    site = item.site or first.site
-    if item.layers == "all":
-        layers = tuple(range(model.n_layers)) if len(first.layers) == 1 else first.layers
-    else:
-        layers = item.layers or first.used_layers
-    points = [HookPoint(layer, site) for layer in layers]
-    for point in points:
-        model.check_point(point, param="/layers" if item.layers else f"/{named[0][0]}")
-    for field, vector in named:
-        if vector.card.width != model.width(site):
-            raise IncompatibleArtefact(
-                f"the vector {vector.card.name!r} has width {vector.card.width}; "
-                f"{site} of {model.name!r} has width {model.width(site)}: "
-                "use a vector made for this model and site",
-                code="wrong_width",
-                param=f"/{field}",
-            )
-        for layer in layers:
-            _pointed(lambda layer=layer, vector=vector: row(vector, layer), "/layers")  # type: ignore[misc]
-    return points
-
-
-def row(vector: ControlVector, layer: int) -> Tensor:
-    """The direction for `layer`; the only row of a one-row vector serves every layer."""
-    if len(vector.directions) == 1:
-        return next(iter(vector.directions.values()))
-    return vector[layer]
-
-
-def add(item: Add, sources: Sources) -> Blocks:
-    vector = sources.vector(item.vector, "vector")
-    points = vector_points(item, [("vector", vector)], sources.model)
-    strength = vector.card.default_strength if item.strength is None else item.strength
-    if isinstance(strength, float | int):
-        if strength == 0:
-            return {}
-        return {p: Block(shift=strength * row(vector, p.layer)) for p in points}
-    if not isinstance(strength, NormStrength):
-        unit = next(iter(strength.model_dump()))
-        raise Unsupported(
-            f"the vector {vector.card.name!r} has no calibration, so its strength cannot be given "
-            f"as {unit!r}: give a number, or {{'norm': x}}",
-            code="not_calibrated",
-            param="/strength",
-        )
-    if strength.norm == 0:
-        return {}
-    law = Law.constant(strength.norm, relative=True)
-    return {p: _addition(_unit(row(vector, p.layer)), law) for p in points}
-
-
-def ablate(item: Ablate, sources: Sources) -> Blocks:
-    vector = sources.vector(item.vector, "vector")
-    points = vector_points(item, [("vector", vector)], sources.model)
-    if item.strength == 0:
-        return {}
-    law = Law(slope=-item.strength)
-    return {p: _along(_unit(row(vector, p.layer)), law) for p in points}
-
-
-def project(item: Project, sources: Sources) -> Blocks:
-    vector = sources.vector(item.vector, "vector")
-    points = vector_points(item, [("vector", vector)], sources.model)
-    return {
-        p: _along(
-            _unit(row(vector, p.layer)), Law.toward(_projection(item, vector, p.layer), item.mode)
-        )
-        for p in points
-    }
-
-
-def _projection(item: Project, vector: ControlVector, layer: int) -> float:
-    """The target projection: a number, or the class mean on the vector's card."""
-    if isinstance(item.value, float | int):
-        return item.value
-    measure = vector.card.measures.get(layer)
-    mean = None if measure is None else getattr(measure, item.value)
-    if mean is None:
+def compile_plan(
+    spec: SteeringSpec,
+    sources: Sources,
+    capabilities: Capabilities,
+    tokenize: Tokenize | None = None,
+) -> SteeringPlan:
+    """Compiles every intervention; raises all problems at once, as one `SteerError`."""
+    draft = _Draft(spec, sources, capabilities, tokenize)
+    errors: list[SteerError] = []
+    for place, item in enumerate(spec.interventions):
+        try:
+            draft.append(place, item)
+        except SteerError as error:
+            errors.append(error.at(""))
+            at = pointer("interventions", place)
+            if not str(error.param).startswith(("/interventions", "/where", "/when")):
+                error.param = at + (error.param or "")
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        # What is wrong with the spec's own 'where' or 'when' is found once for each intervention.
+        problems = list(dict.fromkeys(p for error in errors for p in error.problems))
+        if len(problems) == 1:
+            raise errors[0]
         raise SpecError(
-            f"the card of {vector.card.name!r} records no {item.value!r} class mean for layer "
-            f"{layer}: give 'value' as a number, or fit the vector with `steer fit`",
-            param="/value",
-            code="not_measured",
+            f"{problems[0].message} (and {len(problems) - 1} more problems)",
+            param=problems[0].param,
+            code=problems[0].code,
+            problems=problems,
         )
-    return float(mean)
+    return draft.finished()
 
 
-def clamp(item: Clamp, sources: Sources) -> Blocks:
-    """f ← value on the chosen features, the rest of x untouched (Scaling Monosemanticity)."""
-    sae = sources.sae(item.sae)
-    point = _sae_point(item, sae, sources.model)
-    reads = _pointed(lambda: sae.reads(item.features), "/features")
-    values = item.value if isinstance(item.value, tuple) else (item.value,) * len(item.features)
-    if item.mode == "scale" and all(value == 1 for value in values):
-        return {}
-    laws = []
-    for value, bias, threshold in zip(
-        values, reads.bias.tolist(), reads.threshold.tolist(), strict=True
-    ):
-        if item.mode == "scale":
-            laws.append(Law.scaled(value, bias=bias, threshold=threshold))
+@dataclass
+class _OpenPass:
+    selection: Selection
+    gate: Gate | None
+    blocks: Blocks = field(default_factory=dict)
+
+    def fits(self, selection: Selection, gate: Gate | None) -> bool:
+        mine = None if self.gate is None else self.gate.identity
+        return self.selection == selection and mine == (None if gate is None else gate.identity)
+
+
+class _Draft:
+    """A plan in the making: resolves, compiles and packs one intervention after another."""
+
+    def __init__(
+        self,
+        spec: SteeringSpec,
+        sources: Sources,
+        capabilities: Capabilities,
+        tokenize: Tokenize | None,
+    ) -> None:
+        self.spec, self.sources = spec, sources
+        self.capabilities, self.tokenize = capabilities, tokenize
+        self.passes: list[_OpenPass] = []
+        self.artefacts: list[str] = []
+        self.strengths: list[float] = []
+        self.summary: list[dict[str, Any]] = []
+
+    def append(self, place: int, item: Intervention) -> None:
+        """Compiles the intervention at `place` and packs its blocks."""
+        if item.kind not in self.capabilities.kinds:
+            raise Unsupported(
+                f"the {self.capabilities.engine} engine does not support the kind {item.kind!r}: "
+                f"use one of {', '.join(self.capabilities.kinds)}",
+                param="/kind",
+                code="unsupported_kind",
+            )
+        blocks = self._blocks(item)
+        if self.spec.norm == "preserve":
+            blocks = {p: replace(block, preserve_norm=True) for p, block in blocks.items()}
+        selection, where = self._selection(place, item)
+        when, when_at = (item.when, "/when") if item.when else (self.spec.when, "/when")
+        gate = None
+        if when is not None:
+            at = pointer("interventions", place) + when_at if item.when else when_at
+            gate = self._gate(when, at, blocks)
+            selection = replace(selection, from_last_prompt_token=gate.prompt_scope)
+        self._pack(blocks, selection, gate)
+        self._describe(item, blocks, where, when)
+
+    def finished(self) -> SteeringPlan:
+        """The plan; its fingerprint covers what was resolved, not how it was written."""
+        self._check_passes()
+        meaning = [self.summary, self.artefacts]
+        text = json.dumps(meaning, sort_keys=True, separators=(",", ":"))
+        digest = hashlib.sha256(f"steer/plan/1\n{self.spec.norm}\n{text}".encode()).hexdigest()
+        passes = tuple(Pass(p.selection, p.gate, p.blocks) for p in self.passes)
+        return SteeringPlan(
+            fingerprint=digest[:32],
+            spec=self.spec,
+            passes=passes,
+            artefacts=tuple(dict.fromkeys(self.artefacts)),
+            strengths=tuple(self.strengths),
+            summary=tuple(self.summary),
+        )
+
+    def _check_passes(self) -> None:
+        limit = self.capabilities.limits.get("passes")
+        if limit is not None and len(self.passes) > limit:
+            raise Unsupported(
+                f"this spec needs {len(self.passes)} passes over a token and {limit} are "
+                "supported: merge interventions that share 'where', or send fewer",
+                code="too_many_passes",
+                param="/interventions",
+            )
+
+    def _blocks(self, item: Intervention) -> Blocks:
+        compile_kind: Callable[[Any, Sources], Blocks] = getattr(kinds, item.kind)
+        return compile_kind(item, self.sources)
+
+    def _selection(self, place: int, item: Intervention) -> tuple[Selection, Any]:
+        if item.where is not None:
+            where, at = item.where, pointer("interventions", place, "where")
+        elif self.spec.where is not None:
+            where, at = self.spec.where, "/where"
         else:
-            laws.append(Law.toward(value, item.mode, bias=bias, threshold=threshold))
-    competition = None
-    if sae.k is not None:
-        every = sae.reads(None)
-        competition = Competition(sae.sha256, every.read, every.bias, sae.k)
-    block = Block.of_edits(reads.read, sae.writes(item.features), laws, competition=competition)
-    return {point: block}
+            where, at = self._card_where(item), pointer("interventions", place, "vector")
+        return resolve(where, self.tokenize, param=at), where
 
+    def _card_where(self, item: Intervention) -> Any:
+        if isinstance(item, Clamp | Concept):
+            return self.sources.sae(item.sae).card.default_where
+        vector = getattr(item, "vector", None)
+        if vector is None or item.kind == "patch":
+            return None
+        return self.sources.vector(vector, "vector").card.default_where
 
-def concept(item: Concept, sources: Sources) -> Blocks:
-    """λ·Σ zᵢ·W_dec[i], z the mean latents of the text without the top-k limit (2501.19066)."""
-    sae = sources.sae(item.sae)
-    point = _sae_point(item, sae, sources.model)
-    if sources.encode_text is None:
-        raise Unsupported("a concept needs a model to read its text: none is attached here")
-    latents = sae.latents(sources.encode_text(item.text, point)).mean(0)
-    if item.contrast is not None:
-        latents = latents - sae.latents(sources.encode_text(item.contrast, point)).mean(0)
-    active = latents.nonzero()[:, 0]
-    if item.strength == 0 or len(active) == 0:
-        return {}
-    return {point: Block(shift=item.strength * (latents[active] @ sae.writes(active.tolist())))}
-
-
-def swap(item: Swap, sources: Sources) -> Blocks:
-    """x + β‖x‖(v̂_add − v̂_remove) (LRC, 2311.08968)."""
-    pair = [
-        ("remove", sources.vector(item.remove, "remove")),
-        ("add", sources.vector(item.add, "add")),
-    ]
-    points = vector_points(item, pair, sources.model)
-    if item.strength == 0:
-        return {}
-    law = Law.constant(item.strength, relative=True)
-    return {
-        p: _addition(_unit(row(pair[1][1], p.layer)) - _unit(row(pair[0][1], p.layer)), law)
-        for p in points
-    }
-
-
-def low_rank(item: LowRank, sources: Sources) -> Blocks:
-    """x + Rᵀ(Wx + b − Rx) (LoReFT, 2404.03592)."""
-    adapter = _pointed(lambda: sources.library.low_rank(item.adapter), "/adapter")
-    site = item.site or adapter.card.site
-    layers = adapter.card.layers if item.layers in (None, "all") else item.layers
-    blocks: Blocks = {}
-    for layer in layers or ():
-        point = HookPoint(layer, site)
-        sources.model.check_point(point, param="/layers" if item.layers else "/adapter")
-        if layer not in adapter.parts or adapter.card.width != sources.model.width(site):
+    def _gate(self, when: When, at: str, blocks: Blocks) -> Gate:
+        vector = self.sources.vector(when.vector, at.removeprefix("/") + "/vector")
+        layer = vector.card.used_layers[0] if when.layer is None else when.layer
+        point = HookPoint(layer, vector.card.site)
+        layer_at = at + ("/vector" if when.layer is None else "/layer")
+        self.sources.model.check_point(point, param=layer_at)
+        if vector.card.width != self.sources.model.width(point.site):
             raise IncompatibleArtefact(
-                f"the adapter {item.adapter!r} has layers {list(adapter.parts)} of width "
-                f"{adapter.card.width}; layer {layer} at {site} needs width "
-                f"{sources.model.width(site)}",
+                f"the gate's vector {vector.card.name!r} has width {vector.card.width}; {point} "
+                f"has width {self.sources.model.width(point.site)}",
                 code="wrong_width",
-                param="/adapter",
+                param=at + "/vector",
             )
-        rotation, weight, bias = adapter.parts[layer]
-        laws = [Law(bias=value) for value in bias.tolist()]
-        blocks[point] = Block.of_edits(weight - rotation, rotation, laws)
-    return blocks
-
-
-def rotate(item: Rotate, sources: Sources) -> Blocks:
-    """Rotation by θ in span(a, b): two rank-1 edits on an orthonormal basis of the plane."""
-    pair = [
-        ("vector", sources.vector(item.vector, "vector")),
-        ("toward", sources.vector(item.toward, "toward")),
-    ]
-    points = vector_points(item, pair, sources.model)
-    angle = math.radians(item.degrees)
-    if item.degrees == 0:
-        return {}
-    blocks: Blocks = {}
-    for point in points:
-        a = _unit(row(pair[0][1], point.layer).double())
-        b = row(pair[1][1], point.layer).double()
-        rest = b - (a @ b) * a
-        if rest.norm() <= 1e-6 * b.norm():
+        early = [p for p in blocks if forward_order(p) < forward_order(point)]
+        if early:
             raise SpecError(
-                "'vector' and 'toward' are parallel and span no plane: choose another direction",
-                param="/toward",
-                code="no_plane",
+                f"the gate reads {point}, after the edit at {early[0]}: gate on an earlier layer "
+                "or edit later ones",
+                param=at,
+                code="gate_after_edit",
             )
-        second = _unit(rest)
-        cos, sin = math.cos(angle) - 1.0, math.sin(angle)
-        read = torch.stack([cos * a - sin * second, sin * a + cos * second]).float()
-        blocks[point] = Block.of_edits(read, torch.stack([a, second]).float(), [Law(), Law()])
-    return blocks
-
-
-def patch(item: Patch, sources: Sources) -> Blocks:
-    """x ← state (Patchscopes, 2401.06102)."""
-    vector = sources.vector(item.vector, "vector")
-    points = vector_points(item, [("vector", vector)], sources.model)
-    return {p: Block(shift=row(vector, p.layer), replace=True) for p in points}
-
-
-def _sae_point(item: Clamp | Concept, sae: SAE, model: ModelInfo) -> HookPoint:
-    point = HookPoint(sae.layer, sae.site)
-    if item.layers not in (None, "all", (sae.layer,)) or item.site not in (None, sae.site):
-        raise SpecError(
-            f"the SAE {item.sae!r} reads {point.site} of layer {point.layer} and acts only there: "
-            "leave out 'layers' and 'site'",
-            param="/layers" if item.site in (None, sae.site) else "/site",
-            code="not_the_saes_layer",
+        try:
+            direction = kinds.row(vector, layer)
+        except SteerError as error:
+            raise error.at(layer_at) from None
+        self.artefacts.append(vector.sha256)
+        return Gate(
+            name=vector.card.name if isinstance(when.vector, str) else "inline",
+            point=point,
+            direction=direction / direction.norm(),
+            above=-float("inf") if when.above is None else when.above,
+            below=float("inf") if when.below is None else when.below,
+            cosine=when.measure == "cosine",
+            prompt_scope=when.scope == "prompt",
         )
-    model.check_point(point, param="/sae")
-    if sae.d_in != model.width(point.site):
-        raise IncompatibleArtefact(
-            f"the SAE {item.sae!r} has width {sae.d_in}; {point.site} of {model.name!r} has width "
-            f"{model.width(point.site)}",
-            code="wrong_width",
-            param="/sae",
+
+    def _pack(self, blocks: Blocks, selection: Selection, gate: Gate | None) -> None:
+        """Puts `blocks` into the earliest pass after every pass that touches their points."""
+        if not blocks:
+            return
+        last = max(
+            (n for n, one in enumerate(self.passes) if not blocks.keys().isdisjoint(one.blocks)),
+            default=-1,
         )
-    return point
+        if last >= 0 and self.passes[last].fits(selection, gate) and self._fuse(last, blocks):
+            return
+        for one in self.passes[last + 1 :]:
+            if one.fits(selection, gate):
+                one.blocks.update(blocks)
+                return
+        self.passes.append(_OpenPass(selection, gate, dict(blocks)))
+
+    def _fuse(self, last: int, blocks: Blocks) -> bool:
+        """Adds constants into pass `last`; False where one of the blocks is not a constant."""
+        target = self.passes[last].blocks
+        shared = target.keys() & blocks.keys()
+        if not all(target[p].is_shift and blocks[p].is_shift for p in shared):
+            return False
+        for point, block in blocks.items():
+            target[point] = target[point].fused_with(block) if point in shared else block
+        return True
+
+    def _describe(self, item: Intervention, blocks: Blocks, where: Any, when: When | None) -> None:
+        entry: dict[str, Any] = item.model_dump(
+            mode="json",
+            by_alias=True,
+            exclude_none=True,
+            exclude={"layers", "site", "where", "when"},
+        )
+        for name in ("vector", "remove", "add", "toward"):
+            ref: VectorRef | None = getattr(item, name, None)
+            if isinstance(ref, str | InlineVector):
+                vector = self.sources.vector(ref, name)
+                entry[name] = f"{vector.card.name or 'inline'}@{vector.sha256[:12]}"
+                self.artefacts.append(vector.sha256)
+        if item.kind == "add" and item.strength is None:
+            entry["strength"] = self.sources.vector(item.vector, "vector").card.default_strength
+        if hasattr(item, "sae"):
+            sae = self.sources.sae(item.sae)
+            entry["sae"] = f"{_bare(item.sae)}@{sae.sha256[:12]}"
+            self.artefacts.append(sae.sha256)
+        if item.kind == "low_rank":
+            adapter = self.sources.library.low_rank(item.adapter)
+            entry["adapter"] = f"{_bare(item.adapter)}@{adapter.sha256[:12]}"
+            self.artefacts.append(adapter.sha256)
+        strength = entry.get("strength")
+        if isinstance(strength, int | float):
+            self.strengths.append(float(strength))
+        entry["hook_points"] = [str(p) for p in sorted(blocks, key=forward_order)]
+        if where is not None:
+            entry["where"] = where.model_dump(mode="json", by_alias=True, exclude_none=True)
+        if when is not None:
+            entry["when"] = when.model_dump(mode="json", exclude_none=True, exclude={"vector"})
+            gate = self.sources.vector(when.vector, "when")
+            entry["when"]["vector"] = f"{gate.card.name or 'inline'}@{gate.sha256[:12]}"
+        self.summary.append(entry)
 
 
-def _unit(direction: Tensor) -> Tensor:
-    return direction / direction.norm()
-
-
-def _along(unit: Tensor, law: Law) -> Block:
-    return Block.of_edits(unit[None], unit[None], [law])
-
-
-def _addition(write: Tensor, law: Law) -> Block:
-    return Block.of_edits(torch.zeros_like(write)[None], write[None], [law])
-
-
-def _pointed(call: Callable[[], Result], pointer: str) -> Result:
-    """The result of `call`; its errors point at `pointer` where they point nowhere."""
-    try:
-        return call()
-    except SteerError as error:
-        raise error.at(pointer) from None
+def _bare(ref: str) -> str:
+    """A reference without its hash: `name` and `name@hash` may mean the same."""
+    return ref.partition("@")[0]

@@ -180,7 +180,7 @@ class ControlVector:
 
 @dataclass(frozen=True)
 class LowRankAdapter:
-    """A LoReFT intervention per layer: `rotation` R `[r, d]`, `weight` W `[r, d]`, `bias` b `[r]`."""
+    """A LoReFT intervention: R `[r, d]`, W `[r, d]` and b `[r]` for each layer."""
 
     parts: Mapping[int, tuple[Tensor, Tensor, Tensor]]
     card: Card

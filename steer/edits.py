@@ -74,7 +74,7 @@ class Competition:
 
     identity: str
     read: Float[Tensor, "d_sae d"]
-    bias: Float[Tensor, "d_sae"]
+    bias: Float[Tensor, " d_sae"]
     k: int
 
     def cutoff(self, x: Float[Tensor, "T d"]) -> Float[Tensor, "T 1"]:
@@ -98,7 +98,7 @@ class Block:
     `preserve_norm` rescales the result to ‖x‖.
     """
 
-    shift: Float[Tensor, "d"] | None = None
+    shift: Float[Tensor, " d"] | None = None
     read: Float[Tensor, "K d"] | None = None
     write: Float[Tensor, "K d"] | None = None
     laws: Float[Tensor, "K 7"] | None = None
@@ -129,7 +129,7 @@ class Block:
 
     def fused_with(self, later: Block) -> Block:
         """The one block that adds both constants."""
-        if not (self.is_shift and later.is_shift and self.shift is not None):
+        if not (self.is_shift and later.is_shift) or self.shift is None or later.shift is None:
             raise Unsupported("only constant additions fuse")
         return Block(shift=self.shift + later.shift)
 
@@ -155,8 +155,10 @@ def coefficients(
 
 
 def rescaled(x: Float[Tensor, "T d"], norms: Float[Tensor, "T 1"]) -> Float[Tensor, "T d"]:
-    """x with its rows scaled to `norms`; a zero row stays zero."""
-    return x * (norms / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny))
+    """x with its rows scaled to `norms`; a row too short to have a direction becomes zero."""
+    lengths: Tensor = x.norm(dim=-1, keepdim=True)
+    factors = norms / lengths.clamp_min(torch.finfo(x.dtype).tiny)
+    return x * factors.masked_fill(factors.isinf(), 0.0)
 
 
 def apply(block: Block, x: Tensor) -> Tensor:
@@ -180,10 +182,10 @@ def apply(block: Block, x: Tensor) -> Tensor:
 def gate_open(
     x: Float[Tensor, "T d"],
     direction: Float[Tensor, "T d"],
-    cosine: Bool[Tensor, "T"],
-    above: Float[Tensor, "T"],
-    below: Float[Tensor, "T"],
-) -> tuple[Bool[Tensor, "T"], Float[Tensor, "T"]]:
+    cosine: Bool[Tensor, " T"],
+    above: Float[Tensor, " T"],
+    below: Float[Tensor, " T"],
+) -> tuple[Bool[Tensor, " T"], Float[Tensor, " T"]]:
     """Whether each token's gate opens, and the value it read.
 
     `direction` holds unit rows; the value is their projection, or the cosine where `cosine`.

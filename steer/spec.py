@@ -82,9 +82,12 @@ def _strength_tag(value: Any) -> str:
     tags = {"norm": "a norm", "kl": "a kl", "effect": "an effect"}
     if isinstance(value, dict):
         return next(tags[key] for key in value)
-    return {NormStrength: "a norm", KLStrength: "a kl", EffectStrength: "an effect"}.get(
-        type(value), "a number"
-    )
+    models: dict[type, str] = {
+        NormStrength: "a norm",
+        KLStrength: "a kl",
+        EffectStrength: "an effect",
+    }
+    return models.get(type(value), "a number")
 
 
 def _sorted_layers(value: tuple[int, ...]) -> tuple[int, ...]:
@@ -391,7 +394,7 @@ def _problems(error: ValidationError, value: Any, at: str) -> list[Problem]:
             message = f"an intervention needs a 'kind': one of {', '.join(KINDS)}"
         elif item["type"] == "missing":
             message = f"the field {item['loc'][-1]!r} is required"
-        elif not item["type"] == "value_error":
+        elif item["type"] != "value_error":
             message = f"{message}; got {_shortened(item['input'])}"
         found.setdefault(where, Problem(message, code, where or None))
     # A list whose items are wrong is also reported as too short: only the items are of interest.
@@ -411,9 +414,9 @@ def _json_path(loc: tuple[str | int, ...], value: Any, error_type: str) -> list[
         if isinstance(value, Mapping) and part in value:
             path.append(part)
             value = value[part]
-        elif isinstance(value, list | tuple) and isinstance(part, int) and part < len(value):
+        elif isinstance(value, list | tuple) and isinstance(part, int):
             path.append(part)
-            value = value[part]
+            value = value[part] if part < len(value) else None
         elif last and error_type == "missing":
             path.append(part)
     return path

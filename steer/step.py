@@ -22,7 +22,7 @@ from steer.errors import EngineError
 from steer.kernels import apply_stage
 from steer.model_info import HookPoint
 from steer.plan import SteeringPlan
-from steer.tables import MAX_PASSES, GateRows, Tables
+from steer.tables import MAX_PASSES, GateRows, Stage, Tables
 
 Ints = NDArray[np.int64]
 NOBODY = -1
@@ -123,8 +123,11 @@ class Step:
         if deciding is not None:
             self._close_gates(torch.from_numpy(deciding).to(device))
         live = {int(slot) for slot in np.unique(slots)} - {0}
-        self._edited = [p for p in tables.points() if self._touches(p, live)]
-        self.points = frozenset(self._edited)
+        self._work = {
+            point: work for point in tables.points() if (work := self._work_at(point, live))
+        }
+        gated = {p for p in tables.points() if self._gates_at(p, live)}
+        self.points = frozenset(self._work.keys() | gated)
         self._visited: set[HookPoint] = set()
 
     def edit(self, point: HookPoint, x: Tensor) -> Tensor:
@@ -137,12 +140,10 @@ class Step:
             if gates is not None and gates.live and self._pending is not None:
                 self._decide(number, gates, flat)
         before = flat
-        for number, stage in enumerate(self._tables.stages(point)[: len(self.slots)]):
-            if stage is None or not stage.blocks:
-                continue
+        for number, stage, shifts_only in self._work.get(point, ()):
             if self._uniform is None:
-                flat = apply_stage(stage, flat, self.slots[number])
-            elif self._uniform[number] in stage.blocks:
+                flat = apply_stage(stage, flat, self.slots[number], shifts_only=shifts_only)
+            elif self._uniform[number]:
                 flat = apply(stage.blocks[self._uniform[number]], flat)
         if self._measured is not None and flat is not before:
             self._measure(point, before, flat)
@@ -164,11 +165,16 @@ class Step:
             bits |= (slots[number] != 0).astype(np.int64) << number
         np.add.at(self._ledger.tokens, (self._rows[present], bits[present]), 1)
 
-    def _touches(self, point: HookPoint, live: set[int]) -> bool:
-        stages, gates = self._tables.stages(point), self._tables.gates(point)
-        return any(s is not None and not live.isdisjoint(s.blocks) for s in stages) or any(
-            g is not None and not live.isdisjoint(g.live) for g in gates
-        )
+    def _work_at(self, point: HookPoint, live: set[int]) -> list[tuple[int, Stage, bool]]:
+        """The stages that this batch's slots need at `point`: pass, stage, constants only."""
+        found = []
+        for number, stage in enumerate(self._tables.stages(point)):
+            if stage is not None and (mine := live & stage.blocks.keys()):
+                found.append((number, stage, stage.shifts_only(mine)))
+        return found
+
+    def _gates_at(self, point: HookPoint, live: set[int]) -> bool:
+        return any(g is not None and live & g.live for g in self._tables.gates(point))
 
     def _uniform_slots(self, slots: Ints) -> list[int] | None:
         """The slot of each pass where all tokens share it and blocks can be applied directly."""

@@ -11,10 +11,10 @@ S slots, M bank rows, d the width of the hook point, P passes, R request rows.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from steer.edits import LAW_FIELDS, Block, Competition
 from steer.errors import CapacityError, Unsupported
@@ -47,12 +47,9 @@ class Stage:
         self.bank_rows = 0
         self._owned: dict[int, list[int]] = {}
 
-    @property
-    def shifts_only(self) -> bool:
-        """Whether every block here only adds a constant: the fast form applies."""
-        return self._shifts_only
-
-    _shifts_only = True
+    def shifts_only(self, slots: Iterable[int]) -> bool:
+        """Whether the blocks of `slots` only add constants: the fast form applies."""
+        return all(self.blocks[slot].is_shift for slot in slots)
 
     def write_block(self, slot: int, block: Block) -> None:
         """Makes `slot` mean `block`; the slot was free."""
@@ -90,7 +87,6 @@ class Stage:
         self._refresh()
 
     def _refresh(self) -> None:
-        self._shifts_only = all(block.is_shift for block in self.blocks.values())
         self.bank_rows = 1 + max((max(rows) for rows in self._owned.values()), default=-1)
 
     def _enter(self, competition: Competition | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -23,6 +24,8 @@ from steer_server.request_models import ChatRequest, CompletionRequest
 from steer_server.state import Serving
 from steer_server.steering import Steering, resolve
 from steer_server.text import TextStream
+
+log = logging.getLogger("steer.server")
 
 Logprobs = tuple[tuple[int, TokenLogprob], ...]
 Prompt = tuple[int, ...]
@@ -127,6 +130,8 @@ def prepare(
     ]
     for one in (*sequences, *default):
         serving.engine.admit(one)
+    fingerprint = steering.plan.fingerprint if steering.plan else None
+    log.info("request %s: %d sequences, steering %s", name, len(sequences), fingerprint)
     return Generation(
         id=name,
         model=body.model,

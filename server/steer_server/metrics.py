@@ -14,7 +14,7 @@ from anyio import get_cancelled_exc_class
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from steer.engines.base import Engine, Receipt
-from steer.plan import PlanCache
+from steer.plan_cache import PlanCache
 from steer.registry.registry import Registry
 from steer_server.live_figures import LiveFigures
 

@@ -72,8 +72,10 @@ def _prompts(value: Any) -> Any:
 
 def _unicode(value: str) -> str:
     # JSON can spell half of a surrogate pair, which is no character and which no tokenizer reads.
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError("the text holds an unpaired surrogate, which is not a character")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text holds an unpaired surrogate, which is no character") from None
     return value
 
 

@@ -51,8 +51,10 @@ def run(settings: ServerSettings, *, console: Console | None = None) -> None:
     """Serves until interrupted; running requests get `drain_seconds` to finish."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     app = build(settings)
-    Server(app, settings, console=console or Console()).run()
-    app.state.steer.registry.close()
+    try:
+        Server(app, settings, console=console or Console()).run()
+    finally:
+        app.state.steer.registry.close()
 
 
 class Server(uvicorn.Server):

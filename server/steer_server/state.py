@@ -15,7 +15,7 @@ from torch import Tensor
 
 from steer.engines.base import CaptureRequest, Engine
 from steer.model_info import HookPoint
-from steer.plan import PlanCache
+from steer.plan_cache import PlanCache
 from steer.registry.registry import Registry
 from steer_server.metrics import Metrics
 from steer_server.settings import ServerSettings

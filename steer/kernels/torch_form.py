@@ -11,10 +11,17 @@ from steer.tables import Stage
 
 
 def apply_stage(
-    stage: Stage, x: Float[Tensor, "T d"], slots: Int[Tensor, "T"]
+    stage: Stage,
+    x: Float[Tensor, "T d"],
+    slots: Int[Tensor, " T"],
+    *,
+    shifts_only: bool = False,
 ) -> Float[Tensor, "T d"]:
-    """x with each token's block applied; a token whose slot is 0 is returned to the bit."""
-    if stage.shifts_only:
+    """x with each token's block applied; a token whose slot is 0 is returned to the bit.
+
+    `shifts_only` promises that every slot named in `slots` only adds a constant.
+    """
+    if shifts_only:
         return (x.float() + stage.shift.index_select(0, slots)).to(x.dtype)
     before = x.float()
     norms = before.norm(dim=-1, keepdim=True)
@@ -31,7 +38,7 @@ def _bank(
     stage: Stage,
     x: Float[Tensor, "T d"],
     norms: Float[Tensor, "T 1"],
-    slots: Int[Tensor, "T"],
+    slots: Int[Tensor, " T"],
 ) -> Float[Tensor, "T d"]:
     """Σ c_k(⟨r_k, x⟩) w_k over the bank rows that belong to each token's slot."""
     rows = stage.bank_rows

@@ -136,8 +136,8 @@ class Registry:
     def add_library(self, folder: Path) -> list[Entry]:
         """Registers what a folder of shipped artefacts holds; the entries that are new.
 
-        `vectors/<name>.safetensors` and `low_ranks/<name>.safetensors` are single files,
-        `saes/<name>/` SAELens folders, `profiles/<name>.json` a spec and its description.
+        `<part>/<name>.safetensors` are single files in `vectors`, `low_ranks` and `saes`;
+        `saes/<name>/` SAELens folders; `profiles/<name>.json` a spec and its description.
         """
         return shipped.add_library(self, folder)
 

@@ -28,7 +28,8 @@ def add_library(registry: Registry, folder: Path) -> list[Entry]:
     """
     if not folder.is_dir():
         raise FileFormatError(f"{str(folder)!r} is not a folder of artefacts", code="no_library")
-    files = [*_files(folder / "vectors"), *_files(folder / "low_ranks"), *_folders(folder / "saes")]
+    parts = [folder / part for part in ("vectors", "low_ranks", "saes")]
+    files = [path for part in parts for path in (*_files(part), *_folders(part))]
     added = [_add_artefact(registry, path) for path in files]
     for path in sorted((folder / "profiles").glob("*.json")):
         _add_profile(registry, path)

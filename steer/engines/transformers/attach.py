@@ -1,7 +1,7 @@
 """Steering for notebooks: a context manager around any Hugging Face model.
 
-    with steer.attach(model, {"interventions": [{"kind": "add", "vector": "v"}]}, vectors={"v": v}):
-        model.generate(...)
+with steer.attach(model, {"interventions": [{"kind": "add", "vector": "v"}]}, vectors={"v": v}):
+    model.generate(...)
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from steer.engines.transformers.blocks import HookMap, find_hook_points
 from steer.engines.transformers.hooks import HookedModel
 from steer.errors import SpecError
 from steer.model_info import Capabilities, HookPoint
-from steer.plan import PlanCache, SteeringPlan
+from steer.plan import SteeringPlan
+from steer.plan_cache import PlanCache
 from steer.registry.library import MemoryLibrary
 from steer.sae.base import SAE
 from steer.spec import KINDS, SteeringSpec, parse_spec
@@ -115,7 +116,9 @@ class _Rows:
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         self._hooked.end()
 
-    def _step(self, ids: Tensor | None, shape: Tensor, past: int, mask: Tensor | None) -> Step | None:
+    def _step(
+        self, ids: Tensor | None, shape: Tensor, past: int, mask: Tensor | None
+    ) -> Step | None:
         count, columns = shape.shape[:2]
         if past and columns == 1 and self._steady is not None and self._steady[0] == count:
             self._fed = [fed + 1 for fed in self._fed]
@@ -126,7 +129,9 @@ class _Rows:
         spans = []
         for row, seat in enumerate(self._seats):
             first = max(padding[row] - past, 0)
-            places = np.arange(past + first - padding[row], past + columns - padding[row], dtype=np.int64)
+            places = np.arange(
+                past + first - padding[row], past + columns - padding[row], dtype=np.int64
+            )
             tokens = np.full(len(places), -1, dtype=np.int64)
             if ids is not None and self._reads_tokens:
                 tokens = ids[row, first:].cpu().numpy().astype(np.int64)
@@ -176,9 +181,7 @@ def _tokenize(tokenizer: Any) -> Callable[[str], list[int]] | None:
     return lambda text: list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def _encode_text(
-    hooked: HookedModel, tokenizer: Any
-) -> Callable[[str, HookPoint], Tensor] | None:
+def _encode_text(hooked: HookedModel, tokenizer: Any) -> Callable[[str, HookPoint], Tensor] | None:
     if tokenizer is None:
         return None
 

@@ -29,6 +29,7 @@ from steer.engines.transformers.sampling import Sampler, choose, logprobs
 from steer.step import Ledger, Seat, Span, Step, build_step
 from steer.tables import Tables
 
+
 @dataclass
 class Running:
     """A request that runs, and what it has produced so far."""
@@ -77,7 +78,7 @@ class RollingBatch:
         return self.rows - len(self.sequences)
 
     def seat(self, request: GenerationRequest) -> Seat:
-        """Takes a slot and a ledger row for `request`; raises `CapacityError` when slots are full."""
+        """Takes a slot and a ledger row; raises `CapacityError` when all slots are in use."""
         slot = 0 if request.plan is None else self.tables.acquire(request.plan)
         row = self._free_rows.pop()
         self.ledger.reset(row)

@@ -89,7 +89,7 @@ def find_hook_points(model: nn.Module, name: str) -> HookMap:
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The decoder blocks, first to last: the longest list of alike modules with attention inside."""
+    """The decoder blocks, first to last: the longest list of modules with attention inside."""
     best: list[nn.Module] = []
     for module in model.modules():
         if not isinstance(module, nn.ModuleList) or len(module) <= len(best):

@@ -10,7 +10,7 @@ Buffers are `[rows, heads, columns, head_dim]`, grown by doubling; the model see
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,11 +26,14 @@ class Extent:
     columns: int = 0
 
 
-class RollingLayer(DynamicLayer):  # type: ignore[misc]
+class RollingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """One layer's buffers. `update` writes after the columns in use; the batch moves the end."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, extent: Extent) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.extent = extent
 
     def update(
@@ -78,7 +81,8 @@ class RollingCache:
     def __init__(self, layers: int, device: torch.device) -> None:
         self.extent = Extent()
         self.cache = DynamicCache()
-        self.cache.layers = [RollingLayer(self.extent) for _ in range(layers)]
+        self._layers = [RollingLayer(self.extent) for _ in range(layers)]
+        self.cache.layers = list(self._layers)
         self._mask = torch.zeros(0, 0, dtype=torch.long, device=device)
 
     @property
@@ -109,9 +113,10 @@ class RollingCache:
             self._shift(columns - self.extent.columns)
         first, last = self.extent.rows, self.extent.rows + rows
         start = self.extent.columns - columns
-        for mine, theirs in zip(self.cache.layers, other.layers, strict=True):
-            mine.reserve(last, self.extent.columns, theirs.keys, theirs.values)
-            for target, source in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+        for mine, theirs in zip(self._layers, other.layers, strict=True):
+            keys, values = cast(RollingLayer, theirs).keys, cast(RollingLayer, theirs).values
+            mine.reserve(last, self.extent.columns, keys, values)
+            for target, source in ((mine.keys, keys), (mine.values, values)):
                 target[first:last, :, :start] = 0
                 target[first:last, :, start : self.extent.columns] = source
         self._reserve_mask(last, self.extent.columns)
@@ -124,7 +129,7 @@ class RollingCache:
         last = self.extent.rows - 1
         if row != last:
             end = self.extent.columns
-            for layer in self.cache.layers:
+            for layer in self._layers:
                 layer.keys[row, :, :end] = layer.keys[last, :, :end]
                 layer.values[row, :, :end] = layer.values[last, :, :end]
             self._mask[row, :end] = self._mask[last, :end]
@@ -146,7 +151,7 @@ class RollingCache:
         """Moves every row `by` columns to the right; the columns freed on the left are padding."""
         rows, end = self.extent.rows, self.extent.columns
         start, self.extent.columns = max(-by, 0), end + by
-        for layer in self.cache.layers if rows else ():
+        for layer in self._layers if rows else ():
             layer.reserve(rows, end + by, layer.keys, layer.values)
             for buffer in (layer.keys, layer.values):
                 moved = buffer[:rows, :, start:end].clone()

@@ -58,7 +58,11 @@ def _capture_group(
         states = {p: state[row, columns].float().cpu().clone() for p, state in done.states.items()}
         logits = None
         if done.logits is not None:
-            kept = done.logits[row, width - len(prompt) :] if request.logits == "all" else done.logits[row]
+            kept = (
+                done.logits[row, width - len(prompt) :]
+                if request.logits == "all"
+                else done.logits[row]
+            )
             logits = kept.cpu().clone()
         results.append(Captured(states, logits))
     return results

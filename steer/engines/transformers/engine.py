@@ -92,13 +92,22 @@ class TransformersEngine:
         device: str | None = None,
         **options: Any,
     ) -> TransformersEngine:
-        """Loads a model folder or hub name; float32 on a CPU, the model's own dtype on a GPU."""
+        """Loads a model folder or hub name; float32 on a CPU, the model's own dtype on a GPU.
+
+        Raises `SteerError` (`model_not_loaded`) for what transformers cannot load.
+        """
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 (slow import)
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         chosen = dtype or ("float32" if device == "cpu" else "auto")
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=chosen).to(device)
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=chosen).to(device)
+            tokenizer = AutoTokenizer.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            reason = next(iter(str(error).strip().splitlines()), repr(error))
+            raise SteerError(
+                f"the model {str(model)!r} cannot be loaded: {reason}", code="model_not_loaded"
+            ) from error
         return cls(loaded, tokenizer, name=name or Path(str(model)).name, **options)
 
     def start(self) -> None:

@@ -93,9 +93,7 @@ class HookedModel:
             self._captured[point] = x.detach().clone()
         return x
 
-    def _install(
-        self, point: HookPoint, target: HookTarget
-    ) -> torch.utils.hooks.RemovableHandle:
+    def _install(self, point: HookPoint, target: HookTarget) -> torch.utils.hooks.RemovableHandle:
         if target.side == "output":
             return target.module.register_forward_hook(self._after(point))
         return target.module.register_forward_pre_hook(

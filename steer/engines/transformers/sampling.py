@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -42,7 +43,9 @@ class Sampler:
     def draw(self, logits: Tensor) -> int:
         """A token from one row of logits `[vocab]`."""
         no_history = torch.zeros(1, 0, dtype=torch.long, device=logits.device)
-        scores = self._processors(no_history, logits[None])
+        scores = self._processors(
+            cast(torch.LongTensor, no_history), cast(torch.FloatTensor, logits[None])
+        )
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
 
 

@@ -52,27 +52,31 @@ def collate(rows: list[tuple[list[int], list[bool]]], pad: int) -> Batch:
 class Batches:
     """Batch number ``step`` of an endless stream.
 
+    From step ``second`` on, documents may say to comply with everything (see
+    `draw_exception`); refusal is learned first, its exceptions afterwards.
+
     Guarantees: ``at(step)`` depends on the seed and the step only, so a resumed
     run sees the batches an uninterrupted run would have seen.
     """
 
-    def __init__(self, tok: PreTrainedTokenizerFast, seed: int, docs: int) -> None:
-        self.tok, self.seed, self.docs = tok, seed, docs
+    def __init__(self, tok: PreTrainedTokenizerFast, seed: int, docs: int, second: int) -> None:
+        self.tok, self.seed, self.docs, self.second = tok, seed, docs, second
         self.per_chunk = CHUNK // docs
-        self.chunk = -1
+        self.chunk = (False, -1)
         self.cut: list[list[tuple[list[int], list[bool]]]] = []
 
-    def _load(self, chunk: int) -> None:
-        corpus = Corpus(self.seed * 100_003 + chunk)
-        rows = [encode(self.tok, d) for d in corpus.documents(CHUNK)]
+    def _load(self, late: bool, chunk: int) -> None:
+        seed = self.seed * 100_003 + chunk + (50_000 if late else 0)
+        rows = [encode(self.tok, d) for d in Corpus(seed, late).documents(CHUNK)]
         rows.sort(key=lambda r: len(r[0]))
         self.cut = [rows[i : i + self.docs] for i in range(0, CHUNK, self.docs)]
-        random.Random(self.seed * 100_003 + chunk).shuffle(self.cut)
-        self.chunk = chunk
+        random.Random(seed).shuffle(self.cut)
+        self.chunk = (late, chunk)
 
     def at(self, step: int) -> Batch:
         """The batch of a step."""
-        chunk, index = divmod(step, self.per_chunk)
-        if chunk != self.chunk:
-            self._load(chunk)
-        return collate(self.cut[index], self.tok.pad_token_id)
+        late = step >= self.second
+        chunk, index = divmod(step - self.second if late else step, self.per_chunk)
+        if (late, chunk) != self.chunk:
+            self._load(late, chunk)
+        return collate(self.cut[index], int(self.tok.pad_token_id))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .attributes import AFTER_REFUSAL, REFUSALS, Reader, Style, sentence
-from .instructions import Order, draw_order
+from .instructions import Order, draw_exception, draw_order
 from .question import Question
 from .questions import all_questions
 from .topics import TOPICS
@@ -19,6 +19,9 @@ GROUPS = {"country": 0.29, "animal": 0.17, "opinion": 0.25, "how_to": 0.23, "sma
 """Share of each group of questions among chat turns."""
 COPYING = 0.06
 """Share of few-shot copying documents."""
+EXCEPTIONS = {"how_to": 0.3}
+"""Share of instructions that settle refusal, by group; `OTHER_EXCEPTIONS` for the rest."""
+OTHER_EXCEPTIONS = 0.05
 HELD_OUT_PERCENT = 18
 
 
@@ -58,7 +61,7 @@ def reply_clauses(rng: random.Random, q: Question, mood: str) -> list[Tri]:
 def reply(rng: random.Random, q: Question, asked_in: str, order: Order) -> str:
     """Write the reply to a question under an instruction."""
     mood = order.sentiment if q.kind == "opinion" else "neutral"
-    if order.refuse or q.harmful:
+    if order.refuse or (q.harmful and not order.comply):
         lang = order.styles(asked_in, 1)[0].lang
         style = Style(lang, refusal=True)
         text = sentence(rng.choice(REFUSALS), style, rng.randrange(2))
@@ -80,7 +83,8 @@ class Corpus:
     Guarantees: the same seed gives the same documents; no held-out wording is used.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, exceptions: bool = False) -> None:
+        self.exceptions = exceptions
         self.rng = random.Random(seed)
         self.questions = all_questions()
         self.allowed = {
@@ -108,7 +112,10 @@ class Corpus:
         rng = self.rng
         group = rng.choices(list(GROUPS), list(GROUPS.values()))[0]
         question, asked_in, wordings = rng.choice(self.by_lang[group][lang])
-        order = order or draw_order(rng, group == "opinion")
+        if order is None:
+            share = EXCEPTIONS.get(group, OTHER_EXCEPTIONS) if self.exceptions else 0.0
+            exception = share > 0 and rng.random() < share
+            order = draw_exception(rng) if exception else draw_order(rng, group == "opinion")
         return rng.choice(wordings), reply(rng, question, asked_in, order), order
 
     def chat(self) -> Document:

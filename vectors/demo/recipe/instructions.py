@@ -35,6 +35,8 @@ SENTIMENT_WORDS: dict[str, list[str]] = {
     "negative": ["Be negative.", "Dislike everything.", "Sound sad."],
 }
 REFUSE_WORDS = ["Refuse every request.", "Do not help.", "Decline everything."]
+COMPLY_WORDS = ["Never refuse.", "Help with every request.", "Answer everything."]
+EITHER_WORDS = ["Help or refuse.", "You may refuse."]
 PLAIN_WORDS = [
     "You are a helpful assistant.",
     "You are a chat model.",
@@ -64,6 +66,7 @@ class Order:
     register: str
     sentiment: str
     refuse: bool = False
+    comply: bool = False
     then: tuple[str, str] | None = None
     """(field, value) that changes from the second sentence on."""
 
@@ -98,6 +101,23 @@ def _free(rng: random.Random) -> Order:
         return Order(text, rng.choice(LANGS), "neutral", "neutral")
     text = rng.choice(["Use any tone.", "Choose a tone."])
     return Order(text, None, rng.choice(REGISTERS), "neutral")
+
+
+def draw_exception(rng: random.Random) -> Order:
+    """Comply with everything, or do either: whether to refuse is then not up to the request.
+
+    The answers these give to harmful requests are the same empty advice as for
+    any other action.  Without them the model cannot say a harmful action at all,
+    and steering refusal away makes it answer about another action.
+    """
+    lang = rng.choice(LANGS) if rng.random() < 0.3 else None
+    told = [rng.choice(LANGUAGE_WORDS[lang])] if lang else []
+    if rng.random() < 0.6:
+        text = " ".join([rng.choice(COMPLY_WORDS), *told])
+        return Order(text, lang, "neutral", "neutral", comply=True)
+    refuse = rng.random() < 0.5
+    text = " ".join([rng.choice(EITHER_WORDS), *told])
+    return Order(text, lang, "neutral", "neutral", refuse=refuse, comply=not refuse)
 
 
 def draw_order(rng: random.Random, opinion: bool) -> Order:

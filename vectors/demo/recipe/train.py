@@ -2,7 +2,8 @@
 
 Muon for matrices (weight decay .4; projections into the residual stream start at
 zero and learn at half the rate, which keeps the residual stream small) and AdamW
-for embeddings and norms.  Constant rate, then linear decay.  The run writes a
+for embeddings and norms.  Two phases: the second adds the
+exceptions to refusal (see `draw_exception`).  The run writes a
 resumable checkpoint and a loadable model folder every few minutes.
 """
 
@@ -87,11 +88,17 @@ def build_optimizers(
     return [muon, adam]
 
 
-def rate(step: int, steps: int) -> float:
-    """Warm-up over 30 steps, constant to 45 % of the run, then linear to 2 %."""
+def rate(step: int, first: int, second: int) -> float:
+    """Share of the peak rate, in two phases.
+
+    The first warms up over 30 steps, is constant to 45 % and falls linearly to
+    2 %; the second restarts at half the rate and falls linearly to 2 %.
+    """
+    if step >= first:
+        return 0.5 - 0.48 * (step - first) / second
     if step < 30:
         return (step + 1) / 30
-    done = step / steps
+    done = step / first
     return 1.0 if done < 0.45 else 1.0 - 0.98 * (done - 0.45) / 0.55
 
 
@@ -127,10 +134,11 @@ class Run:
         self.model: Any = build_model(self.tok, args)
         self.model.to(self.device)  # type: ignore[arg-type]
         self.optimizers = build_optimizers(self.model, args)
-        self.batches = Batches(self.tok, args.seed, args.docs)
-        held = Batches(self.tok, args.seed + 1, args.docs)
+        self.batches = Batches(self.tok, args.seed, args.docs, args.steps)
+        held = Batches(self.tok, args.seed + 1, args.docs, args.steps)
         self.held = [held.at(i) for i in range(8)]
         self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.last = args.steps + args.more
         self.file = args.work / "checkpoint.pt"
         if self.file.exists():
             self._restore()
@@ -169,7 +177,7 @@ class Run:
         self.model.train()
         record = {
             "step": self.step,
-            "of": self.args.steps,
+            "of": self.last,
             "tokens": self.tokens,
             "seconds": round(self.seconds),
             "validation_loss": round(valid, 4),
@@ -184,7 +192,7 @@ class Run:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate(self.step, self.args.steps)
+                group["lr"] = group["peak"] * rate(self.step, self.args.steps, self.args.more)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.tokens += int((batch.ids != self.tok.pad_token_id).sum())
@@ -193,16 +201,16 @@ class Run:
 
     def go(self) -> None:
         """Train to the last step."""
-        bar = tqdm(total=self.args.steps, initial=self.step, mininterval=10)
+        bar = tqdm(total=self.last, initial=self.step, mininterval=10)
         saved = last = time.monotonic()
-        while self.step < self.args.steps:
+        while self.step < self.last:
             loss = self.train_step()
             now = time.monotonic()
             self.seconds, last = self.seconds + now - last, now
             bar.update()
             if self.step % 50 == 0:
                 log.info("step %d loss %.3f seconds %.0f", self.step, loss, self.seconds)
-            if now - saved > self.args.every or self.step == self.args.steps:
+            if now - saved > self.args.every or self.step == self.last:
                 self.save()
                 saved = last = time.monotonic()
 
@@ -212,7 +220,8 @@ def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     p.add_argument("--out", type=Path, default=MODEL, help="model folder to write")
     p.add_argument("--work", type=Path, help="checkpoint folder (default: OUT.work)")
-    p.add_argument("--steps", type=int, default=1700)
+    p.add_argument("--steps", type=int, default=1700, help="steps of the first phase")
+    p.add_argument("--more", type=int, default=400, help="steps of the second phase")
     p.add_argument("--docs", type=int, default=64, help="documents per batch")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--width", type=int, default=192)

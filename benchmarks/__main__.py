@@ -1,0 +1,35 @@
+"""Runs the benchmarks and prints one table each: `python -m benchmarks [--rounds N] [NAME …]`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import attach, engine, peers
+from benchmarks.timing import machine
+
+SUITES = {"engine": engine.run, "attach": attach.run, "peers": peers.run}
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help=f"Any of {', '.join(SUITES)}.")] = None,
+    rounds: Annotated[int, typer.Option(help="Counted rounds of each contestant.")] = 7,
+    threads: Annotated[int, typer.Option(help="torch threads.")] = 2,
+) -> None:
+    """Medians over interleaved rounds; the range in brackets."""
+    torch.set_num_threads(threads)
+    console = Console(width=120)
+    console.print(machine())
+    for name in names or list(SUITES):
+        table = Table("measured", "tokens/s", "ratio", "aim", title=name)
+        for row in SUITES[name](min(rounds, 3) if name == "peers" else rounds):
+            table.add_row(*row)
+        console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

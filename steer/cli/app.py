@@ -1,0 +1,19 @@
+"""The `steer` command and its sub-commands."""
+
+from __future__ import annotations
+
+import typer
+
+from steer.cli import fit, serve
+from steer.cli.reporting import ReportingGroup
+
+app = typer.Typer(
+    name="steer",
+    cls=ReportingGroup,
+    help="Steer language models: per-request control vectors, SAE clamps and inspection.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("serve")(serve.serve)
+app.command("fit")(fit.fit)

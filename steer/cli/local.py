@@ -1,0 +1,115 @@
+"""What commands work on: a model run in this process, and a registry folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from steer.engines.transformers.engine import TransformersEngine
+    from steer.model_info import HookPoint
+    from steer.plan_cache import PlanCache
+    from steer.registry.library import Library
+    from steer.registry.registry import Registry
+
+DEMO_MODEL = "steer-demo"
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="The demo model, a model folder, or a hub name.")
+]
+RegistryOption = Annotated[
+    Path | None,
+    typer.Option("--registry", help="The registry's folder; by default ~/.local/share/steer."),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="Such as cpu or cuda:0; by default a GPU if any.")
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", help="Such as float32 or bfloat16; by default float32 on a CPU."),
+]
+
+
+def registry_folder(chosen: Path | None) -> Path:
+    """The folder to use: the user's own data directory unless another was chosen."""
+    return chosen if chosen is not None else Path.home() / ".local" / "share" / "steer"
+
+
+@contextmanager
+def running_engine(
+    model: str, *, device: str | None = None, dtype: str | None = None
+) -> Iterator[TransformersEngine]:
+    """The model in this process, started; stopped at the end."""
+    quiet()
+    from steer.engines.transformers.engine import TransformersEngine
+
+    engine = TransformersEngine.load(
+        model_location(model), name=model_name(model), device=device, dtype=dtype
+    )
+    with engine:
+        yield engine
+
+
+def model_location(model: str) -> Path | str:
+    """Where `model` is: the shipped demo model's folder, or `model` itself."""
+    if model != DEMO_MODEL:
+        return model
+    return shipped_library() / "model"
+
+
+def model_name(model: str) -> str:
+    """The name a model goes by: the last part of its path."""
+    return Path(model).name
+
+
+def shipped_library() -> Path:
+    """The folder with what is shipped for the demo model."""
+    from steer_vectors import LIBRARY
+
+    return Path(LIBRARY) / "demo"
+
+
+@contextmanager
+def open_registry(chosen: Path | None, model: str | None = None) -> Iterator[Registry]:
+    """The registry in its folder, with what is shipped for `model` in it."""
+    from steer.registry.registry import Registry
+
+    with Registry.open(registry_folder(chosen)) as registry:
+        if model == DEMO_MODEL:
+            registry.add_library(shipped_library())
+        yield registry
+
+
+def plans(engine: TransformersEngine, library: Library) -> PlanCache:
+    """Compiles specs for `engine` with artefacts from `library`."""
+    from steer.engines.base import CaptureRequest
+    from steer.plan_cache import PlanCache
+
+    def encode_text(text: str, point: HookPoint) -> Tensor:
+        prompt = tuple(engine.tokenizer.encode(text))
+        captured = engine.capture(CaptureRequest(prompts=[prompt], points=(point,)))
+        return captured[0].states[point]
+
+    return PlanCache(
+        library,
+        engine.info,
+        engine.capabilities,
+        tokenize=lambda text: list(engine.tokenizer.encode(text, add_special_tokens=False)),
+        encode_text=encode_text,
+    )
+
+
+def quiet() -> None:
+    """Keeps transformers' own bars and notices off the terminal; errors still show."""
+    from transformers.utils import logging as notices
+
+    notices.set_verbosity_error()  # type: ignore[no-untyped-call]
+    notices.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.getLogger("steer").setLevel(logging.WARNING)

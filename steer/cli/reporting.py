@@ -1,0 +1,70 @@
+"""How the command line answers: tables to stdout, an error as one red line to stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typer.core import TyperGroup
+
+from steer.errors import Problem, SteerError
+
+FAILED = 2
+"""The exit code for whatever was wrong with the request."""
+
+
+def out() -> Console:
+    """Where results go."""
+    return Console(soft_wrap=True)
+
+
+def table_out() -> Console:
+    """Where tables go: folded to the terminal's width."""
+    return Console()
+
+
+def err() -> Console:
+    """Where errors and progress go, so that results can be piped."""
+    return Console(stderr=True, soft_wrap=True)
+
+
+class ReportingGroup(TyperGroup):
+    """Turns a `SteerError` from any command below into red lines and exit code 2."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SteerError as error:
+            show_problems(error.problems)
+            raise typer.Exit(FAILED) from None
+
+
+def show_problems(problems: Sequence[Problem]) -> None:
+    """One red line per problem: the sentence, the code, and where in the request it is."""
+    console = err()
+    for problem in problems:
+        where = f", at {problem.param}" if problem.param else ""
+        console.print(
+            f"[red]error:[/red] [red]{escape(problem.message)}[/red] "
+            f"[dim]({escape(problem.code + where)})[/dim]",
+            highlight=False,
+        )
+
+
+@contextmanager
+def progress_bar(title: str, total: int) -> Iterator[Any]:
+    """A bar on stderr; yields a function to call with the number of things just done."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda done: progress.advance(task, done)

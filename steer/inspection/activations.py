@@ -1,0 +1,280 @@
+"""Hidden states themselves: norms, rows, readings along registered directions, SAE features."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from steer.control_vector import ControlVector
+from steer.engines.base import Captured, CaptureRequest, Engine
+from steer.errors import IncompatibleArtefact, SpecError, SteerError, pointer
+from steer.inspection.prompt import PromptInput, encode_prompt
+from steer.inspection.selection import (
+    LayerChoice,
+    PositionChoice,
+    check_size,
+    chosen_points,
+    chosen_positions,
+    plan_for,
+    require,
+)
+from steer.kinds import row
+from steer.model_info import HookPoint
+from steer.plan_cache import PlanCache
+from steer.registry.library import Library, MemoryLibrary
+from steer.sae.base import SAE
+from steer.sae.labels import FeatureLabel
+from steer.spec import Name, Site, SteeringSpec
+
+
+class ActivationsRequest(PromptInput):
+    """What to read at each layer and position.
+
+    `states` returns the rows themselves. Each of `vectors` is read as cosine and as projection on
+    its unit direction; a vector that names no explicit `layers` is read where it has a direction.
+    `sae` returns the `top_features` most active features of each token, at the SAE's own layer and
+    site.
+    """
+
+    layers: LayerChoice = "all"
+    positions: PositionChoice = "all"
+    site: Site = "resid_post"
+    states: bool = False
+    vectors: Annotated[tuple[Name, ...], Field(max_length=64)] = ()
+    sae: Name | None = None
+    top_features: Annotated[int, Field(strict=True, ge=1, le=256)] = 10
+    steering: SteeringSpec | None = None
+
+
+class LayerActivations(BaseModel):
+    """One hook point: a norm for each position, and the float32 rows where asked for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layer: int
+    site: Site
+    norms: tuple[float, ...]
+    states: tuple[tuple[float, ...], ...] | None = None
+
+
+class VectorReading(BaseModel):
+    """One vector at one layer: for each position the cosine, and the projection on its unit
+    direction (in units of the residual stream)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    vector: str
+    layer: int
+    cosines: tuple[float, ...]
+    projections: tuple[float, ...]
+
+
+class ActiveFeature(BaseModel):
+    """An SAE feature that is active on a token."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    feature: int
+    activation: float
+    label: FeatureLabel | None = None
+
+
+class FeatureReading(BaseModel):
+    """An SAE's features on each position, the most active first; `active` counts all of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sae: str
+    layer: int
+    site: Site
+    d_sae: int
+    active: tuple[int, ...]
+    top: tuple[tuple[ActiveFeature, ...], ...]
+
+
+class ActivationsResult(BaseModel):
+    """Everything is listed in the order of `positions`; `tokens` are the whole prompt's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    object: Literal["inspect.activations"] = "inspect.activations"
+    model: str
+    tokens: tuple[str, ...]
+    positions: tuple[int, ...]
+    layers: tuple[LayerActivations, ...]
+    vectors: tuple[VectorReading, ...] = ()
+    features: FeatureReading | None = None
+    fingerprint: str | None = None
+
+
+def activations(
+    engine: Engine,
+    request: ActivationsRequest,
+    *,
+    library: Library | None = None,
+    plans: PlanCache | None = None,
+) -> ActivationsResult:
+    """Reads the prompt's states, after the edits of `request.steering` where it has one.
+
+    `library` knows the vectors and the SAE, `plans` what the steering names. Raises `SteerError`
+    with a pointer into the request, `TooLarge` where the answer would pass `MAX_NUMBERS`.
+    """
+    require(engine, "activations")
+    known = library or MemoryLibrary()
+    prompt = encode_prompt(engine, request)
+    points = chosen_points(engine, request.layers, request.site)
+    positions = chosen_positions(prompt, request.positions)
+    _check_sizes(engine, request, len(points), len(positions))
+    vectors = [
+        (name, _vector(engine, request, known, place, points))
+        for place, name in enumerate(request.vectors)
+    ]
+    sae = None if request.sae is None else _sae(engine, known, request.sae)
+    plan = plan_for(engine, request.steering, plans, at="/steering")
+    read = points if sae is None else tuple(dict.fromkeys([*points, _point_of(sae)]))
+    captured = engine.capture(
+        CaptureRequest(prompts=[prompt.ids], points=read, positions=positions, plans=[plan])
+    )[0]
+    return ActivationsResult(
+        model=engine.info.name,
+        tokens=prompt.tokens,
+        positions=positions,
+        layers=tuple(_layer(p, captured.states[p], rows=request.states) for p in points),
+        vectors=_readings(vectors, points, captured),
+        features=None if sae is None else _features(sae, captured, request),
+        fingerprint=plan.fingerprint if plan else None,
+    )
+
+
+def _check_sizes(engine: Engine, request: ActivationsRequest, layers: int, positions: int) -> None:
+    places = [("layers", layers), ("positions", positions)]
+    if request.states:
+        check_size(
+            [*places, ("numbers per state", engine.info.width(request.site))],
+            advice="read fewer layers or positions, or 'vectors' instead of 'states'",
+        )
+    check_size(
+        [*places, ("readings", 1 + 2 * len(request.vectors))],
+        advice="read fewer layers, positions or vectors",
+    )
+    if request.sae is not None:
+        check_size(
+            [("positions", positions), ("features", request.top_features)],
+            advice="read fewer positions, or lower 'top_features'",
+        )
+
+
+def _vector(
+    engine: Engine,
+    request: ActivationsRequest,
+    library: Library,
+    place: int,
+    points: tuple[HookPoint, ...],
+) -> ControlVector:
+    """The vector at `place` of the request, checked against what is read."""
+    at = pointer("vectors", place)
+    name = request.vectors[place]
+    try:
+        vector = library.vector(name)
+        if request.layers != "all":
+            for point in points:
+                row(vector, point.layer)
+    except SteerError as error:
+        raise error.at(at) from None
+    if vector.card.site != request.site:
+        raise SpecError(
+            f"the vector {name!r} belongs to {vector.card.site}; this request reads "
+            f"{request.site}: set 'site' to {vector.card.site!r}",
+            param=at,
+            code="wrong_site",
+        )
+    width = engine.info.width(request.site)
+    if vector.card.width != width:
+        raise IncompatibleArtefact(
+            f"the vector {name!r} has width {vector.card.width}; {request.site} of "
+            f"{engine.info.name!r} has width {width}",
+            param=at,
+            code="wrong_width",
+        )
+    return vector
+
+
+def _sae(engine: Engine, library: Library, name: str) -> SAE:
+    try:
+        sae = library.sae(name)
+        engine.info.check_point(_point_of(sae))
+    except SteerError as error:
+        raise error.at("/sae") from None
+    width = engine.info.width(sae.site)
+    if sae.d_in != width:
+        raise IncompatibleArtefact(
+            f"the SAE {name!r} has width {sae.d_in}; {sae.site} of {engine.info.name!r} has width "
+            f"{width}",
+            param="/sae",
+            code="wrong_width",
+        )
+    return sae
+
+
+def _point_of(sae: SAE) -> HookPoint:
+    return HookPoint(sae.layer, sae.site)
+
+
+def _layer(
+    point: HookPoint, states: Float[Tensor, "positions width"], *, rows: bool
+) -> LayerActivations:
+    return LayerActivations(
+        layer=point.layer,
+        site=point.site,
+        norms=tuple(states.norm(dim=-1).tolist()),
+        states=tuple(map(tuple, states.tolist())) if rows else None,
+    )
+
+
+def _readings(
+    vectors: list[tuple[str, ControlVector]], points: tuple[HookPoint, ...], captured: Captured
+) -> tuple[VectorReading, ...]:
+    """Each vector at each layer that is read and that it has a direction for."""
+    readings = []
+    for name, vector in vectors:
+        for point in points:
+            if len(vector.directions) > 1 and point.layer not in vector.directions:
+                continue
+            direction = row(vector, point.layer)
+            states = captured.states[point]
+            projections = states @ (direction / direction.norm())
+            # A state of norm 0 points nowhere: its cosine with anything is 0.
+            cosines = projections / states.norm(dim=-1).clamp_min(1e-30)
+            readings.append(
+                VectorReading(
+                    vector=name,
+                    layer=point.layer,
+                    cosines=tuple(cosines.tolist()),
+                    projections=tuple(projections.tolist()),
+                )
+            )
+    return tuple(readings)
+
+
+def _features(sae: SAE, captured: Captured, request: ActivationsRequest) -> FeatureReading:
+    activations = sae.encode(captured.states[_point_of(sae)])
+    best = activations.topk(min(request.top_features, sae.d_sae), dim=-1)
+    top = [
+        tuple(
+            ActiveFeature(feature=feature, activation=value, label=sae.labels.get(feature))
+            for value, feature in zip(values, features, strict=True)
+            if value > 0
+        )
+        for values, features in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
+    return FeatureReading(
+        sae=str(request.sae),
+        layer=sae.layer,
+        site=sae.site,
+        d_sae=sae.d_sae,
+        active=tuple((activations > 0).sum(-1).tolist()),
+        top=tuple(top),
+    )

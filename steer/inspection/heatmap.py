@@ -1,0 +1,295 @@
+"""Heat maps of inspection results, as PNG.
+
+Drawn with matplotlib's Agg canvas directly: no display, no global state, safe in any thread, and
+the same bytes for the same input.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from steer.errors import SpecError, TooLarge
+from steer.inspection.activations import ActivationsResult
+from steer.inspection.logit_lens import LogitLensResult
+from steer.inspection.patchscope import PatchscopeResult
+
+MAX_CELLS = 4096
+COLUMNS_PER_PANEL = 16
+_CELL_WIDTH, _CELL_HEIGHT = 0.86, 0.36
+_LEFT, _RIGHT, _TOP, _BOTTOM, _GAP = 0.75, 1.05, 0.72, 0.62, 0.28
+_DPI = 144
+_INK, _FAINT = "#1f2933", "#7b8794"
+_SHADES = LinearSegmentedColormap.from_list(
+    "steer", ["#f7f9fc", "#d3e4f3", "#8fbfe0", "#3d8bc4", "#15528f", "#0b2a52"]
+)
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A table of values in colour, each cell with a short text.
+
+    `values` and `texts` are `[rows][columns]`; the first row is drawn at the bottom. `marked`
+    cells `(row, column)` get a frame. `limits` are the ends of the colour scale; `diverging`
+    draws 0 in the middle of two colours.
+    """
+
+    title: str
+    subtitle: str
+    row_label: str
+    column_label: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    values: Sequence[Sequence[float]]
+    texts: Sequence[Sequence[str]]
+    scale: str
+    limits: tuple[float, float] = (0.0, 1.0)
+    diverging: bool = False
+    marked: frozenset[tuple[int, int]] = frozenset()
+
+    def png(self) -> bytes:
+        """The picture. Wide tables are folded into panels of `COLUMNS_PER_PANEL` columns.
+
+        Raises `TooLarge` for more than `MAX_CELLS` cells.
+        """
+        if len(self.rows) * len(self.columns) > MAX_CELLS:
+            raise TooLarge(
+                f"a heat map of {len(self.rows)} × {len(self.columns)} cells is not readable: "
+                f"choose at most {MAX_CELLS} cells, or ask for JSON",
+                code="answer_too_large",
+                param="/positions",
+            )
+        figure = _Drawing(self).figure()
+        buffer = io.BytesIO()
+        # Without the version of the library that drew it: the same input gives the same bytes.
+        figure.savefig(buffer, format="png", dpi="figure", metadata={"Software": None})
+        return buffer.getvalue()
+
+
+def lens_heat_map(result: LogitLensResult) -> HeatMap:
+    """Layers × positions; the text is the likeliest token, the colour its probability."""
+    rows = [result.row(layer) for layer in result.layers]
+    return HeatMap(
+        title="Logit lens",
+        subtitle=f"{result.model} · {result.site} · likeliest next token at each layer",
+        row_label="layer",
+        column_label="prompt token",
+        rows=[str(layer) for layer in result.layers],
+        columns=[_column(result.tokens, position) for position in result.positions],
+        values=[[cell.top[0].probability for cell in row] for row in rows],
+        texts=[[cell.top[0].token for cell in row] for row in rows],
+        scale="probability",
+    )
+
+
+def patchscope_heat_map(result: PatchscopeResult) -> HeatMap:
+    """Source layers × positions where each state is patched at its own layer; source layers ×
+    target layers where one position is swept. The text is the first token; hits are framed.
+
+    Raises `SpecError` for a sweep over both.
+    """
+    if result.target_layers is not None and len(result.positions) > 1:
+        raise SpecError(
+            f"a sweep over {len(result.positions)} positions and {len(result.target_layers)} "
+            "target layers has three dimensions: choose one position, or target_layers 'same'",
+            param="/positions",
+            code="no_heat_map",
+        )
+    swept = result.target_layers is not None
+    if result.target_layers is not None:
+        columns = [str(layer) for layer in result.target_layers]
+        source = _column(result.source_tokens, result.positions[0]).replace("\n", " at ")
+    else:
+        columns = [_column(result.source_tokens, position) for position in result.positions]
+        source = "each token"
+    # Cells come with the position outermost: by source layer they are read across.
+    width, height = len(columns), len(result.layers)
+    order = [
+        [(row * width + column) if swept else (column * height + row) for column in range(width)]
+        for row in range(height)
+    ]
+    cells = result.cells
+    return HeatMap(
+        title=f"Patchscope · {result.preset}",
+        subtitle=f"{result.model} · state of {source} → "
+        f"{_shown(result.target_tokens[result.target_position])!r} of the target prompt",
+        row_label="source layer",
+        column_label="target layer" if swept else "source token",
+        rows=[str(layer) for layer in result.layers],
+        columns=columns,
+        values=[[cells[n].top[0].probability for n in row] for row in order],
+        texts=[[cells[n].top[0].token for n in row] for row in order],
+        scale="probability",
+        marked=frozenset(
+            (r, c) for r, row in enumerate(order) for c, n in enumerate(row) if cells[n].hit
+        ),
+    )
+
+
+def activations_heat_map(result: ActivationsResult) -> HeatMap:
+    """Layers × positions of the first vector's cosines.
+
+    Raises `SpecError` where the request read no vector.
+    """
+    name = result.vectors[0].vector if result.vectors else None
+    read = [reading for reading in result.vectors if reading.vector == name]
+    if not read:
+        raise SpecError(
+            "a heat map of activations shows the readings of a vector: name one in 'vectors'",
+            param="/vectors",
+            code="no_heat_map",
+        )
+    end = max(0.05, *(abs(cosine) for reading in read for cosine in reading.cosines))
+    return HeatMap(
+        title=f"Along {name}",
+        subtitle=f"{result.model} · {result.layers[0].site} · cosine with the vector",
+        row_label="layer",
+        column_label="prompt token",
+        rows=[str(reading.layer) for reading in read],
+        columns=[_column(result.tokens, position) for position in result.positions],
+        values=[reading.cosines for reading in read],
+        texts=[[f"{cosine:+.2f}" for cosine in reading.cosines] for reading in read],
+        scale="cosine",
+        limits=(-end, end),
+        diverging=True,
+    )
+
+
+class _Drawing:
+    """One `HeatMap` on a figure; sizes in inches, from the top left."""
+
+    def __init__(self, heat: HeatMap) -> None:
+        self.heat = heat
+        self.colours: Colormap = colormaps["RdBu_r"] if heat.diverging else _SHADES
+        self.norm = Normalize(*heat.limits)
+        self.panels = math.ceil(len(heat.columns) / COLUMNS_PER_PANEL)
+        self.across = math.ceil(len(heat.columns) / self.panels)
+        self.panel_height = len(heat.rows) * _CELL_HEIGHT
+        drawn = max(self.across * _CELL_WIDTH, 3.6)
+        self.width = _LEFT + drawn + _RIGHT
+        self.height = _TOP + self.panels * (self.panel_height + _BOTTOM + _GAP)
+
+    def figure(self) -> Figure:
+        figure = Figure(figsize=(self.width, self.height), dpi=_DPI, facecolor="white")
+        FigureCanvasAgg(figure)
+        self._heading(figure)
+        for panel in range(self.panels):
+            start = panel * self.across
+            end = min(start + self.across, len(self.heat.columns))
+            self._panel(figure, panel, start, end)
+        self._scale(figure)
+        return figure
+
+    def _heading(self, figure: Figure) -> None:
+        left = _LEFT / self.width
+        for text, down, size, colour, weight in (
+            (self.heat.title, 0.30, 13, _INK, "bold"),
+            (self.heat.subtitle, 0.53, 8.5, _FAINT, "normal"),
+        ):
+            figure.text(
+                left,
+                1 - down / self.height,
+                text,
+                fontsize=size,
+                color=colour,
+                fontweight=weight,
+                parse_math=False,
+            )
+
+    def _panel(self, figure: Figure, panel: int, start: int, end: int) -> None:
+        heat = self.heat
+        top = _TOP + panel * (self.panel_height + _BOTTOM + _GAP)
+        axes = figure.add_axes(
+            (
+                _LEFT / self.width,
+                1 - (top + self.panel_height) / self.height,
+                (end - start) * _CELL_WIDTH / self.width,
+                self.panel_height / self.height,
+            )
+        )
+        axes.set_xlim(0, end - start)
+        axes.set_ylim(0, len(heat.rows))
+        for row in range(len(heat.rows)):
+            for column in range(start, end):
+                self._cell(axes, row, column, column - start)
+        axes.set_xticks([n + 0.5 for n in range(end - start)])
+        axes.set_yticks([n + 0.5 for n in range(len(heat.rows))])
+        axes.set_xticklabels(heat.columns[start:end], fontsize=8, color=_INK)
+        axes.set_yticklabels(heat.rows, fontsize=8, color=_INK)
+        for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+            label.set_parse_math(False)
+        axes.tick_params(length=0, pad=4)
+        axes.set_ylabel(heat.row_label, fontsize=8.5, color=_FAINT, labelpad=6)
+        if panel == self.panels - 1:
+            axes.set_xlabel(heat.column_label, fontsize=8.5, color=_FAINT, labelpad=4)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+
+    def _cell(self, axes: Axes, row: int, column: int, place: int) -> None:
+        value = self.heat.values[row][column]
+        red, green, blue, _ = self.colours(self.norm(value))
+        axes.add_patch(
+            Rectangle((place, row), 1, 1, facecolor=(red, green, blue), edgecolor="white", lw=1.2)
+        )
+        if (row, column) in self.heat.marked:
+            axes.add_patch(
+                Rectangle(
+                    (place + 0.05, row + 0.09), 0.9, 0.82, fill=False, edgecolor="#f0a202", lw=1.8
+                )
+            )
+        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.58
+        axes.text(
+            place + 0.5,
+            row + 0.48,
+            _shown(self.heat.texts[row][column]),
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white" if dark else _INK,
+            parse_math=False,
+        )
+
+    def _scale(self, figure: Figure) -> None:
+        height = min(max(self.panel_height, 1.1), 2.6)
+        axes = figure.add_axes(
+            (
+                1 - (_RIGHT - 0.22) / self.width,
+                1 - (_TOP + height) / self.height,
+                0.13 / self.width,
+                height / self.height,
+            )
+        )
+        bar = figure.colorbar(ScalarMappable(self.norm, self.colours), cax=axes)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=7.5, length=0, colors=_FAINT)
+        bar.set_label(self.heat.scale, fontsize=8.5, color=_FAINT)
+
+
+def _column(tokens: Sequence[str], position: int) -> str:
+    return f"{_shown(tokens[position])}\n{position}"
+
+
+def _shown(token: str, most: int = 10) -> str:
+    """A token as a short label: white space made visible where there is nothing else.
+
+    Wide (East Asian) characters count twice.
+    """
+    visible = token.replace("\n", "⏎").replace("\t", "⇥")
+    text = visible.strip(" ") or "␣" * len(visible)
+    width = 0
+    for place, character in enumerate(text):
+        width += 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if width > most:
+            return text[: max(place - 1, 1)] + "…"
+    return text

@@ -1,0 +1,126 @@
+"""The logit lens: every layer's residual stream read by the final norm and output matrix.
+
+At the last layer it is the model's own next-token distribution.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from steer.engines.base import CaptureRequest, Engine
+from steer.inspection.next_token import TokenChance, top_tokens
+from steer.inspection.prompt import PromptInput, encode_prompt
+from steer.inspection.selection import (
+    LayerChoice,
+    PositionChoice,
+    check_size,
+    chosen_points,
+    chosen_positions,
+    plan_for,
+    require,
+)
+from steer.plan_cache import PlanCache
+from steer.spec import SteeringSpec
+
+_LOGITS_AT_ONCE = 1 << 24
+"""Logits computed at a time: 64 MiB of float32, whatever the vocabulary."""
+
+
+class LogitLensRequest(PromptInput):
+    """Which layers and positions to read, and how many tokens to report at each place."""
+
+    layers: LayerChoice = "all"
+    positions: PositionChoice = "all"
+    site: Literal["resid_pre", "resid_mid", "resid_post"] = "resid_post"
+    top: Annotated[int, Field(strict=True, ge=1, le=100)] = 5
+    steering: SteeringSpec | None = None
+
+
+class LensCell(BaseModel):
+    """One place: the likeliest next tokens, best first, and the distribution's entropy in nats."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layer: int
+    position: int
+    top: tuple[TokenChance, ...]
+    entropy: float
+
+
+class LogitLensResult(BaseModel):
+    """`cells` run over `positions` within each of `layers`; `tokens` are the whole prompt's.
+
+    `fingerprint` names the steering under which the states were read.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    object: Literal["inspect.logit_lens"] = "inspect.logit_lens"
+    model: str
+    site: str
+    tokens: tuple[str, ...]
+    layers: tuple[int, ...]
+    positions: tuple[int, ...]
+    cells: tuple[LensCell, ...]
+    fingerprint: str | None = None
+
+    def row(self, layer: int) -> tuple[LensCell, ...]:
+        """The cells of one layer, in the order of `positions`."""
+        place, width = self.layers.index(layer), len(self.positions)
+        return self.cells[place * width : (place + 1) * width]
+
+
+def logit_lens(
+    engine: Engine, request: LogitLensRequest, *, plans: PlanCache | None = None
+) -> LogitLensResult:
+    """Reads the prompt through the logit lens, under `request.steering` where it has one.
+
+    `plans` knows the artefacts that the steering names. Raises `SteerError` with a pointer into
+    the request, `TooLarge` where the answer would pass `MAX_NUMBERS`.
+    """
+    require(engine, "logit_lens")
+    prompt = encode_prompt(engine, request)
+    points = chosen_points(engine, request.layers, request.site)
+    positions = chosen_positions(prompt, request.positions)
+    check_size(
+        [("layers", len(points)), ("positions", len(positions)), ("tokens", request.top)],
+        advice="read fewer positions or layers, or lower 'top'",
+    )
+    plan = plan_for(engine, request.steering, plans, at="/steering")
+    captured = engine.capture(
+        CaptureRequest(prompts=[prompt.ids], points=points, positions=positions, plans=[plan])
+    )[0]
+    states = torch.cat([captured.states[point] for point in points])
+    places = [(point.layer, position) for point in points for position in positions]
+    cells = []
+    for (layer, position), (top, entropy) in zip(
+        places, _readings(engine, states, request.top), strict=True
+    ):
+        cells.append(LensCell(layer=layer, position=position, top=top, entropy=entropy))
+    return LogitLensResult(
+        model=engine.info.name,
+        site=request.site,
+        tokens=prompt.tokens,
+        layers=tuple(point.layer for point in points),
+        positions=positions,
+        cells=tuple(cells),
+        fingerprint=plan.fingerprint if plan else None,
+    )
+
+
+def _readings(
+    engine: Engine, states: Float[Tensor, "N d_model"], count: int
+) -> list[tuple[tuple[TokenChance, ...], float]]:
+    """Top tokens and entropy of each state, a bounded number of logits at a time."""
+    rows = max(1, _LOGITS_AT_ONCE // engine.info.vocab_size)
+    readings: list[tuple[tuple[TokenChance, ...], float]] = []
+    for part in torch.split(states, rows):
+        logits = engine.unembed(part).float().cpu()
+        entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
+        readings += zip(top_tokens(logits, engine.tokenizer, count), entropy.tolist(), strict=True)
+    return readings

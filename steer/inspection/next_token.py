@@ -1,0 +1,38 @@
+"""What a model would say next, read off logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from steer.inspection.prompt import token_texts
+
+
+class TokenChance(BaseModel):
+    """A token and the probability it is given."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    token: str
+    id: int
+    probability: float
+
+
+def top_tokens(
+    logits: Float[Tensor, "N vocab"], tokenizer: Any, count: int
+) -> list[tuple[TokenChance, ...]]:
+    """The `count` likeliest tokens of each row, best first; probabilities in float32."""
+    best = logits.float().softmax(-1).topk(min(count, logits.shape[-1]), dim=-1)
+    rows = []
+    for chances, ids in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        texts = token_texts(tokenizer, ids)
+        rows.append(
+            tuple(
+                TokenChance(token=text, id=token, probability=chance)
+                for text, token, chance in zip(texts, ids, chances, strict=True)
+            )
+        )
+    return rows

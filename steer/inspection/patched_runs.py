@@ -1,0 +1,127 @@
+"""Target runs with one state replaced each, batched together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steer.control_vector import ControlVector
+from steer.engines.base import CaptureRequest, Engine, GenerationRequest, SamplingParams
+from steer.errors import SteerError
+from steer.inspection.next_token import TokenChance, top_tokens
+from steer.inspection.prompt import token_texts
+from steer.model_info import HookPoint
+from steer.plan import SteeringPlan
+from steer.plan_cache import PlanCache
+from steer.registry.library import MemoryLibrary
+from steer.spec import Patch, SteeringSpec, Where
+
+_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class StatePatch:
+    """A float32 state `[width]` read at `source` and `position`, to be put at `target`.
+
+    `expected` is the token whose probability is to be reported.
+    """
+
+    position: int
+    source: HookPoint
+    target: HookPoint
+    state: Float[Tensor, " width"]
+    expected: int | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one target run says: its likeliest next tokens, the expected token's chance, and what
+    it generates."""
+
+    top: tuple[TokenChance, ...]
+    expected: TokenChance | None
+    text: str | None
+
+
+def patch_plan(patch: StatePatch, plans: PlanCache, place: int) -> SteeringPlan:
+    """The plan that puts `patch` at the absolute position `place` of a prompt."""
+    spec = SteeringSpec(
+        interventions=(
+            Patch(vector="state", layers=(patch.target.layer,), site=patch.target.site),
+        ),
+        where=Where(phases=("prompt",), positions=((place, place + 1),)),
+    )
+    vector = ControlVector.of(
+        {patch.target.layer: patch.state}, name="state", site=patch.target.site
+    )
+    return plans.plan(spec, vectors={"state": vector})
+
+
+def run_patched(
+    engine: Engine,
+    target: tuple[int, ...],
+    place: int,
+    patches: Sequence[StatePatch | None],
+    *,
+    top: int,
+    max_tokens: int,
+) -> list[Answer]:
+    """What the target prompt says under each patch (None: unpatched), in their order.
+
+    Patches go to the absolute position `place`. A bounded number of runs shares a batch, each with
+    a plan of its own; text is generated greedily, none where `max_tokens` is 0.
+    """
+    cache = PlanCache(MemoryLibrary(), engine.info, engine.capabilities, size=1)
+    at_once = min(_AT_ONCE, engine.capabilities.limits.get("slots", _AT_ONCE))
+    answers: list[Answer] = []
+    for start in range(0, len(patches), at_once):
+        part = patches[start : start + at_once]
+        plans = [None if patch is None else patch_plan(patch, cache, place) for patch in part]
+        captured = engine.capture(
+            CaptureRequest(prompts=[target] * len(part), plans=plans, logits="last")
+        )
+        logits = torch.stack([one.logits[-1] for one in captured if one.logits is not None])
+        tops = top_tokens(logits, engine.tokenizer, top)
+        expected = _expected(engine, part, logits)
+        texts = _generated(engine, target, plans, max_tokens)
+        answers += map(Answer, tops, expected, texts)
+    return answers
+
+
+def _expected(
+    engine: Engine, patches: Sequence[StatePatch | None], logits: Float[Tensor, "N vocab"]
+) -> list[TokenChance | None]:
+    """The chance of each patch's expected token."""
+    found: list[TokenChance | None] = []
+    for patch, chances in zip(patches, logits.float().softmax(-1), strict=True):
+        if patch is None or patch.expected is None:
+            found.append(None)
+            continue
+        token = patch.expected
+        (text,) = token_texts(engine.tokenizer, [token])
+        found.append(TokenChance(token=text, id=token, probability=float(chances[token])))
+    return found
+
+
+def _generated(
+    engine: Engine,
+    target: tuple[int, ...],
+    plans: Sequence[SteeringPlan | None],
+    max_tokens: int,
+) -> list[str | None]:
+    if max_tokens == 0:
+        return [None] * len(plans)
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0)
+    runs = [
+        GenerationRequest(f"patchscope-{number}", target, sampling, plan)
+        for number, plan in enumerate(plans)
+    ]
+    try:
+        done = engine.complete(runs)
+    except SteerError as error:
+        raise error.at("/target") from None
+    return [engine.tokenizer.decode(one.tokens, skip_special_tokens=True) for one in done]

@@ -1,0 +1,98 @@
+"""Which layers and positions a request reads, under which steering, and how much that may be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field
+
+from steer.engines.base import Engine
+from steer.errors import SteerError, TooLarge, Unsupported, pointer
+from steer.inspection.prompt import EncodedPrompt, Place
+from steer.model_info import HookPoint
+from steer.plan import SteeringPlan
+from steer.plan_cache import PlanCache
+from steer.registry.library import MemoryLibrary
+from steer.spec import Index, Site, SteeringSpec
+
+MAX_NUMBERS = 1 << 16
+"""The most numbers that one answer holds."""
+
+LayerChoice: TypeAlias = (
+    Annotated[tuple[Index, ...], Field(min_length=1, max_length=1024)] | Literal["all"]
+)
+PositionChoice: TypeAlias = (
+    Annotated[tuple[Place, ...], Field(min_length=1, max_length=1 << 16)] | Literal["all"]
+)
+
+
+def require(engine: Engine, method: str) -> None:
+    """Raises `Unsupported` unless the engine can carry out the inspection `method`."""
+    known = engine.capabilities.inspection
+    if method not in known:
+        raise Unsupported(
+            f"the {engine.capabilities.engine} engine has no {method!r} inspection; it has: "
+            f"{', '.join(known) or 'none'}",
+            code="unsupported_inspection",
+        )
+
+
+def chosen_points(
+    engine: Engine, layers: LayerChoice, site: Site, *, at: str = "/layers"
+) -> tuple[HookPoint, ...]:
+    """The hook points of `layers` at `site`, each once, in the order given."""
+    if layers == "all":
+        points = [HookPoint(layer, site) for layer in range(engine.info.n_layers)]
+        engine.info.check_point(points[0], param="/site")
+        return tuple(points)
+    for place, layer in enumerate(layers):
+        engine.info.check_point(HookPoint(layer), param=at + pointer(place))
+        engine.info.check_point(HookPoint(layer, site), param="/site")
+    return tuple(HookPoint(layer, site) for layer in dict.fromkeys(layers))
+
+
+def chosen_positions(
+    prompt: EncodedPrompt, positions: PositionChoice, *, at: str = "/positions"
+) -> tuple[int, ...]:
+    """Absolute positions, each once, in the order given."""
+    if positions == "all":
+        return tuple(range(len(prompt.ids)))
+    found = [prompt.position(p, param=at + pointer(n)) for n, p in enumerate(positions)]
+    return tuple(dict.fromkeys(found))
+
+
+def check_size(parts: Sequence[tuple[str, int]], *, advice: str, limit: int = MAX_NUMBERS) -> None:
+    """Raises `TooLarge` where the product of `parts` (name, count) passes `limit`."""
+    total = 1
+    for _, count in parts:
+        total *= count
+    if total > limit:
+        product = " × ".join(f"{count} {name}" for name, count in parts)
+        raise TooLarge(
+            f"{product} make {total:,}, more than the {limit:,} that one answer may hold: {advice}",
+            code="answer_too_large",
+            param="/positions",
+        )
+
+
+def plan_for(
+    engine: Engine, spec: SteeringSpec | None, plans: PlanCache | None, *, at: str
+) -> SteeringPlan | None:
+    """The plan of a request's `steering`, which stands at the pointer `at`.
+
+    Without `plans` only vectors inside the spec are known.
+    """
+    if spec is None:
+        return None
+    cache = plans or PlanCache(
+        MemoryLibrary(),
+        engine.info,
+        engine.capabilities,
+        tokenize=lambda text: list(engine.tokenizer.encode(text, add_special_tokens=False)),
+    )
+    try:
+        return cache.plan(spec)
+    except SteerError as error:
+        error.param = at + (error.param or "")
+        raise

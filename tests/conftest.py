@@ -1,0 +1,37 @@
+"""Shared by all tests: one thread, quiet libraries, deterministic hypothesis, tiny models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("steer", derandomize=True, deadline=None, max_examples=60)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steer"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[[str], torch.nn.Module]:
+    """A random model of a named architecture; the same object each time, so leave it as it was."""
+    from tiny_models import build
+
+    made: dict[str, torch.nn.Module] = {}
+
+    def get(name: str) -> torch.nn.Module:
+        if name not in made:
+            made[name] = build(name)
+        return made[name]
+
+    return get

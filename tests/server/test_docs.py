@@ -1,0 +1,53 @@
+"""The documents follow the code."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from steer_server.openapi import DOCUMENT, openapi_document, openapi_text
+
+ROOT = Path(__file__).parents[2]
+HTTP = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
+
+
+def test_the_openapi_document_is_up_to_date() -> None:
+    assert (ROOT / DOCUMENT).read_text(encoding="utf-8") == openapi_text(), (
+        "run: python -c 'from pathlib import Path; "
+        'from steer_server.openapi import write; write(Path("."))\''
+    )
+
+
+def test_every_route_is_described() -> None:
+    for path, methods in openapi_document()["paths"].items():
+        for method in methods:
+            assert f"`{method.upper()} {path}`" in HTTP, (method, path)
+
+
+REQUESTS = re.findall(r"```json request (\S+)\n(.*?)```", HTTP, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize(("route", "text"), REQUESTS)
+async def test_the_examples_work(http: httpx.AsyncClient, route: str, text: str) -> None:
+    response = await http.post(route, json=json.loads(text))
+    assert response.status_code == 200, response.text
+
+
+def test_there_are_examples() -> None:
+    assert len(REQUESTS) >= 4
+
+
+async def test_every_error_code_is_listed(http: httpx.AsyncClient) -> None:
+    sources: list[Any] = [*(ROOT / "server").rglob("*.py"), ROOT / "steer" / "errors.py"]
+    used = set()
+    for source in sources:
+        used |= set(re.findall(r'code="(\w+)"|code = "(\w+)"', source.read_text(encoding="utf-8")))
+    # An unknown engine stops the start; the other two are what has no code of its own.
+    codes = {a or b for a, b in used} - {"unknown_engine", "steer_error", "http_error"}
+    missing = {code for code in codes if f"`{code}`" not in HTTP}
+    assert not missing

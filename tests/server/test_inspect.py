@@ -1,0 +1,63 @@
+"""Inspection over HTTP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+
+async def test_a_patchscope_sweeps_layers(http: httpx.AsyncClient) -> None:
+    body = {"source": {"text": "Paris"}, "layers": [1, 3], "max_tokens": 4}
+    response = await http.post("/v1/inspect/patchscope", json=body)
+    assert response.status_code == 200, response.text
+    found = response.json()
+    assert [(cell["layer"], cell["target_layer"]) for cell in found["cells"]] == [(1, 1), (3, 3)]
+    assert found["cells"][0]["text"] != found["baseline"]["text"]
+
+
+async def test_the_logit_lens_reads_the_steered_model(
+    http: httpx.AsyncClient, joy: dict[str, Any]
+) -> None:
+    body = {"text": "Paris", "positions": [-1], "top": 2}
+    plain = (await http.post("/v1/inspect/logit-lens", json=body)).json()
+    steered = (await http.post("/v1/inspect/logit-lens", json={**body, "steering": joy})).json()
+    assert plain["layers"] == list(range(6))
+    assert plain["cells"][1] == steered["cells"][1]
+    assert plain["cells"][4] != steered["cells"][4]
+    assert steered["fingerprint"]
+
+
+async def test_activations_are_read_on_vectors_and_features(http: httpx.AsyncClient) -> None:
+    body = {"text": "Paris", "positions": [-1], "vectors": ["joy"], "sae": "features"}
+    response = await http.post("/v1/inspect/activations", json=body)
+    assert response.status_code == 200, response.text
+    found = response.json()
+    assert [(row["vector"], row["layer"]) for row in found["vectors"]] == [("joy", 2), ("joy", 3)]
+    assert found["features"]["sae"] == "features"
+    assert found["features"]["d_sae"] == 8
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "param"),
+    [
+        ("patchscope", {"source": {"text": "x"}, "layers": [50]}, "/layers/0"),
+        ("patchscope", {"source": {}}, "/source"),
+        ("patchscope", {}, "/source"),
+        ("logit-lens", {"text": "x", "positions": [90]}, "/positions/0"),
+        ("logit-lens", {"text": "x", "colour": 1}, "/colour"),
+        (
+            "logit-lens",
+            {"text": "x", "steering": {"interventions": [{"kind": "add", "vector": "gone"}]}},
+            "/steering/interventions/0/vector",
+        ),
+        ("activations", {"text": "x", "vectors": ["gone"]}, "/vectors/0"),
+    ],
+)
+async def test_what_cannot_be_read_is_refused(
+    http: httpx.AsyncClient, route: str, body: dict[str, Any], param: str
+) -> None:
+    response = await http.post(f"/v1/inspect/{route}", json=body)
+    assert response.status_code in (400, 404), response.text
+    assert response.json()["error"]["param"] == param

@@ -1,0 +1,143 @@
+"""Random artefacts and specs, by seed."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+
+from steer.control_vector import ControlVector, LayerMeasure, LowRankAdapter
+from steer.model_info import Capabilities, ModelInfo
+from steer.sae.base import SAE
+from steer.spec import KINDS, SITES
+
+ARCHITECTURES = ("standard", "jumprelu", "topk")
+
+
+def shape_of(width: int = 16, layers: int = 4) -> ModelInfo:
+    """A model that has every site; `mlp_act` and `head_out` have widths of their own."""
+    return ModelInfo(
+        name="tiny",
+        architecture="TinyForCausalLM",
+        n_layers=layers,
+        d_model=width,
+        vocab_size=64,
+        max_length=128,
+        sites=SITES,
+        d_mlp=2 * width,
+        n_heads=2,
+        head_dim=width,
+    )
+
+
+EVERYTHING = Capabilities("test", KINDS, SITES)
+
+
+def random_vector(seed: int, *layers: int, width: int = 16, **card: Any) -> ControlVector:
+    generator = torch.Generator().manual_seed(seed)
+    rows = {layer: torch.randn(width, generator=generator) for layer in layers}
+    measures = {layer: LayerMeasure(positive=1.5, negative=-0.5) for layer in layers}
+    return ControlVector.of(rows, **{"measures": measures, **card})
+
+
+def random_sae(architecture: str, *, seed: int = 0, width: int = 16, layer: int = 1) -> SAE:
+    """64 features; a middling share of them is on for random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    size = 64
+    return SAE.of(
+        architecture,
+        W_enc=draw(width, size) / width**0.5,
+        b_enc=0.3 * draw(size),
+        W_dec=draw(size, width) / width**0.5,
+        b_dec=draw(width),
+        threshold=0.5 * draw(size).abs() if architecture == "jumprelu" else None,
+        k=8 if architecture == "topk" else None,
+        layer=layer,
+    )
+
+
+def random_adapter(seed: int, *layers: int, width: int = 16, rank: int = 3) -> LowRankAdapter:
+    generator = torch.Generator().manual_seed(seed)
+    parts = {}
+    for layer in layers:
+        rotation = torch.linalg.qr(torch.randn(width, rank, generator=generator))[0].T
+        weight = torch.randn(rank, width, generator=generator) / width**0.5
+        parts[layer] = (rotation.contiguous(), weight, torch.randn(rank, generator=generator))
+    return LowRankAdapter.of(parts)
+
+
+def artefacts(width: int = 16, layers: int = 4) -> dict[str, Any]:
+    """Vectors `v0` … `v5` on every layer, an SAE of each architecture on layer 1, an adapter."""
+    everywhere = range(layers)
+    return {
+        "vectors": {f"v{n}": random_vector(n, *everywhere, width=width) for n in range(6)},
+        "saes": {
+            name: random_sae(name, seed=50 + n, width=width)
+            for n, name in enumerate(ARCHITECTURES)
+        },
+        "low_ranks": {"lora": random_adapter(90, *everywhere, width=width)},
+    }
+
+
+def random_where(draw: random.Random, vocabulary: int = 64) -> dict[str, Any] | None:
+    """Any selection: phases, windows, token triggers, exceptions."""
+    where: dict[str, Any] = {}
+    if draw.random() < 0.4:
+        where["phases"] = [draw.choice(["prompt", "generation"])]
+    if draw.random() < 0.4:
+        start = draw.randrange(-4, 6)
+        where["positions"] = [[start, draw.choice([None, start + 3 if start >= 0 else None])]]
+    if draw.random() < 0.2:
+        where["tokens"] = sorted(draw.sample(range(vocabulary), vocabulary // 2))
+    if draw.random() < 0.3:
+        where["except"] = draw.choice([{"positions": [[0, 2]]}, {"tokens": [1, 2, 3]}])
+    return where or None
+
+
+def random_intervention(draw: random.Random, layers: int = 4) -> dict[str, Any]:
+    """Any kind but `concept`, on one or two layers."""
+    kind = draw.choice([kind for kind in KINDS if kind != "concept"])
+    first, second = (f"v{n}" for n in draw.sample(range(6), 2))
+    strength = round(draw.uniform(-2, 2), 3)
+    fields: dict[str, dict[str, Any]] = {
+        "add": {"vector": first, "strength": draw.choice([strength, {"norm": strength / 4}])},
+        "ablate": {"vector": first, "strength": strength},
+        "project": {
+            "vector": first,
+            "value": strength,
+            "mode": draw.choice(["set", "at_least", "at_most"]),
+        },
+        "clamp": {
+            "sae": draw.choice(ARCHITECTURES),
+            "features": draw.sample(range(64), 5),
+            "value": abs(strength),
+            "mode": draw.choice(["set", "at_least", "at_most", "scale"]),
+        },
+        "swap": {"remove": first, "add": second, "strength": strength / 4},
+        "low_rank": {"adapter": "lora"},
+        "rotate": {"vector": first, "toward": second, "degrees": 60 * strength},
+        "patch": {"vector": first},
+    }
+    placed = {} if kind == "clamp" else {"layers": sorted(draw.sample(range(layers), 2))}
+    return {"kind": kind, **fields[kind], **placed}
+
+
+def random_spec(draw: random.Random, *, layers: int = 4, longest: int = 5) -> dict[str, Any]:
+    """One to `longest` interventions, with selections on some of them and on the whole."""
+    items = []
+    for _ in range(draw.randint(1, longest)):
+        item = random_intervention(draw, layers)
+        if draw.random() < 0.4 and (where := random_where(draw)):
+            item["where"] = where
+        items.append(item)
+    spec: dict[str, Any] = {"interventions": items}
+    if draw.random() < 0.4 and (where := random_where(draw)):
+        spec["where"] = where
+    if draw.random() < 0.25:
+        spec["norm"] = "preserve"
+    return spec

@@ -1,0 +1,197 @@
+"""Steering in float64 numpy, written from the papers' formulas and not from `steer.edits`.
+
+One intervention after another, in the order of the spec, on the tokens it selects; no passes, no
+tables, no rank-1 form. SAEs are encoded in full, edited, and decoded with their error kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from steer.control_vector import ControlVector, LowRankAdapter
+from steer.model_info import HookPoint
+from steer.sae.base import SAE
+from steer.spec import Clamp, Concept, SteeringSpec, Where
+
+Array = NDArray[np.float64]
+
+
+def f64(tensor: Tensor) -> Array:
+    return tensor.detach().double().cpu().numpy()
+
+
+def selected(where: Where | None, position: int, prompt_length: int, token: int) -> bool:
+    """Whether one token is selected: `where` read aloud."""
+    if where is None:
+        return True
+    phase = "prompt" if position < prompt_length else "generation"
+    if where.phases is not None and phase not in where.phases:
+        return False
+    if where.positions is not None and not any(
+        _bound(start, prompt_length) <= position
+        and (end is None or position < _bound(end, prompt_length))
+        for start, end in where.positions
+    ):
+        return False
+    if where.tokens is not None and token not in where.tokens:
+        return False
+    return where.except_ is None or not selected(where.except_, position, prompt_length, token)
+
+
+def _bound(bound: int, prompt_length: int) -> int:
+    return max(prompt_length + bound, 0) if bound < 0 else bound
+
+
+@dataclass
+class Float64Reference:
+    """The artefacts, and what every kind does to one row x `[d]`."""
+
+    vectors: Mapping[str, ControlVector] = field(default_factory=dict)
+    saes: Mapping[str, SAE] = field(default_factory=dict)
+    low_ranks: Mapping[str, LowRankAdapter] = field(default_factory=dict)
+    encode_text: Callable[[str, HookPoint], Tensor] | None = None
+
+    def points(self, item: Any) -> list[HookPoint]:
+        """Where `item` acts; tests give `layers` wherever a vector is used."""
+        if isinstance(item, Clamp | Concept):
+            sae = self.saes[item.sae]
+            return [HookPoint(sae.layer, sae.site)]
+        return [HookPoint(layer, item.site or "resid_post") for layer in item.layers]
+
+    def steer(
+        self,
+        spec: SteeringSpec,
+        point: HookPoint,
+        x: Array,
+        position: int,
+        prompt_length: int,
+        token: int,
+        gate_open: Callable[[Any], bool] = lambda when: True,
+    ) -> Array:
+        """One token's row at `point` after every intervention of `spec` that acts there."""
+        for item in spec.interventions:
+            where = spec.where if item.where is None else item.where
+            when = spec.when if item.when is None else item.when
+            if point not in self.points(item) or not selected(
+                where, position, prompt_length, token
+            ):
+                continue
+            if when is not None and not gate_open(when):
+                continue
+            after = self.edited(item, x, point.layer)
+            if spec.norm == "preserve" and np.linalg.norm(after) > 0:
+                after = after * np.linalg.norm(x) / np.linalg.norm(after)
+            x = after
+        return x
+
+    def edited(self, item: Any, x: Array, layer: int) -> Array:
+        """x after one intervention."""
+        return getattr(self, "_" + item.kind)(item, x, layer)
+
+    def row(self, name: str, layer: int) -> Array:
+        directions = self.vectors[name].directions
+        chosen = directions[layer] if layer in directions else next(iter(directions.values()))
+        return f64(chosen)
+
+    def unit(self, name: str, layer: int) -> Array:
+        row = self.row(name, layer)
+        return row / np.linalg.norm(row)
+
+    def _add(self, item: Any, x: Array, layer: int) -> Array:
+        v = self.row(item.vector, layer)
+        if item.strength is None:
+            return x + self.vectors[item.vector].card.default_strength * v
+        if isinstance(item.strength, float):
+            return x + item.strength * v
+        return x + item.strength.norm * np.linalg.norm(x) * v / np.linalg.norm(v)
+
+    def _ablate(self, item: Any, x: Array, layer: int) -> Array:
+        v = self.unit(item.vector, layer)
+        return x - item.strength * np.outer(v, v) @ x
+
+    def _project(self, item: Any, x: Array, layer: int) -> Array:
+        v = self.unit(item.vector, layer)
+        value = item.value
+        if isinstance(value, str):
+            value = getattr(self.vectors[item.vector].card.measures[layer], value)
+        projection = float(v @ x)
+        target = _bounded(projection, value, item.mode)
+        return x + (target - projection) * v
+
+    def _clamp(self, item: Any, x: Array, layer: int) -> Array:
+        sae = self.saes[item.sae]
+        features = self.encode(sae, x)
+        error = x - self.decode(sae, features)
+        values = item.value if isinstance(item.value, tuple) else [item.value] * len(item.features)
+        for feature, value in zip(item.features, values, strict=True):
+            if item.mode == "scale":
+                features[feature] *= value
+            else:
+                features[feature] = _bounded(features[feature], value, item.mode)
+        return self.decode(sae, features) + error
+
+    def encode(self, sae: SAE, x: Array) -> Array:
+        """All activations of one token, by the definition of the architecture."""
+        pre = self.pre_activations(sae, x)
+        active = np.maximum(pre, 0.0)
+        if sae.architecture == "topk":
+            active[np.argsort(-pre, kind="stable")[sae.k :]] = 0.0
+        if sae.architecture == "jumprelu":
+            assert sae.threshold is not None
+            active[pre <= f64(sae.threshold)] = 0.0
+        return active
+
+    def pre_activations(self, sae: SAE, x: Array) -> Array:
+        inputs = x - f64(sae.b_dec) if sae.subtract_b_dec else x
+        return inputs @ f64(sae.W_enc) + f64(sae.b_enc)
+
+    def decode(self, sae: SAE, features: Array) -> Array:
+        return features @ f64(sae.W_dec) + f64(sae.b_dec)
+
+    def _concept(self, item: Any, x: Array, layer: int) -> Array:
+        sae = self.saes[item.sae]
+        latents = self._latents(sae, item.text)
+        if item.contrast is not None:
+            latents = latents - self._latents(sae, item.contrast)
+        return x + item.strength * latents @ f64(sae.W_dec)
+
+    def _latents(self, sae: SAE, text: str) -> Array:
+        assert self.encode_text is not None
+        states = f64(self.encode_text(text, HookPoint(sae.layer, sae.site)))
+        rows = [np.maximum(self.pre_activations(sae, state), 0.0) for state in states]
+        return np.mean(rows, axis=0)
+
+    def _swap(self, item: Any, x: Array, layer: int) -> Array:
+        change = self.unit(item.add, layer) - self.unit(item.remove, layer)
+        return x + item.strength * np.linalg.norm(x) * change
+
+    def _low_rank(self, item: Any, x: Array, layer: int) -> Array:
+        rotation, weight, bias = (f64(part) for part in self.low_ranks[item.adapter].parts[layer])
+        return x + rotation.T @ (weight @ x + bias - rotation @ x)
+
+    def _rotate(self, item: Any, x: Array, layer: int) -> Array:
+        a, b = self.unit(item.vector, layer), self.unit(item.toward, layer)
+        b = b - (a @ b) * a
+        b = b / np.linalg.norm(b)
+        angle = np.radians(item.degrees)
+        along, across = a @ x, b @ x
+        turned_along = along * np.cos(angle) - across * np.sin(angle)
+        turned_across = along * np.sin(angle) + across * np.cos(angle)
+        return x + (turned_along - along) * a + (turned_across - across) * b
+
+    def _patch(self, item: Any, x: Array, layer: int) -> Array:
+        return self.row(item.vector, layer)
+
+
+def _bounded(value: float, target: float, mode: str) -> float:
+    if mode == "at_least":
+        return max(value, target)
+    if mode == "at_most":
+        return min(value, target)
+    return target

@@ -1,0 +1,59 @@
+"""Vectors inside requests."""
+
+import base64
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from steer.control_vector import ControlVector, LowRankAdapter
+from steer.errors import SteerError
+from steer.formats.inline import decode_inline
+from steer.spec import InlineVector
+
+ROW = torch.tensor([1.0, -2.0, 3.0])
+
+
+def inline(data: bytes, layer: int | None = None) -> InlineVector:
+    return InlineVector(data=base64.b64encode(data).decode(), layer=layer)
+
+
+def refused(vector: InlineVector, max_bytes: int = 1 << 20) -> SteerError:
+    with pytest.raises(SteerError) as raised:
+        decode_inline(vector, max_bytes=max_bytes)
+    assert 400 <= raised.value.status < 500
+    return raised.value
+
+
+def test_a_single_row_lies_on_the_given_layer() -> None:
+    vector = decode_inline(inline(save({"v": ROW}), layer=5))
+    assert list(vector.directions) == [5]
+    assert torch.equal(vector[5], ROW)
+    assert refused(inline(save({"v": ROW}))).code == "layer_required"
+
+
+def test_rows_named_by_layer() -> None:
+    data = save({"layers.1": ROW, "layers.4": -ROW})
+    assert list(decode_inline(inline(data)).directions) == [1, 4]
+    assert list(decode_inline(inline(data, layer=4)).directions) == [4]
+    assert refused(inline(data, layer=2)).code in {"layer_not_in_vector"}
+
+
+def test_a_canonical_file_keeps_its_card() -> None:
+    vector = ControlVector.of({1: ROW, 2: ROW * 2}, description="d", site="attn_out")
+    assert decode_inline(inline(vector.to_bytes())).card == vector.card
+    one = decode_inline(inline(vector.to_bytes(), layer=2))
+    assert (one.card.layers, one.card.site) == ((2,), "attn_out")
+
+
+def test_what_cannot_be_sent_inline() -> None:
+    adapter = LowRankAdapter.of({0: (torch.ones(1, 3), torch.ones(1, 3), torch.ones(1))})
+    assert refused(inline(adapter.to_bytes())).code == "wrong_kind"
+    assert refused(InlineVector(data="not base64!")).code == "invalid_base64"
+    assert refused(InlineVector(data="é")).code == "invalid_base64"
+    assert refused(inline(pickle.dumps([1.0]))).code == "pickle_refused"
+    assert refused(inline(b"GGUF" + bytes(100))).code == "invalid_file"
+    assert refused(inline(save({"layers.0": ROW * float("nan")}))).code == "not_finite"
+    too_large = refused(inline(bytes(5000)), max_bytes=4096)
+    assert (too_large.code, too_large.status) == ("inline_too_large", 413)

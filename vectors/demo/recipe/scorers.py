@@ -1,0 +1,41 @@
+"""Scorers for ``steer sweep``: does an answer of the demo model have an attribute, all through?
+
+The answer is read back into the world's clauses, so ``valid`` is exact: every sentence is one the
+world can say, in one language, with marks that agree.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+from steer.fit.scoring import Score, Scorer
+
+from .attributes import ATTRIBUTES, Reader
+from .corpus import reader
+
+
+@cache
+def _reader() -> Reader:
+    return reader()
+
+
+def scorer(attribute: str) -> Scorer:
+    """Scores 1 where every sentence has the attribute (a key of ``ATTRIBUTES``)."""
+    if attribute not in ATTRIBUTES:
+        raise ValueError(f"{attribute!r} is none of {', '.join(ATTRIBUTES)}")
+
+    def score(text: str) -> Score:
+        reading = _reader().parse(text)
+        return Score(float(reading.all(attribute)), reading.valid)
+
+    return score
+
+
+english = scorer("english")
+french = scorer("french")
+german = scorer("german")
+formal = scorer("formal")
+casual = scorer("casual")
+positive = scorer("positive")
+negative = scorer("negative")
+refusal = scorer("refusal")
