@@ -38,7 +38,7 @@ def run(rounds: int) -> list[tuple[str, str, str, str]]:
             return float(out[:, ids.shape[1] :].numel())
 
         def bare(generate=generate) -> float:  # type: ignore[no-untyped-def]
-            hook = model.model.layers[LAYER].register_forward_hook(lambda m, a, out: out + row)
+            hook = model.model.layers[LAYER].register_forward_hook(lambda _m, _a, out: out + row)
             try:
                 return generate()
             finally:

@@ -49,6 +49,13 @@ class Ledger:
         for sums in self.relative.values():
             sums[row] = 0.0
 
+    def recount(self, row: int) -> None:
+        """Counts a row from zero again, because its tokens are computed anew; its gates' decisions
+        stand."""
+        self.tokens[row] = 0
+        for sums in self.relative.values():
+            sums[row] = 0.0
+
     def add_relative(self, point: HookPoint, rows: Tensor, sizes: Tensor) -> None:
         """Adds ‖Δx‖/‖x‖ of each token `[T]` to the sum of its row."""
         if point not in self.relative:
@@ -109,7 +116,7 @@ class Step:
         ledger: Ledger,
         slots: Ints,
         rows: Ints,
-        deciding: NDArray[np.bool_] | None = None,
+        until_decision: Ints | None = None,
         measured: NDArray[np.bool_] | None = None,
     ) -> None:
         device = tables.device
@@ -120,8 +127,8 @@ class Step:
         self._pending: Tensor | None = None
         self._measured = None if measured is None else torch.from_numpy(measured).to(device)
         self._uniform = self._uniform_slots(slots)
-        if deciding is not None:
-            self._close_gates(torch.from_numpy(deciding).to(device))
+        if until_decision is not None:
+            self._close_gates(torch.from_numpy(until_decision).to(device))
         live = {int(slot) for slot in np.unique(slots)} - {0}
         self._work = {
             point: work for point in tables.points() if (work := self._work_at(point, live))
@@ -182,10 +189,15 @@ class Step:
             return None
         return [int(slot) for slot in slots[:, 0]]
 
-    def _close_gates(self, deciding: Tensor) -> None:
-        """Withholds gated slots until their gate opens; held decisions are taken as they stand."""
+    def _close_gates(self, until_decision: Tensor) -> None:
+        """Withholds gated slots until their gate opens.
+
+        `until_decision` `[T]` counts the tokens to the one that decides held gates. A held decision
+        is taken as it stands by the tokens after that one, also where the prompt is computed anew
+        in the same pass.
+        """
         self._uniform = None
-        self._deciding = deciding
+        self._deciding = until_decision == 0
         self._pending = self.slots
         gated = torch.zeros_like(self.slots, dtype=torch.bool)
         held = torch.zeros_like(gated)
@@ -195,7 +207,7 @@ class Step:
                     gated[number] |= (gates.held | gates.per_token)[self._pending[number]]
                     held[number] |= gates.held[self._pending[number]]
         remembered = self._ledger.gate_open[self._row_index, : len(self.slots)].T
-        free = ~gated | (held & remembered & ~deciding)
+        free = ~gated | (held & remembered & (until_decision < 0))
         self.slots = torch.where(free, self._pending, 0)
 
     def _decide(self, number: int, gates: GateRows, x: Tensor) -> None:
@@ -209,13 +221,18 @@ class Step:
             gates.above[pending],
             gates.below[pending],
         )
-        held = gates.held[pending] & self._deciding
+        held = gates.held[pending]
+        deciding = held & self._deciding
+        if bool(deciding.any()):
+            rows = self._row_index[deciding]
+            self._ledger.gate_open[rows, number] = opened[deciding]
+            self._ledger.gate_value[rows, number] = value[deciding]
+        # After a preemption, generated tokens are computed again in the pass that decides.
+        opened = torch.where(held, self._ledger.gate_open[self._row_index, number], opened)
         decided = held | gates.per_token[pending]
-        self.slots[number] = torch.where(decided & opened, pending, self.slots[number])
-        if bool(held.any()):
-            rows = self._row_index[held]
-            self._ledger.gate_open[rows, number] = opened[held]
-            self._ledger.gate_value[rows, number] = value[held]
+        self.slots[number] = torch.where(
+            decided, torch.where(opened, pending, 0), self.slots[number]
+        )
 
     def _measure(self, point: HookPoint, before: Tensor, after: Tensor) -> None:
         tiny = torch.finfo(torch.float32).tiny
@@ -238,14 +255,14 @@ def build_step(
     n_passes = max(len(span.seat.plan.passes) for span in steered if span.seat.plan)
     slots = np.zeros((n_passes, tokens_in_batch), dtype=np.int64)
     rows = np.full(tokens_in_batch, NOBODY, dtype=np.int64)
-    deciding = np.zeros(tokens_in_batch, dtype=bool)
+    until_decision = np.ones(tokens_in_batch, dtype=np.int64)
     measured = np.zeros(tokens_in_batch, dtype=bool)
     for span in steered:
         seat, place = span.seat, slice(span.offset, span.offset + len(span.positions))
         mine = seat.slots(span.positions, span.tokens)
         slots[: len(mine), place] = mine
         rows[place] = seat.row
-        deciding[place] = span.positions == seat.prompt_length - 1
+        until_decision[place] = seat.prompt_length - 1 - span.positions
         measured[place] = seat.measure
     gated = any(span.seat.plan.gated for span in steered if span.seat.plan)
     return Step(
@@ -253,6 +270,6 @@ def build_step(
         ledger,
         slots,
         rows,
-        deciding if gated else None,
+        until_decision if gated else None,
         measured if measured.any() else None,
     )

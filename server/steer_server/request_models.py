@@ -156,12 +156,13 @@ class GenerationFields(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> GenerationFields:
-        if self.stream and self.compare:
-            raise Unsupported(
-                "'compare' cannot be streamed: send the request without 'stream'",
-                param="/compare",
-                code="unsupported_parameter",
-            )
+        for field in ("compare", "inspect"):
+            if self.stream and getattr(self, field):
+                raise Unsupported(
+                    f"{field!r} cannot be streamed: send the request without 'stream'",
+                    param=f"/{field}",
+                    code="unsupported_parameter",
+                )
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError(
                 "invalid_request", "'stream_options' is only allowed with 'stream': true"

@@ -11,8 +11,9 @@ import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
-from matplotlib import colormaps
+from matplotlib import colormaps, font_manager
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
@@ -27,9 +28,21 @@ from steer.inspection.patchscope import PatchscopeResult
 
 MAX_CELLS = 4096
 COLUMNS_PER_PANEL = 16
-_CELL_WIDTH, _CELL_HEIGHT = 0.86, 0.36
-_LEFT, _RIGHT, _TOP, _BOTTOM, _GAP = 0.75, 1.05, 0.72, 0.62, 0.28
+_CELL_WIDTH, _CELL_HEIGHT = 0.88, 0.36
+_LEFT, _RIGHT, _TOP, _BOTTOM, _GAP = 0.75, 1.05, 0.72, 0.62, 0.06
 _DPI = 144
+_MORE_FONTS = (
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "Noto Sans Arabic",
+    "Noto Sans Devanagari",
+    "Hiragino Sans",
+    "Microsoft YaHei",
+    "Arial Unicode MS",
+    "Segoe UI Emoji",
+)
+_VISIBLE = {"\n": "⏎", "\t": "⇥"}
+_NO_GLYPH = "□"
 _INK, _FAINT = "#1f2933", "#7b8794"
 _SHADES = LinearSegmentedColormap.from_list(
     "steer", ["#f7f9fc", "#d3e4f3", "#8fbfe0", "#3d8bc4", "#15528f", "#0b2a52"]
@@ -204,6 +217,7 @@ class _Drawing:
                 fontsize=size,
                 color=colour,
                 fontweight=weight,
+                fontfamily=_fonts(),
                 parse_math=False,
             )
 
@@ -229,6 +243,7 @@ class _Drawing:
         axes.set_yticklabels(heat.rows, fontsize=8, color=_INK)
         for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
             label.set_parse_math(False)
+            label.set_fontfamily(_fonts())
         axes.tick_params(length=0, pad=4)
         axes.set_ylabel(heat.row_label, fontsize=8.5, color=_FAINT, labelpad=6)
         if panel == self.panels - 1:
@@ -257,6 +272,7 @@ class _Drawing:
             va="center",
             fontsize=8,
             color="white" if dark else _INK,
+            fontfamily=_fonts(),
             parse_math=False,
         )
 
@@ -276,16 +292,38 @@ class _Drawing:
         bar.set_label(self.heat.scale, fontsize=8.5, color=_FAINT)
 
 
+@cache
+def _fonts() -> tuple[str, ...]:
+    """The fonts to draw with, in order: DejaVu Sans comes with matplotlib, the others may be
+    installed."""
+    installed = set(font_manager.get_font_names())
+    return ("DejaVu Sans", *(name for name in _MORE_FONTS if name in installed))
+
+
+@cache
+def _characters() -> frozenset[int]:
+    """What those fonts have a glyph for."""
+    paths = (font_manager.findfont(font_manager.FontProperties(family=name)) for name in _fonts())
+    return frozenset(code for path in paths for code in font_manager.get_font(path).get_charmap())
+
+
+def _drawable(character: str) -> str:
+    if character in _VISIBLE:
+        return _VISIBLE[character]
+    known = ord(character) in _characters() and character.isprintable()
+    return character if known else _NO_GLYPH
+
+
 def _column(tokens: Sequence[str], position: int) -> str:
     return f"{_shown(tokens[position])}\n{position}"
 
 
-def _shown(token: str, most: int = 10) -> str:
+def _shown(token: str, most: int = 13) -> str:
     """A token as a short label: white space made visible where there is nothing else.
 
     Wide (East Asian) characters count twice.
     """
-    visible = token.replace("\n", "⏎").replace("\t", "⇥")
+    visible = "".join(map(_drawable, token))
     text = visible.strip(" ") or "␣" * len(visible)
     width = 0
     for place, character in enumerate(text):

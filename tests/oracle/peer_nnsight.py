@@ -1,6 +1,6 @@
 """nnsight: values assigned to module outputs inside a trace, and hidden states read there.
 
-Runs in .venvs/peers. Writes the logits of every case and the states after the last edited block.
+Runs in .venvs/peers. Writes the logits of every case, as `model/case`, and the states after the last edited block.
 """
 
 from __future__ import annotations
@@ -61,8 +61,11 @@ def traced(model: NNsight, tokens: torch.Tensor, rows: dict[str, torch.Tensor]) 
 def main(folder: Path) -> None:
     options = json.loads((folder / "options.json").read_text())
     given = load_file(folder / "inputs.safetensors")
-    model = NNsight(AutoModelForCausalLM.from_pretrained(options["model"]).eval())
-    out = traced(model, given["tokens"], given)
+    out = {}
+    for kind, path in options["models"].items():
+        model = NNsight(AutoModelForCausalLM.from_pretrained(path).eval())
+        results = traced(model, given["tokens"], given)
+        out |= {f"{kind}/{name}": tensor for name, tensor in results.items()}
     save_file(
         {name: t.detach().clone().contiguous() for name, t in out.items()},
         folder / "outputs.safetensors",

@@ -1,6 +1,6 @@
 """repeng: `ControlModel.set_control`, and the GGUF files it writes and reads.
 
-Runs in .venvs/repeng. Writes the logits of every case, `options["export"]` as GGUF, and the rows it
+Runs in .venvs/repeng. Writes the logits of every case as `model/case`, `options["export"]` as GGUF, and the rows it
 reads from `options["ours"]`.
 """
 
@@ -21,21 +21,23 @@ from transformers import AutoModelForCausalLM
 def main(folder: Path) -> None:
     options = json.loads((folder / "options.json").read_text())
     given = load_file(folder / "inputs.safetensors")
-    model = AutoModelForCausalLM.from_pretrained(options["model"]).eval()
-    out = {"plain": model(given["tokens"]).logits}
+    out = {}
     rows = {layer: given[f"layers.{layer}"].numpy() for layer in (1, 2)}
-    vector = ControlVector(model_type=model.config.model_type, directions=rows)
-    controlled = ControlModel(model, [1, 2])
+    vector = ControlVector(model_type="llama", directions=rows)
     cases = {
         "add": (1.5, {}),
         "subtract": (-0.5, {}),
         "add-preserving-norm": (1.5, {"normalize": True}),
     }
-    for name, (strength, how) in cases.items():
-        controlled.set_control(vector, strength, **how)
-        # One prompt at a time: its padding mask expects a row of positions for each.
-        prompts = given["tokens"].split(1)
-        out[name] = torch.cat([controlled(prompt).logits for prompt in prompts])
+    # One prompt at a time: its padding mask expects a row of positions for each.
+    prompts = given["tokens"].split(1)
+    for kind, path in options["models"].items():
+        model = AutoModelForCausalLM.from_pretrained(path).eval()
+        out[f"{kind}/plain"] = model(given["tokens"]).logits
+        controlled = ControlModel(model, [1, 2])
+        for name, (strength, how) in cases.items():
+            controlled.set_control(vector, strength, **how)
+            out[f"{kind}/{name}"] = torch.cat([controlled(one).logits for one in prompts])
     vector.export_gguf(options["export"])
     for layer, row in ControlVector.import_gguf(options["ours"]).directions.items():
         out[f"read.{layer}"] = torch.from_numpy(np.array(row))

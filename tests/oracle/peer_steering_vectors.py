@@ -1,6 +1,6 @@
 """steering-vectors: `SteeringVector.apply` with its operators, layer types and token choices.
 
-Runs in .venvs/peers. Writes the logits of every case.
+Runs in .venvs/peers. Writes the logits of every case, as `model/case`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ ROWS = {1: "layers.1", 2: "layers.2"}
 def main(folder: Path) -> None:
     options = json.loads((folder / "options.json").read_text())
     given = load_file(folder / "inputs.safetensors")
-    model = AutoModelForCausalLM.from_pretrained(options["model"]).eval()
     rows = {layer: given[name] for layer, name in ROWS.items()}
-    out = {"plain": model(given["tokens"]).logits}
+    out = {}
     cases = {
         "add": ("decoder_block", {"multiplier": 1.5}),
         "add-negative": ("decoder_block", {"multiplier": -0.4}),
@@ -34,9 +33,12 @@ def main(folder: Path) -> None:
         "ablate": ("decoder_block", {"operator": ablation_operator()}),
         "ablate-add": ("decoder_block", {"operator": ablation_then_addition_operator()}),
     }
-    for name, (layer_type, how) in cases.items():
-        with SteeringVector(dict(rows), layer_type).apply(model, **how):
-            out[name] = model(given["tokens"]).logits
+    for kind, path in options["models"].items():
+        model = AutoModelForCausalLM.from_pretrained(path).eval()
+        out[f"{kind}/plain"] = model(given["tokens"]).logits
+        for name, (layer_type, how) in cases.items():
+            with SteeringVector(dict(rows), layer_type).apply(model, **how):
+                out[f"{kind}/{name}"] = model(given["tokens"]).logits
     save_file({name: t.contiguous() for name, t in out.items()}, folder / "outputs.safetensors")
 
 

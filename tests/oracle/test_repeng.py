@@ -17,6 +17,8 @@ from steer.formats.options import ImportOptions
 
 pytestmark = pytest.mark.slow
 
+MODELS = ["llama", "qwen2", "gpt2"]
+
 CASES: dict[str, dict[str, Any]] = {
     "add": {"interventions": [{"kind": "add", "vector": "v", "strength": 1.5}]},
     "subtract": {"interventions": [{"kind": "add", "vector": "v", "strength": -0.5}]},
@@ -40,21 +42,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory, vector: ControlVector) -> P
     return root
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2"])
-def pair(
-    request: Any, run_peer: Any, tiny_models: Mapping[str, Path], inputs: Any, folder: Path
-) -> Any:
-    """The model, and what repeng made of it."""
-    model = tiny_models[request.param]
-    theirs = run_peer(
+@pytest.fixture(scope="module")
+def theirs(run_peer: Any, tiny_models: Mapping[str, Path], inputs: Any, folder: Path) -> Any:
+    return run_peer(
         "repeng",
         "peer_repeng.py",
         inputs,
-        model=model,
+        models={name: tiny_models[name] for name in MODELS},
         export=folder / "theirs.gguf",
         ours=folder / "ours.gguf",
     )
-    return AutoModelForCausalLM.from_pretrained(model).eval(), theirs
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request: Any, theirs: Any, tiny_models: Mapping[str, Path]) -> Any:
+    """The model, and the peer's results on it."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_models[request.param]).eval()
+    start = f"{request.param}/"
+    return model, {k.removeprefix(start): v for k, v in theirs.items() if k.startswith(start)}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -66,15 +71,14 @@ def test_the_logits_are_the_same(pair, inputs, vector, name):
     assert (theirs[name] - theirs["plain"]).abs().max() > 0.1
 
 
-def test_it_reads_the_gguf_we_write(pair, vector):
-    _, theirs = pair
+def test_it_reads_the_gguf_we_write(theirs, vector):
     read = {int(name.removeprefix("read.")) for name in theirs if name.startswith("read.")}
     assert read == {1, 2}
     for layer in read:
         assert torch.equal(theirs[f"read.{layer}"], vector[layer])
 
 
-def test_we_read_the_gguf_it_writes(pair, vector, folder):
+def test_we_read_the_gguf_it_writes(theirs, vector, folder):
     ours = read_gguf(folder / "theirs.gguf", ImportOptions())
     assert ours.card.layers == (1, 2)
     for layer in (1, 2):

@@ -15,6 +15,8 @@ from steer import ControlVector
 
 pytestmark = pytest.mark.slow
 
+MODELS = ["llama", "qwen2", "gpt2"]
+
 ADD = {"kind": "add", "vector": "v"}
 CASES: dict[str, list[dict[str, Any]]] = {
     "add": [ADD | {"strength": 1.5}],
@@ -28,12 +30,18 @@ CASES: dict[str, list[dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2"])
-def pair(request: Any, run_peer: Any, tiny_models: Mapping[str, Path], inputs: Any) -> Any:
-    """The model, and steering-vectors' logits of it."""
-    folder = tiny_models[request.param]
-    theirs = run_peer("peers", "peer_steering_vectors.py", inputs, model=folder)
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), theirs
+@pytest.fixture(scope="module")
+def theirs(run_peer: Any, tiny_models: Mapping[str, Path], inputs: Any) -> Any:
+    models = {name: tiny_models[name] for name in MODELS}
+    return run_peer("peers", "peer_steering_vectors.py", inputs, models=models)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request: Any, theirs: Any, tiny_models: Mapping[str, Path]) -> Any:
+    """The model, and the peer's results on it."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_models[request.param]).eval()
+    start = f"{request.param}/"
+    return model, {k.removeprefix(start): v for k, v in theirs.items() if k.startswith(start)}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -61,3 +61,20 @@ async def test_what_cannot_be_read_is_refused(
     response = await http.post(f"/v1/inspect/{route}", json=body)
     assert response.status_code in (400, 404), response.text
     assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("patchscope", {"source": {"text": "Paris"}, "layers": [1, 3], "max_tokens": 0}),
+        ("logit-lens", {"text": "Paris", "layers": [1, 3]}),
+        ("activations", {"text": "Paris", "layers": [2, 3], "vectors": ["joy"]}),
+    ],
+)
+async def test_answers_can_be_drawn(
+    http: httpx.AsyncClient, route: str, body: dict[str, Any]
+) -> None:
+    response = await http.post(f"/v1/inspect/{route}?format=png", json=body)
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == "image/png"
+    assert response.content.startswith(b"\x89PNG")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from steer.engines.base import Captured, CaptureRequest, GenerationRequest
-from steer.engines.transformers.batch import RollingBatch
 from steer.engines.transformers.prompts import run_prompts
+from steer.engines.transformers.sequences import Batch
 from steer.errors import SpecError
 from steer.plan import SteeringPlan
 
 
-def capture_batch(batch: RollingBatch, request: CaptureRequest) -> list[Captured]:
+def capture_batch(batch: Batch, request: CaptureRequest) -> list[Captured]:
     """The states of each prompt, in the order asked for.
 
     Prompts run in groups of like length, so that padding stays small; memory is bounded by one
@@ -30,7 +30,7 @@ def capture_batch(batch: RollingBatch, request: CaptureRequest) -> list[Captured
 
 
 def _capture_group(
-    batch: RollingBatch,
+    batch: Batch,
     request: CaptureRequest,
     prompts: Sequence[Sequence[int]],
     plans: Sequence[SteeringPlan | None],

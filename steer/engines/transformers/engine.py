@@ -101,7 +101,8 @@ class TransformersEngine:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         chosen = dtype or ("float32" if device == "cpu" else "auto")
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(model, dtype=chosen).to(device)
+            loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model, dtype=chosen)
+            loaded.to(device)
             tokenizer = AutoTokenizer.from_pretrained(model)
         except (OSError, ValueError) as error:
             reason = next(iter(str(error).strip().splitlines()), repr(error))

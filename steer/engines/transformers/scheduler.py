@@ -17,8 +17,8 @@ from typing import Protocol, TypeVar
 import torch
 
 from steer.engines.base import GenerationRequest, TokenEvent
-from steer.engines.transformers.batch import RollingBatch, Running
 from steer.engines.transformers.sampling import Sampler
+from steer.engines.transformers.sequences import Batch, Running
 from steer.errors import EngineError, SteerError
 
 Result = TypeVar("Result")
@@ -65,8 +65,8 @@ class Scheduler:
     the requests in it fail with `EngineError` and the engine goes on.
     """
 
-    def __init__(self, batch: RollingBatch, max_length: int) -> None:
-        self._batch, self._max_length = batch, max_length
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
         self._inbox: queue.SimpleQueue[Ticket | Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: deque[Ticket] = deque()
         self._tickets: dict[int, Ticket] = {}
@@ -104,6 +104,7 @@ class Scheduler:
 
         def work() -> None:
             try:
+                self._batch.lend()
                 future.set_result(job())
             except BaseException as error:
                 future.set_exception(error)
@@ -184,7 +185,7 @@ class Scheduler:
 
     def _running(self, ticket: Ticket) -> Running:
         request = ticket.request
-        room = self._max_length - len(request.prompt)
+        room = self._batch.max_length - len(request.prompt)
         sequence = Running(
             request,
             self._batch.seat(request),

@@ -1,0 +1,124 @@
+"""`steer generate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from steer.cli.fit import parse_layers
+from steer.cli.local import (
+    DEMO_MODEL,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    RegistryOption,
+    open_registry,
+    plans,
+    running_engine,
+)
+from steer.cli.reporting import table_out
+from steer.cli.steering import LayersOption, VectorOption, chosen_spec
+from steer.cli.where import SweepWhere
+
+if TYPE_CHECKING:
+    from steer.engines.base import Completion
+    from steer.fit.pairs import Prompt
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
+    vector: VectorOption = None,
+    strength: Annotated[
+        float | None,
+        typer.Option("--strength", "-x", help="Multiples of the vector; by default the card's."),
+    ] = None,
+    spec: Annotated[
+        Path | None, typer.Option("--spec", help="A JSON file with a steering spec.")
+    ] = None,
+    profile: Annotated[str | None, typer.Option("--profile", help="A saved profile.")] = None,
+    layers: LayersOption = None,
+    where: Annotated[
+        SweepWhere | None, typer.Option(help="Which tokens are steered; by default the card's.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Continue the text as it is, without chat template.")
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The length of the answer.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    model: ModelOption = DEMO_MODEL,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    registry: RegistryOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Answer a prompt twice, side by side: the model as it is, and steered."""
+    from steer.engines.base import GenerationRequest, SamplingParams
+    from steer.fit.pairs import render
+
+    sampling = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
+    )
+    with open_registry(registry, model) as library:
+        wanted, overlay = chosen_spec(
+            library,
+            spec=spec,
+            profile=profile,
+            vector=vector,
+            strength=strength,
+            layers=None if layers is None else parse_layers(layers),
+            where=None if where is None else where.value,
+        )
+        with running_engine(model, device=device, dtype=dtype) as engine:
+            plan = plans(engine, library).plan(wanted, vectors=overlay)
+            tokens = tuple(render(engine.tokenizer, _prompt(engine.tokenizer, prompt, system, plain)))
+            completions = engine.complete(
+                [
+                    GenerationRequest("default", tokens, sampling),
+                    GenerationRequest("steered", tokens, sampling, plan, measure=True),
+                ]
+            )
+            texts = [_text(engine.tokenizer, one) for one in completions]
+    receipt = completions[1].receipt
+    shown = None if receipt is None else receipt.as_json()
+    if as_json:
+        answer = {"default": texts[0], "steered": texts[1], "steering": shown}
+        typer.echo(json.dumps(answer, indent=2, ensure_ascii=False))
+        return
+    show_side_by_side(texts[0], texts[1], shown)
+
+
+def show_side_by_side(default: str, steered: str, receipt: dict[str, Any] | None) -> None:
+    """Two columns, and the receipt below the steered one."""
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(expand=True, padding=(0, 1))
+    table.add_column(ratio=1)
+    table.add_column(ratio=1)
+    subtitle = None
+    if receipt is not None:
+        points = ", ".join(f"{p['layer']}.{p['site']}" for p in receipt["hook_points"])
+        subtitle = f"{receipt['tokens_steered']} tokens at {points}"
+    table.add_row(
+        Panel(Text(default), title="default"),
+        Panel(Text(steered), title="steered", subtitle=subtitle, border_style="green"),
+    )
+    table_out().print(table)
+
+
+def _prompt(tokenizer: Any, prompt: str, system: str | None, plain: bool) -> Prompt:
+    if plain or getattr(tokenizer, "chat_template", None) is None:
+        return prompt
+    head = [] if system is None else [{"role": "system", "content": system}]
+    return [*head, {"role": "user", "content": prompt}]
+
+
+def _text(tokenizer: Any, completion: Completion) -> str:
+    return str(tokenizer.decode(list(completion.tokens), skip_special_tokens=True)).strip()

@@ -1,0 +1,14 @@
+"""Names for the tokens that a vector steers."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class SweepWhere(StrEnum):
+    """The last prompt token; that and the answer; the answer; every token."""
+
+    last = "last"
+    onward = "onward"
+    generation = "generation"
+    all = "all"

@@ -1,0 +1,169 @@
+"""What both forms of the running batch share: sequences, their seats, their next tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from steer.engines.base import (
+    FinishReason,
+    GateReceipt,
+    GenerationRequest,
+    PointReceipt,
+    Receipt,
+    TokenEvent,
+)
+from steer.engines.transformers.hooks import HookedModel
+from steer.engines.transformers.sampling import Sampler, choose, logprobs
+from steer.step import Ledger, Seat
+from steer.tables import Tables
+
+
+@dataclass
+class Running:
+    """A request that runs, and what it has produced so far."""
+
+    request: GenerationRequest
+    seat: Seat
+    sampler: Sampler
+    limit: int
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def fed(self) -> int:
+        """Tokens the model has computed: the last one generated is never fed back."""
+        return len(self.request.prompt) + len(self.tokens) - 1
+
+    @property
+    def steady(self) -> bool:
+        """Whether the slots of the tokens to come can no longer change."""
+        plan = self.seat.plan
+        if plan is None or not plan.passes:
+            return True
+        bound = self.seat.steady_from
+        return not plan.gated and bound is not None and self.fed >= bound
+
+
+class Batch(Protocol):
+    """A running batch, as the scheduler and captures use it.
+
+    Assumes: one thread.
+    Guarantees: a sequence's tokens do not depend on its neighbours; slots and ledger rows are
+    given back when it leaves, for whatever reason.
+    """
+
+    hooked: HookedModel
+    tables: Tables
+    ledger: Ledger
+    sequences: list[Running]
+    rows: int
+    max_length: int
+    """The longest sequence, prompt and generated tokens together, that can run here."""
+
+    @property
+    def free(self) -> int:
+        """Places left for new sequences."""
+
+    def seat(self, request: GenerationRequest) -> Seat:
+        """Takes a slot and a ledger row; raises `CapacityError` when all slots are in use."""
+
+    def unseat(self, seat: Seat) -> None:
+        """Gives back what `seat` took."""
+
+    def join(self, newcomers: Sequence[Running]) -> list[tuple[Running, TokenEvent]]:
+        """Takes sequences in; the tokens that this already gave."""
+
+    def decode(self) -> list[tuple[Running, TokenEvent]]:
+        """One forward pass; the tokens that it gave. Finished sequences have left."""
+
+    def leave(self, sequence: Running) -> None:
+        """Takes a sequence out of the batch."""
+
+    def clear(self) -> list[Running]:
+        """Takes every sequence out, after a failure; returns them."""
+
+    def lend(self) -> None:
+        """Called before other code runs the model, between two passes."""
+
+
+class Seating:
+    """Slots and ledger rows, for at most `rows` seats at a time."""
+
+    def __init__(self, tables: Tables, rows: int) -> None:
+        self._tables = tables
+        self.ledger = Ledger(rows, tables.device)
+        self._free = list(range(rows - 1, -1, -1))
+
+    def take(self, request: GenerationRequest) -> Seat:
+        """A seat for `request`; raises `CapacityError` when all slots are in use."""
+        slot = 0 if request.plan is None else self._tables.acquire(request.plan)
+        row = self._free.pop()
+        self.ledger.reset(row)
+        return Seat(row, len(request.prompt), request.plan, slot, request.measure)
+
+    def give_back(self, seat: Seat) -> None:
+        if seat.plan is not None:
+            self._tables.release(seat.plan)
+        self._free.append(seat.row)
+
+
+def take_tokens(
+    sequences: Sequence[Running], logits: Tensor, ledger: Ledger, eos: frozenset[int]
+) -> list[tuple[Running, TokenEvent]]:
+    """Chooses each sequence's next token from its row of float32 logits `[n, vocab]`.
+
+    The event of a sequence that ends here carries the reason and the receipt.
+    """
+    samplers = [s.sampler for s in sequences]
+    tokens = choose(logits, samplers)
+    events = []
+    for sequence, token, logprob in zip(
+        sequences, tokens, logprobs(logits, tokens, samplers), strict=True
+    ):
+        sequence.tokens.append(token)
+        finish: FinishReason | None = None
+        if _ends(sequence.request, token, eos):
+            finish = "stop"
+        elif len(sequence.tokens) >= sequence.limit:
+            finish = "length"
+        receipt = None
+        if finish and sequence.seat.plan is not None:
+            receipt = make_receipt(sequence.seat, ledger, sequence.fed)
+        events.append((sequence, TokenEvent(token, logprob, finish, receipt)))
+    return events
+
+
+def make_receipt(seat: Seat, ledger: Ledger, fed: int) -> Receipt:
+    """The receipt of a seat whose sequence fed `fed` tokens, from what the steps counted."""
+    plan = seat.plan
+    if plan is None:
+        raise AssertionError("an unsteered request has no receipt")
+    counts = ledger.tokens[seat.row]
+    bits = np.arange(len(counts))
+    steered = int(counts[1:].sum())
+    points = []
+    for point in plan.points:
+        touching = sum(1 << n for n, one in enumerate(plan.passes) if point in one.blocks)
+        tokens = int(counts[(bits & touching) != 0].sum())
+        size = None
+        if seat.measure and point in ledger.relative and tokens:
+            size = float(ledger.relative[point][seat.row]) / tokens
+        points.append(PointReceipt(point, tokens, size))
+    gates = []
+    for number, one in enumerate(plan.passes):
+        if one.gate is not None:
+            value = float(ledger.gate_value[seat.row, number])
+            fired = int(counts[(bits & (1 << number)) != 0].sum())
+            gates.append(GateReceipt(one.gate.name, fired, None if math.isnan(value) else value))
+    return Receipt(plan.fingerprint, steered, fed - steered, 0, tuple(points), tuple(gates))
+
+
+def _ends(request: GenerationRequest, token: int, eos: frozenset[int]) -> bool:
+    if token in eos and not request.sampling.ignore_eos:
+        return True
+    return request.stop is not None and request.stop(token)

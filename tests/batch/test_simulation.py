@@ -1,0 +1,334 @@
+"""Random lives of many requests over one set of tables, against float64, token by token.
+
+The model is four layers of residual arithmetic without attention, so that a token's result depends
+on its own steering alone: any leak from a neighbour, a stale slot or a wrong position shows.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from artefacts import EVERYTHING, artefacts, random_spec, shape_of
+from float64_reference import Array, Float64Reference
+
+from steer.errors import SteerError
+from steer.model_info import HookPoint
+from steer.plan import SteeringPlan
+from steer.plan_cache import PlanCache
+from steer.registry.library import MemoryLibrary
+from steer.spec import SteeringSpec, When, parse_spec
+from steer.step import Ledger, Seat, Span, build_step
+from steer.tables import Tables
+
+WIDTH, LAYERS, VOCABULARY = 16, 4, 64
+SLOTS, ROWS = 3, 8
+POINTS = [
+    HookPoint(layer, site) for layer in range(LAYERS) for site in ("mlp_out", "resid_post")
+]
+_generator = torch.Generator().manual_seed(12)
+EMBEDDING = torch.randn(VOCABULARY, WIDTH, generator=_generator)
+WEIGHTS = torch.randn(LAYERS, WIDTH, WIDTH, generator=_generator) / WIDTH**0.5
+MADE = artefacts(WIDTH, LAYERS)
+REFERENCE = Float64Reference(**MADE)
+PLANS = PlanCache(MemoryLibrary(**MADE), shape_of(WIDTH, LAYERS), EVERYTHING)
+
+
+@dataclass
+class Request:
+    prompt_length: int
+    tokens: list[int]
+    spec: SteeringSpec | None
+    plan: SteeringPlan | None
+    computed: int = 0
+    seat: Seat | None = None
+    results: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class Truth:
+    """What each token of one request must become, in float64, and how often it was edited."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.touched: Counter[HookPoint] = Counter()
+        self.steered = 0
+        self._prompt_gates: dict[str, bool] = {}
+
+    def token(self, position: int, *, only_gates: bool = False) -> Array:
+        request = self.request
+        token, prompt_length = request.tokens[position], request.prompt_length
+        read: dict[str, bool] = {}
+
+        def is_open(when: When) -> bool:
+            if when.scope == "token":
+                return read[when.model_dump_json()]
+            if position < prompt_length - 1:
+                return False
+            return self._prompt_gates[when.model_dump_json()]
+
+        if position > prompt_length - 1 and not self._prompt_gates:
+            self.token(prompt_length - 1, only_gates=True)
+        x = EMBEDDING[token].double().numpy()
+        points = set()
+        for layer in range(LAYERS):
+            out = np.tanh(x @ WEIGHTS[layer].double().numpy())
+            for point in (HookPoint(layer, "mlp_out"), HookPoint(layer)):
+                row = out if point.site == "mlp_out" else x + out
+                for when in self._gates_at(point):
+                    read[when.model_dump_json()] = self._opens(when, row)
+                    if when.scope == "prompt" and position == prompt_length - 1:
+                        self._prompt_gates[when.model_dump_json()] = self._opens(when, row)
+                if request.spec is not None:
+                    calls = _Counted(is_open)
+                    row = REFERENCE.steer(
+                        request.spec, point, row, position, prompt_length, token, calls
+                    )
+                    if calls.acted(REFERENCE, request.spec, point, position, prompt_length, token):
+                        points.add(point)
+                if point.site == "mlp_out":
+                    out = row
+                else:
+                    x = row
+        if not only_gates:
+            self.touched.update(points)
+            self.steered += bool(points)
+        return x
+
+    def _gates_at(self, point: HookPoint) -> list[When]:
+        spec = self.request.spec
+        if spec is None:
+            return []
+        gates = [spec.when, *(item.when for item in spec.interventions)]
+        return [g for g in gates if g is not None and HookPoint(g.layer or 0) == point]
+
+    def _opens(self, when: When, x: Array) -> bool:
+        direction = REFERENCE.unit(str(when.vector), when.layer or 0)
+        value = float(x @ direction)
+        if when.measure == "cosine":
+            value /= float(np.linalg.norm(x))
+        return (when.above is None or value > when.above) and (
+            when.below is None or value < when.below
+        )
+
+
+class _Counted:
+    """A gate function that can also say whether any intervention acted."""
+
+    def __init__(self, is_open: Any) -> None:
+        self._is_open = is_open
+
+    def __call__(self, when: When) -> bool:
+        return bool(self._is_open(when))
+
+    def acted(
+        self,
+        reference: Float64Reference,
+        spec: SteeringSpec,
+        point: HookPoint,
+        position: int,
+        prompt_length: int,
+        token: int,
+    ) -> bool:
+        from float64_reference import selected
+
+        return any(
+            point in reference.points(item)
+            and selected(item.where or spec.where, position, prompt_length, token)
+            and ((item.when or spec.when) is None or self(item.when or spec.when))
+            for item in spec.interventions
+        )
+
+
+class Simulation:
+    """A scheduler that does everything an engine may do, in random order."""
+
+    def __init__(self, seed: int) -> None:
+        self.draw = random.Random(seed)
+        self.tables = Tables(shape_of(WIDTH, LAYERS), slots=SLOTS)
+        self.ledger = Ledger(ROWS)
+        self.rows = list(range(ROWS))
+        self.running: list[Request] = []
+        self.waits = self.preemptions = self.finished = 0
+
+    def run(self, requests: list[Request]) -> None:
+        waiting = list(requests)
+        while waiting or self.running:
+            while waiting and self.rows and self.draw.random() < 0.7:
+                if not self._admit(waiting[0]):
+                    self.waits += 1
+                    break
+                waiting.pop(0)
+            if self.running and self.draw.random() < 0.08:
+                waiting.append(self._preempt(self.draw.choice(self.running)))
+            if self.running and self.draw.random() < 0.03:
+                self._leave(self.draw.choice(self.running))
+            self.draw.shuffle(self.running)
+            self._step()
+            self._check_live_slots()
+
+    def _admit(self, request: Request) -> bool:
+        slot = 0
+        if request.plan is not None:
+            if not self.tables.can_acquire(request.plan):
+                return False
+            slot = self.tables.acquire(request.plan)
+        row = self.rows.pop(self.draw.randrange(len(self.rows)))
+        self.ledger.reset(row)
+        request.seat = Seat(row, request.prompt_length, request.plan, slot)
+        request.computed = 0
+        self.running.append(request)
+        return True
+
+    def _leave(self, request: Request) -> None:
+        self.running.remove(request)
+        assert request.seat is not None
+        if request.plan is not None:
+            self.tables.release(request.plan)
+        self.rows.append(request.seat.row)
+
+    def _preempt(self, request: Request) -> Request:
+        self._leave(request)
+        self.preemptions += 1
+        request.results.clear()
+        return request
+
+    def _step(self) -> None:
+        chosen = [r for r in self.running if self.draw.random() < 0.8]
+        spans, ids, offset = [], [], 0
+        for request in chosen:
+            assert request.seat is not None
+            left = len(request.tokens) - request.computed
+            end = request.computed + self.draw.randint(1, left)
+            offset += (gap := self.draw.randrange(3))
+            ids += [0] * gap
+            chunk = request.tokens[request.computed : end]
+            places = np.arange(request.computed, end)
+            spans.append(Span(request.seat, offset, places, np.array(chunk)))
+            ids += chunk
+            offset += len(chunk)
+        if not spans:
+            return
+        step = build_step(self.tables, self.ledger, spans, len(ids))
+        x = EMBEDDING[torch.tensor(ids)]
+        for layer in range(LAYERS):
+            out = torch.tanh(x @ WEIGHTS[layer])
+            out = out if step is None else step.edit(HookPoint(layer, "mlp_out"), out)
+            x = x + out
+            x = x if step is None else step.edit(HookPoint(layer), x)
+        if step is not None:
+            step.finish()
+        for request, span in zip(chosen, spans, strict=True):
+            for n, position in enumerate(span.positions):
+                request.results[int(position)] = x[span.offset + n]
+            request.computed = int(span.positions[-1]) + 1
+            if request.computed == len(request.tokens):
+                self._finish(request)
+
+    def _finish(self, request: Request) -> None:
+        truth = Truth(request)
+        for position in range(len(request.tokens)):
+            wanted = truth.token(position)
+            actual = request.results[position].double().numpy()
+            assert np.abs(actual - wanted).max() <= 1e-4 * (1 + np.abs(wanted).max())
+        assert request.seat is not None
+        if request.plan is not None:
+            self._check_counts(request.plan, self.ledger.tokens[request.seat.row], truth)
+        self._leave(request)
+        self.finished += 1
+
+    def _check_counts(self, plan: SteeringPlan, counts: Any, truth: Truth) -> None:
+        assert int(counts[1:].sum()) == truth.steered
+        bits = np.arange(len(counts))
+        for point in plan.points:
+            touching = sum(1 << n for n, one in enumerate(plan.passes) if point in one.blocks)
+            assert int(counts[(bits & touching) != 0].sum()) == truth.touched[point]
+
+    def _check_live_slots(self) -> None:
+        """A slot that a running request refers to still means that request's plan."""
+        held = {r.plan.fingerprint: r for r in self.running if r.plan is not None}
+        assert self.tables.in_use == len(held) <= SLOTS
+        slots = {r.seat.slot for r in held.values() if r.seat is not None}
+        assert len(slots) == len(held)
+        for request in held.values():
+            assert request.seat is not None
+            assert request.plan is not None
+            for number, one in enumerate(request.plan.passes):
+                for point, block in one.blocks.items():
+                    stage = self.tables.stages(point)[number]
+                    assert stage is not None
+                    assert stage.blocks[request.seat.slot] is block
+                    owned = stage.owner == request.seat.slot
+                    assert int(owned.sum()) == block.n_edits
+                    if block.read is not None:
+                        assert torch.equal(stage.read[owned], block.read)
+
+
+def random_gate(draw: random.Random) -> dict[str, Any]:
+    side = draw.choice(["above", "below"])
+    return {
+        "vector": f"v{draw.randrange(6)}",
+        side: draw.uniform(-0.2, 0.2),
+        "scope": draw.choice(["prompt", "token"]),
+        "measure": draw.choice(["cosine", "projection"]),
+        "layer": 0,
+    }
+
+
+def random_plan(draw: random.Random) -> tuple[SteeringSpec, SteeringPlan]:
+    while True:
+        raw = random_spec(draw, layers=LAYERS, longest=4)
+        for item in raw["interventions"]:
+            if "layers" in item and draw.random() < 0.2:
+                item["site"] = "mlp_out"
+            # A gate reads layer 0, so it can only rule what comes after.
+            if draw.random() < 0.3 and 0 not in item.get("layers", [1]):
+                item["when"] = random_gate(draw)
+        try:
+            spec = parse_spec(raw)
+            return spec, PLANS.plan(spec)
+        except SteerError:
+            continue
+
+
+def random_requests(draw: random.Random, count: int) -> list[Request]:
+    kinds = [random_plan(draw) for _ in range(7)]
+    requests = []
+    for _ in range(count):
+        prompt_length = draw.randint(1, 8)
+        tokens = [draw.randrange(VOCABULARY) for _ in range(prompt_length + draw.randint(0, 6))]
+        spec, plan = draw.choice(kinds) if draw.random() < 0.8 else (None, None)
+        requests.append(Request(prompt_length, tokens, spec, plan))
+    return requests
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_every_token_gets_exactly_its_own_requests_edits(seed: int) -> None:
+    simulation = Simulation(seed)
+    simulation.run(random_requests(random.Random(1_000 + seed), 25))
+    assert simulation.finished >= 15
+    assert simulation.tables.in_use == 0
+    assert sorted(simulation.rows) == list(range(ROWS))
+
+
+def test_the_simulation_meets_what_it_is_about() -> None:
+    """Waiting for slots, preemption, gates of both scopes, clamps that compete: all occur."""
+    waits = preemptions = 0
+    specs: list[SteeringSpec] = []
+    for seed in range(25):
+        requests = random_requests(random.Random(1_000 + seed), 25)
+        specs += [r.spec for r in requests if r.spec is not None]
+        simulation = Simulation(seed)
+        simulation.run(requests)
+        waits += simulation.waits
+        preemptions += simulation.preemptions
+    gates = [item.when for spec in specs for item in spec.interventions if item.when]
+    clamps = [i for spec in specs for i in spec.interventions if i.kind == "clamp"]
+    assert waits > 50
+    assert preemptions > 50
+    assert {gate.scope for gate in gates} == {"prompt", "token"}
+    assert sum(clamp.sae == "topk" for clamp in clamps) > 20
