@@ -81,6 +81,13 @@ class Seat:
             out[number] = one.selection.mask(positions, self.prompt_length, tokens) * self.slot
         return out
 
+    def watching(self, positions: Ints) -> Ints:
+        """The slot of each token `[P, T]` that decides a prompt gate, whether selected or not."""
+        passes = () if self.plan is None else self.plan.passes
+        held = [one.gate is not None and one.gate.prompt_scope for one in passes]
+        deciding = positions == self.prompt_length - 1
+        return np.outer(np.array(held, dtype=np.int64), deciding) * self.slot
+
     @property
     def steady_from(self) -> int | None:
         """The position from which on `slots` no longer changes; None where it may."""
@@ -117,6 +124,7 @@ class Step:
         slots: Ints,
         rows: Ints,
         until_decision: Ints | None = None,
+        watching: Ints | None = None,
         measured: NDArray[np.bool_] | None = None,
     ) -> None:
         device = tables.device
@@ -127,9 +135,13 @@ class Step:
         self._pending: Tensor | None = None
         self._measured = None if measured is None else torch.from_numpy(measured).to(device)
         self._uniform = self._uniform_slots(slots)
-        if until_decision is not None:
-            self._close_gates(torch.from_numpy(until_decision).to(device))
         live = {int(slot) for slot in np.unique(slots)} - {0}
+        if until_decision is not None and watching is not None:
+            read = np.where(watching, watching, slots)
+            live |= {int(slot) for slot in np.unique(read)} - {0}
+            self._close_gates(
+                torch.from_numpy(until_decision).to(device), torch.from_numpy(read).to(device)
+            )
         self._work = {
             point: work for point in tables.points() if (work := self._work_at(point, live))
         }
@@ -189,15 +201,18 @@ class Step:
             return None
         return [int(slot) for slot in slots[:, 0]]
 
-    def _close_gates(self, until_decision: Tensor) -> None:
+    def _close_gates(self, until_decision: Tensor, read: Tensor) -> None:
         """Withholds gated slots until their gate opens.
 
+        `read` `[P, T]` are the slots whose gates each token is shown to: its own, and on the last
+        prompt token also those of passes that select only later tokens.
         `until_decision` `[T]` counts the tokens to the one that decides held gates. A held decision
         is taken as it stands by the tokens after that one, also where the prompt is computed anew
         in the same pass.
         """
         self._uniform = None
         self._deciding = until_decision == 0
+        self._read = read
         self._pending = self.slots
         gated = torch.zeros_like(self.slots, dtype=torch.bool)
         held = torch.zeros_like(gated)
@@ -213,21 +228,17 @@ class Step:
     def _decide(self, number: int, gates: GateRows, x: Tensor) -> None:
         if self._pending is None:
             return
-        pending = self._pending[number]
+        pending, read = self._pending[number], self._read[number]
         opened, value = gate_open(
-            x,
-            gates.direction[pending],
-            gates.cosine[pending],
-            gates.above[pending],
-            gates.below[pending],
+            x, gates.direction[read], gates.cosine[read], gates.above[read], gates.below[read]
         )
-        held = gates.held[pending]
-        deciding = held & self._deciding
+        deciding = gates.held[read] & self._deciding
         if bool(deciding.any()):
             rows = self._row_index[deciding]
             self._ledger.gate_open[rows, number] = opened[deciding]
             self._ledger.gate_value[rows, number] = value[deciding]
-        # After a preemption, generated tokens are computed again in the pass that decides.
+        # Tokens after the last prompt token may be computed in the pass that decides.
+        held = gates.held[pending]
         opened = torch.where(held, self._ledger.gate_open[self._row_index, number], opened)
         decided = held | gates.per_token[pending]
         self.slots[number] = torch.where(
@@ -256,12 +267,14 @@ def build_step(
     slots = np.zeros((n_passes, tokens_in_batch), dtype=np.int64)
     rows = np.full(tokens_in_batch, NOBODY, dtype=np.int64)
     until_decision = np.ones(tokens_in_batch, dtype=np.int64)
+    watching = np.zeros_like(slots)
     measured = np.zeros(tokens_in_batch, dtype=bool)
     for span in steered:
         seat, place = span.seat, slice(span.offset, span.offset + len(span.positions))
         mine = seat.slots(span.positions, span.tokens)
         slots[: len(mine), place] = mine
         rows[place] = seat.row
+        watching[: len(mine), place] = seat.watching(span.positions)
         until_decision[place] = seat.prompt_length - 1 - span.positions
         measured[place] = seat.measure
     gated = any(span.seat.plan.gated for span in steered if span.seat.plan)
@@ -271,5 +284,6 @@ def build_step(
         slots,
         rows,
         until_decision if gated else None,
+        watching if gated else None,
         measured if measured.any() else None,
     )

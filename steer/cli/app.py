@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from steer.cli import fit, serve
+from steer.cli import fit, generate, inspecting, profiles, serve, sweep, validate, vectors
 from steer.cli.reporting import ReportingGroup
 
 app = typer.Typer(
@@ -16,4 +16,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("serve")(serve.serve)
+app.command("generate")(generate.generate)
 app.command("fit")(fit.fit)
+app.command("sweep")(sweep.sweep)
+app.command("validate")(validate.validate)
+app.add_typer(vectors.app, name="vectors")
+app.add_typer(profiles.app, name="profiles")
+app.add_typer(inspecting.app, name="inspect")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,6 +25,9 @@ from steer.spec import Site, check_name
 
 if TYPE_CHECKING:
     from steer.control_vector import ControlVector
+
+
+MAX_LAYERS = 1024
 
 
 class MethodChoice(StrEnum):
@@ -158,7 +163,8 @@ def parse_layers(text: str) -> tuple[int, ...]:
     try:
         for part in text.split(","):
             first, dash, last = part.partition("-")
-            found.extend(range(int(first), int(last if dash else first) + 1))
+            layers = range(int(first), int(last if dash else first) + 1)
+            found.extend(layers[:MAX_LAYERS])
     except ValueError:
         found = []
     if not found:
@@ -168,14 +174,21 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(sorted(set(found)))
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Writes `data`; raises `SteerError` where that is impossible."""
+@contextmanager
+def file_errors(path: Path) -> Iterator[None]:
+    """Raises what goes wrong inside while writing `path` as a `SteerError`."""
     try:
-        path.write_bytes(data)
+        yield
     except OSError as error:
         raise SteerError(
             f"{str(path)!r} cannot be written: {error.strerror}", code="not_written"
         ) from error
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes `data`; raises `SteerError` where that is impossible."""
+    with file_errors(path):
+        path.write_bytes(data)
 
 
 def _name(name: str) -> str:

@@ -76,7 +76,9 @@ def generate(
         )
         with running_engine(model, device=device, dtype=dtype) as engine:
             plan = plans(engine, library).plan(wanted, vectors=overlay)
-            tokens = tuple(render(engine.tokenizer, _prompt(engine.tokenizer, prompt, system, plain)))
+            tokens = tuple(
+                render(engine.tokenizer, _prompt(engine.tokenizer, prompt, system, plain))
+            )
             completions = engine.complete(
                 [
                     GenerationRequest("default", tokens, sampling),

@@ -36,7 +36,7 @@ def err() -> Console:
 class ReportingGroup(TyperGroup):
     """Turns a `SteerError` from any command below into red lines and exit code 2."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except SteerError as error:

@@ -52,6 +52,7 @@ def serve(
     if engine == "transformers":
         quiet()
     from pydantic import SecretStr
+
     from steer_server.serve import run
     from steer_server.settings import ServerSettings
 

@@ -35,7 +35,9 @@ SCORER_HELP = (
 
 
 def sweep(
-    vector: Annotated[str, typer.Argument(help="A registered vector (name or name@hash), or a file.")],
+    vector: Annotated[
+        str, typer.Argument(help="A registered vector (name or name@hash), or a file.")
+    ],
     prompts: Annotated[
         Path,
         typer.Option(
@@ -79,9 +81,7 @@ def sweep(
     asked: list[Prompt] = read_prompts(prompts)[:limit]
     chosen = None if layers is None else parse_layers(layers)
     name, overlay = named_vector(vector)
-    sampling = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, seed=seed, logprobs=0
-    )
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, logprobs=0)
     with (
         open_registry(registry, model) as library,
         running_engine(model, device=device, dtype=dtype) as engine,
@@ -125,7 +125,9 @@ def show_doses(response: DoseResponse, title: str) -> None:
         table.add_column(heading, justify="right")
     table.add_column("an answer", overflow="fold")
     rows = [("unsteered", response.unsteered, 1.0)]
-    rows += [(f"{dose.strength:g}", dose.measured, dose.perplexity_ratio) for dose in response.doses]
+    rows += [
+        (f"{dose.strength:g}", dose.measured, dose.perplexity_ratio) for dose in response.doses
+    ]
     for label, one, ratio in rows:
         table.add_row(
             label,

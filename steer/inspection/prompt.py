@@ -142,15 +142,20 @@ class EncodedPrompt:
                 self.text, add_special_tokens=self.special, return_offsets_mapping=True
             )
             return [(int(a), int(b)) for a, b in found["offset_mapping"]]
-        # A tokenizer without offsets: a prefix of the tokens decodes to a prefix of the text.
-        ends = [
-            len(self.tokenizer.decode(self.ids[: n + 1], skip_special_tokens=False))
+        return self._spans_by_prefix(self.text)
+
+    def _spans_by_prefix(self, text: str) -> list[tuple[int, int]]:
+        """For tokenizers without offsets: a prefix of the tokens decodes to a prefix of the text,
+        where a broken character stands for the one that later tokens complete."""
+        decoded = [
+            self.tokenizer.decode(self.ids[: n + 1], skip_special_tokens=False)
             for n in range(len(self.ids))
         ]
-        before = ends[-1] - len(self.text)
+        before = len(decoded[-1]) - len(text)
+        starts = [0, *(len(part) - part.endswith(_BROKEN) for part in decoded[:-1])]
         return [
-            (max(a - before, 0), max(b - before, 0))
-            for a, b in zip([0, *ends[:-1]], ends, strict=True)
+            (max(start - before, 0), max(len(part) - before, 0))
+            for start, part in zip(starts, decoded, strict=True)
         ]
 
 

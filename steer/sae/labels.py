@@ -43,7 +43,8 @@ def search_labels(
     labels: Mapping[int, FeatureLabel], query: str, *, limit: int = 20
 ) -> tuple[FeatureMatch, ...]:
     """Features whose labels hold words of `query` (case ignored, word beginnings count), best
-    first: by the share of words found, then AUROC, then index."""
+    first: by the share of words found, the effect of clamping (a feature that detects need not
+    cause), AUROC, and index."""
     wanted = _words(query)
     found = []
     for feature, label in labels.items():
@@ -53,7 +54,14 @@ def search_labels(
         if hits:
             score = hits / len(wanted)
             found.append(FeatureMatch(feature=feature, label=label, score=score))
-    found.sort(key=lambda match: (-match.score, -(match.label.auroc or 0.0), match.feature))
+    found.sort(
+        key=lambda match: (
+            -match.score,
+            -(match.label.effect or 0.0),
+            -(match.label.auroc or 0.0),
+            match.feature,
+        )
+    )
     return tuple(found[:limit])
 
 

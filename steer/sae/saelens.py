@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from steer.control_vector import Card
@@ -95,7 +95,11 @@ def save_directory(sae: SAE, path: Path, *, dtype: torch.dtype = torch.float32) 
     tensors = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
     if sae.threshold is not None:
         tensors["threshold"] = sae.threshold
-    save_file({name: row.to(dtype).contiguous() for name, row in tensors.items()}, path / WEIGHTS)
+    weights = {name: row.to(dtype).contiguous() for name, row in tensors.items()}
+    # Never in place: the SAE's own tensors may be mapped from the file that is replaced.
+    partial = path / f"{WEIGHTS}.partial"
+    partial.write_bytes(save_safetensors(weights))
+    partial.replace(path / WEIGHTS)
     point = HookPoint(sae.layer, sae.site)
     cfg: dict[str, Any] = {
         "architecture": sae.architecture,

@@ -319,7 +319,7 @@ def test_the_simulation_meets_what_it_is_about() -> None:
     """Waiting for slots, preemption, gates of both scopes, clamps that compete: all occur."""
     waits = preemptions = 0
     specs: list[SteeringSpec] = []
-    for seed in range(25):
+    for seed in range(10):
         requests = random_requests(random.Random(1_000 + seed), 25)
         specs += [r.spec for r in requests if r.spec is not None]
         simulation = Simulation(seed)
@@ -328,7 +328,7 @@ def test_the_simulation_meets_what_it_is_about() -> None:
         preemptions += simulation.preemptions
     gates = [item.when for spec in specs for item in spec.interventions if item.when]
     clamps = [i for spec in specs for i in spec.interventions if i.kind == "clamp"]
-    assert waits > 50
-    assert preemptions > 50
+    assert waits > 20
+    assert preemptions > 10
     assert {gate.scope for gate in gates} == {"prompt", "token"}
-    assert sum(clamp.sae == "topk" for clamp in clamps) > 20
+    assert sum(clamp.sae == "topk" for clamp in clamps) > 10

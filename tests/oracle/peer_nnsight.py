@@ -1,6 +1,7 @@
 """nnsight: values assigned to module outputs inside a trace, and hidden states read there.
 
-Runs in .venvs/peers. Writes the logits of every case, as `model/case`, and the states after the last edited block.
+Runs in .venvs/peers. Writes the logits of every case, as `model/case`, and the
+states after the last edited block.
 """
 
 from __future__ import annotations

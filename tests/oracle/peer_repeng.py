@@ -1,7 +1,7 @@
 """repeng: `ControlModel.set_control`, and the GGUF files it writes and reads.
 
-Runs in .venvs/repeng. Writes the logits of every case as `model/case`, `options["export"]` as GGUF, and the rows it
-reads from `options["ours"]`.
+Runs in .venvs/repeng. Writes the logits of every case as `model/case`,
+`options["export"]` as GGUF, and the rows it reads from `options["ours"]`.
 """
 
 from __future__ import annotations

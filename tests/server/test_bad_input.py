@@ -248,8 +248,9 @@ async def test_streams_are_refused_before_they_begin(
 ) -> None:
     wrong = {"interventions": [{"kind": "add", "vector": "missing"}]}
     refusal(await http.post(URL, json=chat(stream=True, steering=wrong)), 404)
-    error = refusal(await http.post(URL, json=chat(stream=True, steering=joy, compare=True)), 400)
-    assert error["param"] == "/compare"
+    for field, value in (("compare", True), ("inspect", {"layers": [0]})):
+        body = chat(stream=True, steering=joy, **{field: value})
+        assert refusal(await http.post(URL, json=body), 400)["param"] == f"/{field}"
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from steer.engines.base import GenerationRequest, TokenEvent
 from steer.engines.transformers.cache import RollingCache
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.prompts import run_prompts
+from steer.engines.transformers.proof import prove_steering
 from steer.engines.transformers.sequences import Running, Seating, take_tokens
 from steer.step import Seat, Span, Step, build_step
 from steer.tables import Tables
@@ -113,6 +114,10 @@ class RollingBatch:
 
     def lend(self) -> None:
         """Nothing to do: this batch leaves the model as it is."""
+
+    def prove(self) -> None:
+        """The start-up proof; raises `Unsupported`."""
+        prove_steering(self.hooked)
 
     def _forward(self) -> Tensor:
         device = self.hooked.device

@@ -20,12 +20,12 @@ from steer.engines.base import (
     GenerationRequest,
     TokenEvent,
 )
-from steer.engines.transformers.batch import RollingBatch
+from steer.engines.transformers.batching import Batching, make_batch
 from steer.engines.transformers.blocks import find_hook_points
 from steer.engines.transformers.capture import capture_batch
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.listeners import AsyncListener, BlockingListener, Mailbox
-from steer.engines.transformers.proof import prove_steering
+from steer.engines.transformers.sampling import check_sampling
 from steer.engines.transformers.scheduler import Scheduler
 from steer.errors import SpecError, SteerError
 from steer.model_info import Capabilities, ModelInfo
@@ -37,8 +37,8 @@ from steer.tables import MAX_PASSES, Tables
 class TransformersEngine:
     """An `Engine` over a `PreTrainedModel`.
 
-    Requests with different specs share one rolling batch; nothing is cached between requests, so
-    no steered state can reach another request.
+    Requests with different specs share one batch, padded on a CPU and packed on a GPU (`batching`);
+    nothing is cached between requests, so no steered state can reach another request.
     """
 
     info: ModelInfo
@@ -55,20 +55,24 @@ class TransformersEngine:
         slots: int = 256,
         prefill_tokens: int = 4096,
         chunk: int = 512,
+        batching: Batching = "auto",
+        cache_tokens: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self._hooked = HookedModel(model.eval(), find_hook_points(model, name))
         self.info = self._hooked.info
         self._tables = Tables(self.info, slots=slots, device=self._hooked.device)
-        self._batch = RollingBatch(
+        self._batch = make_batch(
             self._hooked,
             self._tables,
+            batching,
             rows=rows,
             eos=end_tokens(model, tokenizer),
             prefill_tokens=prefill_tokens,
             chunk=chunk,
+            cache_tokens=cache_tokens,
         )
-        self._scheduler = Scheduler(self._batch, self.info.max_length)
+        self._scheduler = Scheduler(self._batch)
         self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
         self._proved = False
         self._proving = threading.Lock()
@@ -116,7 +120,7 @@ class TransformersEngine:
         self._scheduler.start()
         with self._proving:
             if not self._proved:
-                self._scheduler.run(lambda: prove_steering(self._hooked))
+                self._scheduler.run(self._batch.prove)
                 self._proved = True
 
     def stop(self) -> None:
@@ -135,12 +139,19 @@ class TransformersEngine:
         length = len(request.prompt)
         if length == 0:
             raise SpecError("the prompt is empty: send at least one token", code="empty_prompt")
-        if length >= self.info.max_length:
+        if length >= self._batch.max_length:
             raise SteerError(
-                f"the prompt has {length} tokens and the context {self.info.max_length}: shorten "
+                f"the prompt has {length} tokens and the context {self._batch.max_length}: shorten "
                 "the prompt",
                 code="context_length_exceeded",
             )
+        unknown = [token for token in request.prompt if not 0 <= token < self.info.vocab_size]
+        if unknown:
+            raise SpecError(
+                f"the token {unknown[0]} is not in the vocabulary of {self.info.vocab_size}",
+                code="unknown_token",
+            )
+        check_sampling(request.sampling, self.info.vocab_size)
         if request.plan is not None:
             self._tables.check(request.plan)
 

@@ -52,7 +52,7 @@ def _probe(hooked: HookedModel, site: Site, ids: torch.Tensor) -> torch.Tensor:
     spans = []
     positions = np.arange(_PROBE_LENGTH, dtype=np.int64)
     for layer in range(hooked.info.n_layers):
-        plan = _probe_plan(hooked, HookPoint(layer, site))
+        plan = probe_plan(hooked, HookPoint(layer, site))
         seat = Seat(layer, _PROBE_LENGTH, plan, tables.acquire(plan))
         spans.append(Span(seat, layer * _PROBE_LENGTH, positions, positions + 1))
     ledger = Ledger(hooked.info.n_layers + 1, hooked.device)
@@ -62,7 +62,7 @@ def _probe(hooked: HookedModel, site: Site, ids: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _probe_plan(hooked: HookedModel, point: HookPoint) -> SteeringPlan:
+def probe_plan(hooked: HookedModel, point: HookPoint) -> SteeringPlan:
     """An edit that no model can miss: another direction for each coordinate, of a large size."""
     width = hooked.info.width(point.site)
     direction = torch.cos(torch.arange(width, dtype=torch.float32)) * 10.0

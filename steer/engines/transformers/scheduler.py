@@ -78,10 +78,7 @@ class Scheduler:
     def start(self) -> None:
         """Starts the thread unless it runs."""
         with self._starting:
-            if self._thread is None:
-                self._stopping = False
-                self._thread = threading.Thread(target=self._loop, name="steer", daemon=True)
-                self._thread.start()
+            self._ensure_thread()
 
     def stop(self) -> None:
         """Lets the running requests finish, refuses the waiting ones, ends the thread."""
@@ -92,8 +89,9 @@ class Scheduler:
                 self._thread = None
 
     def submit(self, request: GenerationRequest, listener: Listener) -> Ticket:
+        """Queues `request`; its tokens, or the reason why there are none, go to `listener`."""
         ticket = Ticket(request, listener)
-        self._inbox.put(ticket)
+        self._send(ticket)
         return ticket
 
     def run(self, job: Callable[[], Result]) -> Result:
@@ -109,13 +107,28 @@ class Scheduler:
             except BaseException as error:
                 future.set_exception(error)
 
-        self._inbox.put(work)
+        self._send(work)
         return future.result()
+
+    def _send(self, item: Ticket | Callable[[], None]) -> None:
+        # Under the lock of `stop`: an item behind the request to stop would never be answered.
+        with self._starting:
+            self._ensure_thread()
+            self._inbox.put(item)
+
+    def _ensure_thread(self) -> None:
+        if self._thread is None:
+            self._stopping = False
+            self._thread = threading.Thread(target=self._loop, name="steer", daemon=True)
+            self._thread.start()
 
     @torch.inference_mode()
     def _loop(self) -> None:
         while not (self._stopping and not self._batch.sequences):
-            self._read_inbox(block=not self._batch.sequences and not self._waiting)
+            idle = not self._batch.sequences and not self._waiting
+            if idle:
+                self._batch.lend()
+            self._read_inbox(block=idle)
             self._drop_cancelled()
             touched: dict[int, Listener] = {}
             try:
@@ -128,6 +141,7 @@ class Scheduler:
                 listener.flush()
             self.figures.running = len(self._batch.sequences)
             self.figures.waiting = len(self._waiting)
+        self._batch.lend()
         for ticket in self._waiting:
             _refuse(ticket, EngineError("the engine is stopping"))
         self._waiting.clear()
@@ -167,29 +181,37 @@ class Scheduler:
                 newcomers.append(self._running(ticket))
             except SteerError as error:
                 _refuse(ticket, error)
+            except Exception as error:
+                _refuse(ticket, _engine_error(error))
         if newcomers:
             try:
                 self._hand_out(self._batch.join(newcomers), touched)
-            except Exception:
-                present = {id(s) for s in self._batch.sequences}
-                for sequence in newcomers:
-                    if id(sequence) not in present and id(sequence) in self._tickets:
-                        self._batch.unseat(sequence.seat)
-                        self._refuse_running(sequence, touched)
+            except Exception as error:
+                self._fail_newcomers(newcomers, error, touched)
                 raise
 
-    def _refuse_running(self, sequence: Running, touched: dict[int, Listener]) -> None:
-        listener = self._tickets.pop(id(sequence)).listener
-        listener.fail(EngineError("the engine failed while it computed this prompt"))
-        touched[id(listener)] = listener
+    def _fail_newcomers(
+        self, newcomers: list[Running], error: Exception, touched: dict[int, Listener]
+    ) -> None:
+        """Fails those that the batch does not hold: it had not taken them in, or had let them go."""
+        present = {id(s) for s in self._batch.sequences}
+        for sequence in newcomers:
+            if id(sequence) in present or id(sequence) not in self._tickets:
+                continue
+            if not sequence.tokens:
+                self._batch.unseat(sequence.seat)
+            listener = self._tickets.pop(id(sequence)).listener
+            listener.fail(_engine_error(error))
+            touched[id(listener)] = listener
 
     def _running(self, ticket: Ticket) -> Running:
         request = ticket.request
         room = self._batch.max_length - len(request.prompt)
+        sampler = Sampler(request.sampling, self._batch.hooked.device)
         sequence = Running(
             request,
             self._batch.seat(request),
-            Sampler(request.sampling, self._batch.hooked.device),
+            sampler,
             min(request.sampling.max_tokens, room),
         )
         self._tickets[id(sequence)] = ticket
@@ -207,13 +229,17 @@ class Scheduler:
                 touched[id(ticket.listener)] = ticket.listener
 
     def _fail_batch(self, error: Exception, touched: dict[int, Listener]) -> None:
-        known = error if isinstance(error, SteerError) else None
         for sequence in self._batch.clear():
             ticket = self._tickets.pop(id(sequence))
-            ticket.listener.fail(
-                known or EngineError(f"the engine failed: {type(error).__name__}: {error}")
-            )
+            ticket.listener.fail(_engine_error(error))
             touched[id(ticket.listener)] = ticket.listener
+
+
+def _engine_error(error: Exception) -> SteerError:
+    # A new one for each request: an exception that is raised in two threads mixes their traces.
+    if isinstance(error, EngineError):
+        return EngineError(error.message, param=error.param, code=error.code)
+    return EngineError(f"the engine failed: {type(error).__name__}: {error}")
 
 
 def _refuse(ticket: Ticket, error: SteerError) -> None:

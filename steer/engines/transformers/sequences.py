@@ -90,6 +90,9 @@ class Batch(Protocol):
     def lend(self) -> None:
         """Called before other code runs the model, between two passes."""
 
+    def prove(self) -> None:
+        """The start-up proof: raises `Unsupported` where steering would not be exact here."""
+
 
 class Seating:
     """Slots and ledger rows, for at most `rows` seats at a time."""

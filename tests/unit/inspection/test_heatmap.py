@@ -87,7 +87,7 @@ def test_wide_tables_are_folded() -> None:
 @pytest.mark.filterwarnings("error")
 def test_any_token_can_be_drawn() -> None:
     tokens = ["$x_1$", "\n", "\t", "  ", "", "naïve", "a" * 60, "\\frac{", "日本", "🙂", "\x00"]
-    assert picture(table(1, 11, texts=[tokens], columns=tokens).png()).any()
+    assert picture(table(1, 11, texts=[tokens], title="$x", subtitle="_{").png()).any()
 
 
 def test_a_lens_is_layers_by_positions() -> None:

@@ -87,3 +87,9 @@ def test_search_finds_words_and_beginnings_of_words(make_sae):
     assert found("words", limit=1) == [7]
     assert found("nothing") == []
     assert found("") == []
+
+
+def test_search_puts_features_that_cause_before_those_that_only_detect(make_sae):
+    cause = FeatureLabel(text="formal", auroc=0.81, effect=0.9)
+    sae = make_sae(labels={2: FeatureLabel(text="formal", auroc=0.99), 9: cause})
+    assert [match.feature for match in sae.search("formal")] == [9, 2]

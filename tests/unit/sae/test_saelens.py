@@ -268,3 +268,14 @@ def test_hook_names_that_are_no_site_are_refused(name):
 @pytest.mark.parametrize("site", SITES)
 def test_every_site_has_a_hook_name(site):
     assert parse_hook_name(hook_name(HookPoint(5, site))) == (5, site)
+
+
+def test_saving_over_the_directory_it_was_loaded_from(make_sae, tmp_path):
+    # The loaded tensors are mapped from the very file that is replaced.
+    save_directory(make_sae(), tmp_path)
+    sae = load_directory(tmp_path)
+    save_directory(sae, tmp_path, dtype=torch.bfloat16)
+    save_directory(sae, tmp_path)
+    assert torch.equal(sae.W_enc, make_sae().W_enc)
+    assert torch.equal(load_directory(tmp_path).W_dec, make_sae().W_dec)
+    assert not list(tmp_path.glob("*.partial"))

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from steer.sae import SAE, FeatureLabel, load_directory, save_directory
 
-from .batches import Batches
-from .corpus import reader
+from .batches import collate, encode
+from .corpus import Corpus, reader
 from .sae_effects import CAUSAL, CLASS_OF, Bench, Effect, best_clamp, candidates
 from .sae_labels import classes_of, describe, matches, scores, table
 from .sae_states import corpus_states, examples, reply_states
@@ -30,8 +30,7 @@ from .sae_training import Trainer, TrainingOptions
 log = logging.getLogger("steer_vectors.demo")
 DEMO = Path(__file__).resolve().parents[1]
 EXTRA_DRAWS = 2
-CANDIDATES = 6
-STRENGTHS = (1.0, 1.5, 2.0, 3.0)
+STRENGTHS = (1.0, 2.0, 3.0)
 """Clamp values that are tried, as multiples of the distance between the class means."""
 # Training draws chunks 0, 1, 2, … of its seed; these seeds are far above them.
 TRAIN_SEED, TEST_SEED = 900_000_007, 900_000_011
@@ -62,11 +61,14 @@ def explained_variance(sae: SAE, rows: Tensor) -> float:
 
 
 @torch.no_grad()
-def loss_recovered(model: Any, tok: PreTrainedTokenizerFast, sae: SAE, batches: int = 24) -> float:
+def loss_recovered(
+    model: Any, tok: PreTrainedTokenizerFast, sae: SAE, documents: int = 640
+) -> float:
     """(L₀ − L_sae) / (L₀ − L): the loss on replies with the block's output replaced by its
     reconstruction, between that with zeros (L₀) and the model's own (L). The first token keeps its
     state, as in training."""
-    source = Batches(tok, TEST_SEED, 32)
+    rows = [encode(tok, one) for one in Corpus(TEST_SEED).documents(documents)]
+    rows.sort(key=lambda row: len(row[0]))
     change: list[Any] = [None]
 
     def hook(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
@@ -81,8 +83,8 @@ def loss_recovered(model: Any, tok: PreTrainedTokenizerFast, sae: SAE, batches: 
     for edit in (None, lambda x: sae.decode(sae.encode(x)), torch.zeros_like):
         change[0] = edit
         total, count = 0.0, 0
-        for step in range(batches):
-            batch = source.at(step)
+        for start in range(0, documents, 32):
+            batch = collate(rows[start : start + 32], int(tok.pad_token_id))
             logits = model(batch.ids).logits.flatten(0, 1)
             wanted = batch.targets.flatten()
             loss = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
@@ -110,7 +112,7 @@ def label(
     for attribute in CAUSAL:
         known, has = classes_of(seen)[CLASS_OF[attribute]]
         difference = last[has].mean(0) - last[known & ~has].mean(0)
-        latents = candidates(attribute, sae, chosen_on, difference, CANDIDATES)
+        latents = candidates(attribute, sae, chosen_on, difference, args.candidates)
         values = [round(factor * float(difference.norm()), 2) for factor in STRENGTHS]
         effect = best_clamp(bench, attribute, latents, values, args.data)
         log.info("%s", effect)
@@ -174,6 +176,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--chats", type=int, default=1500)
+    parser.add_argument("--candidates", type=int, default=6, help="latents tried, of each sort")
+    parser.add_argument("--relabel", action="store_true", help="keep the weights that are there")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="0: as many as torch likes")
     args = parser.parse_args()
@@ -183,7 +187,8 @@ def main() -> None:
     tok = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     folder = args.out / f"resid-{args.layer}"
-    save_directory(train(model, tok, args), folder, dtype=torch.bfloat16)
+    if not args.relabel:
+        save_directory(train(model, tok, args), folder, dtype=torch.bfloat16)
     sae = load_directory(folder)
     labels, figures, effects = label(model, tok, sae, args)
     fields = card_fields(args, figures, effects)

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from steer_vectors import LIBRARY
+
 from steer.control_vector import ControlVector
 from steer.engines.base import SamplingParams
 from steer.engines.transformers.engine import TransformersEngine
@@ -26,7 +28,6 @@ from steer.plan import SteeringPlan
 from steer.plan_cache import PlanCache
 from steer.registry.library import MemoryLibrary
 from steer.spec import Where, parse_spec
-from steer_vectors import LIBRARY
 
 from .scorers import scorer
 

@@ -1,0 +1,269 @@
+"""`steer inspect`: read what a model's hidden states say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from steer.cli.fit import parse_layers, write_file
+from steer.cli.local import (
+    DEMO_MODEL,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    RegistryOption,
+    open_registry,
+    plans,
+    running_engine,
+)
+from steer.cli.reporting import out, table_out
+from steer.cli.steering import read_spec
+from steer.errors import Problem, SpecError, pointer
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from steer.engines.transformers.engine import TransformersEngine
+    from steer.inspection.heatmap import HeatMap
+    from steer.plan_cache import PlanCache
+    from steer.registry.registry import Registry
+
+    Request = TypeVar("Request", bound=BaseModel)
+
+app = typer.Typer(help="Read what the model's hidden states say.", no_args_is_help=True)
+
+PromptArgument = Annotated[str, typer.Argument(help="What is said to the model.")]
+PlainOption = Annotated[
+    bool, typer.Option("--plain", help="Read the text as it is, without chat template.")
+]
+LayerOption = Annotated[
+    str | None, typer.Option("--layers", help="Such as 2-5 or 1,3; by default all.")
+]
+AtOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--at",
+        help="A position (negative from the end), or a piece of the prompt: then its last token. "
+        "May be repeated.",
+    ),
+]
+SiteOption = Annotated[str, typer.Option(help="Where in each block the states are read.")]
+SpecOption = Annotated[
+    Path | None, typer.Option("--spec", help="Read under this steering: a JSON file.")
+]
+PngOption = Annotated[Path | None, typer.Option("--png", help="Write a heat map here.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+TopOption = Annotated[int, typer.Option(min=1, max=100, help="Tokens to report at each place.")]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What an inspection needs."""
+
+    engine: TransformersEngine
+    library: Registry
+    plans: PlanCache
+
+
+@app.command("logit-lens")
+def logit_lens(
+    prompt: PromptArgument,
+    plain: PlainOption = False,
+    layers: LayerOption = None,
+    at: AtOption = None,
+    site: SiteOption = "resid_post",
+    top: TopOption = 5,
+    spec: SpecOption = None,
+    png: PngOption = None,
+    as_json: JsonOption = False,
+    model: ModelOption = DEMO_MODEL,
+    registry: RegistryOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Read every layer by the final norm and the output matrix."""
+    from steer import inspection
+    from steer.inspection.heatmap import lens_heat_map
+
+    fields = {"layers": _layers(layers), "site": site, "top": top, **_steering(spec)}
+    with _bench(model, registry, device, dtype) as bench:
+        fields |= {**_prompt(bench, prompt, plain), "positions": _positions(at, "all")}
+        request = _request(inspection.LogitLensRequest, fields)
+        result = inspection.logit_lens(bench.engine, request, plans=bench.plans)
+    _show(result, lens_heat_map, png, as_json)
+
+
+@app.command("patchscope")
+def patchscope(
+    prompt: PromptArgument,
+    plain: PlainOption = False,
+    preset: Annotated[
+        str, typer.Option(help="The target prompt: identity, or another that the docs list.")
+    ] = "identity",
+    target: Annotated[
+        str | None, typer.Option(help="A target prompt of your own, as plain text.")
+    ] = None,
+    target_at: Annotated[
+        str | None, typer.Option(help="Where in it the state goes: a position or a piece of it.")
+    ] = None,
+    target_layers: Annotated[
+        str | None, typer.Option(help="Layers to patch; by default the one that was read.")
+    ] = None,
+    layers: LayerOption = None,
+    at: AtOption = None,
+    site: SiteOption = "resid_post",
+    top: TopOption = 5,
+    max_tokens: Annotated[int, typer.Option(min=0, max=256, help="Tokens to generate.")] = 12,
+    spec: SpecOption = None,
+    png: PngOption = None,
+    as_json: JsonOption = False,
+    model: ModelOption = DEMO_MODEL,
+    registry: RegistryOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Let the model itself read a hidden state, in another prompt."""
+    from steer import inspection
+    from steer.inspection.heatmap import patchscope_heat_map
+
+    fields: dict[str, Any] = {
+        "layers": _layers(layers),
+        "site": site,
+        "top": top,
+        "max_tokens": max_tokens,
+        "preset": preset if target is None else "custom",
+        "positions": _positions(at, [-1]),
+    }
+    if target_layers is not None:
+        fields["target_layers"] = _layers(target_layers)
+    if target is not None:
+        fields["target"] = {"text": target, "position": _place(target_at or "-1")}
+    with _bench(model, registry, device, dtype) as bench:
+        fields["source"] = {**_prompt(bench, prompt, plain), **_steering(spec)}
+        request = _request(inspection.PatchscopeRequest, fields)
+        result = inspection.patchscope(bench.engine, request, plans=bench.plans)
+    _show(result, patchscope_heat_map, png, as_json)
+
+
+@app.command("activations")
+def activations(
+    prompt: PromptArgument,
+    vector: Annotated[
+        list[str], typer.Option("--vector", "-v", help="Read along this vector; may be repeated.")
+    ],
+    plain: PlainOption = False,
+    layers: LayerOption = None,
+    at: AtOption = None,
+    site: SiteOption = "resid_post",
+    spec: SpecOption = None,
+    png: PngOption = None,
+    as_json: JsonOption = False,
+    model: ModelOption = DEMO_MODEL,
+    registry: RegistryOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Read the states along registered vectors: the cosine at each layer and token."""
+    from steer import inspection
+    from steer.inspection.heatmap import activations_heat_map
+
+    fields = {"layers": _layers(layers), "site": site, "vectors": vector, **_steering(spec)}
+    with _bench(model, registry, device, dtype) as bench:
+        fields |= {**_prompt(bench, prompt, plain), "positions": _positions(at, "all")}
+        request = _request(inspection.ActivationsRequest, fields)
+        result = inspection.activations(
+            bench.engine, request, library=bench.library, plans=bench.plans
+        )
+    _show(result, activations_heat_map, png, as_json)
+
+
+@contextmanager
+def _bench(
+    model: str, registry: Path | None, device: str | None, dtype: str | None
+) -> Iterator[Bench]:
+    with (
+        open_registry(registry, model) as library,
+        running_engine(model, device=device, dtype=dtype) as engine,
+    ):
+        yield Bench(engine, library, plans(engine, library))
+
+
+def _show(result: Any, heat_map: Any, png: Path | None, as_json: bool) -> None:
+    """JSON, a picture, or the heat map's texts as a table: layers down, positions across."""
+    if as_json:
+        typer.echo(result.model_dump_json(indent=2, exclude_none=True))
+    heat: HeatMap | None = None if as_json and png is None else heat_map(result)
+    if heat is not None and not as_json:
+        _show_table(heat)
+    if heat is not None and png is not None:
+        write_file(png, heat.png())
+        if not as_json:
+            out().print(f"wrote {png}", highlight=False)
+
+
+def _show_table(heat: HeatMap) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"{heat.title}: {heat.subtitle}", caption=f"{heat.scale} in colour")
+    table.add_column(heat.row_label, justify="right")
+    for column in heat.columns:
+        table.add_column(Text(column), overflow="fold")
+    for label, values, texts in reversed(
+        list(zip(heat.rows, heat.values, heat.texts, strict=True))
+    ):
+        strong = max(abs(end) for end in heat.limits) / 2
+        cells = [
+            Text(repr(text)[1:-1], style="bold green" if abs(value) >= strong else "")
+            for value, text in zip(values, texts, strict=True)
+        ]
+        table.add_row(label, *cells)
+    table_out().print(table)
+
+
+def _prompt(bench: Bench, prompt: str, plain: bool) -> dict[str, Any]:
+    if plain or getattr(bench.engine.tokenizer, "chat_template", None) is None:
+        return {"text": prompt}
+    return {"messages": [{"role": "user", "content": prompt}]}
+
+
+def _steering(spec: Path | None) -> dict[str, Any]:
+    return {} if spec is None else {"steering": read_spec(spec)}
+
+
+def _layers(text: str | None) -> tuple[int, ...] | str:
+    return "all" if text is None else parse_layers(text)
+
+
+def _positions(at: list[str] | None, default: Any) -> Any:
+    return [_place(one) for one in at] if at else default
+
+
+def _place(text: str) -> int | str:
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def _request(kind: type[Request], fields: dict[str, Any]) -> Request:
+    """The request; raises `SpecError` with every problem of its fields."""
+    from pydantic import ValidationError
+
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        problems = [
+            Problem(
+                f"{item['msg'].removeprefix('Value error, ')}; got {str(item['input'])[:60]!r}",
+                "invalid_option",
+                pointer(*item["loc"]),
+            )
+            for item in error.errors(include_url=False)
+        ]
+        raise SpecError(problems[0].message, problems=problems) from None

@@ -1,0 +1,86 @@
+"""`steer profiles`: saved steering specs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from steer.cli.local import RegistryOption, open_registry
+from steer.cli.reporting import out, table_out
+from steer.cli.steering import read_json, read_spec
+from steer.errors import SteerError
+
+app = typer.Typer(help="List, add, show and remove saved specs.", no_args_is_help=True)
+
+NameArgument = Annotated[str, typer.Argument(help="The profile's name.")]
+
+
+@app.command("list")
+def list_profiles(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    registry: RegistryOption = None,
+) -> None:
+    """List the profiles."""
+    with open_registry(registry) as library:
+        profiles = library.profiles()
+    if as_json:
+        dumped = [p.model_dump(mode="json", by_alias=True, exclude_none=True) for p in profiles]
+        typer.echo(json.dumps(dumped, indent=2, ensure_ascii=False))
+        return
+    from rich.table import Table
+
+    table = Table()
+    for heading in ("name", "interventions", "description"):
+        table.add_column(heading)
+    for profile in profiles:
+        kinds = ", ".join(item.kind for item in profile.spec.interventions)
+        table.add_row(profile.name, kinds, profile.description)
+    table_out().print(table)
+
+
+@app.command("add")
+def add(
+    file: Annotated[Path, typer.Argument(help="JSON: a spec, or a profile with name and spec.")],
+    name: Annotated[
+        str | None, typer.Option("--name", "-n", help="By default the file's own, or its name.")
+    ] = None,
+    description: Annotated[str | None, typer.Option(help="What it does, in a sentence.")] = None,
+    registry: RegistryOption = None,
+) -> None:
+    """Save a spec under a name, in place of one with the same name."""
+    from steer.registry.profiles import Profile
+    from steer.spec import check_name
+
+    spec, about = read_spec(file), read_json(file)
+    if "spec" not in about:
+        about = {}
+    chosen = str(name or about.get("name") or file.stem)
+    told = description if description is not None else str(about.get("description", ""))
+    try:
+        check_name(chosen)
+    except ValueError as error:
+        raise SteerError(str(error), code="invalid_name", param="/name") from None
+    if len(told) > 4096:
+        raise SteerError("a description has at most 4096 characters", code="invalid_option")
+    with open_registry(registry) as library:
+        library.put_profile(Profile(name=chosen, spec=spec, description=told))
+    out().print(f"saved {chosen}", highlight=False)
+
+
+@app.command("show")
+def show(name: NameArgument, registry: RegistryOption = None) -> None:
+    """Print a profile as JSON."""
+    with open_registry(registry) as library:
+        profile = library.profile(name)
+    typer.echo(profile.model_dump_json(indent=2, by_alias=True, exclude_none=True))
+
+
+@app.command("remove")
+def remove(name: NameArgument, registry: RegistryOption = None) -> None:
+    """Remove a profile."""
+    with open_registry(registry) as library:
+        library.remove_profile(name)
+    out().print(f"removed {name}", highlight=False)

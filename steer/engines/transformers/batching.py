@@ -1,0 +1,71 @@
+"""Which form the running batch has: padded rows, or tokens packed end to end."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal, get_args
+
+from steer.engines.transformers.batch import RollingBatch
+from steer.engines.transformers.hooks import HookedModel
+from steer.engines.transformers.sequences import Batch
+from steer.errors import SteerError, Unsupported
+from steer.tables import Tables
+
+Batching = Literal["auto", "rolling", "packed"]
+
+_log = logging.getLogger(__name__)
+
+
+def make_batch(
+    hooked: HookedModel,
+    tables: Tables,
+    batching: Batching,
+    *,
+    rows: int,
+    eos: frozenset[int],
+    prefill_tokens: int,
+    chunk: int,
+    cache_tokens: int | None,
+) -> Batch:
+    """The batch that `batching` names; `auto` packs on a GPU, where this model can be packed.
+
+    Raises `Unsupported` where `packed` is asked for and this model, or this release of
+    transformers, cannot be packed.
+    """
+    if batching not in get_args(Batching):
+        raise SteerError(
+            f"batching is {batching!r}: choose one of {', '.join(get_args(Batching))}",
+            code="invalid_option",
+        )
+    if batching == "packed" or (batching == "auto" and hooked.device.type == "cuda"):
+        try:
+            return _packed(hooked, tables, rows, eos, prefill_tokens, cache_tokens)
+        except Unsupported as error:
+            if batching == "packed":
+                raise
+            _log.warning("batches are padded, not packed: %s", error)
+    return RollingBatch(
+        hooked, tables, rows=rows, eos=eos, prefill_tokens=prefill_tokens, chunk=chunk
+    )
+
+
+def _packed(
+    hooked: HookedModel,
+    tables: Tables,
+    rows: int,
+    eos: frozenset[int],
+    batch_tokens: int,
+    cache_tokens: int | None,
+) -> Batch:
+    # Imported where it is used: an unknown transformers may lack what these modules import.
+    try:
+        from steer.engines.transformers.packed import PackedBatch  # noqa: PLC0415
+        from steer.engines.transformers.packed_model import PackedOptions  # noqa: PLC0415
+    except (ImportError, AttributeError) as error:
+        raise Unsupported(
+            f"this transformers has no continuous batching that Steer knows ({error}): choose "
+            "batching='rolling'",
+            code="unsupported_transformers",
+        ) from error
+    options = PackedOptions(batch_tokens=batch_tokens, cache_tokens=cache_tokens)
+    return PackedBatch(hooked, tables, rows=rows, eos=eos, options=options)
