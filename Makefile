@@ -27,6 +27,8 @@ bench: $(READY) oracles
 
 demo-model: $(READY)
 	$(BIN)/python -m steer_vectors.demo.recipe
+	$(BIN)/python -m steer_vectors.demo.recipe.vectors
+	$(BIN)/python -m steer_vectors.demo.recipe.sae
 
 # The CPU build of torch is enough for the demo; set TORCH to install another one.
 TORCH ?= torch==2.13.0

@@ -126,15 +126,16 @@ def fit(
             licence=licence,
             progress=done,
         )
-    show_fit(vector)
     if register:
         with open_registry(registry) as folder:
             entry, created = folder.add(chosen, vector)
-        out().print(f"{'registered' if created else 'already registered'}: {entry.id}")
-        return
-    path = output or Path(f"{chosen}.safetensors")
-    write_file(path, vector.to_bytes())
-    out().print(f"wrote {path}", highlight=False)
+        done_line = f"{'registered' if created else 'already registered'}: {entry.id}"
+    else:
+        path = output or Path(f"{chosen}.safetensors")
+        write_file(path, vector.to_bytes())
+        done_line = f"wrote {path}"
+    show_fit(vector)
+    out().print(done_line, highlight=False)
 
 
 def show_fit(vector: ControlVector) -> None:

@@ -107,7 +107,7 @@ def show_side_by_side(default: str, steered: str, receipt: dict[str, Any] | None
     subtitle = None
     if receipt is not None:
         points = ", ".join(f"{p['layer']}.{p['site']}" for p in receipt["hook_points"])
-        subtitle = f"{receipt['tokens_steered']} tokens at {points}"
+        subtitle = f"tokens steered: {receipt['tokens_steered']}, at {points}"
     table.add_row(
         Panel(Text(default), title="default"),
         Panel(Text(steered), title="steered", subtitle=subtitle, border_style="green"),

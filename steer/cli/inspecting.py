@@ -103,14 +103,14 @@ def patchscope(
     prompt: PromptArgument,
     plain: PlainOption = False,
     preset: Annotated[
-        str, typer.Option(help="The target prompt: identity, or another that the docs list.")
+        str, typer.Option(help="The target prompt: identity or attribute.")
     ] = "identity",
     target: Annotated[
         str | None, typer.Option(help="A target prompt of your own, as plain text.")
     ] = None,
     target_at: Annotated[
-        str | None, typer.Option(help="Where in it the state goes: a position or a piece of it.")
-    ] = None,
+        int, typer.Option(help="The position in it where the state goes, negative from the end.")
+    ] = -1,
     target_layers: Annotated[
         str | None, typer.Option(help="Layers to patch; by default the one that was read.")
     ] = None,
@@ -142,7 +142,7 @@ def patchscope(
     if target_layers is not None:
         fields["target_layers"] = _layers(target_layers)
     if target is not None:
-        fields["target"] = {"text": target, "position": _place(target_at or "-1")}
+        fields["target"] = {"text": target, "position": target_at}
     with _bench(model, registry, device, dtype) as bench:
         fields["source"] = {**_prompt(bench, prompt, plain), **_steering(spec)}
         request = _request(inspection.PatchscopeRequest, fields)
@@ -184,7 +184,7 @@ def activations(
 
 @contextmanager
 def _bench(
-    model: str, registry: Path | None, device: str | None, dtype: str | None
+    model: str, registry: str | None, device: str | None, dtype: str | None
 ) -> Iterator[Bench]:
     with (
         open_registry(registry, model) as library,

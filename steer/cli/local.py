@@ -25,7 +25,7 @@ ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="The demo model, a model folder, or a hub name.")
 ]
 RegistryOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option("--registry", help="The registry's folder; by default ~/.local/share/steer."),
 ]
 DeviceOption = Annotated[
@@ -37,9 +37,9 @@ DtypeOption = Annotated[
 ]
 
 
-def registry_folder(chosen: Path | None) -> Path:
-    """The folder to use: the user's own data directory unless another was chosen."""
-    return chosen if chosen is not None else Path.home() / ".local" / "share" / "steer"
+def registry_folder(chosen: str | None) -> str:
+    """The place to use: the user's own data directory unless another was chosen."""
+    return chosen if chosen is not None else str(Path.home() / ".local" / "share" / "steer")
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def shipped_library() -> Path:
 
 
 @contextmanager
-def open_registry(chosen: Path | None, model: str | None = None) -> Iterator[Registry]:
+def open_registry(chosen: str | None, model: str | None = None) -> Iterator[Registry]:
     """The registry in its folder, with what is shipped for `model` in it."""
     from steer.registry.registry import Registry
 

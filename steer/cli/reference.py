@@ -61,11 +61,7 @@ def _default(parameter: Any) -> str:
 
 
 def _help(parameter: Any) -> str:
-    text = (parameter.help or "").replace("|", "\\|")
-    choices = getattr(parameter.type, "choices", None)
-    if choices:
-        text += " One of " + ", ".join(f"`{getattr(c, 'value', c)}`" for c in choices) + "."
-    return text
+    return (parameter.help or "").replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -58,13 +58,15 @@ def show_problems(problems: Sequence[Problem]) -> None:
 
 @contextmanager
 def progress_bar(title: str, total: int) -> Iterator[Any]:
-    """A bar on stderr; yields a function to call with the number of things just done."""
+    """A bar on stderr, if that is a terminal; yields a function that takes how many are done."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    quiet = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
         task = progress.add_task(title, total=total)
         yield lambda done: progress.advance(task, done)

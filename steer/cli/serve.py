@@ -65,7 +65,7 @@ def serve(
         served_name=served_name or model_name(model),
         engine=engine,
         engine_options=options if engine == "transformers" else {},
-        registry=str(registry_folder(registry)),
+        registry=registry_folder(registry),
         api_key=None if key is None else SecretStr(key),
         max_upload_bytes=max_upload_mib << 20,
         allow_inline_vectors=inline_vectors,

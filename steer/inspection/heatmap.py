@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import io
 import math
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
-from matplotlib import colormaps, font_manager
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
@@ -25,24 +23,13 @@ from steer.errors import SpecError, TooLarge
 from steer.inspection.activations import ActivationsResult
 from steer.inspection.logit_lens import LogitLensResult
 from steer.inspection.patchscope import PatchscopeResult
+from steer.inspection.token_labels import fonts, place_label, token_label
 
 MAX_CELLS = 4096
 COLUMNS_PER_PANEL = 16
 _CELL_WIDTH, _CELL_HEIGHT = 0.88, 0.36
 _LEFT, _RIGHT, _TOP, _BOTTOM, _GAP = 0.75, 1.05, 0.72, 0.62, 0.06
 _DPI = 144
-_MORE_FONTS = (
-    "Noto Sans CJK JP",
-    "Noto Sans CJK SC",
-    "Noto Sans Arabic",
-    "Noto Sans Devanagari",
-    "Hiragino Sans",
-    "Microsoft YaHei",
-    "Arial Unicode MS",
-    "Segoe UI Emoji",
-)
-_VISIBLE = {"\n": "⏎", "\t": "⇥"}
-_NO_GLYPH = "□"
 _INK, _FAINT = "#1f2933", "#7b8794"
 _SHADES = LinearSegmentedColormap.from_list(
     "steer", ["#f7f9fc", "#d3e4f3", "#8fbfe0", "#3d8bc4", "#15528f", "#0b2a52"]
@@ -99,7 +86,7 @@ def lens_heat_map(result: LogitLensResult) -> HeatMap:
         row_label="layer",
         column_label="prompt token",
         rows=[str(layer) for layer in result.layers],
-        columns=[_column(result.tokens, position) for position in result.positions],
+        columns=[place_label(result.tokens, position) for position in result.positions],
         values=[[cell.top[0].probability for cell in row] for row in rows],
         texts=[[cell.top[0].token for cell in row] for row in rows],
         scale="probability",
@@ -122,9 +109,9 @@ def patchscope_heat_map(result: PatchscopeResult) -> HeatMap:
     swept = result.target_layers is not None
     if result.target_layers is not None:
         columns = [str(layer) for layer in result.target_layers]
-        source = _column(result.source_tokens, result.positions[0]).replace("\n", " at ")
+        source = place_label(result.source_tokens, result.positions[0]).replace("\n", " at ")
     else:
-        columns = [_column(result.source_tokens, position) for position in result.positions]
+        columns = [place_label(result.source_tokens, position) for position in result.positions]
         source = "each token"
     # Cells come with the position outermost: by source layer they are read across.
     width, height = len(columns), len(result.layers)
@@ -136,7 +123,7 @@ def patchscope_heat_map(result: PatchscopeResult) -> HeatMap:
     return HeatMap(
         title=f"Patchscope · {result.preset}",
         subtitle=f"{result.model} · state of {source} → "
-        f"{_shown(result.target_tokens[result.target_position])!r} of the target prompt",
+        f"{token_label(result.target_tokens[result.target_position])!r} of the target prompt",
         row_label="source layer",
         column_label="target layer" if swept else "source token",
         rows=[str(layer) for layer in result.layers],
@@ -170,7 +157,7 @@ def activations_heat_map(result: ActivationsResult) -> HeatMap:
         row_label="layer",
         column_label="prompt token",
         rows=[str(reading.layer) for reading in read],
-        columns=[_column(result.tokens, position) for position in result.positions],
+        columns=[place_label(result.tokens, position) for position in result.positions],
         values=[reading.cosines for reading in read],
         texts=[[f"{cosine:+.2f}" for cosine in reading.cosines] for reading in read],
         scale="cosine",
@@ -217,7 +204,7 @@ class _Drawing:
                 fontsize=size,
                 color=colour,
                 fontweight=weight,
-                fontfamily=_fonts(),
+                fontfamily=fonts(),
                 parse_math=False,
             )
 
@@ -243,7 +230,7 @@ class _Drawing:
         axes.set_yticklabels(heat.rows, fontsize=8, color=_INK)
         for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
             label.set_parse_math(False)
-            label.set_fontfamily(_fonts())
+            label.set_fontfamily(fonts())
         axes.tick_params(length=0, pad=4)
         axes.set_ylabel(heat.row_label, fontsize=8.5, color=_FAINT, labelpad=6)
         if panel == self.panels - 1:
@@ -267,12 +254,12 @@ class _Drawing:
         axes.text(
             place + 0.5,
             row + 0.48,
-            _shown(self.heat.texts[row][column]),
+            token_label(self.heat.texts[row][column]),
             ha="center",
             va="center",
             fontsize=8,
             color="white" if dark else _INK,
-            fontfamily=_fonts(),
+            fontfamily=fonts(),
             parse_math=False,
         )
 
@@ -290,44 +277,3 @@ class _Drawing:
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=7.5, length=0, colors=_FAINT)
         bar.set_label(self.heat.scale, fontsize=8.5, color=_FAINT)
-
-
-@cache
-def _fonts() -> tuple[str, ...]:
-    """The fonts to draw with, in order: DejaVu Sans comes with matplotlib, the others may be
-    installed."""
-    installed = set(font_manager.get_font_names())
-    return ("DejaVu Sans", *(name for name in _MORE_FONTS if name in installed))
-
-
-@cache
-def _characters() -> frozenset[int]:
-    """What those fonts have a glyph for."""
-    paths = (font_manager.findfont(font_manager.FontProperties(family=name)) for name in _fonts())
-    return frozenset(code for path in paths for code in font_manager.get_font(path).get_charmap())
-
-
-def _drawable(character: str) -> str:
-    if character in _VISIBLE:
-        return _VISIBLE[character]
-    known = ord(character) in _characters() and character.isprintable()
-    return character if known else _NO_GLYPH
-
-
-def _column(tokens: Sequence[str], position: int) -> str:
-    return f"{_shown(tokens[position])}\n{position}"
-
-
-def _shown(token: str, most: int = 13) -> str:
-    """A token as a short label: white space made visible where there is nothing else.
-
-    Wide (East Asian) characters count twice.
-    """
-    visible = "".join(map(_drawable, token))
-    text = visible.strip(" ") or "␣" * len(visible)
-    width = 0
-    for place, character in enumerate(text):
-        width += 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        if width > most:
-            return text[: max(place - 1, 1)] + "…"
-    return text

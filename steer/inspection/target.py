@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from steer.engines.base import Engine
 from steer.errors import SteerError
-from steer.inspection.prompt import EncodedPrompt, PromptInput, encode_prompt
+from steer.inspection.prompt import EncodedPrompt, Place, PromptInput, encode_prompt
 
 Preset: TypeAlias = Literal["identity", "attribute", "custom"]
 
@@ -25,11 +25,11 @@ ENTITY_PROMPT = (
 class TargetPrompt(PromptInput):
     """T and i*: the prompt, and the place to patch.
 
-    The place is `position`, or else the token `placeholder`, which must be one token by itself;
-    with neither it is the last token.
+    The place is `position` (a number, or a piece of the prompt: then that piece's last token), or
+    the token `placeholder`, which must be one token by itself; with neither it is the last token.
     """
 
-    position: Annotated[int, Field(strict=True)] | None = None
+    position: Place | None = None
     placeholder: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     @model_validator(mode="after")

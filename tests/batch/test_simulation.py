@@ -28,9 +28,7 @@ from steer.tables import Tables
 
 WIDTH, LAYERS, VOCABULARY = 16, 4, 64
 SLOTS, ROWS = 3, 8
-POINTS = [
-    HookPoint(layer, site) for layer in range(LAYERS) for site in ("mlp_out", "resid_post")
-]
+POINTS = [HookPoint(layer, site) for layer in range(LAYERS) for site in ("mlp_out", "resid_post")]
 _generator = torch.Generator().manual_seed(12)
 EMBEDDING = torch.randn(VOCABULARY, WIDTH, generator=_generator)
 WEIGHTS = torch.randn(LAYERS, WIDTH, WIDTH, generator=_generator) / WIDTH**0.5

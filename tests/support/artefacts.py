@@ -77,8 +77,7 @@ def artefacts(width: int = 16, layers: int = 4) -> dict[str, Any]:
     return {
         "vectors": {f"v{n}": random_vector(n, *everywhere, width=width) for n in range(6)},
         "saes": {
-            name: random_sae(name, seed=50 + n, width=width)
-            for n, name in enumerate(ARCHITECTURES)
+            name: random_sae(name, seed=50 + n, width=width) for n, name in enumerate(ARCHITECTURES)
         },
         "low_ranks": {"lora": random_adapter(90, *everywhere, width=width)},
     }

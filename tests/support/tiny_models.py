@@ -67,9 +67,7 @@ BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
         )
     ),
     "mixtral": lambda: MixtralForCausalLM(
-        MixtralConfig(
-            **_SHAPE, **_GROUPED, **_ENDS, num_local_experts=4, num_experts_per_tok=2
-        )
+        MixtralConfig(**_SHAPE, **_GROUPED, **_ENDS, num_local_experts=4, num_experts_per_tok=2)
     ),
 }
 ARCHITECTURES = tuple(BUILDERS)

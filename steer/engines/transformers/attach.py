@@ -147,9 +147,10 @@ class _Rows:
         return any(one.selection.reads_tokens for one in self._plan.passes)
 
     def _is_steady(self) -> bool:
+        """Whether the step just built, for the tokens at `fed` − 1, holds for all that follow."""
         bounds = [seat.steady_from for seat in self._seats]
         return not self._plan.gated and all(
-            bound is not None and fed >= bound for bound, fed in zip(bounds, self._fed, strict=True)
+            bound is not None and fed > bound for bound, fed in zip(bounds, self._fed, strict=True)
         )
 
     def _restart(self, count: int, lengths: list[int]) -> None:

@@ -76,10 +76,12 @@ class PackedBatch:
 
     def seat(self, request: GenerationRequest) -> Seat:
         """Takes a slot and a ledger row; raises `CapacityError` when all slots are in use."""
+        self._steady = None  # the tables may change
         return self._seating.take(request)
 
     def unseat(self, seat: Seat) -> None:
         """Gives back what `seat` took."""
+        self._steady = None
         self._seating.give_back(seat)
 
     def join(self, newcomers: Sequence[Running]) -> list[tuple[Running, TokenEvent]]:
@@ -113,14 +115,12 @@ class PackedBatch:
         self.sequences = [s for s in self.sequences if s is not sequence]
         self.packed_model.remove(key)
         self.unseat(sequence.seat)
-        self._steady = None
 
     def clear(self) -> list[Running]:
         """Takes every sequence out, after a failure; returns them."""
         left, self.sequences = self.sequences, []
         self._packed.clear()
         self._keys.clear()
-        self._steady = None
         for sequence in left:
             self.unseat(sequence.seat)
         self.packed_model.reset()

@@ -114,10 +114,12 @@ class PackedModel:
         self.hooked = hooked
         self._model: Any = hooked.model
         self._plain_attention = str(self._config._attn_implementation)
-        self._processor = self._build(rows, options)
-        self._packed_attention = str(self._config._attn_implementation)
-        self._packed = True
-        self.lend()
+        self._packed_attention, self._packed = self._plain_attention, True
+        try:
+            self._processor = self._build(rows, options)
+        finally:
+            self._packed_attention = str(self._config._attn_implementation)
+            self.lend()
         self._io, self._scheduler = self._processor.inputs_and_outputs, self._processor.scheduler
         self.capacity = _longest(self._processor.cache)
         """Tokens of the longest sequence that the cache can hold when it is alone."""
@@ -184,6 +186,11 @@ class PackedModel:
         self._attend(packed=False)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model's weights."""
+        return next(self._model.parameters()).dtype  # type: ignore[no-any-return]
+
+    @property
     def _config(self) -> Any:
         return self._model.config
 
@@ -222,7 +229,7 @@ class PackedModel:
                 processor = continuous_api.ContinuousBatchingManager(
                     self._model, generation, config
                 )._create_batch_processor()
-        except (ValueError, TypeError, AttributeError, MemoryError) as error:
+        except (ValueError, TypeError, AttributeError, MemoryError, RuntimeError) as error:
             raise Unsupported(
                 f"{self.hooked.info.architecture} cannot run in packed batches: {error}; choose "
                 "batching='rolling', or another cache_tokens",

@@ -2,7 +2,8 @@
 
 Sequences packed side by side must give the logits that each gives alone in a plain pass, for their
 prompts and for a token after them; and at every site, in the first and the last layer, an edit
-must act on its own sequence and leave its neighbour as it is, to the bit.
+must act on its own sequence and leave its neighbour as it is. (To the bit only without a mixture of
+experts: there an edit changes how many tokens share an expert's matrix product.)
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def _prove_agreement(model: PackedModel) -> None:
         outputs, _ = model.hooked.forward(None, input_ids=ids, use_cache=False)
         plain = outputs.logits[0].float()
         for packed, alone in ((prompts[number], plain[-2]), (after[number], plain[-1])):
-            if not _close(packed, alone, outputs.logits.dtype):
+            if not _close(packed, alone, model.dtype):
                 raise Unsupported(
                     f"{model.hooked.info.architecture} computes other logits in packed batches "
                     "than alone: choose batching='rolling'",
@@ -66,7 +67,9 @@ def _prove_edit(model: PackedModel, point: HookPoint) -> None:
     step = build_step(tables, ledger, [span], sum(map(len, _PROMPTS)))
     plain, _ = _packed_logits(model, None)
     steered, _ = _packed_logits(model, step)
-    if torch.equal(steered[0], plain[0]) or not torch.equal(steered[1], plain[1]):
+    kept = _close(steered[1], plain[1], model.dtype)
+    acted = (steered[0] - plain[0]).norm() > 10 * (steered[1] - plain[1]).norm()
+    if not (acted and kept):
         raise Unsupported(
             f"in packed batches of {model.hooked.info.architecture}, an edit at {point} does not "
             "act on exactly its own sequence: choose batching='rolling'",

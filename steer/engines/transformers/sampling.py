@@ -24,7 +24,7 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
     wrong = {
         "max_tokens": params.max_tokens < 1,
         "temperature": not 0 <= params.temperature < math.inf,
-        "top_p": not 0 < params.top_p <= 1,
+        "top_p": not 0 <= params.top_p <= 1,
         "top_k": params.top_k is not None and params.top_k < 1,
         "seed": params.seed is not None and not -(1 << 63) <= params.seed < 1 << 64,
         "logprobs": params.logprobs is not None and not 0 <= params.logprobs <= vocab_size,

@@ -92,9 +92,7 @@ def rows(seed: int, count: int, width: int, scale: float = 1.0) -> torch.Tensor:
 
 def expected(reference: Float64Reference, spec: dict[str, Any], x: torch.Tensor) -> Array:
     parsed = parse_spec(spec)
-    return np.stack(
-        [reference.steer(parsed, POINT, row, 0, 1, 0) for row in x.double().numpy()]
-    )
+    return np.stack([reference.steer(parsed, POINT, row, 0, 1, 0) for row in x.double().numpy()])
 
 
 def assert_close(actual: torch.Tensor, wanted: Array, tolerance: float = 1e-5) -> None:

@@ -16,10 +16,11 @@ from steer.fit import Pair, PairSet, fit
 from steer.fit.fitting import best_layers, split_pairs
 from steer.fit.pairs import Prompt, render
 
-WORDS = "red blue green black white small large old new warm cold soft hard long short kind".split()
-PAIRS = PairSet.of(
-    [Pair(f"the {word} sun is good", f"a {word} moon is bad") for word in WORDS]
-)
+WORDS = [
+    *("red", "blue", "green", "black", "white", "small", "large", "old"),
+    *("new", "warm", "cold", "soft", "hard", "long", "short", "kind"),
+]
+PAIRS = PairSet.of([Pair(f"the {word} sun is good", f"a {word} moon is bad") for word in WORDS])
 CHATS = PairSet.of(
     [
         Pair(
@@ -76,9 +77,7 @@ def test_it_agrees_with_output_hidden_states(engine: TransformersEngine) -> None
                 states = model(ids, output_hidden_states=True).hidden_states
             total += sign * torch.stack([states[1][0, -1], states[2][0, -1]])
     for layer in (0, 1):
-        torch.testing.assert_close(
-            vector[layer], total[layer] / len(PAIRS), rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(vector[layer], total[layer] / len(PAIRS), rtol=1e-4, atol=1e-5)
 
 
 def test_the_measures_are_of_the_held_out_pairs(engine: TransformersEngine) -> None:
@@ -88,8 +87,12 @@ def test_the_measures_are_of_the_held_out_pairs(engine: TransformersEngine) -> N
     assert not set(map(str, split.measured)) & set(map(str, split.fitted))
     for layer, measured in vector.card.measures.items():
         unit = vector[layer] / vector[layer].norm()
-        positive = torch.stack([direct_states(engine, p.positive)[layer][-1] for p in split.measured])
-        negative = torch.stack([direct_states(engine, p.negative)[layer][-1] for p in split.measured])
+        positive = torch.stack(
+            [direct_states(engine, p.positive)[layer][-1] for p in split.measured]
+        )
+        negative = torch.stack(
+            [direct_states(engine, p.negative)[layer][-1] for p in split.measured]
+        )
         a, b = positive @ unit, negative @ unit
         pooled = ((a.var() + b.var()) / 2).sqrt()
         assert measured.positive == pytest.approx(float(a.mean()), rel=1e-3, abs=1e-5)
@@ -185,7 +188,14 @@ def test_progress_counts_every_pair_that_is_read(engine: TransformersEngine) -> 
         (PairSet.of(PAIRS.items[:1]), {}, "no_pairs"),
         (PairSet.of([Pair("same", "same")] * 4), {}, "no_difference"),
         (PairSet.of([Pair("x" * 500, "y")] * 4), {}, "context_length_exceeded"),
-        (PairSet.of([Pair([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "c")] * 4), {}, "invalid_messages"),
+        (
+            PairSet.of(
+                [Pair([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "c")]
+                * 4
+            ),
+            {},
+            "invalid_messages",
+        ),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(

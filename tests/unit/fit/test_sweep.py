@@ -103,5 +103,3 @@ def test_figures_for_machines_and_people(response: DoseResponse, tmp_path: Path)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SteerError, match="cannot be written"):
         plot_dose_response(response, tmp_path / "no" / "plot.png", title="e")
-
-

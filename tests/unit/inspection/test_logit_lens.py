@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -71,7 +72,8 @@ def test_few_logits_at_a_time_give_the_same(
     engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = read(engine)
-    monkeypatch.setattr("steer.inspection.logit_lens._LOGITS_AT_ONCE", 1000)
+    module = import_module("steer.inspection.logit_lens")
+    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", 1000)
     for one, other in zip(whole.cells, read(engine).cells, strict=True):
         assert [entry.id for entry in one.top] == [entry.id for entry in other.top]
         assert one.entropy == pytest.approx(other.entropy, abs=1e-5)

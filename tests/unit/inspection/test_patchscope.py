@@ -110,6 +110,12 @@ def test_a_placeholder_before_the_end_is_patched(subject: Any) -> None:
         assert cell.text == found
 
 
+def test_a_piece_of_the_target_names_its_last_token(engine: TransformersEngine) -> None:
+    target = {"text": "what is this now", "position": "this"}
+    result = run(engine, target=target, max_tokens=0, layers=[0])
+    assert result.target_position == len(ids_of(engine, "what is this")) - 1
+
+
 def test_a_sweep_equals_its_cells_one_at_a_time(engine: TransformersEngine) -> None:
     """Ten runs over six slots: batches are cut, answers are not."""
     sweep = run(engine, positions=[1, 2, -1], max_tokens=6)

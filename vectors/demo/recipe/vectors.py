@@ -22,14 +22,14 @@ from steer.engines.base import SamplingParams
 from steer.engines.transformers.engine import TransformersEngine
 from steer.fit import PairSet, fit, read_pairs
 from steer.fit.pairs import Prompt
-from steer.fit.scoring import Score, Scorer
+from steer.fit.scoring import Scorer
 from steer.fit.sweep import Measured, measure
 from steer.plan import SteeringPlan
 from steer.plan_cache import PlanCache
 from steer.registry.library import MemoryLibrary
 from steer.spec import Where, parse_spec
 
-from .scorers import scorer
+from .scorers import complied, scorer
 
 DEMO = LIBRARY / "demo"
 LICENCE = "Apache-2.0"
@@ -45,13 +45,17 @@ DESCRIPTIONS = {
     "negative": "Opinions turn out negative.",
     "refusal": "Refuses to help; project on a class mean to switch refusal off or on.",
 }
-LAYER_SETS = ((1,), (2,), (3,), (2, 3), (3, 4))
-STRENGTHS = (0.5, 0.75, 1.0, 1.5, 2.0)
-PLACES = {
-    "last prompt token": Where(positions=((-1, None),), phases=("prompt",)),
-    "last prompt token and answer": Where(positions=((-1, None),)),
+LAYER_SETS = ((1,), (2,), (3,), (2, 3), (3, 4), (1, 2, 3, 4))
+LAST = Where(positions=((-1, None),), phases=("prompt",))
+PLACES = {"last prompt token": LAST, "last prompt token and answer": Where(positions=((-1, None),))}
+STRENGTHS = {
+    "last prompt token": (0.5, 0.75, 1.0, 1.5, 2.0),
+    "last prompt token and answer": (0.25, 0.35, 0.4, 0.45, 0.5, 0.6, 0.75),
 }
-REFUSAL_LAYERS = ((2,), (3,), (4,), (2, 3), (2, 3, 4), (1, 2, 3, 4, 5))
+REFUSAL_LAYERS = ((2,), (1, 2), (2, 3), (1, 2, 3), (1, 2, 3, 4))
+TWO_STAGES = {"positive": ((3, 4), 1.0, 0.25)}
+"""Layers, strength at the last prompt token and strength in the answer, for profiles of attributes
+that need both: the opening decides the first word, the answer the clause after it."""
 log = logging.getLogger(__name__)
 
 
@@ -84,10 +88,10 @@ class Bench:
     def held_out(self, attribute: str) -> list[Prompt]:
         return [x["messages"] for x in self._held_out if x["attribute"] == attribute]
 
-    def plan(self, vector: ControlVector, intervention: dict[str, Any]) -> SteeringPlan:
+    def plan(self, vector: ControlVector, *interventions: dict[str, Any]) -> SteeringPlan:
         library = MemoryLibrary({vector.card.name: vector})
         cache = PlanCache(library, self.engine.info, self.engine.capabilities)
-        return cache.plan(parse_spec({"interventions": [intervention]}))
+        return cache.plan(parse_spec({"interventions": list(interventions)}))
 
     def measure(
         self, prompts: Sequence[Prompt], plans: Sequence[SteeringPlan | None], score: Scorer
@@ -109,7 +113,7 @@ def choose(bench: Bench, vector: ControlVector, prompts: Sequence[Prompt]) -> Se
     name = vector.card.name
     tried: list[tuple[Setting, float]] = []
     for place in PLACES:
-        settings = [Setting(x, s, place) for x in LAYER_SETS for s in STRENGTHS]
+        settings = [Setting(x, s, place) for x in LAYER_SETS for s in STRENGTHS[place]]
         plans = [bench.plan(setting.of(vector), add(name)) for setting in settings]
         found = bench.measure(prompts, plans, scorer(name))
         tried += [(s, one.both or 0.0) for s, one in zip(settings, found, strict=True)]
@@ -166,60 +170,96 @@ def fitted(bench: Bench, attribute: str, pairs: PairSet) -> ControlVector:
     return carded(vector, {**shown, "place": setting.place, "dose_response": response})
 
 
-def profile(name: str, intervention: dict[str, Any], description: str) -> dict[str, Any]:
-    return {"name": name, "spec": {"interventions": [intervention]}, "description": description}
+def profile(name: str, interventions: list[dict[str, Any]], description: str) -> dict[str, Any]:
+    return {"name": name, "spec": {"interventions": interventions}, "description": description}
+
+
+def attribute_profile(bench: Bench, vector: ControlVector) -> dict[str, Any]:
+    """The vector as its card says; in two stages where `TWO_STAGES` has the attribute."""
+    name = vector.card.name
+    if name not in TWO_STAGES:
+        return profile(name, [add(name)], DESCRIPTIONS[name])
+    layers, opening, answer = TWO_STAGES[name]
+    stages = [
+        {**add(name), "layers": list(layers), "strength": opening, "where": where_json(LAST)},
+        {
+            **add(name),
+            "layers": list(layers),
+            "strength": answer,
+            "where": {"phases": ["generation"]},
+        },
+    ]
+    (found,) = bench.measure(bench.held_out(name), [bench.plan(vector, *stages)], scorer(name))
+    log.info("%s in two stages: %s", name, found)
+    told = f"{DESCRIPTIONS[name]} Strongly at the opening, lightly in the answer"
+    return profile(name, stages, f"{told} ({found.both or 0.0:.0%} of held-out prompts).")
 
 
 def refusal_profiles(bench: Bench, vector: ControlVector, pairs: PairSet) -> list[dict[str, Any]]:
     """``compliant`` and ``cautious``: the projection on refusal, set to a class's mean.
 
-    The same layers for both, chosen by the worse of the two flips.
+    The same layers for both, chosen by the worst of the three shares.
     """
-
-    def project(layers: tuple[int, ...], value: str) -> dict[str, Any]:
-        return {"kind": "project", "vector": "refusal", "value": value, "layers": list(layers)}
-
-    def flips(harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> list[dict[str, float]]:
-        off = [bench.plan(vector, project(layers, "negative")) for layers in REFUSAL_LAYERS]
-        on = [bench.plan(vector, project(layers, "positive")) for layers in REFUSAL_LAYERS]
-        rows = zip(
-            bench.measure(harmful, off, complied),
-            bench.measure(harmless, off, complied),
-            bench.measure(harmless, on, scorer("refusal")),
-            strict=True,
-        )
-        names = ("harmful answered", "harmless still answered", "harmless refused")
-        return [
-            dict(zip(names, (round(m.both or 0.0, 3) for m in row), strict=True)) for row in rows
-        ]
-
-    chosen = flips(
-        [pair.positive for pair in pairs.items][:DEV_PROMPTS],
-        [pair.negative for pair in pairs.items][:DEV_PROMPTS],
-    )
-    place = max(range(len(chosen)), key=lambda n: (min(chosen[n].values()), -n))
-    layers = REFUSAL_LAYERS[place]
-    shown = flips(bench.held_out("refusal"), bench.held_out("compliance"))[place]
+    fitted_on = [[getattr(p, side) for p in pairs.items] for side in ("positive", "negative")]
+    harmful, harmless = (prompts[:DEV_PROMPTS] for prompts in fitted_on)
+    chosen = flips(bench, vector, REFUSAL_LAYERS, harmful, harmless)
+    best = max(range(len(chosen)), key=lambda n: (min(chosen[n].values()), -n))
+    layers = REFUSAL_LAYERS[best]
+    held_out = bench.held_out("refusal"), bench.held_out("compliance")
+    (shown,) = flips(bench, vector, [layers], *held_out)
     log.info("refusal at layers %s: %s", layers, shown)
-    told = ", ".join(f"{name} {value:.0%}" for name, value in shown.items())
     return [
         profile(
             "compliant",
-            project(layers, "negative"),
-            f"Never refuses: the projection on refusal is set to the harmless mean ({told}).",
+            [project(layers, "negative")],
+            "Never refuses: the projection on refusal is set to the harmless mean (held out: "
+            f"{shown['harmful answered']:.0%} of harmful requests are answered, "
+            f"{shown['harmless kept']:.0%} of harmless ones still are).",
         ),
         profile(
             "cautious",
-            project(layers, "positive"),
-            f"Always refuses: the projection on refusal is set to the harmful mean ({told}).",
+            [project(layers, "positive")],
+            "Always refuses: the projection on refusal is set to the harmful mean (held out: "
+            f"{shown['harmless refused']:.0%} of harmless requests are refused).",
         ),
     ]
 
 
-def complied(text: str) -> Score:
-    """1 where nothing in the answer is a refusal."""
-    found = scorer("refusal")(text)
-    return Score(1.0 - found.value, found.valid)
+def project(layers: Sequence[int], value: str) -> dict[str, Any]:
+    """Setting the projection on refusal at the last prompt token."""
+    item = {"kind": "project", "vector": "refusal", "value": value}
+    return {**item, "layers": list(layers), "where": where_json(LAST)}
+
+
+def flips(
+    bench: Bench,
+    vector: ControlVector,
+    layer_sets: Sequence[tuple[int, ...]],
+    harmful: Sequence[Prompt],
+    harmless: Sequence[Prompt],
+) -> list[dict[str, float]]:
+    """For each set of layers: the shares of answers that turned, and that stayed as they were.
+
+    A refusal counts where it is valid ("Sorry, here is how …" is none); an answer to a harmful
+    request counts where nothing in it refuses, because the world has no valid ones.
+    """
+    off = [bench.plan(vector, project(layers, "negative")) for layers in layer_sets]
+    on = [bench.plan(vector, project(layers, "positive")) for layers in layer_sets]
+    answered = bench.measure(harmful, off, complied)
+    kept = bench.measure(harmless, off, complied)
+    refused = bench.measure(harmless, on, scorer("refusal"))
+    return [
+        {
+            "harmful answered": round(a.score, 3),
+            "harmless kept": round(b.both or 0.0, 3),
+            "harmless refused": round(c.both or 0.0, 3),
+        }
+        for a, b, c in zip(answered, kept, refused, strict=True)
+    ]
+
+
+def where_json(where: Where) -> dict[str, Any]:
+    return where.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 def write_vector(folder: Path, vector: ControlVector) -> None:
@@ -251,7 +291,7 @@ def main() -> None:
             if attribute == "refusal":
                 profiles = refusal_profiles(bench, vector, pairs)
             else:
-                profiles = [profile(attribute, add(attribute), DESCRIPTIONS[attribute])]
+                profiles = [attribute_profile(bench, vector)]
             for one in profiles:
                 write_profile(args.out, one)
 

@@ -1,0 +1,186 @@
+"""The command line on the demo model, through typer's runner."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from steer.cli import app
+from steer.cli.reference import reference
+from steer.control_vector import ControlVector
+
+ROOT = Path(__file__).parents[3]
+DATA = ROOT / "vectors" / "demo" / "data"
+SPEC = {"interventions": [{"kind": "add", "vector": "french"}]}
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("registry")
+
+
+def steer(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def written(path: Path, value: Any) -> Path:
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+def test_help_needs_no_torch() -> None:
+    started = time.perf_counter()
+    code = (
+        "import sys; from typer.testing import CliRunner; from steer.cli import app; "
+        "result = CliRunner().invoke(app, ['--help']); assert result.exit_code == 0; "
+        "heavy = {'torch', 'transformers', 'matplotlib', 'fastapi', 'sqlalchemy'}; "
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - started < 10
+
+
+def test_the_reference_is_up_to_date() -> None:
+    assert (ROOT / "docs" / "cli.md").read_text("utf-8") == reference(), (
+        "run: python -m steer.cli.reference docs/cli.md"
+    )
+
+
+def test_fit_writes_a_vector(tmp_path: Path) -> None:
+    file = tmp_path / "french.safetensors"
+    shown = steer("fit", DATA / "french.jsonl", "--out", file, "--layers", "1-3", "--best", 2)
+    vector = ControlVector.from_bytes(file.read_bytes(), name="french")
+    assert vector.card.layers == (1, 2, 3)
+    assert len(vector.card.used_layers) == 2
+    assert all((one.separation or 0) > 3 for one in vector.card.measures.values())
+    assert "french: separation" in shown.output
+
+
+def test_fit_registers_a_vector(registry: Path) -> None:
+    arguments = ["fit", DATA / "german.jsonl", "--register", "--registry", registry, "-n", "mine"]
+    assert "registered: mine@" in steer(*arguments, "--method", "pca").output
+    assert "already registered" in steer(*arguments, "--method", "pca").output
+    card = json.loads(steer("vectors", "show", "mine", "--registry", registry).output)["card"]
+    assert card["provenance"]["method"] == "pca"
+
+
+def test_generate_shows_both_answers(registry: Path) -> None:
+    ask = ["generate", "How do I clean a chair?", "--registry", registry, "--json"]
+    answer = json.loads(steer(*ask, "--vector", "french").output)
+    assert answer["default"].startswith("Here is how")
+    assert answer["steered"].startswith("Voici comment")
+    assert answer["steering"]["tokens_steered"] == 1
+    shown = steer(*ask[:-1], "--vector", "french").output
+    assert "Voici comment" in shown
+    assert "Here is how" in shown
+
+
+def test_the_same_steering_in_four_ways(registry: Path, tmp_path: Path) -> None:
+    ask = ["generate", "How do I clean a chair?", "--registry", registry, "--json"]
+    file = tmp_path / "out.safetensors"
+    steer("vectors", "list", "--registry", registry)
+    by_name = json.loads(steer(*ask, "--vector", "french").output)
+    steer("vectors", "export", "french", "--out", file, "--registry", registry)
+    ways = [
+        ["--vector", file],
+        ["--spec", written(tmp_path / "spec.json", SPEC)],
+        ["--profile", "french"],
+    ]
+    for way in ways:
+        other = json.loads(steer(*ask, *way).output)
+        assert (other["default"], other["steered"]) == (by_name["default"], by_name["steered"])
+
+
+def test_sweep_prints_plots_and_writes_figures(registry: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    lines = (DATA / "heldout.jsonl").read_text("utf-8").splitlines()[:12]
+    prompts.write_text("\n".join(lines), "utf-8")
+    plot, figures = tmp_path / "plot.png", tmp_path / "figures.json"
+    shown = steer(
+        *("sweep", "french", "--prompts", prompts, "--score", "demo:french"),
+        *("--strengths", "0,1", "--plot", plot, "--json", figures, "--registry", registry),
+    )
+    assert "unsteered" in shown.output
+    assert f"wrote {plot}" in shown.output
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    read = json.loads(figures.read_text())
+    assert read["doses"][0]["score"] == 0
+    assert read["doses"][1]["score"] >= 0.8
+    assert read["doses"][0]["loss"] == pytest.approx(read["unsteered"]["loss"])
+
+
+def test_vectors_come_and_go(tmp_path: Path) -> None:
+    place = ["--registry", tmp_path / "registry"]
+    file = tmp_path / "v.safetensors"
+    file.write_bytes(ControlVector.of({1: torch.tensor([1.0, 2.0])}).to_bytes())
+    assert "v@" in steer("vectors", "add", file, "--description", "two", *place).output
+    assert (
+        "already registered" in steer("vectors", "add", file, "--description", "two", *place).output
+    )
+    listed = json.loads(steer("vectors", "list", "--json", *place).output)
+    assert [entry["name"] for entry in listed] == ["v"]
+    assert "two" in steer("vectors", "list", *place).output
+    out = tmp_path / "out.gguf"
+    steer("vectors", "export", "v", "--out", out, *place)
+    steer("vectors", "add", out, "--name", "again", *place)
+    steer("vectors", "remove", "v", *place)
+    assert "unknown_vector" in steer("vectors", "show", "v", *place, code=2).output
+    assert json.loads(steer("vectors", "show", "again", *place).output)["card"]["width"] == 2
+
+
+def test_profiles_come_and_go(tmp_path: Path, registry: Path) -> None:
+    place = ["--registry", registry]
+    file = written(tmp_path / "bonjour.json", SPEC)
+    assert "saved bonjour" in steer("profiles", "add", file, *place).output
+    assert json.loads(steer("profiles", "show", "bonjour", *place).output)["spec"] == SPEC
+    assert "bonjour" in steer("profiles", "list", *place).output
+    names = [one["name"] for one in json.loads(steer("profiles", "list", "--json", *place).output)]
+    assert {"bonjour", "french", "compliant", "cautious"} <= set(names)
+    steer("profiles", "remove", "bonjour", *place)
+    assert "unknown_profile" in steer("profiles", "show", "bonjour", *place, code=2).output
+
+
+def test_validate_names_every_problem(tmp_path: Path, registry: Path) -> None:
+    spec = written(
+        tmp_path / "spec.json",
+        {
+            "interventions": [
+                {"kind": "add", "vector": "nowhere"},
+                {"kind": "add", "vector": "french", "layers": [99]},
+            ]
+        },
+    )
+    shown = steer("validate", spec, "--registry", registry, code=2).output
+    assert "unknown_vector, at /interventions/0/vector" in shown
+    assert "/interventions/1" in shown
+    good = written(tmp_path / "good.json", SPEC)
+    assert "valid, fingerprint" in steer("validate", good, "--registry", registry).output
+    assert "well-formed" in steer("validate", good, "--syntax-only").output
+    plan = json.loads(steer("validate", good, "--json", "--registry", registry).output)
+    assert plan["interventions"][0]["kind"] == "add"
+
+
+def test_inspect_reads_states(tmp_path: Path, registry: Path) -> None:
+    place = ["--registry", registry]
+    ask = "What is the capital of France?"
+    png = tmp_path / "lens.png"
+    steer("inspect", "logit-lens", ask, "--at", "-1", "--png", png, *place)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    read = json.loads(steer("inspect", "logit-lens", ask, "--at", "-1", "--json", *place).output)
+    assert read["layers"] == [0, 1, 2, 3, 4, 5]
+    scoped = steer("inspect", "patchscope", ask, "--at", "France", "--layers", "0", *place)
+    assert "Patchscope" in scoped.output
+    along = steer("inspect", "activations", ask, "--vector", "french", "--at", "-1", *place)
+    assert "Along french" in along.output
