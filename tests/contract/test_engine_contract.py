@@ -394,7 +394,9 @@ def test_prompts_that_ended_before_their_neighbours_failed_are_given_back_once(
     scheduler = llama._scheduler
     handle = llama._hooked.model.register_forward_pre_hook(explode, with_kwargs=True)
     # Submitted from the engine's own thread, so that both are admitted together.
-    scheduler.run(lambda: [scheduler.submit(*pair) for pair in zip((short, long), listeners)])
+    scheduler.run(
+        lambda: [scheduler.submit(*pair) for pair in zip((short, long), listeners, strict=True)]
+    )
     for listener in listeners:
         with pytest.raises(EngineError, match="too long"):
             listener.result()

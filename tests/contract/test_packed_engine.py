@@ -6,6 +6,7 @@ compared. Caches are small, so that prompts are chunked and sequences are put ba
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -233,6 +234,22 @@ def test_a_sequence_never_outgrows_the_cache(make: Make) -> None:
     with pytest.raises(SteerError, match="64") as refused:
         packed.admit(request(packed, None, tuple(range(3, 80))))
     assert refused.value.code == "context_length_exceeded"
+
+
+def test_one_row_at_a_time(make: Make) -> None:
+    rolling, packed = make("rolling"), make("packed", rows=1, prefill_tokens=1)
+    expected = rolling.complete(workload(rolling, 9, count=4))
+    assert_same(packed.complete(workload(packed, 9, count=4)), expected)
+
+
+def test_half_precision_is_proved(make: Make, tiny_model: Callable[[str], Any]) -> None:
+    model = copy.deepcopy(tiny_model("llama")).to(torch.bfloat16)
+    options = {"rows": 4, "slots": 2, "cache_tokens": 512, "prefill_tokens": 64}
+    with TransformersEngine(model, None, batching="packed", **options) as engine:
+        (steered, plain) = engine.complete(
+            [request(engine, spec, (5, 6, 7, 8)) for spec in (ADD, None)]
+        )
+    assert steered.tokens != plain.tokens
 
 
 def test_requests_wait_for_slots(make: Make) -> None:

@@ -210,8 +210,9 @@ class PackedModel:
         config = ContinuousBatchingConfig(
             page_size=page,
             num_blocks=None if capacity is None else math.ceil(capacity / page),
-            max_batch_tokens=max(options.batch_tokens, rows),
-            max_requests_per_batch=rows,
+            # The start-up proof packs two short prompts.
+            max_batch_tokens=max(options.batch_tokens, rows, 16),
+            max_requests_per_batch=max(rows, 2),
             max_memory_percent=options.memory_share,
             # A shared block would hand one request's steered states to another.
             allow_block_sharing=False,

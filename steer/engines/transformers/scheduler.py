@@ -193,7 +193,7 @@ class Scheduler:
     def _fail_newcomers(
         self, newcomers: list[Running], error: Exception, touched: dict[int, Listener]
     ) -> None:
-        """Fails those that the batch does not hold: it had not taken them in, or had let them go."""
+        """Fails those that the batch does not hold: not yet taken in, or already let go."""
         present = {id(s) for s in self._batch.sequences}
         for sequence in newcomers:
             if id(sequence) in present or id(sequence) not in self._tickets:

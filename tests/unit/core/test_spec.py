@@ -50,7 +50,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "range of one": (one(where={"positions": [[5]]}), "/interventions/0/where/positions/0/1"),
     "except in except": (
         one(where={"except": {"except": {"tokens": [1]}}}),
-        "/interventions/0/where/except",
+        "/interventions/0/where",
     ),
     "gate without bounds": (one(when={"vector": "g"}), "/interventions/0/when"),
     "gate that never opens": (
