@@ -5,6 +5,7 @@ from __future__ import annotations
 from steer_vectors import LIBRARY
 
 from steer.registry.registry import Registry
+from steer.registry.shipped import add_library
 
 DEMO_MODEL = "steer-demo"
 
@@ -19,4 +20,4 @@ def register(registry: Registry, model: str) -> int:
     removed; how many artefacts are new."""
     if model != DEMO_MODEL:
         return 0
-    return len(registry.add_library(LIBRARY / "demo"))
+    return len(add_library(registry, LIBRARY / "demo"))

@@ -80,10 +80,11 @@ def shipped_library() -> Path:
 def open_registry(chosen: str | None, model: str | None = None) -> Iterator[Registry]:
     """The registry in its folder, with what is shipped for `model` in it."""
     from steer.registry.registry import Registry
+    from steer.registry.shipped import add_library
 
     with Registry.open(registry_folder(chosen)) as registry:
         if model == DEMO_MODEL:
-            registry.add_library(shipped_library())
+            add_library(registry, shipped_library())
         yield registry
 
 

@@ -20,7 +20,7 @@ from steer.errors import (
 )
 from steer.formats.importing import Artefact, read_artefact
 from steer.formats.options import ImportOptions
-from steer.registry import locks, shipped
+from steer.registry import locks
 from steer.registry.caches import AnswerCache, LoadedCache
 from steer.registry.catalogue import Draft
 from steer.registry.disk import disk_errors
@@ -132,14 +132,6 @@ class Registry:
             self._blobs.publish(staged, draft.sha256)
             with self._catalogue.writing() as connection:
                 return self._catalogue.insert(connection, draft)
-
-    def add_library(self, folder: Path) -> list[Entry]:
-        """Registers what a folder of shipped artefacts holds; the entries that are new.
-
-        `<part>/<name>.safetensors` are single files in `vectors`, `low_ranks` and `saes`;
-        `saes/<name>/` SAELens folders; `profiles/<name>.json` a spec and its description.
-        """
-        return shipped.add_library(self, folder)
 
     def add_shipped(self, name: str, artefact: Artefact) -> Entry | None:
         """Registers `artefact` unless this content has had this name before.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -13,9 +12,7 @@ from steer.formats.importing import read_artefact
 from steer.formats.options import ImportOptions
 from steer.registry.entry import Entry
 from steer.registry.profiles import Profile
-
-if TYPE_CHECKING:
-    from steer.registry.registry import Registry
+from steer.registry.registry import Registry
 
 _UNPACKED_LIMIT = 1 << 30
 
@@ -23,6 +20,8 @@ _UNPACKED_LIMIT = 1 << 30
 def add_library(registry: Registry, folder: Path) -> list[Entry]:
     """Registers every artefact under `folder`; the entries that are new.
 
+    `<part>/<name>.safetensors` are single files in `vectors`, `low_ranks` and `saes`;
+    `saes/<name>/` are SAELens folders; `profiles/<name>.json` hold a spec and its description.
     Content that has had its name before is left as it is now, so that users may replace or remove
     what was shipped. Profiles are stored where none of their name exists.
     """

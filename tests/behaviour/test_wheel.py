@@ -54,7 +54,9 @@ def server(installed: Path, tmp_path: Path) -> Iterator[str]:
 
 
 def test_the_wheel_is_used_and_not_the_checkout(installed: Path, tmp_path: Path) -> None:
-    script = "import steer, steer_server, steer_vectors; print(steer.__file__, steer_vectors.LIBRARY)"
+    script = (
+        "import steer, steer_server, steer_vectors; print(steer.__file__, steer_vectors.LIBRARY)"
+    )
     done = subprocess.run(
         [installed / "python", "-c", script],
         check=True,

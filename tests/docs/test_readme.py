@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from steer_server.serve import Server, build
 from steer_server.settings import ServerSettings
 

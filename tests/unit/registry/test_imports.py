@@ -14,6 +14,7 @@ from steer.formats.gguf_vector import write_gguf
 from steer.formats.options import ImportOptions
 from steer.registry.blobs import BlobStore
 from steer.registry.registry import Registry
+from steer.registry.shipped import add_library
 from steer.sae.base import SAE
 from steer.sae.saelens import save_directory
 
@@ -103,7 +104,7 @@ def shipped_folder(root: Path) -> Path:
 
 def test_a_shipped_library(registry: Registry, tmp_path: Path) -> None:
     folder = shipped_folder(tmp_path / "library")
-    added = registry.add_library(folder)
+    added = add_library(registry, folder)
     assert [(entry.kind, entry.name) for entry in added] == [
         ("vector", "french"),
         ("low_rank", "tuned"),
@@ -113,34 +114,34 @@ def test_a_shipped_library(registry: Registry, tmp_path: Path) -> None:
     assert registry.vector("french").sha256 == VECTOR.sha256
     assert registry.sae("resid-1").card.model == "demo"
     assert registry.profile("parlez").description == "answers in French"
-    assert registry.add_library(folder) == []
+    assert add_library(registry, folder) == []
     assert len(registry.versions("vector", "french")) == 1
 
 
 def test_a_shipped_library_does_not_undo_what_users_did(registry: Registry, tmp_path: Path) -> None:
     folder = shipped_folder(tmp_path / "library")
-    registry.add_library(folder)
+    add_library(registry, folder)
     mine, _ = registry.add("french", VECTOR * 2)
     registry.remove("sae", "resid-1")
     changed = registry.profile("parlez").model_copy(update={"description": "mine"})
     registry.put_profile(changed)
-    assert registry.add_library(folder) == []
+    assert add_library(registry, folder) == []
     assert registry.entry("vector", "french") == mine
     assert registry.profile("parlez") == changed
     with pytest.raises(UnknownArtefact):
         registry.sae("resid-1")
     new = VECTOR * 3  # a new release brings another vector of that name
     (folder / "vectors" / "french.safetensors").write_bytes(new.to_bytes())
-    assert [entry.sha256 for entry in registry.add_library(folder)] == [new.sha256]
+    assert [entry.sha256 for entry in add_library(registry, folder)] == [new.sha256]
 
 
 def test_a_wrong_library_is_named(registry: Registry, tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match="not a folder"):
-        registry.add_library(tmp_path / "missing")
+        add_library(registry, tmp_path / "missing")
     folder = shipped_folder(tmp_path / "library")
     (folder / "profiles" / "bad.json").write_text("[]")
     with pytest.raises(FileFormatError, match=r"bad\.json"):
-        registry.add_library(folder)
+        add_library(registry, folder)
 
 
 def test_blobs_need_nothing_of_a_disk(tmp_path: Path) -> None:
