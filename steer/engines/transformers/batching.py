@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Literal, get_args
 
+from transformers.utils import is_flash_attn_2_available
+
 from steer.engines.transformers.batch import RollingBatch
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.sequences import Batch
@@ -27,7 +29,10 @@ def make_batch(
     chunk: int,
     cache_tokens: int | None,
 ) -> Batch:
-    """The batch that `batching` names; `auto` packs on a GPU, where this model can be packed.
+    """The batch that `batching` names.
+
+    `auto` packs on a GPU with a flash-attention package, where this model can be packed: without
+    one, packed attention is a dense mask over all tokens, and padding is the faster form.
 
     Raises `Unsupported` where `packed` is asked for and this model, or this release of
     transformers, cannot be packed.
@@ -37,7 +42,8 @@ def make_batch(
             f"batching is {batching!r}: choose one of {', '.join(get_args(Batching))}",
             code="invalid_option",
         )
-    if batching == "packed" or (batching == "auto" and hooked.device.type == "cuda"):
+    fast = hooked.device.type == "cuda" and is_flash_attn_2_available()
+    if batching == "packed" or (batching == "auto" and fast):
         try:
             return _packed(hooked, tables, rows, eos, prefill_tokens, cache_tokens)
         except Unsupported as error:
