@@ -59,6 +59,6 @@ def _job(engine: TransformersEngine, path: Path) -> Path:
 def _peer_rate(peer: str, venv: str, job: Path) -> float:
     """Tokens per second of one round, as the peer's own process measures it."""
     python = ROOT / ".venvs" / venv / "bin" / "python"
-    script = ROOT / "benchmarks" / "peer_scripts" / f"{peer.replace('-', '_')}.py"
+    script = ROOT / "benchmarks" / "peer_scripts" / f"run_{peer.replace('-', '_')}.py"
     done = subprocess.run([python, script, job], check=True, capture_output=True, text=True)
     return float(done.stdout.split()[-1])

@@ -5,14 +5,9 @@ import sys
 import time
 from pathlib import Path
 
-# This file bears the package's name: its own folder must not shadow it.
-sys.path = [
-    entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).parent.resolve()
-]
-
-import torch  # noqa: E402
-from repeng import ControlModel, ControlVector  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+import torch
+from repeng import ControlModel, ControlVector
+from transformers import AutoModelForCausalLM
 
 job = json.loads(Path(sys.argv[1]).read_text())
 base = AutoModelForCausalLM.from_pretrained(job["model"], torch_dtype=torch.float32).eval()
