@@ -13,11 +13,10 @@ from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from starlette.responses import JSONResponse
 
 from steer.errors import SteerError
+from steer_server.added_fields import added_fields
 from steer_server.content_type import require_json
 from steer_server.disconnect import EventStream, while_connected
 from steer_server.generation import Answer, Generation, Logprobs, answers, prepare
-from steer_server.inspected import inspected
-from steer_server.receipts import merged
 from steer_server.request_models import ChatRequest
 from steer_server.state import Serving, ServingDep
 from steer_server.streaming import Chunk, ChunkForms, events, usage
@@ -75,20 +74,17 @@ def _prompt(serving: Serving, body: ChatRequest) -> list[int]:
 
 async def _whole(serving: Serving, run: Generation, body: ChatRequest) -> Response:
     found, default = await answers(serving, run)
-    receipt = merged(answer.receipt for answer in found)
-    extra: dict[str, Any] = {}
-    if receipt is not None:
-        extra["steering"] = receipt.as_json()
-    if default:
-        extra["default"] = [_choice(serving, answer, body) for answer in default]
-    if body.inspect is not None:
-        extra["inspect"] = await inspected(serving, body.inspect, run)
+
+    def choice(answer: Answer) -> Choice:
+        return _choice(serving, answer, body)
+
+    extra = await added_fields(serving, run, body.inspect, found, default, choice)
     completion = SteeredChatCompletion(
         id=run.id,
         object="chat.completion",
         created=run.created,
         model=run.model,
-        choices=[_choice(serving, answer, body) for answer in found],
+        choices=[choice(answer) for answer in found],
         usage=usage(run, sum(answer.tokens for answer in found)),
         **extra,
     )

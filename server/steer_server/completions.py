@@ -11,11 +11,10 @@ from openai.types.completion_choice import Logprobs as LogprobsBody
 from starlette.responses import JSONResponse
 
 from steer.engines.base import FinishReason
+from steer_server.added_fields import added_fields
 from steer_server.content_type import require_json
 from steer_server.disconnect import EventStream, while_connected
 from steer_server.generation import Answer, Generation, Logprobs, Prompt, answers, prepare
-from steer_server.inspected import inspected
-from steer_server.receipts import merged
 from steer_server.request_models import CompletionRequest
 from steer_server.state import Serving, ServingDep
 from steer_server.streaming import Chunk, ChunkForms, events, usage
@@ -56,20 +55,17 @@ def _prepared(serving: Serving, body: CompletionRequest) -> Generation:
 
 async def _whole(serving: Serving, run: Generation, body: CompletionRequest) -> Response:
     found, default = await answers(serving, run)
-    receipt = merged(answer.receipt for answer in found)
-    extra: dict[str, Any] = {}
-    if receipt is not None:
-        extra["steering"] = receipt.as_json()
-    if default:
-        extra["default"] = [_choice(serving, answer, body) for answer in default]
-    if body.inspect is not None:
-        extra["inspect"] = await inspected(serving, body.inspect, run)
+
+    def choice(answer: Answer) -> CompletionChoice:
+        return _choice(serving, answer, body)
+
+    extra = await added_fields(serving, run, body.inspect, found, default, choice)
     completion = SteeredCompletion(
         id=run.id,
         object="text_completion",
         created=run.created,
         model=run.model,
-        choices=[_choice(serving, answer, body) for answer in found],
+        choices=[choice(answer) for answer in found],
         usage=usage(run, sum(answer.tokens for answer in found)),
         **extra,
     )

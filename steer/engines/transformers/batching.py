@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Literal, get_args
 
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from steer.engines.transformers.batch import RollingBatch
 from steer.engines.transformers.hooks import HookedModel
