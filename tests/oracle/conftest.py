@@ -7,6 +7,7 @@ environment is a failure, not a skip: a comparison that did not run proves nothi
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -92,8 +93,12 @@ def run_peer(tmp_path_factory: pytest.TempPathFactory) -> RunPeer:
         folder = tmp_path_factory.mktemp(environment)
         save_file(given, folder / "inputs.safetensors")
         (folder / "options.json").write_text(json.dumps(options, default=str))
+        # As many threads as here: another number sums in another order, and the plain logits are
+        # compared to the bit.
+        threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
         done = subprocess.run(
             [python, HERE / script, folder],
+            env=os.environ | threads,
             capture_output=True,
             text=True,
             timeout=300,
