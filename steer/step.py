@@ -22,7 +22,7 @@ from steer.errors import EngineError
 from steer.kernels import apply_stage
 from steer.model_info import HookPoint
 from steer.plan import SteeringPlan
-from steer.tables import MAX_PASSES, GateRows, Stage, Tables
+from steer.tables import MAX_PASSES, GateRows, Needs, Stage, Tables
 
 Ints = NDArray[np.int64]
 NOBODY = -1
@@ -159,9 +159,9 @@ class Step:
             if gates is not None and gates.live and self._pending is not None:
                 self._decide(number, gates, flat)
         before = flat
-        for number, stage, shifts_only in self._work.get(point, ()):
+        for number, stage, needs in self._work.get(point, ()):
             if self._uniform is None:
-                flat = apply_stage(stage, flat, self.slots[number], shifts_only=shifts_only)
+                flat = apply_stage(stage, flat, self.slots[number], needs)
             elif self._uniform[number]:
                 flat = apply(stage.blocks[self._uniform[number]], flat)
         if self._measured is not None and flat is not before:
@@ -184,12 +184,12 @@ class Step:
             bits |= (slots[number] != 0).astype(np.int64) << number
         np.add.at(self._ledger.tokens, (self._rows[present], bits[present]), 1)
 
-    def _work_at(self, point: HookPoint, live: set[int]) -> list[tuple[int, Stage, bool]]:
-        """The stages that this batch's slots need at `point`: pass, stage, constants only."""
+    def _work_at(self, point: HookPoint, live: set[int]) -> list[tuple[int, Stage, Needs]]:
+        """The stages that this batch's slots use at `point`, with their pass and what they need."""
         found = []
         for number, stage in enumerate(self._tables.stages(point)):
             if stage is not None and (mine := live & stage.blocks.keys()):
-                found.append((number, stage, stage.shifts_only(mine)))
+                found.append((number, stage, stage.needs(mine)))
         return found
 
     def _gates_at(self, point: HookPoint, live: set[int]) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -23,6 +24,17 @@ from steer.plan import Gate, SteeringPlan
 
 MAX_PASSES = 8
 _FIRST_BANK_ROWS = 16
+
+
+class Needs(NamedTuple):
+    """What a batch's blocks do at a stage beyond adding constants."""
+
+    edits: bool = True
+    replacing: bool = True
+    preserving: bool = True
+
+
+EVERYTHING = Needs()
 
 
 class Stage:
@@ -47,9 +59,14 @@ class Stage:
         self.bank_rows = 0
         self._owned: dict[int, list[int]] = {}
 
-    def shifts_only(self, slots: Iterable[int]) -> bool:
-        """Whether the blocks of `slots` only add constants: the fast form applies."""
-        return all(self.blocks[slot].is_shift for slot in slots)
+    def needs(self, slots: Iterable[int]) -> Needs:
+        """What the blocks of `slots` make necessary, whatever idle slots hold."""
+        blocks = [self.blocks[slot] for slot in slots]
+        return Needs(
+            edits=any(block.n_edits for block in blocks),
+            replacing=any(block.replace for block in blocks),
+            preserving=any(block.preserve_norm for block in blocks),
+        )
 
     def write_block(self, slot: int, block: Block) -> None:
         """Makes `slot` mean `block`; the slot was free."""

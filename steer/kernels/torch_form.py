@@ -7,30 +7,32 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from steer.edits import coefficients, rescaled
-from steer.tables import Stage
+from steer.tables import EVERYTHING, Needs, Stage
 
 
 def apply_stage(
     stage: Stage,
     x: Float[Tensor, "T d"],
     slots: Int[Tensor, " T"],
-    *,
-    shifts_only: bool = False,
+    needs: Needs = EVERYTHING,
 ) -> Float[Tensor, "T d"]:
     """x with each token's block applied; a token whose slot is 0 is returned to the bit.
 
-    `shifts_only` promises that every slot named in `slots` only adds a constant.
+    What `needs` leaves out, no block of `slots` does; with nothing needed, constants are added.
     """
-    if shifts_only:
-        return (x.float() + stage.shift.index_select(0, slots)).to(x.dtype)
-    before = x.float()
+    shift = stage.shift.index_select(0, slots)
+    if not any(needs):
+        return (x.float() + shift).to(x.dtype)
+    before = after = x.float()
     norms = before.norm(dim=-1, keepdim=True)
-    replaced = stage.replace.index_select(0, slots)[:, None]
-    after = before.masked_fill(replaced, 0.0) + stage.shift.index_select(0, slots)
-    if stage.bank_rows:
+    if needs.replacing:
+        after = before.masked_fill(stage.replace.index_select(0, slots)[:, None], 0.0)
+    after = after + shift
+    if needs.edits and stage.bank_rows:
         after = after + _bank(stage, before, norms, slots)
-    preserved = stage.preserve.index_select(0, slots)[:, None]
-    after = torch.where(preserved, rescaled(after, norms), after)
+    if needs.preserving:
+        preserved = stage.preserve.index_select(0, slots)[:, None]
+        after = torch.where(preserved, rescaled(after, norms), after)
     return torch.where((slots != 0)[:, None], after.to(x.dtype), x)
 
 

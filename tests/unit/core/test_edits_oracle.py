@@ -21,7 +21,7 @@ from steer.model_info import HookPoint
 from steer.plan import SteeringPlan
 from steer.registry.library import MemoryLibrary
 from steer.spec import parse_spec
-from steer.tables import Tables
+from steer.tables import Needs, Tables
 
 LAYER = 1
 POINT = HookPoint(LAYER)
@@ -156,6 +156,7 @@ def test_slots_side_by_side_equal_float64(seed: int) -> None:
 
     actual = apply_stage(stage, x, slots)
 
+    assert torch.equal(apply_stage(stage, x, slots, stage.needs(specs)), actual)
     for slot, spec in specs.items():
         mine = slots == slot
         if mine.any():
@@ -168,12 +169,12 @@ def test_the_fast_form_for_constants_equals_the_general_one() -> None:
     slots = [tables.acquire(compiled(spec_of(name))[0]) for name in ("add", "add by the card")]
     stage = tables.stages(POINT)[0]
     assert stage is not None
-    assert stage.shifts_only(slots)
+    assert not any(stage.needs(slots))
     tables.acquire(compiled(spec_of("ablate"))[0])
     chosen = torch.tensor([0, *slots] * 10)
     x = rows(9, 30, 16)
     general = apply_stage(stage, x, chosen)
-    assert torch.equal(apply_stage(stage, x, chosen, shifts_only=True), general)
+    assert torch.equal(apply_stage(stage, x, chosen, stage.needs(slots)), general)
 
 
 def test_the_ablated_direction_is_gone() -> None:
@@ -252,8 +253,8 @@ def test_zero_strength_compiles_to_nothing(kind: str, norm: str | None) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shifts_only", [True, False])
-def test_slot_0_changes_no_bit(dtype: torch.dtype, shifts_only: bool) -> None:
+@pytest.mark.parametrize("needs", [Needs(), Needs(False, False, False)])
+def test_slot_0_changes_no_bit(dtype: torch.dtype, needs: Needs) -> None:
     tables = Tables(shape_of(), slots=len(KINDS))
     for name in KINDS:
         tables.acquire(compiled(spec_of(name))[0])
@@ -263,7 +264,7 @@ def test_slot_0_changes_no_bit(dtype: torch.dtype, shifts_only: bool) -> None:
     x[::3, ::2] = -0.0
     x[1, 1] = float("inf")
     slots = torch.zeros(64, dtype=torch.long)
-    after = apply_stage(stage, x, slots, shifts_only=shifts_only)
+    after = apply_stage(stage, x, slots, needs)
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert after.dtype == dtype
     assert torch.equal(after.view(bits), x.view(bits))
