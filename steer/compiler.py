@@ -12,7 +12,7 @@ from steer import kinds
 from steer.errors import IncompatibleArtefact, SpecError, SteerError, Unsupported, pointer
 from steer.kinds import Blocks, Sources
 from steer.model_info import Capabilities, HookPoint, forward_order
-from steer.plan import Gate, Pass, SteeringPlan
+from steer.plan import Gate, Pass, SteeringPlan, check_passes
 from steer.positions import Selection, resolve
 from steer.spec import (
     Clamp,
@@ -40,7 +40,7 @@ def compile_plan(
         try:
             draft.append(place, item)
         except SteerError as error:
-            errors.append(error.at(""))
+            errors.append(error)
             at = pointer("interventions", place)
             if not str(error.param).startswith(("/interventions", "/where", "/when")):
                 error.param = at + (error.param or "")
@@ -128,13 +128,8 @@ class _Draft:
 
     def _check_passes(self) -> None:
         limit = self.capabilities.limits.get("passes")
-        if limit is not None and len(self.passes) > limit:
-            raise Unsupported(
-                f"this spec needs {len(self.passes)} passes over a token and {limit} are "
-                "supported: merge interventions that share 'where', or send fewer",
-                code="too_many_passes",
-                param="/interventions",
-            )
+        if limit is not None:
+            check_passes(len(self.passes), limit)
 
     def _blocks(self, item: Intervention) -> Blocks:
         compile_kind: Callable[[Any, Sources], Blocks] = getattr(kinds, item.kind)

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from steer.edits import Block
+from steer.errors import Unsupported
 from steer.model_info import HookPoint, forward_order
 from steer.positions import Selection
 from steer.spec import SteeringSpec
@@ -85,3 +86,14 @@ class SteeringPlan:
             "hook_points": [{"layer": p.layer, "site": p.site} for p in self.points],
             "interventions": [dict(entry) for entry in self.summary],
         }
+
+
+def check_passes(count: int, limit: int) -> None:
+    """Raises `Unsupported` for a plan of more passes than `limit`."""
+    if count > limit:
+        raise Unsupported(
+            f"this spec needs {count} passes over a token and {limit} are "
+            "supported: merge interventions that share 'where', or send fewer",
+            code="too_many_passes",
+            param="/interventions",
+        )

@@ -136,16 +136,17 @@ class Step:
         self._measured = None if measured is None else torch.from_numpy(measured).to(device)
         self._uniform = self._uniform_slots(slots)
         live = {int(slot) for slot in np.unique(slots)} - {0}
+        points = tables.points()
         if until_decision is not None and watching is not None:
             read = np.where(watching, watching, slots)
             live |= {int(slot) for slot in np.unique(read)} - {0}
             self._close_gates(
-                torch.from_numpy(until_decision).to(device), torch.from_numpy(read).to(device)
+                points,
+                torch.from_numpy(until_decision).to(device),
+                torch.from_numpy(read).to(device),
             )
-        self._work = {
-            point: work for point in tables.points() if (work := self._work_at(point, live))
-        }
-        gated = {p for p in tables.points() if self._gates_at(p, live)}
+        self._work = {point: work for point in points if (work := self._work_at(point, live))}
+        gated = {p for p in points if self._gates_at(p, live)}
         self.points = frozenset(self._work.keys() | gated)
         self._visited: set[HookPoint] = set()
 
@@ -201,7 +202,7 @@ class Step:
             return None
         return [int(slot) for slot in slots[:, 0]]
 
-    def _close_gates(self, until_decision: Tensor, read: Tensor) -> None:
+    def _close_gates(self, points: set[HookPoint], until_decision: Tensor, read: Tensor) -> None:
         """Withholds gated slots until their gate opens.
 
         `read` `[P, T]` are the slots whose gates each token is shown to: its own, and on the last
@@ -216,7 +217,7 @@ class Step:
         self._pending = self.slots
         gated = torch.zeros_like(self.slots, dtype=torch.bool)
         held = torch.zeros_like(gated)
-        for point in self._tables.points():
+        for point in points:
             for number, gates in enumerate(self._tables.gates(point)[: len(self.slots)]):
                 if gates is not None and gates.live:
                     gated[number] |= (gates.held | gates.per_token)[self._pending[number]]

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 
 from steer.edits import LAW_FIELDS, Block, Competition
-from steer.errors import CapacityError, Unsupported
+from steer.errors import CapacityError
 from steer.model_info import HookPoint, ModelInfo
-from steer.plan import Gate, SteeringPlan
+from steer.plan import Gate, SteeringPlan, check_passes
 
 MAX_PASSES = 8
 _FIRST_BANK_ROWS = 16
@@ -204,13 +204,7 @@ class Tables:
 
     def check(self, plan: SteeringPlan) -> None:
         """Raises where no table of this shape could ever hold `plan`."""
-        if len(plan.passes) > self.max_passes:
-            raise Unsupported(
-                f"this spec needs {len(plan.passes)} passes over a token and {self.max_passes} are "
-                "supported: merge interventions that share 'where', or send fewer",
-                code="too_many_passes",
-                param="/interventions",
-            )
+        check_passes(len(plan.passes), self.max_passes)
 
     def acquire(self, plan: SteeringPlan) -> int:
         """The slot of `plan`, written if it is new; release it as often as it was acquired."""

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
-from torch import Tensor
 
-from steer.engines.base import CaptureRequest, Engine
-from steer.model_info import HookPoint
+from steer.engines.base import Engine
+from steer.engines.plans import plans_of
 from steer.plan_cache import PlanCache
 from steer.registry.registry import Registry
 from steer_server.metrics import Metrics
@@ -41,19 +40,9 @@ class Serving:
 def assemble(engine: Engine, registry: Registry, settings: ServerSettings) -> Serving:
     """Joins the parts: a plan cache over the registry, and metrics over all of them."""
     metrics = Metrics(name_limit=settings.metric_names)
-    tokenizer = engine.tokenizer
-
-    def encode_text(text: str, point: HookPoint) -> Tensor:
-        prompt = tuple(tokenizer.encode(text))
-        captured = engine.capture(CaptureRequest(prompts=[prompt], points=(point,)))
-        return captured[0].states[point]
-
-    plans = PlanCache(
+    plans = plans_of(
+        engine,
         registry,
-        engine.info,
-        engine.capabilities,
-        tokenize=lambda text: list(tokenizer.encode(text, add_special_tokens=False)),
-        encode_text=encode_text,
         size=settings.plan_cache_size,
         observe_compile=metrics.plan_compile.observe,
     )

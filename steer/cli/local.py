@@ -11,10 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from steer.engines.transformers.engine import TransformersEngine
-    from steer.model_info import HookPoint
     from steer.plan_cache import PlanCache
     from steer.registry.library import Library
     from steer.registry.registry import Registry
@@ -90,21 +87,9 @@ def open_registry(chosen: str | None, model: str | None = None) -> Iterator[Regi
 
 def plans(engine: TransformersEngine, library: Library) -> PlanCache:
     """Compiles specs for `engine` with artefacts from `library`."""
-    from steer.engines.base import CaptureRequest
-    from steer.plan_cache import PlanCache
+    from steer.engines.plans import plans_of
 
-    def encode_text(text: str, point: HookPoint) -> Tensor:
-        prompt = tuple(engine.tokenizer.encode(text))
-        captured = engine.capture(CaptureRequest(prompts=[prompt], points=(point,)))
-        return captured[0].states[point]
-
-    return PlanCache(
-        library,
-        engine.info,
-        engine.capabilities,
-        tokenize=lambda text: list(engine.tokenizer.encode(text, add_special_tokens=False)),
-        encode_text=encode_text,
-    )
+    return plans_of(engine, library)
 
 
 def quiet() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field
 
 from steer.engines.base import Engine
+from steer.engines.plans import plans_of
 from steer.errors import SteerError, TooLarge, Unsupported, pointer
 from steer.inspection.prompt import EncodedPrompt, Place
 from steer.model_info import HookPoint
@@ -85,12 +86,7 @@ def plan_for(
     """
     if spec is None:
         return None
-    cache = plans or PlanCache(
-        MemoryLibrary(),
-        engine.info,
-        engine.capabilities,
-        tokenize=lambda text: list(engine.tokenizer.encode(text, add_special_tokens=False)),
-    )
+    cache = plans or plans_of(engine, MemoryLibrary())
     try:
         return cache.plan(spec)
     except SteerError as error:

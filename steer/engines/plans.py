@@ -1,0 +1,31 @@
+"""The plan cache of an engine: its tokenizer reads triggers, its model reads concepts' texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from steer.engines.base import CaptureRequest, Engine
+from steer.model_info import HookPoint
+from steer.plan_cache import PlanCache
+from steer.registry.library import Library
+
+
+def plans_of(engine: Engine, library: Library, **options: Any) -> PlanCache:
+    """Compiles specs for `engine` with artefacts from `library`; `options` are `PlanCache`'s."""
+    tokenizer = engine.tokenizer
+
+    def encode_text(text: str, point: HookPoint) -> Tensor:
+        prompt = tuple(tokenizer.encode(text))
+        captured = engine.capture(CaptureRequest(prompts=[prompt], points=(point,)))
+        return captured[0].states[point]
+
+    return PlanCache(
+        library,
+        engine.info,
+        engine.capabilities,
+        tokenize=lambda text: list(tokenizer.encode(text, add_special_tokens=False)),
+        encode_text=encode_text,
+        **options,
+    )
