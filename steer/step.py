@@ -49,6 +49,10 @@ class Ledger:
         for sums in self.relative.values():
             sums[row] = 0.0
 
+    def record(self, rows: Ints, bits: Ints) -> None:
+        """Counts tokens `[T]` of `rows` that the passes named by `bits` edited."""
+        np.add.at(self.tokens, (rows, bits), 1)
+
     def recount(self, row: int) -> None:
         """Counts a row from zero again, because its tokens are computed anew; its gates' decisions
         stand."""
@@ -183,7 +187,7 @@ class Step:
         bits = np.zeros(slots.shape[1], dtype=np.int64)
         for number in range(len(slots)):
             bits |= (slots[number] != 0).astype(np.int64) << number
-        np.add.at(self._ledger.tokens, (self._rows[present], bits[present]), 1)
+        self._ledger.record(self._rows[present], bits[present])
 
     def _work_at(self, point: HookPoint, live: set[int]) -> list[tuple[int, Stage, Needs]]:
         """The stages that this batch's slots use at `point`, with their pass and what they need."""

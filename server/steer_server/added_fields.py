@@ -29,5 +29,5 @@ async def added_fields(
     if default:
         fields["default"] = [choice(answer) for answer in default]
     if inspect is not None:
-        fields["inspect"] = await inspected(serving, inspect, run)
+        fields["inspect"] = await inspected(serving, inspect, run.prompts[0], run.steering)
     return fields

@@ -17,6 +17,7 @@ from steer.control_vector import ArtefactKind, Card
 from steer.errors import SteerError, pointer
 from steer.formats.options import ImportOptions
 from steer.registry.entry import Entry
+from steer_server.error_route import SteerRoute
 from steer_server.state import Serving, ServingDep
 from steer_server.uploads import Received, receive
 
@@ -81,7 +82,7 @@ class Deleted(BaseModel):
 
 def artefact_router(kind: ArtefactKind, folder: str) -> APIRouter:
     """The routes below `/v1/steering/<folder>` for artefacts of `kind`."""
-    router = APIRouter(prefix=f"/v1/steering/{folder}", tags=[folder])
+    router = APIRouter(prefix=f"/v1/steering/{folder}", tags=[folder], route_class=SteerRoute)
 
     @router.post(
         "",

@@ -10,9 +10,12 @@ from pydantic import BaseModel
 from steer.errors import UnknownArtefact
 from steer.sae.base import SAE
 from steer.sae.labels import FeatureLabel, FeatureMatch
+from steer_server.error_route import SteerRoute
 from steer_server.state import ServingDep
 
-router = APIRouter(prefix="/v1/steering/saes/{name}/features", tags=["saes"])
+router = APIRouter(
+    prefix="/v1/steering/saes/{name}/features", tags=["saes"], route_class=SteerRoute
+)
 
 
 class FeatureList(BaseModel):

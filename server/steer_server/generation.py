@@ -121,7 +121,7 @@ def prepare(
                     sampling=replace(sampling, seed=seed),
                     plan=steering.plan,
                     measure=steering.plan is not None
-                    and (body.receipt == "full" or _sampled(serving, name)),
+                    and (body.receipt == "full" or serving.settings.measures(name)),
                 )
             )
     default = [
@@ -285,12 +285,6 @@ def _check_sampling(serving: Serving, body: ChatRequest | CompletionRequest) -> 
                 param=pointer(name),
                 code="unsupported_parameter",
             )
-
-
-def _sampled(serving: Serving, name: str) -> bool:
-    """Whether this request belongs to the share that is measured for the metrics."""
-    share = serving.settings.measured_share
-    return int(name[-8:], 16) < share * 0x1_0000_0000
 
 
 def _wrapped(seed: int) -> int:

@@ -21,10 +21,16 @@ from steer.inspection.logit_lens import LogitLensRequest, LogitLensResult, logit
 from steer.inspection.patchscope import PatchscopeRequest, PatchscopeResult, patchscope
 from steer.spec import SteeringSpec
 from steer_server.content_type import require_json
+from steer_server.error_route import SteerRoute
 from steer_server.state import Serving, ServingDep
 from steer_server.steering import check_inline
 
-router = APIRouter(prefix="/v1/inspect", tags=["inspection"], dependencies=[Depends(require_json)])
+router = APIRouter(
+    prefix="/v1/inspect",
+    tags=["inspection"],
+    dependencies=[Depends(require_json)],
+    route_class=SteerRoute,
+)
 
 _PNG = "image/png"
 _R = TypeVar("_R", bound=BaseModel)

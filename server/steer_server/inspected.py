@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from anyio import to_thread
 
 from steer.errors import SteerError
 from steer.inspection.logit_lens import LogitLensRequest, logit_lens
-from steer_server.generation import Generation
 from steer_server.inspect_spec import InspectSpec
 from steer_server.state import Serving
+from steer_server.steering import Steering
 
 
-async def inspected(serving: Serving, spec: InspectSpec, run: Generation) -> dict[str, Any]:
-    """What `spec` reads from the first prompt of `run`, under its steering."""
-    return await to_thread.run_sync(_logit_lens, serving, spec, run)
+async def inspected(
+    serving: Serving, spec: InspectSpec, prompt: Sequence[int], steering: Steering
+) -> dict[str, Any]:
+    """What `spec` reads from the tokens of `prompt`, steered."""
+    return await to_thread.run_sync(_logit_lens, serving, spec, tuple(prompt), steering)
 
 
-def _logit_lens(serving: Serving, spec: InspectSpec, run: Generation) -> dict[str, Any]:
+def _logit_lens(
+    serving: Serving, spec: InspectSpec, prompt: tuple[int, ...], steering: Steering
+) -> dict[str, Any]:
     request = LogitLensRequest(
-        tokens=run.prompts[0],
+        tokens=prompt,
         layers="all" if spec.layers is None else spec.layers,
         positions=spec.positions,
         top=spec.top,
-        steering=None if run.steering.plan is None else run.steering.plan.spec,
+        steering=None if steering.plan is None else steering.plan.spec,
     )
     try:
         result = logit_lens(serving.engine, request, plans=serving.plans)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from anyio import get_cancelled_exc_class
 from prometheus_client import CollectorRegistry, Counter, Histogram
+from starlette.requests import ClientDisconnect
 
 from steer.engines.base import Engine, Receipt
 from steer.plan_cache import PlanCache
@@ -116,7 +117,7 @@ class Metrics:
         try:
             yield
             outcome = "ok"
-        except (GeneratorExit, get_cancelled_exc_class()):
+        except (GeneratorExit, ClientDisconnect, get_cancelled_exc_class()):
             outcome = "cancelled"
             raise
         finally:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -67,6 +68,25 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_failure)
+
+
+async def answer(request: Request, error: Exception) -> Response:
+    """The response to an error of a route; counts it."""
+    if isinstance(error, RequestValidationError):
+        return await _on_invalid(request, error)
+    if isinstance(error, HTTPException):
+        return await _on_http(request, error)
+    if isinstance(error, ClientDisconnect):
+        return await _on_disconnect(request, error)
+    return await _on_failure(request, error)
+
+
+def invalid_field(error: ValidationError, body: Mapping[str, Any]) -> SteerError:
+    """pydantic's complaint about fields of the request's `body`, as the error to raise."""
+    first = error.errors()[0]
+    found = {**first, "loc": ("body", *first["loc"])}
+    message, code = _sentence(found)
+    return SteerError(message, param=_param(found, body), code=code)
 
 
 async def _on_failure(request: Request, error: Exception) -> Response:

@@ -11,11 +11,15 @@ from starlette.responses import JSONResponse
 from steer.registry.profiles import Profile
 from steer.spec import SteeringSpec, check_name, parse_spec
 from steer_server.content_type import require_json
+from steer_server.error_route import SteerRoute
 from steer_server.state import Serving, ServingDep
 from steer_server.steering import compile_spec
 
 router = APIRouter(
-    prefix="/v1/steering/profiles", tags=["profiles"], dependencies=[Depends(require_json)]
+    prefix="/v1/steering/profiles",
+    tags=["profiles"],
+    dependencies=[Depends(require_json)],
+    route_class=SteerRoute,
 )
 
 

@@ -99,10 +99,29 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] | None = None
 
 
-class GenerationFields(BaseModel):
-    """What chat and plain completions have in common."""
+class AddedFields(BaseModel):
+    """What Steer adds to a request for a completion, on any engine's server."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steering: Spec = None
+    receipt: Literal["basic", "full"] = "basic"
+    compare: bool = False
+    inspect: InspectSpec | None = None
+
+    def check_stream(self, stream: bool | None) -> None:
+        """Raises `Unsupported` for what only a whole response can carry."""
+        for field in ("compare", "inspect"):
+            if stream and getattr(self, field):
+                raise Unsupported(
+                    f"{field!r} cannot be streamed: send the request without 'stream'",
+                    param=f"/{field}",
+                    code="unsupported_parameter",
+                )
+
+
+class GenerationFields(AddedFields):
+    """What chat and plain completions have in common."""
 
     neutral: ClassVar[Mapping[str, Sequence[Any]]] = {
         "frequency_penalty": (0,),
@@ -126,10 +145,6 @@ class GenerationFields(BaseModel):
     metadata: dict[str, JsonValue] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    steering: Spec = None
-    receipt: Literal["basic", "full"] = "basic"
-    compare: bool = False
-    inspect: InspectSpec | None = None
 
     @property
     def choices(self) -> int:
@@ -156,13 +171,7 @@ class GenerationFields(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> GenerationFields:
-        for field in ("compare", "inspect"):
-            if self.stream and getattr(self, field):
-                raise Unsupported(
-                    f"{field!r} cannot be streamed: send the request without 'stream'",
-                    param=f"/{field}",
-                    code="unsupported_parameter",
-                )
+        self.check_stream(self.stream)
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError(
                 "invalid_request", "'stream_options' is only allowed with 'stream': true"

@@ -17,8 +17,9 @@ from steer_server.app import create_app
 from steer_server.banner import banner
 from steer_server.settings import ServerSettings
 from steer_server.state import Serving
+from steer_server.vllm.launch import launch
 
-ENGINES = ("transformers", "fake")
+ENGINES = ("transformers", "vllm", "fake")
 
 
 def load_engine(settings: ServerSettings) -> Engine:
@@ -48,7 +49,12 @@ def build(settings: ServerSettings) -> FastAPI:
 
 
 def run(settings: ServerSettings, *, console: Console | None = None) -> None:
-    """Serves until interrupted; running requests get `drain_seconds` to finish."""
+    """Serves until interrupted; running requests get `drain_seconds` to finish.
+
+    vLLM has a server of its own, which takes the place of this process.
+    """
+    if settings.engine == "vllm":
+        launch(settings)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     app = build(settings)
     try:

@@ -35,3 +35,7 @@ class ServerSettings(BaseModel):
     metric_names: int = Field(default=200, ge=1)
     plan_cache_size: int = Field(default=1024, ge=1)
     drain_seconds: int = Field(default=10, ge=0)
+
+    def measures(self, name: str) -> bool:
+        """Whether a request belongs to the share that is measured; `name` ends in random hex."""
+        return int(name[-8:], 16) < self.measured_share * 0x1_0000_0000

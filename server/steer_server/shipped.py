@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from steer_vectors import LIBRARY
 
 from steer.registry.registry import Registry
@@ -13,6 +15,15 @@ DEMO_MODEL = "steer-demo"
 def model_location(model: str) -> str:
     """Where to load `model` from: a shipped model's folder, otherwise `model` itself."""
     return str(LIBRARY / "demo" / "model") if model == DEMO_MODEL else model
+
+
+def shipped_model(location: str) -> str | None:
+    """The name of the shipped model that lies at `location`; None for any other."""
+    ours = Path(model_location(DEMO_MODEL))
+    place = Path(location)
+    return (
+        DEMO_MODEL if location == DEMO_MODEL or (place.is_dir() and place.samefile(ours)) else None
+    )
 
 
 def register(registry: Registry, model: str) -> int:

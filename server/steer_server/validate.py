@@ -10,10 +10,11 @@ from pydantic import BaseModel
 from steer.errors import Problem, SteerError, UnknownArtefact
 from steer.spec import parse_spec
 from steer_server.content_type import require_json
+from steer_server.error_route import SteerRoute
 from steer_server.state import Serving, ServingDep
 from steer_server.steering import check_inline, profile_of
 
-router = APIRouter(tags=["steering"], dependencies=[Depends(require_json)])
+router = APIRouter(tags=["steering"], dependencies=[Depends(require_json)], route_class=SteerRoute)
 
 
 class ProblemBody(BaseModel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +17,7 @@ from steer.cli.local import (
     quiet,
     registry_folder,
 )
-from steer.errors import SteerError
+from steer.errors import SpecError, SteerError
 
 
 def serve(
@@ -26,7 +26,16 @@ def serve(
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="The port to listen on; 0 picks a free one.")
     ] = 8000,
-    engine: Annotated[str, typer.Option(help="transformers, or fake (no model).")] = "transformers",
+    engine: Annotated[
+        str, typer.Option(help="transformers, vllm (vLLM's own server), or fake (no model).")
+    ] = "transformers",
+    engine_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="An argument for vLLM's server, such as max_model_len=4096; may be repeated.",
+        ),
+    ] = None,
     registry: RegistryOption = None,
     served_name: Annotated[
         str | None, typer.Option(help="The model's name in the API; by default its own.")
@@ -38,10 +47,19 @@ def serve(
     max_upload_mib: Annotated[
         int, typer.Option(min=1, help="The largest file that may be uploaded, in MiB.")
     ] = 512,
-    rows: Annotated[int, typer.Option(min=1, help="Sequences that run in one batch.")] = 64,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Sequences that run in one batch; 64, or vLLM's own number for vllm."
+        ),
+    ] = None,
     slots: Annotated[
-        int, typer.Option(min=1, help="Different specs that may run at the same time.")
-    ] = 256,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Different specs that may run at the same time; 256, or as many as rows for vllm.",
+        ),
+    ] = None,
     inline_vectors: Annotated[
         bool, typer.Option(help="Whether requests may carry vectors of their own.")
     ] = True,
@@ -56,7 +74,6 @@ def serve(
     from steer_server.serve import run
     from steer_server.settings import ServerSettings
 
-    options = {"rows": rows, "slots": slots, "device": device, "dtype": dtype}
     key = _key(api_key_file)
     settings = ServerSettings(
         host=host,
@@ -64,13 +81,53 @@ def serve(
         model=model,
         served_name=served_name or model_name(model),
         engine=engine,
-        engine_options=options if engine == "transformers" else {},
+        engine_options=_options(engine, engine_option, rows, slots, device, dtype),
         registry=registry_folder(registry),
         api_key=None if key is None else SecretStr(key),
         max_upload_bytes=max_upload_mib << 20,
         allow_inline_vectors=inline_vectors,
     )
     run(settings)
+
+
+def _options(
+    engine: str,
+    given: list[str] | None,
+    rows: int | None,
+    slots: int | None,
+    device: str | None,
+    dtype: str | None,
+) -> dict[str, Any]:
+    """What the engine is told, in its own words; raises `SpecError` for what is not its own."""
+    if engine == "vllm":
+        for name, value in (("--slots", slots), ("--device", device)):
+            if value is not None:
+                raise SpecError(
+                    f"{name} is not for vLLM, which decides it itself: leave it out",
+                    code="invalid_option",
+                )
+        own = {"max_num_seqs": rows, "dtype": dtype}
+        return {**_set(own), **dict(_pair(text) for text in given or ())}
+    if given:
+        raise SpecError(
+            f"--engine-option {given[0]!r} is for the engine vllm alone", code="invalid_option"
+        )
+    if engine == "transformers":
+        return _set({"rows": rows, "slots": slots, "device": device, "dtype": dtype})
+    return {}
+
+
+def _set(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise SpecError(
+            f"--engine-option {text!r} is not of the form NAME=VALUE", code="invalid_option"
+        )
+    return name, value
 
 
 def _key(path: Path | None) -> str | None:

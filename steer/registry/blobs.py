@@ -25,15 +25,26 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class BlobStore:
     """Blobs under `location`, a folder or any URL that fsspec opens.
 
-    Guarantees: `publish` is atomic and, on a local disk, durable when it returns.
+    Guarantees: `publish` is atomic and, on a local disk, durable when it returns; without
+    `durable` a crash of the machine may lose or damage what was published last.
     """
 
-    def __init__(self, location: str | Path) -> None:
+    def __init__(self, location: str | Path, *, durable: bool = True) -> None:
         filesystem, root = url_to_fs(str(location))
         self._fs = cast(AbstractFileSystem, filesystem)
         self._root = str(root).rstrip("/")
         self._local = isinstance(filesystem, LocalFileSystem)
+        self._durable = durable
         self._fs.makedirs(self._root, exist_ok=True)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the blobs on a local disk; None elsewhere."""
+        return Path(self._root) if self._local else None
+
+    def local_path(self, sha256: str) -> Path | None:
+        """Where the blob lies, or would lie, on a local disk; None elsewhere."""
+        return Path(self._path(sha256)) if self._local else None
 
     def publish(self, staged: Path, sha256: str) -> None:
         """Moves the finished file `staged`, whose bytes hash to `sha256`, to its place."""
@@ -42,8 +53,9 @@ class BlobStore:
         self._fs.makedirs(parent, exist_ok=True)
         if self._local:
             os.replace(staged, target)
-            _sync_folder(Path(parent))
-            _sync_folder(Path(self._root))
+            if self._durable:
+                _sync_folder(Path(parent))
+                _sync_folder(Path(self._root))
         else:
             self._fs.put_file(str(staged), target)
             staged.unlink()

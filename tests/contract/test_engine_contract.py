@@ -14,8 +14,8 @@ from float64_reference import selected
 from tiny_models import ARCHITECTURES, LAYERS, VOCABULARY, WIDTH
 
 from steer.engines.base import CaptureRequest, Completion, GenerationRequest, SamplingParams
+from steer.engines.listeners import BlockingListener
 from steer.engines.transformers.engine import TransformersEngine
-from steer.engines.transformers.listeners import BlockingListener
 from steer.errors import EngineError, SteerError
 from steer.model_info import HookPoint
 from steer.plan import SteeringPlan

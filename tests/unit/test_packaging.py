@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import steer
 
@@ -31,6 +35,26 @@ def test_every_package_in_the_tree_is_shipped() -> None:
 def test_every_package_says_that_it_is_typed() -> None:
     assert (ROOT / "steer" / "py.typed").exists()
     assert (ROOT / "server" / "steer_server" / "py.typed").exists()
+
+
+@pytest.mark.parametrize("group", ["vllm.general_plugins", "vllm.endpoint_plugins"])
+def test_vllm_finds_what_it_is_told_to_load(group: str) -> None:
+    """vLLM only logs a plugin that does not load; read, not imported, because vLLM is not here."""
+    (declared,) = project()["project"]["entry-points"][group].values()
+    assert [point.value for point in entry_points(group=group, name="steer")] == [declared]
+    module, _, name = declared.partition(":")
+    package, _, rest = module.partition(".")
+    folder = project()["tool"]["setuptools"]["package-dir"][package]
+    source = (ROOT / folder / rest.replace(".", "/")).with_suffix(".py").read_text()
+    defined = (ast.FunctionDef, ast.ClassDef)
+    assert name in {node.name for node in ast.parse(source).body if isinstance(node, defined)}
+
+
+def test_every_folder_of_tests_is_run() -> None:
+    """By pytest, or by tests/vllm/run.sh; the list is explicit here too."""
+    listed = project()["tool"]["pytest"]["ini_options"]["testpaths"]
+    tests = (path.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py"))
+    assert {"/".join(path.parts[:2]) for path in tests} - {"tests/vllm"} == set(listed)
 
 
 def test_the_public_names() -> None:

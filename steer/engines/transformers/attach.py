@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from steer.control_vector import ControlVector, LowRankAdapter
 from steer.engines.base import Receipt
+from steer.engines.receipts import make_receipt
 from steer.engines.transformers.blocks import HookMap, find_hook_points
 from steer.engines.transformers.hooks import HookedModel
-from steer.engines.transformers.sequences import make_receipt
 from steer.errors import SpecError
 from steer.model_info import Capabilities, HookPoint
 from steer.plan import SteeringPlan

@@ -20,14 +20,14 @@ from steer.engines.base import (
     GenerationRequest,
     TokenEvent,
 )
+from steer.engines.checks import check_request
+from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
 from steer.engines.transformers.batching import Batching, make_batch
 from steer.engines.transformers.blocks import find_hook_points
 from steer.engines.transformers.capture import capture_batch
 from steer.engines.transformers.hooks import HookedModel
-from steer.engines.transformers.listeners import AsyncListener, BlockingListener, Mailbox
-from steer.engines.transformers.sampling import check_sampling
 from steer.engines.transformers.scheduler import Scheduler
-from steer.errors import SpecError, SteerError
+from steer.errors import SteerError
 from steer.model_info import Capabilities, ModelInfo
 from steer.sae.architectures import SUPPORTED
 from steer.spec import KINDS
@@ -136,22 +136,7 @@ class TransformersEngine:
 
     def admit(self, request: GenerationRequest) -> None:
         """Raises where `request` can never run here."""
-        length = len(request.prompt)
-        if length == 0:
-            raise SpecError("the prompt is empty: send at least one token", code="empty_prompt")
-        if length >= self._batch.max_length:
-            raise SteerError(
-                f"the prompt has {length} tokens and the context {self._batch.max_length}: shorten "
-                "the prompt",
-                code="context_length_exceeded",
-            )
-        unknown = [token for token in request.prompt if not 0 <= token < self.info.vocab_size]
-        if unknown:
-            raise SpecError(
-                f"the token {unknown[0]} is not in the vocabulary of {self.info.vocab_size}",
-                code="unknown_token",
-            )
-        check_sampling(request.sampling, self.info.vocab_size)
+        check_request(request, self.info, self._batch.max_length)
         if request.plan is not None:
             self._tables.check(request.plan)
 

@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig
-from transformers.generation.continuous_batching import cache, continuous_api, input_outputs
+from transformers.generation import continuous_batching
+from transformers.generation.continuous_batching import continuous_api
 from transformers.generation.continuous_batching import requests as cb_requests
-from transformers.generation.continuous_batching import scheduler as cb_scheduler
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from steer.engines.transformers.hooks import HookedModel
@@ -32,30 +33,32 @@ from steer.step import Step
 KNOWN_SERIES = ("5.19", "5.20", "5.21", "5.22", "5.23")
 """The release series of transformers that packed batches were tested with."""
 
-_SEAM: dict[Callable[..., Any], tuple[str, ...]] = {
-    continuous_api.ContinuousBatchingManager.__init__: (
+_SEAM: dict[str, tuple[str, ...]] = {
+    "continuous_api.ContinuousBatchingManager.__init__": (
         "model",
         "generation_config",
         "continuous_batching_config",
         "workload_hints",
     ),
-    continuous_api.ContinuousBatchingManager._create_batch_processor: (),
-    continuous_api.ContinuousBatchProcessor.prepare_next_batch: (),
-    continuous_api.ContinuousBatchProcessor.update_batch: (),
-    continuous_api.ContinuousBatchProcessor.reset: (),
-    input_outputs.ContinuousBatchingIOs.get_model_kwargs: ("use_padding",),
-    input_outputs.ContinuousBatchingIOs.prepare_batch_update: (),
-    cb_scheduler.FIFOScheduler.add_waiting_request: ("state",),
-    cb_scheduler.FIFOScheduler.set_request_cancellation: ("request_id",),
-    cb_scheduler.FIFOScheduler.clear_cancelled_requests: (),
-    cache.PagedAttentionCache.can_store_request_tokens: ("state", "request_len", "dry_run"),
-    cb_requests.FutureRequestState.__init__: (
+    "continuous_api.ContinuousBatchingManager._create_batch_processor": (),
+    "continuous_api.ContinuousBatchProcessor.prepare_next_batch": (),
+    "continuous_api.ContinuousBatchProcessor.update_batch": (),
+    "continuous_api.ContinuousBatchProcessor.reset": (),
+    "input_outputs.ContinuousBatchingIOs.get_model_kwargs": ("use_padding",),
+    "input_outputs.ContinuousBatchingIOs.prepare_batch_update": (),
+    "scheduler.FIFOScheduler.add_waiting_request": ("state",),
+    "scheduler.FIFOScheduler.set_request_cancellation": ("request_id",),
+    "scheduler.FIFOScheduler.clear_cancelled_requests": (),
+    "cache.PagedAttentionCache.can_store_request_tokens": ("state", "request_len", "dry_run"),
+    "requests.FutureRequestState.__init__": (
         "state",
         "has_new_token",
         "complete_blocks",
         "query_length",
     ),
 }
+"""Names below `continuous_batching`, and the parameters after `self`. Looked up when a packed batch
+is made, so that a transformers which lacks one can still be refused by name."""
 
 
 @dataclass(frozen=True)
@@ -90,15 +93,22 @@ def check_transformers() -> None:
     version = transformers.__version__
     series = ".".join(version.split(".")[:2])
     wrong = [] if series in KNOWN_SERIES else [f"the series {series}"]
-    for function, names in _SEAM.items():
-        if tuple(inspect.signature(function).parameters)[1:] != names:
-            wrong.append(function.__qualname__)
+    wrong += [name for name, parameters in _SEAM.items() if _parameters(name) != parameters]
     if wrong:
         raise Unsupported(
             f"packed batches do not know transformers {version} ({', '.join(wrong)}): install one "
             f"of {', '.join(KNOWN_SERIES)}, or choose batching='rolling'",
             code="unsupported_transformers",
         )
+
+
+def _parameters(name: str) -> tuple[str, ...] | None:
+    """The parameters after `self` of a method below `continuous_batching`; None if it is absent."""
+    try:
+        method = attrgetter(name)(continuous_batching)
+    except AttributeError:
+        return None
+    return tuple(inspect.signature(method).parameters)[1:]
 
 
 class PackedModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -16,26 +15,6 @@ from transformers import (
 )
 
 from steer.engines.base import SamplingParams, TokenLogprob
-from steer.errors import SteerError
-
-
-def check_sampling(params: SamplingParams, vocab_size: int) -> None:
-    """Raises `SteerError` for values that no token can be chosen by."""
-    wrong = {
-        "max_tokens": params.max_tokens < 1,
-        "temperature": not 0 <= params.temperature < math.inf,
-        "top_p": not 0 <= params.top_p <= 1,
-        "top_k": params.top_k is not None and params.top_k < 1,
-        "seed": params.seed is not None and not -(1 << 63) <= params.seed < 1 << 64,
-        "logprobs": params.logprobs is not None and not 0 <= params.logprobs <= vocab_size,
-    }
-    for name, is_wrong in wrong.items():
-        if is_wrong:
-            raise SteerError(
-                f"{name} is {getattr(params, name)!r}, which is out of range",
-                code="invalid_sampling",
-                param=f"/{name}",
-            )
 
 
 class Sampler:

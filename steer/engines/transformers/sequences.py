@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
 from torch import Tensor
 
 from steer.engines.base import (
     FinishReason,
-    GateReceipt,
     GenerationRequest,
-    PointReceipt,
-    Receipt,
     TokenEvent,
 )
+from steer.engines.receipts import make_receipt
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.sampling import Sampler, choose, logprobs
 from steer.step import Ledger, Seat
@@ -139,31 +135,6 @@ def take_tokens(
             receipt = make_receipt(sequence.seat, ledger, sequence.fed)
         events.append((sequence, TokenEvent(token, logprob, finish, receipt)))
     return events
-
-
-def make_receipt(seat: Seat, ledger: Ledger, fed: int) -> Receipt:
-    """The receipt of a seat whose sequence fed `fed` tokens, from what the steps counted."""
-    plan = seat.plan
-    if plan is None:
-        raise AssertionError("an unsteered request has no receipt")
-    counts = ledger.tokens[seat.row]
-    bits = np.arange(len(counts))
-    steered = int(counts[1:].sum())
-    points = []
-    for point in plan.points:
-        touching = sum(1 << n for n, one in enumerate(plan.passes) if point in one.blocks)
-        tokens = int(counts[(bits & touching) != 0].sum())
-        size = None
-        if seat.measure and point in ledger.relative and tokens:
-            size = float(ledger.relative[point][seat.row]) / tokens
-        points.append(PointReceipt(point, tokens, size))
-    gates = []
-    for number, one in enumerate(plan.passes):
-        if one.gate is not None:
-            value = float(ledger.gate_value[seat.row, number])
-            fired = int(counts[(bits & (1 << number)) != 0].sum())
-            gates.append(GateReceipt(one.gate.name, fired, None if math.isnan(value) else value))
-    return Receipt(plan.fingerprint, steered, fed - steered, 0, tuple(points), tuple(gates))
 
 
 def _ends(request: GenerationRequest, token: int, eos: frozenset[int]) -> bool:

@@ -1,0 +1,89 @@
+"""Steer's fields on vLLM's own responses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.responses import Response
+
+from steer.errors import EngineError
+from steer_server.metrics import Metrics
+from steer_server.openai_errors import failure
+from steer_server.receipts import merged
+from steer_server.steering import Steering
+from steer_server.vllm.claims import Claim
+
+_DONE = "data: [DONE]"
+_DATA = "data: "
+_ERROR = 'data: {"error"'
+
+Events = AsyncGenerator[str, None]
+
+
+def receipt_of(claim: Claim) -> dict[str, Any]:
+    """The field `steering` of the response; none where nothing was steered.
+
+    Raises `EngineError` where vLLM answered and the claim was not honoured.
+    """
+    if not claim.complete:
+        raise EngineError(
+            "vLLM ended the request without saying what was applied to it, so the answer is "
+            "withheld: try again",
+            code="not_steered",
+        )
+    receipt = merged(claim.receipts)
+    return {} if receipt is None else {"steering": receipt.as_json()}
+
+
+def with_fields(response: Response, fields: dict[str, Any]) -> Response:
+    """A whole JSON response with `fields` in it; its headers and background work stay."""
+    content = {**json.loads(bytes(response.body)), **fields}
+    response.body = response.render(content)
+    response.headers["content-length"] = str(len(response.body))
+    return response
+
+
+async def with_receipt(
+    events: Events, claim: Claim, steering: Steering, metrics: Metrics
+) -> Events:
+    """vLLM's events, the receipt on the last one before `[DONE]`.
+
+    Events pass at once until the receipts are there; only then may one of them be the last.
+    """
+    try:
+        with metrics.request(steering.profile, steering.vectors, steering.strengths):
+            held = ""
+            failed = False
+            async with aclosing(events):
+                async for event in events:
+                    failed |= event.startswith(_ERROR)
+                    if failed:
+                        passing, held = [held, event], ""
+                    elif event.startswith(_DONE):
+                        passing, held = [_last(held, claim), event], ""
+                    elif event.startswith(_DATA) and claim.complete:
+                        passing, held = [held], event
+                    else:
+                        passing = [event]
+                    for one in filter(None, passing):
+                        yield one
+            if failed:
+                raise _Failed
+    except _Failed:
+        pass
+
+
+class _Failed(Exception):
+    """vLLM has told the client of an error; the metrics are to know."""
+
+
+def _last(held: str, claim: Claim) -> str:
+    try:
+        content = json.loads(held.removeprefix(_DATA)) if held else {"choices": []}
+        content |= receipt_of(claim)
+    except EngineError as error:
+        content = failure(error)[1]
+    return f"{_DATA}{json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"

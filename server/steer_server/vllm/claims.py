@@ -1,0 +1,85 @@
+"""What a route knows about the steered requests that it sent to vLLM's engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from steer.engines.base import Receipt
+from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
+
+
+@dataclass(eq=False)
+class Claim:
+    """A ticket, and what became of the engine's requests that came with it: one for each prompt.
+
+    A ticket without a plan steers nothing: its claim only takes note of the prompts.
+    """
+
+    ticket: Ticket
+    prompts: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """The tokens of each prompt, once the engine has begun with it."""
+    _receipts: dict[int, list[Receipt] | None] = field(default_factory=dict)
+
+    def begin(self) -> int:
+        """A new request of the engine; its number, in the order of the prompts."""
+        number = len(self._receipts)
+        self._receipts[number] = None
+        return number
+
+    def close(self, number: int, receipts: list[Receipt]) -> None:
+        """The request has ended, with a receipt for each of its choices."""
+        self._receipts[number] = receipts
+
+    @property
+    def complete(self) -> bool:
+        """Whether every request has ended with its receipts."""
+        return bool(self._receipts) and None not in self._receipts.values()
+
+    @property
+    def receipts(self) -> list[Receipt]:
+        """In the order of the prompts and their choices."""
+        return [one for found in self._receipts.values() for one in found or ()]
+
+
+class Count:
+    """Counts the tokens that each choice of one request fed, from vLLM's outputs."""
+
+    def __init__(self, *, delta: bool) -> None:
+        """`delta`: outputs hold the new tokens alone, otherwise all of a choice's so far."""
+        self._delta = delta
+        self.prompt: tuple[int, ...] = ()
+        self.generated: dict[int, int] = {}
+        self.failed = False
+
+    def take(self, output: Any) -> None:
+        """Takes in one of vLLM's `RequestOutput`s."""
+        if output.prompt_token_ids is not None and not self.prompt:
+            self.prompt = tuple(output.prompt_token_ids)
+        for choice in output.outputs:
+            before = self.generated.get(choice.index, 0) if self._delta else 0
+            self.generated[choice.index] = before + len(choice.token_ids)
+            # vLLM ended it for reasons of its own, and its routes say so.
+            self.failed |= choice.finish_reason in ("abort", "error")
+
+    @property
+    def fed(self) -> dict[int, int]:
+        """By choice: the prompt and all generated tokens but the last, which is never fed back."""
+        return {
+            choice: len(self.prompt) + generated - 1 for choice, generated in self.generated.items()
+        }
+
+
+def with_ticket(params: Any, ticket: Ticket | None, without: str = EXTRA_ARG) -> Any:
+    """A copy of vLLM's `SamplingParams` that carries `ticket` instead of `without`."""
+    extra = {name: value for name, value in params.extra_args.items() if name != without}
+    if ticket is not None:
+        extra |= ticket.as_extra_args()
+    copied = params.clone()
+    copied.extra_args = extra or None
+    return copied
+
+
+def renewed(ticket: Ticket, key: str, n: int) -> Ticket:
+    """The ticket of one of the engine's requests: prompts of one request have keys of their own."""
+    return replace(ticket, key=key, n=n)

@@ -1,0 +1,126 @@
+"""POST /v1/chat/completions and /v1/completions: vLLM's own routes, with Steer's fields.
+
+vLLM's functions do the work, so that tools, structured output, adapters and whatever else they
+know stay theirs. A request without Steer's fields is handed on as it came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, ClassVar, cast
+
+from anyio import to_thread
+from fastapi import APIRouter, Request
+from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response, StreamingResponse
+from vllm.entrypoints.openai.chat_completion import api_router as chat
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion import api_router as completion
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+from steer.errors import SteerError
+from steer_server.error_route import SteerRoute
+from steer_server.inspected import inspected
+from steer_server.state import Serving
+from steer_server.vllm.answers import receipt_of, with_fields, with_receipt
+from steer_server.vllm.claims import Claim
+from steer_server.vllm.orders import Order, concerns, make_ticket, take_order
+from steer_server.vllm.watch import Watch
+
+Call = Callable[[Any, Request], Awaitable[Response | None]]
+"""One of vLLM's routes; answers None where the client has gone."""
+
+
+class SteeredRoute(SteerRoute):
+    """Answers Steer's errors; vLLM's own keep their form."""
+
+    answered: ClassVar[tuple[type[Exception], ...]] = (SteerError, ClientDisconnect)
+
+
+router = APIRouter(route_class=SteeredRoute)
+
+
+def _like(theirs: APIRouter, path: str) -> dict[str, Any]:
+    """The arguments for a route that looks like one of vLLM's from outside."""
+    route = next(one for one in theirs.routes if isinstance(one, APIRoute) and one.path == path)
+    return {"path": path, "dependencies": route.dependencies, "responses": route.responses}
+
+
+@router.post(**_like(chat.router, "/v1/chat/completions"), response_model=None)
+async def create_chat_completion(
+    request: ChatCompletionRequest, raw_request: Request
+) -> Response | None:
+    """vLLM's chat completion, with `steering`, `receipt`, `compare` and `inspect`."""
+    return await _answered(chat.create_chat_completion, request, raw_request)
+
+
+@router.post(**_like(completion.router, "/v1/completions"), response_model=None)
+async def create_completion(request: CompletionRequest, raw_request: Request) -> Response | None:
+    """vLLM's completion, with `steering`, `receipt`, `compare` and `inspect`."""
+    return await _answered(completion.create_completion, request, raw_request)
+
+
+async def _answered(call: Call, request: Any, raw_request: Request) -> Response | None:
+    state = raw_request.app.state
+    if not concerns(request, state.openai_serving_models):
+        return await call(request, raw_request)
+    serving: Serving = state.steer
+    order = await to_thread.run_sync(take_order, serving, request, state.openai_serving_models)
+    request.model = order.model
+    if order.empty:
+        return await call(request, raw_request)
+    plain = request.model_copy() if order.added.compare else None
+    claim = await _claim(state.steer_watch, serving, order)
+    request.vllm_xargs = {**(request.vllm_xargs or {}), **claim.ticket.as_extra_args()}
+    if request.stream:
+        response = await call(request, raw_request)
+        if isinstance(response, StreamingResponse):
+            events = cast("Any", response.body_iterator)
+            response.body_iterator = with_receipt(events, claim, order.steering, serving.metrics)
+        return response
+    return await _whole(lambda one: call(one, raw_request), serving, order, claim, request, plain)
+
+
+async def _claim(watch: Watch, serving: Serving, order: Order) -> Claim:
+    desk = cast("Any", serving.engine).desk
+    measure = order.added.receipt == "full"
+    make = partial(make_ticket, desk, serving, order.steering, measure=measure)
+    return watch.claim(await to_thread.run_sync(make))
+
+
+async def _whole(
+    run: Callable[[Any], Awaitable[Response | None]],
+    serving: Serving,
+    order: Order,
+    claim: Claim,
+    request: Any,
+    plain: Any,
+) -> Response:
+    """A response in one piece; `plain` is the same request without steering, to compare with."""
+    steering = order.steering
+    with serving.metrics.request(steering.profile, steering.vectors, steering.strengths):
+        beside = None if plain is None else asyncio.ensure_future(run(plain))
+        try:
+            response = await run(request)
+            default = None if beside is None else await beside
+        finally:
+            if beside is not None:
+                beside.cancel()
+        if response is None or (beside is not None and default is None):
+            raise ClientDisconnect
+        if response.status_code >= 400:
+            return response
+        if default is not None and default.status_code >= 400:
+            return default
+        fields = receipt_of(claim)
+        if default is not None:
+            fields["default"] = json.loads(bytes(default.body))["choices"]
+        if order.added.inspect is not None:
+            fields["inspect"] = await inspected(
+                serving, order.added.inspect, claim.prompts[0], steering
+            )
+        return with_fields(response, fields)

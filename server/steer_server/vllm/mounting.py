@@ -1,0 +1,101 @@
+"""Steer's routes and state on vLLM's application."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+from anyio import to_thread
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
+from starlette.routing import BaseRoute
+
+from steer.engines.vllm.engine import VllmEngine
+from steer.errors import Unsupported
+from steer.registry.registry import Registry
+from steer_server import features, inspect_routes, profiles, shipped, validate
+from steer_server.artefacts import artefact_router
+from steer_server.settings import ServerSettings
+from steer_server.state import assemble
+from steer_server.vllm import generation, listing
+from steer_server.vllm.figures import expose
+from steer_server.vllm.orders import order_text
+from steer_server.vllm.settings import settings_of
+from steer_server.vllm.watch import Watch
+
+
+def routers() -> list[APIRouter]:
+    """Everything that Steer adds to vLLM's server; all of it is below `/v1`, which vLLM's
+    `--api-key` guards."""
+    return [
+        generation.router,
+        listing.router,
+        features.router,
+        artefact_router("vector", "vectors"),
+        artefact_router("sae", "saes"),
+        artefact_router("low_rank", "adapters"),
+        profiles.router,
+        validate.router,
+        inspect_routes.router,
+    ]
+
+
+def mount(app: FastAPI, router: APIRouter) -> None:
+    """Adds the routes of `router` in front of all others, and takes away those they replace."""
+    theirs = list(app.router.routes)
+    app.include_router(router)
+    ours = [route for route in app.router.routes if not any(route is one for one in theirs)]
+    replaced = {operation for route in ours for operation in _operations(route)}
+    kept = [route for route in theirs if not replaced.intersection(_operations(route))]
+    app.router.routes[:] = [*ours, *kept]
+
+
+def _operations(route: BaseRoute) -> set[tuple[str, str]]:
+    """Path and method of an API route; empty for mounts and the like."""
+    if not isinstance(route, APIRoute):
+        return set()
+    return {(route.path, method) for method in route.methods or ()}
+
+
+async def serve(client: Any, state: Any, environment: Mapping[str, str]) -> None:
+    """Puts a `Serving` and a `Watch` into the application's state. Raises what prevents it."""
+    _check(client.vllm_config.parallel_config)
+    served = state.openai_serving_models.base_model_paths[0].name
+    settings = settings_of(
+        environment, model=client.vllm_config.model_config.model, served_name=served
+    )
+    registry = await to_thread.run_sync(_registry, settings)
+    # The engine's own requests fetch their receipts themselves, and go past the watch. Its
+    # tokenizer is its own as well: those of Hugging Face may not be used by two threads at once.
+    plain = SimpleNamespace(
+        generate=client.generate,
+        collective_rpc=client.collective_rpc,
+        vllm_config=client.vllm_config,
+    )
+    engine = await VllmEngine.of_client(plain, copy.deepcopy(client.get_tokenizer()))
+    state.steer = assemble(engine, registry, settings)
+    state.steer_watch = Watch(
+        client, state.steer.metrics, partial(order_text, state.steer, engine.desk)
+    )
+    expose(state.steer.metrics.registry)
+
+
+def _registry(settings: ServerSettings) -> Registry:
+    registry = Registry.open(settings.registry, max_upload_bytes=settings.max_upload_bytes)
+    model = shipped.shipped_model(settings.model)
+    if model is not None:
+        shipped.register(registry, model)
+    return registry
+
+
+def _check(parallel: Any) -> None:
+    """Receipts are asked of one engine, so that there must be no other that may have run it."""
+    if parallel.data_parallel_size > 1 and not parallel.data_parallel_external_lb:
+        raise Unsupported(
+            f"data_parallel_size={parallel.data_parallel_size}: receipts are only known of one "
+            "engine behind a server; start a server for each rank (--data-parallel-external-lb), "
+            "or several servers"
+        )

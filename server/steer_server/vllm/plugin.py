@@ -1,0 +1,33 @@
+"""Steer on vLLM's own OpenAI server: `VLLM_PLUGINS=steer`, and vLLM loads this.
+
+vLLM only logs an endpoint plugin that it cannot import or make, and would go on without it. So
+nothing here is imported before vLLM calls `attach_router`, from where an error ends the start.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from typing import Any
+
+
+class SteerEndpoints:
+    """The entry point in `vllm.endpoint_plugins`."""
+
+    name = "steer"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: Any) -> None:
+        """Adds Steer's routes, in place of vLLM's where both have one."""
+        from steer_server.vllm.mounting import mount, routers  # noqa: PLC0415
+        from steer_server.vllm.unheard import RefuseUnheard  # noqa: PLC0415
+
+        for router in routers():
+            mount(app, router)
+        app.add_middleware(RefuseUnheard)
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:  # noqa: ARG002
+        """Opens the registry, and takes its place before the engine."""
+        from steer_server.vllm.mounting import serve  # noqa: PLC0415
+
+        await serve(engine_client, state, os.environ)

@@ -1,0 +1,167 @@
+"""vLLM's `generate`, watched: no steered answer passes without its receipt.
+
+Every route of vLLM that generates ends in `EngineClient.generate`. Requests that carry nothing of
+Steer's go straight through. A ticket is taken from this process's routes alone; a spec, which the
+client of any route may send as `vllm_xargs: {"steering": "<JSON>"}`, is compiled here.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from functools import partial
+from typing import Any
+from weakref import WeakValueDictionary
+
+from anyio import to_thread
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import RequestOutputKind
+
+from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
+from steer.errors import SpecError, SteerError
+from steer_server.metrics import Metrics
+from steer_server.steering import Steering
+from steer_server.vllm.claims import Claim, Count, renewed, with_ticket
+from steer_server.vllm.receipt_calls import ReceiptCalls
+
+SPEC_ARG = "steering"
+"""The entry of `vllm_xargs` that holds a spec, as JSON text."""
+
+Outputs = AsyncGenerator[Any, None]
+Order = Callable[[str], tuple[Steering, Ticket]]
+"""From the JSON text of a spec to its plan and a ticket; raises `SteerError`. May block."""
+
+
+class Watch:
+    """Assumes: used from the event loop of vLLM's client.
+
+    Guarantees: a request with a ticket or a spec ends with the receipts of all its choices, or
+    with an error; what is kept for a claim goes with it.
+    """
+
+    def __init__(self, client: Any, metrics: Metrics, order: Order) -> None:
+        """Puts itself in the place of `client.generate`."""
+        self._generate: Callable[..., Outputs] = client.generate
+        self._metrics, self._order = metrics, order
+        self._calls = ReceiptCalls(
+            lambda asked: client.collective_rpc("steer_receipts", args=(asked,))
+        )
+        self._claims: WeakValueDictionary[str, Claim] = WeakValueDictionary()
+        client.generate = self.generate
+
+    def claim(self, ticket: Ticket) -> Claim:
+        """The ticket is good for as long as somebody holds this."""
+        claim = self._claims[ticket.key] = Claim(ticket)
+        return claim
+
+    def generate(self, prompt: Any, sampling_params: Any, request_id: str, **named: Any) -> Outputs:
+        """In the place of `EngineClient.generate`; refuses tickets that were not made here."""
+        extra = sampling_params.extra_args
+        if not extra or (EXTRA_ARG not in extra and SPEC_ARG not in extra):
+            return self._generate(prompt, sampling_params, request_id, **named)
+        start = partial(self._generate, prompt, request_id=request_id, **named)
+        if EXTRA_ARG not in extra:
+            return self._ordered(start, sampling_params)
+        claim = self._claimed(extra)
+        return self._watched(start, sampling_params, claim, claim.begin())
+
+    def _claimed(self, extra: Mapping[str, Any]) -> Claim:
+        try:
+            ticket = Ticket.of(extra)
+            claim = None if ticket is None else self._claims.get(ticket.key)
+            if claim is None or claim.ticket != ticket or SPEC_ARG in extra:
+                raise foreign_ticket()
+        except SteerError as error:
+            raise refusal(error.at(f"/vllm_xargs/{EXTRA_ARG}")) from error
+        return claim
+
+    async def _ordered(self, start: Callable[..., Outputs], params: Any) -> Outputs:
+        """A request with a spec of its own."""
+        try:
+            steering, ticket = await to_thread.run_sync(self._order, params.extra_args[SPEC_ARG])
+        except SteerError as error:
+            raise refusal(error) from error
+        claim = self.claim(ticket)
+        params = with_ticket(params, None, without=SPEC_ARG)
+        params.extra_args = {**(params.extra_args or {}), **ticket.as_extra_args()}
+        with self._metrics.request(None, steering.vectors, steering.strengths):
+            outputs = self._watched(start, params, claim, claim.begin())
+            async with aclosing(outputs):
+                async for output in outputs:
+                    yield output
+
+    async def _watched(
+        self, start: Callable[..., Outputs], params: Any, claim: Claim, number: int
+    ) -> Outputs:
+        ticket = None
+        if claim.ticket.plan is not None:
+            ticket = renewed(claim.ticket, uuid.uuid4().hex, params.n)
+        count = Count(delta=params.output_kind == RequestOutputKind.DELTA)
+        clock = _Clock(self._metrics) if ticket is not None else None
+        fetched = ticket is None
+        try:
+            outputs = start(sampling_params=with_ticket(params, ticket))
+            async with aclosing(outputs):
+                async for output in outputs:
+                    count.take(output)
+                    claim.prompts[number] = count.prompt
+                    if clock is not None and any(count.generated.values()):
+                        clock.tick()
+                    if output.finished and not count.failed:
+                        receipts = []
+                        if ticket is not None:
+                            receipts = await self._calls.fetch(ticket.key, count.fed)
+                            fetched = True
+                        claim.close(number, receipts)
+                        self._finished(receipts, clock, max(count.generated.values()))
+                    yield output
+        finally:
+            if ticket is not None and not fetched:
+                self._calls.drop(ticket.key)
+
+    def _finished(self, receipts: list[Any], clock: _Clock | None, generated: int) -> None:
+        for receipt in receipts:
+            self._metrics.receipt(receipt)
+        if clock is not None:
+            clock.stop(generated)
+
+
+class _Clock:
+    """Times one steered request; vLLM's own metrics time all of them."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._started = time.perf_counter()
+        self._first: float | None = None
+
+    def tick(self) -> None:
+        """There are tokens."""
+        if self._first is None:
+            self._first = time.perf_counter()
+            self._metrics.first_token.labels("true").observe(self._first - self._started)
+
+    def stop(self, generated: int) -> None:
+        """The longest of its sequences had this many tokens."""
+        if self._first is not None and generated > 1:
+            seconds = time.perf_counter() - self._first
+            self._metrics.output_token.labels("true").observe(seconds / (generated - 1))
+
+
+def foreign_ticket() -> SpecError:
+    """For a ticket that no route of this process made."""
+    return SpecError(
+        f"'vllm_xargs' has an entry {EXTRA_ARG!r}, which only the server itself writes: send the "
+        f"spec in the field 'steering', or as JSON text in 'vllm_xargs' under {SPEC_ARG!r}",
+        param=f"/vllm_xargs/{EXTRA_ARG}",
+        code="invalid_ticket",
+    )
+
+
+def refusal(error: SteerError) -> Exception:
+    """The error as vLLM's own routes know it: what the client did wrong is answered with 400."""
+    if error.status >= 500:
+        return error
+    known: Exception = VLLMValidationError(error.message, parameter=error.param or SPEC_ARG)
+    return known

@@ -1,0 +1,47 @@
+"""What makes a request impossible on any engine, found before it is queued."""
+
+from __future__ import annotations
+
+from math import inf
+
+from steer.engines.base import GenerationRequest, SamplingParams
+from steer.errors import SpecError, SteerError
+from steer.model_info import ModelInfo
+
+
+def check_request(request: GenerationRequest, model: ModelInfo, max_length: int) -> None:
+    """Raises where `request` can never run: `max_length` counts prompt and generated tokens."""
+    length = len(request.prompt)
+    if length == 0:
+        raise SpecError("the prompt is empty: send at least one token", code="empty_prompt")
+    if length >= max_length:
+        raise SteerError(
+            f"the prompt has {length} tokens and the context {max_length}: shorten the prompt",
+            code="context_length_exceeded",
+        )
+    unknown = [token for token in request.prompt if not 0 <= token < model.vocab_size]
+    if unknown:
+        raise SpecError(
+            f"the token {unknown[0]} is not in the vocabulary of {model.vocab_size}",
+            code="unknown_token",
+        )
+    check_sampling(request.sampling, model.vocab_size)
+
+
+def check_sampling(params: SamplingParams, vocab_size: int) -> None:
+    """Raises `SteerError` for values that no token can be chosen by."""
+    wrong = {
+        "max_tokens": params.max_tokens < 1,
+        "temperature": not 0 <= params.temperature < inf,
+        "top_p": not 0 <= params.top_p <= 1,
+        "top_k": params.top_k is not None and params.top_k < 1,
+        "seed": params.seed is not None and not -(1 << 63) <= params.seed < 1 << 64,
+        "logprobs": params.logprobs is not None and not 0 <= params.logprobs <= vocab_size,
+    }
+    for name, is_wrong in wrong.items():
+        if is_wrong:
+            raise SteerError(
+                f"{name} is {getattr(params, name)!r}, which is out of range",
+                code="invalid_sampling",
+                param=f"/{name}",
+            )

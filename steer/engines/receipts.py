@@ -1,0 +1,92 @@
+"""Receipts from what an engine counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steer.engines.base import GateReceipt, PointReceipt, Receipt
+from steer.plan import SteeringPlan
+from steer.step import Ledger, Seat
+
+
+def make_receipt(seat: Seat, ledger: Ledger, fed: int) -> Receipt:
+    """The receipt of a seat whose sequence fed `fed` tokens, from what the steps counted."""
+    if seat.plan is None:
+        raise AssertionError("an unsteered request has no receipt")
+    return receipt_of(seat, seat.plan, ledger, ledger.tokens[seat.row], fed)
+
+
+def receipt_of(
+    seat: Seat,
+    plan: SteeringPlan,
+    ledger: Ledger,
+    counts: NDArray[np.int64],
+    fed: int,
+    *,
+    cached: int = 0,
+) -> Receipt:
+    """`counts[bits]` is the number of tokens that the passes named by `bits` edited; `cached` of
+    the steered ones were not computed for this request. Sizes are means over what the ledger saw
+    computed, however often that was."""
+    bits = np.arange(len(counts))
+    steered = int(counts[1:].sum())
+    points = []
+    for point in plan.points:
+        touching = sum(1 << n for n, one in enumerate(plan.passes) if point in one.blocks)
+        tokens = int(counts[(bits & touching) != 0].sum())
+        size = None
+        computed = int(ledger.tokens[seat.row][(bits & touching) != 0].sum())
+        if seat.measure and point in ledger.relative and computed:
+            size = float(ledger.relative[point][seat.row]) / computed
+        points.append(PointReceipt(point, tokens, size))
+    gates = []
+    for number, one in enumerate(plan.passes):
+        if one.gate is not None:
+            value = float(ledger.gate_value[seat.row, number])
+            fired = int(counts[(bits & (1 << number)) != 0].sum())
+            gates.append(GateReceipt(one.gate.name, fired, None if math.isnan(value) else value))
+    return Receipt(plan.fingerprint, steered, fed - steered, cached, tuple(points), tuple(gates))
+
+
+def merged(receipts: Iterable[Receipt | None]) -> Receipt | None:
+    """Token counts add up; sizes are means over tokens. None where nothing was steered."""
+    found = [receipt for receipt in receipts if receipt is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+    return replace(
+        found[0],
+        tokens_steered=sum(one.tokens_steered for one in found),
+        tokens_skipped=sum(one.tokens_skipped for one in found),
+        tokens_cached=sum(one.tokens_cached for one in found),
+        hook_points=_points(found),
+        gates=_gates(found),
+    )
+
+
+def _points(receipts: Sequence[Receipt]) -> tuple[PointReceipt, ...]:
+    rows: dict[object, list[PointReceipt]] = {}
+    for receipt in receipts:
+        for entry in receipt.hook_points:
+            rows.setdefault(entry.point, []).append(entry)
+    return tuple(_point(entries) for entries in rows.values())
+
+
+def _point(entries: Sequence[PointReceipt]) -> PointReceipt:
+    tokens = sum(entry.tokens for entry in entries)
+    measured = [e for e in entries if e.relative_size is not None and e.tokens]
+    weight = sum(entry.tokens for entry in measured)
+    size = sum((e.relative_size or 0.0) * e.tokens for e in measured) / weight if weight else None
+    return PointReceipt(entries[0].point, tokens, size)
+
+
+def _gates(receipts: Sequence[Receipt]) -> tuple[GateReceipt, ...]:
+    """Gates by their place; the value is the first sequence's, as they share the prompt."""
+    return tuple(
+        replace(gates[0], fired=sum(gate.fired for gate in gates))
+        for gates in zip(*(receipt.gates for receipt in receipts), strict=True)
+    )

@@ -1,0 +1,108 @@
+"""Puts steering into a worker whose model is loaded: tables, taps, and how plans are found."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from steer.engines.vllm.layouts import find_stack
+from steer.engines.vllm.options import SteerOptions, registry_location
+from steer.engines.vllm.shifts import ShiftTables
+from steer.engines.vllm.stages import own_part
+from steer.engines.vllm.steering import WorkerSteering
+from steer.engines.vllm.taps import CompiledTap, EagerTap, install
+from steer.errors import Unsupported
+from steer.model_info import ModelInfo
+from steer.plan import SteeringPlan
+from steer.plan_file import load_plan
+from steer.registry.plan_store import PlanStore
+from steer.spec import Site
+
+_KEPT_PLANS = 2048
+_SHIFT_SPECS = 16
+
+
+def attach(model: nn.Module, vllm_config: Any, device: torch.device) -> WorkerSteering:
+    """Taps `model` and gives the worker's steering. Raises `Unsupported` for what cannot be."""
+    stack = find_stack(model, vllm_config.model_config.get_total_num_hidden_layers())
+    info = model_info(vllm_config, stack.layout.sites)
+    options = SteerOptions.stamped(vllm_config.additional_config)
+    refuse_graphs(vllm_config)
+    requests = vllm_config.scheduler_config.max_num_seqs
+    shifts = None
+    if compiles(vllm_config):
+        taps = 2 * info.n_layers + 1
+        shifts = ShiftTables(
+            taps,
+            info.d_model,
+            variants=2 * requests + 1,
+            bank_rows=1 + (options.shift_rows or min(requests, _SHIFT_SPECS) * info.n_layers),
+            batch_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+            device=device,
+        )
+        tables = shifts
+        install(stack, lambda index: CompiledTap(index, tables))
+    else:
+        install(stack, EagerTap)
+    load = plan_loader(PlanStore(registry_location()), info)
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    return WorkerSteering(
+        info,
+        load if stages == 1 else (lambda sha256: own_part(load(sha256), stack.owns)),
+        max_requests=requests,
+        device=device,
+        shifts=shifts,
+        owns=stack.owns,
+        stages=stages,
+    )
+
+
+def refuse_graphs(vllm_config: Any) -> None:
+    """Raises `Unsupported` where vLLM captures graphs of the device: their replay runs no Python,
+    so no tap would look at the running pass."""
+    mode = str(vllm_config.compilation_config.cudagraph_mode.name)
+    if mode != "NONE":
+        raise Unsupported(
+            f"steering does not act inside CUDA graphs (cudagraph_mode={mode}): start vLLM with "
+            "enforce_eager (--enforce-eager)",
+            code="cuda_graphs",
+        )
+
+
+def compiles(vllm_config: Any) -> bool:
+    """Whether vLLM will run the model through torch.compile."""
+    return str(vllm_config.compilation_config.mode.name) != "NONE"
+
+
+def model_info(vllm_config: Any, sites: tuple[Site, ...]) -> ModelInfo:
+    """The shape of the model that vLLM serves, whose layers have `sites`."""
+    config = vllm_config.model_config
+    return ModelInfo(
+        name=str(config.served_model_name or config.model),
+        architecture=config.architectures[0],
+        n_layers=config.get_total_num_hidden_layers(),
+        d_model=config.get_hidden_size(),
+        vocab_size=config.get_vocab_size(),
+        max_length=config.max_model_len,
+        dtype=str(config.dtype).removeprefix("torch."),
+        sites=sites,
+    )
+
+
+def plan_loader(store: PlanStore, model: ModelInfo) -> Callable[[str], SteeringPlan]:
+    """Plans by their hash in `store`, the last ones kept in memory."""
+    kept: OrderedDict[str, SteeringPlan] = OrderedDict()
+
+    def load(sha256: str) -> SteeringPlan:
+        if sha256 not in kept:
+            kept[sha256] = load_plan(store.get(sha256), store.sae_encoder, model=model)
+            while len(kept) > _KEPT_PLANS:
+                kept.popitem(last=False)
+        kept.move_to_end(sha256)
+        return kept[sha256]
+
+    return load

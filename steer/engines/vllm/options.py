@@ -1,0 +1,66 @@
+"""What Steer is told through vLLM's `additional_config["steer"]`.
+
+vLLM hashes `additional_config` into the key of its compile cache; the stamp in it therefore keeps
+graphs with taps, and graphs of other versions of the taps, apart from plain ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from steer.errors import SpecError, Unsupported
+
+KEY = "steer"
+ABI = 1
+"""Changes whenever what the taps put into a graph changes."""
+REGISTRY_VARIABLE = "STEER_REGISTRY"
+DEFAULT_REGISTRY = "steer-registry"
+
+
+class SteerOptions(BaseModel):
+    """Options of the plugin; the defaults serve every kind at every site.
+
+    `edit_rows` bounds the rank-1 edits of all running plans together; requests beyond it wait.
+    `shift_rows` are the rows of constants inside compiled graphs (0: as many as 16 specs on every
+    layer need); plans that find no room there are steered by the general operator.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    abi: int = ABI
+    edit_rows: int = Field(default=4096, ge=1)
+    shift_rows: int = Field(default=0, ge=0)
+
+    @staticmethod
+    def stamped(additional_config: Mapping[str, Any] | Any) -> SteerOptions:
+        """The options in a worker's configuration. Raises `Unsupported` where the stamp is missing
+        or another one: the compile cache could then hand out a graph without these taps."""
+        given = additional_config.get(KEY) if isinstance(additional_config, Mapping) else None
+        if not isinstance(given, Mapping) or given.get("abi") != ABI:
+            raise Unsupported(
+                f"the worker's configuration lacks Steer's stamp {ABI} in additional_config: start "
+                "vLLM with VLLM_PLUGINS=steer instead of naming the worker class, and with one "
+                "version of Steer everywhere",
+                code="stamp_missing",
+            )
+        return SteerOptions.of(additional_config)
+
+    @staticmethod
+    def of(additional_config: Mapping[str, Any] | Any) -> SteerOptions:
+        """The options in vLLM's `additional_config`. Raises `SpecError` naming what is wrong."""
+        given = additional_config.get(KEY, {}) if isinstance(additional_config, Mapping) else {}
+        try:
+            return SteerOptions(**given)
+        except (ValidationError, TypeError) as error:
+            raise SpecError(
+                f"additional_config[{KEY!r}] is not valid: {error}", code="invalid_options"
+            ) from error
+
+
+def registry_location() -> str:
+    """The registry that this process and its children share."""
+    return os.environ.get(REGISTRY_VARIABLE, DEFAULT_REGISTRY)

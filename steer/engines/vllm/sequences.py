@@ -1,0 +1,135 @@
+"""From vLLM's outputs to the engine's events, for one sequence."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from steer.engines.base import (
+    FinishReason,
+    GenerationRequest,
+    Receipt,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprob,
+)
+from steer.engines.listeners import AsyncListener, BlockingListener
+from steer.engines.vllm.messages import read_receipt
+from steer.engines.vllm.ticket import Ticket
+from steer.errors import EngineError, SteerError
+
+Listener = AsyncListener | BlockingListener
+
+
+class RunningSequence:
+    """A request on its way through vLLM.
+
+    Assumes: `take` is called with every output of the request, in order, by one thread.
+    Guarantees: the last event carries the reason and the receipt, and comes once.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        ticket: Ticket | None,
+        listener: Listener,
+        eos: frozenset[int],
+        *,
+        quiet: bool = False,
+    ) -> None:
+        """A `quiet` sequence asks for no receipt: what its ticket leaves is fetched otherwise."""
+        self.request, self.ticket, self.listener = request, ticket, listener
+        self.key = f"steer-{uuid.uuid4().hex}"
+        """vLLM's id of the request: callers' ids need not be unique."""
+        self.finish: FinishReason | None = None
+        self._eos = frozenset() if request.sampling.ignore_eos else eos
+        self._quiet = quiet
+        self._tokens = 0
+        self._last: tuple[int, TokenLogprob | None] | None = None
+
+    @property
+    def wants_receipt(self) -> bool:
+        return not self._quiet and self.ticket is not None and self.ticket.plan is not None
+
+    @property
+    def asked(self) -> tuple[str, dict[int, int]]:
+        """What `steer_receipts` is asked: all but the last token generated were fed."""
+        key = "" if self.ticket is None else self.ticket.key
+        return key, {0: len(self.request.prompt) + self._tokens - 1}
+
+    def take(self, output: Any) -> None:
+        """Passes on the new tokens of a `RequestOutput` of kind DELTA; keeps back the last one of
+        the sequence, which waits for its receipt. Sets `finish`."""
+        made = output.outputs[0]
+        logprobs = made.logprobs or [None] * len(made.token_ids)
+        for token, places in zip(made.token_ids, logprobs, strict=True):
+            if self.finish is not None:
+                return
+            self._flush_last()
+            self._tokens += 1
+            self._last = (token, _logprob(token, places, self.request.sampling.logprobs))
+            if token in self._eos or (self.request.stop is not None and self.request.stop(token)):
+                self.finish = "stop"
+        if made.finish_reason is not None and self.finish is None:
+            self.finish = "stop" if made.finish_reason == "stop" else "length"
+
+    def close(self, answer: Mapping[str, Any] | None) -> None:
+        """Ends the sequence with a worker's answer about its receipt; without one it fails."""
+        if not self.wants_receipt:
+            self._close(None)
+            return
+        try:
+            self._close(read_receipt(answer or {"error": "no worker answered"}))
+        except SteerError as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Ends the sequence with an error; vLLM's own become `EngineError`."""
+        if not isinstance(error, SteerError):
+            error = EngineError(f"vLLM refused or failed: {error}")
+        self.listener.fail(error)
+        self.listener.flush()
+
+    def _close(self, receipt: Receipt | None) -> None:
+        if self._last is not None:
+            token, logprob = self._last
+            self.listener.put(TokenEvent(token, logprob, self.finish or "length", receipt))
+            self._last = None
+        self.listener.flush()
+
+    def _flush_last(self) -> None:
+        if self._last is not None:
+            self.listener.put(TokenEvent(*self._last))
+            self._last = None
+
+
+def _logprob(
+    token: int, places: Mapping[int, Any] | None, asked: int | None
+) -> TokenLogprob | None:
+    """vLLM lists the alternatives asked for and, where it is none of them, the chosen token."""
+    if places is None or asked is None:
+        return None
+    ranked = sorted(places.items(), key=lambda item: -item[1].logprob)[:asked]
+    top = tuple((other, float(found.logprob)) for other, found in ranked)
+    return TokenLogprob(float(places[token].logprob), top)
+
+
+def vllm_sampling(params: SamplingParams, ticket: Ticket | None) -> Any:
+    """`params` in vLLM's form; outputs come as deltas, text is left to the caller."""
+    from vllm import SamplingParams as VllmParams  # noqa: PLC0415
+    from vllm.sampling_params import RequestOutputKind  # noqa: PLC0415
+
+    return VllmParams(
+        max_tokens=params.max_tokens,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k or 0,
+        seed=params.seed,
+        logprobs=params.logprobs,
+        ignore_eos=params.ignore_eos,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+        skip_reading_prefix_cache=True if ticket is not None and ticket.capture else None,
+        extra_args=None if ticket is None else ticket.as_extra_args(),
+    )

@@ -1,0 +1,268 @@
+"""A worker's steering: from vLLM's schedule of a step to the pass that its model's taps reach.
+
+The adapters of vLLM's model runners tell three things: which requests come and go, which tokens
+of which requests the next forward pass computes, and when that pass is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steer.engines.base import EngineStats
+from steer.engines.vllm import ops
+from steer.engines.vllm.forward_pass import ForwardPass
+from steer.engines.vllm.seats import Live, Seats
+from steer.engines.vllm.shifts import Key, ShiftTables, only_shifts
+from steer.engines.vllm.taps import tap_of
+from steer.engines.vllm.ticket import Ticket
+from steer.errors import EngineError
+from steer.model_info import HookPoint, ModelInfo
+from steer.plan import SteeringPlan
+from steer.step import NOBODY, Ints, Span, build_step
+from steer.tables import Tables
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tokens of one forward pass: request i computes `counts[i]` tokens, the first of them at
+    position `starts[i]`. Requests lie behind one another in this order. `ids(i)` gives the tokens
+    of one and is asked only where a plan reads them, before the pass: they may be on a device."""
+
+    req_ids: Sequence[str]
+    starts: Ints
+    counts: Ints
+    ids: Callable[[int], Ints]
+
+
+@dataclass
+class _Placed:
+    """A known request in the coming pass."""
+
+    live: Live
+    index: int
+    offset: int
+    start: int
+    ids: Ints
+
+    @property
+    def place(self) -> slice:
+        return slice(self.offset, self.offset + len(self.ids))
+
+
+class WorkerSteering:
+    """Assumes: called by the worker's thread alone.
+
+    Guarantees: `begin` never raises for one request's sake; between `end` and `begin` no pass is
+    running, and the model's taps do nothing.
+    """
+
+    def __init__(
+        self,
+        model: ModelInfo,
+        load: Callable[[str], SteeringPlan],
+        *,
+        max_requests: int,
+        device: torch.device,
+        shifts: ShiftTables | None,
+        owns: Callable[[HookPoint], bool] = lambda _: True,
+        stages: int = 1,
+    ) -> None:
+        """`owns` says which hook points lie on this worker, one of `stages` of a pipeline; plans
+        that `load` gives edit these alone."""
+        self.model, self.shifts = model, shifts
+        self.owns, self.stages = owns, stages
+        self.tables = Tables(model, slots=max_requests, device=device)
+        self.seats = Seats(
+            self.tables,
+            load,
+            rows=2 * max_requests,
+            max_length=model.max_length,
+            inline=lambda plan: shifts is not None and only_shifts(plan),
+            owns=owns,
+        )
+        self._steady: tuple[tuple[str, ...], _Prepared] | None = None
+        self._prepared: _Prepared | None = None
+
+    def admit(self, req_id: str, prompt: Sequence[int] | None, ticket: Ticket | None) -> None:
+        """A request is scheduled for the first time, or again after a preemption."""
+        if ticket is not None:
+            self._steady = None
+            if not self.seats.resume(req_id, ticket):
+                self.seats.admit(req_id, prompt, ticket)
+
+    def retire(self, req_id: str) -> None:
+        """A request has ended; unknown ones are ignored."""
+        if self.seats.get(req_id) is not None:
+            self._steady = None
+            self.seats.retire(req_id)
+
+    def begin(self, batch: Batch) -> None:
+        """Makes the pass over `batch` the one that the taps reach."""
+        if not len(self.seats):
+            self._idle()
+            return
+        decoding = bool((batch.counts == 1).all())
+        order = tuple(batch.req_ids)
+        if decoding and self._steady is not None and self._steady[0] == order:
+            prepared = self._steady[1]
+            prepared.move(batch.starts)
+        else:
+            prepared = self._prepare(batch)
+            calm = decoding and all(_calm(placed) for placed in prepared.placed)
+            self._steady = (order, prepared) if calm else None
+        self._prepared = prepared
+        self.seats.ledger.expect(prepared.rows, prepared.positions)
+        ops.set_running(prepared.running)
+
+    def abandon(self) -> None:
+        """The pass failed: nothing is counted."""
+        ops.set_running(None)
+        self._prepared = self._steady = None
+
+    def end(self) -> None:
+        """The pass is over: counts what it did. A request whose edits were not all reached is at
+        fault from then on, and its answer is withheld."""
+        ops.set_running(None)
+        prepared, self._prepared = self._prepared, None
+        if prepared is None:
+            return
+        if prepared.running is not None:
+            try:
+                prepared.running.finish()
+            except EngineError as error:
+                self._steady = None
+                for placed in prepared.placed:
+                    placed.live.fault = error.message
+        for placed, bits in prepared.inline:
+            span = prepared.positions[placed.place]
+            self.seats.ledger.write(np.full(len(span), placed.live.row), span, bits)
+
+    def stats(self) -> EngineStats:
+        """Live figures: slots, and the requests that hold them."""
+        return EngineStats(
+            slots=self.tables.slots,
+            slots_in_use=self.tables.in_use,
+            requests_running=len(self.seats),
+        )
+
+    def _idle(self) -> None:
+        ops.set_running(None)
+        if self.shifts is not None:
+            self.shifts.assign(torch.zeros(0, dtype=torch.long))
+
+    def _prepare(self, batch: Batch) -> _Prepared:
+        total = int(batch.counts.sum())
+        offsets = np.cumsum(batch.counts) - batch.counts
+        placed = [
+            _Placed(live, n, int(offsets[n]), int(batch.starts[n]), _ids(batch, n, live))
+            for n, req_id in enumerate(batch.req_ids)
+            if (live := self.seats.get(req_id)) is not None and live.fault is None
+        ]
+        rows = np.full(total, NOBODY, dtype=np.int64)
+        positions = np.zeros(total, dtype=np.int64)
+        for one in placed:
+            positions[one.place] = np.arange(one.start, one.start + len(one.ids))
+        inline = self._assign_shifts([one for one in placed if one.live.inline], total)
+        handled = {id(one) for one, _ in inline}
+        general = [one for one in placed if id(one) not in handled and one.live.plan is not None]
+        for one in general:
+            rows[one.place] = one.live.row
+        lives = [one.live for one in general]
+        spans = [
+            Span(
+                self.seats.seat(one.live, lambda: lives), one.offset, positions[one.place], one.ids
+            )
+            for one in general
+        ]
+        step = build_step(self.tables, self.seats.ledger, spans, total)
+        reading = [one for one in placed if one.live.states]
+        wanted = frozenset(point for one in reading for point in one.live.states)
+        running = None
+        if step is not None or wanted:
+            running = ForwardPass(
+                step,
+                total,
+                self.model.n_layers,
+                wanted,
+                (lambda point, x: _keep(reading, point, x)) if wanted else None,
+            )
+        return _Prepared(placed, rows, positions, inline, running)
+
+    def _assign_shifts(self, placed: Sequence[_Placed], total: int) -> list[tuple[_Placed, Ints]]:
+        """Names the variants of the tokens that the compiled graph steers by itself; the requests
+        that found room, with the passes' bits of their tokens."""
+        if self.shifts is None:
+            return []
+        found = [(one, one.live.bits(one.start, one.ids).astype(np.int64)) for one in placed]
+        wanted: dict[int, set[Key]] = {}
+        keep: set[Key] = set()
+        for one, bits in found:
+            wanted[id(one)] = {(one.live.ticket.fingerprint, int(b)) for b in np.unique(bits)}
+            keep |= wanted[id(one)]
+        variants = np.zeros(total, dtype=np.int64)
+        inline = []
+        for one, bits in found:
+            plan = one.live.plan
+            assert plan is not None
+            numbers = np.zeros(1 << len(plan.passes), dtype=np.int64)
+            for _, chosen in wanted[id(one)]:
+                number = self.shifts.find(plan, chosen, tap_of, keep)
+                if number is None:
+                    break
+                numbers[chosen] = number
+            else:
+                variants[one.place] = numbers[bits]
+                inline.append((one, bits))
+        self.shifts.assign(torch.from_numpy(variants))
+        return inline
+
+
+@dataclass
+class _Prepared:
+    """A pass made ready, and what is written down when it is over: the step records the tokens
+    of `rows`, those of `inline` requests are recorded beside it."""
+
+    placed: list[_Placed]
+    rows: Ints
+    positions: Ints
+    inline: list[tuple[_Placed, Ints]]
+    running: ForwardPass | None
+
+    def move(self, starts: Ints) -> None:
+        """Takes the same requests on by a token, where nothing else changes."""
+        for one in self.placed:
+            self.positions[one.offset] = starts[one.index]
+
+
+def _ids(batch: Batch, index: int, live: Live) -> Ints:
+    """The tokens of a request in `batch`; −1 for each where its plan does not read them."""
+    if live.ticket.reads_tokens:
+        return batch.ids(index)
+    return np.full(int(batch.counts[index]), -1, dtype=np.int64)
+
+
+def _calm(placed: _Placed) -> bool:
+    """Whether the coming tokens of a request need exactly what this one needs."""
+    live = placed.live
+    if live.states:
+        return False
+    if live.plan is None:
+        return True
+    return not live.plan.gated and live.steady_from is not None and placed.start >= live.steady_from
+
+
+def _keep(reading: Sequence[_Placed], point: HookPoint, x: Tensor) -> None:
+    """Copies the states `[T, d]` that the requests in `reading` asked for at `point`."""
+    for one in reading:
+        kept = one.live.states.get(point)
+        if kept is None or one.live.ticket.capture is None:
+            continue
+        for row, position in enumerate(one.live.ticket.capture.positions):
+            place = position - one.start
+            if 0 <= place < len(one.ids):
+                kept[row] = x[one.offset + place].detach().float().cpu()

@@ -1,0 +1,88 @@
+"""What holds for the tensors of every plan, whether it is written to a file or read from one."""
+
+from __future__ import annotations
+
+from steer.edits import BIAS, INTERCEPT, LAW_FIELDS, RELATIVE, SLOPE, Block, Competition
+from steer.errors import IncompatibleArtefact, SteerError
+from steer.model_info import HookPoint, ModelInfo
+from steer.plan import Gate, Pass
+
+
+def check_block(point: HookPoint, block: Block, error: type[SteerError]) -> None:
+    """Raises `error` for a block whose tensors disagree in shape or are not finite."""
+    fault = _shape_fault(block) or _value_fault(block)
+    if fault is not None:
+        raise error(f"the edit at {point} {fault}", code="invalid_edit")
+
+
+def check_gate(gate: Gate, error: type[SteerError]) -> None:
+    """Raises `error` for a gate whose direction is not one finite row."""
+    direction = gate.direction
+    if direction.ndim != 1 or not len(direction) or not bool(direction.isfinite().all()):
+        raise error(
+            f"the direction of the gate {gate.name!r} is not one finite row [d]; its shape is "
+            f"{list(direction.shape)}",
+            code="invalid_gate",
+        )
+
+
+def check_model(passes: tuple[Pass, ...], model: ModelInfo) -> None:
+    """Raises for passes whose hook points or widths are not those of `model`."""
+    for one in passes:
+        widths = [(point, _width(block)) for point, block in one.blocks.items()]
+        if one.gate is not None:
+            widths.append((one.gate.point, len(one.gate.direction)))
+        for point, width in widths:
+            model.check_point(point)
+            if width != model.width(point.site):
+                raise IncompatibleArtefact(
+                    f"the plan has rows of width {width} at {point}; there {model.name!r} has "
+                    f"width {model.width(point.site)}: it was compiled for another model",
+                    code="wrong_width",
+                )
+
+
+def _shape_fault(block: Block) -> str | None:
+    if block.shift is not None and (block.shift.ndim != 1 or not len(block.shift)):
+        return f"has a shift of shape {list(block.shift.shape)}; it is one row [d]"
+    if block.read is None or block.write is None or block.laws is None:
+        if block.competition is not None or block.shift is None:
+            return "neither adds a row nor reads one"
+        return None
+    shape = block.read.shape
+    if block.read.ndim != 2 or 0 in shape or block.write.shape != shape:
+        return f"reads {list(shape)} and writes {list(block.write.shape)}; both are [K, d]"
+    if block.laws.shape != (shape[0], LAW_FIELDS):
+        return f"has laws {list(block.laws.shape)}; {shape[0]} edits have {[shape[0], LAW_FIELDS]}"
+    if block.shift is not None and len(block.shift) != shape[1]:
+        return f"reads rows of width {shape[1]} and adds one of width {len(block.shift)}"
+    return None if block.competition is None else _encoder_fault(block.competition, shape[1])
+
+
+def _encoder_fault(competition: Competition, width: int) -> str | None:
+    read, bias = competition.read, competition.bias
+    if read.ndim != 2 or read.shape[1] != width or bias.shape != read.shape[:1]:
+        return (
+            f"competes among latents of read {list(read.shape)} and bias {list(bias.shape)}; "
+            f"[d_sae, {width}] and [d_sae] are needed"
+        )
+    if not 1 <= competition.k <= len(read):
+        return f"lets {competition.k} of {len(read)} latents be active"
+    return None
+
+
+def _value_fault(block: Block) -> str | None:
+    rows = [row for row in (block.shift, block.read, block.write) if row is not None]
+    if block.laws is not None:
+        # Threshold, floor and ceiling may be infinite: then they do not bind.
+        rows.append(block.laws[:, [BIAS, INTERCEPT, SLOPE, RELATIVE]])
+        if bool(block.laws.isnan().any()):
+            return "contains NaN"
+    if not all(bool(row.isfinite().all()) for row in rows):
+        return "is not finite in float32: use a smaller strength or value"
+    return None
+
+
+def _width(block: Block) -> int:
+    row = block.shift if block.read is None else block.read
+    return 0 if row is None else row.shape[-1]

@@ -1,0 +1,109 @@
+"""Runs vLLM with Steer over a list of models: `python architecture_runner.py JOB.json …`.
+
+A test's child process. Each job has a process of its own, forked after vLLM is imported, because
+an engine cannot be torn down completely. A job names a model folder, prompts with their
+`extra_args`, and where its results go: a JSON file, with the states and logits beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+
+def main(jobs: list[Path]) -> None:
+    from steer.engines.vllm import plugin
+
+    plugin.register()
+    import vllm.v1.engine.llm_engine
+    import vllm.v1.worker.cpu_model_runner
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+    from vllm.model_executor.models import registry
+
+    # vLLM looks at each new model class in a process that imports all of vLLM again.
+    registry._run_in_subprocess = lambda look: look()
+
+    for job in jobs:
+        child = os.fork()
+        if child == 0:
+            try:
+                _run(json.loads(job.read_text()))
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        os.waitpid(child, 0)
+
+
+def _run(job: dict[str, Any]) -> None:
+    from vllm import LLM
+
+    from steer.errors import SteerError
+
+    out = Path(job["out"])
+    try:
+        llm = LLM(
+            job["model"],
+            dtype="float32",
+            enforce_eager=not job["compiled"],
+            skip_tokenizer_init=True,
+            max_model_len=64,
+            max_num_seqs=job["max_num_seqs"],
+            max_num_batched_tokens=512,
+            block_size=32,
+            gpu_memory_utilization=0.3,
+            max_logprobs=-1,
+            logprobs_mode="raw_logits",
+        )
+    except SteerError as error:
+        out.write_text(json.dumps({"error": error.code, "message": error.message}))
+        return
+    info = llm.collective_rpc("steer_info")[0]
+    tensors = _ask(llm, job["requests"], info["model"]["d_model"])
+    from safetensors.torch import save_file
+
+    save_file(tensors, out.with_suffix(".safetensors"))
+    out.write_text(json.dumps({"info": info}))
+
+
+def _ask(llm: Any, requests: list[dict[str, Any]], width: int) -> dict[str, Any]:
+    """All requests in one batch; `name/point` are their states `[T, d]`, `name/logits` those of
+    the last token `[vocab]`, and `name/unembedded` what the last state unembeds to."""
+    import torch
+    from vllm import SamplingParams
+
+    from steer.engines.vllm.messages import pack, unpack
+
+    params = [
+        SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            logprobs=-1,
+            skip_reading_prefix_cache=True,
+            extra_args=request["extra_args"],
+        )
+        for request in requests
+    ]
+    prompts = [{"prompt_token_ids": request["prompt"]} for request in requests]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    found: dict[str, torch.Tensor] = {}
+    for request, output in zip(requests, outputs, strict=True):
+        name, scores = request["name"], output.outputs[0].logprobs[0]
+        logits = torch.tensor([scores[token].logprob for token in range(len(scores))])
+        found[f"{name}/logits"] = logits
+        captured = llm.collective_rpc("steer_captured", args=(request["key"],))[0]
+        for point, data in captured.items():
+            found[f"{name}/{point}"] = unpack(data, width)
+        last = found[f"{name}/{request['last']}"][-1:]
+        answer = llm.collective_rpc("steer_unembed", args=(pack(last),))[0]
+        found[f"{name}/unembedded"] = unpack(answer, len(logits))[0].contiguous()
+    return found
+
+
+if __name__ == "__main__":
+    main([Path(name) for name in sys.argv[1:]])

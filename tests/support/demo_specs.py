@@ -1,0 +1,140 @@
+"""Specs of every kind at every site for the demo model, with the artefacts they name."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from artefacts import random_adapter, random_sae, random_vector
+
+from steer.engines.base import GenerationRequest, SamplingParams
+from steer.plan import SteeringPlan
+from steer.plan_cache import PlanCache
+from steer.registry.library import MemoryLibrary
+from steer.registry.registry import Registry
+from steer.spec import parse_spec
+
+LAYERS, WIDTH, VOCABULARY = 6, 192, 3072
+
+VECTORS = {f"v{n}": random_vector(n, *range(LAYERS), width=WIDTH) for n in range(4)}
+SAES = {
+    name: random_sae(name, seed=40 + n, width=WIDTH, layer=2)
+    for n, name in enumerate(("standard", "jumprelu", "topk"))
+}
+LOW_RANKS = {"reft": random_adapter(7, 1, 4, width=WIDTH)}
+
+
+def add(vector: str, **fields: Any) -> dict[str, Any]:
+    return {"kind": "add", "vector": vector, "layers": [0, 3], "strength": 0.4, **fields}
+
+
+def ablate(vector: str, **fields: Any) -> dict[str, Any]:
+    return {"kind": "ablate", "vector": vector, "layers": [1, 4], **fields}
+
+
+def one(item: dict[str, Any], **rest: Any) -> dict[str, Any]:
+    return {"interventions": [item], **rest}
+
+
+SPECS: dict[str, dict[str, Any] | None] = {
+    "unsteered": None,
+    "everything": one(add("v0")),
+    "every layer": one(add("v1", layers="all", strength=0.1)),
+    "prompt only": one(add("v1"), where={"phases": ["prompt"]}),
+    "generation only": {
+        "interventions": [add("v2"), ablate("v0")],
+        "where": {"phases": ["generation"]},
+    },
+    "two phases": {
+        "interventions": [
+            add("v0", where={"phases": ["prompt"]}),
+            add("v3", where={"phases": ["generation"]}),
+            add("v2"),
+        ]
+    },
+    "a window": one(
+        add("v3"), where={"positions": [[-2, None]], "except": {"positions": [[4, 6]]}}
+    ),
+    "token triggers": one(add("v0", strength=-1), where={"tokens": list(range(0, VOCABULARY, 4))}),
+    "a prompt gate": one(
+        ablate("v2"),
+        when={"vector": "v1", "above": 0.0, "layer": 0},
+        where={"positions": [[2, None]]},
+    ),
+    "a prompt gate on what is generated": one(
+        add("v2", layers=[1]),
+        when={"vector": "v3", "above": 0.0, "layer": 0},
+        where={"phases": ["generation"]},
+    ),
+    "a token gate": one(
+        add("v1", layers=[2]), when={"vector": "v0", "below": 0.1, "layer": 1, "scope": "token"}
+    ),
+    "a clamp": one({"kind": "clamp", "sae": "jumprelu", "features": [1, 5, 9], "value": 4.0}),
+    "a clamp that competes": {
+        "interventions": [
+            {"kind": "clamp", "sae": "topk", "features": [2, 7], "value": 3.0, "mode": "at_least"},
+            add("v3", strength={"norm": 0.2}),
+        ]
+    },
+    "a scaled feature": one(
+        {"kind": "clamp", "sae": "standard", "features": [3], "value": 3.0, "mode": "scale"}
+    ),
+    "norm preserved": {
+        "interventions": [add("v0", strength=2), ablate("v1", layers=[0, 1])],
+        "norm": "preserve",
+    },
+    "project": one(
+        {"kind": "project", "vector": "v2", "value": 1.0, "mode": "at_least", "layers": [2]}
+    ),
+    "swap": one({"kind": "swap", "remove": "v0", "add": "v1", "strength": 0.2, "layers": [2, 3]}),
+    "rotate": one({"kind": "rotate", "vector": "v0", "toward": "v3", "degrees": 60, "layers": [1]}),
+    "low rank": one({"kind": "low_rank", "adapter": "reft"}),
+    "patch": one(
+        {"kind": "patch", "vector": "v1", "layers": [2], "where": {"positions": [[1, 2]]}}
+    ),
+    **{
+        f"{kind} at {site}": one(
+            {"kind": kind, "vector": "v2", "layers": [0, 2, 5], "site": site}
+            | ({"strength": 0.4} if kind == "add" else {})
+        )
+        for site in ("resid_pre", "attn_out", "resid_mid", "mlp_out")
+        for kind in ("add", "ablate")
+    },
+}
+
+
+def register(registry: Registry) -> None:
+    """Puts the artefacts that the specs name into a registry."""
+    for found in (VECTORS, SAES, LOW_RANKS):
+        for name, artefact in found.items():
+            registry.add(name, artefact)
+
+
+LIBRARY = MemoryLibrary(VECTORS, SAES, LOW_RANKS)
+
+
+def compiled(plans: PlanCache) -> dict[str, SteeringPlan | None]:
+    """Every spec as a plan."""
+    return {
+        name: None if spec is None else plans.plan(parse_spec(spec)) for name, spec in SPECS.items()
+    }
+
+
+def requests_for(
+    plans: dict[str, SteeringPlan | None], count: int, *, seed: int = 0, longest: int = 60
+) -> list[GenerationRequest]:
+    """Greedy requests with prompts of 1 to `longest` random tokens over all specs, in a random
+    order; every fourth asks for sizes."""
+    draw = random.Random(seed)
+    found = []
+    for n in range(count):
+        name = list(plans)[n % len(plans)]
+        prompt = tuple(draw.randrange(3, VOCABULARY) for _ in range(draw.randint(1, longest)))
+        sampling = SamplingParams(
+            max_tokens=draw.randint(1, 16), temperature=0, logprobs=2, ignore_eos=True
+        )
+        found.append(
+            GenerationRequest(f"{n} {name}", prompt, sampling, plans[name], measure=n % 4 == 3)
+        )
+    draw.shuffle(found)
+    return found

@@ -1,0 +1,116 @@
+"""One suite for both engines: the same model, specs and prompts on transformers and on vLLM.
+
+A test file imports everything from here and gives the fixture `engine`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import demo_specs
+import pytest
+import torch
+import vllm_engine
+
+from steer.engines.base import CaptureRequest, Completion, Engine, GenerationRequest
+from steer.engines.transformers.engine import TransformersEngine
+from steer.engines.vllm.engine import VllmEngine
+from steer.model_info import HookPoint
+from steer.plan import SteeringPlan
+from steer.plan_cache import PlanCache
+
+Plans = dict[str, SteeringPlan | None]
+
+
+@pytest.fixture(scope="module")
+def reference() -> Iterator[TransformersEngine]:
+    with TransformersEngine.load(vllm_engine.DEMO_MODEL, name="steer-demo") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def plans(engine: VllmEngine) -> Plans:
+    cache = PlanCache(demo_specs.LIBRARY, engine.info, engine.capabilities)
+    return demo_specs.compiled(cache)
+
+
+def assert_same(mine: Completion, other: Completion, name: str) -> None:
+    assert mine.tokens == other.tokens, name
+    assert mine.finish == other.finish, name
+    for a, b in zip(mine.logprobs, other.logprobs, strict=True):
+        assert a.logprob == pytest.approx(b.logprob, abs=1e-4), name
+        assert [v for _, v in a.top] == pytest.approx([v for _, v in b.top], abs=1e-4), name
+    if mine.receipt is None or other.receipt is None:
+        assert mine.receipt == other.receipt, name
+        return
+    assert vllm_engine.plain(mine.receipt.as_json()) == vllm_engine.plain(other.receipt.as_json())
+    for p, q in zip(mine.receipt.hook_points, other.receipt.hook_points, strict=True):
+        assert p.relative_size == (q.relative_size and pytest.approx(q.relative_size, rel=1e-3))
+    for g, h in zip(mine.receipt.gates, other.receipt.gates, strict=True):
+        assert g.value == (None if h.value is None else pytest.approx(h.value, rel=1e-3, abs=1e-4))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mixed_requests_are_equal_on_both_engines(
+    engine: VllmEngine, reference: TransformersEngine, plans: Plans, seed: int
+) -> None:
+    requests = demo_specs.requests_for(plans, 3 * len(plans), seed=seed)
+    mine, other = engine.complete(requests), reference.complete(requests)
+    for request, a, b in zip(requests, mine, other, strict=True):
+        assert_same(a, b, request.id)
+    assert engine.stats().slots_in_use == 0
+
+
+def test_a_request_alone_equals_itself_in_a_batch(engine: VllmEngine, plans: Plans) -> None:
+    requests = demo_specs.requests_for(plans, len(plans), seed=9)
+    together = engine.complete(requests)
+    for request, batched in zip(requests, together, strict=True):
+        alone = engine.complete([request])[0]
+        assert alone.tokens == batched.tokens, request.id
+
+
+def test_every_state_and_logit_is_the_same(
+    engine: VllmEngine, reference: TransformersEngine, plans: Plans
+) -> None:
+    points = tuple(HookPoint(layer, site) for layer in range(6) for site in engine.info.sites)
+    prompts = [(5, 9, 200, 31), tuple(range(40, 75)), (7,)]
+    for name in ("unsteered", "everything", "a clamp that competes", "ablate at attn_out"):
+        request = CaptureRequest(prompts, points, plans=[plans[name]] * 3, logits="all")
+        for mine, other in zip(engine.capture(request), reference.capture(request), strict=True):
+            for point in points:
+                torch.testing.assert_close(
+                    mine.states[point], other.states[point], rtol=1e-4, atol=1e-4
+                )
+            torch.testing.assert_close(mine.logits, other.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_captured_positions_are_those_asked_for(engine: VllmEngine) -> None:
+    prompt, point = tuple(range(40, 75)), HookPoint(3)
+    whole = engine.capture(CaptureRequest([prompt], (point,)))[0].states[point]
+    # The prompt is in the prefix cache now, and is computed again.
+    some = engine.capture(CaptureRequest([prompt], (point,), positions=(-1, 0, 7)))[0]
+    torch.testing.assert_close(some.states[point], whole[[-1, 0, 7]], rtol=1e-5, atol=1e-5)
+    assert some.logits is None
+
+
+def test_unsteered_tokens_keep_their_bits(engine: VllmEngine, plans: Plans) -> None:
+    request = GenerationRequest("plain", tuple(range(50, 70)), plan=None)
+    sampling = demo_specs.SamplingParams(max_tokens=8, temperature=0, logprobs=1, ignore_eos=True)
+    plain = GenerationRequest("plain", request.prompt, sampling)
+    beside = GenerationRequest("other", tuple(range(150, 170)), sampling)
+    steered = GenerationRequest("other", beside.prompt, sampling, plans["everything"])
+    without = engine.complete([plain, beside])[0]
+    with_steering = engine.complete([plain, steered])[0]
+    assert without.tokens == with_steering.tokens
+    assert without.logprobs == with_steering.logprobs
+
+
+def test_engines_say_what_they_can_do(engine: Engine) -> None:
+    assert engine.capabilities.engine == "vllm"
+    assert set(engine.capabilities.kinds) == {"add", "ablate", "project", "clamp", "concept"} | {
+        "swap",
+        "low_rank",
+        "rotate",
+        "patch",
+    }
+    assert engine.info.n_layers == demo_specs.LAYERS

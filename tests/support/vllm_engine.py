@@ -1,0 +1,58 @@
+"""vLLM engines for tests: in this process, on the demo model, with the plugin.
+
+Import this module before vllm: it sets the environment that vLLM reads when it is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_PLUGINS": "steer",
+}
+"""One process, few threads: the same batches, and so the same bits, in every run."""
+
+for _name, _value in ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+from steer_vectors import LIBRARY  # noqa: E402
+
+from steer.engines.vllm.engine import VllmEngine  # noqa: E402
+
+DEMO_MODEL = LIBRARY / "demo" / "model"
+
+
+OPTIONS: dict[str, Any] = {
+    "model": str(DEMO_MODEL),
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "max_num_seqs": 32,
+    "max_num_batched_tokens": 256,
+    "block_size": 32,
+    "gpu_memory_utilization": 0.3,
+}
+
+
+def start_engine(registry: Path, **options: Any) -> VllmEngine:
+    """vLLM with steering over the demo model; `options` are vLLM's."""
+    return VllmEngine.load(registry=registry, **(OPTIONS | options))
+
+
+def plain(receipt: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A receipt without its floats, which engines agree on only to rounding."""
+    if receipt is None:
+        return None
+    points = [{k: v for k, v in p.items() if k != "relative_size"} for p in receipt["hook_points"]]
+    gates = [{k: v for k, v in g.items() if k != "value"} for g in receipt["gates"]]
+    return {**receipt, "hook_points": points, "gates": gates}

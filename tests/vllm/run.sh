@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Runs the tests that need vLLM, in the environment that deploy/vllm-cpu.sh made:
+#
+#   tests/vllm/run.sh VERSION [FILE …]      FILE is every tests/vllm/test_*.py where none is given
+#
+# Each file has a process of its own, because an engine that ran in a process cannot be torn down
+# completely. One line per file on stdout; what a failed file printed follows it on stderr. Fails
+# if a file fails, collects nothing, passes nothing, or takes longer than STEER_TEST_LIMIT seconds
+# (900).
+set -euo pipefail
+
+if [ $# -lt 1 ]; then
+  echo "usage: tests/vllm/run.sh VERSION [FILE …]" >&2
+  exit 2
+fi
+version=$1
+limit=${STEER_TEST_LIMIT:-900}
+shift
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+pytest=.venvs/vllm-$version/bin/pytest
+if [ ! -x "$pytest" ]; then
+  echo "vllm $version: there is no $pytest; run deploy/vllm-cpu.sh $version" >&2
+  exit 2
+fi
+
+# One engine in the test's own process, on one thread, so that the same batch gives the same bits;
+# small, because the machine may be.
+export VLLM_ENABLE_V1_MULTIPROCESSING=0 OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
+export VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=WARNING
+# Nothing from outside.
+export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
+
+shopt -s nullglob
+files=("$@")
+if [ $# -eq 0 ]; then files=(tests/vllm/test_*.py); fi
+if [ "${#files[@]}" -eq 0 ]; then
+  echo "vllm $version: no tests/vllm/test_*.py" >&2
+  exit 1
+fi
+
+printed=$(mktemp)
+trap 'rm -f "$printed"' EXIT
+# timeout leaves the terminal's process group, so that an interrupt must be passed on to it.
+child=
+trap '[ -z "$child" ] || kill "$child" 2>/dev/null || true; exit 130' INT TERM
+failed=0
+for file in "${files[@]}"; do
+  start=$SECONDS code=0
+  timeout --kill-after=10 "$limit" "$pytest" --color=no -rs "$file" >"$printed" 2>&1 &
+  child=$!
+  wait "$child" || code=$?
+  child=
+  counts=$(grep -Eo '[0-9]+ [a-z]+(, [0-9]+ [a-z]+)* in [0-9.]+s' "$printed" | tail -n 1 || true)
+  counts=${counts% in *}
+  case $code in
+    0) verdict=ok ;;
+    5) verdict='FAILED: no tests' ;;
+    124) verdict="FAILED: not done after $limit s" ;;
+    137) verdict="FAILED: killed" ;;
+    *) verdict="FAILED: exit code $code" ;;
+  esac
+  # A file in which every test is skipped says nothing.
+  if [ "$code" -eq 0 ] && [[ $counts != *passed* ]]; then verdict='FAILED: nothing passed'; fi
+  printf 'vllm %s  %-40s  %s  %d s  %s\n' \
+    "$version" "$file" "${counts:-no counts}" $((SECONDS - start)) "$verdict"
+  grep -E '^SKIPPED' "$printed" || true
+  if [ "$verdict" != ok ]; then
+    failed=$((failed + 1))
+    tail -n 200 "$printed" >&2
+  fi
+done
+if [ "$failed" -gt 0 ]; then
+  echo "vllm $version: $failed of ${#files[@]} files failed" >&2
+  exit 1
+fi

@@ -1,0 +1,262 @@
+"""Every architecture that vLLM steers, against the transformers engine on the same weights.
+
+The models are random and small; vLLM runs in child processes. Each model serves one batch in which
+every request is steered in another way, and all states of all requests are captured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from artefacts import random_vector
+from safetensors.torch import load_file
+from tiny_models import LAYERS, VOCABULARY
+from torch import Tensor
+from vllm_models import ARCHITECTURES, REFUSED, Architecture, write
+
+from steer.engines.base import CaptureRequest
+from steer.engines.transformers.engine import TransformersEngine
+from steer.engines.vllm.ticket import CaptureOrder, Ticket
+from steer.model_info import Capabilities, HookPoint, ModelInfo
+from steer.plan import SteeringPlan
+from steer.plan_cache import PlanCache
+from steer.plan_file import dump_plan, edit_rows
+from steer.registry.library import MemoryLibrary
+from steer.registry.plan_store import PlanStore
+from steer.spec import KINDS, parse_spec
+
+RUNNER = Path(__file__).parents[1] / "support" / "architecture_runner.py"
+EVERY = "STEER_ALL_ARCHITECTURES"
+"""An environment variable: set it to run every architecture, some minutes more."""
+USUAL = (
+    *("llama", "qwen3", "gemma2", "gemma3", "mixtral", "qwen2-moe"),
+    *("gpt2", "opt", "exaone4", "gpt-oss", "granite", "cohere"),
+    *("olmo2", "neox", "neox-parallel"),
+)
+"""One or more for each layout, with and without experts, of vLLM's own code and of transformers."""
+NAMES = tuple(ARCHITECTURES) if os.environ.get(EVERY) else USUAL
+COMPILED = ("gemma2", "gpt2")
+ENGINES = (*NAMES, *(f"compiled-{name}" for name in COMPILED), "narrow-llama")
+TOLERANCE = 1e-4
+PROMPT = tuple(
+    torch.randint(3, VOCABULARY, (12,), generator=torch.Generator().manual_seed(3)).tolist()
+)
+STEERED_LAYERS = [0, 2]
+EDITS: dict[str, dict[str, Any]] = {
+    "add": {"interventions": [{"kind": "add", "vector": "v", "layers": STEERED_LAYERS}]},
+    "ablate": {"interventions": [{"kind": "ablate", "vector": "v", "layers": STEERED_LAYERS}]},
+    "turned": {
+        "interventions": [{"kind": "add", "vector": "v", "layers": STEERED_LAYERS}],
+        "norm": "preserve",
+    },
+}
+LAST = HookPoint(LAYERS - 1, "resid_post")
+PLAIN = "plain"
+
+
+@dataclasses.dataclass
+class Runs:
+    """What each engine made of each model: tensors named `request/point` and `request/logits`.
+
+    In `found` models that vLLM compiled are named `compiled-…`, and one that takes a single request
+    at a time `narrow-…`.
+    """
+
+    wanted: dict[str, dict[str, Tensor]]
+    found: dict[str, dict[str, Tensor]]
+    answers: dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    root = tmp_path_factory.mktemp("models")
+    wanted, jobs = {}, {}
+    for name in NAMES:
+        one = ARCHITECTURES[name]
+        requests, wanted[name] = reference(one, root / name, PlanStore(root))
+        jobs[name] = {"requests": requests, "model": str(root / name), "compiled": False}
+        if name in COMPILED:
+            jobs[f"compiled-{name}"] = {**jobs[name], "compiled": True}
+    for name, one in REFUSED.items():
+        write(one, root / name)
+        jobs[name] = {"requests": [], "model": str(root / name), "compiled": False}
+    jobs["narrow-llama"] = {**jobs["llama"], "max_num_seqs": 1}
+    for name, job in jobs.items():
+        job |= {"max_num_seqs": job.get("max_num_seqs", 32), "out": str(root / f"{name}.json")}
+        (root / f"{name}.job").write_text(json.dumps(job))
+    environment = {
+        **os.environ,
+        "VLLM_PLUGINS": "steer",
+        "STEER_REGISTRY": str(root),
+        "VLLM_DISABLE_COMPILE_CACHE": "1",
+    }
+    command = [sys.executable, str(RUNNER), *(str(root / f"{name}.job") for name in jobs)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    answers, found = {}, {}
+    for name in jobs:
+        answer = root / f"{name}.json"
+        if not answer.exists():
+            answers[name] = {"error": "crashed", "message": done.stderr[-20_000:]}
+            continue
+        answers[name] = json.loads(answer.read_text())
+        if "info" in answers[name]:
+            found[name] = load_file(answer.with_suffix(".safetensors"))
+    return Runs(wanted, found, answers)
+
+
+def reference(
+    one: Architecture, folder: Path, store: PlanStore
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Writes the model; the requests for vLLM, and what the transformers engine makes of those
+    that it can run."""
+    with TransformersEngine(write(one, folder), None, rows=32, slots=32) as engine:
+        info = dataclasses.replace(engine.info, sites=one.sites)
+        plans = {PLAIN: None, **plans_of(info)}
+        points = points_of(info)
+        requests = [request(name, plan, points, store) for name, plan in plans.items()]
+        shared = {site for site in one.sites if site in engine.info.sites}
+        points = tuple(point for point in points if point.site in shared)
+        run = [name for name in plans if name == PLAIN or name.split("-")[0] in shared]
+        captured = engine.capture(
+            CaptureRequest(
+                [PROMPT] * len(run), points, plans=[plans[name] for name in run], logits="last"
+            )
+        )
+    wanted = {}
+    for name, result in zip(run, captured, strict=True):
+        assert result.logits is not None
+        wanted[f"{name}/logits"] = result.logits[0]
+        wanted |= {f"{name}/{point}": state for point, state in result.states.items()}
+    return requests, wanted
+
+
+def plans_of(info: ModelInfo) -> dict[str, SteeringPlan]:
+    """A plan for every edit at every site."""
+    made = {}
+    able = Capabilities("vllm", KINDS, info.sites)
+    for site in info.sites:
+        vector = random_vector(5, 0, width=info.d_model, site=site)
+        cache = PlanCache(MemoryLibrary({"v": vector}), info, able)
+        made |= {f"{site}-{edit}": cache.plan(parse_spec(spec)) for edit, spec in EDITS.items()}
+    return made
+
+
+def points_of(info: ModelInfo) -> tuple[HookPoint, ...]:
+    return tuple(HookPoint(layer, site) for layer in range(info.n_layers) for site in info.sites)
+
+
+def request(
+    name: str, plan: SteeringPlan | None, points: tuple[HookPoint, ...], store: PlanStore
+) -> dict[str, Any]:
+    order = CaptureOrder(points, tuple(range(len(PROMPT))))
+    ticket = Ticket(name, capture=order)
+    if plan is not None:
+        ticket = Ticket(
+            name,
+            fingerprint=plan.fingerprint,
+            plan=store.put(dump_plan(plan)),
+            rows=edit_rows(plan),
+            selections=tuple(one.selection for one in plan.passes),
+            capture=order,
+        )
+    return {
+        "name": name,
+        "key": name,
+        "prompt": list(PROMPT),
+        "extra_args": ticket.as_extra_args(),
+        "last": str(LAST),
+    }
+
+
+def difference(actual: Tensor, wanted: Tensor) -> float:
+    """The largest error as a share of the largest value."""
+    return float((actual - wanted).abs().max() / wanted.abs().max())
+
+
+def of(runs: Runs, name: str) -> dict[str, Tensor]:
+    """What vLLM made of a model; fails with its message where it made nothing."""
+    assert name in runs.found, runs.answers[name]["message"]
+    return runs.found[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_sites_are_those_of_the_layout(runs: Runs, name: str) -> None:
+    of(runs, name)
+    assert tuple(runs.answers[name]["info"]["model"]["sites"]) == ARCHITECTURES[name].sites
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_states_and_logits_are_those_of_transformers(runs: Runs, name: str) -> None:
+    model = name.removeprefix("compiled-").removeprefix("narrow-")
+    found, wanted = of(runs, name), runs.wanted[model]
+    wrong = {
+        entry: error
+        for entry, tensor in wanted.items()
+        if not (error := difference(found[entry], tensor)) < ARCHITECTURES[model].tolerance
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_edit_acts(runs: Runs, name: str) -> None:
+    found = of(runs, name)
+    for entry in {entry.split("/")[0] for entry in found} - {PLAIN}:
+        assert difference(found[f"{entry}/logits"], found[f"{PLAIN}/logits"]) > 1e-2, entry
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_parts_sum_to_the_stream(runs: Runs, name: str) -> None:
+    """Also where transformers has no module that returns what a part adds."""
+    found = of(runs, name)
+    for layer in range(LAYERS):
+        state = {site: found[f"{PLAIN}/{layer}.{site}"] for site in ARCHITECTURES[name].sites}
+        if layer:
+            before = found[f"{PLAIN}/{layer - 1}.resid_post"]
+            assert difference(state["resid_pre"], before) < TOLERANCE
+        if "resid_mid" in state:
+            middle = state["resid_pre"] + state["attn_out"]
+            assert difference(middle, state["resid_mid"]) < TOLERANCE
+            after = state["resid_mid"] + state["mlp_out"]
+            assert difference(after, state["resid_post"]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if "attn_out" in ARCHITECTURES[name].sites]
+)
+def test_adding_to_a_part_is_adding_to_the_stream(runs: Runs, name: str) -> None:
+    found = of(runs, name)
+    for part, stream in (("attn_out", "resid_mid"), ("mlp_out", "resid_post")):
+        added, wanted = found[f"{part}-add/logits"], found[f"{stream}-add/logits"]
+        assert difference(added, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_last_state_unembeds_to_the_logits(runs: Runs, name: str) -> None:
+    found = of(runs, name)
+    for entry in {entry.split("/")[0] for entry in found}:
+        unembedded, logits = found[f"{entry}/unembedded"], found[f"{entry}/logits"]
+        assert difference(unembedded, logits) < TOLERANCE, entry
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiled_engine_steers_like_an_eager_one(runs: Runs, name: str) -> None:
+    compiled, eager = of(runs, f"compiled-{name}"), of(runs, name)
+    assert runs.answers[f"compiled-{name}"]["info"]["compiled"]
+    assert compiled.keys() == eager.keys()
+    for entry, tensor in eager.items():
+        assert difference(compiled[entry], tensor) < TOLERANCE, entry
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_unknown_layer_is_refused_by_name(runs: Runs, name: str) -> None:
+    answer = runs.answers[name]
+    assert answer["error"] == "unsupported_architecture", answer["message"]
+    assert REFUSED[name].layer in answer["message"]

@@ -1,0 +1,266 @@
+"""vLLM over several processes: tensor parallelism, pipeline stages, and a core that is replaced.
+
+Everything is compared with the transformers engine, which is one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import demo_specs
+import parallel_runner
+import pytest
+import torch
+import vllm_engine
+
+from steer.engines.base import Completion
+from steer.engines.transformers.engine import TransformersEngine
+from steer.engines.vllm.stages import merged_answers
+from steer.plan_cache import PlanCache
+from steer.registry.library import MemoryLibrary
+from steer.registry.registry import Registry
+
+LIMIT = 840
+"""Seconds for one job: starting takes most of them."""
+
+RUNNER = Path(parallel_runner.__file__)
+
+
+@dataclass
+class Result:
+    """What a job wrote."""
+
+    answers: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def reference() -> Iterator[TransformersEngine]:
+    with TransformersEngine.load(vllm_engine.DEMO_MODEL, name="steer-demo") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def plans(reference: TransformersEngine) -> parallel_runner.Plans:
+    cache = PlanCache(demo_specs.LIBRARY, reference.info, reference.capabilities)
+    return demo_specs.compiled(cache)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
+    """Runs a job in a process of its own, and all of vLLM's processes below it."""
+    root = tmp_path_factory.mktemp("parallel")
+    with Registry.open(root / "registry") as registry:
+        demo_specs.register(registry)
+
+    def start(name: str, *, as_client: bool, gates: bool, **options: Any) -> Result:
+        job = {
+            "registry": str(root / "registry"),
+            "options": vllm_engine.OPTIONS | {"model": str(vllm_engine.DEMO_MODEL), **options},
+            "as_client": as_client,
+            "gates": gates,
+            "out": str(root / f"{name}.json"),
+            "tensors": str(root / f"{name}.pt"),
+        }
+        path = root / f"{name}.job"
+        path.write_text(json.dumps(job))
+        environment = {
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "VLLM_PLUGINS": "steer",
+            "PYTHONPATH": str(RUNNER.parent),
+        }
+        log = root / f"{name}.log"
+        with log.open("w") as printed:
+            child = subprocess.Popen(
+                [sys.executable, str(RUNNER), str(path)],
+                env=environment,
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                code = child.wait(timeout=LIMIT)
+            finally:
+                _end(child.pid)
+                child.wait()
+        assert code == 0, log.read_text()[-6000:]
+        tensors = torch.load(job["tensors"])
+        return Result(json.loads(Path(job["out"]).read_text()), tensors)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def tensor_parallel(run: Callable[..., Result]) -> Result:
+    return run("tensor", as_client=True, gates=True, tensor_parallel_size=2)
+
+
+@pytest.fixture(scope="module")
+def pipelined(run: Callable[..., Result]) -> Result:
+    return run("pipeline", as_client=False, gates=False, pipeline_parallel_size=2)
+
+
+def test_tensor_parallel_workers_give_the_same_tokens_and_receipts(
+    tensor_parallel: Result, reference: TransformersEngine, plans: parallel_runner.Plans
+) -> None:
+    assert_completions(tensor_parallel, reference, plans, gates=True)
+
+
+def test_tensor_parallel_workers_capture_and_unembed(
+    tensor_parallel: Result, reference: TransformersEngine, plans: parallel_runner.Plans
+) -> None:
+    assert_tensors(tensor_parallel, reference, plans)
+
+
+def test_a_vector_uploaded_while_requests_run_reaches_every_worker(
+    tensor_parallel: Result, reference: TransformersEngine, plans: parallel_runner.Plans
+) -> None:
+    late = tensor_parallel.answers["late"]
+    library = MemoryLibrary({parallel_runner.LATE: parallel_runner.late_vector()})
+    cache = PlanCache(library, reference.info, reference.capabilities)
+    plan = cache.plan(demo_specs.parse_spec(parallel_runner.LATE_SPEC))
+    expected, plain, long = reference.complete(
+        [
+            parallel_runner.same_request(plan, "late"),
+            parallel_runner.same_request(None, "plain"),
+            parallel_runner.same_request(plans["every layer"], "long", tokens=150),
+        ]
+    )
+    assert_same(late["done"], expected, "late")
+    assert expected.tokens != plain.tokens
+    assert late["others"] == 4
+    for tokens in late["long"]:
+        assert tokens == list(long.tokens)
+
+
+def test_an_engine_core_that_replaces_a_killed_one_serves_the_same_plan(
+    tensor_parallel: Result, reference: TransformersEngine, plans: parallel_runner.Plans
+) -> None:
+    """The front end's plans are in the store already, and it puts none there again."""
+    answers = tensor_parallel.answers
+    request = parallel_runner.same_request(plans["everything"], "before")
+    expected = reference.complete([request])[0]
+    assert_same(answers["before"], expected, "before")
+    assert answers["dead"] == "engine_error"
+    assert_same(answers["restarted"], expected, "restarted")
+
+
+def test_pipeline_stages_give_the_same_tokens_and_receipts(
+    pipelined: Result, reference: TransformersEngine, plans: parallel_runner.Plans
+) -> None:
+    assert_completions(pipelined, reference, plans, gates=False)
+
+
+def test_pipeline_stages_capture_and_unembed(
+    pipelined: Result, reference: TransformersEngine, plans: parallel_runner.Plans
+) -> None:
+    assert_tensors(pipelined, reference, plans)
+
+
+def test_gates_across_pipeline_stages_are_refused_by_name(
+    pipelined: Result, reference: TransformersEngine, plans: parallel_runner.Plans
+) -> None:
+    answers = pipelined.answers
+    gated = {name for name, plan in plans.items() if plan is not None and plan.gated}
+    assert answers["gate scopes"] == []
+    assert answers["refused"] == dict.fromkeys(gated, "gates_across_stages")
+    # Where the front end lets one through, its answer is withheld and the engine goes on.
+    assert answers["withheld"] == dict.fromkeys(gated, "not_steered")
+    request = parallel_runner.same_request(plans["everything"], "after")
+    assert_same(answers["after"], reference.complete([request])[0], "after")
+
+
+# Putting together what workers say
+
+
+def _answer(layers: list[int], **fields: Any) -> dict[str, Any]:
+    points = [{"layer": layer, "site": "resid_post", "tokens": 3} for layer in layers]
+    plain = {"fingerprint": "f", "tokens_steered": 3, "tokens_skipped": 1, "tokens_cached": 0}
+    return {**plain, "hook_points": points, "gates": [], **fields}
+
+
+def test_the_hook_points_of_all_stages_are_listed_once_in_forward_order() -> None:
+    workers = [[{0: _answer(layers)}] for layers in ([4], [4], [0, 2], [0, 2])]
+    assert merged_answers(workers) == [{0: _answer([0, 2, 4])}]
+
+
+def test_a_worker_that_did_not_steer_withholds_the_answer() -> None:
+    failed = {"error": "no such plan", "code": "not_steered"}
+    for workers in ([[{0: failed}], [{0: _answer([1])}]], [[{0: _answer([1])}], [{0: failed}]]):
+        assert merged_answers(workers) == [{0: failed}]
+    assert "error" in merged_answers([[{0: _answer([1])}], [{}]])[0][0]
+
+
+@pytest.mark.parametrize("name", ["tokens_steered", "tokens_skipped", "tokens_cached"])
+def test_workers_that_counted_differently_withhold_the_answer(name: str) -> None:
+    workers = [
+        [{0: _answer([1]), 1: _answer([1])}],
+        [{0: _answer([1], **{name: 7}), 1: _answer([1])}],
+    ]
+    first = merged_answers(workers)[0]
+    assert first[0]["code"] == "workers_disagree"
+    assert first[1] == _answer([1])
+
+
+def assert_completions(
+    result: Result,
+    reference: TransformersEngine,
+    plans: parallel_runner.Plans,
+    *,
+    gates: bool,
+) -> None:
+    requests = parallel_runner.sample(plans, gates=gates)
+    found = result.answers["completions"]
+    assert len(found) == len(requests) >= 40
+    for request, expected in zip(requests, reference.complete(requests), strict=True):
+        assert_same(found[request.id], expected, request.id)
+    assert result.answers["in use"] == [0, 0]
+
+
+def assert_same(mine: Mapping[str, Any], expected: Completion, name: str) -> None:
+    other = parallel_runner.as_json(expected)
+    assert mine["tokens"] == other["tokens"], name
+    assert mine["finish"] == other["finish"], name
+    logprobs = [value for value, _ in mine["logprobs"]]
+    assert logprobs == pytest.approx([value for value, _ in other["logprobs"]], abs=1e-4), name
+    receipt = mine["receipt"]
+    if receipt is not None:
+        # What the prefix cache gave is steered all the same; the reference has no such cache.
+        assert receipt["tokens_cached"] <= receipt["tokens_steered"]
+        receipt = {**receipt, "tokens_cached": 0}
+    assert vllm_engine.plain(receipt) == vllm_engine.plain(other["receipt"]), name
+    if receipt is not None:
+        sizes = [point.get("relative_size") for point in receipt["hook_points"]]
+        wanted = [point.get("relative_size") for point in other["receipt"]["hook_points"]]
+        assert sizes == pytest.approx(wanted, rel=1e-3), name
+
+
+def assert_tensors(
+    result: Result, reference: TransformersEngine, plans: parallel_runner.Plans
+) -> None:
+    expected = parallel_runner.capture_all(reference, plans)
+    assert result.tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            result.tensors[name],
+            tensor,
+            rtol=1e-4,
+            atol=1e-4,
+            msg=lambda m, name=name: f"{name} {m}",
+        )
+
+
+def _end(session: int) -> None:
+    """Ends what is left of a job's session: vLLM's processes outlive a parent that fails."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(session, signal.SIGKILL)

@@ -1,0 +1,508 @@
+"""Steer on vLLM's own server: one of `steer serve --engine vllm`, asked over HTTP."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+from vllm_server import running_server
+
+from steer.control_vector import ControlVector
+
+MODEL = "steer-demo"
+QUESTION = "How are you today?"
+FRENCH_ANSWER = "Je vais bien, merci."
+FRENCH = {"interventions": [{"kind": "add", "vector": "french"}]}
+ALL = {"phases": ["prompt", "generation"]}
+EVERYWHERE = {"interventions": [{"kind": "add", "vector": "french", "where": ALL}]}
+GERMAN = {"interventions": [{"kind": "add", "vector": "german"}]}
+CLAMP = {"interventions": [{"kind": "clamp", "sae": "resid-3", "features": [1], "value": 6.0}]}
+WIDTH = 192
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    registry = tmp_path_factory.mktemp("server") / "registry"
+    with running_server(registry, STEER_MEASURED_SHARE="0") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def http(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120
+    ) as connected:
+        yield connected
+
+
+@pytest.fixture(scope="module")
+def ask(client: openai.OpenAI) -> Callable[..., Any]:
+    """A greedy chat; `steering` goes beside OpenAI's fields."""
+
+    def chat(question: str = QUESTION, steering: Any = None, **fields: Any) -> Any:
+        extra = dict(fields.pop("extra_body", {}))
+        if steering is not None:
+            extra["steering"] = steering
+        return client.chat.completions.create(
+            **{
+                "model": MODEL,
+                "messages": [{"role": "user", "content": question}],
+                "temperature": 0,
+                "max_tokens": 24,
+                "extra_body": extra,
+                **fields,
+            }
+        )
+
+    return chat
+
+
+def text(answer: Any, choice: int = 0) -> str:
+    return str(answer.choices[choice].message.content)
+
+
+def receipt(answer: Any) -> dict[str, Any]:
+    found: dict[str, Any] = answer.model_extra["steering"]
+    return found
+
+
+def fed(found: dict[str, Any]) -> int:
+    return int(found["tokens_steered"] + found["tokens_skipped"])
+
+
+def body(question: str = QUESTION, **fields: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": question}]
+    return {"model": MODEL, "messages": messages, "temperature": 0, "max_tokens": 24, **fields}
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    lines = [line for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def metrics(http: httpx.Client) -> dict[str, float]:
+    found = {}
+    for family in text_string_to_metric_families(http.get("/metrics").text):
+        for sample in family.samples:
+            labels = ",".join(f"{k}={v}" for k, v in sorted(sample.labels.items()))
+            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return found
+
+
+def wait_until_idle(http: httpx.Client) -> None:
+    """Asks until nothing runs and no slot is taken."""
+    until = time.monotonic() + 60
+    while True:
+        now = metrics(http)
+        running = [v for k, v in now.items() if k.startswith("vllm:num_requests_running")]
+        if not any([*running, now["steer_slots_in_use"], now["steer_sequences_running"]]):
+            return
+        assert time.monotonic() < until, now
+
+
+# What vLLM's routes answer
+
+
+def test_a_vector_steers_and_leaves_the_others_alone(ask: Callable[..., Any]) -> None:
+    before = ask()
+    steered = ask(steering=FRENCH)
+    after = ask()
+    assert text(steered) == FRENCH_ANSWER
+    assert text(before) == text(after) != FRENCH_ANSWER
+    assert before.usage == after.usage
+    assert "steering" not in (before.model_extra or {})
+
+
+def test_the_receipt_is_exact(ask: Callable[..., Any]) -> None:
+    answer = ask(steering=EVERYWHERE, extra_body={"receipt": "full"})
+    found = receipt(answer)
+    assert found["tokens_steered"] == answer.usage.total_tokens - 1
+    assert found["tokens_skipped"] == 0
+    assert [point["tokens"] for point in found["hook_points"]] == [found["tokens_steered"]]
+    assert found["hook_points"][0]["relative_size"] > 0
+    assert "relative_size" not in receipt(ask(steering=EVERYWHERE))["hook_points"][0]
+
+
+@pytest.mark.parametrize("usage", [False, True])
+def test_a_stream_ends_with_the_receipt(http: httpx.Client, usage: bool) -> None:
+    whole = http.post("/v1/chat/completions", json=body(steering=FRENCH)).json()
+    options = {"stream_options": {"include_usage": True}} if usage else {}
+    streamed = http.post("/v1/chat/completions", json=body(steering=FRENCH, stream=True, **options))
+    chunks = events(streamed)
+    assert chunks[-1]["steering"] == whole["steering"]
+    assert not any("steering" in chunk for chunk in chunks[:-1])
+    parts = [choice["delta"].get("content") or "" for c in chunks for choice in c["choices"]]
+    assert "".join(parts) == whole["choices"][0]["message"]["content"]
+    assert len(parts) > 4
+    assert bool(chunks[-1].get("usage")) == usage
+
+
+def test_a_plain_stream_has_nothing_of_ours(http: httpx.Client) -> None:
+    chunks = events(http.post("/v1/chat/completions", json=body(stream=True)))
+    assert len(chunks) > 4
+    assert not any("steering" in chunk for chunk in chunks)
+
+
+def test_choices_are_summed(ask: Callable[..., Any]) -> None:
+    answer = ask(steering=EVERYWHERE, n=3, temperature=1.0, seed=3, max_tokens=12)
+    assert len(answer.choices) == 3
+    # The prompt counts for each choice, as each feeds it.
+    prompt, generated = answer.usage.prompt_tokens, answer.usage.completion_tokens
+    assert receipt(answer)["tokens_steered"] == 3 * (prompt - 1) + generated
+
+
+def test_choices_of_a_stream_are_summed(http: httpx.Client) -> None:
+    options = {"stream_options": {"include_usage": True}, "n": 2, "seed": 5, "temperature": 1}
+    response = http.post(
+        "/v1/chat/completions", json=body(steering=EVERYWHERE, stream=True, **options)
+    )
+    last = events(response)[-1]
+    used = last["usage"]
+    assert fed(last["steering"]) == 2 * (used["prompt_tokens"] - 1) + used["completion_tokens"]
+
+
+def test_several_prompts_share_one_receipt(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model=MODEL,
+        prompt=["How are", "The sea is", "I"],
+        max_tokens=6,
+        temperature=0,
+        extra_body={"steering": EVERYWHERE},
+    )
+    assert len(answer.choices) == 3
+    assert receipt(answer)["tokens_steered"] == answer.usage.total_tokens - 3
+
+
+def test_a_stop_string_ends_with_an_exact_receipt(ask: Callable[..., Any]) -> None:
+    answer = ask(steering=FRENCH, stop=["bien"])
+    assert text(answer) == "Je vais "
+    assert answer.choices[0].finish_reason == "stop"
+    assert fed(receipt(answer)) == answer.usage.total_tokens - 1
+
+
+def test_logprobs_are_those_of_the_steered_model(ask: Callable[..., Any]) -> None:
+    def first(answer: Any) -> dict[str, float]:
+        top = answer.choices[0].logprobs.content[0].top_logprobs
+        return {entry.token: entry.logprob for entry in top}
+
+    fields = {"logprobs": True, "top_logprobs": 5, "max_tokens": 2}
+    plain, steered = first(ask(**fields)), first(ask(steering=FRENCH, **fields))
+    assert steered["Je"] > -0.1
+    assert plain.get("Je", -99.0) < -2
+
+
+def tool(*moods: str) -> dict[str, Any]:
+    schema = {
+        "type": "object",
+        "properties": {"mood": {"enum": list(moods)}},
+        "required": ["mood"],
+        "additionalProperties": False,
+    }
+    return {"type": "function", "function": {"name": "note", "strict": True, "parameters": schema}}
+
+
+def no_whitespace(http: httpx.Client) -> dict[str, Any]:
+    """Keeps a model that knows no JSON from blanks, which the grammar of a tool call allows."""
+
+    def tokens(text: str) -> set[int]:
+        asked = {"model": MODEL, "prompt": text, "add_special_tokens": False}
+        return set(http.post("/tokenize", json=asked).json()["tokens"])
+
+    blanks = set().union(*(tokens("a" + blank) for blank in "\r\n\t ")) - tokens("a")
+    return {str(token): -100 for token in blanks}
+
+
+def test_a_tool_call_is_steered(ask: Callable[..., Any], http: httpx.Client) -> None:
+    fields = {
+        "tools": [tool("Je vais bien", "I am well")],
+        "tool_choice": {"type": "function", "function": {"name": "note"}},
+        "max_tokens": 100,
+        "logit_bias": no_whitespace(http),
+    }
+    answer = ask(steering=EVERYWHERE, **fields)
+    (call,) = answer.choices[0].message.tool_calls
+    assert call.function.name == "note"
+    assert json.loads(call.function.arguments) == {"mood": "Je vais bien"}
+    assert fed(receipt(answer)) == answer.usage.total_tokens - 1
+    (plain,) = ask(**fields).choices[0].message.tool_calls
+    assert json.loads(plain.function.arguments) == {"mood": "I am well"}
+
+
+def test_structured_output_is_steered(ask: Callable[..., Any]) -> None:
+    choice = {"structured_outputs": {"choice": ["Je vais bien", "I am well"]}}
+    answer = ask(steering=FRENCH, extra_body=choice)
+    assert text(answer) == "Je vais bien"
+    assert fed(receipt(answer)) == answer.usage.total_tokens - 1
+    assert text(ask(extra_body=choice)) == "I am well"
+
+
+def test_a_json_schema_is_kept(ask: Callable[..., Any]) -> None:
+    schema = tool("Je vais bien", "I am well")["function"]["parameters"]
+    form = {"type": "json_schema", "json_schema": {"name": "mood", "schema": schema}}
+    answer = ask(steering=EVERYWHERE, response_format=form, max_tokens=40)
+    assert json.loads(text(answer)) == {"mood": "Je vais bien"}
+
+
+def test_a_prompt_may_be_token_ids(http: httpx.Client, client: openai.OpenAI) -> None:
+    tokens = http.post("/tokenize", json=body()).json()["tokens"]
+    answer = client.completions.create(
+        model=MODEL,
+        prompt=tokens,
+        max_tokens=24,
+        temperature=0,
+        extra_body={"steering": FRENCH},
+    )
+    assert answer.choices[0].text == FRENCH_ANSWER
+    assert answer.usage.prompt_tokens == len(tokens)
+    assert fed(receipt(answer)) == answer.usage.total_tokens - 1
+
+
+def test_a_profile_is_a_model(ask: Callable[..., Any], client: openai.OpenAI) -> None:
+    answer = ask(model=f"{MODEL}:french")
+    assert text(answer) == FRENCH_ANSWER
+    assert receipt(answer)["tokens_steered"] > 0
+    listed = {model.id for model in client.models.list()}
+    assert {MODEL, f"{MODEL}:french", f"{MODEL}:german"} <= listed
+    assert client.models.retrieve(f"{MODEL}:french").id == f"{MODEL}:french"
+
+
+def test_compare_and_inspect(http: httpx.Client) -> None:
+    plain = http.post("/v1/chat/completions", json=body()).json()
+    answer = http.post(
+        "/v1/chat/completions",
+        json=body(steering=FRENCH, compare=True, inspect={"layers": [5], "top": 1}),
+    ).json()
+    assert answer["choices"][0]["message"]["content"] == FRENCH_ANSWER
+    assert answer["default"] == plain["choices"]
+    (cell,) = answer["inspect"]["cells"]
+    assert cell["top"][0]["token"] == "Je"
+    bare = http.post("/v1/chat/completions", json=body(inspect={"layers": [5], "top": 1})).json()
+    assert bare["inspect"]["cells"][0]["top"][0]["token"] != "Je"
+    assert bare["choices"] == plain["choices"]
+    assert "steering" not in bare
+
+
+# Refusals
+
+
+def test_mistakes_are_named(http: httpx.Client) -> None:
+    def error(**fields: Any) -> tuple[int, str, str]:
+        response = http.post("/v1/chat/completions", json=body(**fields))
+        found = response.json()["error"]
+        return response.status_code, found["code"], found["param"]
+
+    unknown = {"interventions": [{"kind": "add", "vector": "frnch"}]}
+    assert error(steering=unknown) == (404, "unknown_vector", "/steering/interventions/0/vector")
+    assert error(steering={"interventions": []})[0] == 400
+    assert error(model=f"{MODEL}:nobody") == (404, "model_not_found", "/model")
+    assert error(model=f"{MODEL}:french", steering=FRENCH)[1] == "steering_conflict"
+    assert error(compare=True)[1] == "nothing_to_compare"
+    assert error(steering=FRENCH, compare=True, stream=True)[2] == "/compare"
+    assert error(steering=FRENCH, receipt="long")[2] == "/receipt"
+    assert error(steering=FRENCH, use_beam_search=True, n=2)[2] == "/use_beam_search"
+
+
+def test_a_ticket_made_by_hand_is_refused(http: httpx.Client) -> None:
+    ticket = {"v": 1, "key": "mine", "n": 1, "fingerprint": "x", "plan": "0" * 64}
+    ticket |= {"rows": 1, "selections": [], "measure": False}
+    xargs = {"vllm_xargs": {"steer": json.dumps(ticket)}}
+    response = http.post("/v1/chat/completions", json=body(**xargs))
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "invalid_ticket"
+    other = {"model": MODEL, "input": QUESTION, "max_output_tokens": 8, **xargs}
+    response = http.post("/v1/responses", json=other)
+    assert response.status_code == 400
+    assert "only the server itself writes" in response.json()["error"]["message"]
+
+
+def test_the_errors_of_vllm_are_its_own(http: httpx.Client) -> None:
+    for fields in ({"temperature": "hot"}, {"model": "nobody"}, {"n": -1}):
+        plain = http.post("/v1/chat/completions", json=body(**fields))
+        steered = http.post("/v1/chat/completions", json=body(steering=FRENCH, **fields))
+        assert 400 <= plain.status_code < 500
+        assert steered.json() == plain.json()
+        assert isinstance(plain.json()["error"]["code"], int)
+
+
+def test_other_routes_take_a_spec_as_an_argument_and_as_no_field(http: httpx.Client) -> None:
+    asked = {"model": MODEL, "input": QUESTION, "max_output_tokens": 24, "temperature": 0}
+    before = metrics(http)["steer_tokens_total{treatment=steered}"]
+    answer = http.post(
+        "/v1/responses", json={**asked, "vllm_xargs": {"steering": json.dumps(FRENCH)}}
+    ).json()
+    assert answer["output"][0]["content"][0]["text"] == FRENCH_ANSWER
+    assert metrics(http)["steer_tokens_total{treatment=steered}"] > before
+    unknown = json.dumps({"interventions": [{"kind": "add", "vector": "frnch"}]})
+    refused = http.post("/v1/responses", json={**asked, "vllm_xargs": {"steering": unknown}})
+    assert refused.status_code == 400
+    assert "frnch" in refused.json()["error"]["message"]
+    unheard = http.post("/v1/responses", json={**asked, "steering": FRENCH})
+    assert unheard.status_code == 400
+    assert unheard.json()["error"]["param"] == "/steering"
+
+
+# Artefacts
+
+
+def vector_file() -> bytes:
+    generator = torch.Generator().manual_seed(7)
+    rows = {layer: torch.randn(WIDTH, generator=generator) for layer in (2, 3)}
+    return ControlVector.of(rows).to_bytes()
+
+
+def test_an_upload_steers_the_next_request_while_a_stream_runs(http: httpx.Client) -> None:
+    long = body(steering=FRENCH, stream=True, max_tokens=200, ignore_eos=True)
+    with http.stream("POST", "/v1/chat/completions", json=long) as running:
+        lines = running.iter_lines()
+        assert next(lines).startswith("data: ")
+        uploaded = http.post(
+            "/v1/steering/vectors",
+            files={"file": ("noise.safetensors", io.BytesIO(vector_file()))},
+        )
+        assert uploaded.status_code == 201, uploaded.text
+        spec = {
+            "interventions": [{"kind": "add", "vector": "noise", "strength": 3.0, "where": ALL}]
+        }
+        answer = http.post("/v1/chat/completions", json=body(steering=spec)).json()
+        assert answer["steering"]["tokens_steered"] == answer["usage"]["total_tokens"] - 1
+        assert len(answer["steering"]["hook_points"]) == 2
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert "steering" in json.loads(rest[-2].removeprefix("data: "))
+    valid = http.post("/v1/steering/validate", json={"steering": spec}).json()
+    assert valid["valid"]
+    assert http.delete("/v1/steering/vectors/noise").json()["deleted"]
+    assert http.get("/v1/steering/vectors/noise").status_code == 404
+    gone = http.post("/v1/chat/completions", json=body(steering=spec))
+    assert gone.status_code == 404
+    again = http.post("/v1/steering/validate", json={"steering": spec}).json()
+    assert not again["valid"]
+    assert again["problems"][0]["code"] == "unknown_vector"
+
+
+def test_our_routes_answer_errors_in_our_form(http: httpx.Client) -> None:
+    bad = http.post("/v1/steering/vectors", files={"file": ("x.gguf", b"GGUFnonsense")})
+    assert bad.status_code == 400
+    assert bad.json()["error"]["param"] == "/file"
+    assert http.post("/v1/steering/validate", json={}).json()["error"]["code"] == "missing_field"
+    plain = http.post("/v1/steering/validate", content="{}", headers={"content-type": "text/plain"})
+    assert plain.status_code == 415
+    assert http.get("/v1/steering/vectors", params={"limit": 0}).status_code == 400
+
+
+# Inspection and operation
+
+
+def test_inspection_runs_on_the_served_engine(http: httpx.Client) -> None:
+    messages = [{"role": "user", "content": QUESTION}]
+    lens = http.post(
+        "/v1/inspect/logit-lens",
+        json={"messages": messages, "layers": [5], "positions": [-1], "top": 1, "steering": FRENCH},
+    ).json()
+    assert lens["cells"][0]["top"][0]["token"] == "Je"
+    scope = http.post(
+        "/v1/inspect/patchscope",
+        json={"source": {"messages": messages, "steering": FRENCH}, "layers": [4]},
+    )
+    assert scope.status_code == 200, scope.text
+    assert scope.json()["object"] == "inspect.patchscope"
+    seen = http.post(
+        "/v1/inspect/activations",
+        json={"text": "The sea is cold", "layers": [2], "vectors": ["french"]},
+    )
+    assert seen.status_code == 200, seen.text
+
+
+def test_metrics_are_vllms_and_ours(ask: Callable[..., Any], http: httpx.Client) -> None:
+    before = metrics(http)
+    answer = ask(steering=EVERYWHERE)
+    ask()
+    after = metrics(http)
+
+    def grown(name: str) -> float:
+        return after[name] - before.get(name, 0.0)
+
+    assert grown("steer_requests_total{outcome=ok,profile=none}") == 1
+    assert grown("steer_vector_requests_total{outcome=ok,vector=french}") == 1
+    assert grown("steer_tokens_total{treatment=steered}") == answer.usage.total_tokens - 1
+    assert grown("steer_time_to_first_token_seconds_count{steered=true}") == 1
+    assert after["steer_slots"] == 16
+    assert after["steer_registry_artefacts{kind=vector}"] >= 7
+    requests = [name for name in after if name.startswith("vllm:request_success_total{")]
+    assert sum(map(grown, requests)) == 2
+
+
+def test_the_server_says_what_it_can(http: httpx.Client) -> None:
+    able = http.get("/v1/steering/capabilities").json()
+    assert able["model"]["id"] == MODEL
+    assert able["engine"]["engine"] == "vllm"
+    assert {"add", "clamp", "patch"} <= set(able["engine"]["kinds"])
+    assert http.get("/health").content == b""
+    assert http.get("/v1/steering/health").json()["status"] == "ok"
+    paths = http.get("/openapi.json").json()["paths"]
+    assert {"/v1/chat/completions", "/v1/steering/vectors", "/v1/inspect/logit-lens"} <= set(paths)
+
+
+def test_mixed_requests_answer_as_each_does_alone(http: httpx.Client) -> None:
+    questions = ["How are you today?", "What is the capital of France?", "Tell me about the sea."]
+    specs: list[Any] = [None, FRENCH, GERMAN, EVERYWHERE, CLAMP]
+    bodies = [
+        body(question, **({} if spec is None else {"steering": spec}))
+        for question in questions
+        for spec in specs
+        for _ in range(2)
+    ]
+
+    def answered(one: dict[str, Any]) -> tuple[str, Any]:
+        found = http.post("/v1/chat/completions", json=one).json()
+        applied = found.get("steering")
+        # What came from the cache depends on who was there before.
+        return found["choices"][0]["message"]["content"], applied and {
+            **applied,
+            "tokens_cached": None,
+        }
+
+    alone = [answered(one) for one in bodies]
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        together = list(pool.map(answered, bodies))
+    assert together == alone
+    assert len({content for content, _ in alone}) >= 8
+
+
+def test_a_client_that_leaves_frees_its_slot(http: httpx.Client) -> None:
+    wait_until_idle(http)
+    before = metrics(http)
+    long = body(steering=FRENCH, stream=True, max_tokens=220, ignore_eos=True)
+    with http.stream("POST", "/v1/chat/completions", json=long) as running:
+        assert next(running.iter_lines()).startswith("data: ")
+    wait_until_idle(http)
+    left = "steer_requests_total{outcome=cancelled,profile=none}"
+    assert metrics(http)[left] == before.get(left, 0) + 1
+    answer = http.post("/v1/chat/completions", json=body(steering=FRENCH)).json()
+    assert answer["choices"][0]["message"]["content"] == FRENCH_ANSWER
+
+
+def test_vectors_may_be_in_the_request(http: httpx.Client) -> None:
+    stored = http.get("/v1/steering/vectors/french/content").content
+    vector = {"data": base64.b64encode(stored).decode()}
+    spec = {"interventions": [{"kind": "add", "vector": vector}]}
+    found = http.post("/v1/chat/completions", json=body(steering=spec)).json()
+    assert found["choices"][0]["message"]["content"] == FRENCH_ANSWER
+    assert fed(found["steering"]) == found["usage"]["total_tokens"] - 1

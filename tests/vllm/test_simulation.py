@@ -1,0 +1,141 @@
+"""A crowd of clients on an engine with too little memory, against each request alone.
+
+The KV cache holds a fraction of what the crowd wants, prompts arrive in pieces of 48 tokens, and
+turns build on turns; so requests are preempted, computed twice, and found in the prefix cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import demo_specs
+import numpy as np
+import pytest
+import torch
+import vllm_engine
+from vllm_simulation import (
+    Plans,
+    assert_all_free,
+    core,
+    forget_cache,
+    simulate,
+)
+
+from steer.engines.base import GenerationRequest, SamplingParams
+from steer.engines.transformers.engine import TransformersEngine
+from steer.engines.vllm.engine import VllmEngine
+from steer.engines.vllm.runner_v1 import RunnerV1
+from steer.plan_cache import PlanCache
+from steer.registry.registry import Registry
+
+CLIENTS, WAVES = 500, 10
+REQUESTS, BLOCKS, STEP_TOKENS = 16, 26, 48
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
+    folder = tmp_path_factory.mktemp("registry")
+    with Registry.open(folder) as registry:
+        demo_specs.register(registry)
+    with vllm_engine.start_engine(
+        folder,
+        num_gpu_blocks_override=BLOCKS,
+        max_num_batched_tokens=STEP_TOKENS,
+        max_num_seqs=REQUESTS,
+        enable_prefix_caching=True,
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def reference() -> Iterator[TransformersEngine]:
+    with TransformersEngine.load(vllm_engine.DEMO_MODEL, name="steer-demo") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def plans(engine: VllmEngine) -> Plans:
+    cache = PlanCache(demo_specs.LIBRARY, engine.info, engine.capabilities)
+    return demo_specs.compiled(cache)
+
+
+def test_every_request_of_a_crowd_equals_itself_alone(
+    engine: VllmEngine,
+    reference: TransformersEngine,
+    plans: Plans,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    report = simulate(engine, reference, plans, clients=CLIENTS, waves=WAVES, seed=3)
+    with capsys.disabled():
+        print(f"\n{report}")
+    counts, watch = report.counts, report.watch
+    assert len(report.outcomes) == CLIENTS
+    assert counts["ties"] <= CLIENTS // 100
+    assert counts["left"] >= 20
+    assert counts["stop"] >= 5
+    assert len(watch.preempted) >= 10
+    assert watch.resumed_from_cache >= 5
+    assert counts["steered and cached"] >= 20
+
+
+def test_seeded_samples_equal_those_of_the_request_alone(engine: VllmEngine, plans: Plans) -> None:
+    """Short prompts that are never computed in pieces: for those vLLM sets a seeded generator
+    back, which no generator of torch's on a CPU can do."""
+    names = list(plans)
+    for first in range(0, len(names), REQUESTS):
+        requests = [
+            GenerationRequest(
+                f"{n} {name}",
+                tuple(range(50 + n, 50 + n + STEP_TOKENS // REQUESTS)),
+                SamplingParams(max_tokens=20, temperature=0.8, top_p=0.95, seed=n, ignore_eos=True),
+                plans[name],
+            )
+            for n, name in enumerate(names[first : first + REQUESTS], first)
+        ]
+        together = engine.complete(requests)
+        for request, mine in zip(requests, together, strict=True):
+            forget_cache(engine)
+            alone = engine.complete([request])[0]
+            assert mine.tokens == alone.tokens, request.id
+            assert vllm_engine.plain(mine.receipt and mine.receipt.as_json()) == vllm_engine.plain(
+                alone.receipt and alone.receipt.as_json()
+            )
+        assert len({one.tokens for one in together}) > len(together) // 2
+    assert_all_free(engine)
+
+
+def test_a_request_that_is_left_before_its_first_token_leaves_nothing(
+    engine: VllmEngine, plans: Plans
+) -> None:
+    async def leave_at_once() -> None:
+        sampling = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
+        request = GenerationRequest("gone", tuple(range(5, 95)), sampling, plans["everything"])
+        tasks = [asyncio.ensure_future(anext(engine.generate(request))) for _ in range(8)]
+        await asyncio.sleep(0)  # each has submitted its request
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(leave_at_once())
+    engine.complete([GenerationRequest("after", (5, 6), SamplingParams(max_tokens=2))])
+    assert core(engine).scheduler.get_num_unfinished_requests() == 0
+    assert_all_free(engine)
+
+
+def test_a_token_that_the_host_does_not_know_yet_is_read_from_the_models_input() -> None:
+    """With asynchronous scheduling, which vLLM does not have on a CPU, the host holds −1 for it,
+    and a trigger on that token would be missed."""
+    runner = SimpleNamespace(
+        _model_forward=lambda input_ids, positions, intermediate_tensors, inputs_embeds: None,
+        speculative_config=None,
+        input_ids=SimpleNamespace(gpu=torch.tensor([7, 8, 9, 41, 10])),
+        input_batch=SimpleNamespace(
+            req_ids=["prompt", "in flight", "known"],
+            num_computed_tokens_cpu=np.array([0, 3, 1]),
+            token_ids_cpu=np.array([[7, 8, 9, 0], [1, 2, 3, -1], [5, 10, 0, 0]]),
+        ),
+    )
+    batch = RunnerV1(runner, None)._batch({"prompt": 3, "in flight": 1, "known": 1})
+    assert [list(batch.ids(n)) for n in range(3)] == [[7, 8, 9], [41], [10]]
