@@ -1,7 +1,11 @@
-"""Runs the benchmarks and prints one table each: `python -m benchmarks [--rounds N] [NAME …]`."""
+"""Runs the benchmarks and prints one table each: `python -m benchmarks [--rounds N] [NAME …]`.
+
+`python -m benchmarks vllm` has options of its own and runs in vLLM's environment.
+"""
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import torch
@@ -20,7 +24,8 @@ def main(
     rounds: Annotated[int, typer.Option(help="Counted rounds of each contestant.")] = 7,
     threads: Annotated[int, typer.Option(help="torch threads.")] = 2,
 ) -> None:
-    """Medians over interleaved rounds; the range in brackets."""
+    """Medians over interleaved rounds; the range in brackets. `vllm`, as the first argument, runs
+    the benchmarks of the vLLM engine."""
     torch.set_num_threads(threads)
     console = Console(width=120)
     console.print(machine())
@@ -32,4 +37,10 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    if sys.argv[1:2] == ["vllm"]:
+        from benchmarks.vllm import command
+
+        del sys.argv[1]
+        typer.run(command.main)
+    else:
+        typer.run(main)

@@ -42,7 +42,7 @@ class Selection:
         if self.ranges is not None:
             chosen &= self._in_ranges(positions, prompt_length)
         if self.tokens is not None:
-            chosen &= np.isin(tokens, list(self.tokens))
+            chosen &= _among(tokens, self.tokens)
         if self.excluded is not None:
             chosen &= ~self.excluded.mask(positions, prompt_length, tokens)
         if self.from_last_prompt_token:
@@ -87,6 +87,7 @@ class Selection:
         return first
 
 
+_FEW_TOKENS = 8
 EVERYWHERE = Selection()
 
 
@@ -129,6 +130,13 @@ def _single_token(text: str, tokenize: Callable[[str], list[int]] | None, param:
             code="not_one_token",
         )
     return ids[0]
+
+
+def _among(tokens: Ints, chosen: frozenset[int]) -> Mask:
+    """Which of `tokens` are in `chosen`; a decode step asks about a single one."""
+    if len(tokens) <= _FEW_TOKENS:
+        return np.array([token in chosen for token in tokens.tolist()], dtype=bool)
+    return np.isin(tokens, list(chosen))
 
 
 def _absolute(bound: int, prompt_length: int) -> int:

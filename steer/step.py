@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from steer.plan import SteeringPlan
 from steer.tables import MAX_PASSES, GateRows, Needs, Stage, Tables
 
 Ints = NDArray[np.int64]
+_FEW = 0.75
+"""Up to this share of a batch, a stage works on its own tokens and not on all."""
 NOBODY = -1
 """The row of a padding token."""
 
@@ -114,6 +117,15 @@ class Span:
     tokens: Ints
 
 
+class _Work(NamedTuple):
+    """What one pass does at one hook point: to all tokens, or to `rows` alone."""
+
+    number: int
+    stage: Stage
+    needs: Needs
+    rows: Tensor | None
+
+
 class Step:
     """One forward pass over T tokens.
 
@@ -139,6 +151,7 @@ class Step:
         self._pending: Tensor | None = None
         self._measured = None if measured is None else torch.from_numpy(measured).to(device)
         self._uniform = self._uniform_slots(slots)
+        self._chosen: dict[tuple[int, ...], Tensor | None] = {}
         live = {int(slot) for slot in np.unique(slots)} - {0}
         points = tables.points()
         if until_decision is not None and watching is not None:
@@ -164,11 +177,11 @@ class Step:
             if gates is not None and gates.live and self._pending is not None:
                 self._decide(number, gates, flat)
         before = flat
-        for number, stage, needs in self._work.get(point, ()):
+        for work in self._work.get(point, ()):
             if self._uniform is None:
-                flat = apply_stage(stage, flat, self.slots[number], needs)
-            elif self._uniform[number]:
-                flat = apply(stage.blocks[self._uniform[number]], flat)
+                flat = self._apply(work, flat)
+            elif self._uniform[work.number]:
+                flat = apply(work.stage.blocks[self._uniform[work.number]], flat)
         if self._measured is not None and flat is not before:
             self._measure(point, before, flat)
         return flat.reshape(x.shape)
@@ -189,13 +202,33 @@ class Step:
             bits |= (slots[number] != 0).astype(np.int64) << number
         self._ledger.record(self._rows[present], bits[present])
 
-    def _work_at(self, point: HookPoint, live: set[int]) -> list[tuple[int, Stage, Needs]]:
-        """The stages that this batch's slots use at `point`, with their pass and what they need."""
+    def _work_at(self, point: HookPoint, live: set[int]) -> list[_Work]:
+        """The stages that this batch's slots use at `point`."""
         found = []
         for number, stage in enumerate(self._tables.stages(point)):
             if stage is not None and (mine := live & stage.blocks.keys()):
-                found.append((number, stage, stage.needs(mine)))
+                needs = stage.needs(mine)
+                found.append(_Work(number, stage, needs, self._rows_of(number, mine, needs)))
         return found
+
+    def _rows_of(self, number: int, slots: set[int], needs: Needs) -> Tensor | None:
+        """The tokens that pass `number` may edit by `slots`, where working on them alone pays."""
+        if not any(needs):
+            return None
+        key = (number, *sorted(slots))
+        if key not in self._chosen:
+            chosen = np.flatnonzero(np.isin(self._host_slots[number], list(slots)))
+            few = len(chosen) <= _FEW * self._host_slots.shape[1]
+            index = torch.from_numpy(chosen).to(self._tables.device) if few else None
+            self._chosen[key] = index
+        return self._chosen[key]
+
+    def _apply(self, work: _Work, x: Tensor) -> Tensor:
+        slots = self.slots[work.number]
+        if work.rows is None:
+            return apply_stage(work.stage, x, slots, work.needs)
+        part, slots = x.index_select(0, work.rows), slots.index_select(0, work.rows)
+        return x.index_copy(0, work.rows, apply_stage(work.stage, part, slots, work.needs))
 
     def _gates_at(self, point: HookPoint, live: set[int]) -> bool:
         return any(g is not None and live & g.live for g in self._tables.gates(point))
@@ -279,7 +312,8 @@ def build_step(
         mine = seat.slots(span.positions, span.tokens)
         slots[: len(mine), place] = mine
         rows[place] = seat.row
-        watching[: len(mine), place] = seat.watching(span.positions)
+        if seat.plan is not None and seat.plan.gated:
+            watching[: len(mine), place] = seat.watching(span.positions)
         until_decision[place] = seat.prompt_length - 1 - span.positions
         measured[place] = seat.measure
     gated = any(span.seat.plan.gated for span in steered if span.seat.plan)

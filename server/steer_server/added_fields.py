@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from steer.engines.receipts import merged
 from steer_server.generation import Answer, Generation
 from steer_server.inspect_spec import InspectSpec
 from steer_server.inspected import inspected
-from steer_server.receipts import merged
 from steer_server.state import Serving
 
 

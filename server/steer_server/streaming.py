@@ -16,9 +16,9 @@ from typing import Any
 from openai.types import CompletionUsage
 
 from steer.engines.base import FinishReason, Receipt
+from steer.engines.receipts import merged
 from steer_server.generation import Generation, Logprobs, Piece, pieces
 from steer_server.openai_errors import failure
-from steer_server.receipts import merged
 from steer_server.state import Serving
 
 log = logging.getLogger("steer.server")

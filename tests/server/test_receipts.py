@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from steer.engines.base import GateReceipt, PointReceipt, Receipt
+from steer.engines.receipts import merged
 from steer.model_info import HookPoint
-from steer_server.receipts import merged
 
 FIRST = Receipt("f", 10, 2, 3, (PointReceipt(HookPoint(2), 10, 0.1),), (GateReceipt("g", 4, 0.7),))
 SECOND = Receipt("f", 30, 1, 0, (PointReceipt(HookPoint(2), 30, 0.2),), (GateReceipt("g", 5, 0.7),))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
 import sys
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ from steer.engines.base import (
     SamplingParams,
 )
 from steer.engines.vllm.engine import VllmEngine
+from steer.engines.vllm.taps import SITES
 from steer.errors import SteerError
 from steer.model_info import HookPoint
 from steer.plan import SteeringPlan
@@ -39,6 +41,7 @@ from steer.registry.registry import Registry
 LATE = "late"
 LATE_SPEC = demo_specs.one(demo_specs.add(LATE, strength=0.6))
 CAPTURED = ("unsteered", "everything", "a clamp that competes", "ablate at attn_out")
+PROMPT = tuple(random.Random(4).randrange(3, demo_specs.VOCABULARY) for _ in range(40))
 PROMPTS = ((5, 9, 200, 31), tuple(range(40, 75)), (7,))
 
 Plans = Mapping[str, SteeringPlan | None]
@@ -57,7 +60,7 @@ def sample(plans: Plans, *, gates: bool) -> list[GenerationRequest]:
 
 def same_request(plan: SteeringPlan | None, name: str, tokens: int = 12) -> GenerationRequest:
     sampling = SamplingParams(max_tokens=tokens, temperature=0, logprobs=2, ignore_eos=True)
-    return GenerationRequest(name, tuple(range(60, 100)), sampling, plan)
+    return GenerationRequest(name, PROMPT, sampling, plan)
 
 
 def as_json(done: Completion) -> dict[str, Any]:
@@ -71,7 +74,7 @@ def as_json(done: Completion) -> dict[str, Any]:
 
 def capture_all(engine: Engine, plans: Plans) -> dict[str, torch.Tensor]:
     """States at every hook point, logits, and unembedded last states, for some specs."""
-    points = tuple(HookPoint(layer, site) for layer in range(6) for site in engine.info.sites)
+    points = tuple(HookPoint(layer, site) for layer in range(demo_specs.LAYERS) for site in SITES)
     found = {}
     for name in CAPTURED:
         request = CaptureRequest(PROMPTS, points, plans=[plans[name]] * 3, logits="all")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 # vLLM's CPU worker imports this first as well.
-import vllm.v1.worker.cpu.shm  # isort: skip
+import vllm.v1.worker.cpu.shm  # noqa: F401  # isort: skip
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput

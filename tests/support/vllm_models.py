@@ -113,9 +113,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         "Ernie4_5_Moe",
         {**_GROUPED, "moe_intermediate_size": 64, "moe_num_experts": 4, "moe_k": 2},
     ),
-    "minimax-m2": _causal(
-        "MiniMaxM2", {**_HEADS, "num_local_experts": 4, "num_experts_per_tok": 2}
-    ),
     "gpt-oss": _causal("GptOss", {**_HEADS, "num_local_experts": 4, "num_experts_per_tok": 2}),
     # One tensor, to which attention and then the MLP are added.
     "gpt2": Architecture("GPT2LMHeadModel", "GPT2Config", _GPT),

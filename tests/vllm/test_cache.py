@@ -14,10 +14,19 @@ import demo_specs
 import pytest
 import torch
 import vllm_engine
-from vllm_simulation import Plans, assert_all_free, core, forget_cache, in_engine, watched
+from vllm_simulation import (
+    Plans,
+    assert_all_free,
+    core,
+    forget_cache,
+    in_engine,
+    steering,
+    watched,
+)
 
 from steer.engines.base import CaptureRequest, Completion, GenerationRequest, SamplingParams
 from steer.engines.vllm.engine import VllmEngine
+from steer.errors import EngineError, StorageError
 from steer.model_info import HookPoint
 from steer.plan import SteeringPlan
 from steer.plan_cache import PlanCache
@@ -275,6 +284,32 @@ def test_a_cached_prompt_is_computed_again_to_be_captured(
     torch.testing.assert_close(again.logits, fresh.logits, rtol=1e-5, atol=1e-5)
     # What a captured request computes is shared with others as usual.
     assert ask(engine, plans[name]).cached == WHOLE
+
+
+@pytest.mark.parametrize("name", ["all", "prompt", "token gate"])
+def test_what_a_failed_request_left_in_the_cache_is_not_taken_for_steered(
+    engine: VllmEngine, plans: Plans, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A plan cannot be read for a moment; its request ran unsteered, under the plan's name."""
+    seats = steering(engine).seats
+
+    def unreadable(sha256: str) -> SteeringPlan:
+        raise StorageError("the disk is away")
+
+    monkeypatch.setattr(seats, "_failed", set())
+    with monkeypatch.context() as broken:
+        broken.setattr(seats, "_load", unreadable)
+        with pytest.raises(EngineError, match="the disk is away"):
+            ask(engine, plans[name])
+    with pytest.raises(EngineError, match="prefix cache") as raised:
+        ask(engine, plans[name])
+    assert raised.value.code == "cache_in_doubt"
+    # Other plans, other prompts and an empty cache are not in doubt.
+    assert ask(engine, plans["stronger"]).done.receipt is not None
+    assert ask(engine, plans[name], PROMPT[::-1]).cached == 0
+    forget_cache(engine)
+    again = ask(engine, plans[name])
+    assert_exact(engine, plans[name], again)
 
 
 def test_requests_side_by_side_share_what_they_may(engine: VllmEngine, plans: Plans) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -497,6 +498,25 @@ def test_a_client_that_leaves_frees_its_slot(http: httpx.Client) -> None:
     assert metrics(http)[left] == before.get(left, 0) + 1
     answer = http.post("/v1/chat/completions", json=body(steering=FRENCH)).json()
     assert answer["choices"][0]["message"]["content"] == FRENCH_ANSWER
+
+
+def test_a_client_that_hangs_up_at_once_is_counted_and_forgotten(
+    http: httpx.Client, url: str
+) -> None:
+    cancelled = "steer_requests_total{outcome=cancelled,profile=none}"
+    before = metrics(http).get(cancelled, 0)
+    content = json.dumps(body(steering=FRENCH, max_tokens=220, ignore_eos=True)).encode()
+    place = httpx.URL(url)
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: {place.host}\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+    )
+    with socket.create_connection((place.host, place.port or 80)) as connection:
+        connection.sendall(head.encode() + content)
+    until = time.monotonic() + 60
+    while metrics(http).get(cancelled, 0) != before + 1:
+        assert time.monotonic() < until
+    wait_until_idle(http)
 
 
 def test_vectors_may_be_in_the_request(http: httpx.Client) -> None:

@@ -20,6 +20,7 @@ from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 from vllm.sampling_params import RequestOutputKind
 
 from steer.engines.base import PointReceipt, Receipt
+from steer.engines.vllm.admission import check_request
 from steer.engines.vllm.ticket import Ticket
 from steer.errors import EngineError, SpecError, Unsupported
 from steer.model_info import HookPoint
@@ -261,6 +262,12 @@ async def test_a_spec_in_the_arguments_becomes_a_ticket() -> None:
     assert client.workers.calls[0][0][1] == {0: 5}
     with pytest.raises(VLLMValidationError, match="no such thing"):
         await anext(client.generate("p", params({"steering": "bad"}), "id"))
+
+
+def test_a_spec_that_came_past_the_watch_is_refused_by_the_engine() -> None:
+    unread = SimpleNamespace(pooling_params=None, sampling_params=params({"steering": "{}"}))
+    with pytest.raises(SpecError, match="nobody has compiled"):
+        check_request(unread, None)
 
 
 # Responses

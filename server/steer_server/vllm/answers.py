@@ -9,10 +9,10 @@ from typing import Any
 
 from starlette.responses import Response
 
+from steer.engines.receipts import merged
 from steer.errors import EngineError
 from steer_server.metrics import Metrics
 from steer_server.openai_errors import failure
-from steer_server.receipts import merged
 from steer_server.steering import Steering
 from steer_server.vllm.claims import Claim
 

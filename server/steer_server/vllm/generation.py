@@ -81,8 +81,24 @@ async def _answered(call: Call, request: Any, raw_request: Request) -> Response 
         if isinstance(response, StreamingResponse):
             events = cast("Any", response.body_iterator)
             response.body_iterator = with_receipt(events, claim, order.steering, serving.metrics)
-        return response
-    return await _whole(lambda one: call(one, raw_request), serving, order, claim, request, plain)
+            return response
+        if response is None or response.status_code >= 400:
+            return response
+        return with_fields(response, receipt_of(claim))
+    try:
+        return await _whole(
+            lambda one: call(one, raw_request), serving, order, claim, request, plain
+        )
+    except _Refused as refused:
+        return refused.response
+
+
+class _Refused(Exception):
+    """vLLM has answered with an error of its own; the metrics are to know."""
+
+    def __init__(self, response: Response) -> None:
+        super().__init__()
+        self.response = response
 
 
 async def _claim(watch: Watch, serving: Serving, order: Order) -> Claim:
@@ -112,10 +128,9 @@ async def _whole(
                 beside.cancel()
         if response is None or (beside is not None and default is None):
             raise ClientDisconnect
-        if response.status_code >= 400:
-            return response
-        if default is not None and default.status_code >= 400:
-            return default
+        for answer in (response, default):
+            if answer is not None and answer.status_code >= 400:
+                raise _Refused(answer)
         fields = receipt_of(claim)
         if default is not None:
             fields["default"] = json.loads(bytes(default.body))["choices"]

@@ -136,7 +136,16 @@ def _ticket(request: Any) -> Ticket | None:
     if pooling is not None and EXTRA_ARG in (pooling.extra_kwargs or {}):
         raise Unsupported("pooling requests cannot be steered: ask for a completion")
     params = request.sampling_params
-    return None if params is None else Ticket.of(params.extra_args)
+    if params is None:
+        return None
+    if "steering" in (params.extra_args or {}):
+        # A front end with Steer puts a ticket in its place; this one would leave it aside.
+        raise SpecError(
+            "extra_args['steering'] is a spec that nobody has compiled: send it to a server with "
+            "Steer, or make the parameters with steer.engines.vllm.offline",
+            code="spec_not_compiled",
+        )
+    return Ticket.of(params.extra_args)
 
 
 def _check_engine(config: Any, ticket: Ticket) -> None:

@@ -23,15 +23,15 @@ from steer.registry.plan_store import PlanStore
 from steer.spec import Site
 
 _KEPT_PLANS = 2048
-_SHIFT_SPECS = 16
+_SHIFT_SPECS = 256
 
 
 def attach(model: nn.Module, vllm_config: Any, device: torch.device) -> WorkerSteering:
     """Taps `model` and gives the worker's steering. Raises `Unsupported` for what cannot be."""
+    refuse_graphs(vllm_config)
     stack = find_stack(model, vllm_config.model_config.get_total_num_hidden_layers())
     info = model_info(vllm_config, stack.layout.sites)
     options = SteerOptions.stamped(vllm_config.additional_config)
-    refuse_graphs(vllm_config)
     requests = vllm_config.scheduler_config.max_num_seqs
     shifts = None
     if compiles(vllm_config):

@@ -4,6 +4,9 @@ A family is named by two classes with their modules: the one that runs the decod
 layer. Both are needed. A model may reuse a known layer and change the stream between layers
 (Solar mixes in earlier states, vision models add image features), and class names repeat. A layer
 that is not here may return unreduced or sharded halves, and is refused by name.
+
+`tests/vllm/test_architectures.py` runs the families that transformers can write a small model of;
+InternLM2, EXAONE 3, MiniMax-M2, PhiMoE and MiniCPM were read only.
 """
 
 from __future__ import annotations

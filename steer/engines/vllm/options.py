@@ -25,8 +25,9 @@ class SteerOptions(BaseModel):
     """Options of the plugin; the defaults serve every kind at every site.
 
     `edit_rows` bounds the rank-1 edits of all running plans together; requests beyond it wait.
-    `shift_rows` are the rows of constants inside compiled graphs (0: as many as 16 specs on every
-    layer need); plans that find no room there are steered by the general operator.
+    `shift_rows` are the rows of constants inside compiled graphs (0: as many as 256 specs on every
+    layer need, or all that can run); plans that find no room there are steered by the general
+    operator.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -1,0 +1,1 @@
+"""What steering costs vLLM: two engines side by side, one plain and one with Steer."""

@@ -1,0 +1,243 @@
+"""What Steer itself does in a step, in seconds, without the model around it.
+
+Where the machine's noise hides half a percent of a step, this does not: the worker's adapter runs
+for a model that consists of taps alone.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.vllm.pair import PROMPT
+from benchmarks.vllm.shapes import SLOTS, Shape
+from steer.engines.vllm.runner_v1 import RunnerV1
+from steer.engines.vllm.shifts import ShiftTables
+from steer.engines.vllm.steering import WorkerSteering
+from steer.engines.vllm.taps import CompiledTap, EagerTap
+from steer.engines.vllm.ticket import Ticket
+from steer.plan import SteeringPlan
+
+MAX_LENGTH = 2048
+_INLINE_SPECS = 16
+"""As many specs on every layer fit into the constants of a compiled graph by default."""
+
+Plans = Sequence[SteeringPlan | None]
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Medians in seconds: before the forward pass, at all its taps, after it."""
+
+    begin: float
+    taps: float
+    end: float
+
+    @property
+    def total(self) -> float:
+        return self.begin + self.taps + self.end
+
+
+class _TapsAlone:
+    """A model runner of vLLM's, as far as `RunnerV1` looks, whose model is its taps."""
+
+    speculative_config = None
+
+    def __init__(self, shape: Shape, batch: int, *, compiled: bool) -> None:
+        self.input_batch = SimpleNamespace(
+            req_ids=[f"r{n}" for n in range(batch)],
+            num_computed_tokens_cpu=np.zeros(batch, dtype=np.int32),
+            token_ids_cpu=np.zeros((batch, MAX_LENGTH), dtype=np.int32),
+        )
+        count = 2 * shape.layers + 1
+        visit = torch.ops.steer.visit_pair
+        self._taps: list[Callable[[Tensor, Tensor], Any]] = (
+            [partial(_at, visit, tap) for tap in range(count)]
+            if compiled
+            else [EagerTap(tap) for tap in range(count)]
+        )
+        generator = torch.Generator().manual_seed(2)
+        self._base = torch.randn(2, batch * PROMPT, shape.d_model, generator=generator)
+        self._states = self._base.clone()
+        self.entered = self.left = 0.0
+
+    def tokens(self, count: int) -> None:
+        """Puts back the states of a pass over `count` tokens."""
+        self._now = self._states[:, :count]
+        self._now.copy_(self._base[:, :count])
+
+    def _model_forward(
+        self,
+        input_ids: object = None,  # noqa: ARG002 (names that `RunnerV1` looks for)
+        positions: object = None,  # noqa: ARG002
+        intermediate_tensors: object = None,  # noqa: ARG002
+        inputs_embeds: object = None,  # noqa: ARG002
+    ) -> None:
+        hidden, residual = self._now
+        self.entered = time.perf_counter()
+        for tap in self._taps:
+            tap(hidden, residual)
+        self.left = time.perf_counter()
+
+
+@torch.inference_mode()
+def step_cost(shape: Shape, plans: Plans, *, compiled: bool, steps: int = 400) -> StepCost:
+    """Decodes for the requests of `plans`, which steer a model of `shape`.
+
+    In a compiled engine the constants are part of the graph and not of this; `tap_cost` has them.
+    """
+    batch = len(plans)
+    known = {_hash(plan): plan for plan in plans if plan is not None}
+    steering = WorkerSteering(
+        shape.info(MAX_LENGTH),
+        known.__getitem__,
+        max_requests=SLOTS,
+        device=torch.device("cpu"),
+        shifts=_shift_tables(shape) if compiled else None,
+    )
+    runner = _TapsAlone(shape, batch, compiled=compiled)
+    adapter = RunnerV1(runner, steering)
+    arriving = [
+        SimpleNamespace(
+            req_id=f"r{n}",
+            prompt_token_ids=[3] * PROMPT,
+            sampling_params=SimpleNamespace(extra_args=_extra_args(n, plan)),
+        )
+        for n, plan in enumerate(plans)
+    ]
+    computed = runner.input_batch.num_computed_tokens_cpu
+
+    def step(count: int, new: Sequence[object]) -> tuple[float, float, float]:
+        output = SimpleNamespace(
+            finished_req_ids=(),
+            scheduled_new_reqs=new,
+            num_scheduled_tokens={f"r{n}": count for n in range(batch)},
+        )
+        runner.tokens(batch * count)
+        started = time.perf_counter()
+        with adapter.step(output):
+            runner._model_forward()
+        ended = time.perf_counter()
+        computed[:] += count
+        return runner.entered - started, runner.left - runner.entered, ended - runner.left
+
+    step(PROMPT, arriving)
+    found = [step(1, ()) for _ in range(steps + steps // 10)][steps // 10 :]
+    for req_id in runner.input_batch.req_ids:
+        live = steering.seats.get(req_id)
+        if live is not None and live.fault is not None:
+            raise RuntimeError(f"a plan was not carried out: {live.fault}")
+    return StepCost(*(statistics.median(part) for part in zip(*found, strict=True)))
+
+
+@dataclass(frozen=True)
+class TapCost:
+    """Seconds of one tap at which nothing runs."""
+
+    eager: float
+    compiled: float
+
+
+def tap_costs(
+    shape: Shape, batches: Sequence[int], *, rounds: int = 25, repeats: int = 40
+) -> list[TapCost]:
+    """Of passes over as many tokens. A compiled tap is what a chain of norms and taps costs more
+    than the same chain of norms, both compiled; the median over interleaved rounds."""
+    count = 2 * shape.layers + 1
+    tables = _shift_tables(shape)
+    eager = [EagerTap(tap) for tap in range(count)]
+    chains = [
+        torch.compile(_Chain(taps, shape.d_model), dynamic=True)
+        for taps in (
+            [_NoTap() for _ in range(count)],
+            [CompiledTap(tap, tables) for tap in range(count)],
+        )
+    ]
+
+    def seconds(work: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        for _ in range(repeats):
+            work()
+        return (time.perf_counter() - started) / repeats
+
+    def of(tokens: int) -> TapCost:
+        generator = torch.Generator().manual_seed(3)
+        states = torch.randn(2, tokens, shape.d_model, generator=generator)
+        looked, extra = [], []
+        for number in range(rounds + 1):
+            plain, tapped = (seconds(partial(chain, *states)) for chain in chains)
+            if number:  # the first round compiles
+                extra.append((tapped - plain) / count)
+                looked.append(seconds(partial(_visit_all, eager, *states)) / count)
+        return TapCost(statistics.median(looked), statistics.median(extra))
+
+    with torch.inference_mode():
+        return [of(tokens) for tokens in batches]
+
+
+class _NoTap(nn.Module):
+    def forward(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return hidden, residual
+
+
+class _Chain(nn.Module):
+    """Fused adds and norms, as between the parts of a decoder layer, with a tap before each."""
+
+    def __init__(self, taps: Sequence[nn.Module], width: int) -> None:
+        super().__init__()
+        self.taps = nn.ModuleList(taps)
+        self.weight = nn.Parameter(torch.ones(width), requires_grad=False)
+
+    def forward(self, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, residual = hidden.clone(), residual.clone()
+        for tap in self.taps:
+            hidden, residual = tap(hidden, residual)
+            residual = hidden + residual
+            hidden = residual * torch.rsqrt(residual.pow(2).mean(-1, keepdim=True) + 1e-6)
+            hidden = hidden * self.weight
+        return hidden, residual
+
+
+def _shift_tables(shape: Shape) -> ShiftTables:
+    return ShiftTables(
+        2 * shape.layers + 1,
+        shape.d_model,
+        variants=2 * SLOTS + 1,
+        bank_rows=1 + _INLINE_SPECS * shape.layers,
+        batch_tokens=SLOTS * PROMPT,
+        device=torch.device("cpu"),
+    )
+
+
+def _visit_all(taps: Sequence[nn.Module], hidden: Tensor, residual: Tensor) -> None:
+    for tap in taps:
+        tap(hidden, residual)
+
+
+def _at(visit: Any, tap: int, hidden: Tensor, residual: Tensor) -> None:
+    visit(hidden, residual, tap)
+
+
+def _hash(plan: SteeringPlan) -> str:
+    """A name for the plan in 64 hex digits, as a plan store's: nothing is stored here."""
+    return plan.fingerprint * 2
+
+
+def _extra_args(number: int, plan: SteeringPlan | None) -> dict[str, str] | None:
+    if plan is None:
+        return None
+    return Ticket(
+        str(number),
+        fingerprint=plan.fingerprint,
+        plan=_hash(plan),
+        selections=tuple(one.selection for one in plan.passes),
+    ).as_extra_args()

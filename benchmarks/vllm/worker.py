@@ -1,0 +1,222 @@
+"""One vLLM engine in a process of its own, idle until it is told to compute.
+
+Started by `benchmarks.vllm.pair` as `python -m benchmarks.vllm.worker FD SETTINGS`. Orders and
+answers are lines of JSON on the socket FD; what vLLM prints goes to the process's own output.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.vllm.shapes import MAX_LENGTH, SLOTS
+from steer.engines.vllm import plugin
+from steer.engines.vllm.desk import Desk
+from steer.engines.vllm.engine import VllmEngine
+from steer.engines.vllm.messages import read_receipt
+from steer.engines.vllm.options import registry_location
+from steer.engines.vllm.ticket import Ticket
+from steer.plan_cache import PlanCache
+from steer.registry.plan_store import PlanStore
+from steer.registry.registry import Registry
+from steer.spec import parse_spec
+
+Prompts = Sequence[Sequence[int]]
+Specs = Sequence[dict[str, Any] | None]
+
+
+class Engine:
+    """vLLM's own `LLM`, stepped by hand, the same with the plugin and without."""
+
+    def __init__(self, model: str, *, steered: bool, eager: bool) -> None:
+        from vllm import LLM  # noqa: PLC0415
+
+        if steered:
+            plugin.register()
+        self._llm = LLM(
+            model=model,
+            skip_tokenizer_init=True,
+            dtype="float32",
+            enforce_eager=eager,
+            max_model_len=MAX_LENGTH,
+            max_num_seqs=SLOTS,
+            max_num_batched_tokens=SLOTS * 16,
+            block_size=32,
+            enable_prefix_caching=False,
+            gpu_memory_utilization=0.3,
+        )
+        self._engine = self._llm.llm_engine
+        self._front: VllmEngine | None = None
+        if steered:
+            answer = self.rpc("steer_info")[0]
+            desk = Desk(PlanStore(registry_location()))
+            self._front = VllmEngine(self, None, answer, desk, frozenset())  # type: ignore[arg-type]
+        self._plans: dict[str, PlanCache] = {}
+        self._asked: dict[str, tuple[Ticket | None, int]] = {}
+        self._made: dict[str, list[int]] = {}
+        self._tokens = self._number = 0
+
+    def rpc(self, method: str, *args: Any) -> list[Any]:
+        """All that `VllmEngine` needs of a driver here."""
+        return list(self._engine.collective_rpc(method, args=args))
+
+    # Orders
+
+    def start(self, specs: Specs, prompts: Prompts, tokens: int) -> float:
+        """Adds a batch and computes its prompts; the seconds this took."""
+        gc.collect()
+        self._tokens, self._asked, self._made = tokens, {}, {}
+        started = time.perf_counter()
+        self._add(specs, prompts, tokens)
+        while len(self._made) < len(prompts):
+            self._take(self._engine.step())
+        return time.perf_counter() - started
+
+    def steps(self, count: int) -> list[float]:
+        """The seconds of each of the next `count` steps, in every one of which all decode."""
+        seconds, outputs = [], []
+        for _ in range(count):
+            started = time.perf_counter()
+            outputs.append(self._engine.step())
+            seconds.append(time.perf_counter() - started)
+        for output in outputs:
+            if len(output) != len(self._asked):
+                raise RuntimeError(f"a step gave {len(output)} of {len(self._asked)} tokens")
+            self._take(output)
+        return seconds
+
+    def finish(self) -> int:
+        """Runs the batch to its end and asks for its receipts; how many tokens were steered."""
+        while self._engine.has_unfinished_requests():
+            self._take(self._engine.step())
+        self._engine.step()
+        short = [key for key, made in self._made.items() if len(made) != self._tokens]
+        if short:
+            raise RuntimeError(f"{len(short)} requests did not get {self._tokens} tokens")
+        return self._receipts()
+
+    def chats(
+        self, specs: Specs, prompts: Prompts, tokens: int, registry: str = ""
+    ) -> tuple[float, list[list[int]]]:
+        """A whole job with plans, tickets and receipts: tokens per second, and the tokens."""
+        gc.collect()
+        self._tokens, self._asked, self._made = tokens, {}, {}
+        started = time.perf_counter()
+        self._add(specs, prompts, tokens, registry)
+        self.finish()
+        seconds = time.perf_counter() - started
+        found = [self._made[key] for key in self._asked]
+        return sum(map(len, found)) / seconds, found
+
+    def hooked(
+        self, rows: Sequence[Sequence[float]], layer: int, prompts: Prompts, tokens: int
+    ) -> tuple[float, list[list[int]]]:
+        """The same job as research code does it: a hook on a decoder layer, one call each."""
+        layers: list[torch.nn.Module] = []
+        self._llm.apply_model(lambda model: layers.append(model.model.layers[layer]))
+        gc.collect()
+        found, seconds = [], 0.0
+        for n, prompt in enumerate(prompts):
+            row = torch.tensor(rows[n % len(rows)])
+            started = time.perf_counter()
+
+            def shift(_module: object, _given: object, out: Any, row: torch.Tensor = row) -> Any:
+                return out[0] + row, out[1]
+
+            hook = layers[0].register_forward_hook(shift)
+            try:
+                made = self._llm.generate(
+                    {"prompt_token_ids": list(prompt)}, self._params(tokens, None), use_tqdm=False
+                )
+            finally:
+                hook.remove()
+            seconds += time.perf_counter() - started
+            found.append(list(made[0].outputs[0].token_ids))
+        return sum(map(len, found)) / seconds, found
+
+    def _add(self, specs: Specs, prompts: Prompts, tokens: int, registry: str = "") -> None:
+        for spec, prompt in zip(specs, prompts, strict=True):
+            ticket = None
+            if spec is not None:
+                if self._front is None:
+                    raise RuntimeError("the plain engine cannot steer")
+                plan = self._plan_cache(registry or registry_location()).plan(parse_spec(spec))
+                ticket = self._front.desk.ticket(plan)
+            self._number += 1
+            key = f"r{self._number}"
+            self._asked[key] = (ticket, len(prompt))
+            prompt_ids = {"prompt_token_ids": list(prompt)}
+            self._engine.add_request(key, prompt_ids, self._params(tokens, ticket, delta=True))
+
+    def _params(self, tokens: int, ticket: Ticket | None, *, delta: bool = False) -> Any:
+        from vllm import SamplingParams  # noqa: PLC0415
+        from vllm.sampling_params import RequestOutputKind  # noqa: PLC0415
+
+        return SamplingParams(
+            max_tokens=tokens,
+            temperature=0,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA if delta else RequestOutputKind.FINAL_ONLY,
+            extra_args=None if ticket is None else ticket.as_extra_args(),
+        )
+
+    def _plan_cache(self, registry: str) -> PlanCache:
+        if registry not in self._plans:
+            assert self._front is not None
+            library = Registry.open(registry)
+            self._plans[registry] = PlanCache(library, self._front.info, self._front.capabilities)
+        return self._plans[registry]
+
+    def _take(self, outputs: Sequence[Any]) -> None:
+        for output in outputs:
+            self._made.setdefault(output.request_id, []).extend(output.outputs[0].token_ids)
+
+    def _receipts(self) -> int:
+        asked = [
+            (ticket.key, {0: length + self._tokens - 1})
+            for ticket, length in self._asked.values()
+            if ticket is not None
+        ]
+        if not asked:
+            return 0
+        answers = self.rpc("steer_receipts", asked)[0]
+        return sum(read_receipt(answer[0]).tokens_steered for answer in answers)
+
+
+ORDERS = ("start", "steps", "finish", "chats", "hooked")
+
+
+def main() -> None:
+    channel = socket.socket(fileno=int(sys.argv[1])).makefile("rw")
+    settings = json.loads(sys.argv[2])
+    engine: Engine | None = None
+
+    def answer(content: dict[str, Any]) -> None:
+        channel.write(json.dumps(content) + "\n")
+        channel.flush()
+
+    try:
+        engine = Engine(**settings)
+        answer({"ok": "ready"})
+        for line in channel:
+            order = json.loads(line)
+            name = order.pop("do")
+            if name not in ORDERS:
+                raise ValueError(f"there is no order {name!r}")
+            answer({"ok": getattr(engine, name)(**order)})
+    except Exception:
+        answer({"error": traceback.format_exc()})
+        raise
+
+
+if __name__ == "__main__":
+    main()
