@@ -153,6 +153,14 @@ class _Draft:
         return self.sources.vector(vector, "vector").card.default_where
 
     def _gate(self, when: When, at: str, blocks: Blocks) -> Gate:
+        if when.scope not in self.capabilities.gate_scopes:
+            known = " or ".join(map(repr, self.capabilities.gate_scopes))
+            raise Unsupported(
+                f"this engine has no gates of scope {when.scope!r}: "
+                + (f"use {known}" if known else "send the spec without 'when'"),
+                param=at,
+                code="unsupported_gate",
+            )
         vector = self.sources.vector(when.vector, at.removeprefix("/") + "/vector")
         layer = vector.card.used_layers[0] if when.layer is None else when.layer
         point = HookPoint(layer, vector.card.site)

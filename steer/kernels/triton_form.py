@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from steer import edits, graph_tables
+from steer import edits, graph_rows, graph_tables
 from steer.errors import EngineError
 from steer.graph_tables import GraphTables, StepBuffers
 from steer.tables import MAX_PASSES
@@ -33,18 +33,18 @@ _PASSES = tl.constexpr(MAX_PASSES)
 _ALL = tl.constexpr((1 << MAX_PASSES) - 1)
 _TOKEN_GATES = tl.constexpr(graph_tables.TOKEN_GATES)
 _HELD_GATES = tl.constexpr(graph_tables.HELD_GATES)
-_BLOCK_FIELDS = tl.constexpr(graph_tables.BLOCK_FIELDS)
-_FIRST = tl.constexpr(graph_tables.FIRST)
-_COUNT = tl.constexpr(graph_tables.COUNT)
-_CONSTANT = tl.constexpr(graph_tables.CONSTANT)
-_FLAGS = tl.constexpr(graph_tables.FLAGS)
-_REPLACES = tl.constexpr(graph_tables.REPLACES)
-_PRESERVES = tl.constexpr(graph_tables.PRESERVES)
-_NEEDS_NORM = tl.constexpr(graph_tables.NEEDS_NORM)
-_GATE_FIELDS = tl.constexpr(graph_tables.GATE_FIELDS)
-_ABOVE = tl.constexpr(graph_tables.ABOVE)
-_BELOW = tl.constexpr(graph_tables.BELOW)
-_COSINE = tl.constexpr(graph_tables.COSINE)
+_BLOCK_FIELDS = tl.constexpr(graph_rows.BLOCK_FIELDS)
+_FIRST = tl.constexpr(graph_rows.FIRST)
+_COUNT = tl.constexpr(graph_rows.COUNT)
+_CONSTANT = tl.constexpr(graph_rows.CONSTANT)
+_FLAGS = tl.constexpr(graph_rows.FLAGS)
+_REPLACES = tl.constexpr(graph_rows.REPLACES)
+_PRESERVES = tl.constexpr(graph_rows.PRESERVES)
+_NEEDS_NORM = tl.constexpr(graph_rows.NEEDS_NORM)
+_GATE_FIELDS = tl.constexpr(graph_rows.GATE_FIELDS)
+_ABOVE = tl.constexpr(graph_rows.ABOVE)
+_BELOW = tl.constexpr(graph_rows.BELOW)
+_COSINE = tl.constexpr(graph_rows.COSINE)
 _TOKEN_FIELDS = tl.constexpr(graph_tables.TOKEN_FIELDS)
 _SLOT = tl.constexpr(graph_tables.SLOT)
 _ROW = tl.constexpr(graph_tables.ROW)
@@ -53,7 +53,7 @@ _FOLLOWERS = tl.constexpr(graph_tables.FOLLOWERS)
 _DECIDES = tl.constexpr(graph_tables.DECIDES)
 _FOLLOWS = tl.constexpr(graph_tables.FOLLOWS)
 _MEASURED = tl.constexpr(graph_tables.MEASURED)
-_LAW_STRIDE = tl.constexpr(graph_tables.LAW_STRIDE)
+_LAW_STRIDE = tl.constexpr(graph_rows.LAW_STRIDE)
 _BIAS = tl.constexpr(edits.BIAS)
 _THRESHOLD = tl.constexpr(edits.THRESHOLD)
 _INTERCEPT = tl.constexpr(edits.INTERCEPT)
@@ -156,8 +156,8 @@ def _decided(
 def _stream(hidden_row, residual_row, summed, inside, SPLIT: tl.constexpr):
     """The row that the edits of a hook point see: the sum of both halves, or `hidden` alone."""
     x = tl.load(hidden_row, mask=inside, other=0.0).to(tl.float32)
-    if SPLIT:
-        if summed:  # noqa: SIM102 -- SPLIT is known when the kernel is compiled
+    if SPLIT:  # noqa: SIM102 -- known when the kernel is compiled, unlike `summed`
+        if summed:
             x += tl.load(residual_row, mask=inside, other=0.0).to(tl.float32)
     return x
 
@@ -166,7 +166,7 @@ def _stream(hidden_row, residual_row, summed, inside, SPLIT: tl.constexpr):
 def _write_back(x, before, hidden_row, residual_row, summed, inside, SPLIT: tl.constexpr):
     """Puts the row `x` in the place of `before`: a sum changes by the difference in `residual`."""
     if SPLIT:
-        if summed:  # noqa: SIM102 -- SPLIT is known when the kernel is compiled
+        if summed:
             half = tl.load(residual_row, mask=inside, other=0.0).to(tl.float32)
             tl.store(residual_row, half - (before - x), mask=inside)
         else:
@@ -175,6 +175,72 @@ def _write_back(x, before, hidden_row, residual_row, summed, inside, SPLIT: tl.c
         tl.store(hidden_row, x, mask=inside)
     # Threads may hold other columns when the next hook point loads the row.
     tl.debug_barrier()
+
+
+@triton.jit
+def _at_point(
+    hidden_row,
+    residual_row,
+    summed,
+    inside,
+    marks,
+    open_now,
+    decisions,
+    mine,
+    blocks,
+    gate_rows,
+    values,
+    size,
+    read,
+    write,
+    laws,
+    following,
+    constants,
+    gates,
+    width,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One hook point for one token; what is open after it, and the decisions of its request.
+
+    `mine` are the bits of `work` of the token's plan here. Gates read before any block edits.
+    """
+    held_gates = (mine >> _HELD_GATES) & _ALL
+    shown = (mine >> _TOKEN_GATES) & marks & _ALL
+    if (marks & _DECIDES) != 0:
+        shown |= held_gates
+    open_now = (open_now & ~held_gates) | (decisions & held_gates & marks)
+    if (shown | (mine & open_now & _ALL)) != 0:
+        x = _stream(hidden_row, residual_row, summed, inside, SPLIT)
+        if shown != 0:
+            open_now, decisions = _decided(
+                x,
+                shown,
+                held_gates,
+                open_now,
+                decisions,
+                gate_rows,
+                gates,
+                constants,
+                values,
+                width,
+                BLOCK,
+            )
+            open_now = (open_now & ~held_gates) | (decisions & held_gates & marks)
+        acting = mine & open_now & _ALL
+        if acting != 0:
+            for number in range(_PASSES):
+                if ((acting >> number) & 1) != 0:
+                    block = blocks + number * _BLOCK_FIELDS
+                    x = _after_block(
+                        x, block, read, write, laws, following, constants, width, BLOCK
+                    )
+            # Loaded again, so that it needs no registers meanwhile.
+            before = _stream(hidden_row, residual_row, summed, inside, SPLIT)
+            if (marks & _MEASURED) != 0:
+                tl.atomic_add(size, _length(x - before) / tl.maximum(_length(before), _TINY))
+            _write_back(x, before, hidden_row, residual_row, summed, inside, SPLIT)
+    return open_now, decisions
 
 
 @triton.jit(
@@ -244,60 +310,35 @@ def _edit_group(
         count += tl.load(tokens + first * _TOKEN_FIELDS + _FOLLOWERS)
 
     columns = tl.arange(0, BLOCK)
-    inside = columns < width
     for step in range(count):
         token = first + step
         marks = tl.load(tokens + token * _TOKEN_FIELDS + _SELECTED)
         open_now = tl.load(opened + token)
-        hidden_row = hidden + token.to(tl.int64) * hidden_stride + columns
-        residual_row = residual + token.to(tl.int64) * residual_stride + columns
         for place in range(points):
-            point = slot * n_points + first_point + place
-            mine = tl.load(work + point)
-            held_gates = (mine >> _HELD_GATES) & _ALL
-            shown = (mine >> _TOKEN_GATES) & marks & _ALL
-            if (marks & _DECIDES) != 0:
-                shown |= held_gates
-            open_now = (open_now & ~held_gates) | (decisions & held_gates & marks)
-            if (shown | (mine & open_now & _ALL)) != 0:
-                summed = ((streams >> place) & 1) != 0
-                x = _stream(hidden_row, residual_row, summed, inside, SPLIT)
-                if shown != 0:
-                    open_now, decisions = _decided(
-                        x,
-                        shown,
-                        held_gates,
-                        open_now,
-                        decisions,
-                        gate_rows + slot * _PASSES,
-                        gates,
-                        constants,
-                        values + row * _PASSES,
-                        width,
-                        BLOCK,
-                    )
-                    open_now = (open_now & ~held_gates) | (decisions & held_gates & marks)
-                acting = mine & open_now & _ALL
-                if acting != 0:
-                    for number in range(_PASSES):
-                        if ((acting >> number) & 1) != 0:
-                            x = _after_block(
-                                x,
-                                blocks + (point * _PASSES + number) * _BLOCK_FIELDS,
-                                read,
-                                write,
-                                laws,
-                                following,
-                                constants,
-                                width,
-                                BLOCK,
-                            )
-                    # Loaded again, so that it needs no registers meanwhile.
-                    before = _stream(hidden_row, residual_row, summed, inside, SPLIT)
-                    if (marks & _MEASURED) != 0:
-                        size = _length(x - before) / tl.maximum(_length(before), _TINY)
-                        tl.atomic_add(sizes + (first_point + place) * requests + row, size)
-                    _write_back(x, before, hidden_row, residual_row, summed, inside, SPLIT)
+            point = first_point + place
+            open_now, decisions = _at_point(
+                hidden + token.to(tl.int64) * hidden_stride + columns,
+                residual + token.to(tl.int64) * residual_stride + columns,
+                ((streams >> place) & 1) != 0,
+                columns < width,
+                marks,
+                open_now,
+                decisions,
+                tl.load(work + slot * n_points + point),
+                blocks + (slot * n_points + point) * _PASSES * _BLOCK_FIELDS,
+                gate_rows + slot * _PASSES,
+                values + row * _PASSES,
+                sizes + point * requests + row,
+                read,
+                write,
+                laws,
+                following,
+                constants,
+                gates,
+                width,
+                SPLIT,
+                BLOCK,
+            )
         if gates_here != 0:
             tl.store(opened + token, open_now)
     if deciding:

@@ -140,6 +140,7 @@ class Client:
         self.workers = Workers()
         self.seen: list[Any] = []
         self.closed = 0
+        self.emptied = 0
 
     async def generate(
         self, prompt: Any, sampling_params: Any, request_id: str, **named: Any
@@ -150,6 +151,10 @@ class Client:
                 yield one
         finally:
             self.closed += 1
+
+    async def reset_prefix_cache(self) -> bool:
+        self.emptied += 1
+        return True
 
     async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
         assert method == "steer_receipts"
@@ -486,3 +491,17 @@ def test_the_shipped_model_is_known_by_its_place(tmp_path: Path) -> None:
     assert shipped.shipped_model(str(tmp_path / "link")) == "steer-demo"
     assert shipped.shipped_model(str(tmp_path)) is None
     assert shipped.shipped_model("some/model") is None
+
+
+async def test_a_request_that_was_not_steered_empties_the_prefix_cache() -> None:
+    emptied = []
+
+    async def ask(asked: list[tuple[str, dict[int, int]]]) -> list[Any]:
+        return [[{0: {"error": "its plan could not be read", "code": "not_steered"}}]]
+
+    async def cleanse() -> None:
+        emptied.append(True)
+
+    with pytest.raises(EngineError, match="its plan could not be read"):
+        await ReceiptCalls(ask, cleanse).fetch("key", {0: 7})
+    assert emptied == [True]

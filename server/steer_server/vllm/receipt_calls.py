@@ -9,6 +9,7 @@ from typing import Any
 
 from steer.engines.base import Receipt
 from steer.engines.vllm.messages import read_receipt
+from steer.engines.vllm.stages import merged_answers
 from steer.errors import EngineError
 
 Ask = Callable[[list[tuple[str, dict[int, int]]]], Awaitable[list[Any]]]
@@ -30,8 +31,10 @@ class ReceiptCalls:
     Guarantees: at most one call is under way; a caller that goes away keeps nobody waiting.
     """
 
-    def __init__(self, ask: Ask) -> None:
-        self._ask = ask
+    def __init__(self, ask: Ask, cleanse: Callable[[], Awaitable[object]] | None = None) -> None:
+        """`cleanse` empties the prefix cache: states of a request that was not steered may lie
+        in it under its plan's name."""
+        self._ask, self._cleanse = ask, cleanse
         self._waiting: list[_Waiting] = []
         self._dropped: list[str] = []
         self._caller: asyncio.Task[None] | None = None
@@ -69,7 +72,11 @@ class ReceiptCalls:
         asked = [(one.key, one.fed) for one in batch]
         try:
             workers = await self._ask([*asked, *((key, {}) for key in dropped)])
-            for one, answer in zip(batch, workers[0], strict=False):
+            answers = merged_answers(workers)
+            faults = [one for answer in answers for one in answer.values() if "error" in one]
+            if faults and self._cleanse is not None:
+                await self._cleanse()
+            for one, answer in zip(batch, answers, strict=False):
                 if not one.future.done():
                     one.future.set_result(answer)
         except Exception as error:

@@ -46,7 +46,8 @@ class Watch:
         self._generate: Callable[..., Outputs] = client.generate
         self._metrics, self._order = metrics, order
         self._calls = ReceiptCalls(
-            lambda asked: client.collective_rpc("steer_receipts", args=(asked,))
+            lambda asked: client.collective_rpc("steer_receipts", args=(asked,)),
+            client.reset_prefix_cache,
         )
         self._claims: WeakValueDictionary[str, Claim] = WeakValueDictionary()
         client.generate = self.generate

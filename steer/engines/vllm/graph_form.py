@@ -127,6 +127,8 @@ class GraphForm:
         self._epoch = self._epoch % _LAST_EPOCH + 1
         self.buffers.epoch.fill_(self._epoch)
         running = GraphPass(self, self._ledger, steered, records, self._epoch, fault)
+        if running.measured:
+            self.buffers.sizes.zero_()  # a pass that failed, or a dummy pass, may have left some
         if running.holds:
             self._recall(running.rows, records, remembered)
         return running
@@ -216,15 +218,17 @@ class GraphPass:
         self.rows: Ints = np.array([span.seat.row for span in spans], dtype=np.int64)
         """The ledger row of each request."""
         self.tokens = len(records)
-        self.present = np.flatnonzero(records[:, SLOT])
-        """The tokens of the batch that belong to these requests."""
+        self.present: Ints = np.concatenate(
+            [np.arange(span.offset, span.offset + len(span.positions)) for span in spans]
+        )
+        """The tokens of the batch that belong to these requests, one request after another."""
         self.token_rows = self.rows[records[self.present, ROW]]
         self.expected = frozenset[int]().union(*map(form.tables.groups_of, plans))
         self.holds = any(_gates(plan)[1] for plan in plans)
         """Whether gates are decided, or were, that a request holds."""
         self._gated = any(plan.gated for plan in plans)
         self._bits = (records[self.present, SELECTED] & (1 << MAX_PASSES) - 1).astype(np.int64)
-        self._measured: tuple[HookPoint, ...] = tuple(
+        self.measured: tuple[HookPoint, ...] = tuple(
             {
                 p
                 for span, plan in zip(spans, plans, strict=True)
@@ -238,8 +242,8 @@ class GraphPass:
         """Takes down what the pass did; without gates that is known already."""
         if self.holds:
             self._form.remember(self.rows)
-        if self._measured:
-            self._form.count_sizes(self.rows, self._measured)
+        if self.measured:
+            self._form.count_sizes(self.rows, self.measured)
         positions = np.concatenate([span.positions for span in self._spans])
         if not self._gated:
             ledger = self._ledger()

@@ -62,9 +62,6 @@ class Record:
     live: Live
     ledger: PositionLedger
     """A ledger of one row."""
-    suspect: bool = False
-    """Whether a request with this plan was at fault here: its unsteered states may lie in the
-    prefix cache under the plan's name."""
 
 
 class Seats:
@@ -90,8 +87,6 @@ class Seats:
         self._free = list(range(rows - 1, -1, -1))
         self._live: dict[str, Live] = {}
         self._records: OrderedDict[str, dict[int, Record]] = OrderedDict()
-        self._failed: set[str | None] = set()
-        """Hashes of plans that a request which has ended was not steered by."""
 
     def __len__(self) -> int:
         return len(self._live)
@@ -142,9 +137,7 @@ class Seats:
             return
         self._free_slot(live)
         children = self._records.setdefault(live.ticket.key, {})
-        children[_child(req_id, live.ticket)] = self._record(live)
-        if live.fault is not None:
-            self._failed.add(live.ticket.plan)
+        children[_child(req_id, live.ticket)] = Record(live, self._row_of(live))
         self._free.append(live.row)
         while len(self._records) > _KEPT_RECORDS:
             self._records.popitem(last=False)
@@ -169,7 +162,7 @@ class Seats:
         found = dict(self._records.get(key, {}))
         for req_id, live in self._live.items():
             if live.ticket.key == key:
-                found[_child(req_id, live.ticket)] = self._record(live)
+                found[_child(req_id, live.ticket)] = Record(live, self._row_of(live))
         return found
 
     def forget(self, key: str) -> None:
@@ -188,12 +181,8 @@ class Seats:
             self._tables.release(live.plan)
             live.seat = None
 
-    def _record(self, live: Live) -> Record:
-        plan = live.ticket.plan
-        suspect = plan in self._failed or any(
-            other.fault is not None and other.ticket.plan == plan for other in self._live.values()
-        )
-        return Record(live, self.ledger.row(live.row), suspect)
+    def _row_of(self, live: Live) -> PositionLedger:
+        return self.ledger.row(live.row)
 
 
 def receipt(record: Record, fed: int) -> Receipt:
@@ -216,27 +205,15 @@ def receipt(record: Record, fed: int) -> Receipt:
         )
     selected = _cached_bits(live, np.flatnonzero(cached)) if unseen else np.zeros(0, dtype=int)
     bits[cached] = selected
-    if record.suspect and _selected(live, np.flatnonzero(cached)).any():
-        raise EngineError(
-            "a part of the prompt came from the prefix cache, and another request with the same "
-            "spec was not steered: what the cache holds may be plain, so the answer is withheld. "
-            "Change the prompt's beginning, or restart the engine",
-            code="cache_in_doubt",
-        )
     counts = np.bincount(bits, minlength=ledger.tokens.shape[1])
     seat = Seat(0, len(live.prompt), live.plan, 0, live.ticket.measure)
     return receipt_of(seat, live.plan, ledger, counts, fed, cached=int((selected != 0).sum()))
 
 
-def _selected(live: Live, positions: Ints) -> NDArray[np.uint8]:
-    """The passes that select each of these positions of the prompt, gates apart."""
-    return live.ticket.pattern(positions, len(live.prompt), live.prompt[positions])
-
-
 def _cached_bits(live: Live, positions: Ints) -> Ints:
     """The passes that shaped cached tokens. A gate on single tokens was decided when the cached
     state was made and is not known here: its pass counts as closed."""
-    bits = _selected(live, positions).astype(np.int64)
+    bits = live.ticket.pattern(positions, len(live.prompt), live.prompt[positions]).astype(np.int64)
     for number, one in enumerate(live.plan.passes if live.plan is not None else ()):
         if one.gate is not None:
             bits &= ~(1 << number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -349,3 +350,12 @@ def test_a_kind_the_engine_lacks_is_refused_by_name() -> None:
     plans = PlanCache(MemoryLibrary(**artefacts()), shape_of(), few)
     (problem,) = plans.check(parse_spec({"interventions": [add(), ablate()]}))
     assert (problem.code, problem.param) == ("unsupported_kind", "/interventions/1/kind")
+
+
+def test_an_engine_without_a_scope_of_gates_refuses_it_by_name() -> None:
+    none = replace(EVERYTHING, gate_scopes=())
+    held = PlanCache(MemoryLibrary(**artefacts()), shape_of(), none)
+    spec = {"interventions": [add()], "when": {"vector": "v1", "above": 0.1, "layer": 0}}
+    with pytest.raises(SteerError, match="no gates of scope 'prompt'") as caught:
+        held.plan(parse_spec(spec))
+    assert (caught.value.code, caught.value.param) == ("unsupported_gate", "/when")
