@@ -112,15 +112,12 @@ class GraphForm:
         self._check_room(len(steered), tokens_in_batch)
         records = np.zeros((tokens_in_batch, TOKEN_FIELDS), dtype=np.int32)
         opened = np.zeros(tokens_in_batch, dtype=np.int32)
-        remembered = np.zeros(tokens_in_batch, dtype=np.int32)
         for row, span in enumerate(steered):
             place = slice(span.offset, span.offset + len(span.positions))
             records[place] = _records(span, row)
             token_gates, held_gates = _gates(_plan(span))
             selected = records[place, SELECTED] & (1 << MAX_PASSES) - 1
             opened[place] = selected & ~(token_gates | held_gates)
-            later = span.positions >= span.seat.prompt_length
-            remembered[place] = np.where(later, selected & held_gates, 0)
         self._upload(self.buffers.tokens, records)
         self._upload(self.buffers.opened, opened)
         self._forget(tokens_in_batch)
@@ -130,7 +127,7 @@ class GraphForm:
         if running.measured:
             self.buffers.sizes.zero_()  # a pass that failed, or a dummy pass, may have left some
         if running.holds:
-            self._recall(running.rows, records, remembered)
+            self._recall(running.rows)
         return running
 
     def clear(self) -> None:
@@ -155,19 +152,14 @@ class GraphForm:
         if requests > self.buffers.requests or tokens > self.buffers.batch_tokens:
             raise AssertionError(f"{requests} requests with {tokens} tokens in one pass")
 
-    def _recall(
-        self, rows: Ints, records: NDArray[np.int32], remembered: NDArray[np.int32]
-    ) -> None:
-        """Opens the held gates that were decided in earlier passes."""
+    def _recall(self, rows: Ints) -> None:
+        """Brings back what gates decided in earlier passes. A gate reads before anything that it
+        rules, so the kernel opens it where it reads."""
         buffers, ledger = self.buffers, self._ledger()
         index = torch.from_numpy(rows).to(buffers.held.device)
         decided = ledger.gate_open.index_select(0, index)
         buffers.held[: len(rows)] = (decided << self._bits).sum(1, dtype=torch.int32)
         buffers.values[: len(rows)] = ledger.gate_value.index_select(0, index)
-        if remembered.any():
-            row = buffers.tokens[: len(records), ROW]
-            allowed = torch.from_numpy(remembered).to(row.device)
-            buffers.opened[: len(records)] |= buffers.held.index_select(0, row) & allowed
 
     def remember(self, rows: Ints) -> None:
         """Keeps the decisions of this pass's requests, whose ledger rows are `rows`."""
