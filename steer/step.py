@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -81,12 +82,26 @@ class Seat:
     measure: bool = False
 
     def slots(self, positions: Ints, tokens: Ints) -> Ints:
-        """The slot of each token in each pass, `[P, T]`, gates apart."""
+        """The slot of each token in each pass, `[P, T]`, gates apart; positions ascend."""
+        settled = self._settled
+        if settled is not None and len(positions) and positions[0] >= settled[0]:
+            return np.repeat(settled[1], len(positions), axis=1)
+        return self._masked(positions, tokens)
+
+    def _masked(self, positions: Ints, tokens: Ints) -> Ints:
         passes = () if self.plan is None else self.plan.passes
         out = np.zeros((len(passes), len(positions)), dtype=np.int64)
         for number, one in enumerate(passes):
             out[number] = one.selection.mask(positions, self.prompt_length, tokens) * self.slot
         return out
+
+    @cached_property
+    def _settled(self) -> tuple[int, Ints] | None:
+        """The position from which on slots stay as they are, and these slots `[P, 1]`."""
+        bound = self.steady_from
+        if bound is None:
+            return None
+        return bound, self._masked(np.array([bound], dtype=np.int64), np.array([-1]))
 
     def watching(self, positions: Ints) -> Ints:
         """The slot of each token `[P, T]` that decides a prompt gate, whether selected or not."""

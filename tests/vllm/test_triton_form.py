@@ -67,15 +67,16 @@ def plan_of(*interventions: dict[str, Any], **fields: Any) -> SteeringPlan:
 
 
 def make_form(ledger: PositionLedger, *, taps: Any = TAPS, edit_rows: int = 128) -> GraphForm:
-    return GraphForm(
+    form = GraphForm(
         MODEL,
         taps,
-        lambda: ledger,
         max_requests=SLOTS,
         batch_tokens=BATCH,
         edit_rows=edit_rows,
         device=torch.device("cpu"),
     )
+    form.bind(lambda: ledger)
+    return form
 
 
 def no_fault(message: str) -> None:
@@ -423,9 +424,9 @@ def test_rows_of_any_width(width: int) -> None:
     )
     ledger = PositionLedger(1, 4, torch.device("cpu"))
     form = GraphForm(
-        model, [2], lambda: ledger, max_requests=1, batch_tokens=4, edit_rows=1,
-        device=torch.device("cpu"),
-    )  # fmt: skip
+        model, [2], max_requests=1, batch_tokens=4, edit_rows=1, device=torch.device("cpu")
+    )
+    form.bind(lambda: ledger)
     seat = Seat(0, 2, plan, form.tables.acquire(plan))
     x = torch.randn(3, width, generator=_generator)
     from steer.edits import apply

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from steer.engines.vllm.graph_form import GraphForm, set_form
 from steer.engines.vllm.layouts import find_stack
-from steer.engines.vllm.options import SteerOptions, registry_location
+from steer.engines.vllm.options import SteerOptions, is_static, registry_location
 from steer.engines.vllm.shifts import ShiftTables
 from steer.engines.vllm.stages import own_part
 from steer.engines.vllm.steering import WorkerSteering
-from steer.engines.vllm.taps import CompiledTap, EagerTap, install
-from steer.errors import Unsupported
+from steer.engines.vllm.taps import CompiledTap, EagerTap, OpaqueTap, install
 from steer.model_info import ModelInfo
 from steer.plan import SteeringPlan
 from steer.plan_file import load_plan
@@ -28,26 +28,36 @@ _SHIFT_SPECS = 256
 
 def attach(model: nn.Module, vllm_config: Any, device: torch.device) -> WorkerSteering:
     """Taps `model` and gives the worker's steering. Raises `Unsupported` for what cannot be."""
-    refuse_graphs(vllm_config)
+    options = SteerOptions.stamped(vllm_config.additional_config)
+    static = is_static(vllm_config, options)
     stack = find_stack(model, vllm_config.model_config.get_total_num_hidden_layers())
     info = model_info(vllm_config, stack.layout.sites)
-    options = SteerOptions.stamped(vllm_config.additional_config)
-    requests = vllm_config.scheduler_config.max_num_seqs
-    shifts = None
-    if compiles(vllm_config):
-        taps = 2 * info.n_layers + 1
-        shifts = ShiftTables(
-            taps,
-            info.d_model,
-            variants=2 * requests + 1,
-            bank_rows=1 + (options.shift_rows or min(requests, _SHIFT_SPECS) * info.n_layers),
-            batch_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+    scheduler = vllm_config.scheduler_config
+    requests, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+    tokens = max(tokens, *(vllm_config.compilation_config.cudagraph_capture_sizes or [0]))
+    form = None
+    if static:
+        form = GraphForm(
+            info,
+            stack.taps,
+            max_requests=requests,
+            batch_tokens=tokens,
+            edit_rows=options.edit_rows,
             device=device,
         )
-        tables = shifts
-        install(stack, lambda index: CompiledTap(index, tables))
-    else:
-        install(stack, EagerTap)
+        set_form(form)
+    shifts = None
+    if compiles(vllm_config):
+        specs = min(requests, _SHIFT_SPECS)
+        shifts = ShiftTables(
+            2 * info.n_layers + 1,
+            info.d_model,
+            variants=2 * requests + 1,
+            bank_rows=1 + (options.shift_rows or specs * info.n_layers),
+            batch_tokens=tokens,
+            device=device,
+        )
+    install(stack, lambda index: _tap(index, shifts, static=static))
     load = plan_loader(PlanStore(registry_location()), info)
     stages = vllm_config.parallel_config.pipeline_parallel_size
     return WorkerSteering(
@@ -56,21 +66,16 @@ def attach(model: nn.Module, vllm_config: Any, device: torch.device) -> WorkerSt
         max_requests=requests,
         device=device,
         shifts=shifts,
+        form=form,
         owns=stack.owns,
         stages=stages,
     )
 
 
-def refuse_graphs(vllm_config: Any) -> None:
-    """Raises `Unsupported` where vLLM captures graphs of the device: their replay runs no Python,
-    so no tap would look at the running pass."""
-    mode = str(vllm_config.compilation_config.cudagraph_mode.name)
-    if mode != "NONE":
-        raise Unsupported(
-            f"steering does not act inside CUDA graphs (cudagraph_mode={mode}): start vLLM with "
-            "enforce_eager (--enforce-eager)",
-            code="cuda_graphs",
-        )
+def _tap(index: int, shifts: ShiftTables | None, *, static: bool) -> nn.Module:
+    if shifts is not None:
+        return CompiledTap(index, shifts, OpaqueTap(index, static=static))
+    return OpaqueTap(index, static=True) if static else EagerTap(index)
 
 
 def compiles(vllm_config: Any) -> bool:

@@ -6,12 +6,19 @@ import threading
 import uuid
 from collections import OrderedDict
 
+from steer.engines.vllm.shifts import only_shifts
 from steer.engines.vllm.ticket import CaptureOrder, Ticket
+from steer.graph_rows import rows_needed
 from steer.plan import SteeringPlan
-from steer.plan_file import dump_plan, edit_rows
+from steer.plan_file import dump_plan
 from steer.registry.plan_store import PlanStore
 
 _REMEMBERED = 4096
+
+
+def budget_rows(plan: SteeringPlan) -> int:
+    """What `plan` takes of the budget of edit rows; constants alone have rows of their own."""
+    return 0 if only_shifts(plan) else rows_needed(plan)
 
 
 class Desk:
@@ -52,7 +59,7 @@ class Desk:
             if known is not None:
                 self._published.move_to_end(plan.fingerprint)
         if known is None:
-            known = (self._store.put(dump_plan(plan)), edit_rows(plan))
+            known = (self._store.put(dump_plan(plan)), budget_rows(plan))
             with self._lock:
                 self._published[plan.fingerprint] = known
                 while len(self._published) > _REMEMBERED:

@@ -59,14 +59,15 @@ class VllmEngine:
         self._driver, self.tokenizer, self.desk, self._eos = driver, tokenizer, desk, eos
         self.info = read_info(answer)
         self._passes, self._stages = int(answer["passes"]), int(answer["stages"])
+        self._static = bool(answer["static"])
         self.capabilities = Capabilities(
             engine="vllm",
             kinds=KINDS,
             sites=self.info.sites,
             gate_scopes=("prompt", "token") if self._stages == 1 else (),
-            sae_architectures=SUPPORTED,
+            sae_architectures=tuple(n for n in SUPPORTED if not (self._static and n == "topk")),
             sampling=("temperature", "top_p", "top_k", "seed", "stop", "n", "logprobs"),
-            inspection=("patchscope", "logit_lens", "activations"),
+            inspection=() if self._static else ("patchscope", "logit_lens", "activations"),
             limits={
                 "slots": int(answer["slots"]),
                 "passes": self._passes,
@@ -185,6 +186,12 @@ class VllmEngine:
                 self._driver.cancel(sequence)
 
     def capture(self, request: CaptureRequest) -> list[Captured]:
+        if self._static:
+            raise Unsupported(
+                "states cannot be read inside CUDA graphs: start vLLM with --enforce-eager to "
+                "inspect and to fit",
+                code="no_captures",
+            )
         for point in request.points:
             self.info.check_point(point)
         plans = request.plans or [None] * len(request.prompts)

@@ -10,11 +10,12 @@ import threading
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
-from steer.engines.vllm.options import registry_location
+from steer.engines.vllm.desk import budget_rows
+from steer.engines.vllm.options import SteerOptions, is_static, registry_location
 from steer.engines.vllm.ticket import Ticket
-from steer.errors import SpecError
+from steer.errors import SpecError, Unsupported
 from steer.plan import check_passes
-from steer.plan_file import edit_rows, load_plan
+from steer.plan_file import load_plan
 from steer.positions import Selection
 from steer.registry.plan_store import PlanStore
 from steer.tables import MAX_PASSES
@@ -26,6 +27,7 @@ class _Facts(NamedTuple):
     fingerprint: str
     rows: int
     selections: tuple[Selection, ...]
+    competes: bool
 
 
 class Examination:
@@ -36,16 +38,24 @@ class Examination:
         self._known: OrderedDict[str, _Facts] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __call__(self, ticket: Ticket, _: Any) -> None:
+    def __call__(self, ticket: Ticket, config: Any) -> None:
         """Raises a `SteerError` for a plan that is missing, damaged or another than claimed."""
         if ticket.plan is None:
             return
         facts = self._facts(ticket.plan)
-        if facts != (ticket.fingerprint, ticket.rows, ticket.selections):
+        if facts[:3] != (ticket.fingerprint, ticket.rows, ticket.selections):
             raise SpecError(
                 "the ticket says something else than the plan that it names: send the spec in the "
                 "field 'steering' instead",
                 code="invalid_ticket",
+            )
+        if facts.competes and is_static(config, SteerOptions.of(config.additional_config)):
+            raise Unsupported(
+                "clamping a TopK SAE reads every latent of the SAE, which cannot be done inside "
+                "CUDA graphs: start vLLM with --enforce-eager, or clamp an SAE with fixed "
+                "thresholds",
+                code="unsupported_sae",
+                param="/interventions",
             )
 
     def _facts(self, plan: str) -> _Facts:
@@ -58,7 +68,9 @@ class Examination:
         loaded = load_plan(store.get(plan), store.sae_encoder)
         check_passes(len(loaded.passes), MAX_PASSES)
         selections = tuple(one.selection for one in loaded.passes)
-        facts = _Facts(loaded.fingerprint, edit_rows(loaded), selections)
+        blocks = [block for one in loaded.passes for block in one.blocks.values()]
+        competes = any(block.competition is not None for block in blocks)
+        facts = _Facts(loaded.fingerprint, budget_rows(loaded), selections, competes)
         with self._lock:
             self._known[plan] = facts
             while len(self._known) > _REMEMBERED:

@@ -62,7 +62,6 @@ class GraphForm:
         self,
         model: ModelInfo,
         taps: Sequence[int],
-        ledger: Callable[[], PositionLedger],
         *,
         max_requests: int,
         batch_tokens: int,
@@ -72,7 +71,7 @@ class GraphForm:
         from steer.kernels.triton_form import edit_group  # noqa: PLC0415
 
         self._launch = edit_group
-        self._ledger = ledger
+        self._ledger: Callable[[], PositionLedger] = _no_ledger
         points = [
             [p for p in points_of(tap, model.n_layers) if p.site in model.sites] for tap in taps
         ]
@@ -91,6 +90,10 @@ class GraphForm:
         self._written = 0
         self._epoch = 0
         self._waiting: deque[_Report] = deque()
+
+    def bind(self, ledger: Callable[[], PositionLedger]) -> None:
+        """What passes do is written down in the ledger that `ledger` gives from now on."""
+        self._ledger = ledger
 
     def edit(self, tap: int, hidden: Tensor, residual: Tensor | None) -> None:
         """Launches the kernel for the hook points of `tap`; what an operator does."""
@@ -323,6 +326,10 @@ def _records(span: Span, row: int) -> NDArray[np.int32]:
         found[place, FOLLOWERS] = count - 1 - place
         found[place + 1 :, SELECTED] |= FOLLOWS
     return found
+
+
+def _no_ledger() -> PositionLedger:
+    raise AssertionError("the form is bound to no ledger")
 
 
 _form: GraphForm | None = None

@@ -26,6 +26,7 @@ def info_answer(steering: WorkerSteering) -> dict[str, Any]:
     return {
         "model": answer,
         "compiled": steering.shifts is not None,
+        "static": steering.form is not None,
         "slots": steering.tables.slots,
         "passes": steering.tables.max_passes,
         "stages": steering.stages,

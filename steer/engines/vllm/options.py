@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from steer.errors import SpecError, Unsupported
 
 KEY = "steer"
-ABI = 1
+ABI = 2
 """Changes whenever what the taps put into a graph changes."""
 REGISTRY_VARIABLE = "STEER_REGISTRY"
 DEFAULT_REGISTRY = "steer-registry"
@@ -25,14 +25,18 @@ class SteerOptions(BaseModel):
     """Options of the plugin; the defaults serve every kind at every site.
 
     `edit_rows` bounds the rank-1 edits of all running plans together; requests beyond it wait.
-    `shift_rows` are the rows of constants inside compiled graphs (0: as many as 256 specs on every
-    layer need, or all that can run); plans that find no room there are steered by the general
-    operator.
+    `form` is how edits that read the state run: `python` looks at the running pass in an operator
+    and does everything; `static` launches one Triton kernel per tap from fixed buffers, which CUDA
+    graphs replay, and does neither TopK clamps nor captures; `auto` is `static` where vLLM captures
+    graphs. `shift_rows` are the rows of constants inside compiled graphs (0: as many as 256 specs
+    on every layer need, or all that can run); plans that find no room there are steered by the
+    general operator.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     abi: int = ABI
+    form: Literal["auto", "python", "static"] = "auto"
     edit_rows: int = Field(default=4096, ge=1)
     shift_rows: int = Field(default=0, ge=0)
 
@@ -60,6 +64,19 @@ class SteerOptions(BaseModel):
             raise SpecError(
                 f"additional_config[{KEY!r}] is not valid: {error}", code="invalid_options"
             ) from error
+
+
+def is_static(vllm_config: Any, options: SteerOptions) -> bool:
+    """Whether edits run in the static form. Raises `Unsupported` where Python would have to run
+    inside CUDA graphs: a replay runs none, so no tap would look at the running pass."""
+    graphs = str(vllm_config.compilation_config.cudagraph_mode.name)
+    if options.form == "python" and graphs != "NONE":
+        raise Unsupported(
+            f"the form 'python' does not act inside CUDA graphs (cudagraph_mode={graphs}): start "
+            f"vLLM with --enforce-eager, or with additional_config[{KEY!r}]['form'] = 'static'",
+            code="cuda_graphs",
+        )
+    return options.form == "static" or (options.form == "auto" and graphs != "NONE")
 
 
 def registry_location() -> str:

@@ -85,13 +85,15 @@ def _unchanged(row: Tensor, plain: Tensor, experts: bool) -> bool:
 def _rehearse(
     steering: WorkerSteering, plans: Mapping[str, SteeringPlan], run: Run, tokens: int
 ) -> Tensor:
-    """A dummy pass in which token i belongs to plan i − 1, with tables of its own."""
+    """A dummy pass in which token i belongs to plan i − 1, with tables of its own; static buffers
+    are the worker's, because the model's taps have no others."""
     stage = WorkerSteering(
         steering.model,
         plans.__getitem__,
         max_requests=len(plans),
         device=steering.tables.device,
         shifts=steering.shifts,
+        form=steering.form,
     )
     names = list(plans)
     for name in names:
@@ -106,8 +108,9 @@ def _rehearse(
         return run(tokens)
     finally:
         stage.end()
-        if steering.shifts is not None:
-            steering.shifts.clear()
+        for name in names:
+            stage.retire(name)
+        steering.recover()
 
 
 def probe_plan(model: ModelInfo, point: HookPoint, shift: bool) -> SteeringPlan:

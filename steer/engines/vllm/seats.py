@@ -16,6 +16,7 @@ from steer.engines.receipts import receipt_of
 from steer.engines.vllm.ledger import UNSEEN, PositionLedger
 from steer.engines.vllm.ticket import Ticket
 from steer.errors import EngineError
+from steer.graph_tables import GraphTables
 from steer.model_info import HookPoint
 from steer.plan import SteeringPlan
 from steer.step import Ints, Seat
@@ -73,14 +74,17 @@ class Seats:
 
     def __init__(
         self,
-        tables: Tables,
+        tables: Tables | GraphTables,
         load: Callable[[str], SteeringPlan],
         *,
         rows: int,
         max_length: int,
         inline: Callable[[SteeringPlan], bool],
         owns: Callable[[HookPoint], bool],
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
+        """`settle` is called before the ledger is read: passes may still report to it."""
+        self._settle = settle
         self._tables, self._load, self._inline, self._owns = tables, load, inline, owns
         self.ledger = PositionLedger(rows, max_length, tables.device)
         self._max_length = max_length
@@ -136,6 +140,7 @@ class Seats:
         if live is None:
             return
         self._free_slot(live)
+        self._settle()
         children = self._records.setdefault(live.ticket.key, {})
         children[_child(req_id, live.ticket)] = Record(live, self._row_of(live))
         self._free.append(live.row)
@@ -159,6 +164,7 @@ class Seats:
     def records(self, key: str) -> dict[int, Record]:
         """Everything known under a ticket's key, by choice: finished requests, and running ones
         as they are now."""
+        self._settle()
         found = dict(self._records.get(key, {}))
         for req_id, live in self._live.items():
             if live.ticket.key == key:

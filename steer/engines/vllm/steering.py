@@ -16,11 +16,13 @@ from torch import Tensor
 from steer.engines.base import EngineStats
 from steer.engines.vllm import ops
 from steer.engines.vllm.forward_pass import ForwardPass
+from steer.engines.vllm.graph_form import GraphForm, GraphPass
 from steer.engines.vllm.seats import Live, Seats
 from steer.engines.vllm.shifts import Key, ShiftTables, only_shifts
 from steer.engines.vllm.taps import tap_of
 from steer.engines.vllm.ticket import Ticket
-from steer.errors import EngineError
+from steer.errors import CapacityError, EngineError
+from steer.graph_tables import GraphTables
 from steer.model_info import HookPoint, ModelInfo
 from steer.plan import SteeringPlan
 from steer.step import NOBODY, Ints, Span, build_step
@@ -69,14 +71,18 @@ class WorkerSteering:
         max_requests: int,
         device: torch.device,
         shifts: ShiftTables | None,
+        form: GraphForm | None = None,
         owns: Callable[[HookPoint], bool] = lambda _: True,
         stages: int = 1,
     ) -> None:
-        """`owns` says which hook points lie on this worker, one of `stages` of a pipeline; plans
-        that `load` gives edit these alone."""
+        """`form` is given where edits run in the static form. `owns` says which hook points lie
+        on this worker, one of `stages` of a pipeline; plans that `load` gives edit these alone."""
         self.model, self.shifts = model, shifts
         self.owns, self.stages = owns, stages
-        self.tables = Tables(model, slots=max_requests, device=device)
+        self.form = form
+        self.tables: Tables | GraphTables = (
+            Tables(model, slots=max_requests, device=device) if form is None else form.tables
+        )
         self.seats = Seats(
             self.tables,
             load,
@@ -84,9 +90,19 @@ class WorkerSteering:
             max_length=model.max_length,
             inline=lambda plan: shifts is not None and only_shifts(plan),
             owns=owns,
+            settle=lambda: None if form is None else form.settle(wait=True),
         )
+        self.recover()
         self._steady: tuple[tuple[str, ...], _Prepared] | None = None
         self._prepared: _Prepared | None = None
+
+    def recover(self) -> None:
+        """Takes the static buffers back after others have used them."""
+        if self.form is not None:
+            self.form.bind(lambda: self.seats.ledger)
+            self.form.clear()
+        if self.shifts is not None:
+            self.shifts.clear()
 
     def admit(self, req_id: str, prompt: Sequence[int] | None, ticket: Ticket | None) -> None:
         """A request is scheduled for the first time, or again after a preemption."""
@@ -117,7 +133,8 @@ class WorkerSteering:
             self._steady = (order, prepared) if calm else None
         self._prepared = prepared
         self.seats.ledger.expect(prepared.rows, prepared.positions)
-        ops.set_running(prepared.running)
+        if isinstance(prepared.running, ForwardPass):
+            ops.set_running(prepared.running)
 
     def abandon(self) -> None:
         """The pass failed: nothing is counted."""
@@ -135,9 +152,7 @@ class WorkerSteering:
             try:
                 prepared.running.finish()
             except EngineError as error:
-                self._steady = None
-                for placed in prepared.placed:
-                    placed.live.fault = error.message
+                self._at_fault(prepared.placed, error.message)
         for placed, bits in prepared.inline:
             span = prepared.positions[placed.place]
             self.seats.ledger.write(np.full(len(span), placed.live.row), span, bits)
@@ -152,6 +167,8 @@ class WorkerSteering:
 
     def _idle(self) -> None:
         ops.set_running(None)
+        if self.form is not None:
+            self.form.clear()
         if self.shifts is not None:
             self.shifts.assign(torch.zeros(0, dtype=torch.long))
 
@@ -172,26 +189,46 @@ class WorkerSteering:
         general = [one for one in placed if id(one) not in handled and one.live.plan is not None]
         for one in general:
             rows[one.place] = one.live.row
-        lives = [one.live for one in general]
-        spans = [
-            Span(
-                self.seats.seat(one.live, lambda: lives), one.offset, positions[one.place], one.ids
-            )
-            for one in general
-        ]
-        step = build_step(self.tables, self.seats.ledger, spans, total)
-        reading = [one for one in placed if one.live.states]
-        wanted = frozenset(point for one in reading for point in one.live.states)
-        running = None
-        if step is not None or wanted:
-            running = ForwardPass(
-                step,
-                total,
-                self.model.n_layers,
-                wanted,
-                (lambda point, x: _keep(reading, point, x)) if wanted else None,
-            )
+        spans = self._spans(general, positions)
+        running = self._pass(spans, [one for one in placed if one.live.states], general, total)
         return _Prepared(placed, rows, positions, inline, running)
+
+    def _spans(self, placed: Sequence[_Placed], positions: Ints) -> list[Span]:
+        """The tokens of requests that have a seat in the tables; one that finds no room is at
+        fault, and its answer will be withheld."""
+        lives = [one.live for one in placed]
+        spans = []
+        for one in placed:
+            try:
+                seat = self.seats.seat(one.live, lambda: lives)
+            except CapacityError as error:
+                one.live.fault = error.message
+            else:
+                spans.append(Span(seat, one.offset, positions[one.place], one.ids))
+        return spans
+
+    def _pass(
+        self,
+        spans: Sequence[Span],
+        reading: Sequence[_Placed],
+        general: Sequence[_Placed],
+        total: int,
+    ) -> ForwardPass | GraphPass | None:
+        """The pass that steers `spans` and keeps the states that `reading` requests ask for."""
+        if self.form is not None:
+            return self.form.begin(spans, total, lambda why: self._at_fault(general, why))
+        assert isinstance(self.tables, Tables)
+        step = build_step(self.tables, self.seats.ledger, spans, total)
+        wanted = frozenset(point for one in reading for point in one.live.states)
+        if step is None and not wanted:
+            return None
+        keep = (lambda point, x: _keep(reading, point, x)) if wanted else None
+        return ForwardPass(step, total, self.model.n_layers, wanted, keep)
+
+    def _at_fault(self, placed: Sequence[_Placed], why: str) -> None:
+        self._steady = None
+        for one in placed:
+            one.live.fault = why
 
     def _assign_shifts(self, placed: Sequence[_Placed], total: int) -> list[tuple[_Placed, Ints]]:
         """Names the variants of the tokens that the compiled graph steers by itself; the requests
@@ -231,7 +268,7 @@ class _Prepared:
     rows: Ints
     positions: Ints
     inline: list[tuple[_Placed, Ints]]
-    running: ForwardPass | None
+    running: ForwardPass | GraphPass | None
 
     def move(self, starts: Ints) -> None:
         """Takes the same requests on by a token, where nothing else changes."""

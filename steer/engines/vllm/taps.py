@@ -67,12 +67,33 @@ class EagerTap(nn.Module):
         return hidden, residual
 
 
+class OpaqueTap(nn.Module):
+    """A tap as an operator that torch.compile does not look into.
+
+    `static` operators launch a kernel over fixed buffers, which a CUDA graph replays
+    (`graph_form.py`); the others look at the running pass, in Python.
+    """
+
+    def __init__(self, index: int, *, static: bool) -> None:
+        super().__init__()
+        self.index, self.static = index, static
+
+    def forward(self, hidden: Tensor, residual: Tensor | None) -> Halves:
+        if residual is None:
+            one = torch.ops.steer.edit_one if self.static else torch.ops.steer.visit_one
+            one(hidden, self.index)
+        else:
+            pair = torch.ops.steer.edit_pair if self.static else torch.ops.steer.visit_pair
+            pair(hidden, residual, self.index)
+        return hidden, residual
+
+
 class CompiledTap(nn.Module):
     """A tap inside a compiled graph.
 
     Constant additions are a gather and an add that fuse with the norm behind them: row 0 of the
     bank is −0.0, so that an unsteered token keeps its bits. Everything else happens in an opaque
-    operator. The constants go to `residual`: `hidden` may be the result of an all-reduce that
+    tap behind it. The constants go to `residual`: `hidden` may be the result of an all-reduce that
     vLLM fuses with the norm.
     """
 
@@ -80,9 +101,10 @@ class CompiledTap(nn.Module):
     rows: Tensor
     bank: Tensor
 
-    def __init__(self, index: int, shifts: ShiftTables) -> None:
+    def __init__(self, index: int, shifts: ShiftTables, reach: nn.Module) -> None:
+        """`reach` is the tap that does everything else."""
         super().__init__()
-        self.index = index
+        self.reach = reach
         self.register_buffer("variant", shifts.variant, persistent=False)
         self.register_buffer("rows", shifts.rows[index], persistent=False)
         self.register_buffer("bank", shifts.bank, persistent=False)
@@ -92,11 +114,10 @@ class CompiledTap(nn.Module):
         shift = self.bank.index_select(0, self.rows.index_select(0, variant))
         if residual is None:
             hidden = (hidden.float() + shift).to(hidden.dtype)
-            torch.ops.steer.visit_one(hidden, self.index)
-            return hidden, None
-        residual = (residual.float() + shift).to(residual.dtype)
-        torch.ops.steer.visit_pair(hidden, residual, self.index)
-        return hidden, residual
+        else:
+            residual = (residual.float() + shift).to(residual.dtype)
+        halves: Halves = self.reach(hidden, residual)
+        return halves
 
 
 @dataclass(frozen=True)
@@ -132,6 +153,12 @@ class DecoderStack:
     layers: Sequence[tuple[int, nn.Module]]
     layout: Layout
     n_layers: int
+
+    @property
+    def taps(self) -> list[int]:
+        """The taps in these layers, in forward order."""
+        first = [0] if any(index == 0 for index, _ in self.layers) else []
+        return first + [2 * index + part for index, _ in self.layers for part in (1, 2)]
 
     def owns(self, point: HookPoint) -> bool:
         """Whether the tap that serves `point` is in one of these layers."""
