@@ -43,8 +43,9 @@ from vllm_simulation import (  # noqa: E402
 
 from steer.engines.base import CaptureRequest, GenerationRequest, SamplingParams  # noqa: E402
 from steer.engines.transformers.engine import TransformersEngine  # noqa: E402
-from steer.engines.vllm import attach, ops  # noqa: E402
+from steer.engines.vllm import ops  # noqa: E402
 from steer.engines.vllm.engine import VllmEngine  # noqa: E402
+from steer.engines.vllm.options import SteerOptions, is_static  # noqa: E402
 from steer.engines.vllm.runner_v1 import RunnerV1  # noqa: E402
 from steer.engines.vllm.runner_v2 import RunnerV2  # noqa: E402
 from steer.engines.vllm.steering import Batch, WorkerSteering  # noqa: E402
@@ -462,11 +463,13 @@ def test_a_real_configuration_has_what_is_read_of_it(engine: VllmEngine) -> None
 
 
 @pytest.mark.parametrize("mode", [one for one in CUDAGraphMode if one != CUDAGraphMode.NONE])
-def test_graphs_are_refused_before_anything_is_tapped(
+def test_graphs_take_the_static_form_or_are_refused(
     engine: VllmEngine, mode: CUDAGraphMode
 ) -> None:
     config = copy.copy(core(engine).vllm_config)
+    assert not is_static(config, SteerOptions())
     config.compilation_config = copy.copy(config.compilation_config)
     config.compilation_config.cudagraph_mode = mode
-    with pytest.raises(Unsupported, match=rf"cudagraph_mode={mode.name}.*enforce_eager"):
-        attach.attach(torch.nn.Linear(1, 1), config, torch.device("cpu"))
+    assert is_static(config, SteerOptions())
+    with pytest.raises(Unsupported, match=rf"cudagraph_mode={mode.name}.*enforce-eager"):
+        is_static(config, SteerOptions(form="python"))
