@@ -14,6 +14,7 @@ import random
 import signal
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,9 @@ def capture_all(engine: Engine, plans: Plans) -> dict[str, torch.Tensor]:
 
 
 def _compiled(engine: VllmEngine) -> Plans:
-    return demo_specs.compiled(PlanCache(demo_specs.LIBRARY, engine.info, engine.capabilities))
+    """All specs, also those with gates where the engine has none: it has to refuse their plans."""
+    every = replace(engine.capabilities, gate_scopes=("prompt", "token"))
+    return demo_specs.compiled(PlanCache(demo_specs.LIBRARY, engine.info, every))
 
 
 def _run(engine: VllmEngine, plans: Plans, job: Mapping[str, Any]) -> dict[str, Any]:
