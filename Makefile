@@ -14,7 +14,7 @@ VLLM_VERSIONS ?= 0.32.0 0.31.0
 VLLM_VERSION := $(firstword $(VLLM_VERSIONS))
 VLLM_BIN := $(VENVS)/vllm-$(VLLM_VERSION)/bin
 # The first release runs every file; the others run those that meet vLLM's internals.
-VLLM_SEAMS := admission cache cache_keys contract offline runner_v2 scheduler server
+VLLM_SEAMS := admission cache_keys contract runner_v2 scheduler server
 VLLM_READY := $(VLLM_VERSIONS:%=vllm-%)
 
 .PHONY: serve test check bench bench-vllm demo-model oracles vllm $(VLLM_READY) clean

@@ -37,7 +37,7 @@ from steer.spec import KINDS, parse_spec
 RUNNER = Path(__file__).parents[1] / "support" / "architecture_runner.py"
 EVERY = "STEER_ALL_ARCHITECTURES"
 """An environment variable: set it to run every architecture, some minutes more."""
-USUAL = ("llama", "gemma2", "mixtral", "gpt2", "exaone4", "granite", "olmo2", "neox-parallel")
+USUAL = ("llama", "gemma2", "mixtral", "gpt2", "granite", "olmo2")
 """One or more for each layout, with and without experts, of vLLM's own code and of transformers."""
 NAMES = tuple(ARCHITECTURES) if os.environ.get(EVERY) else USUAL
 COMPILED = ("gemma2", "gpt2")
