@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from steer.edits import LAW_FIELDS, RELATIVE, Block
 from steer.plan import Gate, SteeringPlan
+from steer.plan_file import edit_rows
 
 # Fields of a block's record, and the bits of its flags.
 FIRST, COUNT, CONSTANT, FLAGS = range(4)
@@ -49,7 +50,7 @@ def rows_needed(plan: SteeringPlan) -> int:
     blocks = [block for one in plan.passes for block in one.blocks.values()]
     gates = sum(one.gate is not None for one in plan.passes)
     constants = gates + sum(block.shift is not None for block in blocks)
-    return max(sum(block.n_edits for block in blocks), constants)
+    return max(edit_rows(plan), constants)
 
 
 class Bank:

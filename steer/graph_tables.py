@@ -13,9 +13,8 @@ requests in one.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from steer.errors import CapacityError, TooLarge, Unsupported
 from steer.graph_rows import BLOCK_FIELDS, Bank, Rows, Taken
 from steer.model_info import HookPoint, ModelInfo
 from steer.plan import SteeringPlan, check_passes
+from steer.slots import Holding, SlotTables
 from steer.tables import MAX_PASSES
 
 # Bits of `work`: from each on, one bit per pass.
@@ -40,20 +40,14 @@ pass; its request measures how large the edits are."""
 
 
 @dataclass
-class _Holding:
-    slot: int
-    references: int
-    taken: dict[int, Taken]
+class _Written(Holding):
+    taken: dict[int, Taken] = field(kw_only=True)
 
 
-class GraphTables:
+class GraphTables(SlotTables[_Written]):
     """Slots and their tables, of a fixed size and at fixed addresses.
 
-    Assumes: `acquire` and `release` are called between steps, by one thread, and what they write
-    reaches the device in the order of the steps (one stream).
-    Guarantees: equal fingerprints share a slot; a slot in use is never rewritten; the tables of a
-    released slot are kept until another plan needs the place (least recently used first);
-    `CapacityError` when what is in use leaves no slot or too few rows.
+    Assumes: what `acquire` writes reaches the device in the order of the steps (one stream).
     """
 
     def __init__(
@@ -66,8 +60,7 @@ class GraphTables:
         constant_rows: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.model, self.slots, self.device = model, slots, torch.device(device)
-        self.max_passes = MAX_PASSES
+        super().__init__(model, slots=slots, device=device, max_passes=MAX_PASSES)
         self.points = tuple(point for group in groups for point in group)
         self.first_points = tuple(int(n) for n in np.cumsum([0, *map(len, groups)]))
         self._group_of = {p: n for n, group in enumerate(groups) for p in group}
@@ -80,18 +73,10 @@ class GraphTables:
         self.group_work = self._zeros(slots + 1, len(groups))
         self.blocks = self._zeros(*shape, MAX_PASSES, BLOCK_FIELDS)
         self.gate_rows = self._zeros(slots + 1, MAX_PASSES)
-        self._held: dict[str, _Holding] = {}
-        self._idle: OrderedDict[str, _Holding] = OrderedDict()
-        self._free = list(range(slots, 0, -1))
 
     @property
     def groups(self) -> int:
         return len(self.first_points) - 1
-
-    @property
-    def in_use(self) -> int:
-        """Slots that a running request refers to."""
-        return len(self._held)
 
     def bank(self, group: int) -> Bank:
         """The rows for the hook points of `group`, which have one width."""
@@ -107,7 +92,6 @@ class GraphTables:
         return frozenset(self._group_of[point] for point in {*plan.points, *read})
 
     def check(self, plan: SteeringPlan) -> None:
-        """Raises where these tables could never hold `plan`."""
         check_passes(len(plan.passes), self.max_passes)
         for one in plan.passes:
             points = [*one.blocks, *([one.gate.point] if one.gate is not None else [])]
@@ -119,13 +103,7 @@ class GraphTables:
                         code="unsupported_site",
                     )
             if any(block.competition is not None for block in one.blocks.values()):
-                raise Unsupported(
-                    "clamping a TopK SAE reads every latent of the SAE, which the tables of CUDA "
-                    "graphs do not hold: start vLLM with enforce_eager=True, or clamp an SAE with "
-                    "fixed thresholds",
-                    code="unsupported_sae",
-                    param="/interventions",
-                )
+                raise no_competition()
         for width, needed in self._rows(plan).items():
             capacity = self.banks[width].capacity
             if not needed.within(capacity):
@@ -138,27 +116,7 @@ class GraphTables:
                     param="/interventions",
                 )
 
-    def acquire(self, plan: SteeringPlan) -> int:
-        """The slot of `plan`, written if it is new; release it as often as it was acquired."""
-        self.check(plan)
-        held = self._held.get(plan.fingerprint) or self._idle.pop(plan.fingerprint, None)
-        if held is None:
-            self._make_room(plan)
-            held = self._write(self._free.pop(), plan)
-        held.references += 1
-        self._held[plan.fingerprint] = held
-        return held.slot
-
-    def release(self, plan: SteeringPlan) -> None:
-        """Gives back one reference; the last one makes the slot reusable."""
-        held = self._held[plan.fingerprint]
-        held.references -= 1
-        if held.references == 0:
-            del self._held[plan.fingerprint]
-            self._idle[plan.fingerprint] = held
-
     def can_acquire(self, plan: SteeringPlan) -> bool:
-        """Whether `acquire` would find a slot and rows now."""
         if plan.fingerprint in self._held or plan.fingerprint in self._idle:
             return True
         if not self._free and not self._idle:
@@ -189,6 +147,10 @@ class GraphTables:
                 rows = rows.plus(holding.taken[width].count)
         return rows
 
+    def _take(self, plan: SteeringPlan) -> _Written:
+        self._make_room(plan)
+        return self._write(self._free.pop(), plan)
+
     def _make_room(self, plan: SteeringPlan) -> None:
         if not self.can_acquire(plan):
             full = "slots" if not self._free and not self._idle else "rows"
@@ -206,7 +168,7 @@ class GraphTables:
             _, oldest = self._idle.popitem(last=False)
             self._clear(oldest)
 
-    def _write(self, slot: int, plan: SteeringPlan) -> _Holding:
+    def _write(self, slot: int, plan: SteeringPlan) -> _Written:
         """Writes `plan` into `slot`: its rows, and then one copy for each table."""
         taken = {width: Taken() for width in self.banks}
         work = np.zeros(len(self.points), dtype=np.int32)
@@ -230,9 +192,9 @@ class GraphTables:
         self.gate_rows[slot] = torch.from_numpy(gate_rows).to(self.device)
         self.work[slot] = torch.from_numpy(work).to(self.device)
         self.group_work[slot] = torch.from_numpy(group_work).to(self.device)
-        return _Holding(slot, 0, taken)
+        return _Written(slot, taken=taken)
 
-    def _clear(self, holding: _Holding) -> None:
+    def _clear(self, holding: _Written) -> None:
         """Makes a slot mean nothing again; its rows are unreachable then."""
         self.group_work[holding.slot] = 0
         self.work[holding.slot] = 0
@@ -242,6 +204,16 @@ class GraphTables:
 
     def _zeros(self, *shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=self.device)
+
+
+def no_competition() -> Unsupported:
+    """For a clamp of a TopK SAE, which these tables cannot hold."""
+    return Unsupported(
+        "clamping a TopK SAE reads every latent of the SAE, which the tables of CUDA graphs do not "
+        "hold: start vLLM with enforce_eager=True, or clamp an SAE with fixed thresholds",
+        code="unsupported_sae",
+        param="/interventions",
+    )
 
 
 class StepBuffers:

@@ -10,9 +10,8 @@ S slots, M bank rows, d the width of the hook point, P passes, R request rows.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from steer.edits import LAW_FIELDS, Block, Competition
 from steer.errors import CapacityError
 from steer.model_info import HookPoint, ModelInfo
 from steer.plan import Gate, SteeringPlan, check_passes
+from steer.slots import Holding, SlotTables
 
 MAX_PASSES = 8
 _FIRST_BANK_ROWS = 16
@@ -166,20 +166,12 @@ class GateRows:
 
 
 @dataclass
-class _Holding:
-    slot: int
-    plan: SteeringPlan
-    references: int
+class _Written(Holding):
+    plan: SteeringPlan = field(kw_only=True)
 
 
-class Tables:
-    """Slots and their tables.
-
-    Assumes: `acquire` and `release` are called between steps, by one thread.
-    Guarantees: equal fingerprints share a slot; a slot in use is never rewritten; the tables of a
-    released slot are kept until another plan needs the place (least recently used first);
-    `CapacityError` when every slot is in use.
-    """
+class Tables(SlotTables[_Written]):
+    """Slots and their tables."""
 
     def __init__(
         self,
@@ -189,46 +181,12 @@ class Tables:
         device: torch.device | str = "cpu",
         max_passes: int = MAX_PASSES,
     ) -> None:
-        self.model, self.slots, self.device = model, slots, torch.device(device)
-        self.max_passes = max_passes
+        super().__init__(model, slots=slots, device=device, max_passes=max_passes)
         self._stages: dict[HookPoint, list[Stage | None]] = {}
         self._gates: dict[HookPoint, list[GateRows | None]] = {}
-        self._held: dict[str, _Holding] = {}
-        self._idle: OrderedDict[str, _Holding] = OrderedDict()
-        self._free = list(range(slots, 0, -1))
-
-    @property
-    def in_use(self) -> int:
-        """Slots that a running request refers to."""
-        return len(self._held)
 
     def check(self, plan: SteeringPlan) -> None:
-        """Raises where no table of this shape could ever hold `plan`."""
         check_passes(len(plan.passes), self.max_passes)
-
-    def acquire(self, plan: SteeringPlan) -> int:
-        """The slot of `plan`, written if it is new; release it as often as it was acquired."""
-        self.check(plan)
-        held = self._held.get(plan.fingerprint) or self._idle.pop(plan.fingerprint, None)
-        if held is None:
-            held = _Holding(self._free_slot(), plan, 0)
-            self._write(held.slot, plan)
-        held.references += 1
-        self._held[plan.fingerprint] = held
-        return held.slot
-
-    def release(self, plan: SteeringPlan) -> None:
-        """Gives back one reference; the last one makes the slot reusable."""
-        held = self._held[plan.fingerprint]
-        held.references -= 1
-        if held.references == 0:
-            del self._held[plan.fingerprint]
-            self._idle[plan.fingerprint] = held
-
-    def can_acquire(self, plan: SteeringPlan) -> bool:
-        """Whether `acquire` would find a slot now."""
-        known = plan.fingerprint in self._held or plan.fingerprint in self._idle
-        return known or bool(self._free) or bool(self._idle)
 
     def stages(self, point: HookPoint) -> list[Stage | None]:
         """The stages at `point`, by pass; None where a pass has nothing there."""
@@ -242,6 +200,11 @@ class Tables:
         """Hook points at which some slot, in use or idle, edits or reads."""
         edited = {p for p, row in self._stages.items() if any(s and s.blocks for s in row)}
         return edited | {p for p, row in self._gates.items() if any(g and g.live for g in row)}
+
+    def _take(self, plan: SteeringPlan) -> _Written:
+        held = _Written(self._free_slot(), plan=plan)
+        self._write(held.slot, plan)
+        return held
 
     def _free_slot(self) -> int:
         if self._free:

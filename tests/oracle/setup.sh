@@ -25,7 +25,7 @@ if ! "$base/bin/python" -c 'import torch, transformers' 2>/dev/null; then
     rm -rf "$base"
     "$python" -m venv "$base"
     "$base/bin/pip" install "${pip_options[@]}" "$torch"
-    "$base/bin/pip" install "${pip_options[@]}" "transformers>=5.19,<6"
+    "$base/bin/pip" install "${pip_options[@]}" "transformers>=5.19,<5.24"
     touch "$base/.ready"
   fi
 fi

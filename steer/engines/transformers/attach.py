@@ -20,6 +20,7 @@ from steer.control_vector import ControlVector, LowRankAdapter
 from steer.engines.base import Receipt
 from steer.engines.receipts import make_receipt
 from steer.engines.transformers.blocks import HookMap, find_hook_points
+from steer.engines.transformers.cache import given_cache
 from steer.engines.transformers.hooks import HookedModel
 from steer.errors import SpecError
 from steer.model_info import Capabilities, HookPoint
@@ -109,7 +110,7 @@ class _Rows:
         shape = ids if ids is not None else kwargs.get("inputs_embeds")
         if shape is None:
             raise SpecError("the steered model was called without input_ids or inputs_embeds")
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         past = 0 if cache is None else int(cache.get_seq_length())
         self._hooked.begin(self._step(ids, shape, past, kwargs.get("attention_mask")))
 

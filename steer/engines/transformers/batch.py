@@ -129,7 +129,7 @@ class RollingBatch:
             input_ids=ids,
             attention_mask=self._cache.mask(1),
             position_ids=places,
-            past_key_values=self._cache.cache,
+            key_values=self._cache.cache,
             use_cache=True,
         )
         logits: Tensor = outputs.logits[:, -1].float()

@@ -9,13 +9,29 @@ Buffers are `[rows, heads, columns, head_dim]`, grown by doubling; the model see
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+_CACHE_KEYWORDS = ("cache", "past_key_values")
+"""How models call their cache: transformers renamed it in 5.24."""
+
+
+def cache_keyword(model: nn.Module) -> str:
+    """The name of the argument in which `model` takes its key-value cache."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in _CACHE_KEYWORDS if name in parameters), _CACHE_KEYWORDS[-1])
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The key-value cache among the arguments of a call, by whichever name; None without one."""
+    return next((arguments[name] for name in _CACHE_KEYWORDS if name in arguments), None)
 
 
 @dataclass

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.engines.transformers.blocks import HookMap, HookTarget, first_tensor
+from steer.engines.transformers.cache import cache_keyword
 from steer.errors import EngineError
 from steer.model_info import HookPoint
 from steer.step import Step
@@ -26,6 +27,7 @@ class HookedModel:
 
     def __init__(self, model: nn.Module, hook_map: HookMap) -> None:
         self.model, self.map, self.info = model, hook_map, hook_map.info
+        self._cache_keyword = cache_keyword(model)
         self._handles: dict[HookPoint, torch.utils.hooks.RemovableHandle] = {}
         self._step: Step | None = None
         self._wanted: frozenset[HookPoint] = frozenset()
@@ -39,12 +41,16 @@ class HookedModel:
         self,
         step: Step | None,
         capture: Iterable[HookPoint] = (),
+        *,
+        key_values: Any = None,
         **inputs: Any,
     ) -> tuple[Any, dict[HookPoint, Tensor]]:
         """One forward pass with `step`'s edits; the outputs, and a copy of every captured state.
 
         States are read after the edits at their point.
         """
+        if key_values is not None:
+            inputs[self._cache_keyword] = key_values
         self.begin(step, capture)
         try:
             outputs = self.model(**inputs)

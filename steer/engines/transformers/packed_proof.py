@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steer.engines.probe import probe_plan
 from steer.engines.transformers.packed_model import PackedModel
-from steer.engines.transformers.proof import probe_plan
 from steer.errors import Unsupported
 from steer.model_info import HookPoint
 from steer.step import Ledger, Seat, Span, Step, build_step
@@ -58,7 +58,7 @@ def _prove_agreement(model: PackedModel) -> None:
 
 def _prove_edit(model: PackedModel, point: HookPoint) -> None:
     tables = Tables(model.hooked.info, slots=1, device=model.hooked.device)
-    plan = probe_plan(model.hooked, point)
+    plan = probe_plan(model.hooked.info, point)
     length = len(_PROMPTS[0])
     positions = np.arange(length, dtype=np.int64)
     seat = Seat(0, length, plan, tables.acquire(plan))

@@ -66,7 +66,7 @@ def run_prompts(
             input_ids=torch.from_numpy(ids[:, start:end]).to(device),
             attention_mask=all_mask[:, :end],
             position_ids=torch.from_numpy(places[:, start:end]).to(device),
-            past_key_values=cache,
+            key_values=cache,
             use_cache=True,
             logits_to_keep=wanted,
         )

@@ -6,18 +6,14 @@ steered row must differ from the model without hooks, the last must equal it to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 
-from steer.edits import Block
+from steer.engines.probe import probe_plan, unchanged
 from steer.engines.transformers.hooks import HookedModel
 from steer.errors import Unsupported
 from steer.model_info import HookPoint
-from steer.plan import Pass, SteeringPlan
-from steer.positions import EVERYWHERE
-from steer.spec import Patch, Site, SteeringSpec
+from steer.spec import Site
 from steer.step import Ledger, Seat, Span, build_step
 from steer.tables import Tables
 
@@ -30,6 +26,8 @@ def prove_steering(hooked: HookedModel) -> None:
     rows = hooked.info.n_layers + 1
     ids = torch.arange(1, _PROBE_LENGTH + 1, device=hooked.device).repeat(rows, 1)
     plain, _ = hooked.forward(None, input_ids=ids, use_cache=False)
+    # A mixture of experts is known by what it has no hook point for.
+    experts = "mlp_act" not in hooked.info.sites
     for site in hooked.info.sites:
         steered = _probe(hooked, site, ids)
         for layer in range(hooked.info.n_layers):
@@ -39,7 +37,7 @@ def prove_steering(hooked: HookedModel) -> None:
                     "nothing: this model is not supported",
                     code="steering_does_not_act",
                 )
-        if not _unchanged(hooked, steered[-1], plain.logits[-1]):
+        if not unchanged(steered[-1], plain.logits[-1], experts=experts):
             raise Unsupported(
                 f"an unsteered row next to edits at {site} is not what the model computes without "
                 "hooks: this model is not supported",
@@ -47,25 +45,12 @@ def prove_steering(hooked: HookedModel) -> None:
             )
 
 
-def _unchanged(hooked: HookedModel, row: torch.Tensor, plain: torch.Tensor) -> bool:
-    """Bit-identical; in a mixture of experts, equal to rounding.
-
-    There an edited neighbour may choose other experts, and the size of an expert's batch changes
-    the last bits of every token in it, with or without Steer.
-    """
-    if torch.equal(row, plain):
-        return True
-    experts = "mlp_act" not in hooked.info.sites
-    tolerance = 1e-4 if plain.dtype == torch.float32 else 5e-2
-    return experts and torch.allclose(row, plain, rtol=tolerance, atol=tolerance)
-
-
 def _probe(hooked: HookedModel, site: Site, ids: torch.Tensor) -> torch.Tensor:
     tables = Tables(hooked.info, slots=hooked.info.n_layers, device=hooked.device)
     spans = []
     positions = np.arange(_PROBE_LENGTH, dtype=np.int64)
     for layer in range(hooked.info.n_layers):
-        plan = probe_plan(hooked, HookPoint(layer, site))
+        plan = probe_plan(hooked.info, HookPoint(layer, site))
         seat = Seat(layer, _PROBE_LENGTH, plan, tables.acquire(plan))
         spans.append(Span(seat, layer * _PROBE_LENGTH, positions, positions + 1))
     ledger = Ledger(hooked.info.n_layers + 1, hooked.device)
@@ -73,13 +58,3 @@ def _probe(hooked: HookedModel, site: Site, ids: torch.Tensor) -> torch.Tensor:
     outputs, _ = hooked.forward(step, input_ids=ids, use_cache=False)
     logits: torch.Tensor = outputs.logits
     return logits
-
-
-def probe_plan(hooked: HookedModel, point: HookPoint) -> SteeringPlan:
-    """An edit that no model can miss: another direction for each coordinate, of a large size."""
-    width = hooked.info.width(point.site)
-    direction = torch.cos(torch.arange(width, dtype=torch.float32)) * 10.0
-    blocks: Mapping[HookPoint, Block] = {point: Block(shift=direction)}
-    spec = SteeringSpec(interventions=(Patch(vector="probe"),))
-    name = f"probe-{point}"
-    return SteeringPlan(name, spec, (Pass(EVERYWHERE, None, blocks),), (), (), ())

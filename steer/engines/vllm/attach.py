@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -100,14 +100,9 @@ def model_info(vllm_config: Any, sites: tuple[Site, ...]) -> ModelInfo:
 
 def plan_loader(store: PlanStore, model: ModelInfo) -> Callable[[str], SteeringPlan]:
     """Plans by their hash in `store`, the last ones kept in memory."""
-    kept: OrderedDict[str, SteeringPlan] = OrderedDict()
 
+    @lru_cache(_KEPT_PLANS)
     def load(sha256: str) -> SteeringPlan:
-        if sha256 not in kept:
-            kept[sha256] = load_plan(store.get(sha256), store.sae_encoder, model=model)
-            while len(kept) > _KEPT_PLANS:
-                kept.popitem(last=False)
-        kept.move_to_end(sha256)
-        return kept[sha256]
+        return load_plan(store.get(sha256), store.sae_encoder, model=model)
 
     return load

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steer.edits import Block, Law
+from steer.engines.probe import probe_plan, unchanged
 from steer.engines.vllm.steering import Batch, WorkerSteering
 from steer.engines.vllm.ticket import Ticket
 from steer.errors import Unsupported
-from steer.model_info import HookPoint, ModelInfo
-from steer.plan import Pass, SteeringPlan
+from steer.model_info import HookPoint
+from steer.plan import SteeringPlan
 from steer.positions import EVERYWHERE
-from steer.spec import Patch, SteeringSpec
 
 _POINTS_AT_ONCE = 32
 
@@ -43,15 +42,15 @@ def prove(steering: WorkerSteering, run: Run, largest: int, *, experts: bool) ->
         if steering.owns(HookPoint(layer, site))
     ]
     group = max(min(largest, steering.tables.slots, _POINTS_AT_ONCE + 1) - 1, 1)
-    for shift in (True, False):
+    for constant in (True, False):
         for first in range(0, len(points), group):
-            _prove_points(steering, run, points[first : first + group], shift, experts)
+            _prove_points(steering, run, points[first : first + group], constant, experts)
 
 
 def _prove_points(
-    steering: WorkerSteering, run: Run, points: Sequence[HookPoint], shift: bool, experts: bool
+    steering: WorkerSteering, run: Run, points: Sequence[HookPoint], constant: bool, experts: bool
 ) -> None:
-    plans = {f"{point}": probe_plan(steering.model, point, shift) for point in points}
+    plans = {f"{point}": probe_plan(steering.model, point, constant=constant) for point in points}
     tokens = len(points) + 1
     plain = run(tokens)
     steered = _rehearse(steering, plans, run, tokens)
@@ -62,24 +61,12 @@ def _prove_points(
                 "vLLM: the model is not served, because it would not be steered",
                 code="steering_does_not_act",
             )
-    if not _unchanged(steered[0], plain[0], experts):
+    if not unchanged(steered[0], plain[0], experts=experts):
         raise Unsupported(
             f"an unsteered token of {steering.model.architecture} is not what vLLM computes "
             "without steering beside it: the model is not served",
             code="neighbour_changed",
         )
-
-
-def _unchanged(row: Tensor, plain: Tensor, experts: bool) -> bool:
-    """Bit-identical; in a mixture of experts, equal to rounding.
-
-    There an edited neighbour may choose other experts, and the size of an expert's batch changes
-    the last bits of every token in it, with or without Steer.
-    """
-    if torch.equal(row, plain):
-        return True
-    tolerance = 1e-4 if plain.dtype == torch.float32 else 5e-2
-    return experts and torch.allclose(row, plain, rtol=tolerance, atol=tolerance)
 
 
 def _rehearse(
@@ -111,17 +98,3 @@ def _rehearse(
         for name in names:
             stage.retire(name)
         steering.recover()
-
-
-def probe_plan(model: ModelInfo, point: HookPoint, shift: bool) -> SteeringPlan:
-    """An edit that no model can miss: another direction for each coordinate, of a large size;
-    as a constant, or as an edit that reads the state."""
-    direction = torch.cos(torch.arange(model.width(point.site), dtype=torch.float32)) * 10.0
-    block = Block(shift=direction)
-    if not shift:
-        block = Block.of_edits(
-            torch.zeros_like(direction)[None], direction[None], [Law.constant(1)]
-        )
-    spec = SteeringSpec(interventions=(Patch(vector="probe"),))
-    name = f"proof-{point}-{shift}"
-    return SteeringPlan(name, spec, (Pass(EVERYWHERE, None, {point: block}),), (), (), ())

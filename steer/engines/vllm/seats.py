@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +17,10 @@ from steer.engines.receipts import receipt_of
 from steer.engines.vllm.ledger import UNSEEN, PositionLedger
 from steer.engines.vllm.ticket import Ticket
 from steer.errors import EngineError
-from steer.graph_tables import GraphTables
 from steer.model_info import HookPoint
 from steer.plan import SteeringPlan
+from steer.slots import SlotTables
 from steer.step import Ints, Seat
-from steer.tables import Tables
 
 _KEPT_RECORDS = 4096
 """Finished requests whose receipts nobody has fetched; the oldest go first."""
@@ -74,7 +74,7 @@ class Seats:
 
     def __init__(
         self,
-        tables: Tables | GraphTables,
+        tables: SlotTables[Any],
         load: Callable[[str], SteeringPlan],
         *,
         rows: int,
