@@ -65,8 +65,10 @@ class Selection:
 
     def steady_from(self, prompt_length: int) -> int | None:
         """The position from which on the mask is constant; None where it never is for sure."""
-        if self.reads_tokens:
-            return None
+        return None if self.reads_tokens else self.settled_from(prompt_length)
+
+    def settled_from(self, prompt_length: int) -> int:
+        """The position from which on the mask depends on the tokens alone."""
         bounds = [prompt_length]
         for selection in (self, self.excluded):
             for start, end in (selection.ranges or ()) if selection else ():

@@ -9,7 +9,7 @@ T tokens of the batch (packed, or a padded batch flattened), P passes, R request
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from steer.errors import EngineError
 from steer.kernels import apply_stage
 from steer.model_info import HookPoint
 from steer.plan import SteeringPlan
-from steer.tables import MAX_PASSES, GateRows, Needs, Stage, Tables
+from steer.tables import MAX_PASSES, GateRows, Part, Stage, Tables
 
 Ints = NDArray[np.int64]
 _FEW = 0.75
@@ -55,7 +55,8 @@ class Ledger:
 
     def record(self, rows: Ints, bits: Ints) -> None:
         """Counts tokens `[T]` of `rows` that the passes named by `bits` edited."""
-        np.add.at(self.tokens, (rows, bits), 1)
+        # One flat index: numpy adds at several ten times more slowly.
+        np.add.at(self.tokens.reshape(-1), rows * self.tokens.shape[1] + bits, 1)
 
     def recount(self, row: int) -> None:
         """Counts a row from zero again, because its tokens are computed anew; its gates' decisions
@@ -87,6 +88,12 @@ class Seat:
         if settled is not None and len(positions) and positions[0] >= settled[0]:
             return np.repeat(settled[1], len(positions), axis=1)
         return self._masked(positions, tokens)
+
+    @cached_property
+    def possible(self) -> Ints:
+        """The slot of each pass `[P, 1]` where it is selected."""
+        passes = () if self.plan is None else self.plan.passes
+        return np.full((len(passes), 1), self.slot, dtype=np.int64)
 
     def _masked(self, positions: Ints, tokens: Ints) -> Ints:
         passes = () if self.plan is None else self.plan.passes
@@ -137,12 +144,12 @@ class _Work(NamedTuple):
 
     number: int
     stage: Stage
-    needs: Needs
+    part: Part
     rows: Tensor | None
 
 
 class Step:
-    """One forward pass over T tokens.
+    """One forward pass over T tokens, and with `carry_on` those that follow it.
 
     Assumes: hooks call `edit` in forward order, once per hook point.
     Guarantees: `finish` raises if an edited hook point was never reached.
@@ -157,21 +164,26 @@ class Step:
         until_decision: Ints | None = None,
         watching: Ints | None = None,
         measured: NDArray[np.bool_] | None = None,
+        possible: Ints | None = None,
     ) -> None:
+        """`possible` `[P, T]` are the slots that tokens may have in the passes to come; None where
+        these are their `slots`."""
         device = tables.device
         self._tables, self._ledger, self._rows = tables, ledger, rows
         self._host_slots = slots
+        self._possible = slots if possible is None else possible
         self.slots = torch.from_numpy(slots).to(device)
         self._row_index = torch.from_numpy(rows).clamp_min(0).to(device)
         self._pending: Tensor | None = None
         self._measured = None if measured is None else torch.from_numpy(measured).to(device)
-        self._uniform = self._uniform_slots(slots)
+        self._uniform = None if possible is not None else self._uniform_slots(slots)
         self._chosen: dict[tuple[int, ...], Tensor | None] = {}
-        live = {int(slot) for slot in np.unique(slots)} - {0}
+        live = set(self._possible.ravel().tolist()) - {0}
         points = tables.points()
+        self._points = points
         if until_decision is not None and watching is not None:
             read = np.where(watching, watching, slots)
-            live |= {int(slot) for slot in np.unique(read)} - {0}
+            live |= set(read.ravel().tolist()) - {0}
             self._close_gates(
                 points,
                 torch.from_numpy(until_decision).to(device),
@@ -201,6 +213,21 @@ class Step:
             self._measure(point, before, flat)
         return flat.reshape(x.shape)
 
+    def carry_on(self, changes: Mapping[int, Ints]) -> None:
+        """Takes the same requests a token further, all of them in what they generate; `changes` are
+        the slots `[P]` of the tokens that have others now than in the pass before.
+
+        Assumes: one token for each request, none of them possible where `possible` had none.
+        """
+        for place, slots in changes.items():
+            self._host_slots[:, place] = 0
+            self._host_slots[: len(slots), place] = slots
+        gated = self._pending is not None
+        if changes or gated:
+            self.slots = torch.from_numpy(self._host_slots).to(self._tables.device)
+        if gated:
+            self._close_gates(self._points, torch.full_like(self.slots[0], -1), self.slots)
+
     def finish(self) -> None:
         """Counts what was applied; raises if a hook point was never reached (fail closed)."""
         missed = self.points - self._visited
@@ -221,19 +248,23 @@ class Step:
         """The stages that this batch's slots use at `point`."""
         found = []
         for number, stage in enumerate(self._tables.stages(point)):
-            if stage is not None and (mine := live & stage.blocks.keys()):
-                needs = stage.needs(mine)
-                found.append(_Work(number, stage, needs, self._rows_of(number, mine, needs)))
+            groups = [] if stage is None else stage.groups(live)
+            for mine in groups:
+                part = stage.part(mine)
+                rows = None
+                if len(groups) > 1 or any(part.needs):
+                    rows = self._rows_of(number, mine, _FEW if len(groups) == 1 else 1.0)
+                found.append(_Work(number, stage, part, rows))
         return found
 
-    def _rows_of(self, number: int, slots: set[int], needs: Needs) -> Tensor | None:
-        """The tokens that pass `number` may edit by `slots`, where working on them alone pays."""
-        if not any(needs):
-            return None
+    def _rows_of(self, number: int, slots: set[int], share: float) -> Tensor | None:
+        """The tokens that pass `number` may edit by `slots`; None for more than `share` of all."""
         key = (number, *sorted(slots))
         if key not in self._chosen:
-            chosen = np.flatnonzero(np.isin(self._host_slots[number], list(slots)))
-            few = len(chosen) <= _FEW * self._host_slots.shape[1]
+            wanted = np.zeros(self._tables.slots + 1, dtype=bool)
+            wanted[list(slots)] = True
+            chosen = np.flatnonzero(wanted[self._possible[number]])
+            few = len(chosen) <= share * self._host_slots.shape[1]
             index = torch.from_numpy(chosen).to(self._tables.device) if few else None
             self._chosen[key] = index
         return self._chosen[key]
@@ -241,9 +272,9 @@ class Step:
     def _apply(self, work: _Work, x: Tensor) -> Tensor:
         slots = self.slots[work.number]
         if work.rows is None:
-            return apply_stage(work.stage, x, slots, work.needs)
-        part, slots = x.index_select(0, work.rows), slots.index_select(0, work.rows)
-        return x.index_copy(0, work.rows, apply_stage(work.stage, part, slots, work.needs))
+            return apply_stage(work.part, x, slots)
+        mine, slots = x.index_select(0, work.rows), slots.index_select(0, work.rows)
+        return x.index_copy(0, work.rows, apply_stage(work.part, mine, slots))
 
     def _gates_at(self, point: HookPoint, live: set[int]) -> bool:
         return any(g is not None and live & g.live for g in self._tables.gates(point))
@@ -307,11 +338,17 @@ class Step:
 
 
 def build_step(
-    tables: Tables, ledger: Ledger, spans: Sequence[Span], tokens_in_batch: int
+    tables: Tables,
+    ledger: Ledger,
+    spans: Sequence[Span],
+    tokens_in_batch: int,
+    *,
+    restless: Collection[int] = (),
 ) -> Step | None:
     """The step that computes `spans`; None where no seat in it is steered.
 
-    Unsteered seats may be left out of `spans`; padding belongs to none.
+    Unsteered seats may be left out of `spans`; padding belongs to none. The tokens of spans
+    at the offsets `restless` may have other slots when the step is carried on.
     """
     steered = [span for span in spans if span.seat.plan is not None and span.seat.plan.passes]
     if not steered:
@@ -322,6 +359,7 @@ def build_step(
     until_decision = np.ones(tokens_in_batch, dtype=np.int64)
     watching = np.zeros_like(slots)
     measured = np.zeros(tokens_in_batch, dtype=bool)
+    possible = slots.copy() if restless else None
     for span in steered:
         seat, place = span.seat, slice(span.offset, span.offset + len(span.positions))
         mine = seat.slots(span.positions, span.tokens)
@@ -331,6 +369,9 @@ def build_step(
             watching[: len(mine), place] = seat.watching(span.positions)
         until_decision[place] = seat.prompt_length - 1 - span.positions
         measured[place] = seat.measure
+        if possible is not None:
+            restless_now = span.offset in restless
+            possible[: len(mine), place] = seat.possible if restless_now else mine
     gated = any(span.seat.plan.gated for span in steered if span.seat.plan)
     return Step(
         tables,
@@ -340,4 +381,5 @@ def build_step(
         until_decision if gated else None,
         watching if gated else None,
         measured if measured.any() else None,
+        possible,
     )

@@ -10,11 +10,13 @@ S slots, M bank rows, d the width of the hook point, P passes, R request rows.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from steer.edits import LAW_FIELDS, Block, Competition
 from steer.errors import CapacityError
@@ -24,6 +26,9 @@ from steer.slots import Holding, SlotTables
 
 MAX_PASSES = 8
 _FIRST_BANK_ROWS = 16
+_KEPT_PARTS = 4
+_COMPACT = 0.5
+"""Up to this share of a bank, a batch's edits are copied out of it."""
 
 
 class Needs(NamedTuple):
@@ -34,7 +39,21 @@ class Needs(NamedTuple):
     preserving: bool = True
 
 
-EVERYTHING = Needs()
+@dataclass(frozen=True)
+class Part:
+    """A stage as far as some slots need it: constants and flags by slot `[S + 1, ...]`, and a bank
+    of K edits, in which every row knows its slot and its column among the cutoffs."""
+
+    shift: Tensor
+    replace: Tensor
+    preserve: Tensor
+    read: Tensor
+    write: Tensor
+    laws: Tensor
+    owner: Tensor
+    contest: Tensor
+    competitions: tuple[Competition, ...]
+    needs: Needs
 
 
 class Stage:
@@ -58,6 +77,52 @@ class Stage:
         self.blocks: dict[int, Block] = {}
         self.bank_rows = 0
         self._owned: dict[int, list[int]] = {}
+        self._parts: OrderedDict[frozenset[int], Part] = OrderedDict()
+
+    def groups(self, slots: set[int]) -> list[set[int]]:
+        """The slots among `slots` with a block here, those that compete apart from the others: a
+        competition reads every latent of an SAE, for each token that it is shown."""
+        mine = slots & self.blocks.keys()
+        competing = {slot for slot in mine if self.blocks[slot].competition is not None}
+        return [group for group in (mine - competing, competing) if group]
+
+    def part(self, slots: Iterable[int]) -> Part:
+        """What `slots`, all of which have a block here, make necessary, whatever others hold."""
+        key = frozenset(slots)
+        found = self._parts.get(key)
+        if found is None:
+            found = self._parts[key] = self._part(key)
+            while len(self._parts) > _KEPT_PARTS:
+                self._parts.popitem(last=False)
+        return found
+
+    def _part(self, slots: frozenset[int]) -> Part:
+        rows = sorted(row for slot in slots for row in self._owned.get(slot, ()))
+        # Others' edits are computed and thrown away where that is cheaper than to leave them out.
+        compact = len(rows) <= _COMPACT * self.bank_rows
+        chosen: slice | Tensor = slice(self.bank_rows)
+        if compact:
+            chosen = torch.tensor(rows, dtype=torch.long, device=self.device)
+        identities = dict.fromkeys(
+            block.competition.identity
+            for slot in sorted(slots)
+            if (block := self.blocks[slot]).competition is not None
+        )
+        columns = torch.zeros(len(self.competitions) + 1, dtype=torch.long, device=self.device)
+        for number, identity in enumerate(identities, start=1):
+            columns[self.competitions[identity][0]] = number
+        return Part(
+            self.shift,
+            self.replace,
+            self.preserve,
+            self.read[chosen],
+            self.write[chosen],
+            self.laws[chosen],
+            self.owner[chosen],
+            columns[self.contest[chosen]],
+            tuple(self.competitions[identity][1] for identity in identities),
+            self.needs(slots),
+        )
 
     def needs(self, slots: Iterable[int]) -> Needs:
         """What the blocks of `slots` make necessary, whatever idle slots hold."""
@@ -104,6 +169,7 @@ class Stage:
         self._refresh()
 
     def _refresh(self) -> None:
+        self._parts.clear()
         self.bank_rows = 1 + max((max(rows) for rows in self._owned.values()), default=-1)
 
     def _enter(self, competition: Competition | None) -> int:

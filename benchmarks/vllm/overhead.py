@@ -23,7 +23,7 @@ from benchmarks.vllm.shapes import SLOTS, Shape
 from steer.engines.vllm.runner_v1 import RunnerV1
 from steer.engines.vllm.shifts import ShiftTables
 from steer.engines.vllm.steering import WorkerSteering
-from steer.engines.vllm.taps import CompiledTap, EagerTap
+from steer.engines.vllm.taps import CompiledTap, EagerTap, OpaqueTap
 from steer.engines.vllm.ticket import Ticket
 from steer.plan import SteeringPlan
 
@@ -159,7 +159,7 @@ def tap_costs(
         torch.compile(_Chain(taps, shape.d_model), dynamic=True)
         for taps in (
             [_NoTap() for _ in range(count)],
-            [CompiledTap(tap, tables) for tap in range(count)],
+            [CompiledTap(tap, tables, OpaqueTap(tap, static=False)) for tap in range(count)],
         )
     ]
 

@@ -46,9 +46,10 @@ from steer.engines.transformers.engine import TransformersEngine  # noqa: E402
 from steer.engines.vllm import ops  # noqa: E402
 from steer.engines.vllm.engine import VllmEngine  # noqa: E402
 from steer.engines.vllm.options import SteerOptions, is_static  # noqa: E402
+from steer.engines.vllm.prepared import Batch  # noqa: E402
 from steer.engines.vllm.runner_v1 import RunnerV1  # noqa: E402
 from steer.engines.vllm.runner_v2 import RunnerV2  # noqa: E402
-from steer.engines.vllm.steering import Batch, WorkerSteering  # noqa: E402
+from steer.engines.vllm.steering import WorkerSteering  # noqa: E402
 from steer.engines.vllm.worker import adapter  # noqa: E402
 from steer.errors import EngineError, Unsupported  # noqa: E402
 from steer.model_info import HookPoint  # noqa: E402

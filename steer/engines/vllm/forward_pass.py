@@ -7,13 +7,13 @@ to a steered one keeps its bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from steer.engines.vllm.taps import ADDED, points_of, tap_of
 from steer.model_info import HookPoint
-from steer.step import Step
+from steer.step import Ints, Step
 
 Keep = Callable[[HookPoint, Tensor], None]
 
@@ -39,6 +39,11 @@ class ForwardPass:
             tap: [p for p in points_of(tap, n_layers) if p in edited or p in wanted]
             for tap in self.taps
         }
+
+    def carry_on(self, changes: Mapping[int, Ints]) -> None:
+        """Takes the same requests on by a token (`Step.carry_on`)."""
+        if self._step is not None:
+            self._step.carry_on(changes)
 
     def visit(self, tap: int, hidden: Tensor, residual: Tensor | None) -> None:
         """Runs the edits of `tap` on `hidden` and `residual`, in place."""

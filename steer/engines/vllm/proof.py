@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from steer.engines.probe import probe_plan, unchanged
-from steer.engines.vllm.steering import Batch, WorkerSteering
+from steer.engines.vllm.prepared import Batch
+from steer.engines.vllm.steering import WorkerSteering
 from steer.engines.vllm.ticket import Ticket
 from steer.errors import Unsupported
 from steer.model_info import HookPoint

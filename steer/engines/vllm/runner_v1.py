@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from steer.engines.vllm.arrivals import take_note
-from steer.engines.vllm.steering import Batch, WorkerSteering
+from steer.engines.vllm.prepared import Batch
+from steer.engines.vllm.steering import WorkerSteering
 from steer.errors import Unsupported
 from steer.step import Ints
 
@@ -53,6 +54,9 @@ class RunnerV1:
 
     def _model_forward(self, *args: Any, **named: Any) -> Any:
         if self._scheduled is None:
+            return self._forward(*args, **named)
+        if not self._steering.busy:
+            self._steering.rest()
             return self._forward(*args, **named)
         self._steering.begin(self._batch(self._scheduled))
         try:

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from steer.engines.vllm.arrivals import take_note
+from steer.engines.vllm.prepared import Batch
 from steer.engines.vllm.seams import calls, known, version
-from steer.engines.vllm.steering import Batch, WorkerSteering
+from steer.engines.vllm.steering import WorkerSteering
 from steer.errors import Unsupported
 from steer.step import Ints
 
@@ -88,7 +89,10 @@ class RunnerV2:
 
     def _prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
         if self._computing:
-            self._steering.begin(_batch(input_batch))
+            if self._steering.busy:
+                self._steering.begin(_batch(input_batch))
+            else:
+                self._steering.rest()
         return self._model_inputs(input_batch, req_states)
 
 

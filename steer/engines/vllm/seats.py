@@ -43,17 +43,31 @@ class Live:
     fault: str | None = None
     seat: Seat | None = None
     """Set while the plan holds a slot of the tables."""
-    steady_from: int | None = None
-    steady_bits: int = 0
+    settled_from: int = 0
+    """The position from which on the passes that select a token depend on its id alone."""
+    restless: bool = False
+    """Whether they do depend on it."""
     states: dict[HookPoint, Tensor] = field(default_factory=dict)
     """Captured states by point, float32 `[positions, d]`; rows not reached yet are NaN."""
+    _bits_of: dict[int, int] = field(default_factory=dict)
 
     def bits(self, start: int, ids: Ints) -> NDArray[np.uint8]:
         """The passes that select each of the tokens `ids` at positions from `start` on."""
-        if self.steady_from is not None and start >= self.steady_from:
-            return np.full(len(ids), self.steady_bits, dtype=np.uint8)
+        if start >= self.settled_from:
+            if not self.restless:
+                return np.full(len(ids), self.bits_of(-1), dtype=np.uint8)
+            return np.array([self.bits_of(token) for token in ids.tolist()], dtype=np.uint8)
         positions = np.arange(start, start + len(ids), dtype=np.int64)
         return self.ticket.pattern(positions, len(self.prompt), ids)
+
+    def bits_of(self, token: int) -> int:
+        """The passes that select `token` at any position from `settled_from` on."""
+        found = self._bits_of.get(token)
+        if found is None:
+            position = np.array([self.settled_from], dtype=np.int64)
+            pattern = self.ticket.pattern(position, len(self.prompt), np.array([token]))
+            found = self._bits_of[token] = int(pattern[0])
+        return found
 
 
 @dataclass(frozen=True)
@@ -117,7 +131,9 @@ class Seats:
             # Inline constants go to one half of the stream: who measures or reads needs them apart.
             apart = ticket.measure or ticket.capture is not None
             live.inline = not apart and self._inline(plan)
-            live.steady_from, live.steady_bits = _steady(ticket, len(ids))
+            bounds = [one.settled_from(len(ids)) for one in ticket.selections]
+            live.settled_from = max(bounds, default=0)
+            live.restless = ticket.reads_tokens
         if ticket.capture is not None:
             count = len(ticket.capture.positions)
             for point in filter(self._owns, ticket.capture.points):
@@ -224,18 +240,6 @@ def _cached_bits(live: Live, positions: Ints) -> Ints:
         if one.gate is not None:
             bits &= ~(1 << number)
     return bits
-
-
-def _steady(ticket: Ticket, prompt_length: int) -> tuple[int | None, int]:
-    """From which position on the selected passes no longer change, and which they are then."""
-    start = 0
-    for selection in ticket.selections:
-        bound = selection.steady_from(prompt_length)
-        if bound is None:
-            return None, 0
-        start = max(start, bound)
-    last = np.array([start], dtype=np.int64)
-    return start, int(ticket.pattern(last, prompt_length, np.array([-1]))[0])
 
 
 def _child(req_id: str, ticket: Ticket) -> int:

@@ -1,9 +1,9 @@
 """Constant additions in static buffers: the part of steering that a compiled graph does inline.
 
 A *variant* is what a token of one plan adds, for one choice of the passes that select it. A token
-names its variant, the variant names a row of the bank at each tap, and row 0 is −0.0. So the
-graph needs one gather and one addition per tap, whatever the number of specs in the batch, and
-the host writes one number per token.
+names its variant, the variant names a row of the bank at each tap, and row 0 is −0.0. When a pass
+is made ready, each token gets its row at each tap. So the graph needs one gather and one addition
+per tap, whatever the number of specs in the batch.
 
 V variants, R bank rows, B the most tokens in a batch, d the width of the stream.
 """
@@ -46,8 +46,9 @@ class ShiftTables:
         batch_tokens: int,
         device: torch.device,
     ) -> None:
-        self.variant = torch.zeros(batch_tokens, dtype=torch.long, device=device)
-        self.rows = torch.zeros(taps, variants, dtype=torch.long, device=device)
+        self.token_rows = torch.zeros(taps, batch_tokens, dtype=torch.long, device=device)
+        """The bank row of each token at each tap: what the graph reads."""
+        self._rows = torch.zeros(taps, variants, dtype=torch.long, device=device)
         self.bank = torch.full((bank_rows, width), -0.0, device=device)
         self._held: OrderedDict[Key, _Variant] = OrderedDict()
         self._free = list(range(variants - 1, 0, -1))
@@ -77,16 +78,26 @@ class ShiftTables:
         """Names the variant of each token `[T]` of the next pass; the rest of the batch adds
         nothing."""
         tokens = len(variants)
-        self.variant[:tokens] = variants
+        self.token_rows[:, :tokens] = self._rows.index_select(1, variants.to(self._rows.device))
         if tokens < self._written:
-            self.variant[tokens : self._written] = 0
+            self.token_rows[:, tokens : self._written] = 0
         self._written = tokens
+
+    def change(self, place: int, variant: int) -> None:
+        """Names the variant of one token of the next pass, the others being as they were."""
+        self.token_rows[:, place] = self._rows[:, variant]
+
+    def rest(self) -> None:
+        """No token of the next pass adds anything."""
+        if self._written:
+            self.token_rows[:, : self._written] = 0
+            self._written = 0
 
     def clear(self) -> None:
         """Forgets every variant."""
         while self._evict(frozenset()):
             pass
-        self.assign(torch.zeros(0, dtype=torch.long))
+        self.rest()
 
     def _write(self, key: Key, sums: Mapping[int, Tensor], keep: Set[Key]) -> _Variant | None:
         while not self._free or len(self._free_rows) < len(sums):
@@ -96,7 +107,7 @@ class ShiftTables:
         for tap, shift in sums.items():
             row = self._free_rows.pop()
             self.bank[row] = shift.to(self.bank)
-            self.rows[tap, variant.number] = row
+            self._rows[tap, variant.number] = row
             variant.rows.append(row)
         self._held[key] = variant
         return variant
@@ -107,7 +118,7 @@ class ShiftTables:
         if oldest is None:
             return False
         gone = self._held.pop(oldest)
-        self.rows[:, gone.number] = 0
+        self._rows[:, gone.number] = 0
         self._free.append(gone.number)
         self._free_rows.extend(gone.rows)
         return True

@@ -7,7 +7,6 @@ of which requests the next forward pass computes, and when that pass is over.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from steer.engines.base import EngineStats
 from steer.engines.vllm import ops
 from steer.engines.vllm.forward_pass import ForwardPass
 from steer.engines.vllm.graph_form import GraphForm, GraphPass
+from steer.engines.vllm.prepared import Batch, Placed, Prepared
 from steer.engines.vllm.seats import Live, Seats
 from steer.engines.vllm.shifts import Key, ShiftTables, only_shifts
 from steer.engines.vllm.taps import tap_of
@@ -27,33 +27,6 @@ from steer.model_info import HookPoint, ModelInfo
 from steer.plan import SteeringPlan
 from steer.step import NOBODY, Ints, Span, build_step
 from steer.tables import Tables
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The tokens of one forward pass: request i computes `counts[i]` tokens, the first of them at
-    position `starts[i]`. Requests lie behind one another in this order. `ids(i)` gives the tokens
-    of one and is asked only where a plan reads them, before the pass: they may be on a device."""
-
-    req_ids: Sequence[str]
-    starts: Ints
-    counts: Ints
-    ids: Callable[[int], Ints]
-
-
-@dataclass
-class _Placed:
-    """A known request in the coming pass."""
-
-    live: Live
-    index: int
-    offset: int
-    start: int
-    ids: Ints
-
-    @property
-    def place(self) -> slice:
-        return slice(self.offset, self.offset + len(self.ids))
 
 
 class WorkerSteering:
@@ -93,8 +66,8 @@ class WorkerSteering:
             settle=lambda: None if form is None else form.settle(wait=True),
         )
         self.recover()
-        self._steady: tuple[tuple[str, ...], _Prepared] | None = None
-        self._prepared: _Prepared | None = None
+        self._steady: tuple[tuple[str, ...], Prepared] | None = None
+        self._prepared: Prepared | None = None
 
     def recover(self) -> None:
         """Takes the static buffers back after others have used them."""
@@ -117,20 +90,28 @@ class WorkerSteering:
             self._steady = None
             self.seats.retire(req_id)
 
+    @property
+    def busy(self) -> bool:
+        """Whether any request that runs, or waits in preemption, is steered or read."""
+        return len(self.seats) > 0
+
+    def rest(self) -> None:
+        """The coming pass steers nobody."""
+        ops.set_running(None)
+        if self.form is not None:
+            self.form.clear()
+        if self.shifts is not None:
+            self.shifts.rest()
+
     def begin(self, batch: Batch) -> None:
         """Makes the pass over `batch` the one that the taps reach."""
-        if not len(self.seats):
-            self._idle()
-            return
         decoding = bool((batch.counts == 1).all())
         order = tuple(batch.req_ids)
-        if decoding and self._steady is not None and self._steady[0] == order:
-            prepared = self._steady[1]
-            prepared.move(batch.starts)
-        else:
+        prepared = self._carried_on(order, batch) if decoding else None
+        if prepared is None:
             prepared = self._prepare(batch)
-            calm = decoding and all(_calm(placed) for placed in prepared.placed)
-            self._steady = (order, prepared) if calm else None
+            lasting = decoding and all(self._lasts(placed) for placed in prepared.placed)
+            self._steady = (order, prepared) if lasting else None
         self._prepared = prepared
         self.seats.ledger.expect(prepared.rows, prepared.positions)
         if isinstance(prepared.running, ForwardPass):
@@ -153,9 +134,7 @@ class WorkerSteering:
                 prepared.running.finish()
             except EngineError as error:
                 self._at_fault(prepared.placed, error.message)
-        for placed, bits in prepared.inline:
-            span = prepared.positions[placed.place]
-            self.seats.ledger.write(np.full(len(span), placed.live.row), span, bits)
+        prepared.write_inline(self.seats.ledger)
 
     def stats(self) -> EngineStats:
         """Live figures: slots, and the requests that hold them."""
@@ -165,18 +144,26 @@ class WorkerSteering:
             requests_running=len(self.seats),
         )
 
-    def _idle(self) -> None:
-        ops.set_running(None)
-        if self.form is not None:
-            self.form.clear()
-        if self.shifts is not None:
-            self.shifts.assign(torch.zeros(0, dtype=torch.long))
+    def _carried_on(self, order: tuple[str, ...], batch: Batch) -> Prepared | None:
+        """The pass before, taken on by a token, where that is enough."""
+        if self._steady is None or self._steady[0] != order:
+            return None
+        prepared = self._steady[1]
+        return prepared if prepared.carry_on(batch, self.shifts) else None
 
-    def _prepare(self, batch: Batch) -> _Prepared:
+    def _lasts(self, placed: Placed) -> bool:
+        """Whether a pass with this request can be carried on. A pass of the static form can as long
+        as its tokens' slots stay the same."""
+        live = placed.live
+        if self.form is not None and live.plan is not None:
+            return placed.settled and not live.restless and not live.plan.gated
+        return placed.settled
+
+    def _prepare(self, batch: Batch) -> Prepared:
         total = int(batch.counts.sum())
         offsets = np.cumsum(batch.counts) - batch.counts
         placed = [
-            _Placed(live, n, int(offsets[n]), int(batch.starts[n]), _ids(batch, n, live))
+            Placed(live, n, int(offsets[n]), int(batch.starts[n]), _ids(batch, n, live))
             for n, req_id in enumerate(batch.req_ids)
             if (live := self.seats.get(req_id)) is not None and live.fault is None
         ]
@@ -184,16 +171,25 @@ class WorkerSteering:
         positions = np.zeros(total, dtype=np.int64)
         for one in placed:
             positions[one.place] = np.arange(one.start, one.start + len(one.ids))
-        inline = self._assign_shifts([one for one in placed if one.live.inline], total)
-        handled = {id(one) for one, _ in inline}
+        inline, inline_bits = self._assign_shifts([one for one in placed if one.live.inline], total)
+        handled = {id(one) for one in inline}
         general = [one for one in placed if id(one) not in handled and one.live.plan is not None]
         for one in general:
             rows[one.place] = one.live.row
         spans = self._spans(general, positions)
         running = self._pass(spans, [one for one in placed if one.live.states], general, total)
-        return _Prepared(placed, rows, positions, inline, running)
+        return Prepared(
+            placed,
+            rows,
+            positions,
+            inline,
+            _joined([np.arange(one.place.start, one.place.stop) for one in inline]),
+            np.repeat([one.live.row for one in inline], [len(one.ids) for one in inline]),
+            _joined(inline_bits),
+            running,
+        )
 
-    def _spans(self, placed: Sequence[_Placed], positions: Ints) -> list[Span]:
+    def _spans(self, placed: Sequence[Placed], positions: Ints) -> list[Span]:
         """The tokens of requests that have a seat in the tables; one that finds no room is at
         fault, and its answer will be withheld."""
         lives = [one.live for one in placed]
@@ -210,70 +206,57 @@ class WorkerSteering:
     def _pass(
         self,
         spans: Sequence[Span],
-        reading: Sequence[_Placed],
-        general: Sequence[_Placed],
+        reading: Sequence[Placed],
+        general: Sequence[Placed],
         total: int,
     ) -> ForwardPass | GraphPass | None:
         """The pass that steers `spans` and keeps the states that `reading` requests ask for."""
         if self.form is not None:
             return self.form.begin(spans, total, lambda why: self._at_fault(general, why))
         assert isinstance(self.tables, Tables)
-        step = build_step(self.tables, self.seats.ledger, spans, total)
+        restless = {one.offset for one in general if one.live.restless}
+        step = build_step(self.tables, self.seats.ledger, spans, total, restless=restless)
         wanted = frozenset(point for one in reading for point in one.live.states)
         if step is None and not wanted:
             return None
         keep = (lambda point, x: _keep(reading, point, x)) if wanted else None
         return ForwardPass(step, total, self.model.n_layers, wanted, keep)
 
-    def _at_fault(self, placed: Sequence[_Placed], why: str) -> None:
+    def _at_fault(self, placed: Sequence[Placed], why: str) -> None:
         self._steady = None
         for one in placed:
             one.live.fault = why
 
-    def _assign_shifts(self, placed: Sequence[_Placed], total: int) -> list[tuple[_Placed, Ints]]:
+    def _assign_shifts(
+        self, placed: Sequence[Placed], total: int
+    ) -> tuple[list[Placed], list[Ints]]:
         """Names the variants of the tokens that the compiled graph steers by itself; the requests
-        that found room, with the passes' bits of their tokens."""
+        that found room, and for each the passes' bits of its tokens."""
         if self.shifts is None:
-            return []
-        found = [(one, one.live.bits(one.start, one.ids).astype(np.int64)) for one in placed]
-        wanted: dict[int, set[Key]] = {}
-        keep: set[Key] = set()
-        for one, bits in found:
-            wanted[id(one)] = {(one.live.ticket.fingerprint, int(b)) for b in np.unique(bits)}
-            keep |= wanted[id(one)]
+            return [], []
+        bits = [one.live.bits(one.start, one.ids).astype(np.int64) for one in placed]
+        wanted = [
+            {(one.live.ticket.fingerprint, chosen) for chosen in set(mine.tolist())}
+            for one, mine in zip(placed, bits, strict=True)
+        ]
+        keep: set[Key] = set().union(*wanted)
         variants = np.zeros(total, dtype=np.int64)
-        inline = []
-        for one, bits in found:
+        inline, recorded = [], []
+        for one, mine, keys in zip(placed, bits, wanted, strict=True):
             plan = one.live.plan
             assert plan is not None
-            numbers = np.zeros(1 << len(plan.passes), dtype=np.int64)
-            for _, chosen in wanted[id(one)]:
-                number = self.shifts.find(plan, chosen, tap_of, keep)
+            one.numbers = {0: 0}
+            for key in keys:
+                number = self.shifts.find(plan, key[1], tap_of, keep)
                 if number is None:
                     break
-                numbers[chosen] = number
+                one.numbers[key[1]] = number
             else:
-                variants[one.place] = numbers[bits]
-                inline.append((one, bits))
+                variants[one.place] = [one.numbers[chosen] for chosen in mine.tolist()]
+                inline.append(one)
+                recorded.append(mine)
         self.shifts.assign(torch.from_numpy(variants))
-        return inline
-
-
-@dataclass
-class _Prepared:
-    """A pass made ready, and what is written down when it is over: the step records the tokens
-    of `rows`, those of `inline` requests are recorded beside it."""
-
-    placed: list[_Placed]
-    rows: Ints
-    positions: Ints
-    inline: list[tuple[_Placed, Ints]]
-    running: ForwardPass | GraphPass | None
-
-    def move(self, starts: Ints) -> None:
-        """Takes the same requests on by a token, where nothing else changes."""
-        for one in self.placed:
-            self.positions[one.offset] = starts[one.index]
+        return inline, recorded
 
 
 def _ids(batch: Batch, index: int, live: Live) -> Ints:
@@ -283,17 +266,11 @@ def _ids(batch: Batch, index: int, live: Live) -> Ints:
     return np.full(int(batch.counts[index]), -1, dtype=np.int64)
 
 
-def _calm(placed: _Placed) -> bool:
-    """Whether the coming tokens of a request need exactly what this one needs."""
-    live = placed.live
-    if live.states:
-        return False
-    if live.plan is None:
-        return True
-    return not live.plan.gated and live.steady_from is not None and placed.start >= live.steady_from
+def _joined(parts: Sequence[Ints]) -> Ints:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
-def _keep(reading: Sequence[_Placed], point: HookPoint, x: Tensor) -> None:
+def _keep(reading: Sequence[Placed], point: HookPoint, x: Tensor) -> None:
     """Copies the states `[T, d]` that the requests in `reading` asked for at `point`."""
     for one in reading:
         kept = one.live.states.get(point)

@@ -97,7 +97,6 @@ class CompiledTap(nn.Module):
     vLLM fuses with the norm.
     """
 
-    variant: Tensor
     rows: Tensor
     bank: Tensor
 
@@ -105,13 +104,11 @@ class CompiledTap(nn.Module):
         """`reach` is the tap that does everything else."""
         super().__init__()
         self.reach = reach
-        self.register_buffer("variant", shifts.variant, persistent=False)
-        self.register_buffer("rows", shifts.rows[index], persistent=False)
+        self.register_buffer("rows", shifts.token_rows[index], persistent=False)
         self.register_buffer("bank", shifts.bank, persistent=False)
 
     def forward(self, hidden: Tensor, residual: Tensor | None) -> Halves:
-        variant = self.variant[: hidden.shape[0]]
-        shift = self.bank.index_select(0, self.rows.index_select(0, variant))
+        shift = self.bank.index_select(0, self.rows[: hidden.shape[0]])
         if residual is None:
             hidden = (hidden.float() + shift).to(hidden.dtype)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -154,9 +155,10 @@ def test_slots_side_by_side_equal_float64(seed: int) -> None:
     stage = tables.stages(POINT)[0]
     assert stage is not None
 
-    actual = apply_stage(stage, x, slots)
+    part = stage.part(specs)
+    actual = apply_stage(part, x, slots)
 
-    assert torch.equal(apply_stage(stage, x, slots, stage.needs(specs)), actual)
+    assert torch.equal(apply_stage(replace(part, needs=Needs()), x, slots), actual)
     for slot, spec in specs.items():
         mine = slots == slot
         if mine.any():
@@ -173,8 +175,38 @@ def test_the_fast_form_for_constants_equals_the_general_one() -> None:
     tables.acquire(compiled(spec_of("ablate"))[0])
     chosen = torch.tensor([0, *slots] * 10)
     x = rows(9, 30, 16)
-    general = apply_stage(stage, x, chosen)
-    assert torch.equal(apply_stage(stage, x, chosen, stage.needs(slots)), general)
+    general = apply_stage(stage.part(stage.blocks), x, chosen)
+    assert torch.equal(apply_stage(stage.part(slots), x, chosen), general)
+
+
+def test_a_part_leaves_out_what_other_slots_hold() -> None:
+    """Neither the edits nor the competitions of idle slots are computed, and nothing changes."""
+    tables = Tables(shape_of(), slots=len(KINDS))
+    held = {name: tables.acquire(compiled(spec_of(name))[0]) for name in KINDS}
+    stage = tables.stages(POINT)[0]
+    assert stage is not None
+    whole = stage.part(stage.blocks)
+    assert whole.competitions
+    x = rows(10, 20, 16)
+    for slot in held.values():
+        if slot in stage.blocks:
+            part, slots = stage.part([slot]), torch.full((20,), slot)
+            block = stage.blocks[slot]
+            assert bool(part.competitions) == (block.competition is not None)
+            assert len(part.read) == block.n_edits
+            assert_close(apply_stage(part, x, slots), apply_stage(whole, x, slots).double().numpy())
+
+
+def test_a_part_is_made_anew_when_its_stage_changes() -> None:
+    tables = Tables(shape_of(), slots=2)
+    first, second = compiled(spec_of("ablate"))[0], compiled(spec_of("rotate"))[0]
+    slot = tables.acquire(first)
+    stage = tables.stages(POINT)[0]
+    assert stage is not None
+    before = stage.part([slot])
+    assert stage.part([slot]) is before
+    tables.acquire(second)
+    assert stage.part([slot]) is not before
 
 
 def test_the_ablated_direction_is_gone() -> None:
@@ -264,7 +296,7 @@ def test_slot_0_changes_no_bit(dtype: torch.dtype, needs: Needs) -> None:
     x[::3, ::2] = -0.0
     x[1, 1] = float("inf")
     slots = torch.zeros(64, dtype=torch.long)
-    after = apply_stage(stage, x, slots, needs)
+    after = apply_stage(replace(stage.part(stage.blocks), needs=needs), x, slots)
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert after.dtype == dtype
     assert torch.equal(after.view(bits), x.view(bits))

@@ -81,6 +81,18 @@ def test_from_steady_on_the_mask_is_constant(
         assert len(set(mask[steady:].tolist())) <= 1
 
 
+@given(where=wheres, prompt_length=prompt_lengths, ids=tokens)
+def test_from_settled_on_the_mask_is_a_function_of_the_token(
+    where: Where, prompt_length: int, ids: list[int]
+) -> None:
+    selection = resolve(where, None)
+    settled = selection.settled_from(prompt_length)
+    mask = selection.mask(np.arange(LENGTH), prompt_length, np.array(ids))
+    seen: dict[int, bool] = {}
+    for token, chosen in list(zip(ids, mask.tolist(), strict=True))[settled:]:
+        assert seen.setdefault(token, chosen) == chosen
+
+
 @given(where=wheres, ids=tokens, prompt_length=prompt_lengths)
 def test_first_is_never_later_than_the_truth(
     where: Where, ids: list[int], prompt_length: int

@@ -1,0 +1,89 @@
+"""A step that is carried on while its requests decode equals one built anew for every token."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from artefacts import EVERYTHING, artefacts, random_spec, shape_of
+
+from steer.model_info import forward_order
+from steer.plan_cache import PlanCache
+from steer.registry.library import MemoryLibrary
+from steer.spec import parse_spec
+from steer.step import Ints, Ledger, Seat, Span, build_step
+from steer.tables import Tables
+
+WIDTH, LAYERS, VOCABULARY, REQUESTS, STEPS = 16, 4, 8, 6, 12
+PLANS = PlanCache(MemoryLibrary(**artefacts(WIDTH, LAYERS)), shape_of(WIDTH, LAYERS), EVERYTHING)
+
+
+def seats(draw: random.Random, tables: Tables) -> list[Seat]:
+    found = []
+    while len(found) < REQUESTS:
+        spec = random_spec(draw, layers=LAYERS)
+        if draw.random() < 0.6:
+            spec["where"] = {"tokens": draw.sample(range(VOCABULARY), 3)}
+        if draw.random() < 0.4:
+            scope = draw.choice(["token", "prompt"])
+            spec["when"] = {"vector": "v0", "above": 0.0, "layer": 0, "scope": scope}
+        plan = PLANS.plan(parse_spec(spec))
+        if 0 < len(plan.passes) <= tables.max_passes:
+            row = len(found)
+            found.append(Seat(row, draw.randint(1, 5), plan, tables.acquire(plan)))
+    return found
+
+
+def spans(seats: list[Seat], step: int, ids: Ints) -> list[Span]:
+    """Each seat's token, so many steps after its slots came to depend on its id alone."""
+    found = []
+    for n, seat in enumerate(seats):
+        assert seat.plan is not None
+        start = max(one.selection.settled_from(seat.prompt_length) for one in seat.plan.passes)
+        position = np.array([start + step], dtype=np.int64)
+        found.append(Span(seat, n, position, ids[n : n + 1]))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_equals_a_step_built_anew(seed: int) -> None:
+    draw = random.Random(seed)
+    tables = Tables(shape_of(WIDTH, LAYERS), slots=REQUESTS)
+    mine = seats(draw, tables)
+    generator = torch.Generator().manual_seed(seed)
+    ledgers = Ledger(REQUESTS), Ledger(REQUESTS)
+    decided = torch.rand(ledgers[0].gate_open.shape, generator=generator) > 0.5
+    for ledger in ledgers:
+        ledger.gate_open[:] = decided  # by prompts that were computed before
+    restless = {
+        n
+        for n, seat in enumerate(mine)
+        if seat.plan and any(one.selection.reads_tokens for one in seat.plan.passes)
+    }
+    carried, before = None, None
+    for number in range(STEPS):
+        ids = np.array([draw.randrange(VOCABULARY) for _ in mine], dtype=np.int64)
+        now = spans(mine, number, ids)
+        slots = [span.seat.slots(span.positions, span.tokens)[:, 0] for span in now]
+        anew = build_step(tables, ledgers[0], now, REQUESTS)
+        if carried is None or before is None:
+            carried = build_step(tables, ledgers[1], now, REQUESTS, restless=restless)
+        else:
+            changed = {n: s for n, s in enumerate(slots) if not np.array_equal(s, before[n])}
+            assert changed.keys() <= restless
+            carried.carry_on(changed)
+        before = slots
+        assert anew is not None
+        assert carried is not None
+        assert anew.points <= carried.points
+        for point in sorted(carried.points, key=forward_order):
+            x = torch.randn(REQUESTS, WIDTH, generator=generator)
+            torch.testing.assert_close(
+                carried.edit(point, x.clone()), anew.edit(point, x.clone()), rtol=1e-5, atol=1e-5
+            )
+        anew.finish()
+        carried.finish()
+    assert np.array_equal(ledgers[0].tokens, ledgers[1].tokens)
+    assert ledgers[0].tokens[:, 1:].sum() > 0
