@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -123,6 +124,11 @@ class Block:
         """Whether the block only adds a constant, so that neighbours may be fused into one row."""
         return self.read is None and not self.replace and not self.preserve_norm
 
+    @cached_property
+    def traits(self) -> Traits:
+        """What any of its laws has."""
+        return NO_TRAIT if self.laws is None else Traits.of(self.laws)
+
     @property
     def n_edits(self) -> int:
         return 0 if self.read is None else self.read.shape[0]
@@ -134,24 +140,55 @@ class Block:
         return Block(shift=self.shift + later.shift)
 
 
+class Traits(NamedTuple):
+    """What any of several laws has; what none has need not be computed."""
+
+    thresholded: bool = True
+    clipped: bool = True
+    relative: bool = True
+
+    @staticmethod
+    def of(laws: Float[Tensor, "K 7"]) -> Traits:
+        """The traits of `laws`, which lie on the host."""
+        columns = laws.isfinite()
+        return Traits(
+            thresholded=bool(columns[:, THRESHOLD].any()),
+            clipped=bool(columns[:, FLOOR : CEILING + 1].any()),
+            relative=bool(laws[:, RELATIVE].any()),
+        )
+
+    def either(self, other: Traits) -> Traits:
+        return Traits(*(mine or theirs for mine, theirs in zip(self, other, strict=True)))
+
+
+EVERY_TRAIT = Traits()
+NO_TRAIT = Traits(False, False, False)
+
+
 def coefficients(
     products: Float[Tensor, "T K"],
     laws: Float[Tensor, "K 7"],
-    norms: Float[Tensor, "T 1"],
+    norms: Float[Tensor, "T 1"] | Float[Tensor, "T K"] | None,
     cutoff: Float[Tensor, "T K"] | Float[Tensor, "T 1"] | None = None,
+    traits: Traits = EVERY_TRAIT,
 ) -> Float[Tensor, "T K"]:
     """c_k(a) for `products` a = ⟨r_k, x⟩, each column by its own law.
 
-    `cutoff` is the least pre-activation that counts as active under a `Competition`.
+    `cutoff` is the least pre-activation that counts as active under a `Competition`. `traits` are
+    those of `laws`, or more; `norms` are used where a law is relative.
     """
     value = products + laws[:, BIAS]
-    active = value > laws[:, THRESHOLD]
-    if cutoff is not None:
-        active &= value >= cutoff
-    value = value.masked_fill(~active, 0.0)
+    if traits.thresholded or cutoff is not None:
+        inactive = value <= laws[:, THRESHOLD]
+        if cutoff is not None:
+            inactive |= value < cutoff
+        value = value.masked_fill(inactive, 0.0)
     c = torch.addcmul(laws[:, INTERCEPT], laws[:, SLOPE], value)
-    c = torch.minimum(torch.maximum(c, laws[:, FLOOR]), laws[:, CEILING])
-    return torch.where(laws[:, RELATIVE] > 0, c * norms, c)
+    if traits.clipped:
+        c = torch.minimum(torch.maximum(c, laws[:, FLOOR]), laws[:, CEILING])
+    if traits.relative and norms is not None:
+        c = torch.where(laws[:, RELATIVE] > 0, c * norms, c)
+    return c
 
 
 def rescaled(x: Float[Tensor, "T d"], norms: Float[Tensor, "T 1"]) -> Float[Tensor, "T d"]:
@@ -170,9 +207,9 @@ def apply(block: Block, x: Tensor) -> Tensor:
     if block.shift is not None:
         after = after + block.shift
     if block.read is not None and block.write is not None and block.laws is not None:
-        norms = before.norm(dim=-1, keepdim=True)
+        norms = before.norm(dim=-1, keepdim=True) if block.traits.relative else None
         cutoff = None if block.competition is None else block.competition.cutoff(before)
-        c = coefficients(before @ block.read.T, block.laws, norms, cutoff)
+        c = coefficients(before @ block.read.T, block.laws, norms, cutoff, block.traits)
         after = after + c @ block.write
     if block.preserve_norm:
         after = rescaled(after, before.norm(dim=-1, keepdim=True))

@@ -29,6 +29,8 @@ from steer.tables import MAX_PASSES, GateRows, Part, Stage, Tables
 Ints = NDArray[np.int64]
 _FEW = 0.75
 """Up to this share of a batch, a stage works on its own tokens and not on all."""
+_SOLO = 4
+"""From so many tokens on, edits that belong to one token each are not multiplied with all."""
 NOBODY = -1
 """The row of a padding token."""
 
@@ -146,6 +148,7 @@ class _Work(NamedTuple):
     stage: Stage
     part: Part
     rows: Tensor | None
+    solo: Tensor | None
 
 
 class Step:
@@ -248,14 +251,32 @@ class Step:
         """The stages that this batch's slots use at `point`."""
         found = []
         for number, stage in enumerate(self._tables.stages(point)):
-            groups = [] if stage is None else stage.groups(live)
+            if stage is None:
+                continue
+            groups = stage.groups(live)
             for mine in groups:
                 part = stage.part(mine)
                 rows = None
                 if len(groups) > 1 or any(part.needs):
                     rows = self._rows_of(number, mine, _FEW if len(groups) == 1 else 1.0)
-                found.append(_Work(number, stage, part, rows))
+                solo = self._solo(number, part, rows) if part.needs.edits else None
+                found.append(_Work(number, stage, part, rows, solo))
         return found
+
+    def _solo(self, number: int, part: Part, rows: Tensor | None) -> Tensor | None:
+        """For each edit of `part` the token it belongs to, among `rows` or all; None where a slot
+        is that of several tokens, or where there are too few tokens for it to matter."""
+        slots = self._possible[number]
+        slots = slots if rows is None else slots[rows.cpu().numpy()]
+        if len(slots) < _SOLO:
+            return None
+        places = np.full(self._tables.slots + 1, -1, dtype=np.int64)
+        places[slots] = np.arange(len(slots))
+        mine = slots != 0
+        found = places[part.owner.cpu().numpy()]
+        if (places[slots[mine]] != np.flatnonzero(mine)).any() or (found < 0).any():
+            return None
+        return torch.from_numpy(found).to(self._tables.device)
 
     def _rows_of(self, number: int, slots: set[int], share: float) -> Tensor | None:
         """The tokens that pass `number` may edit by `slots`; None for more than `share` of all."""
@@ -272,9 +293,9 @@ class Step:
     def _apply(self, work: _Work, x: Tensor) -> Tensor:
         slots = self.slots[work.number]
         if work.rows is None:
-            return apply_stage(work.part, x, slots)
+            return apply_stage(work.part, x, slots, work.solo)
         mine, slots = x.index_select(0, work.rows), slots.index_select(0, work.rows)
-        return x.index_copy(0, work.rows, apply_stage(work.part, mine, slots))
+        return x.index_copy(0, work.rows, apply_stage(work.part, mine, slots, work.solo))
 
     def _gates_at(self, point: HookPoint, live: set[int]) -> bool:
         return any(g is not None and live & g.live for g in self._tables.gates(point))

@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from steer.edits import LAW_FIELDS, Block, Competition
+from steer.edits import LAW_FIELDS, NO_TRAIT, Block, Competition, Traits
 from steer.errors import CapacityError
 from steer.model_info import HookPoint, ModelInfo
 from steer.plan import Gate, SteeringPlan, check_passes
@@ -54,6 +55,10 @@ class Part:
     contest: Tensor
     competitions: tuple[Competition, ...]
     needs: Needs
+    traits: Traits
+    """Of the laws of these slots."""
+    shifting: bool
+    """Whether any of these slots adds a constant."""
 
 
 class Stage:
@@ -122,6 +127,8 @@ class Stage:
             columns[self.contest[chosen]],
             tuple(self.competitions[identity][1] for identity in identities),
             self.needs(slots),
+            reduce(Traits.either, (self.blocks[slot].traits for slot in slots), NO_TRAIT),
+            any(self.blocks[slot].shift is not None for slot in slots),
         )
 
     def needs(self, slots: Iterable[int]) -> Needs:

@@ -22,6 +22,7 @@ from steer.model_info import HookPoint
 from steer.plan import SteeringPlan
 from steer.registry.library import MemoryLibrary
 from steer.spec import parse_spec
+from steer.step import Ledger, Seat, Span, build_step
 from steer.tables import Needs, Tables
 
 LAYER = 1
@@ -195,6 +196,42 @@ def test_a_part_leaves_out_what_other_slots_hold() -> None:
             assert bool(part.competitions) == (block.competition is not None)
             assert len(part.read) == block.n_edits
             assert_close(apply_stage(part, x, slots), apply_stage(whole, x, slots).double().numpy())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_edits_of_one_token_each_equal_float64(seed: int) -> None:
+    """A batch in which every slot is that of one token: its edits meet no other token."""
+    draw = random.Random(seed)
+    tables = Tables(shape_of(), slots=len(KINDS))
+    x = rows(seed, len(KINDS) + 2, 16)
+    slots = [0] * len(x)
+    specs, reference = {}, Float64Reference()
+    for place, name in zip(draw.sample(range(len(x)), len(KINDS)), KINDS, strict=True):
+        specs[place] = spec_of(name, **draw.choice([{}, {"norm": "preserve"}]))
+        plan, reference = compiled(specs[place])
+        slots[place] = tables.acquire(plan)
+    stage = tables.stages(POINT)[0]
+    assert stage is not None
+    part = stage.part(stage.blocks)
+    owners = torch.tensor([slots.index(max(owner, 0)) for owner in part.owner.tolist()])
+    after = apply_stage(part, x, torch.tensor(slots), owners)
+    for place, row in enumerate(after):
+        if place in specs:
+            assert_close(row[None], expected(reference, specs[place], x[place, None]))
+        else:
+            assert torch.equal(row, x[place])
+    step = build_step(tables, Ledger(1), solitary(slots, specs), len(x))
+    assert step is not None
+    assert_close(step.edit(POINT, x), after.double().numpy())
+
+
+def solitary(slots: list[int], specs: dict[int, dict[str, Any]]) -> list[Span]:
+    """One span of one token for each steered place."""
+    one, none = np.array([1], dtype=np.int64), np.array([-1], dtype=np.int64)
+    return [
+        Span(Seat(0, 1, compiled(spec)[0], slots[place]), place, one, none)
+        for place, spec in specs.items()
+    ]
 
 
 def test_a_part_is_made_anew_when_its_stage_changes() -> None:
