@@ -33,6 +33,10 @@ LIMIT = 840
 
 RUNNER = Path(parallel_runner.__file__)
 
+EXECUTOR = os.environ.get("STEER_TEST_EXECUTOR")
+"""How vLLM runs its workers, where it is not to choose by itself: `ray` on a machine with two GPUs
+(vLLM refuses Ray on a CPU)."""
+
 
 @dataclass
 class Result:
@@ -68,6 +72,8 @@ def run(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
     root = tmp_path_factory.mktemp("parallel")
 
     def start(name: str, *, as_client: bool, gates: bool, **options: Any) -> Result:
+        if EXECUTOR is not None:
+            options["distributed_executor_backend"] = EXECUTOR
         job = {
             "registry": str(registry),
             "options": vllm_engine.OPTIONS | {"model": str(vllm_engine.DEMO_MODEL), **options},
