@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from steer.errors import Unsupported
 
 CATALOGUE_FILE = "catalogue.sqlite"
 CATALOGUE_VARIABLE = "STEER_CATALOGUE"
-"""The environment variable with the catalogue's SQLAlchemy URL."""
+"""The environment variable with the catalogue's SQLAlchemy URL. There is no argument for it: the
+URL may hold a password, and arguments can be read by every user of a machine."""
 CACHE_VARIABLE = "STEER_CACHE"
 """The environment variable with the folder for copies of remote blobs."""
 
@@ -31,6 +33,11 @@ class Location:
         return self.folder if self.folder is not None else cache_folder()
 
 
+def chosen_catalogue(environment: Mapping[str, str]) -> str | None:
+    """The catalogue's URL in the environment of a command or server; None where it has none."""
+    return environment.get(CATALOGUE_VARIABLE) or None
+
+
 def locate(location: str | Path, catalogue: str | None = None) -> Location:
     """A folder (or `file://` URL) needs no `catalogue`: it is a SQLite file in that folder.
 
@@ -42,9 +49,9 @@ def locate(location: str | Path, catalogue: str | None = None) -> Location:
         return Location(root, folder, catalogue)
     if folder is None:
         raise Unsupported(
-            f"the registry at {root!r} needs a catalogue: give the SQLAlchemy URL of a PostgreSQL "
-            f"database by --catalogue or {CATALOGUE_VARIABLE} (or that of a SQLite file, where one "
-            "machine alone uses it), or a local folder as the registry",
+            f"the registry at {root!r} needs a catalogue: put the SQLAlchemy URL of a PostgreSQL "
+            f"database into the environment variable {CATALOGUE_VARIABLE} (or that of a SQLite "
+            "file, where one machine alone uses it), or name a local folder as the registry",
             code="unsupported_location",
         )
     return Location(root, folder, f"sqlite:///{folder / CATALOGUE_FILE}")
