@@ -160,7 +160,9 @@ class Catalogue:
             )
         names = select(artefacts.c.name).where(_LIVE, artefacts.c.kind == kind).distinct()
         # Names that begin alike first: with thousands registered, comparing all is too slow.
-        begins_alike = names.where(artefacts.c.name.between(name[:1], name[:1] + "\U0010ffff"))
+        begins_alike = names.where(
+            artefacts.c.name >= name[:1], artefacts.c.name <= name[:1] + "\U0010ffff"
+        )
         pool = [
             *connection.execute(begins_alike.limit(_SUGGESTION_POOL)).scalars(),
             *connection.execute(names.limit(100)).scalars(),
