@@ -284,7 +284,7 @@ class Registry:
         return held
 
     def tags(self, kind: ArtefactKind, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """The tags of several names in one query; names without tags are left out."""
+        """The tags of several names; names without tags are left out."""
         with self._catalogue.reading() as connection:
             return tags_of_names(connection, kind, names)
 

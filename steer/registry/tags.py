@@ -9,9 +9,11 @@ from sqlalchemy import Connection, delete, select
 
 from steer.control_vector import ArtefactKind
 from steer.errors import SteerError
+from steer.registry.batches import batched
 from steer.registry.schema import tags
 
 MAX_TAGS = 64
+_NAMES_AT_ONCE = 500
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,63}")
 
 
@@ -36,11 +38,12 @@ def stored_tags(connection: Connection, kind: ArtefactKind, name: str) -> tuple[
 def tags_of_names(
     connection: Connection, kind: ArtefactKind, names: Sequence[str]
 ) -> dict[str, tuple[str, ...]]:
-    """The tags of several names in one query; names without tags are left out."""
-    query = select(tags.c.name, tags.c.tag).where(tags.c.kind == kind, tags.c.name.in_(names))
+    """The tags of several names; names without tags are left out."""
     found: dict[str, tuple[str, ...]] = {}
-    for row in connection.execute(query.order_by(tags.c.name, tags.c.tag)):
-        found[row.name] = (*found.get(row.name, ()), row.tag)
+    for batch in batched(names, _NAMES_AT_ONCE):
+        query = select(tags.c.name, tags.c.tag).where(tags.c.kind == kind, tags.c.name.in_(batch))
+        for row in connection.execute(query.order_by(tags.c.name, tags.c.tag)):
+            found[row.name] = (*found.get(row.name, ()), row.tag)
     return found
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -50,11 +51,8 @@ def test_a_crash_at_every_step(
     while True:
         registry = Registry.open(**place)
         mortal = Mortal(step, after=after)
-        with mortal.living([registry._blobs._fs]):
-            try:
-                write(registry)
-            except Died:
-                pass
+        with mortal.living([registry._blobs._fs]), suppress(Died):
+            write(registry)
         bury(registry)
         if not mortal.dead:
             break
@@ -82,11 +80,8 @@ def test_a_crash_at_every_step_of_making_a_registry(
     while True:
         place = {"location": store.url(), "catalogue": postgres.url()}
         mortal = Mortal(step, after=bool(step % 2))
-        with mortal.living():
-            try:
-                registry = Registry.open(**place)
-            except Died:
-                pass
+        with mortal.living(), suppress(Died):
+            registry = Registry.open(**place)
         if not mortal.dead:
             registry.close()
             break

@@ -1,10 +1,10 @@
 """Processes that die at any step of an operation on a registry.
 
-Within `Mortal`, everything that changes a disk, a store or a database is a step: renames, deletions,
-syncs, new folders, objects sent or deleted, statements that write, commits. At the chosen step, just
-before or just after it, `Died` is raised, and from then on every further step raises it as well, so
-that no clean-up happens: what a dead process would have left is left. Locks and connections are
-given up as the kernel would give them up.
+Within `Mortal`, everything that changes a disk, a store or a database is a step: renames,
+deletions, syncs, new folders, objects sent or deleted, statements that write, commits. At the
+chosen step, just before or just after it, `Died` is raised, and from then on every further step
+raises it as well, so that no clean-up happens: what a dead process would have left is left. Locks
+and connections are given up as the kernel would give them up.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 that was acknowledged is lost, the write can be done again, and nothing is left over."""
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -49,11 +50,8 @@ def test_a_crash_at_every_step(
         shutil.copytree(base, root)
         registry = Registry.open(root)
         mortal = Mortal(step, after=after)
-        with mortal.living():
-            try:
-                write(registry)
-            except Died:
-                pass
+        with mortal.living(), suppress(Died):
+            write(registry)
         bury(registry)
         if not mortal.dead:
             break
@@ -86,11 +84,8 @@ def test_a_crash_at_every_step_of_opening_an_old_folder(tmp_path: Path) -> None:
         while True:
             root = shutil.copytree(old, tmp_path / f"step-{after}-{step}")
             mortal = Mortal(step, after=after)
-            with mortal.living():
-                try:
-                    registry = Registry.open(root)
-                except Died:
-                    pass
+            with mortal.living(), suppress(Died):
+                registry = Registry.open(root)
             if not mortal.dead:
                 registry.close()
                 break
@@ -107,11 +102,8 @@ def test_a_crash_at_every_step_of_making_a_registry(tmp_path: Path) -> None:
         while True:
             root = tmp_path / f"step-{after}-{step}"
             mortal = Mortal(step, after=after)
-            with mortal.living():
-                try:
-                    registry = Registry.open(root)
-                except Died:
-                    pass
+            with mortal.living(), suppress(Died):
+                registry = Registry.open(root)
             if not mortal.dead:
                 registry.close()
                 break
@@ -128,11 +120,8 @@ def test_a_crash_at_every_step_of_storing_a_plan(tmp_path: Path) -> None:
         root = tmp_path / f"step-{step}"
         store = PlanStore(root)
         mortal = Mortal(step, after=False)
-        with mortal.living():
-            try:
-                sha256 = store.put(b"a plan")
-            except Died:
-                pass
+        with mortal.living(), suppress(Died):
+            sha256 = store.put(b"a plan")
         again = PlanStore(root)
         if not mortal.dead:
             assert again.get(sha256) == b"a plan"
