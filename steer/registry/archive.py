@@ -222,7 +222,9 @@ class Reader:
 
     def _members(self, archive: tarfile.TarFile) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
         for member in archive:
-            stream = archive.extractfile(member) if member.isreg() else None
+            # A sparse one is as long as it says, and may say anything.
+            plain = member.isreg() and not member.issparse()
+            stream = archive.extractfile(member) if plain else None
             if stream is None:
                 raise damaged(f"its member {member.name[:100]!r} is no plain file")
             yield member, stream

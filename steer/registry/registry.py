@@ -15,9 +15,9 @@ from steer.control_vector import ArtefactKind, ControlVector, LowRankAdapter
 from steer.errors import FileFormatError, SteerError, StorageError
 from steer.formats.importing import Artefact, read_artefact
 from steer.formats.options import ImportOptions
-from steer.registry import naming
+from steer.registry import naming, transfer
 from steer.registry.aliases import Alias, stored_aliases
-from steer.registry.archive import Exported, Reader, damaged, write_archive
+from steer.registry.archive import Exported
 from steer.registry.caches import AnswerCache, LoadedCache
 from steer.registry.catalogue import Draft
 from steer.registry.disk import disk_errors
@@ -25,7 +25,7 @@ from steer.registry.entry import Entry, parse_ref
 from steer.registry.garbage import GRACE_SECONDS, Garbage, collect
 from steer.registry.listing import Search, found_entries
 from steer.registry.location import locate
-from steer.registry.merging import Imported, merge_rows, needed_blobs
+from steer.registry.merging import Imported
 from steer.registry.opening import Parts, open_parts
 from steer.registry.plan_store import TOUCH_SECONDS, PlanStore
 from steer.registry.profiles import (
@@ -295,8 +295,7 @@ class Registry:
     ) -> Exported:
         """Writes everything to one tar file; `progress` is told the bytes of each blob."""
         self._count("export")
-        with disk_errors("writing an archive"):
-            return write_archive(self._catalogue, self._blobs, self._staging, target, progress)
+        return transfer.export_archive(self._parts, target, progress)
 
     def import_archive(
         self, source: BinaryIO, progress: Callable[[int], None] = lambda _: None
@@ -306,31 +305,7 @@ class Registry:
         Nothing is visible before all of it is here. Raises `FileFormatError` (`damaged_archive`).
         """
         self._count("import_archive")
-        published = 0
-
-        def keep(staged: Path, sha256: str) -> None:
-            nonlocal published
-            # Leased, because the row comes only when everything has arrived.
-            self._leases.hold(sha256)
-            self._blobs.publish(staged, sha256)
-            published += 1
-
-        with disk_errors("reading an archive"), self._staging.temporary() as spool:
-            Reader(source, self._staging).read(spool, keep, progress)
-            self._check_arrived(spool)
-            with self._catalogue.writing() as connection:
-                done = merge_rows(self._catalogue, connection, spool)
-        done.blobs = published
-        return done
-
-    def _check_arrived(self, spool: Path) -> None:
-        # Collections that looked before the leases were there have ended when this has its turn.
-        with self._catalogue.writing():
-            pass
-        for sha256, size, ref in needed_blobs(spool):
-            self._leases.take(sha256)
-            if not self._blobs.holds(sha256, size):
-                raise damaged(f"the blob of {ref} is not in it")
+        return transfer.import_archive(self._parts, source, progress)
 
     # Reading
 
