@@ -13,7 +13,7 @@ import pytest
 from crashes import Died, Mortal, bury, observed
 from object_store import ObjectStore
 from postgres_server import PostgresServer
-from registry_writes import NAMES, archive, prepare, writes
+from registry_writes import NAMES, a_vector, archive, prepare, writes
 
 from steer.registry.registry import Registry
 
@@ -86,7 +86,8 @@ def test_a_crash_at_every_step_of_making_a_registry(
             registry.close()
             break
         with Registry.open(**place) as registry:
-            prepare(registry)
+            registry.add("v", a_vector(1))
+            assert len(observed(registry)["live"]) == 1
         step += 1
     assert step > 10, mortal.steps
 
