@@ -28,6 +28,7 @@ serve: $(READY)
 endif
 
 test: $(READY) oracles vllm
+	bash deploy/postgres-for-tests.sh
 	$(BIN)/pytest
 	bash tests/vllm/run.sh $(VLLM_VERSION)
 	set -e; for version in $(filter-out $(VLLM_VERSION),$(VLLM_VERSIONS)); do \

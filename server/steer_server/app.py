@@ -12,6 +12,7 @@ from fastapi import APIRouter, FastAPI
 from steer.engines.base import Engine
 from steer.registry.registry import Registry
 from steer_server import (
+    aliases,
     chat,
     completions,
     features,
@@ -41,6 +42,7 @@ def routers() -> list[APIRouter]:
         artefact_router("vector", "vectors"),
         artefact_router("sae", "saes"),
         artefact_router("low_rank", "adapters"),
+        aliases.router,
         profiles.router,
         validate.router,
         inspect_routes.router,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from typing import IO, Annotated, Any
@@ -48,7 +48,10 @@ _UPLOAD_BODY = {
 
 
 class ArtefactBody(BaseModel):
-    """One version of an artefact. `id` names exactly this content, `name` its newest version."""
+    """One version of an artefact. `id` names exactly this content, `name` its newest version.
+
+    `removed_at` is there for one that was deleted and can be restored.
+    """
 
     id: str
     object: str
@@ -61,7 +64,10 @@ class ArtefactBody(BaseModel):
     d_model: int
     layers: tuple[int, ...]
     card: Card
+    tags: list[str]
+    aliases: list[str] | None = None
     versions: list[str] | None = None
+    removed_at: datetime | None = None
 
 
 class ArtefactList(BaseModel):
@@ -78,6 +84,13 @@ class Deleted(BaseModel):
     id: str
     name: str
     deleted: bool = True
+
+
+class Tagged(BaseModel):
+    """The tags of a name, whatever its version."""
+
+    name: str
+    tags: list[str]
 
 
 def artefact_router(kind: ArtefactKind, folder: str) -> APIRouter:
@@ -97,7 +110,8 @@ def artefact_router(kind: ArtefactKind, folder: str) -> APIRouter:
                 request, serving.registry, stack, limit=serving.settings.max_upload_bytes
             )
             entry, created = await to_thread.run_sync(_imported, serving, kind, received)
-        return _json(_body(entry), 201 if created else 200)
+            body = await to_thread.run_sync(_tagged, serving, kind, entry)
+        return _json(body, 201 if created else 200)
 
     @router.get("", name=f"list_{kind}s", response_model=ArtefactList)
     def index(
@@ -105,18 +119,37 @@ def artefact_router(kind: ArtefactKind, folder: str) -> APIRouter:
         q: Annotated[str | None, Query(max_length=256)] = None,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
         offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
+        model: Annotated[str | None, Query(max_length=256)] = None,
+        width: Annotated[int | None, Query(ge=1, le=2**31)] = None,
+        tag: Annotated[str | None, Query(max_length=64)] = None,
+        deleted: bool = False,
     ) -> Response:
-        """The newest version of each name; `q` is part of a name or description."""
-        found = serving.registry.entries(kind, query=q, limit=limit + 1, offset=offset)
-        rows = [_body(entry) for entry in found[:limit]]
+        """The newest version of each name where all that is given fits.
+
+        `q` is part of a name, description or tag; `deleted` lists what can be restored instead.
+        """
+        found = serving.registry.entries(
+            kind,
+            query=q,
+            model=model,
+            width=width,
+            tag=tag,
+            deleted=deleted,
+            limit=limit + 1,
+            offset=offset,
+        )
+        tags = serving.registry.tags(kind, [entry.name for entry in found[:limit]])
+        rows = [_body(entry, tags.get(entry.name, ())) for entry in found[:limit]]
         return _json(ArtefactList(data=rows, has_more=len(found) > limit))
 
     @router.get("/{name}", name=f"show_{kind}", response_model=ArtefactBody)
     def show(name: str, serving: ServingDep) -> Response:
-        """One artefact, by name (its newest version) or `name@hash`; lists all versions."""
+        """One artefact, by name (its newest version), `name@hash` or alias; lists all versions."""
         entry = serving.registry.entry(kind, name)
         versions = [one.id for one in serving.registry.versions(kind, entry.name)]
-        return _json(_body(entry).model_copy(update={"versions": versions}))
+        aliases = [alias.name for alias in serving.registry.aliases(kind, entry.name)]
+        more = {"versions": versions, "aliases": aliases}
+        return _json(_tagged(serving, kind, entry).model_copy(update=more))
 
     @router.get(
         "/{name}/content",
@@ -140,9 +173,29 @@ def artefact_router(kind: ArtefactKind, folder: str) -> APIRouter:
 
     @router.delete("/{name}", name=f"delete_{kind}", response_model=Deleted)
     def delete(name: str, serving: ServingDep) -> Response:
-        """Removes a name with all its versions, or with `name@hash` only that content."""
+        """Removes a name with all its versions, or with `name@hash` only that content.
+
+        It can be restored until the registry's garbage is collected.
+        """
         entry = serving.registry.remove(kind, name)
         return _json(Deleted(id=entry.id, name=entry.name))
+
+    @router.post("/{name}/restore", name=f"restore_{kind}", response_model=ArtefactBody)
+    def restore(name: str, serving: ServingDep) -> Response:
+        """Brings back what was deleted: a name with all its versions, or `name@hash` alone."""
+        return _json(_tagged(serving, kind, serving.registry.restore(kind, name)))
+
+    @router.put("/{name}/tags/{tag}", name=f"tag_{kind}", response_model=Tagged)
+    def put_tag(name: str, tag: str, serving: ServingDep) -> Response:
+        """Puts a tag on a name; all its tags."""
+        held = serving.registry.change_tags(kind, name, add=[tag])
+        return _json(Tagged(name=name, tags=list(held)))
+
+    @router.delete("/{name}/tags/{tag}", name=f"untag_{kind}", response_model=Tagged)
+    def delete_tag(name: str, tag: str, serving: ServingDep) -> Response:
+        """Takes a tag off a name; the tags it has left."""
+        held = serving.registry.change_tags(kind, name, remove=[tag])
+        return _json(Tagged(name=name, tags=list(held)))
 
     return router
 
@@ -192,7 +245,11 @@ def _options(fields: Mapping[str, str]) -> ImportOptions:
     return ImportOptions(**given)
 
 
-def _body(entry: Entry) -> ArtefactBody:
+def _tagged(serving: Serving, kind: ArtefactKind, entry: Entry) -> ArtefactBody:
+    return _body(entry, serving.registry.tags(kind, [entry.name]).get(entry.name, ()))
+
+
+def _body(entry: Entry, tags: Sequence[str]) -> ArtefactBody:
     card = entry.card
     return ArtefactBody(
         id=entry.id,
@@ -206,6 +263,8 @@ def _body(entry: Entry) -> ArtefactBody:
         d_model=card.width,
         layers=card.layers,
         card=card,
+        tags=list(tags),
+        removed_at=entry.removed_at,
     )
 
 

@@ -45,7 +45,12 @@ class LiveFigures(Collector):
 
     def _of_registry(self) -> Iterator[Metric]:
         stats = self._registry.stats()
-        yield _gauge("steer_registry_bytes", "Bytes of all stored artefacts", stats.blob_bytes)
+        yield _gauge("steer_registry_bytes", "Bytes of all named artefacts", stats.blob_bytes)
+        yield _gauge(
+            "steer_registry_removed_bytes",
+            "Bytes of removed artefacts that can be restored",
+            stats.removed_bytes,
+        )
         held = GaugeMetricFamily("steer_registry_artefacts", "Registered names", labels=["kind"])
         for kind, count in sorted({**stats.artefacts, "profile": stats.profiles}.items()):
             held.add_metric([kind], count)

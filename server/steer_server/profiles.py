@@ -37,13 +37,15 @@ def _plain_name(value: str) -> str:
 
 
 class ProfileRequest(BaseModel):
-    """A profile to save."""
+    """A profile to save. With `pin`, every name in its spec becomes `name@hash` of what it means
+    now, so that new versions do not change the profile."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Annotated[str, AfterValidator(_plain_name)]
     spec: Annotated[SteeringSpec, BeforeValidator(_spec)]
     description: Annotated[str, Field(max_length=4096)] = ""
+    pin: bool = False
 
 
 class ProfileBody(BaseModel):
@@ -75,7 +77,7 @@ def save_profile(body: ProfileRequest, serving: ServingDep) -> Response:
     """Saves a profile, in place of one with the same name, once its spec fits this model."""
     compile_spec(serving, body.spec, at="/spec")
     profile = Profile(name=body.name, spec=body.spec, description=body.description)
-    return _json(_body(serving, serving.registry.put_profile(profile)))
+    return _json(_body(serving, serving.registry.put_profile(profile, pin=body.pin)))
 
 
 @router.get("", response_model=ProfileList)

@@ -43,7 +43,11 @@ def load_engine(settings: ServerSettings) -> Engine:
 
 def build(settings: ServerSettings) -> FastAPI:
     """Loads the engine, opens the registry with what is shipped for the model, makes the app."""
-    registry = Registry.open(settings.registry, max_upload_bytes=settings.max_upload_bytes)
+    registry = Registry.open(
+        settings.registry,
+        catalogue=settings.catalogue_url,
+        max_upload_bytes=settings.max_upload_bytes,
+    )
     shipped.register(registry, settings.model)
     return create_app(load_engine(settings), registry, settings)
 

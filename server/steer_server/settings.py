@@ -12,6 +12,8 @@ MIB = 1 << 20
 class ServerSettings(BaseModel):
     """Settings of one server; the defaults serve the demo model on loopback.
 
+    `registry` is a folder or a URL; `catalogue` the SQLAlchemy URL of its catalogue, which a folder
+    has of its own (None).
     `served_name` is the model's name in the API (the engine's own where None). `measured_share` is
     the share of steered requests whose edit sizes are measured for the metrics, besides those that
     ask for it. `metric_names` bounds how many vectors and profiles get a label of their own.
@@ -26,6 +28,7 @@ class ServerSettings(BaseModel):
     engine: str = "transformers"
     engine_options: dict[str, Any] = Field(default_factory=dict)
     registry: str = "steer-registry"
+    catalogue: SecretStr | None = None
     api_key: SecretStr | None = None
     max_body_bytes: int = Field(default=8 * MIB, ge=1)
     max_upload_bytes: int = Field(default=512 * MIB, ge=1)
@@ -35,6 +38,11 @@ class ServerSettings(BaseModel):
     metric_names: int = Field(default=200, ge=1)
     plan_cache_size: int = Field(default=1024, ge=1)
     drain_seconds: int = Field(default=10, ge=0)
+
+    @property
+    def catalogue_url(self) -> str | None:
+        """The catalogue's URL in the clear."""
+        return None if self.catalogue is None else self.catalogue.get_secret_value()
 
     def measures(self, name: str) -> bool:
         """Whether a request belongs to the share that is measured; `name` ends in random hex."""

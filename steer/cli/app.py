@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import typer
 
-from steer.cli import fit, generate, inspecting, profiles, serve, sweep, validate, vectors
+from steer.cli import (
+    fit,
+    generate,
+    inspecting,
+    names,
+    profiles,
+    registry,
+    serve,
+    sweep,
+    validate,
+    vectors,
+)
 from steer.cli.reporting import ReportingGroup
 
 app = typer.Typer(
@@ -22,4 +33,7 @@ app.command("sweep")(sweep.sweep)
 app.command("validate")(validate.validate)
 app.add_typer(vectors.app, name="vectors")
 app.add_typer(profiles.app, name="profiles")
+app.add_typer(registry.app, name="registry")
+app.add_typer(names.aliases, name="aliases")
+app.add_typer(names.tags, name="tags")
 app.add_typer(inspecting.app, name="inspect")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,10 @@ ModelOption = Annotated[
 ]
 RegistryOption = Annotated[
     str | None,
-    typer.Option("--registry", help="The registry's folder; by default ~/.local/share/steer."),
+    typer.Option(
+        "--registry",
+        help="The registry's folder or URL; by default STEER_REGISTRY, or ~/.local/share/steer.",
+    ),
 ]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="Such as cpu or cuda:0; by default a GPU if any.")
@@ -35,8 +39,10 @@ DtypeOption = Annotated[
 
 
 def registry_folder(chosen: str | None) -> str:
-    """The place to use: the user's own data directory unless another was chosen."""
-    return chosen if chosen is not None else str(Path.home() / ".local" / "share" / "steer")
+    """The place to use: what was chosen, here or for all commands by STEER_REGISTRY, or else the
+    user's own data directory."""
+    place = chosen if chosen is not None else os.environ.get("STEER_REGISTRY")
+    return place or str(Path.home() / ".local" / "share" / "steer")
 
 
 @contextmanager
@@ -75,11 +81,13 @@ def shipped_library() -> Path:
 
 @contextmanager
 def open_registry(chosen: str | None, model: str | None = None) -> Iterator[Registry]:
-    """The registry in its folder, with what is shipped for `model` in it."""
+    """The registry in its place, with what is shipped for `model` in it."""
+    from steer.registry.location import chosen_catalogue
     from steer.registry.registry import Registry
     from steer.registry.shipped import add_library
 
-    with Registry.open(registry_folder(chosen)) as registry:
+    catalogue = chosen_catalogue(os.environ)
+    with Registry.open(registry_folder(chosen), catalogue=catalogue) as registry:
         if model == DEMO_MODEL:
             add_library(registry, shipped_library())
         yield registry

@@ -48,6 +48,9 @@ def add(
         str | None, typer.Option("--name", "-n", help="By default the file's own, or its name.")
     ] = None,
     description: Annotated[str | None, typer.Option(help="What it does, in a sentence.")] = None,
+    pin: Annotated[
+        bool, typer.Option("--pin", help="Replace names by name@hash of what they mean now.")
+    ] = False,
     registry: RegistryOption = None,
 ) -> None:
     """Save a spec under a name, in place of one with the same name."""
@@ -66,7 +69,7 @@ def add(
     if len(told) > 4096:
         raise SteerError("a description has at most 4096 characters", code="invalid_option")
     with open_registry(registry) as library:
-        library.put_profile(Profile(name=chosen, spec=spec, description=told))
+        library.put_profile(Profile(name=chosen, spec=spec, description=told), pin=pin)
     out().print(f"saved {chosen}", highlight=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -71,10 +72,11 @@ def serve(
         quiet()
     from pydantic import SecretStr
 
+    from steer.registry.location import chosen_catalogue
     from steer_server.serve import run
     from steer_server.settings import ServerSettings
 
-    key = _key(api_key_file)
+    key, catalogue = _key(api_key_file), chosen_catalogue(os.environ)
     settings = ServerSettings(
         host=host,
         port=port,
@@ -83,6 +85,7 @@ def serve(
         engine=engine,
         engine_options=_options(engine, engine_option, rows, slots, device, dtype),
         registry=registry_folder(registry),
+        catalogue=None if catalogue is None else SecretStr(catalogue),
         api_key=None if key is None else SecretStr(key),
         max_upload_bytes=max_upload_mib << 20,
         allow_inline_vectors=inline_vectors,

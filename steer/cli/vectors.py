@@ -16,7 +16,7 @@ from steer.cli.reporting import out, table_out
 if TYPE_CHECKING:
     from steer.registry.entry import Entry
 
-app = typer.Typer(help="List, add, show, remove and export vectors.", no_args_is_help=True)
+app = typer.Typer(help="List, add, show, remove, restore and export vectors.", no_args_is_help=True)
 
 RefArgument = Annotated[str, typer.Argument(help="A name, or name@hash for one version.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -26,12 +26,16 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def list_vectors(
     query: Annotated[str, typer.Argument(help="Part of a name or description.")] = "",
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 100,
+    tag: Annotated[str | None, typer.Option(help="Only those with this tag.")] = None,
+    deleted: Annotated[
+        bool, typer.Option("--deleted", help="What was removed and can be restored.")
+    ] = False,
     as_json: JsonOption = False,
     registry: RegistryOption = None,
 ) -> None:
     """List the vectors, the newest version of each."""
     with open_registry(registry) as library:
-        entries = library.entries("vector", query=query, limit=limit)
+        entries = library.entries("vector", query=query, limit=limit, tag=tag, deleted=deleted)
     if as_json:
         typer.echo(json.dumps([described(entry) for entry in entries], indent=2))
         return
@@ -99,10 +103,21 @@ def show(ref: RefArgument, registry: RegistryOption = None) -> None:
 
 @app.command("remove")
 def remove(ref: RefArgument, registry: RegistryOption = None) -> None:
-    """Remove a vector with all its versions, or with name@hash that version."""
+    """Remove a vector with all its versions, or with name@hash that version.
+
+    It can be restored until `steer registry gc`.
+    """
     with open_registry(registry) as library:
         entry = library.remove("vector", ref)
     out().print(f"removed {entry.id if '@' in ref else entry.name}", highlight=False)
+
+
+@app.command("restore")
+def restore(ref: RefArgument, registry: RegistryOption = None) -> None:
+    """Bring back what was removed: a name with all its versions, or with name@hash that version."""
+    with open_registry(registry) as library:
+        entry = library.restore("vector", ref)
+    out().print(f"restored {entry.id if '@' in ref else entry.name}", highlight=False)
 
 
 @app.command("export")

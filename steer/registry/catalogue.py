@@ -1,25 +1,27 @@
-"""The catalogue: which names stand for which blobs, and the profiles. SQLite, many processes."""
+"""The catalogue: which names stand for which blobs. One database, many processes."""
 
 from __future__ import annotations
 
 import difflib
 import json
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Select, func, or_, select, update
+from sqlalchemy import Connection, Engine, Select, func, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from steer.control_vector import ArtefactKind, Card
-from steer.errors import StorageError, UnknownArtefact
+from steer.errors import Conflict, StorageError, UnknownArtefact
+from steer.registry.aliases import stored_alias
+from steer.registry.database import WRITES, Database, identity_of
 from steer.registry.entry import Entry, Ref, parse_ref
-from steer.registry.schema import artefacts, open_database
+from steer.registry.schema import artefacts
+from steer.registry.tags import add_card_tags
 
 _LIVE = artefacts.c.removed_at.is_(None)
+_RESTORABLE = artefacts.c.removed_at.is_not(None) & artefacts.c.purged_at.is_(None)
 _SUGGESTION_POOL = 1000
 
 
@@ -41,28 +43,27 @@ class Catalogue:
     artefacts there are; safe from many threads and processes.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.engine = open_database(path)
-        self._watch_lock = threading.Lock()
-        self._watch = self.engine.raw_connection()
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    @property
+    def engine(self) -> Engine:
+        return self._database.engine
 
     def close(self) -> None:
-        self._watch.close()
-        self.engine.dispose()
+        self._database.close()
 
     def state(self) -> int:
-        """A number that changes whenever any connection of any process commits a change.
+        """A number that changes whenever a commit of any process changes rows."""
+        try:
+            return self._database.state()
+        except SQLAlchemyError as error:
+            raise _failed(error) from error
 
-        It comes from one connection that never writes: SQLite counts the commits of all others.
-        """
-        with self._watch_lock:
-            cursor = self._watch.cursor()
-            try:
-                cursor.execute("PRAGMA data_version")
-                row: Any = cursor.fetchone()
-                return int(row[0])
-            finally:
-                cursor.close()
+    def identity(self) -> str:
+        """What tells this catalogue from all others."""
+        with self.reading() as connection:
+            return identity_of(connection)
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -80,37 +81,63 @@ class Catalogue:
     def _transaction(self, *, writes: bool) -> Iterator[Connection]:
         try:
             with self.engine.connect() as connection:
-                connection.execution_options(steer_write=writes)  # of this connection only
+                connection.execution_options(**{WRITES: writes})  # of this connection only
                 with connection.begin():
                     yield connection
         except SQLAlchemyError as error:
-            raise StorageError(f"the registry's catalogue failed: {error}") from error
+            raise _failed(error) from error
 
     def insert(self, connection: Connection, draft: Draft) -> tuple[Entry, bool]:
         """The entry of `draft`, and whether it is new: it is not if the newest version of its
-        name already has this content."""
-        found = self.find(connection, draft.kind, Ref(draft.name))
+        name already has this content. Raises `Conflict` where the name is an alias."""
+        found = self.find_named(connection, draft.kind, Ref(draft.name))
         if found is not None and found.sha256 == draft.sha256:
             return found, False
-        named = (artefacts.c.kind == draft.kind) & (artefacts.c.name == draft.name)
-        last = connection.execute(select(func.max(artefacts.c.version)).where(named)).scalar()
+        self.check_free(connection, draft.kind, draft.name)
         entry = Entry(
             kind=draft.kind,
             name=draft.name,
-            version=(last or 0) + 1,
+            version=self.last_version(connection, draft.kind, draft.name) + 1,
             sha256=draft.sha256,
             size_bytes=draft.size_bytes,
             card=draft.card.model_copy(update={"name": draft.name}),
             created_at=datetime.now(UTC),
         )
-        connection.execute(artefacts.insert(), _row(entry))
+        connection.execute(artefacts.insert(), row_of(entry))
+        add_card_tags(connection, draft.kind, draft.name, draft.card.tags)
         return entry, True
 
-    def find(self, connection: Connection, kind: ArtefactKind, ref: Ref) -> Entry | None:
-        """The newest entry that `ref` names."""
+    def last_version(self, connection: Connection, kind: ArtefactKind, name: str) -> int:
+        """The highest number that a version of the name ever had; 0 where there was none."""
+        named = (artefacts.c.kind == kind) & (artefacts.c.name == name)
+        last = connection.execute(select(func.max(artefacts.c.version)).where(named)).scalar()
+        return int(last or 0)
+
+    def check_free(self, connection: Connection, kind: ArtefactKind, name: str) -> None:
+        """Raises `Conflict` where `name` is an alias, and so cannot be an artefact's."""
+        alias = stored_alias(connection, kind, name)
+        if alias is not None:
+            raise Conflict(
+                f"{name!r} is an alias for the {kind} {alias.target!r}: choose another name, or "
+                "remove the alias first",
+                code="name_taken",
+                param="/name",
+            )
+
+    def find_named(self, connection: Connection, kind: ArtefactKind, ref: Ref) -> Entry | None:
+        """The newest entry with the name (and hash) in `ref`; aliases are not followed."""
         query = _named(kind, ref).order_by(artefacts.c.version.desc()).limit(1)
         row = connection.execute(query).mappings().first()
-        return _entry(row) if row else None
+        return entry_of(row) if row else None
+
+    def find(self, connection: Connection, kind: ArtefactKind, ref: Ref) -> Entry | None:
+        """The newest entry that `ref` names, by its own name or by an alias."""
+        entry = self.find_named(connection, kind, ref)
+        if entry is None:
+            alias = stored_alias(connection, kind, ref.name)
+            meant = None if alias is None else alias.applied(ref)
+            entry = None if meant is None else self.find_named(connection, kind, meant)
+        return entry
 
     def resolve(self, kind: ArtefactKind, ref: str) -> Entry:
         """The newest entry that `ref` names; raises `UnknownArtefact` with near names."""
@@ -133,7 +160,9 @@ class Catalogue:
             )
         names = select(artefacts.c.name).where(_LIVE, artefacts.c.kind == kind).distinct()
         # Names that begin alike first: with thousands registered, comparing all is too slow.
-        begins_alike = names.where(artefacts.c.name.between(name[:1], name[:1] + "\U0010ffff"))
+        begins_alike = names.where(
+            artefacts.c.name >= name[:1], artefacts.c.name <= name[:1] + "\U0010ffff"
+        )
         pool = [
             *connection.execute(begins_alike.limit(_SUGGESTION_POOL)).scalars(),
             *connection.execute(names.limit(100)).scalars(),
@@ -145,26 +174,12 @@ class Catalogue:
     def versions(self, connection: Connection, kind: ArtefactKind, name: str) -> list[Entry]:
         """The live versions of a name, newest first."""
         query = _named(kind, Ref(name)).order_by(artefacts.c.version.desc())
-        return [_entry(row) for row in connection.execute(query).mappings()]
+        return [entry_of(row) for row in connection.execute(query).mappings()]
 
-    def newest(
-        self, kind: ArtefactKind | None, text: str | None, limit: int, offset: int
-    ) -> list[Entry]:
-        """The newest live version of each name, by kind and name."""
-        newest = select(func.max(artefacts.c.id)).where(_LIVE)
-        if kind is not None:
-            newest = newest.where(artefacts.c.kind == kind)
-        newest = newest.group_by(artefacts.c.kind, artefacts.c.name)
-        query = select(artefacts).where(artefacts.c.id.in_(newest))
-        if text:
-            like = "%" + text.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
-            described = artefacts.c.description
-            query = query.where(
-                or_(artefacts.c.name.like(like, escape="\\"), described.like(like, escape="\\"))
-            )
-        query = query.order_by(artefacts.c.kind, artefacts.c.name).limit(limit).offset(offset)
-        with self.reading() as connection:
-            return [_entry(row) for row in connection.execute(query).mappings()]
+    def removed(self, connection: Connection, kind: ArtefactKind, ref: Ref) -> list[Entry]:
+        """The removed versions that `ref` names and that can be restored, newest first."""
+        query = _named(kind, ref, _RESTORABLE).order_by(artefacts.c.version.desc())
+        return [entry_of(row) for row in connection.execute(query).mappings()]
 
     def was_registered(
         self, connection: Connection, kind: ArtefactKind, name: str, sha256: str
@@ -175,7 +190,10 @@ class Catalogue:
         )
         return connection.execute(query.limit(1)).first() is not None
 
-    def mark_removed(self, connection: Connection, entries: Sequence[Entry]) -> None:
+    def mark_removed(
+        self, connection: Connection, entries: Sequence[Entry], *, removed: bool = True
+    ) -> None:
+        """Removes the versions, or with `removed=False` brings them back."""
         now = datetime.now(UTC).replace(tzinfo=None)
         for entry in entries:
             connection.execute(
@@ -185,18 +203,19 @@ class Catalogue:
                     artefacts.c.name == entry.name,
                     artefacts.c.version == entry.version,
                 )
-                .values(removed_at=now)
+                .values(removed_at=now if removed else None)
             )
 
-    def in_use(self, connection: Connection, sha256: str) -> bool:
-        """Whether a live entry has this content."""
-        query = select(artefacts.c.id).where(_LIVE, artefacts.c.sha256 == sha256).limit(1)
-        return connection.execute(query).first() is not None
-
-    def contents(self, connection: Connection) -> dict[str, int]:
-        """The sizes of all blobs that live entries refer to, by hash."""
-        query = select(artefacts.c.sha256, artefacts.c.size_bytes).where(_LIVE).distinct()
-        return {row.sha256: row.size_bytes for row in connection.execute(query)}
+    def totals(self, connection: Connection) -> tuple[int, int]:
+        """Bytes of all contents that live versions have, and of those that only removed ones
+        have."""
+        live = select(artefacts.c.sha256).where(_LIVE)
+        totals = []
+        for which in (_LIVE, _RESTORABLE & artefacts.c.sha256.not_in(live)):
+            contents = select(artefacts.c.sha256, artefacts.c.size_bytes).where(which).distinct()
+            total = select(func.sum(contents.subquery().c.size_bytes))
+            totals.append(int(connection.execute(total).scalar() or 0))
+        return totals[0], totals[1]
 
     def counts(self, connection: Connection) -> dict[str, int]:
         """How many names there are of each kind."""
@@ -208,8 +227,8 @@ class Catalogue:
         return {row[0]: row[1] for row in connection.execute(query)}
 
 
-def _named(kind: ArtefactKind, ref: Ref) -> Select[Any]:
-    query = select(artefacts).where(_LIVE, artefacts.c.kind == kind, artefacts.c.name == ref.name)
+def _named(kind: ArtefactKind, ref: Ref, which: Any = _LIVE) -> Select[Any]:
+    query = select(artefacts).where(which, artefacts.c.kind == kind, artefacts.c.name == ref.name)
     if not ref.newest:
         query = query.where(artefacts.c.sha256.startswith(ref.hash_prefix))
     return query
@@ -222,8 +241,14 @@ def _known(names: Sequence[str]) -> str:
     return f"registered are {', '.join(map(repr, shown))}" + (", …" if len(names) > 5 else "")
 
 
-def _row(entry: Entry) -> dict[str, Any]:
+def _failed(error: SQLAlchemyError) -> StorageError:
+    return StorageError(f"the registry's catalogue failed: {error}")
+
+
+def row_of(entry: Entry) -> dict[str, Any]:
+    """The columns of an entry's row."""
     card = entry.card.model_dump(mode="json", by_alias=True, exclude={"name"})
+    removed = entry.removed_at
     return {
         "kind": entry.kind,
         "name": entry.name,
@@ -233,11 +258,16 @@ def _row(entry: Entry) -> dict[str, Any]:
         "card": json.dumps(card, sort_keys=True),
         "description": entry.card.description,
         "created_at": entry.created_at.replace(tzinfo=None),
+        "removed_at": None if removed is None else removed.replace(tzinfo=None),
+        "model": entry.card.model,
+        "width": entry.card.width,
     }
 
 
-def _entry(row: Any) -> Entry:
+def entry_of(row: Any) -> Entry:
+    """The entry in a row."""
     card = Card.model_validate_json(row["card"])
+    removed = row["removed_at"]
     return Entry(
         kind=row["kind"],
         name=row["name"],
@@ -246,4 +276,5 @@ def _entry(row: Any) -> Entry:
         size_bytes=row["size_bytes"],
         card=card.model_copy(update={"name": row["name"]}),
         created_at=row["created_at"].replace(tzinfo=UTC),
+        removed_at=None if removed is None else removed.replace(tzinfo=UTC),
     )

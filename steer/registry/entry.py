@@ -15,7 +15,8 @@ _REF = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,127})(@(?P<hash>[0-9a-f
 
 @dataclass(frozen=True)
 class Entry:
-    """A version of a named artefact. `card.name` is `name`; `created_at` is in UTC."""
+    """A version of a named artefact. `card.name` is `name`; times are in UTC. `removed_at` is set
+    for one that was removed and can still be restored."""
 
     kind: ArtefactKind
     name: str
@@ -24,6 +25,7 @@ class Entry:
     size_bytes: int
     card: Card
     created_at: datetime
+    removed_at: datetime | None = None
 
     @property
     def id(self) -> str:

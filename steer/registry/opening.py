@@ -1,71 +1,151 @@
-"""Opening a registry's folder: its parts, and what dead writers left in them."""
+"""Opening a registry: its parts, and what dead writers left in them."""
 
 from __future__ import annotations
 
+import json
+import os
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
-from steer.errors import StorageError, Unsupported
+from sqlalchemy import select
+
+from steer.errors import StorageError
 from steer.registry import locks
-from steer.registry.blobs import BlobStore
+from steer.registry.blobs import (
+    BlobStore,
+    blobs_at,
+    open_filesystem,
+    store_errors,
+    sync_folder,
+)
 from steer.registry.catalogue import Catalogue
+from steer.registry.database import open_database
 from steer.registry.disk import disk_errors
+from steer.registry.garbage import remove_orphans
+from steer.registry.leases import Leases
+from steer.registry.location import CATALOGUE_FILE, Location
+from steer.registry.schema import artefacts
 from steer.registry.staging import Staging
+
+MARKER = "registry.json"
 
 
 @dataclass(frozen=True)
-class Folder:
-    """The parts of an open registry. `lock_file` is held shared while a blob is published and
-    its row written, and exclusively while blobs are removed."""
+class Parts:
+    """The parts of an open registry."""
 
+    location: Location
     catalogue: Catalogue
     blobs: BlobStore
+    leases: Leases
     staging: Staging
-    lock_file: Path
+
+    def close(self) -> None:
+        """Releases files, locks and connections."""
+        self.staging.close()
+        self.catalogue.close()
 
 
-def open_folder(location: str | Path) -> Folder:
-    """The parts in the folder `location`, made where there are none and rid of leftovers."""
-    root = _local_folder(location)
-    lock_file = root / "registry.lock"
+def open_parts(location: Location) -> Parts:
+    """The parts at `location`, made where there are none and rid of leftovers."""
+    work = location.work
     with disk_errors("being opened"):
-        (root / "staging").mkdir(parents=True, exist_ok=True)
-        with locks.exclusive(lock_file):
-            blobs = BlobStore(root / "blobs")
-            catalogue = _open_catalogue(root, blobs)
-            Staging.clean(root / "staging")
-            _remove_orphans(catalogue, blobs)
-            return Folder(catalogue, blobs, Staging(root / "staging"), lock_file)
+        (work / "staging").mkdir(parents=True, exist_ok=True)
+        with locks.exclusive(work / "registry.lock"):
+            blobs = blobs_at(location.root)
+            _refuse_lost_catalogue(location, blobs)
+            catalogue = Catalogue(open_database(location.catalogue))
+            try:
+                _check_identity(location, catalogue, blobs)
+                leases = Leases(f"{location.root}/leases")
+                Staging.clean(work / "staging")
+                if blobs.folder is not None:
+                    # In a store it would be a long look at start; garbage collection does it.
+                    remove_orphans(catalogue, blobs, leases, min_age=0)
+                staging = Staging(work / "staging")
+            except BaseException:
+                catalogue.close()
+                raise
+            return Parts(location, catalogue, blobs, leases, staging)
 
 
-def _local_folder(location: str | Path) -> Path:
-    text = str(location)
-    scheme, separator, rest = text.partition("://")
-    if not separator:
-        return Path(text)
-    if scheme == "file":
-        return Path(rest)
-    raise Unsupported(
-        f"the registry location {text!r} is not a local folder: give a path or a file:// URL",
-        code="unsupported_location",
+def _refuse_lost_catalogue(location: Location, blobs: BlobStore) -> None:
+    own = location.folder and location.folder / CATALOGUE_FILE
+    if own is None or location.catalogue != f"sqlite:///{own}" or own.exists():
+        return
+    if next(blobs.names(), None) is not None:
+        # Every blob would look like an orphan and be deleted.
+        raise StorageError(
+            f"{location.root!r} holds artefacts but no {CATALOGUE_FILE}: restore that file, name "
+            "the catalogue they belong to, or choose an empty folder"
+        )
+
+
+def _check_identity(location: Location, catalogue: Catalogue, blobs: BlobStore) -> None:
+    """Catalogue and blobs belong together: one that ruled the blobs of another would delete them.
+
+    Raises `StorageError` (`wrong_catalogue`).
+    """
+    identity = catalogue.identity()
+    found = _marker(location)
+    if found is None:
+        # Made by a Steer before there were markers, or new.
+        has_blobs = next(blobs.names(), None) is not None
+        if has_blobs and not _has_rows(catalogue) and not _is_own_file(location):
+            raise _wrong_catalogue(location)
+        _mark(location, identity)
+    elif found != identity:
+        raise _wrong_catalogue(location)
+
+
+def _is_own_file(location: Location) -> bool:
+    folder = location.folder
+    return folder is not None and location.catalogue == f"sqlite:///{folder / CATALOGUE_FILE}"
+
+
+def _has_rows(catalogue: Catalogue) -> bool:
+    with catalogue.reading() as connection:
+        return connection.execute(select(artefacts.c.id).limit(1)).first() is not None
+
+
+def _wrong_catalogue(location: Location) -> StorageError:
+    return StorageError(
+        f"the artefacts in {location.root!r} belong to another catalogue than the one given: name "
+        "their own, or another place for the artefacts",
+        code="wrong_catalogue",
     )
 
 
-def _open_catalogue(root: Path, blobs: BlobStore) -> Catalogue:
-    path = root / "catalogue.sqlite"
-    if not path.exists() and next(blobs.names(), None) is not None:
-        # Every blob would look like an orphan and be deleted.
+def _marker(location: Location) -> str | None:
+    filesystem, root = open_filesystem(location.root)
+    try:
+        with store_errors("reading its marker"):
+            text = filesystem.cat_file(f"{root}/{MARKER}")
+        return str(json.loads(text)["identity"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
         raise StorageError(
-            f"{str(root)!r} holds artefacts but no catalogue.sqlite: restore that file, or choose "
-            "an empty folder"
-        )
-    return Catalogue(path)
+            f"{location.root}/{MARKER} is damaged ({error}): restore it, or remove it where you "
+            "know that the catalogue belongs to these artefacts"
+        ) from error
 
 
-def _remove_orphans(catalogue: Catalogue, blobs: BlobStore) -> None:
-    """Removes blobs whose row was never written. Assumes the exclusive lock."""
-    with catalogue.reading() as connection:
-        known = catalogue.contents(connection)
-    for sha256 in list(blobs.names()):
-        if sha256 not in known:
-            blobs.remove(sha256)
+def _mark(location: Location, identity: str) -> None:
+    data = json.dumps({"identity": identity}).encode()
+    filesystem, root = open_filesystem(location.root)
+    if location.folder is None:
+        with store_errors("writing its marker"):
+            filesystem.pipe_file(f"{root}/{MARKER}", data)
+        return
+    partial = location.folder / f"{MARKER}.partial"
+    try:
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(location.folder / MARKER)
+        sync_folder(location.folder)
+    finally:
+        with suppress(FileNotFoundError):
+            partial.unlink()

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from steer.errors import SteerError, StorageError, TooLarge
 from steer.registry import locks
-from steer.registry.blobs import BlobStore
+from steer.registry.blobs import BlobStore, blobs_at
 from steer.registry.caches import LoadedCache
 from steer.registry.disk import disk_errors
+from steer.registry.leases import Leases
 from steer.sae.base import SAE
 
 TOUCH_SECONDS = 3600
@@ -57,7 +58,8 @@ class PlanStore:
         root = str(location).rstrip("/")
         with disk_errors("the plan store was opened"):
             self._plans = BlobStore(f"{root}/plans", durable=False)
-            self._blobs = BlobStore(f"{root}/blobs")
+            self._blobs = blobs_at(root)
+            self._leases = Leases(f"{root}/leases")
         self._max_plan_bytes = max_plan_bytes
         self._clock = clock
         self._used: OrderedDict[str, float] = OrderedDict()
@@ -106,6 +108,9 @@ class PlanStore:
         here, `FileFormatError` for one that is no SAE's.
         """
         _check_hash(sha256)
+
+        # Those who put the plan have leased it already; a worker that only reads need not.
+        self._leases.take(sha256)
 
         def load() -> tuple[Tensor, Tensor]:
             reads = SAE.from_bytes(self._blobs.read(sha256)).reads(None)

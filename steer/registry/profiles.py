@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from sqlalchemy import Connection, delete, select
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy import Connection, delete, select, update
 
 from steer.control_vector import ArtefactKind
 from steer.errors import UnknownArtefact, pointer
+from steer.registry.aliases import Alias, stored_aliases
 from steer.registry.entry import Ref, parse_ref
 from steer.registry.schema import profiles
-from steer.spec import Clamp, Concept, LowRank, SteeringSpec, check_name
+from steer.spec import Clamp, Concept, LowRank, SteeringSpec, check_name, parse_spec
 
 
 class Profile(BaseModel):
@@ -54,6 +54,18 @@ def references(spec: SteeringSpec) -> Iterator[Reference]:
             yield Reference("vector", item.when.vector, at + "/when/vector")
 
 
+def pinned(spec: SteeringSpec, exact: Callable[[Reference], str]) -> SteeringSpec:
+    """`spec` with every reference replaced by `exact` of it, such as `name@hash`."""
+    document = spec.model_dump(mode="json", by_alias=True, exclude_none=True)
+    for reference in references(spec):
+        *path, last = reference.param.removeprefix("/").split("/")
+        place: Any = document
+        for part in path:
+            place = place[int(part)] if isinstance(place, list) else place[part]
+        place[last] = exact(reference)
+    return parse_spec(document)
+
+
 def stored_profile(connection: Connection, name: str) -> Profile | None:
     query = select(profiles.c.profile).where(profiles.c.name == name)
     text = connection.execute(query).scalar()
@@ -69,10 +81,9 @@ def stored_profiles(connection: Connection) -> list[Profile]:
 def store_profile(connection: Connection, profile: Profile) -> None:
     """Writes the profile, in the place of one with the same name."""
     text = profile.model_dump_json(by_alias=True, exclude_none=True)
-    statement = insert(profiles).values(name=profile.name, profile=text)
-    connection.execute(
-        statement.on_conflict_do_update(index_elements=["name"], set_={"profile": text})
-    )
+    changed = update(profiles).where(profiles.c.name == profile.name).values(profile=text)
+    if connection.execute(changed).rowcount == 0:
+        connection.execute(profiles.insert().values(name=profile.name, profile=text))
 
 
 def delete_profile(connection: Connection, name: str) -> bool:
@@ -88,27 +99,56 @@ def unknown_profile(connection: Connection, name: str) -> UnknownArtefact:
     return UnknownArtefact(f"there is no profile named {name!r}; {hint}", code="unknown_profile")
 
 
+class Users(NamedTuple):
+    """Who needs an artefact: names of aliases and of profiles."""
+
+    aliases: list[str]
+    profiles: list[str]
+
+    def __str__(self) -> str:
+        named = {"aliases": self.aliases, "profiles": self.profiles}
+        return " and ".join(f"the {what} {', '.join(who)}" for what, who in named.items() if who)
+
+
 def users_of(
     connection: Connection,
     kind: ArtefactKind,
     name: str,
     removed: AbstractSet[str],
     kept: AbstractSet[str],
-) -> list[str]:
-    """The profiles that would name nothing if `removed` hashes went and `kept` stayed."""
-    return [
-        profile.name
-        for profile in stored_profiles(connection)
-        if any(
-            reference.kind == kind and _breaks(parse_ref(kind, reference.ref), name, removed, kept)
-            for reference in references(profile.spec)
+) -> Users:
+    """The aliases and profiles that would name nothing if `removed` hashes went and `kept`
+    stayed."""
+    pointing = {alias.name: alias for alias in stored_aliases(connection, kind, name)}
+
+    def breaks(ref: Ref) -> bool:
+        meant = pointing[ref.name].applied(ref) if ref.name in pointing else ref
+        return (
+            meant is not None
+            and meant.name == name
+            and any(sha256.startswith(meant.hash_prefix) for sha256 in removed)
+            and not any(sha256.startswith(meant.hash_prefix) for sha256 in kept)
         )
-    ]
 
-
-def _breaks(ref: Ref, name: str, removed: AbstractSet[str], kept: AbstractSet[str]) -> bool:
-    return (
-        ref.name == name
-        and any(sha256.startswith(ref.hash_prefix) for sha256 in removed)
-        and not any(sha256.startswith(ref.hash_prefix) for sha256 in kept)
+    return Users(
+        [alias for alias in pointing if breaks(Ref(alias))],
+        [
+            profile.name
+            for profile in stored_profiles(connection)
+            if any(
+                reference.kind == kind and breaks(parse_ref(kind, reference.ref))
+                for reference in references(profile.spec)
+            )
+        ],
     )
+
+
+def profiles_naming(connection: Connection, alias: Alias) -> list[tuple[str, Ref]]:
+    """The profiles that use the alias, each with how."""
+    return [
+        (profile.name, ref)
+        for profile in stored_profiles(connection)
+        for reference in references(profile.spec)
+        if reference.kind == alias.kind
+        and (ref := parse_ref(alias.kind, reference.ref)).name == alias.name
+    ]

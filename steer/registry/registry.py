@@ -1,42 +1,46 @@
-"""The registry: named, versioned artefacts in a folder that many processes may share."""
+"""The registry: named, versioned artefacts in a place that many processes may share."""
 
 from __future__ import annotations
 
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, TypeVar
+from typing import IO, Any, BinaryIO, TypeVar
 
 from steer.control_vector import ArtefactKind, ControlVector, LowRankAdapter
-from steer.errors import (
-    Conflict,
-    FileFormatError,
-    SteerError,
-    StorageError,
-)
+from steer.errors import FileFormatError, SteerError, StorageError
 from steer.formats.importing import Artefact, read_artefact
 from steer.formats.options import ImportOptions
-from steer.registry import locks
+from steer.registry import naming, transfer
+from steer.registry.aliases import Alias, stored_aliases
+from steer.registry.archive import Exported
 from steer.registry.caches import AnswerCache, LoadedCache
 from steer.registry.catalogue import Draft
 from steer.registry.disk import disk_errors
 from steer.registry.entry import Entry, parse_ref
-from steer.registry.opening import Folder, open_folder
+from steer.registry.garbage import GRACE_SECONDS, Garbage, collect
+from steer.registry.listing import Search, found_entries
+from steer.registry.location import locate
+from steer.registry.merging import Imported
+from steer.registry.opening import Parts, open_parts
+from steer.registry.plan_store import TOUCH_SECONDS, PlanStore
 from steer.registry.profiles import (
     Profile,
+    Reference,
     delete_profile,
+    pinned,
     references,
     store_profile,
     stored_profile,
     stored_profiles,
     unknown_profile,
-    users_of,
 )
 from steer.registry.staging import Upload
+from steer.registry.tags import tags_of_names
 from steer.sae.base import SAE
 from steer.spec import check_name
 
@@ -49,9 +53,11 @@ _CACHED_ANSWERS = 65_536
 
 @dataclass(frozen=True)
 class RegistryStats:
-    """Figures for metrics: bytes of all blobs, names by kind, operations since it was opened."""
+    """Figures for metrics: bytes of all that has a name and of what can be restored, names by
+    kind, operations since it was opened."""
 
     blob_bytes: int
+    removed_bytes: int
     artefacts: dict[str, int]
     profiles: int
     operations: dict[str, int]
@@ -60,21 +66,21 @@ class RegistryStats:
 class Registry:
     """Artefacts and profiles by name. Open it with `Registry.open`.
 
-    Assumes: its folder is on a local disk with POSIX locks.
     Guarantees: what a call has returned survives a crash; what it has not returned is never
-    visible in part; every method may be called from any thread, and other processes may have the
-    same folder open.
+    visible in part; every method may be called from any thread, and other processes, on other
+    machines where the place can be reached from them, may have the same registry open.
     """
 
-    def __init__(self, folder: Folder, max_upload_bytes: int, cache_bytes: int) -> None:
-        self._lock_file = folder.lock_file
-        self._catalogue = folder.catalogue
-        self._blobs = folder.blobs
-        self._staging = folder.staging
+    def __init__(self, parts: Parts, max_upload_bytes: int, cache_bytes: int) -> None:
+        self._parts = parts
+        self._catalogue = parts.catalogue
+        self._blobs = parts.blobs
+        self._leases = parts.leases
+        self._staging = parts.staging
         self._max_upload_bytes = max_upload_bytes
         self._entries: AnswerCache[tuple[ArtefactKind, str], Entry] = AnswerCache(_CACHED_ANSWERS)
         self._profiles: AnswerCache[str, Profile] = AnswerCache(_CACHED_ANSWERS)
-        self._totals: AnswerCache[None, tuple[int, dict[str, int], int]] = AnswerCache(1)
+        self._totals: AnswerCache[None, tuple[int, int, dict[str, int], int]] = AnswerCache(1)
         self._loaded: LoadedCache[tuple[str, str, str], Any] = LoadedCache(cache_bytes)
         self._operations: Counter[str] = Counter()
         self._operations_lock = threading.Lock()
@@ -84,20 +90,23 @@ class Registry:
         cls,
         location: str | Path,
         *,
+        catalogue: str | None = None,
         max_upload_bytes: int = _MAX_UPLOAD,
         cache_bytes: int = _CACHE_BYTES,
     ) -> Registry:
-        """The registry in the folder `location`, made where there is none.
+        """The registry at `location`, made where there is none, its schema brought up to date.
 
-        Removes what writers that died left behind. Raises `StorageError` for a folder that cannot
-        be used, `Unsupported` for a URL that is not a local folder.
+        `location` is a folder, or the URL of one that fsspec opens (`s3://bucket/prefix`).
+        `catalogue` is a SQLAlchemy URL (`postgresql+psycopg://user@host/database`); a folder has
+        its own, a SQLite file. Removes what writers that died left behind. Raises `StorageError`
+        for a place that cannot be used, `Unsupported` for one of an unknown kind and for a URL
+        without a catalogue.
         """
-        return cls(open_folder(location), max_upload_bytes, cache_bytes)
+        return cls(open_parts(locate(location, catalogue)), max_upload_bytes, cache_bytes)
 
     def close(self) -> None:
-        """Releases files and locks."""
-        self._staging.close()
-        self._catalogue.close()
+        """Releases files, locks and connections."""
+        self._parts.close()
 
     def __enter__(self) -> Registry:
         return self
@@ -123,15 +132,18 @@ class Registry:
         card = artefact.card
         draft = Draft(card.kind, name, hashlib.sha256(data).hexdigest(), len(data), card)
         self._count("add")
-        with (
-            disk_errors(f"storing {name!r}"),
-            self._staging.written(data) as staged,
-            locks.shared(self._lock_file),
-        ):
+        with disk_errors(f"storing {name!r}"):
             # First the blob, then the row: a row whose blob is missing must never be seen.
-            self._blobs.publish(staged, draft.sha256)
+            self._publish(data, draft.sha256)
             with self._catalogue.writing() as connection:
+                if not self._blobs.holds(draft.sha256, draft.size_bytes):
+                    # Collected since, as it had no row. Nobody collects in this transaction.
+                    self._publish(data, draft.sha256)
                 return self._catalogue.insert(connection, draft)
+
+    def _publish(self, data: bytes, sha256: str) -> None:
+        with self._staging.written(data) as staged:
+            self._blobs.publish(staged, sha256)
 
     def add_shipped(self, name: str, artefact: Artefact) -> Entry | None:
         """Registers `artefact` unless this content has had this name before.
@@ -190,32 +202,110 @@ class Registry:
     def remove(self, kind: ArtefactKind, ref: str) -> Entry:
         """Removes a name with all its versions, or with `name@hash` only that content.
 
-        Returns the newest entry removed. Raises `Conflict` while a profile needs it.
+        They can be restored until garbage collection. Returns the newest entry removed. Raises
+        `Conflict` (`in_use`) while a profile or an alias needs it.
         """
-        parsed = parse_ref(kind, ref)
-        # Alone: a blob must not go while another writer is about to refer to it.
-        with locks.exclusive(self._lock_file):
-            with self._catalogue.writing() as connection:
-                live = self._catalogue.versions(connection, kind, parsed.name)
-                gone = [entry for entry in live if entry.sha256.startswith(parsed.hash_prefix)]
-                if not gone:
-                    raise self._catalogue.unknown(connection, kind, ref)
-                removed = {entry.sha256 for entry in gone}
-                kept = {entry.sha256 for entry in live} - removed
-                users = users_of(connection, kind, parsed.name, removed, kept)
-                if users:
-                    raise Conflict(
-                        f"the {kind} {ref!r} is used by the profiles {', '.join(users)}: change "
-                        "or remove them first",
-                        code="in_use",
-                    )
-                self._catalogue.mark_removed(connection, gone)
-                orphans = [h for h in removed if not self._catalogue.in_use(connection, h)]
-            with disk_errors(f"removing {ref!r}"):
-                for sha256 in orphans:
-                    self._blobs.remove(sha256)
+        removed = naming.remove(self._catalogue, kind, ref)
         self._count("remove")
-        return gone[0]
+        return removed
+
+    def restore(self, kind: ArtefactKind, ref: str) -> Entry:
+        """Brings back what was removed: a name with all its versions, or `name@hash` alone.
+
+        Returns the newest entry restored. Raises `UnknownArtefact` where there is nothing (any
+        more), `Conflict` (`name_taken`) where the name has become an alias.
+        """
+        restored = naming.restore(self._catalogue, self._blobs, kind, ref)
+        self._count("restore")
+        return restored
+
+    def collect_garbage(
+        self, *, grace_seconds: float = GRACE_SECONDS, dry_run: bool = False
+    ) -> Garbage:
+        """Deletes for good what was removed more than `grace_seconds` ago, uploads that never got a
+        name, and plans that were not used for as long.
+
+        Never what a name, a profile or an alias needs, nor what a process has loaded in the last
+        hours (`steer.registry.leases`).
+        """
+        if not grace_seconds >= 0:
+            raise SteerError(
+                f"a grace period of {grace_seconds!r} seconds: give 0 or more", code="invalid_age"
+            )
+        with disk_errors("collecting garbage"):
+            done = collect(
+                self._catalogue,
+                self._blobs,
+                self._leases,
+                grace_seconds=grace_seconds,
+                dry_run=dry_run,
+            )
+            pruned = 0
+            if not dry_run:
+                plans = PlanStore(self._parts.location.root)
+                pruned = plans.prune(max(grace_seconds, 2 * TOUCH_SECONDS))
+        self._count("collect_garbage")
+        return replace(done, plans=pruned)
+
+    # Names
+
+    def set_alias(self, kind: ArtefactKind, name: str, target: str) -> Alias:
+        """Makes `name` stand for `target`, a name or `name@hash`; an alias of that name is moved.
+
+        Raises `UnknownArtefact` for an unknown target, `Conflict` for a name that an artefact has.
+        """
+        _check_stored_name(name)
+        alias = naming.set_alias(self._catalogue, kind, name, target)
+        self._count("set_alias")
+        return alias
+
+    def unset_alias(self, kind: ArtefactKind, name: str) -> Alias:
+        """Removes an alias; raises `UnknownArtefact`, or `Conflict` while a profile uses it."""
+        alias = naming.unset_alias(self._catalogue, kind, name)
+        self._count("unset_alias")
+        return alias
+
+    def aliases(self, kind: ArtefactKind | None = None, target: str | None = None) -> list[Alias]:
+        """All aliases by kind and name; those of one kind, or for one artefact."""
+        with self._catalogue.reading() as connection:
+            return stored_aliases(connection, kind, target)
+
+    def change_tags(
+        self,
+        kind: ArtefactKind,
+        name: str,
+        *,
+        add: Iterable[str] = (),
+        remove: Iterable[str] = (),
+    ) -> tuple[str, ...]:
+        """Puts tags on a name and takes others off; the tags it has then, in order."""
+        held = naming.change_tags(self._catalogue, kind, name, add=add, remove=remove)
+        self._count("change_tags")
+        return held
+
+    def tags(self, kind: ArtefactKind, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """The tags of several names; names without tags are left out."""
+        with self._catalogue.reading() as connection:
+            return tags_of_names(connection, kind, names)
+
+    # The whole
+
+    def export_archive(
+        self, target: BinaryIO, progress: Callable[[int], None] = lambda _: None
+    ) -> Exported:
+        """Writes everything to one tar file; `progress` is told the bytes of each blob."""
+        self._count("export")
+        return transfer.export_archive(self._parts, target, progress)
+
+    def import_archive(
+        self, source: BinaryIO, progress: Callable[[int], None] = lambda _: None
+    ) -> Imported:
+        """Adds everything in an archive that is not here; nothing here is changed.
+
+        Nothing is visible before all of it is here. Raises `FileFormatError` (`damaged_archive`).
+        """
+        self._count("import_archive")
+        return transfer.import_archive(self._parts, source, progress)
 
     # Reading
 
@@ -233,19 +323,28 @@ class Registry:
         kind: ArtefactKind | None = None,
         *,
         query: str | None = None,
+        model: str | None = None,
+        width: int | None = None,
+        tag: str | None = None,
+        deleted: bool = False,
         limit: int = 100,
         offset: int = 0,
     ) -> list[Entry]:
-        """The newest version of each name, in order; `query` is part of a name or description."""
-        return self._catalogue.newest(kind, query, limit, offset)
+        """The newest version of each name, in order, where everything given fits.
+
+        `query` is part of a name, description or tag. `deleted` lists what can be restored.
+        """
+        search = Search(kind, query, model, width, tag, deleted)
+        with self._catalogue.reading() as connection:
+            return found_entries(connection, search, limit=limit, offset=offset)
 
     def versions(self, kind: ArtefactKind, name: str) -> list[Entry]:
         """All versions of a name, newest first; raises `UnknownArtefact` if there is none."""
         with self._catalogue.reading() as connection:
-            found = self._catalogue.versions(connection, kind, parse_ref(kind, name).name)
-            if not found:
+            entry = self._catalogue.find(connection, kind, parse_ref(kind, name))
+            if entry is None:
                 raise self._catalogue.unknown(connection, kind, name)
-            return found
+            return self._catalogue.versions(connection, kind, entry.name)
 
     def vector(self, ref: str) -> ControlVector:
         """The vector that `ref` names; `card.name` is its registered name."""
@@ -262,11 +361,14 @@ class Registry:
     def content(self, kind: ArtefactKind, ref: str) -> IO[bytes]:
         """The canonical file that `ref` names, open for reading; the caller closes it."""
         entry = self.entry(kind, ref)
+        self._leases.take(entry.sha256)
         self._count("content")
         return self._present(entry, lambda: self._blobs.open(entry.sha256))
 
     def _load(self, kind: ArtefactKind, ref: str, read: Callable[..., T]) -> T:
         entry = self.entry(kind, ref)
+        # Also where it is loaded: a worker may read it by its hash while the request runs.
+        self._leases.take(entry.sha256)
 
         def load() -> T:
             self._count("load")
@@ -289,15 +391,24 @@ class Registry:
 
     # Profiles
 
-    def put_profile(self, profile: Profile) -> Profile:
-        """Stores a profile, in place of one with the same name.
+    def put_profile(self, profile: Profile, *, pin: bool = False) -> Profile:
+        """Stores a profile, in place of one with the same name; as it was stored.
 
-        Raises `UnknownArtefact` if its spec names what is not registered.
+        With `pin`, every name in its spec becomes `name@hash` of what it means now, so that the
+        profile keeps its meaning. Raises `UnknownArtefact` if its spec names what is not
+        registered.
         """
         with self._catalogue.writing() as connection:
-            for kind, ref, param in references(profile.spec):
-                if self._catalogue.find(connection, kind, parse_ref(kind, ref)) is None:
+            exact: dict[Reference, str] = {}
+            for reference in references(profile.spec):
+                kind, ref, param = reference
+                entry = self._catalogue.find(connection, kind, parse_ref(kind, ref))
+                if entry is None:
                     raise self._catalogue.unknown(connection, kind, ref).at("/spec" + param)
+                exact[reference] = entry.id
+            if pin:
+                spec = pinned(profile.spec, exact.__getitem__)
+                profile = profile.model_copy(update={"spec": spec})
             store_profile(connection, profile)
         self._count("put_profile")
         return profile
@@ -329,18 +440,18 @@ class Registry:
 
     def stats(self) -> RegistryStats:
         """Figures for metrics."""
-        blob_bytes, artefacts, profile_count = self._totals.get(
+        blob_bytes, removed_bytes, artefacts, profile_count = self._totals.get(
             None, self._catalogue.state(), self._count_all
         )
         with self._operations_lock:
             operations = dict(self._operations)
-        return RegistryStats(blob_bytes, dict(artefacts), profile_count, operations)
+        return RegistryStats(blob_bytes, removed_bytes, dict(artefacts), profile_count, operations)
 
-    def _count_all(self) -> tuple[int, dict[str, int], int]:
+    def _count_all(self) -> tuple[int, int, dict[str, int], int]:
         with self._catalogue.reading() as connection:
-            sizes = self._catalogue.contents(connection)
+            blob_bytes, removed_bytes = self._catalogue.totals(connection)
             counts = self._catalogue.counts(connection)
-            return sum(sizes.values()), counts, len(stored_profiles(connection))
+            return blob_bytes, removed_bytes, counts, len(stored_profiles(connection))
 
     def _count(self, operation: str) -> None:
         with self._operations_lock:

@@ -1,14 +1,14 @@
-"""The catalogue's tables, and how its SQLite connections are set up."""
+"""The catalogue's tables, as the newest migration leaves them.
+
+A change here needs a migration beside it (`migrations/versions`); a test compares the two.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 from sqlalchemy import (
+    BigInteger,
     Column,
     DateTime,
-    Engine,
     Index,
     Integer,
     MetaData,
@@ -16,14 +16,13 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
-    create_engine,
-    event,
-    text,
 )
 
-from steer.errors import StorageError
+HEAD = "0002"
+"""The newest migration."""
 
-SCHEMA_VERSION = 1
+# Names sort by code point everywhere; PostgreSQL would otherwise ask the machine's locale.
+NAME = String().with_variant(String(collation="C"), "postgresql")
 
 metadata = MetaData()
 
@@ -32,64 +31,65 @@ artefacts = Table(
     metadata,
     Column("id", Integer, primary_key=True),
     Column("kind", String, nullable=False),
-    Column("name", String, nullable=False),
+    Column("name", NAME, nullable=False),
     Column("version", Integer, nullable=False),
     Column("sha256", String, nullable=False),
-    Column("size_bytes", Integer, nullable=False),
+    Column("size_bytes", BigInteger().with_variant(Integer, "sqlite"), nullable=False),
     Column("card", Text, nullable=False),
     Column("description", Text, nullable=False),
     Column("created_at", DateTime, nullable=False),  # UTC, without a zone
-    # A removed row stays, so that a version number is never given out twice.
+    # A removed row stays, so that it can be restored and its number is never given out twice.
     Column("removed_at", DateTime),
+    # Set when garbage collection has given up the blob: the row is a number that was used.
+    Column("purged_at", DateTime),
+    Column("model", String),
+    Column("width", Integer),
     UniqueConstraint("kind", "name", "version"),
 )
+_LIVE = artefacts.c.removed_at.is_(None)
 Index(
     "live_artefacts",
     artefacts.c.kind,
     artefacts.c.name,
     artefacts.c.version,
-    sqlite_where=artefacts.c.removed_at.is_(None),
+    sqlite_where=_LIVE,
+    postgresql_where=_LIVE,
 )
 Index("artefacts_by_content", artefacts.c.sha256)
 
 profiles = Table(
     "profiles",
     metadata,
-    Column("name", String, primary_key=True),
+    Column("name", NAME, primary_key=True),
     Column("profile", Text, nullable=False),
 )
 
+aliases = Table(
+    "aliases",
+    metadata,
+    Column("kind", String, primary_key=True),
+    Column("name", NAME, primary_key=True),
+    Column("target", NAME, nullable=False),
+    # The whole hash, or nothing where the alias follows the newest version.
+    Column("sha256", String),
+)
+Index("aliases_by_target", aliases.c.kind, aliases.c.target)
 
-def open_database(path: Path) -> Engine:
-    """An engine on the catalogue file, its tables made where they are missing.
+tags = Table(
+    "tags",
+    metadata,
+    Column("kind", String, primary_key=True),
+    Column("name", NAME, primary_key=True),
+    Column("tag", NAME, primary_key=True),
+)
+Index("tags_by_tag", tags.c.tag)
 
-    Transactions opened with the execution option `steer_write=True` take SQLite's write lock when
-    they begin, so that what they read cannot change before they write.
-    """
-    engine = create_engine(f"sqlite:///{path}", pool_size=8, max_overflow=32)
-    event.listen(engine, "connect", _configure)
-    event.listen(engine, "begin", _begin)
-    with engine.connect().execution_options(steer_write=True) as connection, connection.begin():
-        found = connection.execute(text("PRAGMA user_version")).scalar_one()
-        if found > SCHEMA_VERSION:
-            raise StorageError(
-                f"the catalogue {path} was written by a newer Steer (schema {found}; this one "
-                f"reads up to {SCHEMA_VERSION}): upgrade Steer, or use another registry folder"
-            )
-        metadata.create_all(connection)
-        connection.execute(text(f"PRAGMA user_version = {SCHEMA_VERSION}"))
-    return engine
-
-
-def _configure(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # begin and commit are ours, not the driver's
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA busy_timeout = 30000")
-    cursor.execute("PRAGMA journal_mode = WAL")
-    cursor.execute("PRAGMA synchronous = FULL")  # a commit survives a power cut
-    cursor.close()
-
-
-def _begin(connection: Any) -> None:
-    writes = connection.get_execution_options().get("steer_write", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+state = Table(
+    "registry_state",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    # PostgreSQL's writers lock this row and count up; SQLite counts by itself.
+    Column("number", BigInteger().with_variant(Integer, "sqlite"), nullable=False),
+    # Blobs carry the same identity, so that a catalogue never rules the blobs of another.
+    Column("identity", String, nullable=False),
+)

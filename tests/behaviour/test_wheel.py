@@ -68,6 +68,13 @@ def test_the_wheel_is_used_and_not_the_checkout(installed: Path, tmp_path: Path)
     assert done.stdout.count(str(installed.parent)) == 2
 
 
+def test_the_wheel_brings_its_migrations(installed: Path, tmp_path: Path) -> None:
+    command = [installed / "steer", "registry", "migrate", "--registry", tmp_path / "registry"]
+    done = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True)
+    assert "schema 0002" in done.stdout
+    assert (tmp_path / "registry" / "catalogue.sqlite").exists()
+
+
 def test_steer_serve_answers_a_steered_chat(server: str) -> None:
     client = OpenAI(base_url=server, api_key="none")
     question = [{"role": "user", "content": "What is the capital of Italy?"}]

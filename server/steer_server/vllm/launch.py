@@ -12,6 +12,7 @@ import torch
 
 from steer.engines.vllm.options import REGISTRY_VARIABLE
 from steer.errors import SpecError, Unsupported
+from steer.registry.location import CATALOGUE_VARIABLE
 from steer_server import shipped
 from steer_server.settings import ServerSettings
 from steer_server.vllm.settings import VARIABLES
@@ -64,6 +65,8 @@ def environment(settings: ServerSettings, inherited: Mapping[str, str]) -> dict[
         if "://" not in settings.registry
         else settings.registry,
     }
+    if settings.catalogue_url is not None:
+        found[CATALOGUE_VARIABLE] = settings.catalogue_url
     for name in settings.model_fields_set & VARIABLES.keys():
         found[VARIABLES[name]] = str(getattr(settings, name))
     if settings.api_key is not None:

@@ -16,7 +16,7 @@ from starlette.routing import BaseRoute
 from steer.engines.vllm.engine import VllmEngine
 from steer.errors import Unsupported
 from steer.registry.registry import Registry
-from steer_server import features, inspect_routes, profiles, shipped, validate
+from steer_server import aliases, features, inspect_routes, profiles, shipped, validate
 from steer_server.artefacts import artefact_router
 from steer_server.settings import ServerSettings
 from steer_server.state import assemble
@@ -37,6 +37,7 @@ def routers() -> list[APIRouter]:
         artefact_router("vector", "vectors"),
         artefact_router("sae", "saes"),
         artefact_router("low_rank", "adapters"),
+        aliases.router,
         profiles.router,
         validate.router,
         inspect_routes.router,
@@ -84,7 +85,11 @@ async def serve(client: Any, state: Any, environment: Mapping[str, str]) -> None
 
 
 def _registry(settings: ServerSettings) -> Registry:
-    registry = Registry.open(settings.registry, max_upload_bytes=settings.max_upload_bytes)
+    registry = Registry.open(
+        settings.registry,
+        catalogue=settings.catalogue_url,
+        max_upload_bytes=settings.max_upload_bytes,
+    )
     model = shipped.shipped_model(settings.model)
     if model is not None:
         shipped.register(registry, model)

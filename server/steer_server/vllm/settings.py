@@ -6,7 +6,8 @@ cache; what concerns HTTP alone does not belong there.
 
 | Variable | Meaning | Default |
 |---|---|---|
-| `STEER_REGISTRY` | The registry's folder, shared by all processes | `steer-registry` |
+| `STEER_REGISTRY` | The registry's folder or URL, shared by all processes | `steer-registry` |
+| `STEER_CATALOGUE` | The SQLAlchemy URL of its catalogue; a folder has its own | |
 | `STEER_MAX_UPLOAD_BYTES` | The largest file that may be uploaded | 512 MiB |
 | `STEER_ALLOW_INLINE_VECTORS` | Whether requests may carry vectors | true |
 | `STEER_MEASURED_SHARE` | The share of steered requests whose edits are measured | 0.01 |
@@ -23,6 +24,7 @@ from pydantic import ValidationError
 
 from steer.engines.vllm.options import DEFAULT_REGISTRY, REGISTRY_VARIABLE
 from steer.errors import SpecError
+from steer.registry.location import chosen_catalogue
 from steer_server.settings import ServerSettings
 
 PREFIX = "STEER_"
@@ -50,6 +52,7 @@ def settings_of(environment: Mapping[str, str], *, model: str, served_name: str)
             model=model,
             served_name=served_name,
             registry=environment.get(REGISTRY_VARIABLE, DEFAULT_REGISTRY),
+            catalogue=chosen_catalogue(environment),
             **given,
         )
     except ValidationError as error:

@@ -9,6 +9,7 @@ for answer in steered.chat(messages, SamplingParams(max_tokens=64), spec):
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from steer.engines.vllm.stages import merged_answers
 from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
 from steer.errors import SpecError
 from steer.registry.library import Library
+from steer.registry.location import chosen_catalogue
 from steer.registry.registry import Registry
 from steer.spec import SteeringSpec, parse_spec
 
@@ -49,7 +51,9 @@ class Steered:
     ) -> None:
         self._llm = llm
         self.engine = VllmEngine.of_llm(llm)
-        self.library = library or Registry.open(registry or registry_location())
+        self.library = library or Registry.open(
+            registry or registry_location(), catalogue=chosen_catalogue(os.environ)
+        )
         self.plans = plans_of(self.engine, self.library)
 
     def generate(

@@ -100,18 +100,21 @@ def test_a_commit_that_fails_changes_nothing(tmp_path: Path) -> None:
     assert_sound(tmp_path, {"old": OLD})
 
 
-def test_a_removal_that_fails_leaves_no_broken_name(
+def test_a_collection_that_fails_leaves_nothing_that_cannot_be_restored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Registry.open(tmp_path) as registry:
         registry.add("old", OLD)
         registry.add("new", NEW)
+        registry.remove("vector", "new")
         with monkeypatch.context() as patch:
             patch.setattr(BlobStore, "remove", disk_full)
             with pytest.raises(StorageError):
-                registry.remove("vector", "new")
+                registry.collect_garbage(grace_seconds=0)
         with pytest.raises(UnknownArtefact):  # the row went first: no name without a blob
             registry.vector("new")
+        with pytest.raises(UnknownArtefact, match="has been collected"):
+            registry.restore("vector", "new")
     assert_sound(tmp_path, {"old": OLD})
 
 

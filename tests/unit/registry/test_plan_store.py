@@ -306,6 +306,11 @@ def test_an_sae_removed_meanwhile_stays_in_memory(registry: Registry, tmp_path: 
     store = PlanStore(tmp_path / "registry")
     read, _ = store.sae_encoder(sae.sha256)
     registry.remove("sae", "topk")
+    # A worker holds the SAE by its hash, so that it stays for all workers, whatever the grace.
+    assert registry.collect_garbage(grace_seconds=0).leased == 1
+    assert torch.equal(PlanStore(tmp_path / "registry").sae_encoder(sae.sha256)[0], read)
+    (tmp_path / "registry" / "leases" / sae.sha256).write_text("0")  # it ended long ago
+    assert registry.collect_garbage(grace_seconds=0).blobs == 1
     assert store.sae_encoder(sae.sha256)[0] is read
     with pytest.raises(StorageError, match=sae.sha256[:12]):
         PlanStore(tmp_path / "registry").sae_encoder(sae.sha256)

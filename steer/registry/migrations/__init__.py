@@ -1,0 +1,1 @@
+"""How catalogues of earlier schemas become the present one, by Alembic, forwards only."""
