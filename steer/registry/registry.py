@@ -20,6 +20,7 @@ from steer.errors import (
 )
 from steer.formats.importing import Artefact, read_artefact
 from steer.formats.options import ImportOptions
+from steer.lens import Lens
 from steer.registry import locks
 from steer.registry.caches import AnswerCache, LoadedCache
 from steer.registry.catalogue import Draft
@@ -222,7 +223,8 @@ class Registry:
     def entry(self, kind: ArtefactKind, ref: str) -> Entry:
         """The newest entry that `ref` (`name`, or `name@` and at least 6 hex digits) names.
 
-        Raises `UnknownArtefact` (`unknown_vector`, `unknown_sae`, `unknown_low_rank`).
+        Raises `UnknownArtefact` (`unknown_vector`, `unknown_sae`, `unknown_low_rank`,
+        `unknown_lens`).
         """
         return self._entries.get(
             (kind, ref), self._catalogue.state(), lambda: self._catalogue.resolve(kind, ref)
@@ -258,6 +260,10 @@ class Registry:
     def low_rank(self, ref: str) -> LowRankAdapter:
         """The low-rank adapter that `ref` names."""
         return self._load("low_rank", ref, LowRankAdapter.from_bytes)
+
+    def lens(self, ref: str) -> Lens:
+        """The tuned lens that `ref` names."""
+        return self._load("lens", ref, Lens.from_bytes)
 
     def content(self, kind: ArtefactKind, ref: str) -> IO[bytes]:
         """The canonical file that `ref` names, open for reading; the caller closes it."""

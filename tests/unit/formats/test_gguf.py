@@ -1,5 +1,6 @@
 """GGUF control vectors: of llama.cpp and repeng, EasySteer's variant, ours, and those that lie."""
 
+import hashlib
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -63,6 +64,8 @@ def test_a_file_of_repeng_or_llama_cpp(tmp_path: Path) -> None:
     assert vector.card.provenance == {
         "format": "gguf",
         "layer_offset": 0,
+        "layer_names": {"1": "direction.1", "2": "direction.2", "5": "direction.5"},
+        "file_sha256": hashlib.sha256((tmp_path / "v").read_bytes()).hexdigest(),
         "model_hint": "llama",
         "layer_count": 3,
     }

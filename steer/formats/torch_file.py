@@ -1,0 +1,91 @@
+"""`.pt` files with tensors alone: checked first, then loaded by torch with `weights_only`.
+
+torch believes the sizes that a file declares. So the zip's members and the pickle in it are read
+here before, without calling anything: each storage must be as long as its member, each tensor must
+lie inside its storage, and nothing but tensors, dictionaries and lists may occur.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steer.errors import FileFormatError
+from steer.formats.pickled_tensors import (
+    MAX_PICKLE_BYTES,
+    Storage,
+    read_pickle,
+    refused,
+    storage_id,
+)
+from steer.formats.zip_guard import UNREADABLE, stored_members
+
+_BESIDE = (
+    "version",
+    "byteorder",
+    ".format_version",
+    ".storage_alignment",
+    ".data/serialization_id",
+)
+
+
+def load_tensors(path: Path) -> Any:
+    """The tensor, or the dictionary or list of tensors and plain values, in a `.pt` file.
+
+    Raises `FileFormatError`: `pickle_refused` for a file that holds more than that.
+    """
+    check_torch_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise FileFormatError(f"torch cannot load the file: {str(error)[:300]}") from error
+
+
+def check_torch_file(path: Path) -> None:
+    """Raises `FileFormatError` unless `path` holds tensors alone and is true about their sizes."""
+    members = stored_members(path)
+    folder = _folder(list(members))
+    code = members[f"{folder}/data.pkl"]
+    if code.file_size > MAX_PICKLE_BYTES:
+        raise FileFormatError(f"the file's pickle has {code.file_size} bytes, far too many")
+    try:
+        with zipfile.ZipFile(path) as file:
+            program = file.read(code)
+            order = f"{folder}/byteorder"
+            if order in members and file.read(members[order]) != b"little":
+                raise FileFormatError("the file is big-endian, which is not read")
+    except (*UNREADABLE, OSError) as error:
+        raise FileFormatError(f"the file cannot be read: {error}") from error
+
+    def storage(value: Any) -> Storage:
+        dtype, key, count = storage_id(value)
+        member = members.get(f"{folder}/data/{key}")
+        held = -1 if member is None else member.file_size
+        if count * dtype.itemsize != held:
+            raise FileFormatError(
+                f"the storage {key[:40]!r} declares {count * dtype.itemsize} bytes, the file "
+                f"holds {max(held, 0)}",
+                code="truncated_file",
+            )
+        return Storage(key, dtype, count)
+
+    read_pickle(program, persistent=storage)
+
+
+def _folder(names: list[str]) -> str:
+    """The one folder that everything lies in."""
+    folder = names[0].split("/")[0] if names else ""
+    for name in names:
+        inner = name.removeprefix(f"{folder}/")
+        plain = inner.startswith("data/") and "/" not in inner.removeprefix("data/")
+        if not name.startswith(f"{folder}/") or not (
+            inner == "data.pkl" or inner in _BESIDE or plain
+        ):
+            raise refused(f"has the member {name[:80]!r} (TorchScript programs are not read)")
+    if f"{folder}/data.pkl" not in names:
+        raise FileFormatError("the zip file has no data.pkl", code="unknown_layout")
+    return folder
