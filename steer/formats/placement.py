@@ -53,8 +53,8 @@ def placed(
     """The vector of a foreign file from its rows by the file's own layer numbers.
 
     Without a word from the sender, layer N is block N. The card records the format, the tool where
-    it is known, the offset, the file's own names and its hash. `zero_rows` leaves out rows of zeros,
-    which some tools write for layers without a direction. Raises `FileFormatError`.
+    it is known, the offset, the file's own names and its hash. `zero_rows` leaves out the
+    zeros that some tools write for layers without a direction. Raises `FileFormatError`.
     """
     source = options.writer(format) or Source(frozenset())
     offset = source.layer_offset if options.layer_offset is None else options.layer_offset

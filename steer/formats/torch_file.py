@@ -40,7 +40,9 @@ def load_tensors(path: Path) -> Any:
     """
     check_torch_file(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+        # As an open file: by its name, torch would take a .safetensors for something else.
+        with path.open("rb") as stream:
+            return torch.load(stream, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
         raise FileFormatError(f"torch cannot load the file: {str(error)[:300]}") from error
 

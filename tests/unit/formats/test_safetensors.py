@@ -1,5 +1,6 @@
 """Vectors and adapters in safetensors files: ours, other tools', and those that lie."""
 
+import hashlib
 import json
 import pickle
 import tracemalloc
@@ -85,7 +86,12 @@ def test_rows_named_by_layer(tmp_path: Path, form: str, dtype: torch.dtype) -> N
     vector = read(written(tmp_path, tensors), ImportOptions(layer_offset=1))
     assert list(vector.directions) == [3, 11]
     assert torch.equal(vector[11], tensors[form.format(10)].float())
-    assert vector.card.provenance == {"format": "safetensors", "layer_offset": 1}
+    assert vector.card.provenance == {
+        "format": "safetensors",
+        "layer_offset": 1,
+        "layer_names": {"3": form.format(2), "11": form.format(10)},
+        "file_sha256": hashlib.sha256((tmp_path / "file.bin").read_bytes()).hexdigest(),
+    }
 
 
 def test_a_matrix_has_a_row_for_each_block(tmp_path: Path) -> None:
