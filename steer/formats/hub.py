@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -50,6 +50,12 @@ class Fetched:
 
     path: Path
     commit: str | None
+    ref: HubRef
+
+    @property
+    def origin(self) -> str:
+        """The reference with the commit that was fetched, for the card."""
+        return str(replace(self.ref, revision=self.commit or self.ref.revision))
 
 
 def parse_hub_ref(text: str) -> HubRef:
@@ -109,7 +115,7 @@ def _fetched(ref: HubRef, cache: Path | None, max_bytes: int, offline: bool) -> 
     path = root / ref.path
     if not path.exists():
         raise _missing(ref, f"it has no {ref.path!r}") if reachable else _unreachable(ref)
-    return Fetched(path, root.name if _COMMIT.fullmatch(root.name) else None)
+    return Fetched(path, root.name if _COMMIT.fullmatch(root.name) else None, ref)
 
 
 def _check_size(ref: HubRef, where: Mapping[str, Any], max_bytes: int) -> bool:

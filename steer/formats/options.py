@@ -20,7 +20,8 @@ class ImportOptions:
     convention); `source` names the writer, whose convention then holds (a key of `SOURCES`), so the
     two exclude each other. `position` chooses from an array that has token positions (negative from
     its end). `layers` become the card's default layers; for a file with a single direction
-    without a layer, they say where it belongs. `strength` is the card's default strength.
+    without a layer, they say where it belongs. `origin` is where a foreign file was had from, for
+    the card's provenance. `strength` is the card's default strength.
     """
 
     layer_offset: int | None = None
@@ -32,6 +33,7 @@ class ImportOptions:
     where: Where | None = None
     source: str | None = None
     position: int | None = None
+    origin: str | None = None
 
     def __post_init__(self) -> None:
         if self.strength is not None and not math.isfinite(self.strength):
@@ -90,6 +92,8 @@ class ImportOptions:
             "licence": self.licence,
             "model": self.model,
         }
+        if self.origin is not None and "file_sha256" in card.provenance:
+            changes["provenance"] = {**card.provenance, "origin": self.origin}
         given = {key: value for key, value in changes.items() if value is not None}
         return card.model_copy(update=given)
 
