@@ -61,7 +61,7 @@ class Fetched:
 def parse_hub_ref(text: str) -> HubRef:
     """The parts of `hf://org/repo/path@revision`; raises `SteerError` (`invalid_reference`)."""
     match = _REF.fullmatch(text)
-    path = (match["path"] or "").strip("/") if match else ""
+    path = (match["path"] or "") if match else ""
     if match is None or any(part in ("", ".", "..") for part in path.split("/") if path):
         raise SteerError(
             f"{text[:200]!r} is no reference to the hub: write hf://organisation/repository/path, "

@@ -69,9 +69,10 @@ class StoredTensor:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
-    def read(self, data: bytes | bytearray | memoryview) -> Tensor:
+    def read(self, data: bytes | memoryview) -> Tensor:
         """A float32 copy of the tensor; `data` holds the storage's bytes."""
-        flat = torch.frombuffer(data, dtype=self.storage.dtype, count=self.storage.count)
+        own = bytearray(data)  # torch warns of bytes that it must not write to
+        flat = torch.frombuffer(own, dtype=self.storage.dtype, count=self.storage.count)
         view = flat.as_strided(self.shape, self.strides, self.offset)
         return view.to(torch.float32, copy=True).contiguous()
 

@@ -132,10 +132,18 @@ def _plain(data: bytes) -> tuple[Any, Read]:
 
 
 def _program(data: bytes, persistent: Callable[[Any], Storage]) -> Any:
-    calls = {"torch.storage._load_from_bytes": _storage_from_bytes}
+    # Protocol 2 has no bytes: it writes them as a text and the call that encodes it.
+    calls = {"torch.storage._load_from_bytes": _storage_from_bytes, "_codecs.encode": _encoded}
     return read_pickle(
         data, persistent=persistent, names=calls, classes=frozenset({_CLASS}), limit=MAX_BYTES
     )
+
+
+def _encoded(arguments: tuple[Any, ...]) -> bytes:
+    match arguments:
+        case (str(text), "latin1"):
+            return text.encode("latin1")
+    raise refused("encodes what is no text in latin1")
 
 
 def _storage_from_bytes(arguments: tuple[Any, ...]) -> Storage:

@@ -1,4 +1,4 @@
-"""`.pt` files: persona vectors, refusal directions, dictionaries; and files that are more than that.
+"""`.pt` files: persona vectors, refusal directions, dictionaries; and files that hold more.
 
 Layer numbers are checked against rows whose numbers say which layer they are: row k is all k + 1.
 """
