@@ -70,7 +70,8 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
             for member in members:
                 with file.open(member) as stream:
                     _check_header(member, stream)
-        with np.load(path, allow_pickle=False) as found:
+        # What is too large for float32 becomes infinite, which is refused as such later.
+        with np.load(path, allow_pickle=False) as found, np.errstate(over="ignore"):
             return {name: found[name].astype(np.float32, order="C") for name in found.files}
     except (*UNREADABLE, zlib.error, OSError, SyntaxError, tokenize.TokenError) as error:
         raise FileFormatError(f"the .npz file cannot be read: {str(error)[:300]}") from error
