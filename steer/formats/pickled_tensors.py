@@ -281,6 +281,8 @@ def stored_tensors(value: Any, *, depth: int = _MAX_DEPTH) -> list[StoredTensor]
 
 
 def _rebuilt_tensor(arguments: tuple[Any, ...]) -> StoredTensor:
+    if not 6 <= len(arguments) <= 7:
+        raise FileFormatError(f"a tensor in the file is made of {len(arguments)} parts")
     storage, offset, shape, strides, *_ = arguments
     numbers = (offset, *shape, *strides)
     if not isinstance(storage, Storage) or any(type(n) is not int or n < 0 for n in numbers):

@@ -24,13 +24,20 @@ from steer.formats.pickled_tensors import (
 )
 from steer.formats.zip_guard import UNREADABLE, stored_members
 
-_BESIDE = (
-    "version",
-    "byteorder",
-    ".format_version",
-    ".storage_alignment",
-    ".data/serialization_id",
+_NUMBERS = ("version", ".format_version", ".storage_alignment", ".data/serialization_id")
+_LONGEST_NUMBER = 40  # the digits of .data/serialization_id
+_BESIDE = ("byteorder", *_NUMBERS)
+_TORCH_RAISES = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
 )
+"""What torch's reader may raise for a file that passes `check_torch_file` all the same."""
 
 
 def load_tensors(path: Path) -> Any:
@@ -43,7 +50,7 @@ def load_tensors(path: Path) -> Any:
         # As an open file: by its name, torch would take a .safetensors for something else.
         with path.open("rb") as stream:
             return torch.load(stream, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except _TORCH_RAISES as error:
         raise FileFormatError(f"torch cannot load the file: {str(error)[:300]}") from error
 
 
@@ -57,9 +64,9 @@ def check_torch_file(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as file:
             program = file.read(code)
-            order = f"{folder}/byteorder"
-            if order in members and file.read(members[order]) != b"little":
-                raise FileFormatError("the file is big-endian, which is not read")
+            for name in _BESIDE:
+                if (member := members.get(f"{folder}/{name}")) is not None:
+                    _check_beside(name, file.open(member).read(_LONGEST_NUMBER + 1))
     except (*UNREADABLE, OSError) as error:
         raise FileFormatError(f"the file cannot be read: {error}") from error
 
@@ -76,6 +83,14 @@ def check_torch_file(path: Path) -> None:
         return Storage(key, dtype, count)
 
     read_pickle(program, persistent=storage)
+
+
+def _check_beside(name: str, content: bytes) -> None:
+    if name == "byteorder" and content != b"little":
+        raise FileFormatError("the file is big-endian, which is not read")
+    digits = content.strip(b"\n")
+    if name != "byteorder" and not (digits.isdigit() and len(digits) <= _LONGEST_NUMBER):
+        raise FileFormatError(f"the member {name!r} is not a number, as torch.save writes")
 
 
 def _folder(names: list[str]) -> str:

@@ -234,7 +234,7 @@ def main(
     large: Annotated[bool, typer.Option(help="With --only: a large file.")] = False,
     worker: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Fuzzes every reader of files and prints what came of it; exit code 1 if there are findings."""
+    """Fuzzes every reader of files and prints what came of it; exit code 1 for findings."""
     if worker is not None:
         work(worker, None, large)
         return
