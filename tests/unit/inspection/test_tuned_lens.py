@@ -32,9 +32,9 @@ def random_lens(seed: int = 1, layers: int = LAYERS, width: int = WIDTH) -> Lens
     )
 
 
-def read(engine: TransformersEngine, lens: Lens | None = None, **fields: Any) -> Any:
-    library = MemoryLibrary(lenses={} if lens is None else {"tuned": lens})
-    given = {"text": TEXT, **({} if lens is None else {"lens": "tuned"}), **fields}
+def read(engine: TransformersEngine, held: Lens | None = None, **fields: Any) -> Any:
+    library = MemoryLibrary(lenses={} if held is None else {"tuned": held})
+    given = {"text": TEXT, **({} if held is None else {"lens": "tuned"}), **fields}
     return logit_lens(engine, LogitLensRequest.model_validate(given), library=library)
 
 
@@ -104,7 +104,7 @@ def test_what_cannot_be_read_through_it(
     engine: TransformersEngine, lens: Lens, fields: dict[str, Any], code: str, param: str
 ) -> None:
     with pytest.raises(SteerError) as raised:
-        read(engine, lens, **fields) if "lens" not in fields else read(engine, **fields)
+        read(engine, lens, **fields)
     assert (raised.value.code, raised.value.param) == (code, param)
 
 
