@@ -18,7 +18,7 @@ from torch import Tensor
 from steer.errors import FileFormatError, IncompatibleArtefact
 from steer.spec import Site, Where
 
-ArtefactKind = Literal["vector", "low_rank", "sae"]
+ArtefactKind = Literal["vector", "low_rank", "sae", "lens"]
 
 
 class LayerMeasure(BaseModel):
@@ -105,12 +105,14 @@ class ControlVector:
 
     def to_bytes(self) -> bytes:
         """The canonical safetensors file: `layers.N` rows and the card without its name."""
-        return _to_bytes({f"layers.{n}": row for n, row in self.directions.items()}, self.card)
+        return canonical_bytes(
+            {f"layers.{n}": row for n, row in self.directions.items()}, self.card
+        )
 
     @staticmethod
     def from_bytes(data: bytes, *, name: str = "") -> ControlVector:
         """Reads a canonical file; foreign layouts are read by `steer.formats`."""
-        tensors, card = _from_bytes(data, name)
+        tensors, card = parse_canonical(data, name)
         rows = {int(key.removeprefix("layers.")): row for key, row in tensors.items()}
         return ControlVector(dict(sorted(rows.items())), card)
 
@@ -222,11 +224,11 @@ class LowRankAdapter:
             tensors[f"layers.{layer}.rotation"] = rotation
             tensors[f"layers.{layer}.weight"] = weight
             tensors[f"layers.{layer}.bias"] = bias
-        return _to_bytes(tensors, self.card)
+        return canonical_bytes(tensors, self.card)
 
     @staticmethod
     def from_bytes(data: bytes, *, name: str = "") -> LowRankAdapter:
-        tensors, card = _from_bytes(data, name)
+        tensors, card = parse_canonical(data, name)
         parts = {
             layer: (
                 tensors[f"layers.{layer}.rotation"],
@@ -264,14 +266,16 @@ def check_rows(rows: Iterable[tuple[int, Tensor]], *, source: str = "the vector"
     return width
 
 
-def _to_bytes(tensors: Mapping[str, Tensor], card: Card) -> bytes:
+def canonical_bytes(tensors: Mapping[str, Tensor], card: Card) -> bytes:
+    """One of our own files: safetensors, with the card but its name under the key `steer`."""
     # One metadata key: safetensors writes several in no fixed order, and the hash must not depend
     # on it.
     text = json.dumps(card.model_dump(mode="json", by_alias=True, exclude={"name"}), sort_keys=True)
     return bytes(save_safetensors(dict(tensors), metadata={"steer": text}))
 
 
-def _from_bytes(data: bytes, name: str) -> tuple[dict[str, Tensor], Card]:
+def parse_canonical(data: bytes, name: str) -> tuple[dict[str, Tensor], Card]:
+    """Tensors and card of what `canonical_bytes` wrote; `steer.formats` reads files of others."""
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     card = Card.model_validate_json(header["__metadata__"]["steer"])

@@ -29,7 +29,12 @@ from steer_server.body_limit import BodyLimit
 from steer_server.settings import MIB, ServerSettings
 from steer_server.state import assemble
 
-_ARTEFACTS = ("/v1/steering/vectors", "/v1/steering/saes", "/v1/steering/adapters")
+_ARTEFACTS = (
+    "/v1/steering/vectors",
+    "/v1/steering/saes",
+    "/v1/steering/adapters",
+    "/v1/steering/lenses",
+)
 
 
 def routers() -> list[APIRouter]:
@@ -43,6 +48,7 @@ def routers() -> list[APIRouter]:
         artefact_router("sae", "saes"),
         artefact_router("low_rank", "adapters"),
         aliases.router,
+        artefact_router("lens", "lenses"),
         profiles.router,
         validate.router,
         inspect_routes.router,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
+from pathlib import Path
 from typing import IO, Annotated, Any
 
 from anyio import to_thread
@@ -14,8 +16,10 @@ from pydantic import BaseModel
 from starlette.responses import JSONResponse, StreamingResponse
 
 from steer.control_vector import ArtefactKind, Card
-from steer.errors import SteerError, pointer
+from steer.errors import SteerError, Unsupported, pointer
+from steer.formats.exporting import SUFFIXES, ExportFormat, export_vector
 from steer.formats.options import ImportOptions
+from steer.formats.sources import SOURCES
 from steer.registry.entry import Entry
 from steer_server.error_route import SteerRoute
 from steer_server.state import Serving, ServingDep
@@ -33,7 +37,9 @@ _UPLOAD_BODY = {
                     "properties": {
                         "file": {"type": "string", "format": "binary"},
                         "name": {"type": "string"},
+                        "from": {"type": "string", "enum": list(SOURCES)},
                         "layer_offset": {"type": "integer"},
+                        "position": {"type": "integer"},
                         "layers": {"type": "string", "description": "4,5,6 or [4, 5, 6]"},
                         "strength": {"type": "number"},
                         "description": {"type": "string"},
@@ -157,9 +163,15 @@ def artefact_router(kind: ArtefactKind, folder: str) -> APIRouter:
         response_class=Response,
         responses={200: {"content": {"application/octet-stream": {}}}},
     )
-    def content(name: str, serving: ServingDep) -> Response:
-        """The canonical safetensors file; its SHA-256 is the artefact's identity."""
+    def content(name: str, serving: ServingDep, format: ExportFormat = "safetensors") -> Response:
+        """The canonical safetensors file, whose SHA-256 is the artefact's identity.
+
+        Vectors also come as `gguf` and `safetensors-plain`; what such a file cannot say of the
+        vector's use is in headers `steer-warning`.
+        """
         entry = serving.registry.entry(kind, name)
+        if format != "safetensors":
+            return _exported(serving, entry, format)
         headers = {
             "content-disposition": f'attachment; filename="{entry.name}.safetensors"',
             "content-length": str(entry.size_bytes),
@@ -200,6 +212,26 @@ def artefact_router(kind: ArtefactKind, folder: str) -> APIRouter:
     return router
 
 
+def _exported(serving: Serving, entry: Entry, format: ExportFormat) -> Response:
+    if entry.kind != "vector":
+        raise Unsupported(
+            f"a {entry.kind} comes as safetensors only: leave out 'format'",
+            code="unsupported_format",
+            param="/format",
+        )
+    vector = serving.registry.vector(entry.id)
+    with tempfile.TemporaryDirectory(prefix="steer-export-") as folder:
+        path = Path(folder) / "vector"
+        warnings = export_vector(vector, path, format)
+        data = path.read_bytes()
+    filename = f"{entry.name}{SUFFIXES[format]}"
+    response = Response(data, media_type="application/octet-stream")
+    response.headers["content-disposition"] = f'attachment; filename="{filename}"'
+    for warning in warnings:
+        response.headers.append("steer-warning", warning.encode("ascii", "replace").decode())
+    return response
+
+
 def _imported(serving: Serving, kind: ArtefactKind, received: Received) -> tuple[Entry, bool]:
     options = _options(received.fields)
     name = received.fields.get("name") or received.stem
@@ -211,7 +243,9 @@ def _imported(serving: Serving, kind: ArtefactKind, received: Received) -> tuple
 
 
 _FIELDS: Mapping[str, Callable[[str], Any]] = {
+    "from": str,
     "layer_offset": int,
+    "position": int,
     "layers": lambda text: tuple(
         int(part) for part in text.strip().removeprefix("[").removesuffix("]").split(",")
     ),
@@ -242,6 +276,8 @@ def _options(fields: Mapping[str, str]) -> ImportOptions:
                 param=pointer(name),
                 code="invalid_value",
             ) from None
+    if "from" in given:
+        given["source"] = given.pop("from")
     return ImportOptions(**given)
 
 

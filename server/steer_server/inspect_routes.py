@@ -58,9 +58,9 @@ async def run_patchscope(
 async def run_logit_lens(
     body: LogitLensRequest, request: Request, serving: ServingDep, format: Format = None
 ) -> Response:
-    """What each layer would say next, by the final norm and output matrix."""
+    """What each layer would say next, by the final norm and output matrix, or a tuned lens."""
     _check(serving, body.steering, "/steering")
-    run = partial(logit_lens, serving.engine, body, plans=serving.plans)
+    run = partial(logit_lens, serving.engine, body, plans=serving.plans, library=serving.registry)
     return await _answer(run, lens_heat_map, _wants_png(request, format))
 
 

@@ -78,6 +78,9 @@ def logit_lens(
     at: AtOption = None,
     site: SiteOption = "resid_post",
     top: TopOption = 5,
+    lens: Annotated[
+        str | None, typer.Option(help="A registered tuned lens to read through.")
+    ] = None,
     spec: SpecOption = None,
     png: PngOption = None,
     as_json: JsonOption = False,
@@ -86,15 +89,18 @@ def logit_lens(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
-    """Read every layer by the final norm and the output matrix."""
+    """Read every layer by the final norm and the output matrix, or through a tuned lens."""
     from steer import inspection
     from steer.inspection.heatmap import lens_heat_map
 
-    fields = {"layers": _layers(layers), "site": site, "top": top, **_steering(spec)}
+    fields: dict[str, Any] = {"layers": _layers(layers), "site": site, "top": top, "lens": lens}
+    fields |= _steering(spec)
     with _bench(model, registry, device, dtype) as bench:
         fields |= {**_prompt(bench, prompt, plain), "positions": _positions(at, "all")}
         request = _request(inspection.LogitLensRequest, fields)
-        result = inspection.logit_lens(bench.engine, request, plans=bench.plans)
+        result = inspection.logit_lens(
+            bench.engine, request, plans=bench.plans, library=bench.library
+        )
     _show(result, lens_heat_map, png, as_json)
 
 

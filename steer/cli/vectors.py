@@ -3,23 +3,49 @@
 from __future__ import annotations
 
 import json
-import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from steer.cli.fit import file_errors, parse_layers
 from steer.cli.local import RegistryOption, open_registry
-from steer.cli.reporting import out, table_out
+from steer.cli.reporting import err, out, table_out
+from steer.errors import FileFormatError, SteerError
 
 if TYPE_CHECKING:
+    from steer.formats.options import ImportOptions
     from steer.registry.entry import Entry
 
-app = typer.Typer(help="List, add, show, remove, restore and export vectors.", no_args_is_help=True)
+app = typer.Typer(
+    help="List, add, import, convert, show, remove, restore and export vectors.",
+    no_args_is_help=True,
+)
 
 RefArgument = Annotated[str, typer.Argument(help="A name, or name@hash for one version.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+NameOption = Annotated[str | None, typer.Option("--name", "-n", help="By default the file's name.")]
+LayersOption = Annotated[str | None, typer.Option(help="The default layers, such as 2-5 or 1,3.")]
+OffsetOption = Annotated[
+    int | None, typer.Option(help="Added to every layer number in a foreign file.")
+]
+SourceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        help="Who wrote the file, and so how it counts layers: repeng, llama-cpp, "
+        "llama-cpp-generator (one late), easysteer, blocks, hidden-states, persona-vectors or "
+        "refusal-direction.",
+    ),
+]
+PositionOption = Annotated[
+    int | None, typer.Option(help="Which token position of mean_diffs.pt, such as -1.")
+]
+StrengthOption = Annotated[float | None, typer.Option(help="The default strength.")]
+DescriptionOption = Annotated[str | None, typer.Option(help="A sentence for the card.")]
+LicenceOption = Annotated[str | None, typer.Option(help="The licence for the card.")]
 
 
 @app.command("list")
@@ -60,35 +86,75 @@ def list_vectors(
 
 @app.command("add")
 def add(
-    file: Annotated[Path, typer.Argument(help="safetensors or GGUF.")],
-    name: Annotated[
-        str | None, typer.Option("--name", "-n", help="By default the file's name.")
-    ] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="The default layers, such as 2-5 or 1,3.")
-    ] = None,
-    layer_offset: Annotated[
-        int | None, typer.Option(help="Added to every layer number in a foreign file.")
-    ] = None,
-    strength: Annotated[float | None, typer.Option(help="The default strength.")] = None,
-    description: Annotated[str | None, typer.Option(help="A sentence for the card.")] = None,
-    licence: Annotated[str | None, typer.Option(help="The licence for the card.")] = None,
+    file: Annotated[Path, typer.Argument(help="safetensors, GGUF, .npz, .svec or .pt.")],
+    name: NameOption = None,
+    layers: LayersOption = None,
+    layer_offset: OffsetOption = None,
+    source: SourceOption = None,
+    position: PositionOption = None,
+    strength: StrengthOption = None,
+    description: DescriptionOption = None,
+    licence: LicenceOption = None,
     registry: RegistryOption = None,
 ) -> None:
     """Register the vector in a file; the same content again changes nothing."""
-    from steer.formats.options import ImportOptions
-
-    options = ImportOptions(
-        layer_offset=layer_offset,
-        layers=None if layers is None else parse_layers(layers),
-        strength=strength,
-        description=description,
-        licence=licence,
-    )
+    options = _options(layers, layer_offset, source, position, strength, description, licence)
     with open_registry(registry) as library:
         entry, created = library.import_file(file, kind="vector", name=name, options=options)
-    state = f"version {entry.version}" if created else "already registered"
-    out().print(f"{entry.id}: {state}", highlight=False)
+    _show_added(entry, created)
+
+
+@app.command("import")
+def import_(
+    place: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A file, a folder, or hf://organisation/repository/path@revision.",
+        ),
+    ],
+    name: NameOption = None,
+    layers: LayersOption = None,
+    layer_offset: OffsetOption = None,
+    source: SourceOption = None,
+    position: PositionOption = None,
+    strength: StrengthOption = None,
+    description: DescriptionOption = None,
+    licence: LicenceOption = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Take what is on the hub from the local cache only.")
+    ] = False,
+    registry: RegistryOption = None,
+) -> None:
+    """Register a vector, adapter, SAE or tuned lens from a file, a folder or the hub."""
+    options = _options(layers, layer_offset, source, position, strength, description, licence)
+    path, name, origin = _located(place, name, offline)
+    options = replace(options, origin=origin)
+    with open_registry(registry) as library:
+        entry, created = library.import_file(path, name=name, options=options)
+    _show_added(entry, created)
+
+
+@app.command("convert")
+def convert(
+    file: Annotated[Path, typer.Argument(help="A pickle of the steering-vectors package.")],
+    output: Annotated[
+        Path | None, typer.Option("--out", "-o", help="By default FILE with .safetensors.")
+    ] = None,
+) -> None:
+    """Turn a pickled SteeringVector into safetensors, without unpickling it."""
+    from steer.cli.fit import write_file
+    from steer.formats.steering_vectors_pickle import read_steering_vector
+
+    if not file.is_file():
+        raise FileFormatError(f"there is no file {str(file)!r}", code="no_such_file")
+    vector = read_steering_vector(file)
+    path = output or file.with_suffix(".safetensors")
+    write_file(path, vector.to_bytes())
+    out().print(
+        f"wrote {path}: {vector.card.site}, layers {', '.join(map(str, vector.card.layers))}",
+        highlight=False,
+    )
 
 
 @app.command("show")
@@ -125,23 +191,76 @@ def export(
     ref: RefArgument,
     output: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="By default NAME.safetensors; .gguf writes GGUF."),
+        typer.Option("--out", "-o", help="By default NAME with the format's suffix."),
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            "-f",
+            help="safetensors (with its card), safetensors-plain or gguf; by default gguf if OUT "
+            "ends in .gguf, else safetensors.",
+        ),
     ] = None,
     registry: RegistryOption = None,
 ) -> None:
     """Write a vector to a file: safetensors with its card, or GGUF for llama.cpp and repeng."""
-    from steer.formats.gguf_vector import write_gguf
+    from steer.formats.exporting import SUFFIXES, export_vector
 
+    chosen = format or ("gguf" if output and output.suffix == ".gguf" else "safetensors")
+    if chosen not in SUFFIXES:
+        raise SteerError(
+            f"--format {chosen!r} is not known; known are {', '.join(SUFFIXES)}",
+            code="invalid_option",
+            param="/format",
+        )
     with open_registry(registry) as library:
         entry = library.entry("vector", ref)
-        path = output or Path(f"{entry.name}.safetensors")
+        path = output or Path(f"{entry.name}{SUFFIXES[chosen]}")
         with file_errors(path):
-            if path.suffix == ".gguf":
-                write_gguf(library.vector(ref), path)
-            else:
-                with library.content("vector", ref) as source, path.open("wb") as target:
-                    shutil.copyfileobj(source, target)
+            warnings = export_vector(library.vector(ref), path, chosen)
     out().print(f"wrote {path}", highlight=False)
+    for warning in warnings:
+        err().print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False)
+
+
+def _options(
+    layers: str | None,
+    layer_offset: int | None,
+    source: str | None,
+    position: int | None,
+    strength: float | None,
+    description: str | None,
+    licence: str | None,
+) -> ImportOptions:
+    from steer.formats.options import ImportOptions
+
+    return ImportOptions(
+        layer_offset=layer_offset,
+        layers=None if layers is None else parse_layers(layers),
+        source=source,
+        position=position,
+        strength=strength,
+        description=description,
+        licence=licence,
+    )
+
+
+def _located(place: str, name: str | None, offline: bool) -> tuple[Path, str | None, str | None]:
+    """The path that SOURCE leads to, the name to register it by, and what the card says of it."""
+    from steer.formats.hub import SCHEME, fetch, parse_hub_ref
+
+    if not place.startswith(SCHEME):
+        return Path(place), name, None
+    ref = parse_hub_ref(place)
+    fetched = fetch(ref, offline=offline)
+    return fetched.path, name or ref.stem, fetched.origin
+
+
+def _show_added(entry: Entry, created: bool) -> None:
+    state = f"version {entry.version}" if created else "already registered"
+    kind = "" if entry.kind == "vector" else f" ({entry.kind})"
+    out().print(f"{entry.id}{kind}: {state}", highlight=False)
 
 
 def described(entry: Entry) -> dict[str, Any]:

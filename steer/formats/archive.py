@@ -14,14 +14,12 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Literal
 
 from steer.errors import FileFormatError, TooLarge
-from steer.formats.sniff import PICKLE
+from steer.formats.zip_guard import MAX_DIRECTORY_BYTES, MAX_MEMBERS, check_directory
 
-MAX_MEMBERS = 1024
-MAX_DIRECTORY_BYTES = 1 << 20
 MAX_NAME = 512
 _CHUNK = 1 << 20
 _BLOCK = tarfile.BLOCKSIZE
@@ -34,7 +32,7 @@ def unpack(
 ) -> None:
     """Writes the files of `archive` under the new folder `into`, at most `limit` bytes in all.
 
-    Raises `FileFormatError` (`unsafe_archive`, `pickle_refused`, `invalid_file`) or `TooLarge`
+    Raises `FileFormatError` (`unsafe_archive`, `invalid_file`) or `TooLarge`
     (`archive_too_large`). `into` may hold some files then.
     """
     into.mkdir()
@@ -99,12 +97,10 @@ def _too_large(limit: int) -> TooLarge:
 
 
 def _unpack_zip(archive: Path, into: Path, budget: _Budget) -> None:
-    _check_zip_directory(archive)
+    check_directory(archive)
     with zipfile.ZipFile(archive) as file:
         members = file.infolist()
         _check_count(len(members))
-        if any(PurePosixPath(member.filename).name == "data.pkl" for member in members):
-            raise FileFormatError(PICKLE, code="pickle_refused")
         places = _Places(into)
         for member in members:
             mode = member.external_attr >> 16
@@ -118,25 +114,6 @@ def _unpack_zip(archive: Path, into: Path, budget: _Budget) -> None:
             if not member.is_dir():
                 with file.open(member) as source:
                     budget.copy(source, place)
-
-
-def _check_zip_directory(archive: Path) -> None:
-    """Refuses a zip whose central directory is large, before zipfile reads it whole."""
-    size = archive.stat().st_size
-    with archive.open("rb") as stream:
-        stream.seek(max(0, size - (1 << 16) - 22 - 20))
-        tail = stream.read()
-    place = tail.rfind(b"PK\x05\x06")
-    if place < 0 or len(tail) - place < 22:
-        raise FileFormatError("the zip file has no end: it is truncated", code="truncated_file")
-    (directory,) = struct.unpack("<I", tail[place + 12 : place + 16])
-    is_zip64 = tail[max(0, place - 20) : place].startswith(b"PK\x06\x07")
-    if is_zip64 or directory > MAX_DIRECTORY_BYTES:
-        raise FileFormatError(
-            "the zip file's directory is in the zip64 form or larger than an SAE folder can need: "
-            "pack it as a plain .zip or as .tar.gz",
-            code="unsafe_archive",
-        )
 
 
 def _unpack_tar(archive: Path, into: Path, budget: _Budget) -> None:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from steer.control_vector import Card, ControlVector, LowRankAdapter
 from steer.errors import FileFormatError
 from steer.formats.safetensors_file import SafetensorsFile
+from steer.lens import Lens
 from steer.sae.base import SAE
 
 _ROW = re.compile(r"layers\.(0|[1-9]\d{0,5})")
@@ -22,7 +23,7 @@ def is_canonical(file: SafetensorsFile) -> bool:
     return "steer" in file.metadata
 
 
-def read_canonical(file: SafetensorsFile) -> ControlVector | LowRankAdapter | SAE:
+def read_canonical(file: SafetensorsFile) -> ControlVector | LowRankAdapter | SAE | Lens:
     """The artefact in one of our own files, its card checked against its tensors."""
     about = _metadata(file.metadata["steer"])
     if "architecture" in about:
@@ -33,6 +34,8 @@ def read_canonical(file: SafetensorsFile) -> ControlVector | LowRankAdapter | SA
         return _vector(file, card)
     if card.kind == "low_rank":
         return _low_rank(file, card)
+    if card.kind == "lens":
+        return _lens(file, card)
     raise FileFormatError("the file's card says 'sae', but its metadata are not those of an SAE")
 
 
@@ -96,6 +99,23 @@ def _low_rank(file: SafetensorsFile, card: Card) -> LowRankAdapter:
     adapter = LowRankAdapter.of(complete_parts(file))
     check_card(card, adapter.card)
     return LowRankAdapter(adapter.parts, card.model_copy(update={"name": ""}))
+
+
+def _lens(file: SafetensorsFile, card: Card) -> Lens:
+    layers = sorted({int(_matched(_PART, key)[1]) for key in file.tensors})
+    wanted = {f"layers.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    if wanted != set(file.tensors):
+        raise FileFormatError("a lens has layers.N.weight and layers.N.bias for each layer")
+    tensors = file.load(wanted, keep_type=True)
+    lens = Lens.of(
+        {n: (tensors[f"layers.{n}.weight"], tensors[f"layers.{n}.bias"]) for n in layers}
+    )
+    check_card(card, lens.card)
+    if card.site != lens.card.site:
+        raise FileFormatError(
+            f"the card says site {card.site!r}; a lens reads at resid_pre", code="invalid_card"
+        )
+    return Lens(lens.translators, card.model_copy(update={"name": ""}))
 
 
 def complete_parts(file: SafetensorsFile) -> dict[int, tuple[Any, Any, Any]]:

@@ -1,8 +1,9 @@
 """GGUF control vectors, as llama.cpp and repeng read and write them.
 
 `direction.N` is added to the output of 0-based decoder block N; llama.cpp has no place for N = 0.
-Some writers count differently, which nothing in the file tells, so that an import may state a
-`layer_offset`; it is kept in the card's provenance.
+Some writers count differently: llama.cpp's own cvector-generator names the output of block i
+direction.{i+1}, one late. Nothing in a file tells for certain, so where its marks leave a
+doubt, the sender must say how it counts; what was used is kept in the card's provenance.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from torch import Tensor
 
 from steer.control_vector import Card, ControlVector
@@ -23,7 +24,7 @@ from steer.errors import FileFormatError, SteerError, Unsupported
 from steer.formats.canonical import check_card, read_card
 from steer.formats.gguf_guard import check_gguf
 from steer.formats.options import ImportOptions
-from steer.formats.placement import shift
+from steer.formats.placement import NamedRow, placed
 
 ARCHITECTURE = "controlvector"
 _CARD = "steer.card"
@@ -55,12 +56,19 @@ def read_gguf(path: Path, options: ImportOptions) -> ControlVector:
         _layer(tensor.name, tensor.shape.tolist()): torch.from_numpy(tensor.data.copy())
         for tensor in reader.tensors
     }
-    if isinstance(fields.get(_CARD), str) and not options.layer_offset:
+    if isinstance(fields.get(_CARD), str):
+        if options.offset("gguf"):
+            raise SteerError(
+                "the file's own card says which layers it has: leave out 'layer_offset' and 'from'",
+                code="invalid_option",
+                param="/layer_offset",
+            )
         return _with_card(rows, fields[_CARD])
-    _check_first_layer(rows, fields, options)
-    offset = options.layer_offset or 0
-    provenance = {"format": "gguf", "layer_offset": offset, **_kept(fields)}
-    return ControlVector.of(shift(rows, offset), provenance=provenance)
+    tool = "easysteer" if any(key in fields for key in _ZERO_BASED) else None
+    if options.offset("gguf") is None and tool is None:
+        _check_counting(rows, reader)
+    named = {layer: NamedRow(f"direction.{layer}", row) for layer, row in rows.items()}
+    return placed(named, path, "gguf", options, tool=tool, **_kept(fields))
 
 
 def write_gguf(vector: ControlVector, path: Path, *, layers: Iterable[int] | None = None) -> None:
@@ -84,7 +92,7 @@ def write_gguf(vector: ControlVector, path: Path, *, layers: Iterable[int] | Non
     writer = GGUFWriter(path, ARCHITECTURE)
     try:
         writer.add_string(f"{ARCHITECTURE}.model_hint", vector.card.model or "")
-        writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(chosen))
+        writer.add_int32(f"{ARCHITECTURE}.layer_count", len(chosen))
         writer.add_string(_CARD, json.dumps(card, sort_keys=True))
         for layer in chosen:
             writer.add_tensor(f"direction.{layer}", vector[layer].numpy())
@@ -107,18 +115,29 @@ def _layer(name: str, shape: list[int]) -> int:
     return int(match[1])
 
 
-def _check_first_layer(
-    rows: dict[int, Tensor], fields: dict[str, Any], options: ImportOptions
-) -> None:
-    known = any(key in fields for key in _ZERO_BASED)
-    if 0 in rows and options.layer_offset is None and not known:
-        raise SteerError(
-            "the file holds direction.0, which llama.cpp and repeng never write, so its layers "
-            "may be counted in another way: state 'layer_offset' (0 if direction.N is the output "
-            "of 0-based block N)",
-            code="layer_offset_required",
-            param="/layer_offset",
+def _check_counting(rows: dict[int, Tensor], reader: GGUFReader) -> None:
+    """Raises where the file bears a mark of writers that count layers in another way."""
+    if 0 in rows:
+        why = "it holds direction.0, which llama.cpp and repeng never write"
+    elif _is_int32(reader, f"{ARCHITECTURE}.layer_count"):
+        why = (
+            "its layer_count is an int32, as llama.cpp's cvector-generator writes it, which names "
+            "the output of block i direction.{i+1}"
         )
+    else:
+        return
+    raise SteerError(
+        f"the file's layers may be counted in another way: {why}. State 'from' "
+        "(llama-cpp-generator, llama-cpp, repeng, easysteer), or 'layer_offset' (0 if direction.N "
+        "is the output of 0-based block N, -1 if that of block N-1)",
+        code="layer_offset_required",
+        param="/layer_offset",
+    )
+
+
+def _is_int32(reader: GGUFReader, key: str) -> bool:
+    field = reader.fields.get(key)
+    return field is not None and list(field.types) == [GGUFValueType.INT32]
 
 
 def _kept(fields: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from steer.control_vector import LowRankAdapter
 from steer.formats.canonical import complete_parts
 from steer.formats.options import ImportOptions
-from steer.formats.placement import shift
+from steer.formats.placement import file_hash, shift
 from steer.formats.safetensors_file import SafetensorsFile
 
 
@@ -15,6 +15,12 @@ def is_loreft(file: SafetensorsFile) -> bool:
 
 def read_loreft(file: SafetensorsFile, options: ImportOptions) -> LowRankAdapter:
     """The adapter; the file says nothing about itself, so its card holds the options alone."""
-    offset = options.layer_offset or 0
+    offset = options.offset("safetensors") or 0
     parts = shift(complete_parts(file), offset)
-    return LowRankAdapter.of(parts, provenance={"format": "safetensors", "layer_offset": offset})
+    provenance = {
+        "format": "safetensors",
+        "layer_offset": offset,
+        "layer_names": {str(layer): f"layers.{layer - offset}" for layer in parts},
+        "file_sha256": file_hash(file.path),
+    }
+    return LowRankAdapter.of(parts, provenance=provenance)

@@ -8,6 +8,7 @@ from typing import Any
 
 from steer.control_vector import Card
 from steer.errors import SteerError
+from steer.formats.sources import SOURCES, Source
 from steer.spec import Where
 
 
@@ -16,8 +17,11 @@ class ImportOptions:
     """Facts that a file does not hold, or that overrule what it says.
 
     `layer_offset` is added to every layer number in a foreign file (None: the format's own
-    convention). `layers` become the card's default layers; for a file with a single direction
-    without a layer, they say where it belongs. `strength` is the card's default strength.
+    convention); `source` names the writer, whose convention then holds (a key of `SOURCES`), so the
+    two exclude each other. `position` chooses from an array that has token positions (negative from
+    its end). `layers` become the card's default layers; for a file with a single direction
+    without a layer, they say where it belongs. `origin` is where a foreign file was had from, for
+    the card's provenance. `strength` is the card's default strength.
     """
 
     layer_offset: int | None = None
@@ -27,6 +31,9 @@ class ImportOptions:
     licence: str | None = None
     model: str | None = None
     where: Where | None = None
+    source: str | None = None
+    position: int | None = None
+    origin: str | None = None
 
     def __post_init__(self) -> None:
         if self.strength is not None and not math.isfinite(self.strength):
@@ -42,6 +49,39 @@ class ImportOptions:
                 code="invalid_option",
             )
 
+        if self.source is not None and self.source not in SOURCES:
+            raise SteerError(
+                f"from {self.source!r} is not known; known are {', '.join(SOURCES)}",
+                param="/from",
+                code="invalid_option",
+            )
+        if self.source is not None and self.layer_offset is not None:
+            raise SteerError(
+                f"from {self.source!r} says how layers are counted already: leave out "
+                "'layer_offset', or 'from'",
+                param="/layer_offset",
+                code="invalid_option",
+            )
+
+    def writer(self, format: str) -> Source | None:
+        """The writer that `source` names; raises if it does not write `format`."""
+        if self.source is None:
+            return None
+        source = SOURCES[self.source]
+        if format not in source.formats:
+            raise SteerError(
+                f"from {self.source!r} is said of {', '.join(sorted(source.formats))} files; this "
+                f"one is {format}: leave it out",
+                param="/from",
+                code="invalid_option",
+            )
+        return source
+
+    def offset(self, format: str) -> int | None:
+        """What is added to layer numbers, if the sender has said it in one way or the other."""
+        source = self.writer(format)
+        return self.layer_offset if source is None else source.layer_offset
+
     def described(self, card: Card) -> Card:
         """`card` with what these options overrule."""
         changes: dict[str, Any] = {
@@ -52,6 +92,8 @@ class ImportOptions:
             "licence": self.licence,
             "model": self.model,
         }
+        if self.origin is not None and "file_sha256" in card.provenance:
+            changes["provenance"] = {**card.provenance, "origin": self.origin}
         given = {key: value for key, value in changes.items() if value is not None}
         return card.model_copy(update=given)
 

@@ -55,8 +55,8 @@ class SafetensorsFile:
         }
         return SafetensorsFile(path, tensors, metadata)
 
-    def load(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors named `keys` as float32; they must be of a float type."""
+    def load(self, keys: Iterable[str], *, keep_type: bool = False) -> dict[str, Tensor]:
+        """The tensors named `keys` as float32, or in their own type; it must be a float type."""
         wanted = list(keys)
         for key in wanted:
             if self.tensors[key].dtype not in FLOATS:
@@ -66,7 +66,8 @@ class SafetensorsFile:
                 )
         with safe_open(self.path, framework="pt") as file:
             # Copied, because a loaded tensor may go on reading the file.
-            return {key: file.get_tensor(key).to(torch.float32, copy=True) for key in wanted}
+            kept = None if keep_type else torch.float32
+            return {key: file.get_tensor(key).to(kept, copy=True) for key in wanted}
 
 
 def _header_text(path: Path) -> bytes:

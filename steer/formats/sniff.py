@@ -6,19 +6,23 @@ from pathlib import Path
 from typing import Literal
 
 from steer.errors import FileFormatError
+from steer.formats.zip_guard import member_names
 
-Format = Literal["safetensors", "gguf", "zip", "tar", "tar.gz"]
+Format = Literal["safetensors", "gguf", "npz", "torch", "svec", "zip", "tar", "tar.gz"]
 
 _FOREIGN = {
-    b"\x93NUMPY": "a NumPy array",
+    b"\x93NUMPY": "a NumPy array: save it as .npz (numpy.savez)",
     b"\xfd7zXZ": "an xz archive: send .zip or .tar.gz",
     b"BZh": "a bzip2 archive: send .zip or .tar.gz",
     b"\x28\xb5\x2f\xfd": "a zstd archive: send .zip or .tar.gz",
 }
 PICKLE = (
-    "the file is a Python pickle (as torch.save writes), which can run code when it is opened and "
-    "is never read: save its tensors with safetensors.torch.save_file and upload that"
+    "the file is a Python pickle, which can run code when it is opened and is never read: save its "
+    "tensors with torch.save (a dictionary of tensors, in the zip form) or with "
+    "safetensors.torch.save_file; vectors of the steering-vectors package are turned into "
+    "safetensors on your own machine by `steer vectors convert`"
 )
+_SPACE = b" \t\r\n"
 
 
 def sniff(path: Path) -> Format:
@@ -34,30 +38,40 @@ def sniff(path: Path) -> Format:
     if start.startswith(b"GGUF"):
         return "gguf"
     if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        if _first_member(start).endswith(b"data.pkl"):
-            raise FileFormatError(PICKLE, code="pickle_refused")
-        return "zip"
+        return _zip_format(path)
     if start.startswith(b"\x1f\x8b"):
         return "tar.gz"
     if start[257:262] == b"ustar":
         return "tar"
     if _is_pickle(start):
         raise FileFormatError(PICKLE, code="pickle_refused")
+    # The length that a safetensors file begins with is far from being eight letters.
+    if start.lstrip(_SPACE).startswith(b"{") and _is_text(start):
+        return "svec"
     # A safetensors file is a length in 8 bytes and then a JSON object.
     if start[8:9] == b"{":
         return "safetensors"
     seems = next((what for magic, what in _FOREIGN.items() if start.startswith(magic)), None)
     raise FileFormatError(
-        f"the file is {seems or 'of no known format'}; known are safetensors, GGUF control "
-        "vectors, and SAELens folders as .zip, .tar or .tar.gz",
+        f"the file is {seems or 'of no known format'}; known are safetensors, GGUF, .npz, "
+        ".pt with tensors alone, .svec (JSON), and folders of SAELens, tuned-lens or "
+        "refusal_direction as .zip, .tar or .tar.gz",
         code="unknown_format",
     )
 
 
-def _first_member(start: bytes) -> bytes:
-    """The name in a zip file's first header; torch.save begins with its pickle."""
-    length = int.from_bytes(start[26:28], "little")
-    return start[30 : 30 + length]
+def _zip_format(path: Path) -> Format:
+    """What kind of zip: by the names of all members, because the first may be anything."""
+    names = member_names(path)
+    if any(name.count("/") == 1 and name.endswith("/data.pkl") for name in names):
+        return "torch"
+    if names and all(name.endswith(".npy") for name in names):
+        return "npz"
+    return "zip"
+
+
+def _is_text(start: bytes) -> bool:
+    return all(byte in _SPACE or byte >= 0x20 for byte in start[:8])
 
 
 def _is_pickle(start: bytes) -> bool:

@@ -81,7 +81,7 @@ def lens_heat_map(result: LogitLensResult) -> HeatMap:
     """Layers × positions; the text is the likeliest token, the colour its probability."""
     rows = [result.row(layer) for layer in result.layers]
     return HeatMap(
-        title="Logit lens",
+        title=f"Tuned lens {result.lens}" if result.lens else "Logit lens",
         subtitle=f"{result.model} · {result.site} · likeliest next token at each layer",
         row_label="layer",
         column_label="prompt token",

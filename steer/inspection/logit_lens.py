@@ -1,6 +1,7 @@
 """The logit lens: every layer's residual stream read by the final norm and output matrix.
 
-At the last layer it is the model's own next-token distribution.
+With a tuned lens (2303.08112), a layer's state first goes through that layer's translator. At the
+last layer both are the model's own next-token distribution.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from steer.engines.base import CaptureRequest, Engine
+from steer.errors import SteerError, UnknownArtefact
 from steer.inspection.next_token import TokenChance, top_tokens
 from steer.inspection.prompt import PromptInput, encode_prompt
 from steer.inspection.selection import (
@@ -24,7 +26,10 @@ from steer.inspection.selection import (
     plan_for,
     require,
 )
+from steer.lens import Lens
+from steer.model_info import HookPoint
 from steer.plan_cache import PlanCache
+from steer.registry.library import Library
 from steer.spec import SteeringSpec
 
 _LOGITS_AT_ONCE = 1 << 24
@@ -32,13 +37,17 @@ _LOGITS_AT_ONCE = 1 << 24
 
 
 class LogitLensRequest(PromptInput):
-    """Which layers and positions to read, and how many tokens to report at each place."""
+    """Which layers and positions to read, and how many tokens to report at each place.
+
+    `lens` names a registered tuned lens.
+    """
 
     layers: LayerChoice = "all"
     positions: PositionChoice = "all"
     site: Literal["resid_pre", "resid_mid", "resid_post"] = "resid_post"
     top: Annotated[int, Field(strict=True, ge=1, le=100)] = 5
     steering: SteeringSpec | None = None
+    lens: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
 
 class LensCell(BaseModel):
@@ -55,7 +64,8 @@ class LensCell(BaseModel):
 class LogitLensResult(BaseModel):
     """`cells` run over `positions` within each of `layers`; `tokens` are the whole prompt's.
 
-    `fingerprint` names the steering under which the states were read.
+    `fingerprint` names the steering under which the states were read, `lens` the tuned lens that
+    they were read through, as `name@hash`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -68,6 +78,7 @@ class LogitLensResult(BaseModel):
     positions: tuple[int, ...]
     cells: tuple[LensCell, ...]
     fingerprint: str | None = None
+    lens: str | None = None
 
     def row(self, layer: int) -> tuple[LensCell, ...]:
         """The cells of one layer, in the order of `positions`."""
@@ -76,12 +87,16 @@ class LogitLensResult(BaseModel):
 
 
 def logit_lens(
-    engine: Engine, request: LogitLensRequest, *, plans: PlanCache | None = None
+    engine: Engine,
+    request: LogitLensRequest,
+    *,
+    plans: PlanCache | None = None,
+    library: Library | None = None,
 ) -> LogitLensResult:
     """Reads the prompt through the logit lens, under `request.steering` where it has one.
 
-    `plans` knows the artefacts that the steering names. Raises `SteerError` with a pointer into
-    the request, `TooLarge` where the answer would pass `MAX_NUMBERS`.
+    `plans` knows the artefacts that the steering names, `library` the lens. Raises `SteerError`
+    with a pointer into the request, `TooLarge` where the answer would pass `MAX_NUMBERS`.
     """
     require(engine, "logit_lens")
     prompt = encode_prompt(engine, request)
@@ -91,11 +106,12 @@ def logit_lens(
         [("layers", len(points)), ("positions", len(positions)), ("tokens", request.top)],
         advice="read fewer positions or layers, or lower 'top'",
     )
+    lens = _lens_for(engine, request, library)
     plan = plan_for(engine, request.steering, plans, at="/steering")
     captured = engine.capture(
         CaptureRequest(prompts=[prompt.ids], points=points, positions=positions, plans=[plan])
     )[0]
-    states = torch.cat([captured.states[point] for point in points])
+    states = torch.cat([_read_by(lens, point, captured.states[point]) for point in points])
     places = [(point.layer, position) for point in points for position in positions]
     cells = []
     for (layer, position), (top, entropy) in zip(
@@ -110,7 +126,29 @@ def logit_lens(
         positions=positions,
         cells=tuple(cells),
         fingerprint=plan.fingerprint if plan else None,
+        lens=f"{lens.card.name}@{lens.sha256[:12]}" if lens else None,
     )
+
+
+def _lens_for(engine: Engine, request: LogitLensRequest, library: Library | None) -> Lens | None:
+    if request.lens is None:
+        return None
+    if library is None:
+        raise UnknownArtefact(
+            f"there is no registry to find the lens {request.lens!r} in",
+            code="unknown_lens",
+            param="/lens",
+        )
+    try:
+        lens = library.lens(request.lens)
+        lens.check_fits(engine.info)
+    except SteerError as error:
+        raise error.at("/lens") from None
+    return lens
+
+
+def _read_by(lens: Lens | None, point: HookPoint, states: Tensor) -> Tensor:
+    return states if lens is None else lens.translated(states, point.layer, point.site)
 
 
 def _readings(

@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 
 from steer.control_vector import ControlVector, LowRankAdapter
 from steer.errors import UnknownArtefact
+from steer.lens import Lens
 from steer.sae.base import SAE
 
 Artefact = TypeVar("Artefact")
@@ -25,6 +26,8 @@ class Library(Protocol):
 
     def low_rank(self, ref: str) -> LowRankAdapter: ...
 
+    def lens(self, ref: str) -> Lens: ...
+
 
 @dataclass(frozen=True)
 class MemoryLibrary:
@@ -33,6 +36,7 @@ class MemoryLibrary:
     vectors: Mapping[str, ControlVector] = field(default_factory=dict)
     saes: Mapping[str, SAE] = field(default_factory=dict)
     low_ranks: Mapping[str, LowRankAdapter] = field(default_factory=dict)
+    lenses: Mapping[str, Lens] = field(default_factory=dict)
 
     def vector(self, ref: str) -> ControlVector:
         return _named(self.vectors, ref, "vector")
@@ -42,6 +46,9 @@ class MemoryLibrary:
 
     def low_rank(self, ref: str) -> LowRankAdapter:
         return _named(self.low_ranks, ref, "low_rank")
+
+    def lens(self, ref: str) -> Lens:
+        return _named(self.lenses, ref, "lens")
 
 
 def _named(held: Mapping[str, Artefact], ref: str, kind: str) -> Artefact:

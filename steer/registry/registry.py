@@ -15,6 +15,7 @@ from steer.control_vector import ArtefactKind, ControlVector, LowRankAdapter
 from steer.errors import FileFormatError, SteerError, StorageError
 from steer.formats.importing import Artefact, read_artefact
 from steer.formats.options import ImportOptions
+from steer.lens import Lens
 from steer.registry import naming, transfer
 from steer.registry.aliases import Alias, stored_aliases
 from steer.registry.archive import Exported
@@ -312,7 +313,8 @@ class Registry:
     def entry(self, kind: ArtefactKind, ref: str) -> Entry:
         """The newest entry that `ref` (`name`, or `name@` and at least 6 hex digits) names.
 
-        Raises `UnknownArtefact` (`unknown_vector`, `unknown_sae`, `unknown_low_rank`).
+        Raises `UnknownArtefact` (`unknown_vector`, `unknown_sae`, `unknown_low_rank`,
+        `unknown_lens`).
         """
         return self._entries.get(
             (kind, ref), self._catalogue.state(), lambda: self._catalogue.resolve(kind, ref)
@@ -357,6 +359,10 @@ class Registry:
     def low_rank(self, ref: str) -> LowRankAdapter:
         """The low-rank adapter that `ref` names."""
         return self._load("low_rank", ref, LowRankAdapter.from_bytes)
+
+    def lens(self, ref: str) -> Lens:
+        """The tuned lens that `ref` names."""
+        return self._load("lens", ref, Lens.from_bytes)
 
     def content(self, kind: ArtefactKind, ref: str) -> IO[bytes]:
         """The canonical file that `ref` names, open for reading; the caller closes it."""

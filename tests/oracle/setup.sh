@@ -49,7 +49,8 @@ environment() {
   echo "$wanted" >"$venv/.ready"
 }
 
-# steering-vectors asks for transformers below 5, which its arithmetic does not need.
-environment peers "nnsight==0.8.1 scikit-learn>=1.4" "steering-vectors==0.12.2"
+# steering-vectors asks for transformers below 5, which its arithmetic does not need; tuned-lens for
+# what its training needs.
+environment peers "nnsight==0.8.1 scikit-learn>=1.4" "steering-vectors==0.12.2 tuned-lens==0.2.0"
 environment repeng "repeng==0.4.0 numpy==1.26.*"
 environment sae-lens "sae-lens==6.54.0"

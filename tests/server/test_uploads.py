@@ -12,10 +12,12 @@ from typing import Any
 
 import httpx
 import pytest
-from safetensors.torch import save
-from torch import full, ones, randn, zeros
+from safetensors.torch import load, save
+from torch import full, ones, randn, stack, zeros
+from torch import save as torch_save
 
 URL = "/v1/steering/vectors"
+LENS = {"weight": (4, 4), "bias": (4,)}
 
 
 async def send(
@@ -257,3 +259,62 @@ async def test_too_many_parts_are_refused(http: httpx.AsyncClient) -> None:
     assert (await http.post(URL, files={"file": b"x"}, data=fields)).status_code == 400
     long = {"description": "x" * 70_000}
     assert (await http.post(URL, files={"file": b"x"}, data=long)).status_code == 413
+
+
+async def test_rows_are_numbered_as_the_sender_says(http: httpx.AsyncClient) -> None:
+    stream = io.BytesIO()
+    torch_save(stack([full((16,), float(n + 1)) for n in range(5)]), stream)
+    content = stream.getvalue()
+    refused = await send(http, content)
+    assert refused.json()["error"]["code"] == "layer_offset_required"
+    fields = {"from": "persona-vectors"}
+    answer = await send(http, content, **fields)
+    assert answer.status_code == 201, answer.text
+    card = answer.json()["card"]
+    assert card["layers"] == [0, 1, 2, 3]
+    assert card["provenance"]["layer_names"]["0"] == "tensor[1]"
+    assert card["provenance"]["file_sha256"] == hashlib.sha256(content).hexdigest()
+    wrong = await send(http, content, **{"from": "nobody"})
+    assert wrong.json()["error"]["param"] == "/from"
+
+
+async def test_a_vector_can_be_had_as_gguf(http: httpx.AsyncClient, tmp_path: Path) -> None:
+    content = save({"layers.2": ones(16), "layers.3": 2 * ones(16)})
+    uploaded = (await send(http, content, strength="0.5")).json()
+    answer = await http.get(f"{URL}/mine/content?format=gguf")
+    assert answer.status_code == 200
+    assert answer.headers["content-disposition"] == 'attachment; filename="mine.gguf"'
+    assert "strength 0.5" in answer.headers["steer-warning"]
+    assert answer.content.startswith(b"GGUF")
+    back = await send(http, answer.content, filename="back.gguf")
+    assert back.json()["sha256"] == uploaded["sha256"]
+    plain = await http.get(f"{URL}/mine/content?format=safetensors-plain")
+    assert sorted(load(plain.content)) == ["layers.2", "layers.3"]
+    assert (await http.get(f"{URL}/mine/content?format=pickle")).status_code == 400
+    sae = await http.get("/v1/steering/saes/features/content?format=gguf")
+    assert sae.json()["error"]["code"] == "unsupported_format"
+
+
+async def test_what_gguf_cannot_hold_is_refused(http: httpx.AsyncClient) -> None:
+    await send(http, save({"layers.0": ones(16)}))
+    answer = await http.get(f"{URL}/mine/content?format=gguf")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "layer_not_exportable")
+
+
+async def test_a_tuned_lens_comes_as_its_two_files(http: httpx.AsyncClient) -> None:
+    stream = io.BytesIO()
+    state = {f"{n}.{part}": ones(*shape) for n in range(2) for part, shape in LENS.items()}
+    torch_save(state, stream)
+    answer = await http.post(
+        "/v1/steering/lenses",
+        files=[
+            ("file", ("config.json", b'{"d_model": 4, "num_hidden_layers": 2}')),
+            ("file", ("params.pt", stream.getvalue())),
+        ],
+        data={"name": "tuned"},
+    )
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["card"]["kind"] == "lens"
+    assert (await http.get("/v1/steering/lenses")).json()["data"][0]["name"] == "tuned"
+    wrong = await http.post(URL, files={"file": ("x", stream.getvalue())})
+    assert wrong.json()["error"]["code"] == "unknown_layout"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from fuzz_corpus import steering_vector_class
 from typer.testing import CliRunner, Result
 
 from steer.cli import app
@@ -184,3 +186,61 @@ def test_inspect_reads_states(tmp_path: Path, registry: Path) -> None:
     assert "Patchscope" in scoped.output
     along = steer("inspect", "activations", ask, "--vector", "french", "--at", "-1", *place)
     assert "Along french" in along.output
+
+
+def test_foreign_files_are_imported_as_their_writer_counts(tmp_path: Path) -> None:
+    place = ["--registry", tmp_path / "registry"]
+    file = tmp_path / "evil_response_avg_diff.pt"
+    torch.save(torch.arange(1.0, 6.0)[:, None].expand(5, 3).contiguous(), file)
+    assert "layer_offset_required" in steer("vectors", "import", file, *place, code=2).output
+    options = ["--from", "persona-vectors", "--name", "evil"]
+    assert "evil@" in steer("vectors", "import", file, *options, *place).output
+    card = json.loads(steer("vectors", "show", "evil", *place).output)["card"]
+    assert card["layers"] == [0, 1, 2, 3]
+    assert card["provenance"]["layer_names"]["0"] == "tensor[1]"
+
+
+def test_a_tuned_lens_is_imported_and_read_through(tmp_path: Path) -> None:
+    place = ["--registry", tmp_path / "registry"]
+    folder = tmp_path / "lens"
+    folder.mkdir()
+    width, layers = 192, 6  # the demo model's
+    state = {f"{n}.weight": torch.zeros(width, width) for n in range(layers)}
+    state |= {f"{n}.bias": torch.zeros(width) for n in range(layers)}
+    torch.save(state, folder / "params.pt")
+    written(folder / "config.json", {"d_model": width, "num_hidden_layers": layers})
+    assert "(lens)" in steer("vectors", "import", folder, "--name", "tuned", *place).output
+    arguments = ["inspect", "logit-lens", "Bonjour", "--at", "-1", "--json", *place]
+    through = json.loads(steer(*arguments, "--lens", "tuned").output)
+    assert through["lens"].startswith("tuned@")
+    # A lens of zeros translates nothing.
+    assert through["cells"] == json.loads(steer(*arguments).output)["cells"]
+    assert "unknown_lens" in steer(*arguments, "--lens", "other", code=2).output
+
+
+def test_a_pickled_vector_is_converted(tmp_path: Path) -> None:
+    file = tmp_path / "joy.pkl"
+    with steering_vector_class() as made:
+        file.write_bytes(pickle.dumps(made({2: torch.tensor([1.0, 2.0])}, "mlp")))
+    assert "mlp_out" in steer("vectors", "convert", file).output
+    vector = ControlVector.from_bytes((tmp_path / "joy.safetensors").read_bytes())
+    assert vector[2].tolist() == [1.0, 2.0]
+    place = ["--registry", tmp_path / "registry"]
+    assert "pickle_refused" in steer("vectors", "add", file, *place, code=2).output
+    file.write_bytes(pickle.dumps(Path))
+    assert "names 'pathlib.Path'" in steer("vectors", "convert", file, code=2).output
+
+
+def test_export_says_what_others_will_not_know(tmp_path: Path) -> None:
+    place = ["--registry", tmp_path / "registry"]
+    file = tmp_path / "v.safetensors"
+    rows = {1: torch.ones(3), 2: torch.ones(3)}
+    file.write_bytes(ControlVector.of(rows, default_layers=(2,)).to_bytes())
+    steer("vectors", "add", file, *place)
+    for format in ("gguf", "safetensors-plain"):
+        out = tmp_path / f"out-{format}"
+        result = steer("vectors", "export", "v", "--out", out, "--format", format, *place)
+        assert out.exists()
+        assert "not only 2" in result.stderr
+    assert steer("vectors", "export", "v", "--out", tmp_path / "v2", *place).stderr == ""
+    assert (tmp_path / "v2").read_bytes() == file.read_bytes()

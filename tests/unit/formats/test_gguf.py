@@ -1,5 +1,6 @@
 """GGUF control vectors: of llama.cpp and repeng, EasySteer's variant, ours, and those that lie."""
 
+import hashlib
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -63,6 +64,8 @@ def test_a_file_of_repeng_or_llama_cpp(tmp_path: Path) -> None:
     assert vector.card.provenance == {
         "format": "gguf",
         "layer_offset": 0,
+        "layer_names": {"1": "direction.1", "2": "direction.2", "5": "direction.5"},
+        "file_sha256": hashlib.sha256((tmp_path / "v").read_bytes()).hexdigest(),
         "model_hint": "llama",
         "layer_count": 3,
     }
@@ -278,3 +281,66 @@ def test_damaged_files_are_refused_or_read_but_never_crash(
     except SteerError as error:
         status = error.status
     assert status is None or 400 <= status < 500
+
+
+def write_generator_file(path: Path, outputs: dict[int, np.ndarray]) -> Path:
+    """As llama.cpp's cvector-generator does: block i's output is direction.{i+1}, int32 count."""
+    writer = GGUFWriter(path, "controlvector")
+    writer.add_string("controlvector.model_hint", "llama")
+    writer.add_int32("controlvector.layer_count", len(outputs))
+    for block, row in outputs.items():
+        writer.add_tensor(f"direction.{block + 1}", row)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_llama_cpps_generator_counts_one_late(tmp_path: Path) -> None:
+    outputs = {block: np.full(4, block + 1, np.float32) for block in (0, 1, 2)}
+    path = write_generator_file(tmp_path / "v", outputs)
+    error = refused(path)
+    assert (error.code, error.param) == ("layer_offset_required", "/layer_offset")
+    assert "llama-cpp-generator" in error.message
+    vector = read_gguf(path, ImportOptions(source="llama-cpp-generator"))
+    assert {layer: float(row[0]) for layer, row in vector.directions.items()} == {0: 1, 1: 2, 2: 3}
+    assert vector.card.provenance["layer_offset"] == -1
+    assert vector.card.provenance["tool"] == "llama-cpp-generator"
+    assert vector.card.provenance["layer_names"] == {
+        "0": "direction.1",
+        "1": "direction.2",
+        "2": "direction.3",
+    }
+    # Read as llama.cpp itself applies them: one block later than they were measured.
+    as_applied = read_gguf(path, ImportOptions(source="llama-cpp"))
+    assert list(as_applied.directions) == [1, 2, 3]
+    assert list(read_gguf(path, ImportOptions(layer_offset=0)).directions) == [1, 2, 3]
+
+
+def test_direction_0_of_easysteer(tmp_path: Path) -> None:
+    # Without its extra keys, nothing but the sender can say so.
+    path = write_file(tmp_path / "v", some_rows(*range(28)))
+    assert refused(path).code == "layer_offset_required"
+    vector = read_gguf(path, ImportOptions(source="easysteer"))
+    assert list(vector.directions) == list(range(28))
+    with_keys = write_file(
+        tmp_path / "k",
+        some_rows(*range(28)),
+        more=lambda writer: (
+            writer.add_string("controlvector.method", "diffmean"),
+            writer.add_bool("controlvector.normalize", True),
+            writer.add_string("controlvector.token_pos", "last"),
+        ),
+    )
+    known = read_gguf(with_keys, PLAIN)
+    assert list(known.directions) == list(range(28))
+    assert known.card.provenance["tool"] == "easysteer"
+    assert known.card.provenance["normalize"] is True
+    assert known.card.provenance["token_pos"] == "last"
+
+
+def test_a_card_of_ours_is_not_moved(tmp_path: Path) -> None:
+    write_gguf(ControlVector.of({1: torch.ones(4)}), tmp_path / "v")
+    for options in (ImportOptions(layer_offset=1), ImportOptions(source="llama-cpp-generator")):
+        assert refused(tmp_path / "v", options).code == "invalid_option"

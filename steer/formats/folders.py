@@ -1,0 +1,70 @@
+"""Artefacts of several files: a folder, or an archive of one, told apart by the files in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from steer.control_vector import ControlVector
+from steer.errors import FileFormatError
+from steer.formats.archive import unpack
+from steer.formats.saelens_folder import read_saelens
+from steer.formats.torch_vector import DIRECTION, METADATA, read_refusal_direction
+from steer.formats.tuned_lens import CONFIG as LENS_CONFIG
+from steer.formats.tuned_lens import PARAMETERS, read_tuned_lens
+from steer.lens import Lens
+from steer.sae.base import SAE
+from steer.sae.saelens import CONFIG, WEIGHTS
+
+FolderArtefact: TypeAlias = SAE | Lens | ControlVector
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A folder layout: a file that tells it, the one with the numbers, and its reader."""
+
+    tells: str
+    weights: str
+    read: Callable[[Path], FolderArtefact]
+
+
+LAYOUTS = (
+    Layout(CONFIG, WEIGHTS, read_saelens),
+    Layout(METADATA, DIRECTION, read_refusal_direction),
+    Layout(PARAMETERS, LENS_CONFIG, read_tuned_lens),
+)
+_KNOWN = (
+    f"a SAELens folder ({CONFIG}, {WEIGHTS}), a tuned lens ({LENS_CONFIG}, {PARAMETERS}) or a "
+    f"refusal direction ({DIRECTION}, {METADATA})"
+)
+
+
+def unpacked(
+    archive: Path, scratch: Path, *, format: Literal["zip", "tar", "tar.gz"], limit: int
+) -> Path:
+    """The one folder with an artefact in an archive, unpacked to the new folder `scratch`."""
+    unpack(archive, scratch, format=format, limit=limit)
+    told = {layout.tells for layout in LAYOUTS}
+    folders = sorted({path.parent for path in scratch.rglob("*") if path.name in told})
+    if len(folders) != 1:
+        held = ", ".join(str(folder.relative_to(scratch)) for folder in folders[:5])
+        raise FileFormatError(
+            f"the archive must hold one of: {_KNOWN}; it has "
+            + (f"several: {held}" if folders else "none"),
+            code="unknown_layout",
+        )
+    return folders[0]
+
+
+def layout_of(folder: Path) -> Layout:
+    """The layout of a folder; raises `FileFormatError` for an unknown or incomplete one."""
+    for layout in LAYOUTS:
+        if (folder / layout.tells).is_file():
+            if not (folder / layout.weights).is_file():
+                raise FileFormatError(
+                    f"there is no {layout.weights} beside {layout.tells}", code="unknown_layout"
+                )
+            return layout
+    raise FileFormatError(f"the folder is none of: {_KNOWN}", code="unknown_layout")

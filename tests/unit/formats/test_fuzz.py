@@ -1,0 +1,30 @@
+"""A small part of the fuzzing in tests/support/fuzz.py, on every reader of files."""
+
+from pathlib import Path
+
+import pytest
+from fuzz import CONSTANT_BYTES, damaged_file, read_one
+from fuzz_corpus import Seed, large_seeds, seeds
+
+CORPUS = seeds()
+DAMAGED = 20
+
+
+@pytest.mark.parametrize("seed", CORPUS, ids=lambda seed: seed.name)
+def test_the_corpus_is_good_and_its_damaged_files_are_not_believed(
+    seed: Seed, tmp_path: Path
+) -> None:
+    good = read_one(seed, seed.data, seed.options, tmp_path)
+    assert good.result == "read"
+    place = CORPUS.index(seed)
+    for turn in range(DAMAGED):
+        number = turn * len(CORPUS) + place
+        outcome = read_one(*damaged_file(CORPUS, number), tmp_path)
+        assert not outcome.result.startswith("WRONG"), (number, outcome)
+
+
+def test_large_files_take_twice_their_size_in_memory(tmp_path: Path) -> None:
+    for seed in large_seeds():
+        outcome = read_one(seed, seed.data, seed.options, tmp_path)
+        assert outcome.result == "read"
+        assert outcome.peak < 2 * outcome.size + CONSTANT_BYTES, outcome
