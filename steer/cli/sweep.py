@@ -73,7 +73,7 @@ def sweep(
     from steer.engines.base import SamplingParams
     from steer.fit.pairs import read_prompts
     from steer.fit.plot import plot_dose_response
-    from steer.fit.scoring import parse_scorer
+    from steer.fit.scorers import parse_scorer
     from steer.fit.sweep import dose_response
 
     doses = parse_strengths(strengths)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from steer.errors import SteerError
-from steer.fit.scoring import Score, parse_scorer
+from steer.fit.scorers import parse_scorer
+from steer.fit.scoring import Score
 
 
 def test_regular_expressions_and_words(tmp_path: Path) -> None:
