@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import typer
 
-from steer.cli import fit, generate, inspecting, profiles, serve, sweep, validate, vectors
+from steer.cli import (
+    calibrate,
+    evaluate,
+    fit,
+    generate,
+    inspecting,
+    profiles,
+    serve,
+    sweep,
+    validate,
+    vectors,
+)
 from steer.cli.reporting import ReportingGroup
 
 app = typer.Typer(
@@ -19,6 +30,8 @@ app.command("serve")(serve.serve)
 app.command("generate")(generate.generate)
 app.command("fit")(fit.fit)
 app.command("sweep")(sweep.sweep)
+app.command("calibrate")(calibrate.calibrate)
+app.command("evaluate")(evaluate.evaluate)
 app.command("validate")(validate.validate)
 app.add_typer(vectors.app, name="vectors")
 app.add_typer(profiles.app, name="profiles")

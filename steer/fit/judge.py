@@ -6,7 +6,6 @@ times and then counted as unjudged; it is never taken for a yes or a no.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +36,7 @@ class JudgeScorer:
     """Asks `model` at `url` the question about every text.
 
     `attempts` bounds how often one text is asked about; connection faults and busy servers are
-    tried again by the client, `retries` times each. The key is the environment's OPENAI_API_KEY.
+    tried again by the client, `retries` times each.
     Raises `SteerError` (`judge_failed`) where the server cannot be used, or leaves more than
     `most_unjudged` of the texts without an answer.
     """
@@ -51,9 +50,7 @@ class JudgeScorer:
     timeout: float = 60.0
     parallel: int = 8
     most_unjudged: float = 0.2
-    api_key: str = field(
-        default_factory=lambda: os.environ.get("OPENAI_API_KEY", "none"), repr=False
-    )
+    api_key: str = field(default="none", repr=False)
 
     def score(
         self,
@@ -84,7 +81,7 @@ class JudgeScorer:
         except OpenAIError as error:
             raise SteerError(
                 f"the judge at {self.url!r} cannot be asked: {error}; check the URL, the model "
-                f"{self.model!r} and the key in OPENAI_API_KEY",
+                f"{self.model!r} and the key",
                 code="judge_failed",
             ) from error
         silent = sum(not score.judged for score in found.values())
@@ -123,8 +120,8 @@ class JudgeScorer:
 def read_judgement(text: str, scale: Scale) -> float | None:
     """The judgement in a judge's words, 0 to 1; None where there is none, or more than one.
 
-    For yes and no, the only one of the words in the text counts, or the one it begins with
-    if punctuation follows. For numbers, the only number from 0 to 10 counts ("7", "7/10", "Score: 7.5").
+    For yes and no, the only one of the words in the text counts, or the one it begins with if
+    punctuation follows. For numbers, the only one counts, from 0 to 10 ("7", "7/10", "Score: 7.5").
     """
     if scale == "yes-no":
         words = [match[1].lower() for match in _YES_NO.finditer(text)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import parse_qs, urldefrag, urlsplit
@@ -19,6 +19,7 @@ from steer.fit.scoring import (
     words_scorer,
 )
 
+KINDS = frozenset({"regex", "words", "files", "python", "probe", "judge"})
 FindVector: TypeAlias = Callable[[str], ControlVector]
 
 SPELLINGS = (
@@ -27,14 +28,29 @@ SPELLINGS = (
 )
 
 
-def parse_scorer(text: str, vectors: FindVector | None = None) -> Scorer | AnswerScorer:
-    """The scorer that `text` spells; `vectors` finds a probe's vector.
+def parse_scorer(
+    text: str,
+    vectors: FindVector | None = None,
+    *,
+    kinds: Collection[str] = KINDS,
+    judge_key: str = "none",
+) -> Scorer | AnswerScorer:
+    """The scorer that `text` spells; `vectors` finds a probe's vector, `judge_key` is a judge's.
+
+    `kinds` are those that may be named: `python` runs code, `words:@FILE` reads files (both are
+    only for callers who may do so anyway: a server leaves out `python` and `files`), and `judge`
+    makes this process send requests.
 
     `regex:PATTERN` · `words:a,b,c` or `words:@FILE` (one per line) · `python:module:function` ·
     `probe:VECTOR`, with `layer` and `threshold` after a `#` · `judge:URL#model=NAME&question=TEXT`,
     with `scale=0-10` for numbers. Values after a `#` are URL-encoded. Raises `SteerError`.
     """
     kind, _, rest = text.partition(":")
+    wanted = "files" if kind == "words" and rest.startswith("@") else kind
+    if wanted in KINDS and wanted not in kinds:
+        raise SteerError(
+            f"scorers of the kind {wanted!r} are not allowed here", code="invalid_scorer"
+        )
     if kind == "regex" and rest:
         return regex_scorer(rest)
     if kind == "words" and rest:
@@ -44,7 +60,7 @@ def parse_scorer(text: str, vectors: FindVector | None = None) -> Scorer | Answe
     if kind == "probe" and rest:
         return _probe(rest, vectors)
     if kind == "judge" and rest:
-        return _judge(rest)
+        return _judge(rest, judge_key)
     raise SteerError(f"{text!r} is not a scorer: write {SPELLINGS}", code="invalid_scorer")
 
 
@@ -66,7 +82,7 @@ def _probe(rest: str, vectors: FindVector | None) -> ProbeScorer:
     return ProbeScorer.of(vectors(name), layer=layer, threshold=threshold)
 
 
-def _judge(rest: str) -> JudgeScorer:
+def _judge(rest: str, key: str) -> JudgeScorer:
     url, fragment = urldefrag(rest)
     options = _options(fragment, {"model", "question", "scale"})
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
@@ -77,7 +93,7 @@ def _judge(rest: str) -> JudgeScorer:
     missing = sorted({"model", "question"} - set(options))
     if missing:
         raise SteerError(f"a judge needs {' and '.join(missing)} after '#'", code="invalid_scorer")
-    return JudgeScorer(url, options["model"], options["question"], _scale(options))
+    return JudgeScorer(url, options["model"], options["question"], _scale(options), api_key=key)
 
 
 def _scale(options: Mapping[str, str]) -> Scale:
