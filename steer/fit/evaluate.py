@@ -170,22 +170,25 @@ class _Table:
             score=self.draws.mean(_scores(answers)),
             valid=self.draws.mean(valid) if judges else None,
             both=self.draws.mean(both) if judges else None,
-            perplexity_ratio=self._perplexity_ratio(answers),
+            perplexity_ratio=perplexity_ratio(self.draws, answers, self.plain),
             over_prompt=self.draws.difference(_scores(answers), _scores(self.asked)),
             examples=tuple(answer.text for answer in answers[: self.examples]),
         )
 
-    def _perplexity_ratio(self, answers: Sequence[Answer]) -> Interval:
-        """exp of the difference of the mean losses over all tokens, resampled by prompt."""
-        steered, plain = _losses(answers), _losses(self.plain)
 
-        def ratio(rows: Ints) -> Floats:
-            ours, theirs = steered[:, rows].sum(-1), plain[:, rows].sum(-1)
-            with np.errstate(invalid="ignore", divide="ignore"):
-                difference: Floats = ours[0] / ours[1] - theirs[0] / theirs[1]
-            return np.exp(difference)
+def perplexity_ratio(
+    draws: Resamples, steered: Sequence[Answer], plain: Sequence[Answer]
+) -> Interval:
+    """exp of the difference of the mean losses over all tokens, resampled by prompt."""
+    ours, theirs = _losses(steered), _losses(plain)
 
-        return self.draws.interval(ratio)
+    def ratio(rows: Ints) -> Floats:
+        a, b = ours[:, rows].sum(-1), theirs[:, rows].sum(-1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            difference: Floats = a[0] / a[1] - b[0] / b[1]
+        return np.exp(difference)
+
+    return draws.interval(ratio)
 
 
 def _scores(answers: Sequence[Answer]) -> list[float]:
