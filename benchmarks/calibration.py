@@ -3,15 +3,17 @@ on.
 
     python -m benchmarks.calibration [OUT.json]
 
-For each vector, half of the held-out prompts calibrate it and the other half check it: the KL that
-{"kl": x} really has, the share of the attribute that {"effect": x} really reaches, and what happens
-at the end of the calibrated range. Then Concept Steerers' check (2501.19066): how an attribute
-answers to λ, and how far the others move. Intervals are 95 %, bootstrap over prompts, seed 0.
+For each vector and seed, a random half of the held-out prompts calibrates it and the other half
+checks it: the KL that {"kl": x} really has, the share of the attribute that {"effect": x} really
+reaches, and what happens at the end of the calibrated range. Then Concept Steerers' check
+(2501.19066): how an attribute answers to λ, and how far the others move. Intervals are 95 %,
+bootstrap over prompts.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -36,6 +38,7 @@ from steer.plan import SteeringPlan
 from steer.registry.library import MemoryLibrary
 from steer.spec import parse_spec
 
+SEEDS = (0, 1, 2)
 VECTORS = ("french", "german", "formal", "casual", "negative")
 FACTORS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.4, 1.6, 2, 3, 4, 6, 8)
 KLS = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -46,23 +49,24 @@ CONCEPTS = {
     "formal": ("Be formal.", "Be casual."),
     "casual": ("Be casual.", "Be formal."),
 }
-LAMBDAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+LAMBDAS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0, 4.0, 6.0)
 OTHERS = ("french", "german", "formal", "casual", "positive", "negative", "refusal")
 SAMPLING = SamplingParams(max_tokens=48, temperature=0, logprobs=0)
 
 
-def held_out(attribute: str) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to calibrate on, and those to check on."""
+def held_out(attribute: str, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to calibrate on, and those to check on: a random half each."""
     lines = (LIBRARY / "demo" / "data" / "heldout.jsonl").read_text("utf-8").splitlines()
     found = [one for one in map(json.loads, lines) if one["attribute"] == attribute]
     prompts = [one["messages"] for one in found]
-    return prompts[:120], prompts[120:240]
+    random.Random(seed).shuffle(prompts)
+    return prompts[:120], prompts[120:]
 
 
-def check_vector(engine: Engine, name: str) -> dict[str, Any]:
+def check_vector(engine: Engine, name: str, seed: int) -> dict[str, Any]:
     data = (LIBRARY / "demo" / "vectors" / f"{name}.safetensors").read_bytes()
     plain = ControlVector.from_bytes(data, name=name)
-    ours, theirs = held_out(name)
+    ours, theirs = held_out(name, seed)
     strengths = [factor * plain.card.default_strength for factor in FACTORS]
     found = calibrate(
         engine, plain, ours, scorer(name), scorer_name=f"demo:{name}", strengths=strengths
@@ -110,7 +114,7 @@ def check_vector(engine: Engine, name: str) -> dict[str, Any]:
 def check_concept(engine: Engine, plan: Callable[[Any], SteeringPlan], name: str) -> dict[str, Any]:
     """λ against the attribute's rate, and the largest move of any other attribute's."""
     text, contrast = CONCEPTS[name]
-    prompts = held_out(name)[1]
+    prompts = held_out(name, 0)[1]
     item = {"kind": "concept", "sae": "resid-3", "text": text, "contrast": contrast}
     plans = [plan({**item, "strength": strength}) for strength in LAMBDAS]
     every = _answers(engine, prompts, [None, *plans], name)
@@ -157,7 +161,9 @@ def main() -> None:
     ):
         cache = plans_of(engine, registry)
         found = {
-            "vectors": {name: check_vector(engine, name) for name in VECTORS},
+            "vectors": {
+                name: {seed: check_vector(engine, name, seed) for seed in SEEDS} for name in VECTORS
+            },
             "concepts": {
                 name: check_concept(
                     engine, lambda item: cache.plan(parse_spec({"interventions": [item]})), name
