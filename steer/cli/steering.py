@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
@@ -116,11 +115,12 @@ def parse_strength(text: str) -> StrengthValue:
     if text == "auto":
         return "auto"
     unit, equals, number = text.rpartition("=")
+    value: float | None
     try:
         value = float(number)
     except ValueError:
-        value = math.nan
-    if math.isnan(value) or unit not in ({"kl", "effect", "norm"} if equals else {""}):
+        value = None
+    if value is None or unit not in ({"kl", "effect", "norm"} if equals else {""}):
         raise SpecError(
             f"{text!r} is not a strength: write a number, auto, kl=0.2, effect=0.8 or norm=0.1",
             code="invalid_option",

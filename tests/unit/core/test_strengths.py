@@ -13,6 +13,7 @@ from artefacts import EVERYTHING, calibration, random_vector, random_where, shap
 from steer.control_vector import ControlVector
 from steer.errors import SteerError
 from steer.plan_cache import PlanCache
+from steer.plan_file import dump_plan, load_plan
 from steer.positions import Selection, resolve
 from steer.registry.library import MemoryLibrary
 from steer.spec import Where, parse_spec
@@ -54,6 +55,17 @@ def test_it_means_the_number_it_becomes(asked: Any, number: float) -> None:
     plain = plans.plan(parse_spec(spec(entry["strength"])))
     assert plain.fingerprint == found.fingerprint
     assert plain.settled_strengths == ()
+
+
+def test_a_plan_file_says_what_was_asked_for() -> None:
+    found = cache().plan(parse_spec(spec({"kl": 0.1})))
+    read = load_plan(dump_plan(found), no_encoder)
+    assert read.settled_strengths == found.settled_strengths
+    assert (read.fingerprint, read.spec) == (found.fingerprint, found.spec)
+
+
+def no_encoder(sha256: str) -> Any:
+    raise AssertionError("no SAE is in this plan")
 
 
 def test_no_effect_is_no_edit() -> None:
