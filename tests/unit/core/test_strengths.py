@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from artefacts import EVERYTHING, calibration, random_vector, random_where, shape_of
 
 from steer.control_vector import ControlVector
+from steer.engines.vllm.desk import Desk
 from steer.errors import SteerError
 from steer.plan_cache import PlanCache
 from steer.plan_file import dump_plan, load_plan
@@ -62,6 +64,26 @@ def test_a_plan_file_says_what_was_asked_for() -> None:
     read = load_plan(dump_plan(found), no_encoder)
     assert read.settled_strengths == found.settled_strengths
     assert (read.fingerprint, read.spec) == (found.fingerprint, found.spec)
+
+
+def test_on_vllm_each_request_tells_its_own_strength() -> None:
+    """Workers make the receipt from the plan's file, so it may not be that of another request."""
+    files: dict[str, bytes] = {}
+
+    class Store:
+        def put(self, data: bytes) -> str:
+            name = hashlib.sha256(data).hexdigest()
+            files[name] = data
+            return name
+
+    plans, desk = cache(), Desk(Store())  # type: ignore[arg-type]
+    found = [plans.plan(parse_spec(spec(strength))) for strength in (1.0, {"kl": 0.1}, 1.0)]
+    tickets = [desk.ticket(plan) for plan in found]
+    assert len({ticket.fingerprint for ticket in tickets}) == 1
+    assert len(files) == 2
+    for plan, ticket in zip(found, tickets, strict=True):
+        read = load_plan(files[ticket.plan or ""], no_encoder)
+        assert read.settled_strengths == plan.settled_strengths
 
 
 def no_encoder(sha256: str) -> Any:
