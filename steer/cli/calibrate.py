@@ -98,12 +98,12 @@ def calibrate(
     from steer.spec import Where
 
     doses = None if strengths is None else parse_strengths(strengths)
-    asked = read_prompts(prompts)[:limit]
     chosen = None if layers is None else parse_layers(layers)
     place = None if where is None else Where.model_validate(WHERES[where.value])
     with open_registry(registry, model) as library:
         plain = vector_of(library, vector)
         scorer = None if score is None else scorer_of(score, library)
+        asked = read_prompts(prompts)[:limit]
         with (
             running_engine(model, device=device, dtype=dtype) as engine,
             progress_bar("answers", steps_of(asked, doses)) as done,

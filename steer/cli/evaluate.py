@@ -77,9 +77,9 @@ def evaluate(
     from steer.fit.pairs import read_prompts
     from steer.fit.report import write_evaluation_report
 
-    asked = read_prompts(prompts)[:limit]
     with open_registry(registry, model) as library:
         scorer = scorer_of(score, library)
+        asked = read_prompts(prompts)[:limit]
         named = [_method(library, text) for text in methods]
         told = _instruction(library, instruction, named)
         with (

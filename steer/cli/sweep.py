@@ -28,6 +28,7 @@ from steer.errors import SteerError
 if TYPE_CHECKING:
     from steer.fit.pairs import Prompt
     from steer.fit.sweep import DoseResponse
+    from steer.plan import SteeringPlan
 
 
 def sweep(
@@ -72,28 +73,25 @@ def sweep(
     from steer.fit.sweep import dose_response
 
     doses = parse_strengths(strengths)
-    asked: list[Prompt] = read_prompts(prompts)[:limit]
     chosen = None if layers is None else parse_layers(layers)
+    place = None if where is None else where.value
     name, overlay = named_vector(vector)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, logprobs=0)
-    with (
-        open_registry(registry, model) as library,
-        running_engine(model, device=device, dtype=dtype) as engine,
-        progress_bar("answers", len(asked) * (len(doses) + 1)) as done,
-    ):
-        cache = plans(engine, library)
+    with open_registry(registry, model) as library:
         scorer = scorer_of(score, library)
-        place = None if where is None else where.value
-        response = dose_response(
-            engine,
-            asked,
-            lambda strength: cache.plan(add_spec(name, strength, chosen, place), vectors=overlay),
-            doses,
-            scorer,
-            sampling=sampling,
-            examples=3,
-            progress=done,
-        )
+        asked: list[Prompt] = read_prompts(prompts)[:limit]
+        with (
+            running_engine(model, device=device, dtype=dtype) as engine,
+            progress_bar("answers", len(asked) * (len(doses) + 1)) as done,
+        ):
+            cache = plans(engine, library)
+
+            def plan_at(strength: float) -> SteeringPlan:
+                return cache.plan(add_spec(name, strength, chosen, place), vectors=overlay)
+
+            response = dose_response(
+                engine, asked, plan_at, doses, scorer, sampling=sampling, examples=3, progress=done
+            )
     title = f"{name}: {score} over {len(asked)} prompts"
     to_stdout = json_out is not None and str(json_out) == "-"
     if not to_stdout:
