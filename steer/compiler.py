@@ -12,9 +12,10 @@ from steer import kinds
 from steer.errors import IncompatibleArtefact, SpecError, SteerError, Unsupported, pointer
 from steer.kinds import Blocks, Sources
 from steer.model_info import Capabilities, HookPoint, forward_order
-from steer.plan import Gate, Pass, SteeringPlan, check_passes
+from steer.plan import AS_REQUESTED, Gate, Pass, SteeringPlan, check_passes
 from steer.positions import Selection, resolve
 from steer.spec import (
+    Add,
     Clamp,
     Concept,
     InlineVector,
@@ -23,6 +24,7 @@ from steer.spec import (
     VectorRef,
     When,
 )
+from steer.strengths import SettledStrength, Use, settle
 
 Tokenize = Callable[[str], list[int]]
 
@@ -97,6 +99,9 @@ class _Draft:
                 param="/kind",
                 code="unsupported_kind",
             )
+        settled = self._settled(place, item) if isinstance(item, Add) else None
+        if settled is not None:
+            item = item.model_copy(update={"strength": settled.strength})
         blocks = self._blocks(item)
         if self.spec.norm == "preserve":
             blocks = {p: replace(block, preserve_norm=True) for p, block in blocks.items()}
@@ -109,11 +114,20 @@ class _Draft:
             selection = replace(selection, from_last_prompt_token=gate.prompt_scope)
         self._pack(blocks, selection, gate)
         self._describe(item, blocks, where, when)
+        if settled is not None:
+            self.summary[-1]["requested"] = settled.requested
+            if settled.capped:
+                self.summary[-1]["capped"] = True
 
     def finished(self) -> SteeringPlan:
         """The plan; its fingerprint covers what was resolved, not how it was written."""
         self._check_passes()
-        meaning = [self.summary, self.artefacts]
+        # A strength that was asked for in another way, but is the same, means the same.
+        summary = [
+            {key: value for key, value in entry.items() if key not in AS_REQUESTED}
+            for entry in self.summary
+        ]
+        meaning = [summary, self.artefacts]
         text = json.dumps(meaning, sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(f"steer/plan/1\n{self.spec.norm}\n{text}".encode()).hexdigest()
         passes = tuple(Pass(p.selection, p.gate, p.blocks) for p in self.passes)
@@ -130,6 +144,11 @@ class _Draft:
         limit = self.capabilities.limits.get("passes")
         if limit is not None:
             check_passes(len(self.passes), limit)
+
+    def _settled(self, place: int, item: Add) -> SettledStrength | None:
+        selection, _ = self._selection(place, item)
+        use = Use(selection, self.spec.norm == "preserve", self.tokenize)
+        return settle(item, use, self.sources)
 
     def _blocks(self, item: Intervention) -> Blocks:
         compile_kind: Callable[[Any, Sources], Blocks] = getattr(kinds, item.kind)

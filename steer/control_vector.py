@@ -15,6 +15,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from steer.calibration import Calibration
 from steer.errors import FileFormatError, IncompatibleArtefact
 from steer.spec import Site, Where
 
@@ -60,6 +61,7 @@ class Card(BaseModel):
     tags: tuple[str, ...] = ()
     provenance: dict[str, JsonValue] = Field(default_factory=dict)
     measures: dict[int, LayerMeasure] = Field(default_factory=dict)
+    calibration: Calibration | None = None
 
     @property
     def used_layers(self) -> tuple[int, ...]:
@@ -270,7 +272,9 @@ def canonical_bytes(tensors: Mapping[str, Tensor], card: Card) -> bytes:
     """One of our own files: safetensors, with the card but its name under the key `steer`."""
     # One metadata key: safetensors writes several in no fixed order, and the hash must not depend
     # on it.
-    text = json.dumps(card.model_dump(mode="json", by_alias=True, exclude={"name"}), sort_keys=True)
+    # A card without a calibration is written as before there were any, so that it keeps its hash.
+    left_out = {"name"} if card.calibration is not None else {"name", "calibration"}
+    text = json.dumps(card.model_dump(mode="json", by_alias=True, exclude=left_out), sort_keys=True)
     return bytes(save_safetensors(dict(tensors), metadata={"steer": text}))
 
 

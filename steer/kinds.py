@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ from steer.spec import (
 
 Result = TypeVar("Result")
 Blocks = dict[HookPoint, Block]
+StrengthLimit: TypeAlias = Literal["off", "refuse", "cap"]
+"""What happens to a strength outside the calibrated range of its vector."""
 EncodeText = Callable[[str, HookPoint], Tensor]
 """A text and a hook point to its tokens' states `[tokens, width]`, by the model being served."""
 
@@ -51,6 +53,7 @@ class Sources:
     model: ModelInfo
     encode_text: EncodeText | None = None
     overlay: Mapping[str, ControlVector] | None = None
+    strength_limit: StrengthLimit = "off"
 
     def vector(self, ref: VectorRef, field: str) -> ControlVector:
         """The vector that `ref` names; errors point at `field`."""
@@ -113,13 +116,7 @@ def add(item: Add, sources: Sources) -> Blocks:
             return {}
         return {p: Block(shift=strength * row(vector, p.layer)) for p in points}
     if not isinstance(strength, NormStrength):
-        unit = next(iter(strength.model_dump()))
-        raise Unsupported(
-            f"the vector {vector.card.name!r} has no calibration, so its strength cannot be given "
-            f"as {unit!r}: give a number, or {{'norm': x}}",
-            code="not_calibrated",
-            param="/strength",
-        )
+        raise AssertionError(f"the strength {strength!r} was not settled before compiling")
     if strength.norm == 0:
         return {}
     law = Law.constant(strength.norm, relative=True)

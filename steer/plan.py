@@ -20,6 +20,9 @@ from steer.model_info import HookPoint, forward_order
 from steer.positions import Selection
 from steer.spec import SteeringSpec
 
+AS_REQUESTED = frozenset({"requested", "capped"})
+"""The keys of a summary that tell what was asked for where it became another number."""
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -72,6 +75,20 @@ class SteeringPlan:
     @property
     def gated(self) -> bool:
         return any(one.gate is not None for one in self.passes)
+
+    @property
+    def settled_strengths(self) -> tuple[Mapping[str, Any], ...]:
+        """Every strength that is not as written: what was asked for, and the number it became."""
+        return tuple(
+            {
+                "intervention": place,
+                "requested": entry["requested"],
+                "strength": entry["strength"],
+                "capped": entry.get("capped", False),
+            }
+            for place, entry in enumerate(self.summary)
+            if "requested" in entry
+        )
 
     def first_steered(self, prompt: tuple[int, ...], horizon: int) -> int | None:
         """The first position whose state this plan may change: KV before it can be shared."""

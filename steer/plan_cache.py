@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from steer.compiler import Tokenize, compile_plan
 from steer.control_vector import ControlVector
 from steer.errors import Problem, SteerError
-from steer.kinds import EncodeText, Sources
+from steer.kinds import EncodeText, Sources, StrengthLimit
 from steer.model_info import Capabilities, ModelInfo
 from steer.plan import SteeringPlan
 from steer.registry.library import Library
@@ -45,8 +45,9 @@ class PlanCache:
         encode_text: EncodeText | None = None,
         size: int = 1024,
         observe_compile: Callable[[float], None] | None = None,
+        strength_limit: StrengthLimit = "off",
     ) -> None:
-        self._sources = Sources(library, model, encode_text)
+        self._sources = Sources(library, model, encode_text, strength_limit=strength_limit)
         self._capabilities = capabilities
         self._tokenize = tokenize
         self._size = size

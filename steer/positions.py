@@ -49,6 +49,28 @@ class Selection:
             chosen &= positions >= prompt_length - 1
         return chosen
 
+    def anchored(self, prompt_length: int) -> Selection:
+        """The selection whose mask over any longer prompt is that of this one over a prompt of
+        `prompt_length`: a generated sequence can then be read as one prompt."""
+        start, end = 0, None
+        if self.phases is not None and len(self.phases) == 1:
+            generation = "generation" in self.phases
+            start, end = (prompt_length, None) if generation else (0, prompt_length)
+        if self.from_last_prompt_token:
+            start = max(start, prompt_length - 1)
+        ranges = []
+        for first, last in self.ranges if self.ranges is not None else ((0, None),):
+            low = max(start, _absolute(first, prompt_length))
+            bounds = (end, None if last is None else _absolute(last, prompt_length))
+            high = min((bound for bound in bounds if bound is not None), default=None)
+            if high is None or low < high:
+                ranges.append((low, high))
+        return Selection(
+            ranges=tuple(ranges),
+            tokens=self.tokens,
+            excluded=None if self.excluded is None else self.excluded.anchored(prompt_length),
+        )
+
     def _in_ranges(self, positions: Ints, prompt_length: int) -> Mask:
         chosen: Mask = np.zeros(len(positions), dtype=bool)
         for start, end in self.ranges or ():

@@ -64,10 +64,12 @@ def check_name(value: str) -> str:
 
 
 def _check_strength(value: Any) -> Any:
+    if value == "auto":
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float | dict | BaseModel):
         raise ValueError(
             f"{value!r} is not a strength: give a number (multiples of the stored vector), "
-            '{"norm": x}, {"kl": x} or {"effect": x}'
+            '{"norm": x}, {"kl": x}, {"effect": x} or "auto"'
         )
     if isinstance(value, dict) and set(value) not in ({"norm"}, {"kl"}, {"effect"}):
         raise ValueError(
@@ -80,6 +82,8 @@ def _check_strength(value: Any) -> Any:
 
 def _strength_tag(value: Any) -> str:
     tags = {"norm": "a norm", "kl": "a kl", "effect": "an effect"}
+    if isinstance(value, str):
+        return "auto"
     if isinstance(value, dict):
         return next(tags[key] for key in value)
     models: dict[type, str] = {
@@ -131,7 +135,8 @@ Strength: TypeAlias = Annotated[
     Annotated[Number, Tag("a number")]
     | Annotated[NormStrength, Tag("a norm")]
     | Annotated[KLStrength, Tag("a kl")]
-    | Annotated[EffectStrength, Tag("an effect")],
+    | Annotated[EffectStrength, Tag("an effect")]
+    | Annotated[Literal["auto"], Tag("auto")],
     Discriminator(_strength_tag),
     BeforeValidator(_check_strength),
 ]
@@ -229,7 +234,8 @@ class _Intervention(_Frozen):
 
 
 class Add(_Intervention):
-    """x + α·v. `strength` defaults to the card's."""
+    """x + α·v. `strength` defaults to the card's; "auto" is the calibrated one that reaches 90 %
+    of the attribute's range."""
 
     kind: Literal["add"] = "add"
     vector: VectorRef

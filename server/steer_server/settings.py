@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
@@ -17,6 +17,7 @@ class ServerSettings(BaseModel):
     `served_name` is the model's name in the API (the engine's own where None). `measured_share` is
     the share of steered requests whose edit sizes are measured for the metrics, besides those that
     ask for it. `metric_names` bounds how many vectors and profiles get a label of their own.
+    `strength_limit` says what happens to a strength outside its vector's calibrated range.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,6 +38,7 @@ class ServerSettings(BaseModel):
     measured_share: float = Field(default=0.01, ge=0, le=1)
     metric_names: int = Field(default=200, ge=1)
     plan_cache_size: int = Field(default=1024, ge=1)
+    strength_limit: Literal["off", "refuse", "cap"] = "off"
     drain_seconds: int = Field(default=10, ge=0)
 
     @property

@@ -45,6 +45,7 @@ def assemble(engine: Engine, registry: Registry, settings: ServerSettings) -> Se
         registry,
         size=settings.plan_cache_size,
         observe_compile=metrics.plan_compile.observe,
+        strength_limit=settings.strength_limit,
     )
     metrics.watch(engine, plans, registry)
     return Serving(engine, registry, settings, plans, metrics)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import typer
 
 from steer.cli import (
+    calibrate,
+    evaluate,
     fit,
     generate,
     inspecting,
@@ -30,6 +32,8 @@ app.command("serve")(serve.serve)
 app.command("generate")(generate.generate)
 app.command("fit")(fit.fit)
 app.command("sweep")(sweep.sweep)
+app.command("calibrate")(calibrate.calibrate)
+app.command("evaluate")(evaluate.evaluate)
 app.command("validate")(validate.validate)
 app.add_typer(vectors.app, name="vectors")
 app.add_typer(profiles.app, name="profiles")

@@ -20,7 +20,7 @@ from steer.cli.local import (
     running_engine,
 )
 from steer.cli.reporting import table_out
-from steer.cli.steering import LayersOption, VectorOption, chosen_spec
+from steer.cli.steering import LayersOption, VectorOption, chosen_spec, parse_strength
 from steer.cli.where import SweepWhere
 
 if TYPE_CHECKING:
@@ -32,8 +32,13 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
     vector: VectorOption = None,
     strength: Annotated[
-        float | None,
-        typer.Option("--strength", "-x", help="Multiples of the vector; by default the card's."),
+        str | None,
+        typer.Option(
+            "--strength",
+            "-x",
+            help="Multiples of the vector, or norm=0.1; for a calibrated one also auto, kl=0.2 or "
+            "effect=0.8. By default the card's.",
+        ),
     ] = None,
     spec: Annotated[
         Path | None, typer.Option("--spec", help="A JSON file with a steering spec.")
@@ -70,7 +75,7 @@ def generate(
             spec=spec,
             profile=profile,
             vector=vector,
-            strength=strength,
+            strength=None if strength is None else parse_strength(strength),
             layers=None if layers is None else parse_layers(layers),
             where=None if where is None else where.value,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,12 @@ from steer.cli.local import (
     registry_folder,
 )
 from steer.errors import SpecError, SteerError
+
+
+class StrengthLimitChoice(StrEnum):
+    off = "off"
+    refuse = "refuse"
+    cap = "cap"
 
 
 def serve(
@@ -64,6 +71,13 @@ def serve(
     inline_vectors: Annotated[
         bool, typer.Option(help="Whether requests may carry vectors of their own.")
     ] = True,
+    strength_limit: Annotated[
+        StrengthLimitChoice,
+        typer.Option(
+            envvar="STEER_STRENGTH_LIMIT",
+            help="What happens to strengths outside a vector's calibrated range.",
+        ),
+    ] = StrengthLimitChoice.off,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
@@ -89,6 +103,7 @@ def serve(
         api_key=None if key is None else SecretStr(key),
         max_upload_bytes=max_upload_mib << 20,
         allow_inline_vectors=inline_vectors,
+        strength_limit=strength_limit.value,
     )
     run(settings)
 

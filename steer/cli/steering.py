@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
@@ -23,6 +23,7 @@ VectorOption = Annotated[
 LayersOption = Annotated[
     str | None, typer.Option("--layers", help="Such as 2-5 or 1,3; by default the card's.")
 ]
+StrengthValue: TypeAlias = float | Literal["auto"] | dict[str, float]
 WHERES: Mapping[str, dict[str, Any] | None] = {
     "last": {"positions": [[-1, None]], "phases": ["prompt"]},
     "onward": {"positions": [[-1, None]]},
@@ -58,7 +59,7 @@ def chosen_spec(
     spec: Path | None,
     profile: str | None,
     vector: str | None,
-    strength: float | None,
+    strength: StrengthValue | None,
     layers: tuple[int, ...] | None,
     where: str | None,
 ) -> tuple[SteeringSpec, dict[str, ControlVector]]:
@@ -108,8 +109,33 @@ def read_vector_file(path: Path) -> ControlVector:
     return artefact.renamed(path.stem)
 
 
+def parse_strength(text: str) -> StrengthValue:
+    """`1.5`, `auto`, or one of `kl=0.2`, `effect=0.8` and `norm=0.1`, as in a spec. Raises
+    `SpecError`."""
+    if text == "auto":
+        return "auto"
+    unit, equals, number = text.rpartition("=")
+    value: float | None
+    try:
+        value = float(number)
+    except ValueError:
+        value = None
+    if value is None or unit not in ({"kl", "effect", "norm"} if equals else {""}):
+        raise SpecError(
+            f"{text!r} is not a strength: write a number, auto, kl=0.2, effect=0.8 or norm=0.1",
+            code="invalid_option",
+        )
+    return {unit: value} if unit else value
+
+
+def vector_of(registry: Registry, ref: str) -> ControlVector:
+    """The registered vector, or the one in a file. Raises `SteerError`."""
+    name, overlay = named_vector(ref)
+    return overlay[name] if name in overlay else registry.vector(name)
+
+
 def add_spec(
-    name: str, strength: float | None, layers: tuple[int, ...] | None, where: str | None
+    name: str, strength: StrengthValue | None, layers: tuple[int, ...] | None, where: str | None
 ) -> SteeringSpec:
     """Adding one vector; whatever is None is as its card says. Raises `SpecError`."""
     item: dict[str, Any] = {"kind": "add", "vector": name}

@@ -20,6 +20,7 @@ from steer.cli.local import (
     running_engine,
 )
 from steer.cli.reporting import out, progress_bar, table_out
+from steer.cli.scoring import SCORER_HELP, scorer_of
 from steer.cli.steering import LayersOption, add_spec, named_vector
 from steer.cli.where import SweepWhere
 from steer.errors import SteerError
@@ -27,11 +28,7 @@ from steer.errors import SteerError
 if TYPE_CHECKING:
     from steer.fit.pairs import Prompt
     from steer.fit.sweep import DoseResponse
-
-SCORER_HELP = (
-    "What counts: regex:PATTERN, words:a,b,c, words:@FILE, python:module:function, or for the demo "
-    "model demo:ATTRIBUTE."
-)
+    from steer.plan import SteeringPlan
 
 
 def sweep(
@@ -73,32 +70,28 @@ def sweep(
     from steer.engines.base import SamplingParams
     from steer.fit.pairs import read_prompts
     from steer.fit.plot import plot_dose_response
-    from steer.fit.scoring import parse_scorer
     from steer.fit.sweep import dose_response
 
     doses = parse_strengths(strengths)
-    scorer = parse_scorer(_python_path(score))
-    asked: list[Prompt] = read_prompts(prompts)[:limit]
     chosen = None if layers is None else parse_layers(layers)
+    place = None if where is None else where.value
     name, overlay = named_vector(vector)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, logprobs=0)
-    with (
-        open_registry(registry, model) as library,
-        running_engine(model, device=device, dtype=dtype) as engine,
-        progress_bar("answers", len(asked) * (len(doses) + 1)) as done,
-    ):
-        cache = plans(engine, library)
-        place = None if where is None else where.value
-        response = dose_response(
-            engine,
-            asked,
-            lambda strength: cache.plan(add_spec(name, strength, chosen, place), vectors=overlay),
-            doses,
-            scorer,
-            sampling=sampling,
-            examples=3,
-            progress=done,
-        )
+    with open_registry(registry, model) as library:
+        scorer = scorer_of(score, library)
+        asked: list[Prompt] = read_prompts(prompts)[:limit]
+        with (
+            running_engine(model, device=device, dtype=dtype) as engine,
+            progress_bar("answers", len(asked) * (len(doses) + 1)) as done,
+        ):
+            cache = plans(engine, library)
+
+            def plan_at(strength: float) -> SteeringPlan:
+                return cache.plan(add_spec(name, strength, chosen, place), vectors=overlay)
+
+            response = dose_response(
+                engine, asked, plan_at, doses, scorer, sampling=sampling, examples=3, progress=done
+            )
     title = f"{name}: {score} over {len(asked)} prompts"
     to_stdout = json_out is not None and str(json_out) == "-"
     if not to_stdout:
@@ -153,11 +146,3 @@ def parse_strengths(text: str) -> list[float]:
             code="invalid_option",
         )
     return found
-
-
-def _python_path(score: str) -> str:
-    """`demo:french` as the function it stands for."""
-    kind, _, attribute = score.partition(":")
-    if kind != "demo":
-        return score
-    return f"python:steer_vectors.demo.recipe.scorers:{attribute}"

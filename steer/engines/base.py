@@ -83,6 +83,9 @@ class Receipt:
     tokens_cached: int = 0
     hook_points: tuple[PointReceipt, ...] = ()
     gates: tuple[GateReceipt, ...] = ()
+    strengths: tuple[Mapping[str, Any], ...] = ()
+    """The strengths that a calibration or a limit turned into another number; see
+    `SteeringPlan.settled_strengths`."""
 
     def as_json(self) -> dict[str, Any]:
         """The form of `response.steering`."""
@@ -96,7 +99,7 @@ class Receipt:
             if entry.relative_size is not None:
                 row["relative_size"] = entry.relative_size
             points.append(row)
-        return {
+        answer = {
             "fingerprint": self.fingerprint,
             "tokens_steered": self.tokens_steered,
             "tokens_skipped": self.tokens_skipped,
@@ -104,6 +107,9 @@ class Receipt:
             "hook_points": points,
             "gates": [{"name": g.name, "fired": g.fired, "value": g.value} for g in self.gates],
         }
+        if self.strengths:
+            answer["strengths"] = [dict(entry) for entry in self.strengths]
+        return answer
 
 
 @dataclass(frozen=True)

@@ -327,6 +327,7 @@ def _receipt(request: GenerationRequest, generated: Sequence[int]) -> Receipt | 
             for p in plan.points
         ),
         gates=tuple(GateReceipt(name, fired, 0.5) for name, fired in gates.items()),
+        strengths=plan.settled_strengths,
     )
 
 

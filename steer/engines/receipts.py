@@ -50,7 +50,15 @@ def receipt_of(
             value = float(ledger.gate_value[seat.row, number])
             fired = int(counts[(bits & (1 << number)) != 0].sum())
             gates.append(GateReceipt(one.gate.name, fired, None if math.isnan(value) else value))
-    return Receipt(plan.fingerprint, steered, fed - steered, cached, tuple(points), tuple(gates))
+    return Receipt(
+        plan.fingerprint,
+        steered,
+        fed - steered,
+        cached,
+        tuple(points),
+        tuple(gates),
+        plan.settled_strengths,
+    )
 
 
 def merged(receipts: Iterable[Receipt | None]) -> Receipt | None:

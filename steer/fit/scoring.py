@@ -4,24 +4,40 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+from steer.engines.base import Engine
 from steer.errors import SteerError
 
 
 @dataclass(frozen=True)
 class Score:
     """`value` from 0 (attribute absent) to 1; `valid` is whether the text is sound, where the
-    scorer can tell."""
+    scorer can tell. `judged` is false where no judgement could be had: then the value is none."""
 
     value: float
     valid: bool | None = None
+    judged: bool = True
 
 
 Scorer: TypeAlias = Callable[[str], Score]
+"""Scores a text by itself."""
+
+
+@runtime_checkable
+class AnswerScorer(Protocol):
+    """Scores many answers at once, with the model that is served at hand."""
+
+    def score(
+        self,
+        engine: Engine,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+        texts: Sequence[str],
+    ) -> list[Score]:
+        """One score for each answer: its prompt and itself as tokens, and its text."""
 
 
 def regex_scorer(pattern: str) -> Scorer:
@@ -60,30 +76,3 @@ def function_scorer(path: str) -> Scorer:
         return result if isinstance(result, Score) else Score(float(result))
 
     return score
-
-
-def parse_scorer(text: str) -> Scorer:
-    """`regex:PATTERN`, `words:a,b,c`, `words:@FILE` (one per line) or `python:module:function`.
-
-    Raises `SteerError`.
-    """
-    kind, _, rest = text.partition(":")
-    if kind == "regex" and rest:
-        return regex_scorer(rest)
-    if kind == "words" and rest.startswith("@"):
-        try:
-            return words_scorer(Path(rest[1:]).read_text("utf-8").splitlines())
-        except OSError as error:
-            raise SteerError(
-                f"the word list {rest[1:]!r} cannot be read: {error.strerror}",
-                code="invalid_scorer",
-            ) from error
-    if kind == "words" and rest:
-        return words_scorer(rest.split(","))
-    if kind == "python" and rest:
-        return function_scorer(rest)
-    raise SteerError(
-        f"{text!r} is not a scorer: write regex:PATTERN, words:a,b,c, words:@FILE or "
-        "python:module:function",
-        code="invalid_scorer",
-    )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from steer.calibration import Calibration, MeasuredDose
 from steer.control_vector import ControlVector, LayerMeasure, LowRankAdapter
 from steer.model_info import Capabilities, ModelInfo
 from steer.sae.base import SAE
@@ -39,6 +40,18 @@ def random_vector(seed: int, *layers: int, width: int = 16, **card: Any) -> Cont
     rows = {layer: torch.randn(width, generator=generator) for layer in layers}
     measures = {layer: LayerMeasure(positive=1.5, negative=-0.5) for layer in layers}
     return ControlVector.of(rows, **{"measures": measures, **card})
+
+
+def calibration(
+    kl: tuple[float, ...] = (0.0, 0.1, 0.4),
+    effect: tuple[float, ...] | None = (0.0, 0.25, 1.0),
+    strengths: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0),
+    **fields: Any,
+) -> Calibration:
+    """A calibration of the tiny model's layer 1 with these tables."""
+    doses = tuple(MeasuredDose(strength=s, perplexity_ratio=1.0, kl=0.0) for s in strengths)
+    base: dict[str, Any] = {"model": "tiny", "layers": (1,), "site": "resid_post"}
+    return Calibration(**{**base, **fields}, doses=doses, kl=kl, effect=effect)
 
 
 def random_sae(architecture: str, *, seed: int = 0, width: int = 16, layer: int = 1) -> SAE:

@@ -13,6 +13,7 @@ cache; what concerns HTTP alone does not belong there.
 | `STEER_MEASURED_SHARE` | The share of steered requests whose edits are measured | 0.01 |
 | `STEER_METRIC_NAMES` | How many vectors and profiles get a label of their own | 200 |
 | `STEER_PLAN_CACHE_SIZE` | How many compiled plans are kept | 1024 |
+| `STEER_STRENGTH_LIMIT` | `refuse` or `cap` strengths outside the calibrated range | `off` |
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _FIELDS = (
     "measured_share",
     "metric_names",
     "plan_cache_size",
+    "strength_limit",
 )
 VARIABLES = {name: PREFIX + name.upper() for name in _FIELDS}
 """The environment variable of each setting."""

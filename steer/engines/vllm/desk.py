@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import uuid
 from collections import OrderedDict
@@ -54,14 +55,17 @@ class Desk:
         )
 
     def _publish(self, plan: SteeringPlan) -> tuple[str, int]:
+        # Strengths that were asked for in other words mean the same, but the receipt, which is
+        # made from the file, tells them apart.
+        name = f"{plan.fingerprint} {json.dumps(plan.settled_strengths)}"
         with self._lock:
-            known = self._published.get(plan.fingerprint)
+            known = self._published.get(name)
             if known is not None:
-                self._published.move_to_end(plan.fingerprint)
+                self._published.move_to_end(name)
         if known is None:
             known = (self._store.put(dump_plan(plan)), budget_rows(plan))
             with self._lock:
-                self._published[plan.fingerprint] = known
+                self._published[name] = known
                 while len(self._published) > _REMEMBERED:
                     self._published.popitem(last=False)
         return known

@@ -76,6 +76,7 @@ def read_receipt(answer: Mapping[str, Any]) -> Receipt:
         gates=tuple(
             GateReceipt(gate["name"], gate["fired"], gate["value"]) for gate in answer["gates"]
         ),
+        strengths=tuple(answer.get("strengths", ())),
     )
 
 

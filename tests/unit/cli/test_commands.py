@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from steer.cli import app
 from steer.cli.reference import reference
 from steer.control_vector import ControlVector
+from steer.spec import EffectStrength
 
 ROOT = Path(__file__).parents[3]
 DATA = ROOT / "vectors" / "demo" / "data"
@@ -121,6 +122,65 @@ def test_sweep_prints_plots_and_writes_figures(registry: Path, tmp_path: Path) -
     assert read["doses"][0]["score"] == 0
     assert read["doses"][1]["score"] >= 0.8
     assert read["doses"][0]["loss"] == pytest.approx(read["unsteered"]["loss"])
+
+
+def test_calibrate_then_ask_for_an_effect(registry: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    lines = (DATA / "heldout.jsonl").read_text("utf-8").splitlines()[:12]
+    prompts.write_text("\n".join(lines), "utf-8")
+    common = ["--prompts", prompts, "--score", "demo:french", "--registry", registry]
+    file, folder = tmp_path / "french.safetensors", tmp_path / "report"
+    shown = steer(
+        *("calibrate", "french", "--strengths", "0.5,0.7,1", "--out", file, "--report", folder),
+        *common,
+    )
+    assert "calibrated range: strength 0 to 1" in shown.output
+    assert f"wrote {file}" in shown.output
+    assert {path.name for path in folder.iterdir()} == {
+        "calibration.png",
+        "report.json",
+        "report.md",
+    }
+    card = ControlVector.from_bytes(file.read_bytes()).card
+    assert card.calibration is not None
+    assert (card.calibration.prompts, card.calibration.model) == (12, "steer-demo")
+
+    question = ["generate", "How do I clean a chair?", "--registry", registry, "--json"]
+    asked = json.loads(steer(*question, "--vector", file, "--strength", "effect=1").output)
+    assert asked["steered"].startswith("Voici comment nettoyer")
+    [settled] = asked["steering"]["strengths"]
+    assert settled["requested"] == {"effect": 1.0}
+    assert settled["strength"] == card.calibration.strength_for(EffectStrength(effect=1.0))
+    refused = steer(*question, "--vector", "french", "--strength", "auto", code=2)
+    assert "not_calibrated" in refused.stderr
+    assert "invalid_option" in steer(*question, "-v", "french", "-x", "kl", code=2).stderr
+
+    again = ["calibrate", file, "--strengths", "0.5,0.7,1", "--register", "--json", *common]
+    assert json.loads(steer(*again).output)["vector"] == "french"
+    versions = steer("vectors", "list", "--registry", registry).output
+    assert "french" in versions
+
+
+def test_evaluate_prints_the_prompt_only_baseline(registry: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    lines = (DATA / "heldout.jsonl").read_text("utf-8").splitlines()[:12]
+    prompts.write_text("\n".join(lines), "utf-8")
+    common = ["--prompts", prompts, "--score", "demo:german", "--registry", registry]
+    arguments = ["evaluate", "german", "weak=german:0.2", "profile:german", *common]
+    found = json.loads(steer(*arguments, "--instruction", "Answer in German.", "--json").output)
+    assert [row["name"] for row in found["rows"]] == [
+        "unsteered",
+        "prompt only",
+        "german",
+        "weak",
+        "profile:german",
+    ]
+    values = [row["score"]["value"] for row in found["rows"]]
+    assert values[:4] == [0, 1, pytest.approx(1, abs=0.2), 0]
+    assert values[4] == values[2]
+    shown = steer(*arguments[:2], *common, "--report", tmp_path / "report")
+    assert "told “Answers in German.” (card description)" in shown.output
+    assert (tmp_path / "report" / "evaluation.png").exists()
 
 
 def test_vectors_come_and_go(tmp_path: Path) -> None:

@@ -1,0 +1,159 @@
+"""What a calibration found: tables from strength to effect and KL, and how far they hold.
+
+A calibration belongs to one use of one vector: a model, its layers and site, and the tokens it acts
+on. The tables are inverted here, so that a request can ask for a KL or an effect.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from steer.errors import SteerError
+from steer.spec import EffectStrength, KLStrength, Site, Where
+
+AUTO_EFFECT = 0.9
+"""The strength "auto" is the smallest calibrated one that reaches this share of the effect."""
+
+Finite: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
+Relative: TypeAlias = KLStrength | EffectStrength | Literal["auto"]
+"""A strength that only a calibration turns into a number."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MeasuredDose(_Frozen):
+    """What one strength did to the answers, strength 0 being the unsteered model.
+
+    `score` is the mean attribute score and `valid` the share of sound answers (None where nothing
+    judged them); `perplexity_ratio` is against strength 0; `kl` is the mean KL, in nats, of the
+    steered next-token distributions from the unsteered ones along the unsteered answers.
+    """
+
+    strength: Finite
+    score: Finite | None = None
+    valid: Annotated[Finite, Field(ge=0, le=1)] | None = None
+    perplexity_ratio: Annotated[Finite, Field(ge=0)]
+    kl: Annotated[Finite, Field(ge=0)]
+
+
+class SafeLimits(_Frozen):
+    """What a strength must keep to be safe. The calibrated range ends before the first strength
+    whose perplexity ratio is above `perplexity_ratio`, whose validity is below `valid`, or whose
+    score is more than `drop` below the best score of a smaller strength."""
+
+    perplexity_ratio: Annotated[Finite, Field(gt=0)] = 1.5
+    valid: Annotated[Finite, Field(ge=0, le=1)] = 0.8
+    drop: Annotated[Finite, Field(ge=0)] = 0.05
+
+
+class Calibration(_Frozen):
+    """The dose-response of a vector in one use, as it stands on the vector's card.
+
+    `doses` holds every strength that was measured, from 0 up. The first `len(kl)` of them make the
+    calibrated range. There `kl` is the monotone (isotonic) fit of the measured KL, and `effect`
+    that of the score, scaled to 0 at strength 0 and 1 at the end of the range; None where no
+    attribute was scored. `linearity` (R² of a straight line) and `straightness` (2406.11624)
+    describe the score over the calibrated range, `monotonicity` (Spearman's ρ) over all strengths.
+    `data_sha256` is the hash of the prompts.
+    """
+
+    model: str
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    site: Site
+    where: Where | None = None
+    doses: Annotated[tuple[MeasuredDose, ...], Field(min_length=2, max_length=1024)]
+    kl: Annotated[tuple[Finite, ...], Field(min_length=2)]
+    effect: Annotated[tuple[Finite, ...], Field(min_length=2)] | None = None
+    linearity: Finite | None = None
+    straightness: Finite | None = None
+    monotonicity: Finite | None = None
+    limits: SafeLimits = SafeLimits()
+    scorer: str | None = None
+    data_sha256: str = ""
+    prompts: int = 0
+    max_tokens: int = 0
+    temperature: float = 0.0
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Calibration:
+        strengths = [dose.strength for dose in self.doses]
+        if strengths[0] != 0 or not _rises(strengths, strictly=True):
+            raise ValueError("the strengths of a calibration rise from 0")
+        if len(self.kl) > len(self.doses) or self.kl[0] != 0 or not _rises(self.kl):
+            raise ValueError("'kl' must rise from 0 and have at most one value a dose")
+        if self.effect is not None and (
+            len(self.effect) != len(self.kl)
+            or (self.effect[0], self.effect[-1]) != (0, 1)
+            or not _rises(self.effect)
+        ):
+            raise ValueError("'effect' must rise from 0 to 1, with a value for each of 'kl'")
+        return self
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """The strengths of the calibrated range, from 0 up."""
+        return tuple(dose.strength for dose in self.doses[: len(self.kl)])
+
+    @property
+    def safe_strength(self) -> float:
+        """The end of the calibrated range: the largest strength that is safe to use."""
+        return self.strengths[-1]
+
+    def strength_for(self, wanted: Relative) -> float:
+        """The smallest calibrated strength that has this effect or KL; the inverse is unique.
+
+        Between measured strengths the effect is linear; so is the root of the KL, because near 0
+        the KL grows with the square of the strength. Raises `SteerError` (`outside_calibration`,
+        `not_calibrated`), its pointer below the intervention.
+        """
+        if isinstance(wanted, KLStrength):
+            roots = [math.sqrt(value) for value in self.kl]
+            self._check_range("kl", wanted.kl, self.kl[-1])
+            return _inverse(self.strengths, roots, math.sqrt(wanted.kl))
+        if self.effect is None:
+            raise SteerError(
+                "the vector was calibrated without a scorer, so it knows no effect: give a number "
+                "or {'kl': x}, or calibrate it with an attribute's scorer",
+                code="not_calibrated",
+                param="/strength",
+            )
+        share = AUTO_EFFECT if wanted == "auto" else wanted.effect
+        self._check_range("effect", share, 1.0)
+        return _inverse(self.strengths, self.effect, share)
+
+    def kl_at(self, strength: float) -> float:
+        """The KL in nats at a strength of the calibrated range."""
+        roots = [math.sqrt(value) for value in self.kl]
+        return _inverse(roots, self.strengths, strength) ** 2
+
+    def _check_range(self, unit: str, value: float, end: float) -> None:
+        if not 0 <= value <= end:
+            raise SteerError(
+                f"{{{unit!r}: {value:g}}} is outside the calibrated range: {unit} can be 0 to "
+                f"{end:.4g}, strengths 0 to {self.safe_strength:g}",
+                code="outside_calibration",
+                param="/strength",
+            )
+
+
+def _rises(values: Sequence[float], *, strictly: bool = False) -> bool:
+    pairs = itertools.pairwise(values)
+    return all(a < b if strictly else a <= b for a, b in pairs)
+
+
+def _inverse(xs: Sequence[float], ys: Sequence[float], y: float) -> float:
+    """The smallest x at which the line through the points reaches `y`; `ys` never fall."""
+    place = bisect_left(ys, y)
+    if place == 0:
+        return xs[0]
+    share = (y - ys[place - 1]) / (ys[place] - ys[place - 1])
+    return xs[place - 1] + share * (xs[place] - xs[place - 1])
