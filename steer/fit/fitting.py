@@ -204,7 +204,7 @@ def _refining(refine: Mapping[str, str] | None, library: Library | None) -> SAE 
         return None
     if set(refine) != {"sae"} or not isinstance(refine["sae"], str):
         raise SteerError(
-            f'\'refine\' is {{"sae": NAME}}; got {dict(refine)!r}', code="invalid_option"
+            f"'refine' is {{\"sae\": NAME}}; got {dict(refine)!r}", code="invalid_option"
         )
     if library is None:
         raise SteerError(
@@ -218,9 +218,7 @@ def _refined(sae: SAE, method: str) -> Callable[[int], Method]:
     return lambda _: SAERefined(sae, method)
 
 
-def _sae_point(
-    sae: SAE, site: Site, layers: Sequence[int] | None
-) -> tuple[Site, tuple[int, ...]]:
+def _sae_point(sae: SAE, site: Site, layers: Sequence[int] | None) -> tuple[Site, tuple[int, ...]]:
     if (layers is not None and set(layers) != {sae.layer}) or site not in ("resid_post", sae.site):
         raise SpecError(
             f"the SAE {sae.card.name!r} reads {sae.site} of layer {sae.layer} and refines only "

@@ -11,39 +11,12 @@ them in float64.
 
 from __future__ import annotations
 
-import random
-
 import torch
 from torch import Tensor
 
+from steer.fit.reservoir import Reservoir
+
 MAX_ROWS = 4096
-
-
-class Reservoir:
-    """A uniform sample of at most `size` rows of a stream.
-
-    Guarantees: all rows, in order, while there are no more than `size`; the same sample for the
-    same stream, however it is cut into batches.
-    """
-
-    def __init__(self, width: int, size: int, seed: int = 0) -> None:
-        self._rows = torch.zeros(0, width)
-        self._size, self._seen = size, 0
-        self._random = random.Random(seed)
-
-    def add(self, rows: Tensor) -> None:
-        room = self._size - self._rows.shape[0]
-        self._rows = torch.cat([self._rows, rows[:room].float()])
-        self._seen += min(room, rows.shape[0])
-        for row in rows[room:]:
-            place = self._random.randrange(self._seen + 1)
-            self._seen += 1
-            if place < self._size:
-                self._rows[place] = row
-
-    @property
-    def rows(self) -> Tensor:
-        return self._rows
 
 
 class LogisticDirection:

@@ -31,7 +31,8 @@ from steer.fit.card import made_on
 from steer.fit.prompt import Marked, subject_position
 from steer.fit.relations import Fact, RelationTable, Template
 from steer.fit.states import Progress, check_length, prompt_tokens
-from steer.model_info import HookPoint
+from steer.model_info import HookPoint, forward_order
+from steer.spec import Site
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def fit_lrc(
     template: Template,
     subject_layer: int | None = None,
     object_layer: int | None = None,
+    site: Site = "resid_post",
     rank: int = 8,
     jacobians: int = 20,
     rows: int = 64,
@@ -80,7 +82,9 @@ def fit_lrc(
 ) -> dict[str, ControlVector]:
     """A unit vector for each object of `relation`, called `NAME-OBJECT`, at the subject's layer.
 
-    Layers default to half the depth for the subject and the last but one for the object.
+    Layers default to just before half the depth for the subject, whose state is read at `site`, and
+    to the output of the last but one for the object. Small models read the subject in their first
+    block already: `subject_layer=0, site="resid_pre"` is the state before it.
     `jacobians` facts, spread over the objects, make the map; all answered ones make the concepts.
     `progress` is told of every fact asked and every Jacobian taken.
 
@@ -89,7 +93,7 @@ def fit_lrc(
     """
     differentiable(engine)
     facts = table.about(relation)
-    subject_at, object_at = _points(engine, subject_layer, object_layer)
+    subject_at, object_at = _points(engine, subject_layer, object_layer, site)
     if rank < 1 or jacobians < 1 or rows < 1:
         raise SteerError("rank, jacobians and rows must be at least 1", code="invalid_option")
     asks = answered(engine, [ask(engine, template, fact, facts, seed) for fact in facts])
@@ -126,6 +130,7 @@ def fit_lrc(
             {subject_at.layer: concept},
             name=f"{name}-{_slug(answer)}",
             model=engine.info.name,
+            site=subject_at.site,
             description=description,
             licence=licence,
             provenance={**provenance, "object": answer},
@@ -134,9 +139,7 @@ def fit_lrc(
     }
 
 
-def ask(
-    engine: Engine, template: Template, fact: Fact, others: Sequence[Fact], seed: int
-) -> Ask:
+def ask(engine: Engine, template: Template, fact: Fact, others: Sequence[Fact], seed: int) -> Ask:
     """The prompt for `fact` as tokens; raises `SteerError` where it does not fit."""
     prompt = template.ask(fact, others, seed)
     tokens = prompt_tokens(engine, prompt)
@@ -167,9 +170,7 @@ def answered(engine: Engine, asks: Sequence[Ask]) -> list[Ask]:
         for n, one in enumerate(asks)
     ]
     said = [done.tokens for done in engine.complete(requests)]
-    return [
-        one for one, tokens in zip(asks, said, strict=True) if _is_object(engine, one, tokens)
-    ]
+    return [one for one, tokens in zip(asks, said, strict=True) if _is_object(engine, one, tokens)]
 
 
 def _is_object(engine: Engine, one: Ask, tokens: Sequence[int]) -> bool:
@@ -286,9 +287,7 @@ def _concepts(
     return {answer: (row / row.norm()).float() for answer, row in sorted(sums.items())}
 
 
-def classify(
-    concepts: Mapping[str, ControlVector], states: Tensor, layer: int
-) -> list[str]:
+def classify(concepts: Mapping[str, ControlVector], states: Tensor, layer: int) -> list[str]:
     """The concept with the greatest projection for each of `states` `[n, d]`."""
     names = list(concepts)
     matrix = torch.stack([concepts[name][layer] for name in names])
@@ -301,17 +300,19 @@ def _state(engine: Engine, one: Ask, point: HookPoint) -> Tensor:
 
 
 def _points(
-    engine: Engine, subject_layer: int | None, object_layer: int | None
+    engine: Engine, subject_layer: int | None, object_layer: int | None, site: Site
 ) -> tuple[HookPoint, HookPoint]:
-    last = engine.info.n_layers - 1
-    subject = HookPoint(engine.info.n_layers // 2 if subject_layer is None else subject_layer)
-    answer = HookPoint(max(last - 1, 0) if object_layer is None else object_layer)
+    count = engine.info.n_layers
+    middle = max(count // 2 - 1, 0)
+    subject = HookPoint(middle if subject_layer is None else subject_layer, site)
+    answer = HookPoint(max(count - 2, 0) if object_layer is None else object_layer)
     for point in (subject, answer):
         engine.info.check_point(point)
-    if subject.layer >= answer.layer:
+    same_width = engine.info.width(site) == engine.info.d_model
+    if not same_width or forward_order(subject) >= forward_order(answer):
         raise SteerError(
-            f"the subject's layer ({subject.layer}) must come before the object's "
-            f"({answer.layer})",
+            f"the subject's state ({subject}) must be in the residual stream and come before the "
+            f"object's ({answer})",
             code="invalid_option",
         )
     return subject, answer

@@ -84,9 +84,7 @@ def fit_labels(
     }
 
 
-def _split(
-    texts: LabelledSet, share: float, seed: int
-) -> tuple[list[Labelled], list[Labelled]]:
+def _split(texts: LabelledSet, share: float, seed: int) -> tuple[list[Labelled], list[Labelled]]:
     fitted: list[Labelled] = []
     measured: list[Labelled] = []
     for label in texts.labels:

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from steer.fit.jsonl import LineReader, check_keys, sha256_of
-from steer.fit.prompt import Messages as Messages
-from steer.fit.prompt import Prompt as Prompt
-from steer.fit.prompt import parse_prompt, prompt_json
-from steer.fit.prompt import render as render
+from steer.fit.prompt import Messages, Prompt, parse_prompt, prompt_json, render
+
+__all__ = ["Messages", "Pair", "PairSet", "Prompt", "read_pairs", "read_prompts", "render"]
 
 
 @dataclass(frozen=True)

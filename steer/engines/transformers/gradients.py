@@ -81,11 +81,12 @@ def _installed(target: HookTarget, visit: Callable[[Tensor], Tensor]) -> Iterato
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0] if args else kwargs["hidden_states"]
-        edited = visit(x)
-        if target.in_place and edited is not x:
-            # The block reads the same tensor again beside this module.
-            x.copy_(edited)
-            edited = x
+        if target.in_place:
+            # The block reads the same tensor again beside this module, so it is written to; the
+            # edit reads a copy, which the way back still needs as it was.
+            edited = x.copy_(visit(x.clone()))
+        else:
+            edited = visit(x)
         if args:
             return (edited, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": edited}

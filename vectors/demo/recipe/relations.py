@@ -1,4 +1,6 @@
-"""Do relational concepts beat simpler directions? ``python -m steer_vectors.demo.recipe.relations``.
+"""Do relational concepts beat simpler directions?
+
+``python -m steer_vectors.demo.recipe.relations`` says so, or not.
 
 Five relations of the demo world; for each, a direction per object from half of its subjects, by
 linear relational concepts (2311.08968), difference in means (one object against the rest), and a
@@ -49,7 +51,7 @@ from steer.fit.lrc import (
 from steer.fit.relations import Fact, Template
 from steer.model_info import HookPoint
 from steer.registry.library import MemoryLibrary
-from steer.spec import parse_spec
+from steer.spec import Site, parse_spec
 
 from .world import ANIMALS, CLASSES, CONTINENTS, COUNTRIES, FOODS, HABITATS, LANGUAGES
 
@@ -66,12 +68,17 @@ QUESTIONS = {
 }
 """The answer's opening does not repeat the subject: its state is read in the question alone."""
 
+SITE: Site = "resid_pre"
+"""This model reads the subject in its first block, so that later states of the subject's token
+change nothing: with the whole state of another subject in its place the answer follows in 90 to
+100 % of the questions before the first block, in 0 to 85 % after it."""
+
 DEVELOPMENT = (1000, 1001, 1002)
 JACOBIANS = 20
-SUBJECT_LAYERS = (0, 1, 2, 3)
-OBJECT_LAYERS = (3, 4)
+SUBJECT_LAYERS = (0, 1, 2)
+OBJECT_LAYERS = (2, 3, 4)
 RANKS = (4, 8, 16, 32, 64)
-STRENGTHS = (0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5)
+STRENGTHS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5)
 
 Concepts = dict[str, Tensor]
 """A unit direction for each object."""
@@ -146,7 +153,7 @@ class Relation:
     @cached_property
     def states(self) -> dict[int, Tensor]:
         """The subjects' states `[facts, d]` on every layer."""
-        points = tuple(HookPoint(layer) for layer in range(self.engine.info.n_layers))
+        points = tuple(HookPoint(layer, SITE) for layer in range(self.engine.info.n_layers))
         rows = [
             self.engine.capture(CaptureRequest([a.tokens], points, positions=(a.subject,)))[0]
             for a in self.asks
@@ -157,7 +164,11 @@ class Relation:
         key = (fact, layer, object_layer)
         if key not in self._jacobians:
             self._jacobians[key] = subject_jacobian(
-                self.engine, self.asks[fact], HookPoint(layer), HookPoint(object_layer), rows=96
+                self.engine,
+                self.asks[fact],
+                HookPoint(layer, SITE),
+                HookPoint(object_layer),
+                rows=96,
             )
         return self._jacobians[key]
 
@@ -175,9 +186,7 @@ def lrc(relation: Relation, split: Split, choice: Choice) -> Concepts:
     assert choice.rank is not None
     place = {id(relation.asks[n]): n for n in split.fitted}
     chosen = spread([relation.asks[n] for n in split.fitted], JACOBIANS)
-    maps = [
-        relation.jacobian(place[id(one)], choice.layer, choice.object_layer) for one in chosen
-    ]
+    maps = [relation.jacobian(place[id(one)], choice.layer, choice.object_layer) for one in chosen]
     weight = torch.stack([jacobian for jacobian, _, _ in maps]).mean(0)
     bias = torch.stack([o - jacobian @ s for jacobian, s, o in maps]).mean(0)
     inverse = low_rank_inverse(weight, choice.rank)
@@ -248,7 +257,7 @@ def causality(
     """For each tested fact, 1 where the model answers with the target after the swap."""
     names = {answer: f"concept-{n}" for n, answer in enumerate(sorted(concepts))}
     vectors = {
-        names[answer]: ControlVector.of({layer: row}, name=names[answer])
+        names[answer]: ControlVector.of({layer: row}, name=names[answer], site=SITE)
         for answer, row in concepts.items()
     }
     plans = plans_of(relation.engine, MemoryLibrary(vectors))
@@ -289,7 +298,7 @@ def candidates(method: str) -> Iterable[Choice]:
     return [
         Choice(layer, object_layer, rank)
         for layer, object_layer, rank in product(SUBJECT_LAYERS, OBJECT_LAYERS, RANKS)
-        if layer < object_layer
+        if layer <= object_layer
     ]
 
 
@@ -313,7 +322,8 @@ def choose(method: str, relations: Sequence[Relation]) -> dict[str, Choice]:
     # Edits are tried for the layers and ranks that classify best of each layer: an edit costs far
     # more than a projection.
     tried = [
-        Choice(**{**asdict(c), "strength": x}) for c in _best_of_each_layer(by_sorting)
+        Choice(**{**asdict(c), "strength": x})
+        for c in _best_of_each_layer(by_sorting)
         for x in STRENGTHS
     ]
     return {"classification": by_sorting[0], "causality": max(tried, key=edits)}
