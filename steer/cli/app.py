@@ -17,7 +17,7 @@ app = typer.Typer(
 )
 app.command("serve")(serve.serve)
 app.command("generate")(generate.generate)
-app.command("fit")(fit.fit)
+app.add_typer(fit.app, name="fit")
 app.command("sweep")(sweep.sweep)
 app.command("validate")(validate.validate)
 app.add_typer(vectors.app, name="vectors")

@@ -81,12 +81,9 @@ def _installed(target: HookTarget, visit: Callable[[Tensor], Tensor]) -> Iterato
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = args[0] if args else kwargs["hidden_states"]
-        if target.in_place:
-            # The block reads the same tensor again beside this module, so it is written to; the
-            # edit reads a copy, which the way back still needs as it was.
-            edited = x.copy_(visit(x.clone()))
-        else:
-            edited = visit(x)
+        # Where the block reads the same tensor again beside this module, it is written to; the edit
+        # then reads a copy, which the way back still needs as it was.
+        edited = x.copy_(visit(x.clone())) if target.in_place else visit(x)
         if args:
             return (edited, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": edited}

@@ -42,7 +42,7 @@ def test_the_adapter_learns_and_its_rotation_stays_orthonormal(adapter: LowRankA
     assert (adapter.card.kind, adapter.card.layers, adapter.card.model) == (
         "low_rank",
         (1,),
-        "tiny",
+        "lively",
     )
     assert LowRankAdapter.from_bytes(adapter.to_bytes(), name="a").sha256 == adapter.sha256
 
