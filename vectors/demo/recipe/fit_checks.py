@@ -43,8 +43,16 @@ from .vectors import LAST, Bench, where_json
 
 log = logging.getLogger(__name__)
 DEMO = LIBRARY / "demo"
-TOGETHER = (("french", "formal"), ("french", "casual"), ("german", "formal"), ("german", "casual"))
-COMPOSED_LAYER = 2
+TOGETHER = (
+    ("french", "formal", 2),
+    ("french", "casual", 2),
+    ("german", "formal", 2),
+    ("german", "casual", 2),
+    ("formal", "refusal", 5),
+    ("casual", "refusal", 5),
+    ("french", "german", 1),
+)
+"""Two attributes and a layer. The first four hardly overlap, the last three do."""
 SWAPS = (("english", "french"), ("english", "german"), ("french", "german"), ("german", "french"))
 STRENGTHS = (0.2, 0.35, 0.5, 0.75, 1.0, 1.5)
 REFINED = ("french", "german", "formal", "casual", "refusal", "negative")
@@ -69,9 +77,9 @@ def composition(bench: Bench, seeds: Sequence[int], prompts: int) -> dict[str, A
     """For each pair (A, B): how far A's rate under A + B is from its rate under A alone, and how
     many answers have both; the cosine of what is added."""
     rows: dict[str, dict[str, list[float]]] = {}
-    for (first, second), seed in product(TOGETHER, seeds):
+    for (first, second, layer), seed in product(TOGETHER, seeds):
         vectors = [
-            fit(bench.engine, half(name, seed), name=name, layers=[COMPOSED_LAYER])
+            fit(bench.engine, half(name, seed), name=name, layers=[layer])
             for name in (first, second)
         ]
         items = [
@@ -91,7 +99,7 @@ def composition(bench: Bench, seeds: Sequence[int], prompts: int) -> dict[str, A
             for name in (first, second)
         }
         row = rows.setdefault(f"{first}+{second}", {})
-        row.setdefault("cosine", []).append(abs(vectors[0].cosine(vectors[1])[COMPOSED_LAYER]))
+        row.setdefault("cosine", []).append(abs(vectors[0].cosine(vectors[1])[layer]))
         for way, place in (("plain", 2), ("orthogonal", 3)):
             moved = abs(rates[first][place] - rates[first][0])
             moved += abs(rates[second][place] - rates[second][1])
