@@ -175,3 +175,18 @@ def test_jacobians_are_spread_over_the_objects() -> None:
     ]
     assert [one.fact.object for one in spread(asks, 5)] == ["a", "b", "c", "a", "b"]
     assert len(spread(asks, 100)) == 7
+
+
+def test_the_comparison_tests_on_subjects_it_was_not_fitted_on() -> None:
+    from steer_vectors.demo.recipe.relations import draw_split, relation_facts
+
+    for facts in relation_facts().values():
+        split = draw_split(facts, 3)
+        assert not set(split.fitted) & set(split.tested)
+        fitted = {facts[n].object for n in split.fitted}
+        assert {facts[n].object for n in split.tested} == fitted
+        for n, target in zip(split.tested, split.targets, strict=True):
+            assert target in fitted
+            assert target != facts[n].object
+        assert draw_split(facts, 3) == split
+        assert draw_split(facts, 4) != split
