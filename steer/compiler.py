@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from steer import kinds
+from steer.composition import compose
 from steer.errors import IncompatibleArtefact, SpecError, SteerError, Unsupported, pointer
 from steer.kinds import Blocks, Sources
 from steer.model_info import Capabilities, HookPoint, forward_order
@@ -20,6 +21,7 @@ from steer.spec import (
     Concept,
     InlineVector,
     Intervention,
+    LowRank,
     SteeringSpec,
     VectorRef,
     When,
@@ -38,6 +40,10 @@ def compile_plan(
     """Compiles every intervention; raises all problems at once, as one `SteerError`."""
     draft = _Draft(spec, sources, capabilities, tokenize)
     errors: list[SteerError] = []
+    try:
+        draft.sources = replace(sources, composed=compose(spec, sources))
+    except SteerError as error:
+        errors.append(error)
     for place, item in enumerate(spec.interventions):
         try:
             draft.append(place, item)
@@ -129,7 +135,8 @@ class _Draft:
         ]
         meaning = [summary, self.artefacts]
         text = json.dumps(meaning, sort_keys=True, separators=(",", ":"))
-        digest = hashlib.sha256(f"steer/plan/1\n{self.spec.norm}\n{text}".encode()).hexdigest()
+        ways = str(self.spec.norm) + (f"+{self.spec.compose}" if self.spec.compose else "")
+        digest = hashlib.sha256(f"steer/plan/1\n{ways}\n{text}".encode()).hexdigest()
         passes = tuple(Pass(p.selection, p.gate, p.blocks) for p in self.passes)
         return SteeringPlan(
             fingerprint=digest[:32],
@@ -166,6 +173,8 @@ class _Draft:
     def _card_where(self, item: Intervention) -> Any:
         if isinstance(item, Clamp | Concept):
             return self.sources.sae(item.sae).card.default_where
+        if isinstance(item, LowRank):
+            return self.sources.library.low_rank(item.adapter).card.default_where
         vector = getattr(item, "vector", None)
         if vector is None or item.kind == "patch":
             return None

@@ -209,8 +209,8 @@ class LowRankAdapter:
         if len(widths) != 1:
             raise FileFormatError(f"an adapter has one width on all layers; got {sorted(widths)}")
         copies = {
-            layer: (part[0].float().clone(), part[1].float().clone(), part[2].float().clone())
-            for layer, part in sorted(parts.items())
+            layer: (_copy(rotation), _copy(weight), _copy(bias))
+            for layer, (rotation, weight, bias) in sorted(parts.items())
         }
         fields = {"kind": "low_rank", "width": widths.pop(), "layers": tuple(copies), **card}
         return LowRankAdapter(copies, Card(**fields))
@@ -240,6 +240,11 @@ class LowRankAdapter:
             for layer in card.layers
         }
         return LowRankAdapter(parts, card)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """Float32 and contiguous, as safetensors wants it."""
+    return tensor.float().contiguous().clone()
 
 
 def check_rows(rows: Iterable[tuple[int, Tensor]], *, source: str = "the vector") -> int:

@@ -33,6 +33,7 @@ from steer.spec import (
     Patch,
     Project,
     Rotate,
+    Site,
     Swap,
     VectorRef,
 )
@@ -54,6 +55,8 @@ class Sources:
     encode_text: EncodeText | None = None
     overlay: Mapping[str, ControlVector] | None = None
     strength_limit: StrengthLimit = "off"
+    composed: Mapping[tuple[str, Site], ControlVector] | None = None
+    """The form in which a vector, by its hash, is added at a site, where it is not its own."""
 
     def vector(self, ref: VectorRef, field: str) -> ControlVector:
         """The vector that `ref` names; errors point at `field`."""
@@ -110,6 +113,8 @@ def row(vector: ControlVector, layer: int) -> Tensor:
 def add(item: Add, sources: Sources) -> Blocks:
     vector = sources.vector(item.vector, "vector")
     points = vector_points(item, [("vector", vector)], sources.model)
+    if sources.composed:
+        vector = sources.composed.get((vector.sha256, points[0].site), vector)
     strength = vector.card.default_strength if item.strength is None else item.strength
     if isinstance(strength, float | int):
         if strength == 0:

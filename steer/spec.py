@@ -346,7 +346,8 @@ class SteeringSpec(_Frozen):
     """Interventions in the order in which they run, each seeing the result of the one before.
 
     `where` and `when` given here are the default of every intervention. `norm: "preserve"`
-    rescales each token to its norm before the edit.
+    rescales each token to its norm before the edit. `compose: "orthogonal"` removes the overlap
+    between the vectors that are added at the same hook point.
     """
 
     interventions: Annotated[
@@ -355,6 +356,7 @@ class SteeringSpec(_Frozen):
     where: Where | None = None
     when: When | None = None
     norm: Literal["preserve"] | None = None
+    compose: Literal["orthogonal"] | None = None
 
     def fingerprint(self) -> str:
         """32 hex digits that identify this spec's meaning (names are taken as written)."""

@@ -112,6 +112,8 @@ def _check_use(
         differs = "/strength", "on other tokens than 'where' selects here"
     elif use.preserve_norm:
         differs = "/strength", 'without "norm": "preserve"'
+    elif (vector.sha256, points[0].site) in (sources.composed or {}):
+        differs = "/strength", "as it is, and 'compose' changes it here"
     if differs is not None:
         raise Unsupported(
             f"the vector {vector.card.name!r} was calibrated {differs[1]}: use it as calibrated, "

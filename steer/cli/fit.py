@@ -1,15 +1,33 @@
-"""`steer fit`."""
+"""`steer fit`: a command per kind of data; contrastive pairs unless another is named."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
+from steer.cli import fit_models, fit_relations, fit_unlabelled
+from steer.cli.fit_saving import (
+    BatchOption,
+    DescriptionOption,
+    LicenceOption,
+    NameOption,
+    OutputOption,
+    RegisterOption,
+    file_errors,
+    given_prompt,
+    keep,
+    layers_or_all,
+    parse_layers,
+    position,
+    registered_vectors,
+    site_named,
+    stored_name,
+    write_file,
+)
 from steer.cli.local import (
     DEMO_MODEL,
     DeviceOption,
@@ -19,25 +37,45 @@ from steer.cli.local import (
     open_registry,
     running_engine,
 )
-from steer.cli.reporting import out, progress_bar, table_out
-from steer.errors import SteerError
-from steer.spec import Site, check_name
+from steer.cli.reporting import progress_bar, table_out
 
 if TYPE_CHECKING:
     from steer.control_vector import ControlVector
+    from steer.registry.library import Library
+
+__all__ = ["app", "file_errors", "parse_layers", "show_fit", "write_file"]
 
 
-MAX_LAYERS = 1024
+class PairsFirst(TyperGroup):
+    """`steer fit FILE` means `steer fit pairs FILE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["pairs", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=PairsFirst,
+    help="Fit vectors, adapters and dictionaries. Without a command's name: pairs.",
+    no_args_is_help=True,
+)
+app.command("lrc")(fit_relations.lrc)
+app.command("low-rank")(fit_models.low_rank)
+app.command("transfer")(fit_models.transfer)
+app.command("snmf")(fit_unlabelled.snmf)
+app.command("nmf")(fit_unlabelled.nmf)
 
 
 class MethodChoice(StrEnum):
     diffmean = "diffmean"
     pca = "pca"
+    logistic = "logistic"
 
 
-class PositionsChoice(StrEnum):
-    last = "last"
-    mean = "mean"
+class LabelMethodChoice(StrEnum):
+    diffmean = "diffmean"
+    logistic = "logistic"
 
 
 class WhereChoice(StrEnum):
@@ -46,53 +84,66 @@ class WhereChoice(StrEnum):
     all = "all"
 
 
-def fit(
+SiteOption = Annotated[str, typer.Option(help="Where in each block the states are read.")]
+LayersOption = Annotated[
+    str | None, typer.Option(help="Such as 2-5 or 1,3; by default all layers.")
+]
+PositionsOption = Annotated[
+    str,
+    typer.Option(
+        help="Read the last token, the mean over all, the mean over the response, the subject's "
+        "last token, or an index: last, mean, response, subject, -2."
+    ),
+]
+WhereOption = Annotated[
+    WhereChoice,
+    typer.Option(
+        help="Where the vector acts unless a request says otherwise: on the last prompt "
+        "token, on what is generated, or on every token."
+    ),
+]
+HeldOutOption = Annotated[
+    float, typer.Option(min=0.0, max=0.9, help="The share of the data kept for measuring.")
+]
+BestOption = Annotated[
+    int, typer.Option(min=1, help="How many of the best layers become the default.")
+]
+SeedOption = Annotated[int, typer.Option(help="Draws the held-out share.")]
+
+
+@app.command("pairs")
+def pairs(
     data: Annotated[
         Path,
         typer.Argument(help='JSON lines: {"positive": messages or text, "negative": …}.'),
     ],
-    name: Annotated[
-        str | None, typer.Option("--name", "-n", help="The vector's name; by default the file's.")
-    ] = None,
+    name: NameOption = None,
     model: ModelOption = DEMO_MODEL,
     method: Annotated[
         MethodChoice,
-        typer.Option(help="Difference of means, or uncentred PCA of the differences."),
-    ] = MethodChoice.diffmean,
-    site: Annotated[
-        str, typer.Option(help="Where in each block the states are read.")
-    ] = "resid_post",
-    layers: Annotated[
-        str | None, typer.Option(help="Such as 2-5 or 1,3; by default all layers.")
-    ] = None,
-    positions: Annotated[
-        PositionsChoice,
-        typer.Option(help="Read the last prompt token, or the mean over the prompt."),
-    ] = PositionsChoice.last,
-    where: Annotated[
-        WhereChoice,
         typer.Option(
-            help="Where the vector acts unless a request says otherwise: on the last prompt "
-            "token, on what is generated, or on every token."
+            help="Difference of means, uncentred PCA of the differences, or logistic regression."
         ),
-    ] = WhereChoice.last,
-    held_out: Annotated[
-        float, typer.Option(min=0.0, max=0.9, help="The share of pairs kept for measuring.")
-    ] = 0.2,
-    best: Annotated[
-        int, typer.Option(min=1, help="How many of the best layers become the default.")
-    ] = 1,
-    batch: Annotated[int, typer.Option(min=1, help="Pairs in one batch.")] = 16,
-    seed: Annotated[int, typer.Option(help="Draws the held-out pairs.")] = 0,
-    description: Annotated[str, typer.Option(help="A sentence for the card.")] = "",
-    licence: Annotated[str, typer.Option(help="The licence for the card.")] = "",
-    output: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="The file to write; by default NAME.safetensors."),
+    ] = MethodChoice.diffmean,
+    refine: Annotated[
+        str | None,
+        typer.Option(help="Fit among the latents of this registered SAE (not logistic)."),
     ] = None,
-    register: Annotated[
-        bool, typer.Option("--register", help="Put it into the registry, not into a file.")
+    site: SiteOption = "resid_post",
+    layers: LayersOption = None,
+    positions: PositionsOption = "last",
+    where: WhereOption = WhereChoice.last,
+    held_out: HeldOutOption = 0.2,
+    best: BestOption = 1,
+    batch: BatchOption = 16,
+    seed: SeedOption = 0,
+    beside: Annotated[
+        bool, typer.Option(help="Note the cosine to the registry's vectors for this model.")
     ] = False,
+    description: DescriptionOption = "",
+    licence: LicenceOption = "",
+    output: OutputOption = None,
+    register: RegisterOption = False,
     registry: RegistryOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -101,22 +152,92 @@ def fit(
     from steer.fit import fit as fit_vector
     from steer.fit import read_pairs
 
-    chosen, chosen_site = _name(name or data.stem), _site(site)
-    pairs = read_pairs(data)
-    wanted = None if layers is None else parse_layers(layers)
+    chosen, chosen_site, wanted = stored_name(name, data), site_named(site), layers_or_all(layers)
+    read = read_pairs(data)
+    others: dict[str, ControlVector] = {}
+    library: Library | None = None
+    if beside or refine is not None:
+        with open_registry(registry, model) as folder:
+            others = registered_vectors(folder, model) if beside else {}
+            library = None if refine is None else fit_models.one_sae(folder, refine)
     # Every pair is read once, to fit or to measure; where all of them do both, twice.
     with (
         running_engine(model, device=device, dtype=dtype) as engine,
-        progress_bar("reading pairs", len(pairs)) as done,
+        progress_bar("reading pairs", len(read)) as done,
     ):
         vector = fit_vector(
             engine,
-            pairs,
+            read,
             name=chosen,
+            method=method.value,
+            refine=None if refine is None else {"sae": refine},
+            library=library,
+            site=chosen_site,
+            layers=wanted,
+            positions=position(positions),
+            where=where.value,
+            held_out=held_out,
+            seed=seed,
+            best=best,
+            batch=batch,
+            description=description,
+            licence=licence,
+            beside=others,
+            progress=done,
+        )
+    line = keep({chosen: vector}, output, register, registry)
+    show_fit(vector)
+    line()
+
+
+@app.command("labels")
+def labels(
+    data: Annotated[
+        Path,
+        typer.Argument(help='JSON lines: {"text": …, "label": …}, or with messages or prompt.'),
+    ],
+    name: NameOption = None,
+    only: Annotated[
+        str | None, typer.Option(help="Comma-separated labels; by default every one.")
+    ] = None,
+    model: ModelOption = DEMO_MODEL,
+    method: Annotated[
+        LabelMethodChoice, typer.Option(help="Difference of means, or logistic regression.")
+    ] = LabelMethodChoice.diffmean,
+    site: SiteOption = "resid_post",
+    layers: LayersOption = None,
+    positions: PositionsOption = "last",
+    where: WhereOption = WhereChoice.last,
+    held_out: HeldOutOption = 0.2,
+    best: BestOption = 1,
+    batch: BatchOption = 32,
+    seed: SeedOption = 0,
+    description: DescriptionOption = "",
+    licence: LicenceOption = "",
+    output: OutputOption = None,
+    register: RegisterOption = False,
+    registry: RegistryOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Fit a vector for each label, NAME-LABEL, against all others."""
+    from steer.fit import fit_labels, read_labelled
+
+    chosen, chosen_site, wanted = stored_name(name, data), site_named(site), layers_or_all(layers)
+    texts = read_labelled(data)
+    with (
+        running_engine(model, device=device, dtype=dtype) as engine,
+        progress_bar("reading texts", len(texts)) as done,
+    ):
+        found = fit_labels(
+            engine,
+            texts,
+            name=chosen,
+            labels=None if only is None else only.split(","),
             method=method.value,
             site=chosen_site,
             layers=wanted,
-            positions=positions.value,
+            positions=position(positions),
             where=where.value,
             held_out=held_out,
             seed=seed,
@@ -126,16 +247,53 @@ def fit(
             licence=licence,
             progress=done,
         )
-    if register:
-        with open_registry(registry) as folder:
-            entry, created = folder.add(chosen, vector)
-        done_line = f"{'registered' if created else 'already registered'}: {entry.id}"
-    else:
-        path = output or Path(f"{chosen}.safetensors")
-        write_file(path, vector.to_bytes())
-        done_line = f"wrote {path}"
+    line = keep({one.card.name: one for one in found.values()}, output, register, registry)
+    for vector in found.values():
+        show_fit(vector)
+    line()
+
+
+@app.command("prompts")
+def prompts(
+    name: Annotated[str, typer.Argument(help="The vector's name.")],
+    toward: Annotated[str, typer.Option(help="The prompt to lead to: a text, or JSON messages.")],
+    away: Annotated[str, typer.Option(help="The prompt to lead away from.")],
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Take texts as they are, not as a user's message.")
+    ] = False,
+    model: ModelOption = DEMO_MODEL,
+    site: SiteOption = "resid_post",
+    layers: LayersOption = None,
+    positions: PositionsOption = "last",
+    where: WhereOption = WhereChoice.last,
+    description: DescriptionOption = "",
+    licence: LicenceOption = "",
+    output: OutputOption = None,
+    register: RegisterOption = False,
+    registry: RegistryOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Fit the vector between two prompts' states."""
+    from steer.fit import fit_two_prompts
+
+    chosen, chosen_site, wanted = stored_name(name, None), site_named(site), layers_or_all(layers)
+    with running_engine(model, device=device, dtype=dtype) as engine:
+        vector = fit_two_prompts(
+            engine,
+            name=chosen,
+            toward=given_prompt(toward, plain),
+            away=given_prompt(away, plain),
+            site=chosen_site,
+            layers=wanted,
+            positions=position(positions),
+            where=where.value,
+            description=description,
+            licence=licence,
+        )
+    line = keep({chosen: vector}, output, register, registry)
     show_fit(vector)
-    out().print(done_line, highlight=False)
+    line()
 
 
 def show_fit(vector: ControlVector) -> None:
@@ -156,55 +314,3 @@ def show_fit(vector: ControlVector) -> None:
             "●" if layer in vector.card.used_layers else "",
         )
     table_out().print(table)
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
-    """`1,3` or `2-5` (both ends included) as layers; raises `SteerError`."""
-    found: list[int] = []
-    try:
-        for part in text.split(","):
-            first, dash, last = part.partition("-")
-            layers = range(int(first), int(last if dash else first) + 1)
-            found.extend(layers[:MAX_LAYERS])
-    except ValueError:
-        found = []
-    if not found:
-        raise SteerError(
-            f"{text!r} is no list of layers: write 3, or 1,3, or 2-5", code="invalid_option"
-        )
-    return tuple(sorted(set(found)))
-
-
-@contextmanager
-def file_errors(path: Path) -> Iterator[None]:
-    """Raises what goes wrong inside while writing `path` as a `SteerError`."""
-    try:
-        yield
-    except OSError as error:
-        raise SteerError(
-            f"{str(path)!r} cannot be written: {error.strerror}", code="not_written"
-        ) from error
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes `data`; raises `SteerError` where that is impossible."""
-    with file_errors(path):
-        path.write_bytes(data)
-
-
-def _name(name: str) -> str:
-    try:
-        return check_name(name)
-    except ValueError as error:
-        raise SteerError(str(error), code="invalid_name") from None
-
-
-def _site(site: str) -> Site:
-    from steer.spec import SITES
-
-    for known in SITES:
-        if known == site:
-            return known
-    raise SteerError(
-        f"{site!r} is not a site: use one of {', '.join(SITES)}", code="unsupported_site"
-    )

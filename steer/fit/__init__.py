@@ -1,6 +1,40 @@
-"""Fitting vectors from contrastive prompts, and measuring what they do."""
+"""Fitting vectors, adapters and dictionaries from data, and measuring what they do."""
 
+from steer.fit.exercises import Exercise, ExerciseSet, read_exercises
 from steer.fit.fitting import fit
+from steer.fit.labels import Labelled, LabelledSet, read_labelled
+from steer.fit.low_rank import fit_low_rank
+from steer.fit.lrc import fit_lrc
+from steer.fit.nmf import fit_nmf
+from steer.fit.one_vs_rest import fit_labels
 from steer.fit.pairs import Pair, PairSet, read_pairs
+from steer.fit.prompt import Marked
+from steer.fit.relations import Fact, RelationTable, Template, read_relations
+from steer.fit.snmf import fit_snmf
+from steer.fit.transfer import transfer
+from steer.fit.two_prompts import fit_two_prompts
 
-__all__ = ["Pair", "PairSet", "fit", "read_pairs"]
+__all__ = [
+    "Exercise",
+    "ExerciseSet",
+    "Fact",
+    "Labelled",
+    "LabelledSet",
+    "Marked",
+    "Pair",
+    "PairSet",
+    "RelationTable",
+    "Template",
+    "fit",
+    "fit_labels",
+    "fit_low_rank",
+    "fit_lrc",
+    "fit_nmf",
+    "fit_snmf",
+    "fit_two_prompts",
+    "read_exercises",
+    "read_labelled",
+    "read_pairs",
+    "read_relations",
+    "transfer",
+]

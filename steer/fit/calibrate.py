@@ -23,9 +23,9 @@ from steer.engines.plans import plans_of
 from steer.errors import SteerError
 from steer.fit.answers import Answer, Measured, Progress, answers_under, measured
 from steer.fit.divergence import BATCH, divergences
-from steer.fit.linearity import curve_straightness, r_squared
 from steer.fit.pairs import Prompt
 from steer.fit.scoring import AnswerScorer, Score, Scorer
+from steer.fit.straightness import curve_straightness, r_squared
 from steer.model_info import HookPoint
 from steer.plan import SteeringPlan
 from steer.registry.library import MemoryLibrary

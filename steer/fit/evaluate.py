@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from steer.errors import SteerError
 from steer.fit.answers import Answer, Progress, answers_under, sound
 from steer.fit.bootstrap import LEVEL, Floats, Interval, Ints, Resamples
 from steer.fit.pairs import Prompt
+from steer.fit.prompt import Marked, Messages
 from steer.fit.scoring import AnswerScorer, Scorer
 from steer.plan import SteeringPlan
 
@@ -123,6 +124,12 @@ def evaluate(
 
 def instructed(prompt: Prompt, instruction: str) -> Prompt:
     """`prompt` with the instruction in words: in the system message of a chat, before a text."""
+    if isinstance(prompt, Marked):
+        return replace(prompt, prompt=_instructed(prompt.prompt, instruction))
+    return _instructed(prompt, instruction)
+
+
+def _instructed(prompt: str | Messages, instruction: str) -> str | Messages:
     if isinstance(prompt, str):
         return f"{instruction}\n{prompt}"
     messages = [dict(message) for message in prompt]

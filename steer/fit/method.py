@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Literal, Protocol, TypeAlias
 
 from torch import Tensor
 
 from steer.fit.diffmean import DifferenceOfMeans
+from steer.fit.logistic import LogisticDirection
 from steer.fit.pca import UncentredPCA
 
-MethodName: TypeAlias = Literal["diffmean", "pca"]
+MethodName: TypeAlias = Literal["diffmean", "pca", "logistic"]
 
 
 class Method(Protocol):
-    """Takes pairs of states batch by batch, and answers with a direction at the end."""
-
-    def __init__(self, width: int) -> None: ...
+    """Takes states batch by batch, and answers with a direction at the end."""
 
     def add(self, positive: Tensor, negative: Tensor) -> None:
-        """Takes the states `[n, d]` of n pairs."""
+        """Takes states of both classes, `[n, d]` each: of n pairs, unless the method is one of
+        `UNPAIRED`."""
 
     def direction(self) -> Tensor:
         """The direction `[d]` towards the positive class; strength 1 crosses the class gap."""
@@ -30,6 +31,14 @@ class Method(Protocol):
         """Numbers in memory now."""
 
 
-METHODS: Mapping[str, type[Method]] = MappingProxyType(
-    {"diffmean": DifferenceOfMeans, "pca": UncentredPCA}
+MakeMethod: TypeAlias = Callable[[int], Method]
+
+METHODS: Mapping[str, MakeMethod] = MappingProxyType(
+    {"diffmean": DifferenceOfMeans, "pca": UncentredPCA, "logistic": LogisticDirection}
 )
+"""Methods on pairs, each made from the width of a state."""
+
+UNPAIRED: Mapping[str, MakeMethod] = MappingProxyType(
+    {"diffmean": DifferenceOfMeans, "logistic": partial(LogisticDirection, paired=False)}
+)
+"""Methods on two classes of different sizes."""

@@ -1,22 +1,20 @@
 """Contrastive prompts: the data that a vector is fitted on.
 
-A file is JSON lines, `{"positive": PROMPT, "negative": PROMPT}`, where a prompt is a text, taken
-as it is, or a list of chat messages, which the model's own chat template renders.
+A file is JSON lines, `{"positive": PROMPT, "negative": PROMPT}`, with prompts as `steer.fit.prompt`
+describes them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from steer.errors import FileFormatError, SteerError
+from steer.fit.jsonl import LineReader, check_keys, sha256_of
+from steer.fit.prompt import Messages, Prompt, parse_prompt, prompt_json, render
 
-Messages: TypeAlias = Sequence[Mapping[str, str]]
-Prompt: TypeAlias = str | Messages
+__all__ = ["Messages", "Pair", "PairSet", "Prompt", "read_pairs", "read_prompts", "render"]
 
 
 @dataclass(frozen=True)
@@ -37,11 +35,11 @@ class PairSet:
     @staticmethod
     def of(pairs: Sequence[Pair]) -> PairSet:
         """A set from memory, hashed as the file that `read_pairs` would read it from."""
-        lines = [
-            json.dumps({"positive": p.positive, "negative": p.negative}, ensure_ascii=False) + "\n"
+        values = [
+            {"positive": prompt_json(p.positive), "negative": prompt_json(p.negative)}
             for p in pairs
         ]
-        return PairSet(tuple(pairs), hashlib.sha256("".join(lines).encode()).hexdigest())
+        return PairSet(tuple(pairs), sha256_of(values))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -49,114 +47,27 @@ class PairSet:
 
 def read_pairs(path: Path) -> PairSet:
     """The pairs of a JSON lines file. Raises `FileFormatError` that names the line."""
-    data = _contents(path)
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise FileFormatError(f"{str(path)!r} is not UTF-8 text: {error}") from error
-    pairs = tuple(
-        _pair(line, f"{path}, line {number}")
-        for number, line in enumerate(text.splitlines(), start=1)
-        if line.strip()
-    )
-    if not pairs:
-        raise FileFormatError(
-            f'{str(path)!r} holds no pairs: write one {{"positive": …, "negative": …}} per line',
-            code="no_pairs",
-        )
-    return PairSet(pairs, hashlib.sha256(data).hexdigest())
+    reader = LineReader(path, "pair", '{"positive": …, "negative": …}', "invalid_pairs")
+    found = reader.read(_pair)
+    return PairSet(found.items, found.sha256)
 
 
 def read_prompts(path: Path) -> list[Prompt]:
     """Prompts to generate from: JSON lines, each a text, messages, or an object with `messages`
     (or `prompt`). Raises `FileFormatError` that names the line."""
-    prompts = []
-    for number, line in enumerate(_contents(path).decode(errors="replace").splitlines(), start=1):
-        if not line.strip():
-            continue
-        at = f"{path}, line {number}"
-        value = _json(line, at)
-        if isinstance(value, dict):
-            value = value.get("messages", value.get("prompt"))
-        prompts.append(_prompt(value, at, "a prompt"))
-    if not prompts:
-        raise FileFormatError(f"{str(path)!r} holds no prompts", code="no_prompts")
-    return prompts
+    reader = LineReader(path, "prompt", "text or list of messages", "invalid_pairs")
+    return list(reader.read(_loose_prompt).items)
 
 
-def render(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """`prompt` as tokens.
-
-    Messages go through the chat template, with the opening of an answer unless the last message is
-    the assistant's. Raises `SteerError` where the template refuses them.
-    """
-    if isinstance(prompt, str):
-        return list(tokenizer.encode(prompt))
-    answered = prompt[-1]["role"] == "assistant"
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise SteerError(
-            "the model's tokenizer has no chat template: give prompts as plain texts",
-            code="no_chat_template",
-        )
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in prompt],
-            tokenize=False,
-            add_generation_prompt=not answered,
-        )
-    except Exception as error:
-        # Templates are programs that come with the model; whatever they raise is about the data.
-        raise SteerError(
-            f"the model's chat template refuses these messages: {error}", code="invalid_messages"
-        ) from error
-    return list(tokenizer.encode(text, add_special_tokens=False))
-
-
-def _contents(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise FileFormatError(
-            f"{str(path)!r} cannot be read: {error.strerror or error}", code="no_such_file"
-        ) from error
-
-
-def _json(line: str, at: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise FileFormatError(f"{at}: not JSON: {error}", code="invalid_pairs") from error
-
-
-def _pair(line: str, at: str) -> Pair:
-    value = _json(line, at)
-    if not isinstance(value, dict) or set(value) != {"positive", "negative"}:
-        found = sorted(value) if isinstance(value, dict) else type(value).__name__
-        raise FileFormatError(
-            f"{at}: a pair is an object with exactly the keys 'positive' and 'negative'; "
-            f"got {found!r}",
-            code="invalid_pairs",
-        )
+def _pair(value: Any, at: str) -> Pair:
+    pair = check_keys(value, ("positive", "negative"), at, "pair", "invalid_pairs")
     return Pair(
-        _prompt(value["positive"], at, "'positive'"), _prompt(value["negative"], at, "'negative'")
+        parse_prompt(pair["positive"], at, "'positive'"),
+        parse_prompt(pair["negative"], at, "'negative'"),
     )
 
 
-def _prompt(value: Any, at: str, what: str) -> Prompt:
-    if isinstance(value, str) and value:
-        return value
-    if (
-        isinstance(value, list)
-        and value
-        and all(
-            isinstance(m, dict)
-            and isinstance(m.get("role"), str)
-            and isinstance(m.get("content"), str)
-            for m in value
-        )
-    ):
-        return value
-    raise FileFormatError(
-        f"{at}: {what} must be a text, or a list of messages with 'role' and 'content'",
-        code="invalid_pairs",
-    )
+def _loose_prompt(value: Any, at: str) -> Prompt:
+    if isinstance(value, dict):
+        value = value.get("messages", value.get("prompt"))
+    return parse_prompt(value, at, "a prompt")

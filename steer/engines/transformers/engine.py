@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,10 +21,12 @@ from steer.engines.base import (
     TokenEvent,
 )
 from steer.engines.checks import check_request
+from steer.engines.gradients import DifferentiableModel
 from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
 from steer.engines.transformers.batching import Batching, make_batch
 from steer.engines.transformers.blocks import find_hook_points
 from steer.engines.transformers.capture import capture_batch
+from steer.engines.transformers.gradients import differentiating
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.scheduler import Scheduler
 from steer.errors import SteerError
@@ -32,6 +34,8 @@ from steer.model_info import Capabilities, ModelInfo
 from steer.sae.architectures import SUPPORTED
 from steer.spec import KINDS
 from steer.tables import MAX_PASSES, Tables
+
+Result = TypeVar("Result")
 
 
 class TransformersEngine:
@@ -180,6 +184,16 @@ class TransformersEngine:
     def unembed(self, states: Tensor) -> Tensor:
         self.start()
         return self._scheduler.run(lambda: self._hooked.unembed(states))
+
+    def differentiate(self, work: Callable[[DifferentiableModel], Result]) -> Result:
+        """The result of `work`, run with autograd between two steps."""
+
+        def run() -> Result:
+            with differentiating(self._hooked) as model:
+                return work(model)
+
+        self.start()
+        return self._scheduler.run(run)
 
     def stats(self) -> EngineStats:
         figures = self._scheduler.figures

@@ -125,6 +125,16 @@ def test_what_the_whole_spec_says_counts_too(whole: dict[str, Any]) -> None:
     assert caught.value.code == "not_calibrated"
 
 
+def test_a_vector_that_composition_changes_is_not_the_one_that_was_calibrated() -> None:
+    asked = spec("auto", layers=[1])
+    other = {**asked["interventions"][0], "vector": "plain", "strength": 1.0}
+    both = {"interventions": [other, *asked["interventions"]]}
+    assert cache().plan(parse_spec(both)).settled_strengths
+    with pytest.raises(SteerError, match="compose") as caught:
+        cache().plan(parse_spec({**both, "compose": "orthogonal"}))
+    assert caught.value.code == "not_calibrated"
+
+
 def test_the_same_use_said_outright_is_the_same() -> None:
     plans = cache(model="org/tiny")
     outright = spec("auto", layers=[1], site="resid_post", where=LAST)

@@ -13,7 +13,8 @@ from steer.engines.base import Captured, CaptureRequest
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError
 from steer.fit import Pair, PairSet, fit
-from steer.fit.fitting import best_layers, split_pairs
+from steer.fit.card import best_layers
+from steer.fit.fitting import split_pairs
 from steer.fit.pairs import Prompt, render
 
 WORDS = [
@@ -120,6 +121,8 @@ def test_the_card_says_where_the_vector_comes_from_and_how_it_is_used(
         "resid_post",
         "sunny",
     )
+    linearity = card.provenance.pop("linearity")
+    assert set(linearity) == {"0", "1", "2"}
     assert card.provenance == {
         "method": "diffmean",
         "data_sha256": PAIRS.sha256,

@@ -96,7 +96,7 @@ def test_memory_does_not_grow_with_the_pairs() -> None:
         _, positive, negative = planted(100, noise=1.0, seed=seed)
         mean.add(positive, negative)
         pca.add(positive, negative)
-        assert mean.held_floats == WIDTH
+        assert mean.held_floats == 2 * WIDTH
         assert pca.held_floats <= 3 * WIDTH * WIDTH + WIDTH
 
 

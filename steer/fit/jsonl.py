@@ -1,0 +1,91 @@
+"""JSON lines, read one at a time: the file is never in memory, and every error names its line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from steer.errors import FileFormatError
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class DataSet(Generic[Item]):
+    """What a file holds, in order, and the hash of the file."""
+
+    items: tuple[Item, ...]
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+@dataclass
+class LineReader:
+    """Parses the lines of one file; `sha256` is of all its bytes, once they have been read.
+
+    `what` names an item in errors, `shape` shows one, `code` is the errors' stable code.
+    """
+
+    path: Path
+    what: str
+    shape: str
+    code: str
+    _hash: Any = field(default_factory=hashlib.sha256)
+
+    def read(self, parse: Callable[[Any, str], Item]) -> DataSet[Item]:
+        """Every line through `parse`, which takes the JSON value and where it stands.
+
+        Raises `FileFormatError` for a file that cannot be read, holds nothing, or has a bad line.
+        """
+        items: list[Item] = []
+        try:
+            with self.path.open("rb") as file:
+                for number, line in enumerate(file, start=1):
+                    self._hash.update(line)
+                    if line.strip():
+                        at = f"{self.path}, line {number}"
+                        items.append(parse(self._json(line, at), at))
+        except OSError as error:
+            raise FileFormatError(
+                f"{str(self.path)!r} cannot be read: {error.strerror or error}",
+                code="no_such_file",
+            ) from error
+        if not items:
+            raise FileFormatError(
+                f"{str(self.path)!r} holds no {self.what}s: write one {self.shape} per line",
+                code=f"no_{self.what}s",
+            )
+        return DataSet(tuple(items), self._hash.hexdigest())
+
+    def _json(self, line: bytes, at: str) -> Any:
+        try:
+            return json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise FileFormatError(f"{at}: not UTF-8 text: {error}", code=self.code) from error
+        except (ValueError, RecursionError) as error:
+            raise FileFormatError(f"{at}: not JSON: {error}", code=self.code) from error
+
+
+def sha256_of(values: Sequence[Any]) -> str:
+    """The hash of the file that holds `values`, one JSON value per line."""
+    found = hashlib.sha256()
+    for value in values:
+        found.update((json.dumps(value, ensure_ascii=False) + "\n").encode())
+    return found.hexdigest()
+
+
+def check_keys(value: Any, keys: Sequence[str], at: str, what: str, code: str) -> dict[str, Any]:
+    """`value` as an object with exactly `keys`; raises `FileFormatError` that lists what it has."""
+    if not isinstance(value, dict) or set(value) != set(keys):
+        found = sorted(value) if isinstance(value, dict) else type(value).__name__
+        named = ", ".join(map(repr, keys[:-1])) + f" and {keys[-1]!r}"
+        raise FileFormatError(
+            f"{at}: a {what} is an object with exactly the keys {named}; got {found!r}", code=code
+        )
+    return value

@@ -1,0 +1,118 @@
+"""States of prompts, from the serving engine, one batch at a time.
+
+Everything that is fitted reads through here, so that it works on any engine and holds no more than
+one batch of states: prompts · tokens · layers · d floats, where `tokens` is 1 for the last token or
+an index, and the longest prompt's length otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from steer.engines.base import CaptureRequest, Engine
+from steer.errors import SteerError
+from steer.fit.prompt import POSITION_NAMES, Positions, Prompt, read_positions, render
+from steer.model_info import HookPoint
+from steer.spec import Site
+
+Progress: TypeAlias = Callable[[int], None]
+"""Told of every item just done; whatever it raises ends the fit, which is how a job is
+cancelled."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which states are read: hook points of one site, at which tokens, in which batches."""
+
+    site: Site
+    layers: tuple[int, ...]
+    positions: Positions
+    batch: int
+
+    @property
+    def points(self) -> tuple[HookPoint, ...]:
+        return tuple(HookPoint(layer, self.site) for layer in self.layers)
+
+
+def make_reading(
+    engine: Engine,
+    *,
+    site: Site = "resid_post",
+    layers: Sequence[int] | None = None,
+    positions: Positions = "last",
+    batch: int = 16,
+) -> Reading:
+    """A reading, checked against the model; `layers` None is all of them. Raises `SteerError`."""
+    chosen = tuple(range(engine.info.n_layers)) if layers is None else tuple(sorted(set(layers)))
+    if batch < 1:
+        raise SteerError(f"batch ({batch!r}) must be at least 1", code="invalid_option")
+    if not chosen:
+        raise SteerError("'layers' names no layer", code="invalid_option")
+    if isinstance(positions, bool) or (
+        positions not in POSITION_NAMES and not isinstance(positions, int)
+    ):
+        raise SteerError(
+            f"{positions!r} is no position: use an index, or one of {', '.join(POSITION_NAMES)}",
+            code="invalid_option",
+        )
+    reading = Reading(site, chosen, positions, batch)
+    for point in reading.points:
+        engine.info.check_point(point)
+    return reading
+
+
+def read_rows(engine: Engine, prompts: Sequence[Prompt], reading: Reading) -> dict[int, Tensor]:
+    """One state for each prompt, `[n, width]` float32 per layer: the mean where several are
+    read."""
+    tokens = [prompt_tokens(engine, prompt) for prompt in prompts]
+    places = [
+        read_positions(engine.tokenizer, prompt, row, reading.positions)
+        for prompt, row in zip(prompts, tokens, strict=True)
+    ]
+    # One position for the whole batch is read alone; else every token is, and the rest dropped.
+    single = -1 if reading.positions == "last" else reading.positions
+    wanted = (single,) if isinstance(single, int) else None
+    captured = engine.capture(CaptureRequest(tokens, reading.points, positions=wanted))
+    rows: dict[int, Tensor] = {}
+    for point in reading.points:
+        states = [one.states[point] for one in captured]
+        if wanted is None:
+            states = [s[p.start : p.stop] for s, p in zip(states, places, strict=True)]
+        rows[point.layer] = torch.stack([state.mean(0) for state in states])
+    return rows
+
+
+def read_tokens(
+    engine: Engine, prompts: Sequence[Prompt], reading: Reading
+) -> Iterator[tuple[list[int], dict[int, Tensor]]]:
+    """For each prompt, the tokens that were read and their states `[tokens, width]` per layer."""
+    for first in range(0, len(prompts), reading.batch):
+        group = prompts[first : first + reading.batch]
+        tokens = [prompt_tokens(engine, prompt) for prompt in group]
+        captured = engine.capture(CaptureRequest(tokens, reading.points))
+        for prompt, row, one in zip(group, tokens, captured, strict=True):
+            place = read_positions(engine.tokenizer, prompt, row, reading.positions)
+            kept = {p.layer: one.states[p][place.start : place.stop] for p in reading.points}
+            yield row[place.start : place.stop], kept
+
+
+def prompt_tokens(engine: Engine, prompt: Prompt) -> list[int]:
+    """`prompt` as tokens that fit the model's context; raises `SteerError`."""
+    tokens = render(engine.tokenizer, prompt)
+    check_length(engine, tokens, prompt)
+    return tokens
+
+
+def check_length(engine: Engine, tokens: Sequence[int], prompt: Any) -> None:
+    """Raises `SteerError` unless `tokens` fit the model's context."""
+    if not 0 < len(tokens) <= engine.info.max_length:
+        raise SteerError(
+            f"a prompt has {len(tokens)} tokens and the context {engine.info.max_length}: "
+            f"shorten {str(prompt)[:60]!r}",
+            code="context_length_exceeded",
+        )
