@@ -35,7 +35,7 @@ from steer.formats.options import ImportOptions
 
 HANG_SECONDS = 20
 ADDRESS_SPACE = 16 << 30
-CONSTANT_BYTES = 32 << 20
+CONSTANT_BYTES = 8 << 20
 _OPTIONS = (
     ImportOptions(layer_offset=-1),
     ImportOptions(layer_offset=2),
