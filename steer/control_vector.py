@@ -90,6 +90,16 @@ class ControlVector:
         described = Card(**{"width": width, "layers": tuple(rows), **card})
         return ControlVector(rows, described)
 
+    @staticmethod
+    def owning(directions: Mapping[int, Tensor], **card: Any) -> ControlVector:
+        """Like `of`, but rows that are float32 and alone in their memory are kept, not copied.
+
+        Assumes: nobody else writes to them. For readers, which would hold every file twice.
+        """
+        rows = {int(layer): _own(row) for layer, row in sorted(directions.items())}
+        width = check_rows(rows.items())
+        return ControlVector(rows, Card(**{"width": width, "layers": tuple(rows), **card}))
+
     def __getitem__(self, layer: int) -> Tensor:
         try:
             return self.directions[layer]
@@ -245,6 +255,13 @@ class LowRankAdapter:
 def _copy(tensor: Tensor) -> Tensor:
     """Float32 and contiguous, as safetensors wants it."""
     return tensor.float().contiguous().clone()
+
+
+def _own(row: Tensor) -> Tensor:
+    alone = row.is_contiguous() and row.untyped_storage().nbytes() == 4 * row.numel()
+    if row.dtype == torch.float32 and row.device.type == "cpu" and alone:
+        return row.detach()
+    return row.detach().to(torch.float32, copy=True).cpu().contiguous()
 
 
 def check_rows(rows: Iterable[tuple[int, Tensor]], *, source: str = "the vector") -> int:

@@ -88,7 +88,7 @@ def _metadata(text: str) -> dict[str, Any]:
 def _vector(file: SafetensorsFile, card: Card) -> ControlVector:
     layers = {key: int(_matched(_ROW, key)[1]) for key in file.tensors}
     rows = {layers[key]: row for key, row in file.load(layers).items()}
-    vector = ControlVector.of(rows)
+    vector = ControlVector.owning(rows)
     check_card(card, vector.card)
     return ControlVector(vector.directions, card.model_copy(update={"name": ""}))
 

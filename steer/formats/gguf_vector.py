@@ -166,7 +166,7 @@ def _with_card(rows: dict[int, Tensor], text: str) -> ControlVector:
     if not isinstance(about, dict):
         raise FileFormatError("the file's card is not a JSON object", code="invalid_card")
     card = read_card(about)
-    vector = ControlVector.of(rows)
+    vector = ControlVector.owning(rows)
     check_card(card, vector.card)
     return ControlVector(vector.directions, card.model_copy(update={"name": ""}))
 

@@ -64,7 +64,7 @@ def placed(
         rows = {n: named for n, named in rows.items() if bool(named.row.any())} or rows
     blocks = shift(rows, offset)
     provenance = origin(path, format, offset, blocks, tool or options.source) | kept
-    return ControlVector.of(
+    return ControlVector.owning(
         {layer: named.row for layer, named in blocks.items()},
         site=source.site,
         provenance=provenance,

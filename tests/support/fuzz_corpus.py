@@ -34,7 +34,7 @@ from steer.sae.saelens import save_directory
 from steer.spec import InlineVector
 
 Parse = Callable[[Path, ImportOptions], Any]
-WIDTH, LARGE_WIDTH = 16, 4096
+WIDTH = 16
 UNPACKED_LIMIT = 64 << 20
 
 
@@ -85,15 +85,15 @@ def seeds() -> list[Seed]:
     ]
 
 
-def large_seeds() -> list[Seed]:
-    """32 layers of width 4096, 512 KiB as float32, by format: for the bound on memory."""
-    vector = random_vector(1, *range(1, 33), width=LARGE_WIDTH)
+def large_seeds(width: int = 4096) -> list[Seed]:
+    """32 layers, of width 4096 512 KiB as float32, by format: for the bound on memory."""
+    vector = random_vector(1, *range(1, 33), width=width)
     rows = {str(n): row for n, row in vector.directions.items()}
     arrays = {n: row.numpy() for n, row in rows.items()}
     halves = {n: row.half() for n, row in rows.items()}
     lists = {n: row.tolist() for n, row in rows.items()}
-    sae = random_sae("jumprelu", width=2048)
-    lens = _translators(8, 256)
+    sae = random_sae("jumprelu", width=width // 2)
+    lens = _translators(8, width // 16)
     return [
         Seed("large canonical", vector.to_bytes(), parse_file),
         Seed("large safetensors f16", save(halves), parse_file),

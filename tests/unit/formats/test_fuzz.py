@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from fuzz import CONSTANT_BYTES, damaged_file, read_one
+from fuzz import damaged_file, read_one
 from fuzz_corpus import Seed, large_seeds, seeds
 
 CORPUS = seeds()
@@ -23,8 +23,11 @@ def test_the_corpus_is_good_and_its_damaged_files_are_not_believed(
         assert not outcome.result.startswith("WRONG"), (number, outcome)
 
 
-def test_large_files_take_twice_their_size_in_memory(tmp_path: Path) -> None:
-    for seed in large_seeds():
+def test_large_files_take_at_most_twice_their_size_in_memory(tmp_path: Path) -> None:
+    for seed in large_seeds(width=1 << 14):
         outcome = read_one(seed, seed.data, seed.options, tmp_path)
         assert outcome.result == "read"
-        assert outcome.peak < 2 * outcome.size + CONSTANT_BYTES, outcome
+        assert outcome.size > 1 << 18
+        # Half precision becomes float32, twice as large, beside the mapped pages of the file.
+        times = 3 if "f16" in seed.name else 2
+        assert outcome.peak < times * outcome.size + (2 << 20), outcome
