@@ -49,19 +49,23 @@ class PairSet:
 
 def read_pairs(path: Path) -> PairSet:
     """The pairs of a JSON lines file. Raises `FileFormatError` that names the line."""
-    data = _contents(path)
+    return parse_pairs(_contents(path), str(path))
+
+
+def parse_pairs(data: bytes, source: str) -> PairSet:
+    """The pairs of JSON lines that are called `source` in errors. Raises `FileFormatError`."""
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        raise FileFormatError(f"{str(path)!r} is not UTF-8 text: {error}") from error
+        raise FileFormatError(f"{source!r} is not UTF-8 text: {error}") from error
     pairs = tuple(
-        _pair(line, f"{path}, line {number}")
+        _pair(line, f"{source}, line {number}")
         for number, line in enumerate(text.splitlines(), start=1)
         if line.strip()
     )
     if not pairs:
         raise FileFormatError(
-            f'{str(path)!r} holds no pairs: write one {{"positive": …, "negative": …}} per line',
+            f'{source!r} holds no pairs: write one {{"positive": …, "negative": …}} per line',
             code="no_pairs",
         )
     return PairSet(pairs, hashlib.sha256(data).hexdigest())

@@ -6,6 +6,7 @@ import hashlib
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,8 @@ from steer.registry.caches import AnswerCache, LoadedCache
 from steer.registry.catalogue import Draft
 from steer.registry.disk import disk_errors
 from steer.registry.entry import Entry, parse_ref
+from steer.registry.job_files import JobFiles
+from steer.registry.job_store import JobStore
 from steer.registry.opening import Folder, open_folder
 from steer.registry.profiles import (
     Profile,
@@ -71,6 +74,8 @@ class Registry:
         self._catalogue = folder.catalogue
         self._blobs = folder.blobs
         self._staging = folder.staging
+        self.jobs = JobStore(folder.catalogue)
+        self.job_files = JobFiles(folder.lock_file.parent / "jobs")
         self._max_upload_bytes = max_upload_bytes
         self._entries: AnswerCache[tuple[ArtefactKind, str], Entry] = AnswerCache(_CACHED_ANSWERS)
         self._profiles: AnswerCache[str, Profile] = AnswerCache(_CACHED_ANSWERS)
@@ -151,6 +156,10 @@ class Registry:
         """A file to be received piece by piece: `with registry.upload() as upload: …`."""
         self._count("upload")
         return Upload(self._staging, self._max_upload_bytes)
+
+    def scratch(self) -> AbstractContextManager[Path]:
+        """A path on the registry's disk for one file or folder, removed at the end."""
+        return self._staging.temporary()
 
     def import_file(
         self,
