@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,19 +137,29 @@ class JobRunner:
             self._threads.append(thread)
             thread.start()
 
-    def stop(self) -> None:
+    def stop(self, patience: float = 10.0) -> None:
         """Stops the running jobs at their next report; they are queued again where that is safe.
 
-        May be called twice; a runner that was stopped is not started again.
+        A job that does not report for `patience` seconds is given up: whatever it does afterwards
+        changes nothing. May be called twice; a runner that was stopped is not started again.
         """
         self._stopping.set()
         with self._lock:
             for run in self._runs.values():
                 run.told.set()
         self._post()
+        until = time.monotonic() + patience
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0.0, until - time.monotonic()))
         self._threads.clear()
+        with self._lock:
+            left = [run.claim for run in self._runs.values()]
+        for claim in left:
+            self._guarded(partial(self._give_up, claim))
+
+    def _give_up(self, claim: Claim) -> Job | None:
+        again = self.kinds[claim.kind].repeatable
+        return self.store.give_up(claim, again=again, error=_STOPPED)
 
     # Threads
 
@@ -221,7 +232,7 @@ class JobRunner:
         except JobCancelled:
             return store.finish(claim, "cancelled")
         except RunnerStopping:
-            return store.give_up(claim, again=kind.repeatable, error=_STOPPED)
+            return self._give_up(claim)
         except LeaseLost:
             log.warning("job %s was taken by another server: this one was held up", claim.job_id)
             return None

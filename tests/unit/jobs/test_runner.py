@@ -221,6 +221,23 @@ def test_stopping_interrupts_another_job(make: Make, gate: Gate) -> None:
     assert (left.state, left.error.code) == ("interrupted", "job_interrupted")
 
 
+@pytest.mark.parametrize(("repeatable", "state"), [(True, "queued"), (False, "interrupted")])
+def test_a_job_that_does_not_report_holds_up_nobody(
+    make: Make, gate: Gate, repeatable: bool, state: str
+) -> None:
+    gate.open = False
+    runner = make(counting(gate, repeatable=repeatable))
+    runner.start()
+    job = runner.submit("count", CountParams(steps=1))
+    assert gate.reached.acquire(timeout=20)
+    thread = next(one for one in runner._threads if one.name == "steer-jobs-worker")
+    runner.stop(patience=0)
+    assert runner.store.get(job.id).state == state
+    gate.allow(100)
+    thread.join(20)
+    assert runner.store.get(job.id).state == state
+
+
 def test_files_come_with_the_job_and_go_with_it(
     make: Make, gate: Gate, registry: Registry, tmp_path: Path
 ) -> None:
