@@ -13,10 +13,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import attach, engine, peers
+from benchmarks import attach, engine, jobs, peers
 from benchmarks.timing import machine
 
-SUITES = {"engine": engine.run, "attach": attach.run, "peers": peers.run}
+SUITES = {"engine": engine.run, "attach": attach.run, "peers": peers.run, "jobs": jobs.run}
+HEADINGS = {"jobs": jobs.HEADINGS}
 
 
 def main(
@@ -30,7 +31,7 @@ def main(
     console = Console(width=120)
     console.print(machine())
     for name in names or list(SUITES):
-        table = Table("measured", "tokens/s", "ratio", "aim", title=name)
+        table = Table(*HEADINGS.get(name, ("measured", "tokens/s", "ratio", "aim")), title=name)
         for row in SUITES[name](min(rounds, 3) if name == "peers" else rounds):
             table.add_row(*row)
         console.print(table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from steer.cli import fit, generate, inspecting, profiles, serve, sweep, validate, vectors
+from steer.cli import fit, generate, inspecting, jobs, profiles, serve, sweep, validate, vectors
 from steer.cli.reporting import ReportingGroup
 
 app = typer.Typer(
@@ -23,3 +23,4 @@ app.command("validate")(validate.validate)
 app.add_typer(vectors.app, name="vectors")
 app.add_typer(profiles.app, name="profiles")
 app.add_typer(inspecting.app, name="inspect")
+app.add_typer(jobs.app, name="jobs")

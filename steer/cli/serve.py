@@ -63,6 +63,15 @@ def serve(
     inline_vectors: Annotated[
         bool, typer.Option(help="Whether requests may carry vectors of their own.")
     ] = True,
+    job_workers: Annotated[
+        int, typer.Option(min=0, max=64, help="Jobs that run at a time; 0 only queues them.")
+    ] = 1,
+    job_duty: Annotated[
+        float,
+        typer.Option(
+            min=0.001, max=1.0, help="The share of the engine's time for jobs while requests run."
+        ),
+    ] = 0.05,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
@@ -74,7 +83,7 @@ def serve(
     from steer_server.serve import run
     from steer_server.settings import ServerSettings
 
-    key = _key(api_key_file)
+    key = read_key(api_key_file)
     settings = ServerSettings(
         host=host,
         port=port,
@@ -86,6 +95,8 @@ def serve(
         api_key=None if key is None else SecretStr(key),
         max_upload_bytes=max_upload_mib << 20,
         allow_inline_vectors=inline_vectors,
+        job_workers=job_workers,
+        job_duty=job_duty,
     )
     run(settings)
 
@@ -130,7 +141,8 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _key(path: Path | None) -> str | None:
+def read_key(path: Path | None) -> str | None:
+    """The key in a file; raises `SteerError` for a file without one."""
     if path is None:
         return None
     try:

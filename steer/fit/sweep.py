@@ -77,12 +77,20 @@ def dose_response(
     *,
     sampling: SamplingParams,
     examples: int = 0,
+    group: int = GROUP,
     progress: Callable[[int], None] | None = None,
 ) -> DoseResponse:
     """Measures `plan_at(strength)` for every strength. Raises `SteerError` as the engine does."""
     plans = [None, *(plan_at(strength) for strength in strengths)]
     unsteered, *measured = measure(
-        engine, prompts, plans, scorer, sampling=sampling, examples=examples, progress=progress
+        engine,
+        prompts,
+        plans,
+        scorer,
+        sampling=sampling,
+        examples=examples,
+        group=group,
+        progress=progress,
     )
     doses = tuple(
         Dose(strength, one, math.exp(one.loss - unsteered.loss))
@@ -99,11 +107,12 @@ def measure(
     *,
     sampling: SamplingParams,
     examples: int = 0,
+    group: int = GROUP,
     progress: Callable[[int], None] | None = None,
 ) -> list[Measured]:
     """What each plan does to the answers, all plans and prompts in one rolling batch.
 
-    Requests go to the engine `GROUP` at a time, which bounds memory and feeds `progress`
+    Requests go to the engine `group` at a time, which bounds memory and feeds `progress`
     with the number of answers just finished.
     """
     tokens = [tuple(render(engine.tokenizer, prompt)) for prompt in prompts]
@@ -113,11 +122,11 @@ def measure(
         for column, prompt in enumerate(tokens)
     ]
     completions: list[Completion] = []
-    for first in range(0, len(requests), GROUP):
-        group = requests[first : first + GROUP]
-        completions += engine.complete(group)
+    for first in range(0, len(requests), group):
+        together = requests[first : first + group]
+        completions += engine.complete(together)
         if progress is not None:
-            progress(len(group))
+            progress(len(together))
     count = len(tokens)
     return [
         _measured(engine, completions[row * count : (row + 1) * count], scorer, examples)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from steer.engines.base import (
 )
 from steer.jobs.limits import JobLimits
 from steer.jobs.pace import Pace
+from steer.jobs.tokenizing import PacedTokenizer
 
 T = TypeVar("T")
 
@@ -42,8 +42,7 @@ class BackgroundEngine:
     def __init__(self, engine: Engine, pace: Pace, limits: JobLimits) -> None:
         self._engine, self._pace, self._limits = engine, pace, limits
         self.info, self.capabilities = engine.info, engine.capabilities
-        # Tokenizers of Hugging Face may not be used by two threads at once.
-        self.tokenizer: Any = copy.deepcopy(engine.tokenizer)
+        self.tokenizer: Any = PacedTokenizer(engine.tokenizer, pace)
         # Some engines have to ask their workers for figures, which is not to be done in vain.
         self._tells_interludes = INTERLUDES in engine.stats().extra
 

@@ -132,6 +132,12 @@ def _run(context: JobContext, params: FitParams) -> dict[str, Any]:
     }
 
 
+def _count(params: FitParams) -> int:
+    if params.pairs is not None:
+        return len(params.pairs)
+    return sum(1 for line in (params.data or "").splitlines() if line.strip())
+
+
 def _summary(vector: ControlVector) -> dict[str, Any]:
     card = vector.card
     return {
@@ -149,7 +155,7 @@ FIT = JobKind(
     run=_run,
     check=_check,
     data=frozenset({"pairs", "data"}),
-    shown=lambda params: {"pairs": len(pairs_of(params))},
+    shown=lambda params: {"pairs": _count(params)},
     # A second run registers the same content again, which is no new version; at worst, where the
     # arithmetic differs, one more version.
     repeatable=True,

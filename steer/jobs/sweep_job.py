@@ -17,6 +17,8 @@ from steer.registry.registry import Registry
 from steer.spec import SteeringSpec, Where, parse_spec
 
 MAX_ANSWERS = 20_000
+GROUP = 16
+"""Answers between two reports."""
 
 Strength = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -98,6 +100,7 @@ def _run(context: JobContext, params: SweepParams) -> dict[str, Any]:
             logprobs=0,
         ),
         examples=params.examples,
+        group=GROUP,
         progress=context.counter(total, "answers"),
     )
     vector = context.registry.entry("vector", params.vector)
