@@ -35,7 +35,7 @@ def test_a_fit_is_asked_for_and_followed(live: str, tmp_path: Path) -> None:
     shown = json.loads(steer("show", job_id, "-u", live))
     assert (shown["id"], shown["state"]) == (job_id, "succeeded")
     rows = json.loads(steer("list", "--kind", "fit", "--json", "-u", live))
-    assert [row["id"] for row in rows][0] == job_id
+    assert rows[0]["id"] == job_id
     assert "succeeded" in steer("list", "-u", live)
     steer("delete", job_id, "-u", live)
     assert "unknown_job" in steer("show", job_id, "-u", live, code=2)
@@ -47,7 +47,7 @@ def test_what_the_server_refuses_is_said(live: str, tmp_path: Path) -> None:
     assert "layer_out_of_range" in steer("submit", "fit", params, "-u", live, code=2)
     assert "not_found" in steer("submit", "no-such-kind", params, "-u", live, code=2)
     assert "unknown_job" in steer("watch", "job-x", "-u", live, code=2)
-    assert "unknown_job" in steer("cancel", "../models", "-u", live, code=2)
+    assert "not_found" in steer("cancel", "../models", "-u", live, code=2)
     missing = steer("submit", "fit", params, "--data", tmp_path / "none", "-u", live, code=2)
     assert "no_such_file" in missing
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from counting_jobs import CountParams, Gate, Make, counting, finished
 
+from steer.registry import job_store
 from steer.registry.job_records import Claim, JobFailure, JobProgress
-from steer.registry.job_store import KEPT_EVENTS, JobDraft, JobStore
+from steer.registry.job_store import JobDraft, JobStore
 from steer.registry.registry import Registry
 
 GONE = JobFailure("job_interrupted", "gone")
@@ -167,16 +168,19 @@ def test_a_job_that_was_being_cancelled_is_cancelled(
     assert (job.state, job.error) == ("cancelled", None)
 
 
-def test_events_are_bounded_and_keep_the_states(stores: tuple[JobStore, JobStore]) -> None:
+def test_events_are_bounded_and_keep_the_states(
+    stores: tuple[JobStore, JobStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_store, "KEPT_EVENTS", 10)
     store = stores[0]
     queue(store, "job-1")
     held = claim(store, "a")
-    for done in range(KEPT_EVENTS + 50):
+    for done in range(25):
         store.progress(held, JobProgress(done, None, ""))
     store.finish(held, "succeeded", result={})
     job, events = store.events("job-1")
     numbers = [event.number for event in events]
-    assert len(events) <= KEPT_EVENTS + 3
+    assert 10 <= len(events) <= 13
     assert numbers[:2] == [1, 2]
     assert numbers[2:] == list(range(numbers[2], job.last_event + 1))
     assert [event.data["state"] for event in events if event.type == "state"] == [

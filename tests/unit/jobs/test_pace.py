@@ -90,9 +90,9 @@ def test_nobody_rests_without_load() -> None:
 def test_a_rest_ends_when_the_load_has_been_gone_for_a_while() -> None:
     time = Time()
     time.load, time.loads = 1, [1, 1, 0, 1, 0]
-    pace = time.pace(0.01, quiet=0.3)
+    pace = time.pace(0.01, quiet=0.28)
     pace.rest(10.0)  # 990 s are due
-    # The last load is seen after the fourth slice of 0.05 s; 0.3 s later it is quiet.
+    # The last load is seen after the fourth slice of 0.05 s; six slices later it is quiet.
     assert time.now == pytest.approx(0.2 + 0.3)
     assert not pace.busy
 
