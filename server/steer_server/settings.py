@@ -43,7 +43,7 @@ class ServerSettings(BaseModel):
     job_workers: int = Field(default=1, ge=0, le=64)
     job_queue: int = Field(default=16, ge=1)
     jobs_kept: int = Field(default=200, ge=1)
-    job_duty: float = Field(default=0.05, gt=0, le=1)
+    job_duty: float = Field(default=0.03, gt=0, le=1)
 
     @property
     def job_limits(self) -> JobLimits:

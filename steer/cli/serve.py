@@ -71,7 +71,7 @@ def serve(
         typer.Option(
             min=0.001, max=1.0, help="The share of the engine's time for jobs while requests run."
         ),
-    ] = 0.05,
+    ] = 0.03,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:

@@ -30,7 +30,7 @@ class JobLimits:
     attempts: int = 3
     progress_seconds: float = 1.0
     poll_seconds: float = 5.0
-    duty: float = 0.05
+    duty: float = 0.03
     busy_tokens: int = 64
     busy_sequences: int = 1
     idle_tokens: int = 1024

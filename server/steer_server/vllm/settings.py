@@ -15,7 +15,7 @@ cache; what concerns HTTP alone does not belong there.
 | `STEER_JOB_WORKERS` | How many jobs each API server runs at a time | 1 |
 | `STEER_JOB_QUEUE` | How many more may wait | 16 |
 | `STEER_JOBS_KEPT` | How many finished jobs are remembered | 200 |
-| `STEER_JOB_DUTY` | The share of the engine's time that jobs take while requests run | 0.05 |
+| `STEER_JOB_DUTY` | The share of the engine's time that jobs take while requests run | 0.03 |
 """
 
 from __future__ import annotations
