@@ -13,11 +13,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import attach, engine, peers, upload
+from benchmarks import attach, engine, jobs, peers, upload
 from benchmarks.timing import machine
 
-SUITES = {"engine": engine.run, "attach": attach.run, "peers": peers.run, "upload": upload.run}
-UNITS = {"upload": "milliseconds"}
+SUITES = {
+    "engine": engine.run,
+    "attach": attach.run,
+    "peers": peers.run,
+    "upload": upload.run,
+    "jobs": jobs.run,
+}
+PLAIN = ("measured", "tokens/s", "ratio", "aim")
+HEADINGS = {"jobs": jobs.HEADINGS, "upload": ("measured", "milliseconds", "ratio", "aim")}
 
 
 def main(
@@ -31,7 +38,7 @@ def main(
     console = Console(width=120)
     console.print(machine())
     for name in names or list(SUITES):
-        table = Table("measured", UNITS.get(name, "tokens/s"), "ratio", "aim", title=name)
+        table = Table(*HEADINGS.get(name, PLAIN), title=name)
         for row in SUITES[name](min(rounds, 3) if name == "peers" else rounds):
             table.add_row(*row)
         console.print(table)

@@ -18,6 +18,8 @@ from steer_server import (
     features,
     health,
     inspect_routes,
+    job_requests,
+    jobs,
     models,
     openai_errors,
     profiles,
@@ -29,11 +31,12 @@ from steer_server.body_limit import BodyLimit
 from steer_server.settings import MIB, ServerSettings
 from steer_server.state import assemble
 
-_ARTEFACTS = (
+_UPLOADS = (
     "/v1/steering/vectors",
     "/v1/steering/saes",
     "/v1/steering/adapters",
     "/v1/steering/lenses",
+    "/v1/steering/import",
 )
 
 
@@ -52,6 +55,8 @@ def routers() -> list[APIRouter]:
         profiles.router,
         validate.router,
         inspect_routes.router,
+        job_requests.router,
+        jobs.router,
         health.router,
     ]
 
@@ -60,11 +65,14 @@ def create_app(engine: Engine, registry: Registry, settings: ServerSettings) -> 
     """The application. It starts the engine when it starts, and stops it when it stops."""
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        jobs = app.state.steer.jobs
         await to_thread.run_sync(engine.start)
         try:
+            await to_thread.run_sync(jobs.start)
             yield
         finally:
+            await to_thread.run_sync(jobs.stop)
             await to_thread.run_sync(engine.stop)
 
     app = FastAPI(
@@ -85,7 +93,7 @@ def create_app(engine: Engine, registry: Registry, settings: ServerSettings) -> 
 
 def _body_limit(settings: ServerSettings, path: str) -> int:
     # An upload's own limit is on its files; a little more is needed for what is around them.
-    if path.rstrip("/") in _ARTEFACTS:
+    if path.rstrip("/") in _UPLOADS:
         return settings.max_upload_bytes + MIB
     return settings.max_body_bytes
 

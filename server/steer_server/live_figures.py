@@ -28,6 +28,15 @@ class LiveFigures(Collector):
         yield _counter("steer_plan_cache_hits", "Plans found compiled", plans.hits)
         yield _counter("steer_plan_cache_misses", "Plans that had to be compiled", plans.misses)
         yield from self._of_registry()
+        yield self._of_jobs()
+
+    def _of_jobs(self) -> Metric:
+        held = GaugeMetricFamily(
+            "steer_jobs", "Jobs in the registry's catalogue", labels=["kind", "state"]
+        )
+        for (kind, state), count in sorted(self._registry.jobs.counts().items()):
+            held.add_metric([kind, state], count)
+        return held
 
     def _of_engine(self) -> Iterator[Metric]:
         stats = self._engine.stats()

@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from steer.engines.base import Engine, Receipt
 from steer.plan_cache import PlanCache
+from steer.registry.job_records import Job
 from steer.registry.registry import Registry
 from steer_server.live_figures import LiveFigures
 
@@ -23,6 +24,7 @@ OTHER = "other"
 NONE = "none"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+_JOB_SECONDS = (1, 5, 15, 60, 300, 900, 3600, 14400)
 _STRENGTHS = (-8, -4, -2, -1, -0.5, -0.25, 0, 0.25, 0.5, 1, 2, 4, 8, 16)
 _SIZES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1, 2)
 
@@ -101,6 +103,19 @@ class Metrics:
         self.plan_compile = Histogram(
             "steer_plan_compile_seconds", "Compiling one plan", buckets=_SECONDS, registry=own
         )
+        self.jobs_ended = Counter(
+            "steer_jobs_ended",
+            "Jobs that this server ended, by kind and final state",
+            ("kind", "state"),
+            registry=own,
+        )
+        self.job_duration = Histogram(
+            "steer_job_duration_seconds",
+            "How long a job ran here",
+            ("kind",),
+            buckets=_JOB_SECONDS,
+            registry=own,
+        )
 
     def watch(self, engine: Engine, plans: PlanCache, artefacts: Registry) -> None:
         """Adds the live figures of the parts, read whenever metrics are asked for."""
@@ -125,6 +140,12 @@ class Metrics:
             self.requests.labels(label, outcome).inc()
             for vector in vectors:
                 self.vector_requests.labels(self._vectors.label(vector), outcome).inc()
+
+    def job(self, job: Job, seconds: float) -> None:
+        """Counts a job that ended here; one that was cancelled in the queue did not run."""
+        self.jobs_ended.labels(job.kind, job.state).inc()
+        if job.started_at is not None:
+            self.job_duration.labels(job.kind).observe(seconds)
 
     def receipt(self, receipt: Receipt) -> None:
         """Counts what one finished sequence's receipt says."""

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
+from steer.jobs.limits import JobLimits
+
 MIB = 1 << 20
 
 
@@ -18,6 +20,9 @@ class ServerSettings(BaseModel):
     the share of steered requests whose edit sizes are measured for the metrics, besides those that
     ask for it. `metric_names` bounds how many vectors and profiles get a label of their own.
     `strength_limit` says what happens to a strength outside its vector's calibrated range.
+    `job_workers` jobs run at a time (0: this server only queues them), `job_queue` more may wait,
+    `jobs_kept` finished ones are remembered; while requests run, jobs take the share `job_duty` of
+    the engine's time.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,6 +45,20 @@ class ServerSettings(BaseModel):
     plan_cache_size: int = Field(default=1024, ge=1)
     strength_limit: Literal["off", "refuse", "cap"] = "off"
     drain_seconds: int = Field(default=10, ge=0)
+    job_workers: int = Field(default=1, ge=0, le=64)
+    job_queue: int = Field(default=16, ge=1)
+    jobs_kept: int = Field(default=200, ge=1)
+    job_duty: float = Field(default=0.03, gt=0, le=1)
+
+    @property
+    def job_limits(self) -> JobLimits:
+        """What jobs may take of this server."""
+        return JobLimits(
+            workers=self.job_workers,
+            queue=self.job_queue,
+            keep=self.jobs_kept,
+            duty=self.job_duty,
+        )
 
     @property
     def catalogue_url(self) -> str | None:

@@ -7,6 +7,7 @@ The routers know nothing else about the application they are mounted on: whoever
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from fastapi import Depends, Request
 
 from steer.engines.base import Engine
 from steer.engines.plans import plans_of
+from steer.jobs import JobRunner, builtin_kinds
 from steer.plan_cache import PlanCache
 from steer.registry.registry import Registry
 from steer_server.metrics import Metrics
@@ -29,6 +31,8 @@ class Serving:
     settings: ServerSettings
     plans: PlanCache
     metrics: Metrics
+    jobs: JobRunner
+    """Not running yet when it is made: whoever mounts the routes starts and stops it."""
     started: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -37,8 +41,17 @@ class Serving:
         return self.settings.served_name or self.engine.info.name
 
 
-def assemble(engine: Engine, registry: Registry, settings: ServerSettings) -> Serving:
-    """Joins the parts: a plan cache over the registry, and metrics over all of them."""
+def assemble(
+    engine: Engine,
+    registry: Registry,
+    settings: ServerSettings,
+    *,
+    load: Callable[[], int] | None = None,
+) -> Serving:
+    """Joins the parts: a plan cache over the registry, jobs, and metrics over all of them.
+
+    `load` counts the sequences that run or wait, where the engine's own figures do not.
+    """
     metrics = Metrics(name_limit=settings.metric_names)
     plans = plans_of(
         engine,
@@ -47,8 +60,11 @@ def assemble(engine: Engine, registry: Registry, settings: ServerSettings) -> Se
         observe_compile=metrics.plan_compile.observe,
         strength_limit=settings.strength_limit,
     )
+    jobs = JobRunner(
+        engine, registry, builtin_kinds(), settings.job_limits, load=load, ended=metrics.job
+    )
     metrics.watch(engine, plans, registry)
-    return Serving(engine, registry, settings, plans, metrics)
+    return Serving(engine, registry, settings, plans, metrics, jobs)
 
 
 def _of_request(request: Request) -> Serving:

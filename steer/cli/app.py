@@ -10,6 +10,7 @@ from steer.cli import (
     fit,
     generate,
     inspecting,
+    jobs,
     names,
     profiles,
     registry,
@@ -41,3 +42,4 @@ app.add_typer(registry.app, name="registry")
 app.add_typer(names.aliases, name="aliases")
 app.add_typer(names.tags, name="tags")
 app.add_typer(inspecting.app, name="inspect")
+app.add_typer(jobs.app, name="jobs")

@@ -78,6 +78,15 @@ def serve(
             help="What happens to strengths outside a vector's calibrated range.",
         ),
     ] = StrengthLimitChoice.off,
+    job_workers: Annotated[
+        int, typer.Option(min=0, max=64, help="Jobs that run at a time; 0 only queues them.")
+    ] = 1,
+    job_duty: Annotated[
+        float,
+        typer.Option(
+            min=0.001, max=1.0, help="The share of the engine's time for jobs while requests run."
+        ),
+    ] = 0.03,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
@@ -90,7 +99,7 @@ def serve(
     from steer_server.serve import run
     from steer_server.settings import ServerSettings
 
-    key, catalogue = _key(api_key_file), chosen_catalogue(os.environ)
+    key, catalogue = read_key(api_key_file), chosen_catalogue(os.environ)
     settings = ServerSettings(
         host=host,
         port=port,
@@ -104,6 +113,8 @@ def serve(
         max_upload_bytes=max_upload_mib << 20,
         allow_inline_vectors=inline_vectors,
         strength_limit=strength_limit.value,
+        job_workers=job_workers,
+        job_duty=job_duty,
     )
     run(settings)
 
@@ -148,7 +159,8 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _key(path: Path | None) -> str | None:
+def read_key(path: Path | None) -> str | None:
+    """The key in a file; raises `SteerError` for a file without one."""
     if path is None:
         return None
     try:

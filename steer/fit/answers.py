@@ -55,11 +55,12 @@ def answers_under(
     scorer: AnswerScorer | Scorer,
     *,
     sampling: SamplingParams,
+    group: int = GROUP,
     progress: Progress | None = None,
 ) -> list[tuple[Answer, ...]]:
     """The scored answers to `prompts[n]` under `plans[n]`, for each n.
 
-    Requests go to the engine `GROUP` at a time, which bounds memory and feeds `progress` with the
+    Requests go to the engine `group` at a time, which bounds memory and feeds `progress` with the
     number of answers just finished; what `progress` raises ends the work. `sampling` should ask
     for log-probabilities (`logprobs=0`), or there are no losses.
     """
@@ -69,11 +70,11 @@ def answers_under(
         for column, tokens in enumerate(tuple(render(engine.tokenizer, one)) for one in asked)
     ]
     completions: list[Completion] = []
-    for first in range(0, len(requests), GROUP):
-        group = requests[first : first + GROUP]
-        completions += engine.complete(group)
+    for first in range(0, len(requests), group):
+        together = requests[first : first + group]
+        completions += engine.complete(together)
         if progress is not None:
-            progress(len(group))
+            progress(len(together))
     texts = [
         str(engine.tokenizer.decode(list(one.tokens), skip_special_tokens=True))
         for one in completions

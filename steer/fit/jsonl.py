@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -43,19 +43,25 @@ class LineReader:
 
         Raises `FileFormatError` for a file that cannot be read, holds nothing, or has a bad line.
         """
-        items: list[Item] = []
         try:
             with self.path.open("rb") as file:
-                for number, line in enumerate(file, start=1):
-                    self._hash.update(line)
-                    if line.strip():
-                        at = f"{self.path}, line {number}"
-                        items.append(parse(self._json(line, at), at))
+                return self.read_lines(file, parse)
         except OSError as error:
             raise FileFormatError(
                 f"{str(self.path)!r} cannot be read: {error.strerror or error}",
                 code="no_such_file",
             ) from error
+
+    def read_lines(
+        self, lines: Iterable[bytes], parse: Callable[[Any, str], Item]
+    ) -> DataSet[Item]:
+        """Lines that are already here; `path` only names them in errors."""
+        items: list[Item] = []
+        for number, line in enumerate(lines, start=1):
+            self._hash.update(line)
+            if line.strip():
+                at = f"{self.path}, line {number}"
+                items.append(parse(self._json(line, at), at))
         if not items:
             raise FileFormatError(
                 f"{str(self.path)!r} holds no {self.what}s: write one {self.shape} per line",

@@ -6,6 +6,7 @@ describes them.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +48,19 @@ class PairSet:
 
 def read_pairs(path: Path) -> PairSet:
     """The pairs of a JSON lines file. Raises `FileFormatError` that names the line."""
-    reader = LineReader(path, "pair", '{"positive": …, "negative": …}', "invalid_pairs")
+    reader = _reader(path)
     found = reader.read(_pair)
     return PairSet(found.items, found.sha256)
+
+
+def parse_pairs(data: bytes, source: str) -> PairSet:
+    """The pairs of JSON lines that are called `source` in errors. Raises `FileFormatError`."""
+    found = _reader(Path(source)).read_lines(io.BytesIO(data), _pair)
+    return PairSet(found.items, found.sha256)
+
+
+def _reader(path: Path) -> LineReader:
+    return LineReader(path, "pair", '{"positive": …, "negative": …}', "invalid_pairs")
 
 
 def read_prompts(path: Path) -> list[Prompt]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from steer.engines.base import Engine, SamplingParams
-from steer.fit.answers import Measured, answers_under, measured
+from steer.fit.answers import GROUP, Measured, answers_under, measured
 from steer.fit.pairs import Prompt
 from steer.fit.scoring import AnswerScorer, Scorer
 from steer.plan import SteeringPlan
@@ -58,12 +58,20 @@ def dose_response(
     *,
     sampling: SamplingParams,
     examples: int = 0,
+    group: int = GROUP,
     progress: Callable[[int], None] | None = None,
 ) -> DoseResponse:
     """Measures `plan_at(strength)` for every strength. Raises `SteerError` as the engine does."""
     plans = [None, *(plan_at(strength) for strength in strengths)]
     unsteered, *steered = measure(
-        engine, prompts, plans, scorer, sampling=sampling, examples=examples, progress=progress
+        engine,
+        prompts,
+        plans,
+        scorer,
+        sampling=sampling,
+        examples=examples,
+        group=group,
+        progress=progress,
     )
     doses = tuple(
         Dose(strength, one, math.exp(one.loss - unsteered.loss))
@@ -80,13 +88,21 @@ def measure(
     *,
     sampling: SamplingParams,
     examples: int = 0,
+    group: int = GROUP,
     progress: Callable[[int], None] | None = None,
 ) -> list[Measured]:
     """What each plan does to the answers, all plans and prompts in one rolling batch.
 
-    `progress` is told how many answers were just finished.
+    Requests go to the engine `group` at a time; `progress` is told how many answers were just
+    finished.
     """
     every = answers_under(
-        engine, [prompts] * len(plans), plans, scorer, sampling=sampling, progress=progress
+        engine,
+        [prompts] * len(plans),
+        plans,
+        scorer,
+        sampling=sampling,
+        group=group,
+        progress=progress,
     )
     return [measured(answers, examples=examples) for answers in every]

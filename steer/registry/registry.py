@@ -6,6 +6,7 @@ import hashlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,8 @@ from steer.registry.catalogue import Draft
 from steer.registry.disk import disk_errors
 from steer.registry.entry import Entry, parse_ref
 from steer.registry.garbage import GRACE_SECONDS, Garbage, collect
+from steer.registry.job_files import JobFiles
+from steer.registry.job_store import JobStore
 from steer.registry.listing import Search, found_entries
 from steer.registry.location import locate
 from steer.registry.merging import Imported
@@ -78,6 +81,8 @@ class Registry:
         self._blobs = parts.blobs
         self._leases = parts.leases
         self._staging = parts.staging
+        self.jobs = JobStore(parts.catalogue)
+        self.job_files = JobFiles(parts.location.work / "jobs")
         self._max_upload_bytes = max_upload_bytes
         self._entries: AnswerCache[tuple[ArtefactKind, str], Entry] = AnswerCache(_CACHED_ANSWERS)
         self._profiles: AnswerCache[str, Profile] = AnswerCache(_CACHED_ANSWERS)
@@ -164,6 +169,10 @@ class Registry:
         """A file to be received piece by piece: `with registry.upload() as upload: …`."""
         self._count("upload")
         return Upload(self._staging, self._max_upload_bytes)
+
+    def scratch(self) -> AbstractContextManager[Path]:
+        """A path on the registry's disk for one file or folder, removed at the end."""
+        return self._staging.temporary()
 
     def import_file(
         self,

@@ -18,7 +18,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-HEAD = "0002"
+HEAD = "0003"
 """The newest migration."""
 
 # Names sort by code point everywhere; PostgreSQL would otherwise ask the machine's locale.

@@ -526,3 +526,28 @@ def test_vectors_may_be_in_the_request(http: httpx.Client) -> None:
     found = http.post("/v1/chat/completions", json=body(steering=spec)).json()
     assert found["choices"][0]["message"]["content"] == FRENCH_ANSWER
     assert fed(found["steering"]) == found["usage"]["total_tokens"] - 1
+
+
+# Jobs
+
+
+def test_a_vector_is_fitted_while_it_serves(http: httpx.Client, ask: Callable[..., Any]) -> None:
+    pairs = [
+        {
+            "positive": [{"role": "user", "content": f"Réponds en français : {n} ?"}],
+            "negative": [{"role": "user", "content": f"Answer in English: {n}?"}],
+        }
+        for n in range(8)
+    ]
+    asked = http.post("/v1/steering/fit", json={"name": "fitted", "pairs": pairs, "layers": [2]})
+    assert asked.status_code == 202, asked.text
+    with http.stream("GET", f"/v1/jobs/{asked.json()['id']}/events") as response:
+        lines = [line for line in response.iter_lines() if line.startswith("data: ")]
+    job = json.loads(lines[-1].removeprefix("data: "))
+    assert (job["state"], job["error"]) == ("succeeded", None)
+    gap = job["result"]["measures"]["2"]
+    assert gap["positive"] > gap["negative"]
+    spec = {"interventions": [{"kind": "add", "vector": job["result"]["vector"]}]}
+    assert ask(steering=spec).model_extra["steering"]["tokens_steered"] > 0
+    listed = http.get("/v1/jobs", params={"kind": "fit"}).json()["data"]
+    assert [one["id"] for one in listed] == [job["id"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 from collections.abc import Mapping
 from functools import partial
@@ -16,7 +17,16 @@ from starlette.routing import BaseRoute
 from steer.engines.vllm.engine import VllmEngine
 from steer.errors import Unsupported
 from steer.registry.registry import Registry
-from steer_server import aliases, features, inspect_routes, profiles, shipped, validate
+from steer_server import (
+    aliases,
+    features,
+    inspect_routes,
+    job_requests,
+    jobs,
+    profiles,
+    shipped,
+    validate,
+)
 from steer_server.artefacts import artefact_router
 from steer_server.settings import ServerSettings
 from steer_server.state import assemble
@@ -41,6 +51,8 @@ def routers() -> list[APIRouter]:
         profiles.router,
         validate.router,
         inspect_routes.router,
+        job_requests.router,
+        jobs.router,
     ]
 
 
@@ -77,11 +89,18 @@ async def serve(client: Any, state: Any, environment: Mapping[str, str]) -> None
         vllm_config=client.vllm_config,
     )
     engine = await VllmEngine.of_client(plain, copy.deepcopy(client.get_tokenizer()))
-    state.steer = assemble(engine, registry, settings)
+    # vLLM's requests are its own: Steer's figures count those that are steered or read.
+    load = client.output_processor.get_num_unfinished_requests
+    state.steer = assemble(engine, registry, settings, load=load)
     state.steer_watch = Watch(
         client, state.steer.metrics, partial(order_text, state.steer, engine.desk)
     )
     expose(state.steer.metrics.registry)
+    # A worker's first call waits for this loop, so that it is started from another thread.
+    await to_thread.run_sync(state.steer.jobs.start)
+    # vLLM's server has no hook at its end. By then this loop is gone, and a job in the middle of a
+    # call would not come back: it is queued again for the next server.
+    atexit.register(state.steer.jobs.stop, patience=0.0)
 
 
 def _registry(settings: ServerSettings) -> Registry:

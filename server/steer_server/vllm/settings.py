@@ -14,6 +14,10 @@ cache; what concerns HTTP alone does not belong there.
 | `STEER_METRIC_NAMES` | How many vectors and profiles get a label of their own | 200 |
 | `STEER_PLAN_CACHE_SIZE` | How many compiled plans are kept | 1024 |
 | `STEER_STRENGTH_LIMIT` | `refuse` or `cap` strengths outside the calibrated range | `off` |
+| `STEER_JOB_WORKERS` | How many jobs each API server runs at a time | 1 |
+| `STEER_JOB_QUEUE` | How many more may wait | 16 |
+| `STEER_JOBS_KEPT` | How many finished jobs are remembered | 200 |
+| `STEER_JOB_DUTY` | The share of the engine's time that jobs take while requests run | 0.03 |
 """
 
 from __future__ import annotations
@@ -36,6 +40,10 @@ _FIELDS = (
     "metric_names",
     "plan_cache_size",
     "strength_limit",
+    "job_workers",
+    "job_queue",
+    "jobs_kept",
+    "job_duty",
 )
 VARIABLES = {name: PREFIX + name.upper() for name in _FIELDS}
 """The environment variable of each setting."""

@@ -203,6 +203,7 @@ class TransformersEngine:
             requests_running=figures.running,
             requests_waiting=figures.waiting,
             slot_waits=figures.slot_waits,
+            extra={"interlude_seconds": figures.interlude_seconds},
         )
 
     def _mailbox(self) -> Mailbox:

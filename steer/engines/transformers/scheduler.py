@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeVar
 
 import torch
@@ -56,6 +58,8 @@ class Figures:
     slot_waits: int = 0
     waiting: int = 0
     running: int = 0
+    interlude_seconds: float = 0.0
+    """Time of the thread that went into `Scheduler.run`: captures, inspection, background jobs."""
 
 
 class Scheduler:
@@ -101,11 +105,16 @@ class Scheduler:
         future: Future[Result] = Future()
 
         def work() -> None:
+            started = time.perf_counter()
+            answer: Callable[[], None]
             try:
                 self._batch.lend()
-                future.set_result(job())
+                answer = partial(future.set_result, job())
             except BaseException as error:
-                future.set_exception(error)
+                answer = partial(future.set_exception, error)
+            # Before the answer: who gets it may ask at once what it took.
+            self.figures.interlude_seconds += time.perf_counter() - started
+            answer()
 
         self._send(work)
         return future.result()
