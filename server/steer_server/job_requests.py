@@ -13,6 +13,8 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, ValidationError
 
 from steer.errors import SteerError, TooLarge
+from steer.jobs.calibrate_job import CalibrateParams
+from steer.jobs.evaluate_job import EvaluateParams
 from steer.jobs.fit_job import FitParams
 from steer.jobs.import_job import UPLOAD, ImportParams
 from steer.jobs.sweep_job import SweepParams
@@ -47,9 +49,23 @@ def sweep(body: SweepParams, serving: ServingDep) -> Response:
     return _accepted(serving.jobs.submit("sweep", body))
 
 
+@router.post("/calibrate", status_code=202, responses=_ACCEPTED, dependencies=_JSON)
+def calibrate(body: CalibrateParams, serving: ServingDep) -> Response:
+    """Measures what each strength of a vector does, and registers the calibrated version."""
+    return _accepted(serving.jobs.submit("calibrate", body))
+
+
+@router.post("/evaluate", status_code=202, responses=_ACCEPTED, dependencies=_JSON)
+def evaluate(body: EvaluateParams, serving: ServingDep) -> Response:
+    """Compares ways to steer, with asking in words beside them."""
+    return _accepted(serving.jobs.submit("evaluate", body))
+
+
 _FIELDS = {
     "name": {"type": "string"},
-    "artefact": {"enum": ["vector", "sae", "low_rank"]},
+    "artefact": {"enum": ["vector", "sae", "low_rank", "lens"]},
+    "from": {"type": "string"},
+    "position": {"type": "integer"},
     "layer_offset": {"type": "integer"},
     "strength": {"type": "number"},
     "description": {"type": "string"},

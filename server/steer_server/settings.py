@@ -22,7 +22,7 @@ class ServerSettings(BaseModel):
     `strength_limit` says what happens to a strength outside its vector's calibrated range.
     `job_workers` jobs run at a time (0: this server only queues them), `job_queue` more may wait,
     `jobs_kept` finished ones are remembered; while requests run, jobs take the share `job_duty` of
-    the engine's time.
+    the engine's time. `hub_imports` is whether clients may have artefacts fetched from the hub.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,6 +49,7 @@ class ServerSettings(BaseModel):
     job_queue: int = Field(default=16, ge=1)
     jobs_kept: int = Field(default=200, ge=1)
     job_duty: float = Field(default=0.03, gt=0, le=1)
+    hub_imports: bool = True
 
     @property
     def job_limits(self) -> JobLimits:

@@ -15,7 +15,7 @@ from fastapi import Depends, Request
 
 from steer.engines.base import Engine
 from steer.engines.plans import plans_of
-from steer.jobs import JobRunner, builtin_kinds
+from steer.jobs import HUB, JobRunner, builtin_kinds
 from steer.plan_cache import PlanCache
 from steer.registry.registry import Registry
 from steer_server.metrics import Metrics
@@ -61,7 +61,12 @@ def assemble(
         strength_limit=settings.strength_limit,
     )
     jobs = JobRunner(
-        engine, registry, builtin_kinds(), settings.job_limits, load=load, ended=metrics.job
+        engine,
+        registry,
+        builtin_kinds(HUB if settings.hub_imports else {}),
+        settings.job_limits,
+        load=load,
+        ended=metrics.job,
     )
     metrics.watch(engine, plans, registry)
     return Serving(engine, registry, settings, plans, metrics, jobs)

@@ -21,9 +21,10 @@ from steer.control_vector import ControlVector
 from steer.engines.base import Engine, SamplingParams
 from steer.engines.plans import plans_of
 from steer.errors import SteerError
-from steer.fit.answers import Answer, Measured, Progress, answers_under, measured
+from steer.fit.answers import GROUP, Answer, Measured, Progress, answers_under, measured
 from steer.fit.divergence import BATCH, divergences
 from steer.fit.pairs import Prompt
+from steer.fit.prompt import prompt_json
 from steer.fit.scoring import AnswerScorer, Score, Scorer
 from steer.fit.straightness import curve_straightness, r_squared
 from steer.model_info import HookPoint
@@ -85,6 +86,7 @@ def calibrate(
     seed: int = 0,
     batch: int = BATCH,
     examples: int = 1,
+    group: int = GROUP,
     progress: Progress | None = None,
 ) -> CalibratedVector:
     """Measures `vector` on `prompts` at every strength, and finds its calibrated range.
@@ -108,6 +110,7 @@ def calibrate(
         [None, *plans],
         scorer or _unscored,
         sampling=sampling,
+        group=group,
         progress=progress,
     )
     kl = divergences(engine, everything[0], plans, batch=batch, progress=progress).mean(1).tolist()
@@ -141,6 +144,18 @@ def calibrate(
     )
 
 
+def check_use(
+    engine: Engine,
+    vector: ControlVector,
+    *,
+    strengths: Sequence[float] | None = None,
+    layers: Sequence[int] | None = None,
+    where: Where | None = None,
+) -> None:
+    """Raises at once what `calibrate` would raise about how the vector is to be used."""
+    _plans(engine, vector, _grid(vector, strengths)[:1], layers, where)
+
+
 def steps_of(prompts: Sequence[Prompt], strengths: Sequence[float] | None = None) -> int:
     """How much `calibrate` tells `progress` of: every answer, and every answer read again."""
     return len(prompts) * (2 + len(GRID if strengths is None else set(strengths)))
@@ -148,7 +163,10 @@ def steps_of(prompts: Sequence[Prompt], strengths: Sequence[float] | None = None
 
 def prompts_sha256(prompts: Sequence[Prompt]) -> str:
     """The hash of the prompts as JSON lines."""
-    lines = [json.dumps(prompt, ensure_ascii=False, sort_keys=True) + "\n" for prompt in prompts]
+    lines = [
+        json.dumps(prompt_json(prompt), ensure_ascii=False, sort_keys=True) + "\n"
+        for prompt in prompts
+    ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from steer.control_vector import Card
 from steer.engines.base import Engine, SamplingParams
 from steer.errors import SteerError
-from steer.fit.answers import Answer, Progress, answers_under, sound
+from steer.fit.answers import GROUP, Answer, Progress, answers_under, sound
 from steer.fit.bootstrap import LEVEL, Floats, Interval, Ints, Resamples
 from steer.fit.pairs import Prompt
 from steer.fit.prompt import Marked, Messages
@@ -93,6 +93,7 @@ def evaluate(
     seed: int = 0,
     resamples: int = 2000,
     examples: int = 1,
+    group: int = GROUP,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Compares `methods` on `prompts`, the prompt-only baseline always among them.
@@ -110,6 +111,7 @@ def evaluate(
         [None, None, *(method.plan for method in methods)],
         scorer,
         sampling=sampling,
+        group=group,
         progress=progress,
     )
     draws = Resamples.draw(len(prompts), resamples=resamples, seed=seed)

@@ -5,8 +5,8 @@ jobs from the registry's catalogue and runs them in threads of this process; see
 """
 
 from steer.jobs.kind import JobContext, JobKind
-from steer.jobs.kinds import builtin_kinds
+from steer.jobs.kinds import HUB, builtin_kinds
 from steer.jobs.limits import JobLimits
 from steer.jobs.runner import JobRunner
 
-__all__ = ["JobContext", "JobKind", "JobLimits", "JobRunner", "builtin_kinds"]
+__all__ = ["HUB", "JobContext", "JobKind", "JobLimits", "JobRunner", "builtin_kinds"]

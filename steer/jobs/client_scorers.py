@@ -9,7 +9,8 @@ from __future__ import annotations
 import regex
 
 from steer.errors import SteerError, Unsupported
-from steer.fit.scoring import Score, Scorer, words_scorer
+from steer.fit.scorers import FindVector, parse_scorer
+from steer.fit.scoring import AnswerScorer, Score, Scorer, words_scorer
 
 MATCH_SECONDS = 0.1
 """The time that one expression may take on one text."""
@@ -17,14 +18,21 @@ MATCH_SECONDS = 0.1
 _MAX_LENGTH = 1024
 
 
-def client_scorer(text: str, *, param: str = "/score") -> Scorer:
-    """`regex:PATTERN` or `words:a,b,c`. Raises `SteerError` for anything else."""
+def client_scorer(
+    text: str, vectors: FindVector | None = None, *, param: str = "/score"
+) -> Scorer | AnswerScorer:
+    """`regex:PATTERN`, `words:a,b,c` or `probe:VECTOR`; `vectors` finds a probe's vector.
+
+    Raises `SteerError` for anything else.
+    """
     kind, _, rest = text.partition(":")
-    if kind == "python" or (kind == "words" and rest.startswith("@")):
-        what = "runs code" if kind == "python" else "reads a file"
+    if kind in ("python", "judge") or (kind == "words" and rest.startswith("@")):
+        what = {"python": "runs code of", "judge": "sends requests from"}.get(
+            kind, "reads a file of"
+        )
         raise Unsupported(
-            f"{text[:60]!r} {what} of the server, which clients may not ask for: use "
-            "regex:PATTERN or words:a,b,c, or run 'steer sweep' on the machine itself",
+            f"{text[:60]!r} {what} the server, which clients may not ask for: use regex:PATTERN, "
+            "words:a,b,c or probe:VECTOR, or the command line on the machine itself",
             param=param,
             code="scorer_refused",
         )
@@ -33,10 +41,12 @@ def client_scorer(text: str, *, param: str = "/score") -> Scorer:
             return _regex_scorer(rest)
         if kind == "words" and rest:
             return words_scorer(rest.split(","))
+        if kind == "probe" and rest:
+            return parse_scorer(text, vectors, kinds=("probe",))
     except SteerError as error:
         raise error.at(param) from None
     raise SteerError(
-        f"{text[:60]!r} is not a scorer: write regex:PATTERN or words:a,b,c",
+        f"{text[:60]!r} is not a scorer: write regex:PATTERN, words:a,b,c or probe:VECTOR",
         param=param,
         code="invalid_scorer",
     )

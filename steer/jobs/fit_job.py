@@ -30,6 +30,14 @@ class PairParam(BaseModel):
     negative: PromptParam
 
 
+class RefineParam(BaseModel):
+    """The SAE in whose latents the differences are compared (Words in Motion, 2406.11624)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sae: Annotated[str, Field(min_length=1, max_length=256)]
+
+
 class FitParams(BaseModel):
     """What to fit: pairs as an array, or as the text of a JSON lines file in `data`.
 
@@ -45,6 +53,7 @@ class FitParams(BaseModel):
     site: Site = "resid_post"
     layers: Annotated[tuple[int, ...], Field(min_length=1, max_length=1024)] | None = None
     positions: Positions = "last"
+    refine: RefineParam | None = None
     where: WhereName = "last"
     held_out: Annotated[float, Field(ge=0, le=0.9)] = 0.2
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -82,7 +91,7 @@ def pairs_of(params: FitParams) -> PairSet:
     )
 
 
-def _check(engine: Engine, _registry: Registry, params: FitParams) -> None:
+def _check(engine: Engine, registry: Registry, params: FitParams) -> None:
     if "activations" not in engine.capabilities.inspection:
         raise Unsupported(
             "this engine cannot read activations, which fitting needs: GET "
@@ -90,6 +99,11 @@ def _check(engine: Engine, _registry: Registry, params: FitParams) -> None:
             code="no_captures",
         )
     pairs_of(params)
+    if params.refine is not None:
+        try:
+            registry.sae(params.refine.sae)
+        except SteerError as error:
+            raise error.at("/refine/sae") from None
     for place, layer in enumerate(params.layers or ()):
         try:
             engine.info.check_point(HookPoint(layer, params.site))
@@ -115,6 +129,8 @@ def _run(context: JobContext, params: FitParams) -> dict[str, Any]:
         site=params.site,
         layers=params.layers,
         positions=params.positions,
+        refine=None if params.refine is None else {"sae": params.refine.sae},
+        library=context.registry,
         where=params.where,
         held_out=params.held_out,
         seed=params.seed,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -17,9 +18,17 @@ from steer.jobs.kind import JobContext, JobKind, Report
 from steer.registry.registry import Registry
 from steer.spec import check_name
 
-Fetch = Callable[[str, Path, Report], Path]
-"""Downloads a URL into an existing folder and returns the file or folder to import; it reports
-bytes as progress, and raises `SteerError`."""
+
+class Download(NamedTuple):
+    """A file or folder to import, and where it is from, as its card will say."""
+
+    path: Path
+    origin: str | None = None
+
+
+Fetch = Callable[[str, Path, Report], Download]
+"""Downloads a URL, into an existing folder or a cache of its own; it may report bytes as progress,
+and raises `SteerError`."""
 
 UPLOAD = "upload"
 """The name of a single file among the job's files."""
@@ -31,7 +40,7 @@ class ImportParams(BaseModel):
     `artefact` is the kind that it must be; the rest is as for uploads.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     name: Annotated[str, AfterValidator(check_name)]
     source: Annotated[str, Field(min_length=1, max_length=2048)] | None = None
@@ -41,6 +50,8 @@ class ImportParams(BaseModel):
         Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, max_length=1024)]
         | None
     ) = None
+    writer: Annotated[str, Field(alias="from", max_length=64)] | None = None
+    position: Annotated[int, Field(ge=-(1 << 20), lt=1 << 20)] | None = None
     strength: Annotated[float, Field(allow_inf_nan=False)] | None = None
     description: Annotated[str, Field(max_length=4096)] | None = None
     licence: Annotated[str, Field(max_length=256)] | None = None
@@ -49,8 +60,8 @@ class ImportParams(BaseModel):
     @property
     def options(self) -> ImportOptions:
         """What the client says about the file."""
-        given = self.model_dump(exclude={"name", "source", "artefact"})
-        return ImportOptions(**given)
+        given = self.model_dump(exclude={"name", "source", "artefact", "writer"})
+        return ImportOptions(**given, source=self.writer)
 
 
 def import_kind(fetchers: Mapping[str, Fetch]) -> JobKind[ImportParams]:
@@ -59,18 +70,22 @@ def import_kind(fetchers: Mapping[str, Fetch]) -> JobKind[ImportParams]:
     def check(_engine: Engine, _registry: Registry, params: ImportParams) -> None:
         if params.source is not None:
             _fetcher(fetchers, params.source)
+        params.options  # noqa: B018 - raises what is wrong with them
 
     def run(context: JobContext, params: ImportParams) -> dict[str, Any]:
         if params.source is not None:
             context.progress(0, None, f"fetching {params.source}")
-            path = _fetcher(fetchers, params.source)(
+            found = _fetcher(fetchers, params.source)(
                 params.source, context.scratch, context.progress
             )
         else:
-            path = _sent(context.files)
+            found = Download(_sent(context.files))
         context.progress(0, 1, "reading the file")
         entry, created = context.registry.import_file(
-            path, kind=params.artefact, name=params.name, options=params.options
+            found.path,
+            kind=params.artefact,
+            name=params.name,
+            options=replace(params.options, origin=found.origin),
         )
         context.progress(1, 1, "registered")
         return {

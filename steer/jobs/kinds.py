@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 
+from steer.formats.hub import fetch, parse_hub_ref
+from steer.jobs.calibrate_job import CALIBRATE
+from steer.jobs.evaluate_job import EVALUATE
 from steer.jobs.fit_job import FIT
-from steer.jobs.import_job import Fetch, import_kind
-from steer.jobs.kind import JobKinds
+from steer.jobs.import_job import Download, Fetch, import_kind
+from steer.jobs.kind import JobKinds, Report
 from steer.jobs.sweep_job import SWEEP
+
+
+def _from_hub(source: str, _folder: Path, _progress: Report) -> Download:
+    fetched = fetch(parse_hub_ref(source))
+    return Download(fetched.path, fetched.origin)
+
+
+HUB: Mapping[str, Fetch] = MappingProxyType({"hf": _from_hub})
+"""Imports from the Hugging Face hub."""
 
 
 def builtin_kinds(fetchers: Mapping[str, Fetch] = MappingProxyType({})) -> JobKinds:
     """Every kind by name; `fetchers` are the URL schemes that imports may come from."""
-    kinds = (FIT, SWEEP, import_kind(fetchers))
+    kinds = (FIT, SWEEP, CALIBRATE, EVALUATE, import_kind(fetchers))
     return MappingProxyType({kind.name: kind for kind in kinds})

@@ -26,7 +26,8 @@ Strength = Annotated[float, Field(allow_inf_nan=False)]
 class SweepParams(BaseModel):
     """Which vector, on which prompts, at which strengths, and what counts.
 
-    `score` is `regex:PATTERN` or `words:a,b,c`. `layers` and `where` are the card's unless given.
+    `score` is `regex:PATTERN`, `words:a,b,c` or `probe:VECTOR`. `layers` and `where` are the card's
+    unless given.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,15 +66,19 @@ class SweepParams(BaseModel):
         return parse_spec({"interventions": [item]})
 
 
-def _check(engine: Engine, registry: Registry, params: SweepParams) -> None:
-    client_scorer(params.score)
-    answers = len(params.prompts) * (1 + len(params.strengths))
+def check_answers(answers: int, prompts: int) -> None:
+    """Raises `TooLarge` for a job of more than `MAX_ANSWERS`."""
     if answers > MAX_ANSWERS:
         raise TooLarge(
-            f"{len(params.prompts)} prompts at {len(params.strengths)} strengths and without "
-            f"steering are {answers} answers and {MAX_ANSWERS} are allowed: send fewer",
+            f"{prompts} prompts, at every strength or by every method and without steering, are "
+            f"{answers} answers, and {MAX_ANSWERS} are allowed: send fewer",
             param="/prompts",
         )
+
+
+def _check(engine: Engine, registry: Registry, params: SweepParams) -> None:
+    client_scorer(params.score, registry.vector)
+    check_answers(len(params.prompts) * (1 + len(params.strengths)), len(params.prompts))
     try:
         plans_of(engine, registry).plan(params.spec(params.strengths[0]))
     except SteerError as error:
@@ -92,7 +97,7 @@ def _run(context: JobContext, params: SweepParams) -> dict[str, Any]:
         [prompt_of(prompt) for prompt in params.prompts],
         lambda strength: plans.plan(params.spec(strength)),
         strengths,
-        client_scorer(params.score),
+        client_scorer(params.score, context.registry.vector),
         sampling=SamplingParams(
             max_tokens=params.max_tokens,
             temperature=params.temperature,

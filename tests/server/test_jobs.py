@@ -41,6 +41,20 @@ SWEEP = {
     "strengths": [2, 1],
     "max_tokens": 24,
 }
+CALIBRATE = {**{k: v for k, v in SWEEP.items() if k != "strengths"}, "strengths": [1, 2, 4]}
+EVALUATE = {
+    "methods": [
+        {
+            "name": "twice",
+            "steering": {"interventions": [{"kind": "add", "vector": "joy", "strength": 2}]},
+        },
+        {"name": "saved", "profile": "merry"},
+    ],
+    "prompts": SWEEP["prompts"],
+    "score": SWEEP["score"],
+    "instruction": "Be merry.",
+    "max_tokens": 24,
+}
 DONE = {"succeeded", "failed", "cancelled", "interrupted"}
 
 
@@ -119,6 +133,45 @@ async def test_json_lines_are_the_same_as_an_array(running: httpx.AsyncClient) -
         response = await running.post("/v1/steering/fit", json={"name": "happy", **data})
         hashes.append((await ended(running, response.json()["id"]))["result"]["sha256"])
     assert hashes[0] == hashes[1]
+
+
+async def test_a_calibrated_vector_takes_strengths_by_effect(
+    running: httpx.AsyncClient, chat: Any
+) -> None:
+    effect = {"kind": "add", "vector": "joy", "strength": {"effect": 0.5}}
+    steering = {"interventions": [effect]}
+    before = await running.post("/v1/chat/completions", json=chat(steering=steering))
+    assert before.json()["error"]["code"] == "not_calibrated"
+    response = await running.post("/v1/steering/calibrate", json=CALIBRATE)
+    assert response.status_code == 202, response.text
+    job = await ended(running, response.json()["id"])
+    assert job["state"] == "succeeded", job
+    assert job["progress"]["done"] == job["progress"]["total"] == 2 * (2 + 3)
+    result = job["result"]
+    assert (result["version"], result["created"]) == (2, True)
+    assert [dose["strength"] for dose in result["calibration"]["doses"]] == [0, 1, 2, 4]
+    after = (await running.post("/v1/chat/completions", json=chat(steering=steering))).json()
+    (used,) = after["steering"]["strengths"]
+    assert used["requested"] == {"effect": 0.5}
+    assert 0 < used["strength"] <= result["safe_strength"]
+
+
+async def test_methods_are_compared_with_the_prompt_alone(running: httpx.AsyncClient) -> None:
+    saved = {"name": "merry", "spec": {"interventions": [{"kind": "add", "vector": "joy"}]}}
+    assert (await running.post("/v1/steering/profiles", json=saved)).is_success
+    response = await running.post("/v1/steering/evaluate", json=EVALUATE)
+    assert response.status_code == 202, response.text
+    job = await ended(running, response.json()["id"])
+    assert job["state"] == "succeeded", job
+    rows = job["result"]["rows"]
+    assert [(row["name"], row["kind"]) for row in rows] == [
+        ("unsteered", "unsteered"),
+        ("prompt only", "prompt"),
+        ("twice", "steering"),
+        ("saved", "steering"),
+    ]
+    assert job["progress"]["done"] == job["progress"]["total"] == 8
+    assert job["request"]["prompts"] == 2
 
 
 async def test_a_sweep_measures_every_strength(
@@ -243,6 +296,35 @@ async def test_a_file_that_is_none_fails_the_job(running: httpx.AsyncClient) -> 
         ("sweep", {**SWEEP, "seed": -1}, "/seed", "invalid_value"),
         ("sweep", {**SWEEP, "examples": 99}, "/examples", "invalid_value"),
         ("sweep", {**SWEEP, "extra": 1}, "/extra", "unknown_field"),
+        ("sweep", {**SWEEP, "score": "judge:http://127.0.0.1/v1"}, "/score", "scorer_refused"),
+        ("sweep", {**SWEEP, "score": "probe:joi"}, "/score", "unknown_vector"),
+        ("calibrate", {**CALIBRATE, "vector": "joi"}, "/vector", "unknown_vector"),
+        ("calibrate", {**CALIBRATE, "vector": "wide"}, "/vector", "wrong_width"),
+        ("calibrate", {**CALIBRATE, "prompts": []}, "/prompts", "invalid_value"),
+        ("calibrate", {**CALIBRATE, "score": "python:os:getcwd"}, "/score", "scorer_refused"),
+        ("calibrate", {**CALIBRATE, "strengths": [-1]}, "/strengths", "invalid_option"),
+        ("calibrate", {**CALIBRATE, "layers": [77]}, "/layers", "layer_out_of_range"),
+        ("calibrate", {**CALIBRATE, "min_valid": 2}, "/min_valid", "invalid_value"),
+        (
+            "calibrate",
+            {**CALIBRATE, "max_perplexity_ratio": 0},
+            "/max_perplexity_ratio",
+            "invalid_value",
+        ),
+        ("calibrate", {**CALIBRATE, "extra": 1}, "/extra", "unknown_field"),
+        ("evaluate", {**EVALUATE, "methods": []}, "/methods", "invalid_value"),
+        ("evaluate", EVALUATE, "/methods/1/profile", "unknown_profile"),
+        (
+            "evaluate",
+            {**EVALUATE, "methods": [{"name": "x", "steering": {"interventions": []}}]},
+            "/methods/0/steering/interventions",
+            "invalid_spec",
+        ),
+        ("evaluate", {**EVALUATE, "methods": [{"name": "x"}]}, "/methods/0", "invalid_value"),
+        ("evaluate", {**EVALUATE, "instruction": ""}, "/instruction", "invalid_value"),
+        ("evaluate", {**EVALUATE, "score": "joy"}, "/score", "invalid_scorer"),
+        ("fit", {**FIT, "refine": {"sae": "none"}}, "/refine/sae", "unknown_sae"),
+        ("fit", {**FIT, "refine": {}}, "/refine/sae", "missing_field"),
         ("import", {"name": "x"}, "/source", "missing_field"),
         ("import", {"source": "hf://org/repo/file"}, "/name", "missing_field"),
         ("import", {"name": "x", "source": "hf://org/repo/f"}, "/source", "unsupported_source"),

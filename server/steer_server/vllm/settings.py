@@ -18,6 +18,7 @@ cache; what concerns HTTP alone does not belong there.
 | `STEER_JOB_QUEUE` | How many more may wait | 16 |
 | `STEER_JOBS_KEPT` | How many finished jobs are remembered | 200 |
 | `STEER_JOB_DUTY` | The share of the engine's time that jobs take while requests run | 0.03 |
+| `STEER_HUB_IMPORTS` | Whether clients may have artefacts fetched from the hub | `true` |
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ _FIELDS = (
     "job_queue",
     "jobs_kept",
     "job_duty",
+    "hub_imports",
 )
 VARIABLES = {name: PREFIX + name.upper() for name in _FIELDS}
 """The environment variable of each setting."""

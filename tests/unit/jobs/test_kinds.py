@@ -12,7 +12,7 @@ from steer.engines.fake import FakeEngine
 from steer.errors import SteerError
 from steer.jobs import JobContext, builtin_kinds
 from steer.jobs.client_scorers import client_scorer
-from steer.jobs.import_job import ImportParams
+from steer.jobs.import_job import Download, ImportParams
 from steer.jobs.kind import Report
 from steer.registry.registry import Registry
 
@@ -22,11 +22,11 @@ VECTOR = ControlVector.of({1: torch.ones(16)})
 def test_a_fetcher_is_used_for_its_scheme_alone(tmp_path: Path) -> None:
     asked = []
 
-    def fetch(source: str, folder: Path, progress: Report) -> Path:
+    def fetch(source: str, folder: Path, progress: Report) -> Download:
         asked.append(source)
         progress(50, 100, "bytes")
         (folder / "file").write_bytes(VECTOR.to_bytes())
-        return folder / "file"
+        return Download(folder / "file", "hf://org/repo/v.safetensors@0123")
 
     kind = builtin_kinds({"hf": fetch})["import"]
     reports = []
