@@ -1,5 +1,9 @@
 """What background jobs do to the latency of requests: the time between two tokens of chats that
-decode steadily, without a job and with one, in rounds that take turns."""
+decode steadily, while a job is let go and held back in turns of a second and a half.
+
+Turns are short because a shared machine drifts: each turn with the job is compared with the turn
+before it, in the same stream of chats.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,9 @@ import itertools
 import json
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,16 +30,16 @@ from steer.jobs.fit_job import FitParams
 from steer.jobs.sweep_job import SweepParams
 from steer.registry.registry import Registry
 
-CHATS, TOKENS, SECONDS = 8, 64, 6.0
+CHATS, TOKENS = 8, 64
+TURN_SECONDS, SETTLE_SECONDS = 1.5, 0.1
 HEADINGS = ("measured", "ms between tokens", "ratio to no job", "aim")
 
 
 @dataclass(frozen=True)
 class Round:
-    """Gaps between tokens in one round, in seconds, and how far the job came in it."""
+    """Gaps between tokens in one turn, in seconds."""
 
     gaps: tuple[float, ...]
-    units: int = 0
 
     def at(self, quantile: float) -> float:
         ordered = sorted(self.gaps)
@@ -44,6 +48,14 @@ class Round:
     @property
     def mean(self) -> float:
         return statistics.fmean(self.gaps)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Turns without and with a job, in pairs, and how far the job came."""
+
+    pairs: tuple[tuple[Round, Round], ...]
+    units: int
 
 
 STATISTICS: dict[str, Callable[[Round], float]] = {
@@ -55,7 +67,7 @@ STATISTICS: dict[str, Callable[[Round], float]] = {
 
 
 def run(rounds: int) -> list[tuple[str, str, str, str]]:
-    """Medians over rounds, the range in brackets; ratios are taken round by round."""
+    """Medians over turns, the quartiles in brackets; ratios are taken turn by turn."""
     pairs, questions = _data()
     fit = FitParams(name="background", data=pairs, method="pca")
     sweep = SweepParams(vector="french", prompts=questions, score="words:bonjour", max_tokens=32)
@@ -65,7 +77,7 @@ def run(rounds: int) -> list[tuple[str, str, str, str]]:
         "fit, not paced": (fit, "fit", 1.0),
         "sweep, duty 0.03": (sweep, "sweep", 0.03),
     }
-    found: dict[str, list[tuple[Round, Round]]] = {name: [] for name in jobs}
+    found: dict[str, Measured] = {}
     with (
         TransformersEngine.load(MODEL, name="steer-demo") as engine,
         tempfile.TemporaryDirectory() as folder,
@@ -73,55 +85,72 @@ def run(rounds: int) -> list[tuple[str, str, str, str]]:
     ):
         for name, vector in vectors().items():
             registry.add(name, vector)
-        for number in tqdm(range(rounds + 1), desc="jobs", leave=False):
-            for name, (params, kind, duty) in jobs.items():
-                pair = _pair(engine, registry, params, kind, duty, job_first=number % 2 == 1)
-                if number:  # the first is not counted
-                    found[name].append(pair)
+        for name, (params, kind, duty) in tqdm(jobs.items(), desc="jobs", leave=False):
+            found[name] = _measured(engine, registry, params, kind, duty, pairs=4 * rounds)
     return list(_rows(found))
 
 
-def _pair(
+def _measured(
     engine: TransformersEngine,
     registry: Registry,
     params: BaseModel,
     kind: str,
     duty: float,
     *,
-    job_first: bool,
-) -> tuple[Round, Round]:
-    """One round without the job and one with it, next to each other in time."""
-    plain = None if job_first else Round(tuple(asyncio.run(_chats(engine))))
-    with _job(engine, registry, params, kind, duty) as units:
-        gaps = asyncio.run(_chats(engine))
-        beside = Round(tuple(gaps), units())
-    return plain or Round(tuple(asyncio.run(_chats(engine)))), beside
+    pairs: int,
+) -> Measured:
+    """So many turns without the job, each with one beside it."""
+    allowed = threading.Event()
+    allowed.set()
+
+    def load() -> int:
+        """What the job asks before and after each piece: there it is held back."""
+        allowed.wait()
+        return CHATS
+
+    limits = JobLimits(duty=duty, progress_seconds=0.2)
+    runner = JobRunner(engine, registry, builtin_kinds(), limits, load=load)
+    job = runner.submit(kind, params)
+    runner.start()
+    while runner.store.get(job.id).progress.total is None:  # it reads its data first
+        time.sleep(0.05)
+    try:
+        turns = asyncio.run(_turns(engine, allowed, 2 * pairs))
+        after = runner.store.get(job.id)
+        if after.state != "running":
+            raise AssertionError(f"the job did not last: {after}")
+    finally:
+        allowed.set()
+        runner.cancel(job.id)
+        runner.stop()
+    return Measured(tuple(zip(turns[::2], turns[1::2], strict=True)), after.progress.done)
 
 
-def _rows(found: dict[str, list[tuple[Round, Round]]]) -> Iterator[tuple[str, str, str, str]]:
-    plain = [one for pairs in found.values() for one, _ in pairs]
+def _rows(found: dict[str, Measured]) -> Iterator[tuple[str, str, str, str]]:
+    plain = [one for measured in found.values() for one, _ in measured.pairs]
     for statistic, of in STATISTICS.items():
         yield f"no job, {statistic}", _spread([1000 * of(one) for one in plain], "{:.2f}"), "", ""
-    for name, pairs in found.items():
+    for name, measured in found.items():
         for statistic, of in STATISTICS.items():
-            values = [1000 * of(beside) for _, beside in pairs]
-            ratios = [of(beside) / of(one) for one, beside in pairs]
+            values = [1000 * of(beside) for _, beside in measured.pairs]
+            ratios = [of(beside) / of(one) for one, beside in measured.pairs]
             aim = "≤ 1.1" if name.endswith("0.03") and statistic in ("p50", "p95") else ""
             yield f"{name}, {statistic}", _spread(values, "{:.2f}"), _spread(ratios, "{:.3f}"), aim
-        done = statistics.median(beside.units for _, beside in pairs) / SECONDS
-        yield f"{name}, units of the job per second", f"{done:.1f}", "", ""
+        speed = measured.units / (len(measured.pairs) * TURN_SECONDS)
+        yield f"{name}, units of the job per second", f"{speed:.1f}", "", ""
 
 
 def _spread(values: list[float], form: str) -> str:
-    low, middle, high = min(values), statistics.median(values), max(values)
+    """The median, and the quartiles in brackets."""
+    low, middle, high = statistics.quantiles(values, n=4)
     return f"{form.format(middle)} ({form.format(low)}–{form.format(high)})"
 
 
-async def _chats(engine: TransformersEngine) -> list[float]:
-    """Gaps between the tokens of `CHATS` chats at a time for `SECONDS`; a chat that ends is
-    followed by another."""
-    gaps: list[float] = []
-    until = time.perf_counter() + SECONDS
+async def _turns(engine: TransformersEngine, allowed: threading.Event, count: int) -> list[Round]:
+    """Gaps between the tokens of `CHATS` chats at a time, turn by turn, the job held back in the
+    first, third and so on; a chat that ends is followed by another."""
+    seen: list[tuple[float, float]] = []
+    done = False
     sampling = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True)
     asked = itertools.cycle(prompts(engine))
 
@@ -132,41 +161,25 @@ async def _chats(engine: TransformersEngine) -> list[float]:
             async for _ in engine.generate(request):
                 now = time.perf_counter()
                 if last is not None:
-                    gaps.append(now - last)
+                    seen.append((now, now - last))
                 last = now
-                if now > until:
-                    return
+            if done:
+                return
 
-    await asyncio.gather(*(client(number) for number in range(CHATS)))
-    return gaps
-
-
-@contextmanager
-def _job(
-    engine: TransformersEngine,
-    registry: Registry,
-    params: BaseModel,
-    kind: str,
-    duty: float,
-) -> Iterator[Callable[[], int]]:
-    """A job that runs for as long as the block; yields how many units it has done."""
-    runner = JobRunner(engine, registry, builtin_kinds(), JobLimits(duty=duty, progress_seconds=1))
-    job = runner.submit(kind, params)
-    runner.start()
-    while runner.store.get(job.id).progress.total is None:  # it reads its data first
-        time.sleep(0.05)
-    try:
-        yield lambda: _still_running(runner, job.id)
-    finally:
-        runner.cancel(job.id)
-        runner.stop()
-
-
-def _still_running(runner: JobRunner, job_id: str) -> int:
-    job = runner.store.get(job_id)
-    if job.state != "running":
-        raise AssertionError(f"the job did not last for the round: {job}")
-    return job.progress.done
+    clients = asyncio.gather(*(client(number) for number in range(CHATS)))
+    await asyncio.sleep(TURN_SECONDS)  # not counted
+    starts = []
+    for number in range(count):
+        allowed.set() if number % 2 else allowed.clear()
+        starts.append(time.perf_counter())
+        await asyncio.sleep(TURN_SECONDS)
+    done = True
+    await clients
+    # A piece that had begun when its turn ended reaches a little into the next.
+    return [
+        Round(tuple(gap for at, gap in seen if start + SETTLE_SECONDS <= at < start + TURN_SECONDS))
+        for start in starts
+    ]
 
 
 def _data() -> tuple[str, list[str]]:
@@ -175,5 +188,5 @@ def _data() -> tuple[str, list[str]]:
     lines = (folder / "french.jsonl").read_text("utf-8").splitlines()
     chats = (folder / "heldout.jsonl").read_text("utf-8").splitlines()
     questions = [json.loads(line)["messages"][-1]["content"] for line in chats]
-    pairs = list(itertools.islice(itertools.cycle(lines), 4_000))
+    pairs = list(itertools.islice(itertools.cycle(lines), 8_000))
     return "\n".join(pairs) + "\n", list(itertools.islice(itertools.cycle(questions), 600))
