@@ -293,6 +293,7 @@ def _grid(vector: ControlVector, strengths: Sequence[float] | None) -> tuple[flo
             f"{list(strengths)!r} cannot be calibrated: give strengths above 0; for the other "
             "direction, calibrate the negated vector",
             code="invalid_option",
+            param="/strengths",
         )
     return chosen
 

@@ -8,11 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from steer.calibration import SafeLimits
 from steer.engines.base import Engine
+from steer.errors import SteerError
 from steer.fit.calibrate import calibrate, check_use, steps_of
 from steer.jobs.client_scorers import client_scorer
 from steer.jobs.kind import JobContext, JobKind
 from steer.jobs.prompts import PromptParam, prompt_of
-from steer.jobs.sweep_job import GROUP, Strength, check_answers
+from steer.jobs.sweep_job import GROUP, Strength, at_field, check_answers
 from steer.registry.registry import Registry
 from steer.spec import Where
 
@@ -45,13 +46,16 @@ def _check(engine: Engine, registry: Registry, params: CalibrateParams) -> None:
         client_scorer(params.score, registry.vector)
     prompts = [prompt_of(prompt) for prompt in params.prompts]
     check_answers(steps_of(prompts, params.strengths), len(prompts))
-    check_use(
-        engine,
-        registry.vector(params.vector),
-        strengths=params.strengths,
-        layers=params.layers,
-        where=params.where,
-    )
+    try:
+        check_use(
+            engine,
+            registry.vector(params.vector),
+            strengths=params.strengths,
+            layers=params.layers,
+            where=params.where,
+        )
+    except SteerError as error:
+        raise at_field(error) from None
 
 
 def _run(context: JobContext, params: CalibrateParams) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from steer.control_vector import ArtefactKind
 from steer.engines.base import Engine
-from steer.errors import StorageError, Unsupported
+from steer.errors import SteerError, StorageError, Unsupported
+from steer.formats.hub import SCHEME, parse_hub_ref
 from steer.formats.options import ImportOptions
 from steer.jobs.kind import JobContext, JobKind, Report
 from steer.registry.registry import Registry
@@ -50,7 +51,7 @@ class ImportParams(BaseModel):
         Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, max_length=1024)]
         | None
     ) = None
-    writer: Annotated[str, Field(alias="from", max_length=64)] | None = None
+    writer: Annotated[str | None, Field(alias="from", max_length=64)] = None
     position: Annotated[int, Field(ge=-(1 << 20), lt=1 << 20)] | None = None
     strength: Annotated[float, Field(allow_inf_nan=False)] | None = None
     description: Annotated[str, Field(max_length=4096)] | None = None
@@ -70,6 +71,8 @@ def import_kind(fetchers: Mapping[str, Fetch]) -> JobKind[ImportParams]:
     def check(_engine: Engine, _registry: Registry, params: ImportParams) -> None:
         if params.source is not None:
             _fetcher(fetchers, params.source)
+            if params.source.startswith(SCHEME):
+                _check_hub_ref(params.source)
         params.options  # noqa: B018 - raises what is wrong with them
 
     def run(context: JobContext, params: ImportParams) -> dict[str, Any]:
@@ -119,6 +122,13 @@ def _fetcher(fetchers: Mapping[str, Fetch], source: str) -> Fetch:
             code="unsupported_source",
         )
     return fetchers[scheme]
+
+
+def _check_hub_ref(source: str) -> None:
+    try:
+        parse_hub_ref(source)
+    except SteerError as error:
+        raise error.at("/source") from None
 
 
 def _sent(folder: Path) -> Path:

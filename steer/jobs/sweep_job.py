@@ -66,6 +66,13 @@ class SweepParams(BaseModel):
         return parse_spec({"interventions": [item]})
 
 
+def at_field(error: SteerError) -> SteerError:
+    """`error` about a spec that was made of a job's parameters, said of the parameter."""
+    field = (error.param or "").rpartition("/interventions/0/")[2].removeprefix("/").split("/")[0]
+    error.param = f"/{field}" if field in ("strengths", "layers", "where") else "/vector"
+    return error
+
+
 def check_answers(answers: int, prompts: int) -> None:
     """Raises `TooLarge` for a job of more than `MAX_ANSWERS`."""
     if answers > MAX_ANSWERS:
@@ -82,10 +89,7 @@ def _check(engine: Engine, registry: Registry, params: SweepParams) -> None:
     try:
         plans_of(engine, registry).plan(params.spec(params.strengths[0]))
     except SteerError as error:
-        # The spec is ours: what is wrong with it is said of the field that it came from.
-        field = (error.param or "").rpartition("/interventions/0/")[2].split("/")[0]
-        error.param = f"/{field}" if field in SweepParams.model_fields else "/vector"
-        raise
+        raise at_field(error) from None
 
 
 def _run(context: JobContext, params: SweepParams) -> dict[str, Any]:

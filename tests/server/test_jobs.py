@@ -327,7 +327,9 @@ async def test_a_file_that_is_none_fails_the_job(running: httpx.AsyncClient) -> 
         ("fit", {**FIT, "refine": {}}, "/refine/sae", "missing_field"),
         ("import", {"name": "x"}, "/source", "missing_field"),
         ("import", {"source": "hf://org/repo/file"}, "/name", "missing_field"),
-        ("import", {"name": "x", "source": "hf://org/repo/f"}, "/source", "unsupported_source"),
+        ("import", {"name": "x", "source": "https://host/f"}, "/source", "unsupported_source"),
+        ("import", {"name": "x", "source": "hf://org"}, "/source", "invalid_reference"),
+        ("import", {"name": "x", "source": "hf://a/b/c", "from": "me"}, "/from", "invalid_option"),
         ("import", {"name": "x", "source": "/etc/passwd"}, "/source", "unsupported_source"),
         ("import", {"name": "x", "source": "file:///etc/x"}, "/source", "unsupported_source"),
         ("import", {"name": "x", "source": "a" * 3000}, "/source", "invalid_value"),
@@ -375,7 +377,7 @@ async def test_bad_form_fields_say_which(
 async def test_bodies_have_their_kind_and_their_limit(
     http: httpx.AsyncClient, settings: ServerSettings
 ) -> None:
-    for route in ("fit", "sweep", "import"):
+    for route in ("fit", "sweep", "calibrate", "evaluate", "import"):
         plain = await http.post(
             f"/v1/steering/{route}", content=b"{}", headers={"content-type": "text/plain"}
         )
