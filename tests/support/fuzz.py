@@ -2,8 +2,8 @@
 
 A process of its own reads damaged files and reports on each: a file must be refused as a client's
 mistake, or read to an artefact that survives its own canonical file. A process that dies, takes
-more than `HANG_SECONDS` of CPU time over one file, or raises anything else is a finding; its file is kept.
-Files are numbered: `--only N` reads one again. Memory is the process's peak (VmHWM, reset before
+more than `HANG_SECONDS` of CPU time over one file, or raises anything else is a finding, whose file
+is kept. Files are numbered: `--only N` reads one again. Memory is the process's peak (VmHWM, reset before
 each file) over what it held before.
 """
 
@@ -129,7 +129,6 @@ def _memory(key: str) -> int:
 
 def _reset_peak() -> int:
     # What was freed before must not serve now, unseen.
-    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _memory("VmRSS")
