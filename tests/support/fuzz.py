@@ -3,8 +3,8 @@
 A process of its own reads damaged files and reports on each: a file must be refused as a client's
 mistake, or read to an artefact that survives its own canonical file. A process that dies, takes
 more than `HANG_SECONDS` of CPU time over one file, or raises anything else is a finding, whose file
-is kept. Files are numbered: `--only N` reads one again. Memory is the process's peak (VmHWM, reset before
-each file) over what it held before.
+is kept. Files are numbered: `--only N` reads one again. Memory is the process's peak (VmHWM, reset
+before each file) over what it held before.
 """
 
 from __future__ import annotations
