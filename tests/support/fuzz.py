@@ -2,9 +2,9 @@
 
 A process of its own reads damaged files and reports on each: a file must be refused as a client's
 mistake, or read to an artefact that survives its own canonical file. A process that dies, takes
-longer than `HANG_SECONDS` over one file, or raises anything else is a finding; its file is kept.
-Files are numbered: `--only N` reads one again. Memory is the process's peak (VmHWM, reset before
-each file) over what it held before.
+more than `HANG_SECONDS` of CPU time over one file, or raises anything else is a finding, whose file
+is kept. Files are numbered: `--only N` reads one again. Memory is the process's peak (VmHWM, reset
+before each file) over what it held before.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import gc
 import json
 import random
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ from steer.errors import SteerError
 from steer.formats.options import ImportOptions
 
 HANG_SECONDS = 20
+_BLOCKED_SECONDS = 1800
 ADDRESS_SPACE = 16 << 30
 CONSTANT_BYTES = 8 << 20
 _OPTIONS = (
@@ -127,7 +129,6 @@ def _memory(key: str) -> int:
 
 def _reset_peak() -> int:
     # What was freed before must not serve now, unseen.
-    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _memory("VmRSS")
@@ -140,9 +141,15 @@ def work(start: int, stop: int | None, large: bool) -> None:
     warnings.simplefilter("ignore")
     corpus = large_seeds() if large else seeds()
     number = start
+    gc.collect()
+    gc.freeze()  # what is there now need not be looked through for every file
     with tempfile.TemporaryDirectory() as folder:
         while stop is None or number < stop:
-            outcome = read_one(*damaged_file(corpus, number), Path(folder))
+            damaged = damaged_file(corpus, number)
+            # In the process's own time, so that waiting for a busy machine is no hang. The signal
+            # ends the process, which `campaign` reports.
+            signal.setitimer(signal.ITIMER_PROF, HANG_SECONDS)
+            outcome = read_one(*damaged, Path(folder))
             line = [number, outcome.seed, outcome.size, outcome.result]
             print(json.dumps([*line, outcome.seconds, outcome.peak]), flush=True)
             number += 1
@@ -170,7 +177,7 @@ def _watch(report: Report, number: int, seconds: float, large: bool) -> int:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
         started = time.monotonic()
         for line in _lines(worker):
-            if line is None:
+            if line is None:  # blocked, without using any time
                 report.findings.append(f"{number} ({'large' if large else 'small'}): HANGS")
                 worker.kill()
                 return number + 1
@@ -195,7 +202,7 @@ def _lines(worker: subprocess.Popen[str]) -> Iterator[str | None]:
     selector = selectors.DefaultSelector()
     selector.register(worker.stdout, selectors.EVENT_READ)
     while True:
-        if not selector.select(timeout=HANG_SECONDS + 60):
+        if not selector.select(timeout=_BLOCKED_SECONDS):
             yield None
         line = worker.stdout.readline()
         if not line:
