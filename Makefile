@@ -7,6 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# Tests run in so many processes, of one thread each.
+PARALLEL ?= -n 2
+
 # vLLM has an environment of its own for each release: its requirements are narrower than Steer's.
 # The first release is the one that serves.
 VENVS := .venvs
@@ -29,7 +32,7 @@ endif
 
 test: $(READY) oracles vllm
 	bash deploy/postgres-for-tests.sh
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 	bash tests/vllm/run.sh $(VLLM_VERSION)
 	set -e; for version in $(filter-out $(VLLM_VERSION),$(VLLM_VERSIONS)); do \
 	  bash tests/vllm/run.sh $$version $(VLLM_SEAMS:%=tests/vllm/test_%.py); done
@@ -39,7 +42,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -m "not slow" -x
+	$(BIN)/pytest $(PARALLEL) -m "not slow" -x
 
 bench: $(READY) oracles
 	$(BIN)/python -m benchmarks
