@@ -4,9 +4,9 @@
 #   tests/vllm/run.sh VERSION [FILE …]      FILE is every tests/vllm/test_*.py where none is given
 #
 # Each file has a process of its own, because an engine that ran in a process cannot be torn down
-# completely. One line per file on stdout; what a failed file printed follows it on stderr. Fails
-# if a file fails, collects nothing, passes nothing, or takes longer than STEER_TEST_LIMIT seconds
-# (900).
+# completely; STEER_TEST_FILES (2) run at a time. One line per file on stdout; what a failed file
+# printed follows it on stderr. Fails if a file fails, collects nothing, passes nothing, or takes
+# longer than STEER_TEST_LIMIT seconds (900).
 set -euo pipefail
 
 if [ $# -lt 1 ]; then
@@ -15,6 +15,7 @@ if [ $# -lt 1 ]; then
 fi
 version=$1
 limit=${STEER_TEST_LIMIT:-900}
+parallel=${STEER_TEST_FILES:-2}
 shift
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 pytest=.venvs/vllm-$version/bin/pytest
@@ -38,19 +39,20 @@ if [ "${#files[@]}" -eq 0 ]; then
   exit 1
 fi
 
-printed=$(mktemp)
-trap 'rm -f "$printed"' EXIT
+printed=$(mktemp -d)
+trap 'rm -rf "$printed"' EXIT
 # timeout leaves the terminal's process group, so that an interrupt must be passed on to it.
-child=
-trap '[ -z "$child" ] || kill "$child" 2>/dev/null || true; exit 130' INT TERM
-failed=0
-for file in "${files[@]}"; do
-  start=$SECONDS code=0
-  timeout --kill-after=10 "$limit" "$pytest" --color=no -rs "$file" >"$printed" 2>&1 &
+trap 'kill $(jobs -p) 2>/dev/null || true; wait; exit 130' INT TERM
+
+# Runs one file, and leaves a mark if it passes.
+run() {
+  local file=$1 start=$SECONDS code=0 counts verdict log child
+  log=$printed/$(basename "$file")
+  timeout --kill-after=10 "$limit" "$pytest" --color=no -rs "$file" >"$log" 2>&1 &
   child=$!
+  trap 'kill "$child" 2>/dev/null || true; exit 130' TERM
   wait "$child" || code=$?
-  child=
-  counts=$(grep -Eo '[0-9]+ [a-z]+(, [0-9]+ [a-z]+)* in [0-9.]+s' "$printed" | tail -n 1 || true)
+  counts=$(grep -Eo '[0-9]+ [a-z]+(, [0-9]+ [a-z]+)* in [0-9.]+s' "$log" | tail -n 1 || true)
   counts=${counts% in *}
   case $code in
     0) verdict=ok ;;
@@ -63,12 +65,21 @@ for file in "${files[@]}"; do
   if [ "$code" -eq 0 ] && [[ $counts != *passed* ]]; then verdict='FAILED: nothing passed'; fi
   printf 'vllm %s  %-40s  %s  %d s  %s\n' \
     "$version" "$file" "${counts:-no counts}" $((SECONDS - start)) "$verdict"
-  grep -E '^SKIPPED' "$printed" || true
+  grep -E '^SKIPPED' "$log" || true
   if [ "$verdict" != ok ]; then
-    failed=$((failed + 1))
-    tail -n 200 "$printed" >&2
+    tail -n 200 "$log" >&2
+    return
   fi
+  touch "$log.passed"
+}
+
+for file in "${files[@]}"; do
+  while [ "$(jobs -rp | wc -l)" -ge "$parallel" ]; do wait -n || true; done
+  run "$file" &
 done
+wait
+passed=("$printed"/*.passed)
+failed=$((${#files[@]} - ${#passed[@]}))
 if [ "$failed" -gt 0 ]; then
   echo "vllm $version: $failed of ${#files[@]} files failed" >&2
   exit 1
