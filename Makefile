@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 # Tests run in so many processes, of one thread each.
-PARALLEL ?= -n 2
+PARALLEL ?= -n 2 --dist loadfile
 
 # vLLM has an environment of its own for each release: its requirements are narrower than Steer's.
 # The first release is the one that serves.

@@ -61,7 +61,8 @@ class Card(BaseModel):
     tags: tuple[str, ...] = ()
     provenance: dict[str, JsonValue] = Field(default_factory=dict)
     measures: dict[int, LayerMeasure] = Field(default_factory=dict)
-    calibration: Calibration | None = None
+    # Without one a card is written as before there were any, so that old files keep their hash.
+    calibration: Calibration | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @property
     def used_layers(self) -> tuple[int, ...]:
@@ -130,6 +131,21 @@ class ControlVector:
 
     def renamed(self, name: str) -> ControlVector:
         return ControlVector(self.directions, self.card.model_copy(update={"name": name}))
+
+    def on_layers(self, layers: Iterable[int]) -> ControlVector:
+        """The same vector on some of its layers, its card cut down to them; a calibration stays
+        where all its layers do. Raises `IncompatibleArtefact` for a layer that it has not."""
+        chosen = tuple(sorted(set(layers)))
+        rows = {layer: self[layer] for layer in chosen}
+        defaults = tuple(layer for layer in self.card.default_layers or () if layer in rows)
+        held = self.card.calibration
+        changes = {
+            "layers": chosen,
+            "default_layers": defaults or None,
+            "measures": {n: self.card.measures[n] for n in chosen if n in self.card.measures},
+            "calibration": held if held is not None and set(held.layers) <= rows.keys() else None,
+        }
+        return ControlVector(rows, self.card.model_copy(update=changes))
 
     def __add__(self, other: ControlVector) -> ControlVector:
         return self._merged(other, lambda mine, theirs: mine + theirs)
@@ -294,9 +310,7 @@ def canonical_bytes(tensors: Mapping[str, Tensor], card: Card) -> bytes:
     """One of our own files: safetensors, with the card but its name under the key `steer`."""
     # One metadata key: safetensors writes several in no fixed order, and the hash must not depend
     # on it.
-    # A card without a calibration is written as before there were any, so that it keeps its hash.
-    left_out = {"name"} if card.calibration is not None else {"name", "calibration"}
-    text = json.dumps(card.model_dump(mode="json", by_alias=True, exclude=left_out), sort_keys=True)
+    text = json.dumps(card.model_dump(mode="json", by_alias=True, exclude={"name"}), sort_keys=True)
     return bytes(save_safetensors(dict(tensors), metadata={"steer": text}))
 
 

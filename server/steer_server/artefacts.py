@@ -163,15 +163,22 @@ def artefact_router(kind: ArtefactKind, folder: str) -> APIRouter:
         response_class=Response,
         responses={200: {"content": {"application/octet-stream": {}}}},
     )
-    def content(name: str, serving: ServingDep, format: ExportFormat = "safetensors") -> Response:
+    def content(
+        name: str,
+        serving: ServingDep,
+        format: ExportFormat = "safetensors",
+        layers: Annotated[
+            str | None, Query(pattern=r"\d{1,4}(,\d{1,4})*", description="Only these, such as 1,2")
+        ] = None,
+    ) -> Response:
         """The canonical safetensors file, whose SHA-256 is the artefact's identity.
 
-        Vectors also come as `gguf` and `safetensors-plain`; what such a file cannot say of the
-        vector's use is in headers `steer-warning`.
+        Vectors also come as `gguf` and `safetensors-plain`, and with some of their `layers` alone;
+        what such a file cannot say of the vector's use is in headers `steer-warning`.
         """
         entry = serving.registry.entry(kind, name)
-        if format != "safetensors":
-            return _exported(serving, entry, format)
+        if format != "safetensors" or layers is not None:
+            return _exported(serving, entry, format, layers)
         headers = {
             "content-disposition": f'attachment; filename="{entry.name}.safetensors"',
             "content-length": str(entry.size_bytes),
@@ -212,14 +219,20 @@ def artefact_router(kind: ArtefactKind, folder: str) -> APIRouter:
     return router
 
 
-def _exported(serving: Serving, entry: Entry, format: ExportFormat) -> Response:
+def _exported(serving: Serving, entry: Entry, format: ExportFormat, layers: str | None) -> Response:
     if entry.kind != "vector":
         raise Unsupported(
-            f"a {entry.kind} comes as safetensors only: leave out 'format'",
+            f"a {entry.kind} comes as safetensors only, with all its layers: leave out 'format' "
+            "and 'layers'",
             code="unsupported_format",
             param="/format",
         )
     vector = serving.registry.vector(entry.id)
+    if layers is not None:
+        try:
+            vector = vector.on_layers(map(int, layers.split(",")))
+        except SteerError as error:
+            raise error.at("/layers") from None
     with tempfile.TemporaryDirectory(prefix="steer-export-") as folder:
         path = Path(folder) / "vector"
         warnings = export_vector(vector, path, format)

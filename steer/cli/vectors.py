@@ -202,6 +202,9 @@ def export(
             "ends in .gguf, else safetensors.",
         ),
     ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Only these, such as 1-5 or 2,3; GGUF has no block 0.")
+    ] = None,
     registry: RegistryOption = None,
 ) -> None:
     """Write a vector to a file: safetensors with its card, or GGUF for llama.cpp and repeng."""
@@ -218,7 +221,10 @@ def export(
         entry = library.entry("vector", ref)
         path = output or Path(f"{entry.name}{SUFFIXES[chosen]}")
         with file_errors(path):
-            warnings = export_vector(library.vector(ref), path, chosen)
+            vector = library.vector(ref)
+            if layers is not None:
+                vector = vector.on_layers(parse_layers(layers))
+            warnings = export_vector(vector, path, chosen)
     out().print(f"wrote {path}", highlight=False)
     for warning in warnings:
         err().print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False)

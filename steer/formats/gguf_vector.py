@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from torch import Tensor
 
-from steer.control_vector import Card, ControlVector
+from steer.control_vector import ControlVector
 from steer.errors import FileFormatError, SteerError, Unsupported
 from steer.formats.canonical import check_card, read_card
 from steer.formats.gguf_guard import check_gguf
@@ -71,8 +70,8 @@ def read_gguf(path: Path, options: ImportOptions) -> ControlVector:
     return placed(named, path, "gguf", options, tool=tool, **_kept(fields))
 
 
-def write_gguf(vector: ControlVector, path: Path, *, layers: Iterable[int] | None = None) -> None:
-    """Writes `vector`, or only its `layers`, so that llama.cpp and repeng can use it.
+def write_gguf(vector: ControlVector, path: Path) -> None:
+    """Writes `vector` so that llama.cpp and repeng can use it.
 
     Raises `Unsupported` for block 0 and for sites other than resid_post, which they cannot steer.
     """
@@ -81,14 +80,15 @@ def write_gguf(vector: ControlVector, path: Path, *, layers: Iterable[int] | Non
             f"GGUF control vectors act on resid_post; this one is for {vector.card.site}",
             code="unsupported_site",
         )
-    chosen = tuple(vector.directions) if layers is None else tuple(sorted(set(layers)))
+    chosen = tuple(vector.directions)
     if 0 in chosen:
         raise Unsupported(
-            "GGUF control vectors cannot hold block 0 (llama.cpp numbers them from 1): choose "
-            "other layers",
+            "GGUF control vectors cannot hold block 0 (llama.cpp numbers them from 1): leave it "
+            "out by naming the other layers (--layers, or layers=1,2 over HTTP)",
             code="layer_not_exportable",
+            param="/layers",
         )
-    card = _card_for(vector.card, chosen)
+    card = vector.card.model_dump(mode="json", by_alias=True, exclude={"name"})
     writer = GGUFWriter(path, ARCHITECTURE)
     try:
         writer.add_string(f"{ARCHITECTURE}.model_hint", vector.card.model or "")
@@ -169,16 +169,3 @@ def _with_card(rows: dict[int, Tensor], text: str) -> ControlVector:
     vector = ControlVector.owning(rows)
     check_card(card, vector.card)
     return ControlVector(vector.directions, card.model_copy(update={"name": ""}))
-
-
-def _card_for(card: Card, layers: tuple[int, ...]) -> dict[str, Any]:
-    defaults = tuple(layer for layer in card.default_layers or () if layer in layers)
-    kept = card.model_copy(
-        update={
-            "layers": layers,
-            "default_layers": defaults or None,
-            "measures": {n: card.measures[n] for n in layers if n in card.measures},
-        }
-    )
-    about: dict[str, Any] = kept.model_dump(mode="json", by_alias=True, exclude={"name"})
-    return about

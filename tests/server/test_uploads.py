@@ -16,6 +16,10 @@ from safetensors.torch import load, save
 from torch import full, ones, randn, stack, zeros
 from torch import save as torch_save
 
+from steer.control_vector import ControlVector
+from steer.formats.gguf_vector import read_gguf
+from steer.formats.options import ImportOptions
+
 URL = "/v1/steering/vectors"
 LENS = {"weight": (4, 4), "bias": (4,)}
 
@@ -293,6 +297,21 @@ async def test_a_vector_can_be_had_as_gguf(http: httpx.AsyncClient, tmp_path: Pa
     assert (await http.get(f"{URL}/mine/content?format=pickle")).status_code == 400
     sae = await http.get("/v1/steering/saes/features/content?format=gguf")
     assert sae.json()["error"]["code"] == "unsupported_format"
+
+
+async def test_some_layers_alone_can_be_had(http: httpx.AsyncClient, tmp_path: Path) -> None:
+    data = ControlVector.of({n: full((16,), n + 1.0) for n in range(3)}).to_bytes()
+    await send(http, data)
+    answer = await http.get(f"{URL}/mine/content?format=gguf&layers=2,1")
+    path = tmp_path / "mine.gguf"
+    path.write_bytes(answer.content)
+    assert list(read_gguf(path, ImportOptions()).directions) == [1, 2]
+    own = await http.get(f"{URL}/mine/content?layers=2")
+    assert list(ControlVector.from_bytes(own.content).directions) == [2]
+    missing = await http.get(f"{URL}/mine/content?layers=7")
+    assert (missing.status_code, missing.json()["error"]["param"]) == (400, "/layers")
+    wrong = await http.get(f"{URL}/mine/content?layers=a")
+    assert wrong.status_code in (400, 422)
 
 
 async def test_what_gguf_cannot_hold_is_refused(http: httpx.AsyncClient) -> None:

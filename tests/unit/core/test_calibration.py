@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from artefacts import calibration
+from artefacts import artefacts, calibration
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -114,3 +114,11 @@ def test_a_calibrated_vector_is_another_version() -> None:
 def test_cards_without_a_calibration_keep_their_hash(path: Path) -> None:
     data = path.read_bytes()
     assert ControlVector.from_bytes(data).to_bytes() == data
+
+
+def test_nothing_without_a_calibration_speaks_of_one() -> None:
+    """SAEs and rows of a catalogue hold cards too, and are compared by their hash."""
+    made = artefacts(16, 2)
+    cards = [one.card for one in (*made["vectors"].values(), *made["saes"].values())]
+    assert all("calibration" not in card.model_dump_json() for card in cards)
+    assert all(b"calibration" not in sae.to_bytes() for sae in made["saes"].values())

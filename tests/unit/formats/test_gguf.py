@@ -126,7 +126,7 @@ def test_export_is_laid_out_as_others_read_it(tmp_path: Path) -> None:
     with pytest.raises(Unsupported, match="block 0") as raised:
         write_gguf(vector, tmp_path / "v")
     assert raised.value.code == "layer_not_exportable"
-    write_gguf(vector, tmp_path / "v", layers=(3, 1))
+    write_gguf(vector.on_layers((3, 1)), tmp_path / "v")
     reader = GGUFReader(tmp_path / "v")
     fields = {key: field.contents() for key, field in reader.fields.items()}
     assert fields["general.architecture"] == "controlvector"
