@@ -37,6 +37,7 @@ def stats(as_json: JsonOption = False, registry: RegistryOption = None) -> None:
         "vectors": found.artefacts.get("vector", 0),
         "saes": found.artefacts.get("sae", 0),
         "adapters": found.artefacts.get("low_rank", 0),
+        "lenses": found.artefacts.get("lens", 0),
         "profiles": found.profiles,
         "aliases": aliases,
         "bytes": found.blob_bytes,

@@ -40,6 +40,8 @@ from steer.registry.plan_store import PlanStore
 from steer.registry.registry import Registry
 
 LATE = "late"
+LONG = 200
+"""Tokens of the requests that run while a vector is uploaded."""
 LATE_SPEC = demo_specs.one(demo_specs.add(LATE, strength=0.6))
 CAPTURED = ("unsteered", "everything", "a clamp that competes", "ablate at attn_out")
 PROMPT = tuple(random.Random(4).randrange(3, demo_specs.VOCABULARY) for _ in range(40))
@@ -177,7 +179,7 @@ def _refuse_put(self: PlanStore, data: bytes) -> str:
 
 async def _upload_while_running(engine: VllmEngine, plans: Plans, registry: str) -> dict[str, Any]:
     """A vector is registered, and used, while other requests are in the middle of theirs."""
-    long = [same_request(plans["every layer"], f"long {n}", tokens=150) for n in range(4)]
+    long = [same_request(plans["every layer"], f"long {n}", tokens=LONG) for n in range(4)]
     streams = [engine.generate(one) for one in long]
     seen = [[(await anext(stream)).token for _ in range(3)] for stream in streams]
     with Registry.open(registry) as opened:

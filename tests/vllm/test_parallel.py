@@ -147,7 +147,7 @@ def test_a_vector_uploaded_while_requests_run_reaches_every_worker(
         [
             parallel_runner.same_request(plan, "late"),
             parallel_runner.same_request(None, "plain"),
-            parallel_runner.same_request(plans["every layer"], "long", tokens=150),
+            parallel_runner.same_request(plans["every layer"], "long", tokens=parallel_runner.LONG),
         ]
     )
     assert_same(late["done"], expected, "late")

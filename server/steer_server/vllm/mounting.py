@@ -47,6 +47,7 @@ def routers() -> list[APIRouter]:
         artefact_router("vector", "vectors"),
         artefact_router("sae", "saes"),
         artefact_router("low_rank", "adapters"),
+        artefact_router("lens", "lenses"),
         aliases.router,
         profiles.router,
         validate.router,
