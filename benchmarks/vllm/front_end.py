@@ -14,7 +14,7 @@ from benchmarks.vllm.shapes import CAPABILITIES, Shape
 from steer.control_vector import ControlVector
 from steer.engines.vllm.desk import Desk
 from steer.plan_cache import PlanCache
-from steer.registry.catalogue import _row
+from steer.registry.catalogue import row_of
 from steer.registry.entry import Entry
 from steer.registry.plan_store import PlanStore
 from steer.registry.registry import Registry
@@ -51,7 +51,8 @@ def fill(folder: Path, shape: Shape, names: int) -> float:
             entries.append(registry.add(f"n{n}", vector)[0])
         seconds = (time.perf_counter() - started) / len(entries)
         rest = [
-            {**_row(entries[n % len(entries)]), "name": f"n{n}"} for n in range(len(entries), names)
+            {**row_of(entries[n % len(entries)]), "name": f"n{n}"}
+            for n in range(len(entries), names)
         ]
         if rest:
             with registry._catalogue.writing() as connection:
