@@ -34,16 +34,21 @@ class Batch:
 
 @dataclass
 class Placed:
-    """A known request in the coming pass; `bits` are the passes that select its token where it
-    decodes, `numbers` the variants of inline constants by such bits."""
+    """A known request in the coming pass. `bits` are the passes that select its last token, kept
+    where coming tokens may have others; `variants` are those of inline constants by such bits, and
+    empty where the request is not steered by the compiled graph itself."""
 
     live: Live
     index: int
     offset: int
     start: int
     ids: Ints
-    bits: int = 0
-    numbers: dict[int, int] = field(default_factory=dict)
+    bits: int = field(default=0, init=False)
+    variants: dict[int, int] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if self.live.restless:
+            self.bits = int(self.live.bits(self.start, self.ids)[-1])
 
     @property
     def place(self) -> slice:
@@ -73,11 +78,15 @@ class Prepared:
     def __post_init__(self) -> None:
         self._offsets = np.array([one.offset for one in self.placed], dtype=np.int64)
         self._indices = np.array([one.index for one in self.placed], dtype=np.int64)
-        inline = {id(one) for one in self.inline}
         self._restless_inline = [
             (number, one) for number, one in enumerate(self.inline) if one.live.restless
         ]
-        self._restless = [one for one in self.placed if one.live.restless and id(one) not in inline]
+        # Without a seat a request found no room: it is at fault, and nothing is edited for it.
+        self._restless = [
+            one
+            for one in self.placed
+            if one.live.restless and not one.variants and one.live.seat is not None
+        ]
 
     def write_inline(self, ledger: PositionLedger) -> None:
         """Records the tokens that the compiled graph steered by itself."""
@@ -94,7 +103,7 @@ class Prepared:
         for number, one in self._restless_inline:
             bits = one.live.bits_of(int(batch.ids(one.index)[0]))
             if bits != one.bits:
-                variant = one.numbers.get(bits)
+                variant = one.variants.get(bits)
                 if variant is None or shifts is None:
                     return False
                 one.bits = self.inline_bits[number] = bits

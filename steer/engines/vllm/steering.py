@@ -172,8 +172,7 @@ class WorkerSteering:
         for one in placed:
             positions[one.place] = np.arange(one.start, one.start + len(one.ids))
         inline, inline_bits = self._assign_shifts([one for one in placed if one.live.inline], total)
-        handled = {id(one) for one in inline}
-        general = [one for one in placed if id(one) not in handled and one.live.plan is not None]
+        general = [one for one in placed if not one.variants and one.live.plan is not None]
         for one in general:
             rows[one.place] = one.live.row
         spans = self._spans(general, positions)
@@ -245,14 +244,15 @@ class WorkerSteering:
         for one, mine, keys in zip(placed, bits, wanted, strict=True):
             plan = one.live.plan
             assert plan is not None
-            one.numbers = {0: 0}
+            numbers = {0: 0}
             for key in keys:
                 number = self.shifts.find(plan, key[1], tap_of, keep)
                 if number is None:
                     break
-                one.numbers[key[1]] = number
+                numbers[key[1]] = number
             else:
-                variants[one.place] = [one.numbers[chosen] for chosen in mine.tolist()]
+                one.variants = numbers
+                variants[one.place] = [numbers[chosen] for chosen in mine.tolist()]
                 inline.append(one)
                 recorded.append(mine)
         self.shifts.assign(torch.from_numpy(variants))

@@ -1,0 +1,111 @@
+"""A worker of vLLM's, without vLLM: what it does to the tokens of requests that decode together.
+
+Triggers look at every token, so that passes are carried on with other slots; each token must get
+its own edit and leave its own bits.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from artefacts import EVERYTHING, artefacts, shape_of
+
+from steer.engines.vllm.prepared import Batch
+from steer.engines.vllm.shifts import ShiftTables
+from steer.engines.vllm.steering import WorkerSteering
+from steer.engines.vllm.taps import SITES, CompiledTap, EagerTap, tap_of
+from steer.engines.vllm.ticket import Ticket
+from steer.model_info import HookPoint
+from steer.plan import SteeringPlan
+from steer.plan_cache import PlanCache
+from steer.registry.library import MemoryLibrary
+from steer.spec import parse_spec
+
+WIDTH, LAYERS, VOCABULARY, PROMPT, STEPS = 16, 4, 6, 3, 40
+MODEL = replace(shape_of(WIDTH, LAYERS), sites=SITES)
+MADE = artefacts(WIDTH, LAYERS)
+PLANS = PlanCache(MemoryLibrary(**MADE), MODEL, EVERYTHING)
+POINT = HookPoint(2)
+TRIGGERS = ({1}, {2, 3}, {0, 4, 5})
+
+
+def triggered(tokens: set[int], strength: float, kind: str) -> SteeringPlan:
+    amount: object = strength if kind == "constant" else {"norm": strength}
+    item = {"kind": "add", "vector": "v0", "strength": amount, "layers": [POINT.layer]}
+    where = {"tokens": sorted(tokens), "phases": ["generation"]}
+    return PLANS.plan(parse_spec({"interventions": [item], "where": where}))
+
+
+@pytest.mark.parametrize("kind", ["constant", "relative to the norm"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_token_gets_what_it_triggers(seed: int, compiled: bool, kind: str) -> None:
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    plans = {f"r{n}": triggered(tokens, 0.5 + n, kind) for n, tokens in enumerate(TRIGGERS)}
+    shifts = None
+    if compiled:
+        shifts = ShiftTables(
+            2 * LAYERS + 1,
+            WIDTH,
+            variants=16,
+            bank_rows=16,
+            batch_tokens=16,
+            device=torch.device("cpu"),
+        )
+    steering = WorkerSteering(
+        MODEL,
+        {plan.fingerprint: plan for plan in plans.values()}.__getitem__,
+        max_requests=4,
+        device=torch.device("cpu"),
+        shifts=shifts,
+    )
+    index = tap_of(POINT)
+    tap = EagerTap(index) if shifts is None else CompiledTap(index, shifts, EagerTap(index))
+    order = [*plans, "plain"]
+    for req_id in order:
+        plan = plans.get(req_id)
+        ticket = None
+        if plan is not None:
+            selections = tuple(one.selection for one in plan.passes)
+            ticket = Ticket(
+                req_id,
+                fingerprint=plan.fingerprint,
+                plan=plan.fingerprint,
+                selections=selections,
+            )
+        steering.admit(req_id, [0] * PROMPT, ticket)
+    vector = MADE["vectors"]["v0"][POINT.layer]
+    expected_bits: dict[str, list[int]] = {req_id: [] for req_id in plans}
+    for step in range(STEPS):
+        tokens = [draw.randrange(VOCABULARY) for _ in order]
+        batch = Batch(
+            order,
+            np.full(len(order), PROMPT + step, dtype=np.int64),
+            np.ones(len(order), dtype=np.int64),
+            lambda n, tokens=tokens: np.array([tokens[n]], dtype=np.int64),  # type: ignore[misc]
+        )
+        before = torch.randn(2, len(order), WIDTH, generator=generator)
+        hidden, residual = before.clone()
+        steering.begin(batch)
+        hidden, residual = tap(hidden, residual)
+        steering.end()
+        for n, req_id in enumerate(order):
+            stream = before[0, n] + before[1, n]
+            wanted = stream
+            if req_id in plans:
+                fires = tokens[n] in TRIGGERS[n]
+                expected_bits[req_id].append(int(fires))
+                if fires and kind == "constant":
+                    wanted = stream + (0.5 + n) * vector
+                elif fires:
+                    wanted = stream + (0.5 + n) * stream.norm() * vector / vector.norm()
+            torch.testing.assert_close(hidden[n] + residual[n], wanted, rtol=1e-5, atol=1e-5)
+    for req_id, bits in expected_bits.items():
+        live = steering.seats.get(req_id)
+        assert live is not None
+        assert live.fault is None
+        assert steering.seats.ledger.bits[live.row, PROMPT : PROMPT + STEPS].tolist() == bits
