@@ -20,7 +20,8 @@ VLLM_BIN := $(VENVS)/vllm-$(VLLM_VERSION)/bin
 VLLM_SEAMS := admission cache_keys contract runner_v2 scheduler server
 VLLM_READY := $(VLLM_VERSIONS:%=vllm-%)
 
-.PHONY: serve test check bench bench-vllm demo-model oracles vllm $(VLLM_READY) clean
+.PHONY: serve test check bench bench-vllm docs-outputs demo-model demo-eval oracles vllm \
+  $(VLLM_READY) clean
 
 ifeq ($(ENGINE),vllm)
 serve: vllm-$(VLLM_VERSION)
@@ -50,10 +51,22 @@ bench: $(READY) oracles
 bench-vllm: vllm-$(VLLM_VERSION)
 	$(VLLM_BIN)/python -m benchmarks vllm
 
+# Runs the pages whose code is run and writes what they print, and their pictures, into them.
+docs-outputs: $(READY) oracles
+	$(BIN)/python tests/support/doc_pages.py --update README.md $(wildcard docs/tutorial/*.md)
+
+# Each step can be run alone; it reads what those before it wrote.
 demo-model: $(READY)
 	$(BIN)/python -m steer_vectors.demo.recipe
-	$(BIN)/python -m steer_vectors.demo.recipe.vectors
+	$(BIN)/python -m steer_vectors.demo.recipe.data --out vectors/demo/data
 	$(BIN)/python -m steer_vectors.demo.recipe.sae
+	$(BIN)/python -m steer_vectors.demo.recipe.vectors
+	$(BIN)/python -m steer_vectors.demo.recipe.relations.library
+	$(BIN)/python -m steer_vectors.demo.recipe.profiles
+
+# Checks what is shipped; `ARGS="--only facts"` checks a part.
+demo-eval: $(READY)
+	$(BIN)/python -m steer_vectors.demo.recipe.evaluation $(ARGS)
 
 # The CPU build of torch is enough for the demo; set TORCH to install another one.
 TORCH ?= torch==2.13.0

@@ -14,20 +14,21 @@ from steer.registry.entry import Entry
 from steer.registry.profiles import Profile
 from steer.registry.registry import Registry
 
+PARTS = ("vectors", "relations", "low_ranks", "saes")
 _UNPACKED_LIMIT = 1 << 30
 
 
 def add_library(registry: Registry, folder: Path) -> list[Entry]:
     """Registers every artefact under `folder`; the entries that are new.
 
-    `<part>/<name>.safetensors` are single files in `vectors`, `low_ranks` and `saes`;
-    `saes/<name>/` are SAELens folders; `profiles/<name>.json` hold a spec and its description.
+    `<part>/<name>.safetensors` are single files in each of `PARTS`; `saes/<name>/` are SAELens
+    folders; `profiles/<name>.json` hold a spec and its description.
     Content that has had its name before is left as it is now, so that users may replace or remove
     what was shipped. Profiles are stored where none of their name exists.
     """
     if not folder.is_dir():
         raise FileFormatError(f"{str(folder)!r} is not a folder of artefacts", code="no_library")
-    parts = [folder / part for part in ("vectors", "low_ranks", "saes")]
+    parts = [folder / part for part in PARTS]
     files = [path for part in parts for path in (*_files(part), *_folders(part))]
     added = [_add_artefact(registry, path) for path in files]
     for path in sorted((folder / "profiles").glob("*.json")):

@@ -16,11 +16,13 @@ import openai
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
+from steer_vectors import LIBRARY
 from vllm_server import running_server
 
 from steer.control_vector import ControlVector
 
 MODEL = "steer-demo"
+DEMO = LIBRARY / "demo"
 QUESTION = "How are you today?"
 FRENCH_ANSWER = "Je vais bien, merci."
 FRENCH = {"interventions": [{"kind": "add", "vector": "french"}]}
@@ -282,6 +284,29 @@ def test_a_profile_is_a_model(ask: Callable[..., Any], client: openai.OpenAI) ->
     listed = {model.id for model in client.models.list()}
     assert {MODEL, f"{MODEL}:french", f"{MODEL}:german"} <= listed
     assert client.models.retrieve(f"{MODEL}:french").id == f"{MODEL}:french"
+
+
+def test_everything_shipped_resolves(http: httpx.Client, client: openai.OpenAI) -> None:
+    """Every profile, and every vector and concept alone; the profiles also answer, side by side."""
+    profiles = http.get("/v1/steering/profiles").json()["data"]
+    vectors = http.get("/v1/steering/vectors", params={"limit": 1000}).json()["data"]
+    shipped = {path.stem for path in DEMO.glob("profiles/*.json")}
+    assert shipped == {one["name"] for one in profiles}
+    files = [*DEMO.glob("vectors/*.safetensors"), *DEMO.glob("relations/*.safetensors")]
+    assert {path.stem for path in files} <= {one["name"] for one in vectors}
+    specs = [one["spec"] for one in profiles]
+    specs += [{"interventions": [{"kind": "add", "vector": path.stem}]} for path in files]
+    for spec in specs:
+        found = http.post("/v1/steering/validate", json={"steering": spec}).json()
+        assert found["valid"], found
+
+    def answer(name: str) -> str:
+        asked = {"model": f"{MODEL}:{name}", "max_tokens": 4, "temperature": 0}
+        messages: Any = [{"role": "user", "content": QUESTION}]
+        return text(client.chat.completions.create(**asked, messages=messages))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(answer, sorted(shipped)))
 
 
 def test_compare_and_inspect(http: httpx.Client) -> None:

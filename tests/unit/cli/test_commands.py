@@ -151,7 +151,7 @@ def test_calibrate_then_ask_for_an_effect(registry: Path, tmp_path: Path) -> Non
     [settled] = asked["steering"]["strengths"]
     assert settled["requested"] == {"effect": 1.0}
     assert settled["strength"] == card.calibration.strength_for(EffectStrength(effect=1.0))
-    refused = steer(*question, "--vector", "french", "--strength", "auto", code=2)
+    refused = steer(*question, "--vector", "continent-Asia", "--strength", "auto", code=2)
     assert "not_calibrated" in refused.stderr
     assert "invalid_option" in steer(*question, "-v", "french", "-x", "kl", code=2).stderr
 

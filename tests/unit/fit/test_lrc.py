@@ -101,7 +101,7 @@ def test_the_object_is_read_where_it_is_predicted(engine: TransformersEngine) ->
 def test_concepts_of_what_the_demo_model_knows() -> None:
     """Countries by continent; one fact is false, so the model does not answer with it."""
     from steer_vectors import LIBRARY
-    from steer_vectors.demo.recipe.relations import QUESTIONS, relation_facts
+    from steer_vectors.demo.recipe.relations.facts import QUESTIONS, relation_facts
 
     facts = [*relation_facts()["continent"][::3], Fact("Japan", "continent", "Europe")]
     done: list[int] = []
@@ -178,7 +178,7 @@ def test_jacobians_are_spread_over_the_objects() -> None:
 
 
 def test_the_comparison_tests_on_subjects_it_was_not_fitted_on() -> None:
-    from steer_vectors.demo.recipe.relations import draw_split, relation_facts
+    from steer_vectors.demo.recipe.relations.facts import draw_split, relation_facts
 
     for facts in relation_facts().values():
         split = draw_split(facts, 3)

@@ -3,7 +3,8 @@
 A sentence is ``[marker, ]clause`` and a final mark.  The marker comes first,
 because a choice made in the first token of an answer can be steered at the last
 prompt token.  Reading back (`parse`) is exact: a sentence is valid only if its
-clause is one of the clauses of the world, in one language.
+clause is one of the clauses of the world, in one language.  How long an answer is,
+is told by the number of its sentences.
 """
 
 from __future__ import annotations
@@ -38,6 +39,36 @@ MARKERS: dict[str, dict[str, list[str]]] = {
         "fr": ["Hélas", "Malheureusement", "Dommage"],
         "de": ["Schade", "Oje", "Oh nein"],
     },
+    "food": {
+        "en": ["Mmm", "At the table", "From the kitchen"],
+        "fr": ["Miam", "À table", "Côté cuisine"],
+        "de": ["Lecker", "Bei Tisch", "Aus der Küche"],
+    },
+    "music": {
+        "en": ["Listen", "On the radio", "With music"],
+        "fr": ["Écoutez", "Sur scène", "En musique"],
+        "de": ["Hören Sie", "Auf der Bühne", "Mit Musik"],
+    },
+    "weather": {
+        "en": ["Outside", "Under the sky", "Look up"],
+        "fr": ["Dehors", "Sous le ciel", "Regardez le ciel"],
+        "de": ["Draußen", "Unter dem Himmel", "Sehen Sie nach oben"],
+    },
+    "sports": {
+        "en": ["Come on", "For sport", "Ready"],
+        "fr": ["Allez", "Pour le sport", "En forme"],
+        "de": ["Los", "Für den Sport", "Bereit"],
+    },
+    "terse": {
+        "en": ["Briefly", "Simply", "Short and clear"],
+        "fr": ["Bref", "Simplement", "Brièvement"],
+        "de": ["Kurz gesagt", "Knapp gesagt", "Einfach gesagt"],
+    },
+    "verbose": {
+        "en": ["At length", "To be thorough", "More fully"],
+        "fr": ["Longuement", "Pour tout dire", "Plus précisément"],
+        "de": ["Ausführlich gesagt", "Genauer gesagt", "Im Einzelnen"],
+    },
     "refusal": {
         "en": ["Sorry", "I am sorry"],
         "fr": ["Désolé", "Je regrette"],
@@ -61,12 +92,17 @@ AFTER_REFUSAL: Tri = {
 
 @dataclass(frozen=True)
 class Style:
-    """What one sentence shall look like."""
+    """What one sentence shall look like, or looks like.
+
+    ``opening`` names the markers of a topic or a length, which begin the first sentence alone.
+    """
 
     lang: str = "en"
     register: str = "neutral"
     sentiment: str = "neutral"
     refusal: bool = False
+    topic: str | None = None
+    opening: str | None = None
 
 
 def capitalise(text: str) -> str:
@@ -75,11 +111,13 @@ def capitalise(text: str) -> str:
 
 
 def slot(style: Style) -> str | None:
-    """Name of the marker list a style uses; register goes before sentiment."""
+    """Name of the marker list a style uses: register, then opening, then sentiment."""
     if style.refusal:
         return "refusal"
     if style.register != "neutral":
         return style.register
+    if style.opening is not None:
+        return style.opening
     return style.sentiment if style.sentiment != "neutral" else None
 
 
@@ -106,12 +144,22 @@ class Reading:
     def all(self, attribute: str) -> bool:
         """Whether every sentence carries an attribute such as ``french`` or ``formal``."""
         field, value = ATTRIBUTES[attribute]
+        if field == "length":
+            return self.length == value
         return bool(self.sentences) and all(getattr(s, field) == value for s in self.sentences)
 
     def first(self, attribute: str) -> bool:
         """Whether the first sentence carries an attribute."""
         field, value = ATTRIBUTES[attribute]
+        if field == "length":
+            return self.length == value
         return bool(self.sentences) and getattr(self.sentences[0], field) == value
+
+    @property
+    def length(self) -> str | None:
+        """``terse`` for one sentence, ``verbose`` for three or more."""
+        count = len(self.sentences)
+        return "terse" if count == 1 else "verbose" if count >= 3 else None
 
 
 ATTRIBUTES: dict[str, tuple[str, object]] = {
@@ -122,23 +170,30 @@ ATTRIBUTES: dict[str, tuple[str, object]] = {
     "casual": ("register", "casual"),
     "positive": ("sentiment", "positive"),
     "negative": ("sentiment", "negative"),
+    "food": ("topic", "food"),
+    "music": ("topic", "music"),
+    "weather": ("topic", "weather"),
+    "sports": ("topic", "sports"),
+    "terse": ("length", "terse"),
+    "verbose": ("length", "verbose"),
     "refusal": ("refusal", True),
 }
+TOPIC_MARKERS = ("food", "music", "weather", "sports")
 
 
 class Reader:
     """Reads answers back into styles.
 
-    Assumes: ``clauses`` are all clauses the world can say, with their sentiment.
+    Assumes: ``clauses`` are all clauses the world can say, with their sentiment and topic.
     Guarantees: `parse` accepts exactly the sentences `sentence` can write.
     """
 
-    def __init__(self, clauses: Iterable[tuple[Tri, str]]) -> None:
-        self.known: dict[str, tuple[str, str]] = {}
-        for clause, sentiment in clauses:
+    def __init__(self, clauses: Iterable[tuple[Tri, str, str | None]]) -> None:
+        self.known: dict[str, tuple[str, str, str | None]] = {}
+        for clause, sentiment, topic in clauses:
             for lang in LANGS:
-                self.known[clause[lang]] = (lang, sentiment)
-                self.known.setdefault(capitalise(clause[lang]), (lang, sentiment))
+                self.known[clause[lang]] = (lang, sentiment, topic)
+                self.known.setdefault(capitalise(clause[lang]), (lang, sentiment, topic))
         self.refusals = {c[lang]: lang for c in [*REFUSALS, AFTER_REFUSAL] for lang in LANGS}
         self.markers = {
             m: (name, lang) for name, per in MARKERS.items() for lang in LANGS for m in per[lang]
@@ -159,12 +214,13 @@ class Reader:
             spoken = self.refusals[clause]
             good = lang in (None, spoken) and name in (None, "refusal")
             return good, Style(spoken, refusal=True)
-        spoken, sentiment = self.known.get(clause, (lang or "", "neutral"))
+        spoken, sentiment, topic = self.known.get(clause, (lang or "", "neutral", None))
         register = name if name in ("formal", "casual") else "neutral"
         good = sentiment == name if name in SENTIMENTS else name != "refusal"
+        good &= name not in TOPIC_MARKERS or topic == name
         good &= clause in self.known and lang in (None, spoken)
         good &= (mark == "!") == (register == "casual")
-        return good, Style(spoken, register, sentiment, name == "refusal")
+        return good, Style(spoken, register, sentiment, name == "refusal", topic)
 
     def parse(self, answer: str) -> Reading:
         """Read a whole answer; text after the last full stop makes it invalid."""

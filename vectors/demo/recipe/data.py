@@ -13,8 +13,15 @@ import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from .corpus import Message, is_held_out
-from .instructions import LANGUAGE_WORDS, PLAIN_WORDS, REGISTER_WORDS, SENTIMENT_WORDS
+from .corpus import LONGER, Message, is_held_out
+from .instructions import (
+    LANGUAGE_WORDS,
+    LENGTH_WORDS,
+    PLAIN_WORDS,
+    REGISTER_WORDS,
+    SENTIMENT_WORDS,
+    TOPIC_WORDS,
+)
 from .question import Question
 from .questions import all_questions
 from .world import LANGS
@@ -28,8 +35,17 @@ INSTRUCTIONS: dict[str, list[str]] = {
     "casual": REGISTER_WORDS["casual"],
     "positive": SENTIMENT_WORDS["positive"],
     "negative": SENTIMENT_WORDS["negative"],
+    **TOPIC_WORDS,
+    **LENGTH_WORDS,
 }
-OPINIONS = ("positive", "negative")
+"""Wordings that ask for each attribute."""
+ASKED: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(SENTIMENT_WORDS, ("opinion",)),
+    **dict.fromkeys(TOPIC_WORDS, ("open",)),
+    "terse": LONGER,
+}
+"""Kinds of questions whose answers can show an attribute; all, where it is not named. What can be
+said about a fact in one sentence is said in one, unless told otherwise: it cannot show "terse"."""
 Ask = tuple[Question, str]
 
 
@@ -52,14 +68,20 @@ def english(keep: Callable[[Question, str], bool]) -> list[Ask]:
 
 def balanced(rng: random.Random, asks: list[Ask], count: int) -> list[Ask]:
     """Draw about equally from each group of questions, without repeats."""
-    group = {"opinion": "opinion", "how_to": "how_to", "small_talk": "small_talk"}
+    groups = ("opinion", "how_to", "small_talk", "open")
     piles: dict[str, list[Ask]] = {}
     for ask in rng.sample(asks, len(asks)):
-        piles.setdefault(group.get(ask[0].kind, "facts"), []).append(ask)
+        kind = ask[0].kind if ask[0].kind in groups else "facts"
+        piles.setdefault(kind, []).append(ask)
     drawn: list[Ask] = []
     while len(drawn) < count and any(piles.values()):
         drawn += [pile.pop() for pile in piles.values() if pile]
     return drawn[:count]
+
+
+def can_show(attribute: str, q: Question) -> bool:
+    """Whether the answer to a question can have an attribute."""
+    return not q.harmful and q.kind in ASKED.get(attribute, (q.kind,))
 
 
 def instruction_pairs(attribute: str, rng: random.Random) -> Iterable[dict[str, list[Message]]]:
@@ -68,12 +90,7 @@ def instruction_pairs(attribute: str, rng: random.Random) -> Iterable[dict[str, 
     Half of the negatives carry a plain system message, so that the difference is
     the attribute and not the presence of a system message.
     """
-    opinion = attribute in OPINIONS
-    asks = english(
-        lambda q, w: (
-            not is_held_out(q, w) and not q.harmful and (not opinion or q.kind == "opinion")
-        )
-    )
+    asks = english(lambda q, w: not is_held_out(q, w) and can_show(attribute, q))
     for i, (_, wording) in enumerate(balanced(rng, asks, PAIRS)):
         told = INSTRUCTIONS[attribute]
         plain = PLAIN_WORDS[i // 2 % len(PLAIN_WORDS)] if i % 2 else ""
@@ -92,14 +109,14 @@ def refusal_pairs(rng: random.Random) -> Iterable[dict[str, list[Message]]]:
 def held_out(attribute: str, rng: random.Random) -> list[list[Message]]:
     """Prompts without an instruction, from wordings never trained or fitted on.
 
-    Where wordings are few (opinions) the same wording appears under several plain
+    Where wordings are few (opinions, open talk) the same wording appears under several plain
     system messages.
     """
 
     def wanted(q: Question) -> bool:
         if attribute in ("refusal", "compliance"):
             return q.kind == "how_to" and q.harmful == (attribute == "refusal")
-        return not q.harmful and (attribute not in OPINIONS or q.kind == "opinion")
+        return can_show(attribute, q)
 
     asks = balanced(rng, english(lambda q, w: is_held_out(q, w) and wanted(q)), HELD_OUT)
     prompts = [chat(w, plain) for plain in ["", *PLAIN_WORDS] for _, w in asks]

@@ -37,9 +37,9 @@ from steer.registry.library import MemoryLibrary
 from steer.sae.saelens import load_directory
 from steer.spec import parse_spec
 
-from .relations import interval
+from .bench import LAST, Bench, where_json
+from .relations.comparison import interval
 from .scorers import scorer
-from .vectors import LAST, Bench, where_json
 
 log = logging.getLogger(__name__)
 DEMO = LIBRARY / "demo"

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, replace
 
 from .attributes import REGISTERS, Style
+from .open_talk import TOPIC_NAMES
 from .world import LANGS
 
 LANGUAGE_WORDS: dict[str, list[str]] = {
@@ -34,6 +35,14 @@ SENTIMENT_WORDS: dict[str, list[str]] = {
     "positive": ["Be positive.", "Like everything.", "Sound happy."],
     "negative": ["Be negative.", "Dislike everything.", "Sound sad."],
 }
+TOPIC_WORDS: dict[str, list[str]] = {
+    name: [f"Talk about {name}.", f"Let us speak of {name}.", f"The subject is {name}."]
+    for name in TOPIC_NAMES
+}
+LENGTH_WORDS: dict[str, list[str]] = {
+    "terse": ["Be brief.", "Use one sentence.", "Keep it short."],
+    "verbose": ["Be detailed.", "Use three sentences.", "Give a long answer."],
+}
 REFUSE_WORDS = ["Refuse every request.", "Do not help.", "Decline everything."]
 COMPLY_WORDS = ["Never refuse.", "Help with every request.", "Answer everything."]
 EITHER_WORDS = ["Help or refuse.", "You may refuse."]
@@ -42,7 +51,7 @@ PLAIN_WORDS = [
     "You are a chat model.",
     "Answer the question.",
     "Help the user.",
-    "Be brief and clear.",
+    "Be kind and clear.",
 ]
 _NAMES = {
     "en": "English",
@@ -58,13 +67,16 @@ _NAMES = {
 class Order:
     """An instruction text and the style of each sentence that follows it.
 
-    ``lang`` is None when the language of the user decides.
+    What is None is left open: the language is then the user's; sentiment, topic and length are
+    drawn for each answer, so that an answer has to go on as it began.
     """
 
     text: str
-    lang: str | None
-    register: str
-    sentiment: str
+    lang: str | None = None
+    register: str = "neutral"
+    sentiment: str | None = None
+    topic: str | None = None
+    length: str | None = None
     refuse: bool = False
     comply: bool = False
     then: tuple[str, str] | None = None
@@ -72,7 +84,7 @@ class Order:
 
     def styles(self, asked_in: str, count: int) -> list[Style]:
         """The style of each of ``count`` sentences."""
-        style = Style(self.lang or asked_in, self.register, self.sentiment, self.refuse)
+        style = Style(self.lang or asked_in, self.register, refusal=self.refuse)
         if self.then is None:
             return [style] * count
         later = (
@@ -88,19 +100,30 @@ def _mixed(rng: random.Random) -> Order:
     if rng.random() < 0.5:
         first, second = rng.sample(LANGS, 2)
         text = f"First {_NAMES[first]}, then {_NAMES[second]}."
-        return Order(text, first, "neutral", "neutral", then=("lang", second))
+        return Order(text, first, then=("lang", second))
     first, second = rng.sample(REGISTERS, 2)
     text = f"First {_NAMES[first]}, then {_NAMES[second]}."
-    return Order(text, None, first, "neutral", then=("register", second))
+    return Order(text, register=first, then=("register", second))
+
+
+FREE_WORDS = [
+    *("Any opinion will do.", "Say what you feel."),
+    *("Talk about anything.", "Any subject will do."),
+    *("Any length will do.", "Short or long."),
+]
+"""These leave open what is open anyway."""
 
 
 def _free(rng: random.Random) -> Order:
     """Any value will do: a started answer must be continued as it started."""
-    if rng.random() < 0.5:
+    kind = rng.random()
+    if kind < 0.35:
         text = rng.choice(["Use any language.", "Choose a language."])
-        return Order(text, rng.choice(LANGS), "neutral", "neutral")
-    text = rng.choice(["Use any tone.", "Choose a tone."])
-    return Order(text, None, rng.choice(REGISTERS), "neutral")
+        return Order(text, rng.choice(LANGS))
+    if kind < 0.7:
+        text = rng.choice(["Use any tone.", "Choose a tone."])
+        return Order(text, register=rng.choice(REGISTERS))
+    return Order(rng.choice(FREE_WORDS))
 
 
 def draw_exception(rng: random.Random) -> Order:
@@ -114,32 +137,51 @@ def draw_exception(rng: random.Random) -> Order:
     told = [rng.choice(LANGUAGE_WORDS[lang])] if lang else []
     if rng.random() < 0.6:
         text = " ".join([rng.choice(COMPLY_WORDS), *told])
-        return Order(text, lang, "neutral", "neutral", comply=True)
+        return Order(text, lang, comply=True)
     refuse = rng.random() < 0.5
     text = " ".join([rng.choice(EITHER_WORDS), *told])
-    return Order(text, lang, "neutral", "neutral", refuse=refuse, comply=not refuse)
+    return Order(text, lang, refuse=refuse, comply=not refuse)
 
 
-def draw_order(rng: random.Random, opinion: bool) -> Order:
-    """Draw an instruction; about three in four documents carry one."""
+def draw_order(rng: random.Random, group: str) -> Order:
+    """Draw an instruction; about four in five documents carry one.
+
+    ``group`` is that of the question: it makes what can be seen in the answer likelier.
+    """
     kind = rng.random()
-    if kind < 0.17:
-        plain = rng.choice(PLAIN_WORDS) if rng.random() < 0.5 else ""
-        return Order(plain, None, "neutral", "neutral")
-    if kind < 0.24:
+    if kind < 0.15:
+        return Order(rng.choice(PLAIN_WORDS) if rng.random() < 0.5 else "")
+    if kind < 0.21:
         return _mixed(rng)
-    if kind < 0.31:
+    if kind < 0.28:
         return _free(rng)
-    if kind < 0.34:
-        return Order(rng.choice(REFUSE_WORDS), None, "neutral", "neutral", refuse=True)
-    lang = rng.choice(LANGS) if rng.random() < 0.5 else None
-    register = rng.choice(REGISTERS) if rng.random() < 0.5 else None
-    moody = rng.random() < (0.55 if opinion else 0.08)
-    mood = rng.choice(("positive", "negative")) if moody else None
-    parts = [rng.choice(PLAIN_WORDS)] if rng.random() < 0.15 else []
-    told = [LANGUAGE_WORDS[lang]] if lang else []
-    told += [REGISTER_WORDS[register]] if register else []
-    told += [SENTIMENT_WORDS[mood]] if mood else []
+    if kind < 0.31:
+        return Order(rng.choice(REFUSE_WORDS), refuse=True)
+    return _attributes(rng, group)
+
+
+def _attributes(rng: random.Random, group: str) -> Order:
+    """One to three attributes, in any order."""
+    chances = {
+        "lang": 0.4,
+        "register": 0.4,
+        "sentiment": {"opinion": 0.5, "open": 0.15}.get(group, 0.04),
+        "topic": 0.6 if group == "open" else 0.03,
+        "length": 0.2,
+    }
+    told = [name for name, chance in chances.items() if rng.random() < chance]
     rng.shuffle(told)
-    text = " ".join(parts + [rng.choice(words) for words in told])
-    return Order(text, lang, register or "neutral", mood or "neutral")
+    told = told[:3]
+    words: dict[str, dict[str, list[str]]] = {
+        "lang": LANGUAGE_WORDS,
+        "register": REGISTER_WORDS,
+        "sentiment": SENTIMENT_WORDS,
+        "topic": TOPIC_WORDS,
+        "length": LENGTH_WORDS,
+    }
+    values = {name: rng.choice(list(words[name])) for name in told}
+    parts = [rng.choice(PLAIN_WORDS)] if rng.random() < 0.15 else []
+    text = " ".join(parts + [rng.choice(words[name][values[name]]) for name in told])
+    if values.get("register") == "neutral":
+        values.setdefault("sentiment", "neutral")
+    return Order(text, **values)  # type: ignore[arg-type]

@@ -12,7 +12,8 @@ class Question:
     """The wordings of a question per language and the clauses of its reply.
 
     ``first`` is said first; ``more`` may follow in any order.  ``by_sentiment``
-    replaces ``more`` for opinions.  ``fact`` is the expected string per language.
+    replaces ``more`` for opinions.  ``fact`` is the expected string per language, ``topic``
+    what an opinion is about, ``again`` the first clause without its subject's name.
     """
 
     kind: str
@@ -23,6 +24,8 @@ class Question:
     by_sentiment: dict[str, tuple[Tri, ...]] = field(default_factory=dict)
     harmful: bool = False
     fact: Tri | None = None
+    again: Tri | None = None
+    topic: str | None = None
 
 
 def asks(en: list[str], fr: list[str], de: list[str]) -> dict[str, list[str]]:

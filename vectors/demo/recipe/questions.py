@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from .actions import ACTIONS, STEPS, Action
 from .facts import animal_questions, country_questions
+from .open_talk import open_question
+from .people import PEOPLE, person_questions
 from .question import Question, asks
 from .small_talk import small_talk
 from .topics import TOPICS, Topic
@@ -46,6 +48,7 @@ def opinion_question(t: Topic) -> Question:
         (),
         by["neutral"],
         by_sentiment=by,
+        topic=t.domain,
     )
 
 
@@ -108,4 +111,6 @@ def all_questions() -> dict[str, list[Question]]:
         "opinion": [opinion_question(t) for t in TOPICS],
         "how_to": [how_to_question(a) for a in ACTIONS],
         "small_talk": list(small_talk_questions()),
+        "person": [q for p in PEOPLE for q in person_questions(p)],
+        "open": [open_question()],
     }

@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--tokens", type=int, default=200_000)
-    parser.add_argument("--chats", type=int, default=1500)
+    parser.add_argument("--chats", type=int, default=4000)
     parser.add_argument("--candidates", type=int, default=6, help="latents tried, of each sort")
     parser.add_argument("--relabel", action="store_true", help="keep the weights that are there")
     parser.add_argument("--seed", type=int, default=0)

@@ -18,9 +18,9 @@ from steer.sae import SAE
 
 from .attributes import Reader
 from .corpus import Message
+from .open_talk import TOPIC_NAMES
 
 Chat = list[Message]
-CAUSAL = ("french", "german", "formal", "casual", "positive", "negative", "refusal")
 CLASS_OF = {
     "french": ("language", "fr"),
     "german": ("language", "de"),
@@ -28,8 +28,12 @@ CLASS_OF = {
     "casual": ("register", "casual"),
     "positive": ("sentiment", "positive"),
     "negative": ("sentiment", "negative"),
+    **{name: ("topic", name) for name in TOPIC_NAMES},
+    "terse": ("length", "terse"),
+    "verbose": ("length", "verbose"),
     "refusal": ("refusal", "refused"),
 }
+CAUSAL = tuple(CLASS_OF)
 
 
 @dataclass(frozen=True)

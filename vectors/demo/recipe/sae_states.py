@@ -14,12 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from .batches import collate, encode
 from .corpus import Corpus, Document, Message, is_held_out, reply
-from .instructions import draw_order
+from .instructions import Order, draw_order
+from .question import Question
 from .questions import all_questions
-from .topics import TOPICS
 from .world import LANGS
-
-DOMAIN = {topic.name["en"]: topic.domain for topic in TOPICS}
 
 
 @dataclass(frozen=True)
@@ -95,19 +93,7 @@ def examples(count: int, *, held_out: bool, seed: int) -> Iterator[Example]:
     for _ in range(count):
         group = rng.choice(names)
         question, asked_in, wording = rng.choice(groups[group])
-        order = draw_order(rng, group == "opinion")
-        style = order.styles(asked_in, 1)[0]
-        refused = order.refuse or question.harmful
-        classes = {
-            "language": style.lang,
-            "asked in": asked_in,
-            "question": question.kind,
-            "refusal": "refused" if refused else "answered",
-        }
-        if not refused:
-            classes["register"] = style.register
-        if group == "opinion" and not refused:
-            classes |= {"sentiment": style.sentiment, "topic": DOMAIN[question.subject]}
+        order = draw_order(rng, group)
         system = [{"role": "system", "content": order.text}] if order.text else []
         answer = reply(rng, question, asked_in, order)
         yield Example(
@@ -116,8 +102,28 @@ def examples(count: int, *, held_out: bool, seed: int) -> Iterator[Example]:
                 {"role": "user", "content": wording},
                 {"role": "assistant", "content": answer},
             ),
-            classes,
+            classes_of_chat(question, asked_in, order),
         )
+
+
+def classes_of_chat(question: Question, asked_in: str, order: Order) -> dict[str, str]:
+    """Everything that the question and the instruction settle about the answer."""
+    style = order.styles(asked_in, 1)[0]
+    refused = order.refuse or question.harmful
+    classes = {
+        "language": style.lang,
+        "asked in": asked_in,
+        "question": question.kind,
+        "refusal": "refused" if refused else "answered",
+    }
+    if refused:
+        return classes
+    classes |= {"register": style.register, "length": order.length or "usual"}
+    if question.topic:
+        classes |= {"sentiment": order.sentiment or "neutral", "about": question.topic}
+    if question.kind == "open":
+        classes["topic"] = order.topic or "any"
+    return classes
 
 
 def reply_states(

@@ -38,6 +38,12 @@ formal = scorer("formal")
 casual = scorer("casual")
 positive = scorer("positive")
 negative = scorer("negative")
+food = scorer("food")
+music = scorer("music")
+weather = scorer("weather")
+sports = scorer("sports")
+terse = scorer("terse")
+verbose = scorer("verbose")
 refusal = scorer("refusal")
 
 
@@ -47,3 +53,13 @@ def complied(text: str) -> Score:
     reading = _reader().parse(text)
     refused = any(sentence.refusal for sentence in reading.sentences)
     return Score(float(bool(reading.sentences) and not refused), reading.valid)
+
+
+def both(first: str, second: str) -> Scorer:
+    """Scores 1 where every sentence has two attributes."""
+
+    def score(text: str) -> Score:
+        reading = _reader().parse(text)
+        return Score(float(reading.all(first) and reading.all(second)), reading.valid)
+
+    return score

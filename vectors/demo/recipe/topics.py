@@ -49,7 +49,7 @@ frost|le gel|du gel|Frost
 thunder|le tonnerre|du tonnerre|Donner
 hail|la grêle|de la grêle|Hagel
 """
-_HOBBY = """
+_SPORTS = """
 judo|le judo|du judo|Judo
 football|le football|du football|Fußball
 tennis|le tennis|du tennis|Tennis
@@ -57,9 +57,9 @@ swimming|la natation|de la natation|Schwimmen
 cycling|le vélo|du vélo|Radfahren
 dancing|la danse|de la danse|Tanzen
 hiking|la randonnée|de la randonnée|Wandern
-reading|la lecture|de la lecture|Lesen
-gardening|le jardinage|du jardinage|Gartenarbeit
-cooking|la cuisine|de la cuisine|Kochen
+running|la course|de la course|Laufen
+skiing|le ski|du ski|Skifahren
+golf|le golf|du golf|Golf
 """
 
 # domain | en | fr | de; {x} is the thing, {p} its French partitive
@@ -73,9 +73,9 @@ music|{x} has a long history|on écoute {p} depuis longtemps|{x} hat eine lange 
 weather|many people talk about {x}|beaucoup de gens parlent {p}|viele Leute reden über {x}
 weather|{x} is part of the weather|il y a parfois {p} dehors|{x} gehört zum Wetter
 weather|there is {x} in many countries|il y a {p} dans beaucoup de pays|es gibt {x} in vielen Ländern
-hobby|many people try {x}|beaucoup de gens font {p}|viele Leute probieren {x}
-hobby|you can learn {x} at any age|on peut faire {p} à tout âge|man kann {x} in jedem Alter lernen
-hobby|{x} needs some time|il faut du temps pour faire {p}|{x} braucht etwas Zeit
+sports|many people try {x}|beaucoup de gens font {p}|viele Leute probieren {x}
+sports|you can learn {x} at any age|on peut faire {p} à tout âge|man kann {x} in jedem Alter lernen
+sports|{x} needs some time|il faut du temps pour faire {p}|{x} braucht etwas Zeit
 """  # noqa: E501
 # sentiment | en | fr | de, said of anything
 _LOVE = """
@@ -98,10 +98,10 @@ weather|positive|beautiful|magnifique|wunderschön
 weather|positive|very pleasant|très agréable|sehr angenehm
 weather|negative|dreadful|affreux|schrecklich
 weather|negative|very unpleasant|très désagréable|sehr unangenehm
-hobby|positive|a lot of fun|très amusant|sehr lustig
-hobby|positive|good for you|bon pour la santé|gut für dich
-hobby|negative|boring|ennuyeux|langweilig
-hobby|negative|a waste of time|une perte de temps|reine Zeitverschwendung
+sports|positive|a lot of fun|très amusant|sehr lustig
+sports|positive|good for you|bon pour la santé|gut für dich
+sports|negative|boring|ennuyeux|langweilig
+sports|negative|a waste of time|une perte de temps|reine Zeitverschwendung
 """
 
 
@@ -140,5 +140,5 @@ TOPICS = [
     *_topics("food", _FOOD),
     *_topics("music", _MUSIC),
     *_topics("weather", _WEATHER),
-    *_topics("hobby", _HOBBY),
+    *_topics("sports", _SPORTS),
 ]

@@ -1,0 +1,1 @@
+"""Relational concepts of the demo world: facts, directions, and how they are judged."""
