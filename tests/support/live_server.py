@@ -1,0 +1,37 @@
+"""A real server in this process, for as long as a block of code runs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from steer_server.serve import Server, build
+from steer_server.settings import ServerSettings
+
+START_SECONDS = 120
+
+
+@contextmanager
+def live_server(registry: Path) -> Iterator[str]:
+    """The demo model, served as `make serve` does, on a port of its own; yields its URL."""
+    settings = ServerSettings(port=0, registry=str(registry))
+    server = Server(build(settings), settings)
+    started = threading.Event()
+    startup = server.startup
+
+    async def observed(*args: object, **kwargs: object) -> None:
+        await startup(*args, **kwargs)  # type: ignore[arg-type]
+        started.set()
+
+    server.startup = observed  # type: ignore[method-assign]
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        if not started.wait(START_SECONDS):
+            raise RuntimeError(f"the server did not start within {START_SECONDS} seconds")
+        yield server.url
+    finally:
+        server.should_exit = True
+        thread.join()
