@@ -289,6 +289,20 @@ def test_concepts_by_name_sort_subjects_and_swap_answers(
     assert swapped > len(facts) / len(names)
 
 
+def test_the_swap_that_the_library_page_shows(engine: TransformersEngine, plans: PlanCache) -> None:
+    page = (LIBRARY / "README.md").read_text("utf-8")
+    (block,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    decoder = json.JSONDecoder()
+    first, end = decoder.raw_decode(block)
+    swap, _ = decoder.raw_decode(block[end:].strip())
+    assert plans.plan(parse_spec(first)).points
+    prompts = tokens_of(engine, [[{"role": "user", "content": "Where does the fox live?"}]])
+    (done,) = answers(engine, prompts, plans.plan(parse_spec(swap)), max_tokens=24)
+    said = engine.tokenizer.decode(list(done.tokens), skip_special_tokens=True)
+    assert said == "The dolphin lives in the sea."
+    assert said in page
+
+
 # The server
 
 
