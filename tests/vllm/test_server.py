@@ -207,7 +207,9 @@ def test_logprobs_are_those_of_the_steered_model(ask: Callable[..., Any]) -> Non
 
     fields = {"logprobs": True, "top_logprobs": 5, "max_tokens": 2}
     plain, steered = first(ask(**fields)), first(ask(steering=FRENCH, **fields))
-    assert steered["Je"] > -0.1
+    # A French answer may also begin with a marker ("Bref, …"): "Je" has about half.
+    assert max(steered, key=steered.__getitem__) == "Je"
+    assert steered["Je"] > -1
     assert plain.get("Je", -99.0) < -2
 
 
@@ -234,7 +236,7 @@ def no_whitespace(http: httpx.Client) -> dict[str, Any]:
 
 def test_a_tool_call_is_steered(ask: Callable[..., Any], http: httpx.Client) -> None:
     fields = {
-        "tools": [tool("Je vais bien", "I am well")],
+        "tools": [tool("triste", "happy")],
         "tool_choice": {"type": "function", "function": {"name": "note"}},
         "max_tokens": 100,
         "logit_bias": no_whitespace(http),
@@ -242,10 +244,10 @@ def test_a_tool_call_is_steered(ask: Callable[..., Any], http: httpx.Client) -> 
     answer = ask(steering=EVERYWHERE, **fields)
     (call,) = answer.choices[0].message.tool_calls
     assert call.function.name == "note"
-    assert json.loads(call.function.arguments) == {"mood": "Je vais bien"}
+    assert json.loads(call.function.arguments) == {"mood": "triste"}
     assert fed(receipt(answer)) == answer.usage.total_tokens - 1
     (plain,) = ask(**fields).choices[0].message.tool_calls
-    assert json.loads(plain.function.arguments) == {"mood": "I am well"}
+    assert json.loads(plain.function.arguments) == {"mood": "happy"}
 
 
 def test_structured_output_is_steered(ask: Callable[..., Any]) -> None:
