@@ -203,8 +203,9 @@ class Judge:
                 assert abs(a - b) < TIE, f"{name}: token {n} is no tie, {a} and {b}"
                 return True
         assert len(outcome.tokens) == len(tokens), name
-        for mine, other in zip(outcome.logprobs, places, strict=False):
-            assert abs(mine.logprob - other.logprob) <= 1e-4, name
+        for n, (mine, other) in enumerate(zip(outcome.logprobs, places, strict=False)):
+            told = f"{name}: token {n} has {mine.logprob}, and {other.logprob} alone"
+            assert abs(mine.logprob - other.logprob) <= 1e-4, told
         return False
 
     def _check_receipt(self, outcome: Outcome, receipt: Receipt) -> None:
