@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .topics import TOPIC_NAMES
 from .world import LANGS, Tri
 
 REGISTERS = ("neutral", "formal", "casual")
@@ -178,7 +179,6 @@ ATTRIBUTES: dict[str, tuple[str, object]] = {
     "verbose": ("length", "verbose"),
     "refusal": ("refusal", True),
 }
-TOPIC_MARKERS = ("food", "music", "weather", "sports")
 
 
 class Reader:
@@ -217,7 +217,7 @@ class Reader:
         spoken, sentiment, topic = self.known.get(clause, (lang or "", "neutral", None))
         register = name if name in ("formal", "casual") else "neutral"
         good = sentiment == name if name in SENTIMENTS else name != "refusal"
-        good &= name not in TOPIC_MARKERS or topic == name
+        good &= name not in TOPIC_NAMES or topic == name
         good &= clause in self.known and lang in (None, spoken)
         good &= (mark == "!") == (register == "casual")
         return good, Style(spoken, register, sentiment, name == "refusal", topic)

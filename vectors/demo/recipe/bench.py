@@ -11,12 +11,12 @@ from steer_vectors import LIBRARY
 
 from steer.control_vector import ControlVector
 from steer.engines.base import SamplingParams
+from steer.engines.plans import plans_of
 from steer.engines.transformers.engine import TransformersEngine
 from steer.fit.pairs import Prompt
 from steer.fit.scoring import Scorer
 from steer.fit.sweep import Measured, measure
 from steer.plan import SteeringPlan
-from steer.plan_cache import PlanCache
 from steer.registry.library import MemoryLibrary
 from steer.sae import SAE
 from steer.spec import Where, parse_spec
@@ -57,8 +57,7 @@ class Bench:
         library = MemoryLibrary(
             {one.card.name: one for one in vectors}, {one.card.name: one for one in saes}
         )
-        cache = PlanCache(library, self.engine.info, self.engine.capabilities)
-        return cache.plan(parse_spec(spec))
+        return plans_of(self.engine, library).plan(parse_spec(spec))
 
     def measure(
         self, prompts: Sequence[Prompt], plans: Sequence[SteeringPlan | None], score: Scorer

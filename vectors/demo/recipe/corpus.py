@@ -11,11 +11,10 @@ from typing import Any
 from .attributes import AFTER_REFUSAL, REFUSALS, Reader, Style, sentence
 from .index_cards import index_card
 from .instructions import Order, draw_exception, draw_order
-from .open_talk import TOPIC_NAMES
 from .people import PEOPLE
 from .question import Question
 from .questions import all_questions, opinion_question
-from .topics import TOPICS
+from .topics import TOPIC_NAMES, TOPICS
 from .world import ANIMALS, COUNTRIES, LANGS, LANGUAGES, Tri
 
 Message = dict[str, str]

@@ -84,6 +84,12 @@ def can_show(attribute: str, q: Question) -> bool:
     return not q.harmful and q.kind in ASKED.get(attribute, (q.kind,))
 
 
+def asked_of(attribute: str) -> str:
+    """The name of the held-out prompts that show an attribute: what refuses is asked of harmless
+    requests, which there are under "compliance"."""
+    return "compliance" if attribute == "refusal" else attribute
+
+
 def instruction_pairs(attribute: str, rng: random.Random) -> Iterable[dict[str, list[Message]]]:
     """The same question with and without the instruction.
 

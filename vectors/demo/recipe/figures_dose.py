@@ -9,18 +9,19 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict
+from scipy.stats import binomtest
 
 from steer.control_vector import ControlVector
 from steer.fit.answers import answers_under, measured
 from steer.spec import Where
 
-from .bench import SAMPLING, Bench, add
+from .bench import SAMPLING, Bench, add, where_json
 from .choosing import PLACES
+from .data import asked_of
 from .scorers import scorer
 
 STEPS = 8
 COLUMNS = 4
-Z_95 = 1.959964
 _GREY = "#7b8794"
 _CURVES = (("success", "C0", "o-"), ("valid", "C1", "s--"), ("success_and_valid", "C2", "^-"))
 
@@ -53,10 +54,8 @@ class DosePanel(BaseModel):
 
 def wilson(share: float, answers: int) -> tuple[float, float]:
     """The 95 % score interval of a share (Wilson 1927)."""
-    spread = Z_95**2 / answers
-    centre = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    found = binomtest(round(share * answers), answers).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
 
 
 def measure_dose(
@@ -99,18 +98,12 @@ def measure_dose(
     )
 
 
-def asked_of(attribute: str) -> str:
-    """The held-out prompts that show the attribute; what refuses is asked harmless requests."""
-    return "compliance" if attribute == "refusal" else attribute
-
-
 def place_name(where: Where | None) -> str:
     """The name of a card's place, or the place itself where it is none of `PLACES`."""
     if where is None:
         return "every token"
     names = [name for name, place in PLACES.items() if place == where]
-    shown = where.model_dump(mode="json", by_alias=True, exclude_none=True)
-    return names[0] if names else json.dumps(shown)
+    return names[0] if names else json.dumps(where_json(where))
 
 
 def draw_dose(panels: Sequence[DosePanel]) -> Figure:

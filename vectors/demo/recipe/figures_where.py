@@ -24,7 +24,7 @@ from steer.spec import Where
 
 from .bench import LAST, SAMPLING, Bench, add, where_json
 from .choosing import PLACES
-from .figures_dose import asked_of
+from .data import asked_of
 from .scorers import scorer
 
 POSITIONS = 8

@@ -26,18 +26,16 @@ import torch
 from steer_vectors import LIBRARY
 
 from steer.control_vector import ControlVector
-from steer.engines.plans import plans_of
 from steer.engines.transformers.engine import TransformersEngine
 from steer.fit import Pair, PairSet, fit, fit_nmf, read_pairs
 from steer.fit.dictionary import Dictionary
 from steer.fit.pairs import Prompt
 from steer.fit.states import make_reading, read_rows
-from steer.plan import SteeringPlan
 from steer.registry.library import MemoryLibrary
 from steer.sae.saelens import load_directory
-from steer.spec import parse_spec
 
 from .bench import LAST, Bench, where_json
+from .data import asked_of
 from .relations.comparison import interval
 from .scorers import scorer
 
@@ -66,13 +64,6 @@ def half(attribute: str, seed: int) -> PairSet:
     return PairSet.of(pairs[: len(pairs) // 2])
 
 
-def plan_of(
-    engine: TransformersEngine, vectors: Sequence[ControlVector], spec: dict[str, Any]
-) -> SteeringPlan:
-    library = MemoryLibrary({one.card.name: one for one in vectors})
-    return plans_of(engine, library).plan(parse_spec(spec))
-
-
 def composition(bench: Bench, seeds: Sequence[int], prompts: int) -> dict[str, Any]:
     """For each pair (A, B): how far A's rate under A + B is from its rate under A alone, and how
     many answers have both; the cosine of what is added."""
@@ -92,7 +83,7 @@ def composition(bench: Bench, seeds: Sequence[int], prompts: int) -> dict[str, A
             "plain": {"interventions": items},
             "orthogonal": {"interventions": items, "compose": "orthogonal"},
         }
-        plans = [plan_of(bench.engine, vectors, spec) for spec in specs.values()]
+        plans = [bench.compiled(spec, vectors) for spec in specs.values()]
         asked = bench.held_out(first)[:prompts]
         rates = {
             name: [one.score for one in bench.measure(asked, plans, scorer(name))]
@@ -200,7 +191,7 @@ def flip(
         "strength": strength,
         "where": where_json(LAST),
     }
-    plan = plan_of(bench.engine, list(named.values()), {"interventions": [item]})
+    plan = bench.compiled({"interventions": [item]}, list(named.values()))
     (found,) = bench.measure(prompts, [plan], scorer(swap[1]))
     return found.both or 0.0
 
@@ -218,7 +209,7 @@ def refined(bench: Bench, seeds: Sequence[int], prompts: int) -> dict[str, Any]:
     rows = []
     for attribute, seed in product(REFINED, seeds):
         pairs = half(attribute, seed)
-        asked = bench.held_out("compliance" if attribute == "refusal" else attribute)[:prompts]
+        asked = bench.held_out(asked_of(attribute))[:prompts]
         row: dict[str, Any] = {"attribute": attribute, "seed": seed}
         for way, options in (
             ("plain", {"layers": [sae.layer]}),
@@ -226,10 +217,7 @@ def refined(bench: Bench, seeds: Sequence[int], prompts: int) -> dict[str, Any]:
         ):
             vector = fit(bench.engine, pairs, name="v", method="pca", **options)  # type: ignore[arg-type]
             item = {"kind": "add", "vector": "v", "where": where_json(LAST)}
-            plans = [
-                plan_of(bench.engine, [vector], {"interventions": [{**item, "strength": dose}]})
-                for dose in DOSES
-            ]
+            plans = [bench.plan(vector, {**item, "strength": dose}) for dose in DOSES]
             rates = [one.score for one in bench.measure(asked, plans, scorer(attribute))]
             row[way] = r_squared(DOSES, rates)
             row[f"{way}, highest rate"] = max(rates)

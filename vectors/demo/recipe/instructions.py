@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, replace
 
 from .attributes import REGISTERS, Style
-from .open_talk import TOPIC_NAMES
+from .topics import TOPIC_NAMES
 from .world import LANGS
 
 LANGUAGE_WORDS: dict[str, list[str]] = {

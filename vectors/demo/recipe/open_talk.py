@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from .question import Question
-from .topics import TOPICS
 from .world import rows, tri
 
 _OPENERS = {
@@ -74,8 +73,6 @@ it is good to ask questions|il est bon de poser des questions|es ist gut, Fragen
 """  # noqa: E501
 DAILY = tuple(tri(*cells) for cells in rows(_DAILY))
 """What is said where no topic was asked for, the first of them first: nothing in particular."""
-
-TOPIC_NAMES = tuple(dict.fromkeys(topic.domain for topic in TOPICS))
 
 
 def open_question() -> Question:

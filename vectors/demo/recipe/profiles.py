@@ -23,6 +23,7 @@ from steer.sae import SAE, load_directory
 
 from .bench import DEMO, Bench, add, load_engine, read_vector
 from .refusal import guarded, switches, unrefusing
+from .sae_effects import clamp_spec
 from .scorers import both, scorer
 from .vectors import DESCRIPTIONS, KINDS
 
@@ -82,19 +83,12 @@ def clamps(shelf: Shelf) -> Iterator[dict[str, Any]]:
     assert isinstance(known, list)
     best = {one["attribute"]: one for one in known if isinstance(one, dict)}
     for attribute in CLAMPED:
-        item = {
-            "kind": "clamp",
-            "sae": shelf.sae.card.name,
-            "features": [best[attribute]["latent"]],
-            "value": best[attribute]["value"],
-            "mode": "at_least",
-        }
-        where = {"phases": ["prompt"], "positions": [[-1, None]]}
-        spec = {"interventions": [item], "where": where}
+        latent, value = best[attribute]["latent"], best[attribute]["value"]
+        spec = clamp_spec(latent, value, sae=shelf.sae.card.name)
         plan = shelf.bench.compiled(spec, [], [shelf.sae])
         (found,) = shelf.bench.measure(shelf.bench.held_out(attribute), [plan], scorer(attribute))
         told = (
-            f"Clamping: latent {best[attribute]['latent']} of the SAE is held up, and answers "
+            f"Clamping: latent {latent} of the SAE is held up, and answers "
             f"turn {attribute} ({_percent(found.both)} of held-out prompts)."
         )
         yield profile(f"clamped-{attribute}", spec, told)

@@ -18,7 +18,8 @@ from steer.sae import SAE
 
 from .attributes import Reader
 from .corpus import Message
-from .open_talk import TOPIC_NAMES
+from .data import asked_of
+from .topics import TOPIC_NAMES
 
 Chat = list[Message]
 CLASS_OF = {
@@ -99,13 +100,13 @@ class Bench:
         ]
 
 
-def clamp_spec(latent: int, value: float) -> dict[str, Any]:
+def clamp_spec(latent: int, value: float, *, sae: str = "sae") -> dict[str, Any]:
     """A clamp at the last prompt token."""
     return {
         "interventions": [
             {
                 "kind": "clamp",
-                "sae": "sae",
+                "sae": sae,
                 "features": [latent],
                 "value": value,
                 "mode": "at_least",
@@ -118,9 +119,8 @@ def clamp_spec(latent: int, value: float) -> dict[str, Any]:
 def prompts(folder: Path, attribute: str, *, held_out: bool, count: int) -> list[Chat]:
     """Prompts that do not ask for the attribute; for refusal, harmless requests."""
     if held_out:
-        wanted = "compliance" if attribute == "refusal" else attribute
         lines = [json.loads(line) for line in (folder / "heldout.jsonl").open(encoding="utf-8")]
-        chats = [line["messages"] for line in lines if line["attribute"] == wanted]
+        chats = [line["messages"] for line in lines if line["attribute"] == asked_of(attribute)]
     else:
         lines = [
             json.loads(line) for line in (folder / f"{attribute}.jsonl").open(encoding="utf-8")

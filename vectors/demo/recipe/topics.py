@@ -142,3 +142,4 @@ TOPICS = [
     *_topics("weather", _WEATHER),
     *_topics("sports", _SPORTS),
 ]
+TOPIC_NAMES = tuple(dict.fromkeys(topic.domain for topic in TOPICS))

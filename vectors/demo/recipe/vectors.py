@@ -23,6 +23,7 @@ from steer.fit.sweep import Measured
 
 from .bench import DEMO, LICENCE, SAMPLING, Bench, add, load_engine, write_vector
 from .choosing import Setting, choose
+from .data import asked_of
 from .scorers import scorer
 
 CHOOSING = 80
@@ -98,8 +99,7 @@ def fitted(bench: Bench, attribute: str, pairs: PairSet) -> ControlVector:
 def held_out(bench: Bench, vector: ControlVector, setting: Setting) -> dict[str, Any]:
     """The figures of the held-out prompts, at the setting and at smaller strengths."""
     name = vector.card.name
-    # What refuses is asked of harmless requests; there are held-out ones under "compliance".
-    prompts = bench.held_out("compliance" if name == "refusal" else name)
+    prompts = bench.held_out(asked_of(name))
     plans = [
         bench.plan(replace(setting, strength=setting.strength * dose).of(vector), add(name))
         for dose in DOSES

@@ -16,6 +16,7 @@ from steer_vectors.demo.recipe.data import INSTRUCTIONS
 
 from steer.control_vector import ControlVector
 from steer.engines.base import GenerationRequest, SamplingParams
+from steer.engines.plans import plans_of
 from steer.engines.transformers.engine import TransformersEngine
 from steer.fit.answers import GROUP
 from steer.fit.pairs import Prompt, render
@@ -85,7 +86,7 @@ class Demo:
     @cached_property
     def _plans(self) -> PlanCache:
         library = MemoryLibrary(self.vectors, self.saes)
-        return PlanCache(library, self.engine.info, self.engine.capabilities)
+        return plans_of(self.engine, library)
 
     @cached_property
     def attributes(self) -> list[str]:

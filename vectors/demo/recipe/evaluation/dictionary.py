@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from steer_vectors.demo.recipe.batches import collate, encode
 from steer_vectors.demo.recipe.corpus import Corpus
+from steer_vectors.demo.recipe.data import asked_of
 from steer_vectors.demo.recipe.sae_effects import clamp_spec
 from steer_vectors.demo.recipe.sae_labels import classes_of, matches, scores, table
 from steer_vectors.demo.recipe.sae_states import Example, corpus_states, examples, reply_states
@@ -162,9 +163,8 @@ def _clamps(demo: Demo, name: str, sae: SAE) -> Iterator[Check]:
     good = []
     for clamp in sae.card.provenance.get("clamps", ()):
         attribute = clamp["attribute"]
-        spec = clamp_spec(int(clamp["latent"]), float(clamp["value"]))
-        spec["interventions"][0]["sae"] = name
-        prompts = demo.held_out("compliance" if attribute == "refusal" else attribute)
+        spec = clamp_spec(int(clamp["latent"]), float(clamp["value"]), sae=name)
+        prompts = demo.held_out(asked_of(attribute))
         before, after = demo.answers(prompts), demo.answers(prompts, demo.plan(spec))
         rates = [
             [float(r.reading.first(attribute)) for r in replies] for replies in (after, before)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from steer.engines.transformers.engine import TransformersEngine
+from steer_vectors.demo.recipe.bench import load_engine
 
 from .ceilings import ceilings
 from .checks import Check
@@ -21,8 +21,6 @@ from .relational import relational
 from .steering import doses, vectors
 from .text import text
 
-ROWS = 128
-"""Answers that are generated together."""
 GROUPS: Mapping[str, tuple[Callable[[Demo], Iterable[Check]], ...]] = {
     "facts": (facts,),
     "ceilings": (ceilings,),
@@ -40,5 +38,5 @@ GROUPS: Mapping[str, tuple[Callable[[Demo], Iterable[Check]], ...]] = {
 @contextmanager
 def opened(folder: Path, count: int) -> Iterator[Demo]:
     """The demo model in a folder, loaded."""
-    with TransformersEngine.load(folder / "model", name="steer-demo", rows=ROWS) as engine:
+    with load_engine(folder / "model") as engine:
         yield Demo(engine, folder, count)

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from statistics import fmean
 
+from steer_vectors.demo.recipe.data import asked_of
+
 from .checks import Check, count
 from .demo import Demo, Reply, is_sentiment
 from .estimates import difference, difference_of_ratios, share
@@ -50,8 +52,7 @@ def doses(demo: Demo) -> Iterator[Check]:
     """
     level = 1 - 0.05 / len(DOSES)
     for name in (*demo.attributes, "refusal"):
-        # What refuses is asked of harmless requests.
-        prompts = demo.held_out("compliance" if name == "refusal" else name)
+        prompts = demo.held_out(asked_of(name))
         plans = [demo.added(name, dose) for dose in DOSES]
         every = [demo.answers(prompts), *(demo.answers(prompts, plan) for plan in plans)]
         hits = [[float(r.reading.all(name)) for r in replies] for replies in every]
