@@ -180,7 +180,7 @@ class Step:
         self._pending: Tensor | None = None
         self._measured = None if measured is None else torch.from_numpy(measured).to(device)
         self._uniform = None if possible is not None else self._uniform_slots(slots)
-        self._chosen: dict[tuple[int, ...], Tensor | None] = {}
+        self._chosen: dict[tuple[int, ...], Tensor] = {}
         live = set(self._possible.ravel().tolist()) - {0}
         points = tables.points()
         self._points = points
@@ -257,8 +257,11 @@ class Step:
             for mine in groups:
                 part = stage.part(mine)
                 rows = None
+                # A part may hold the edits of other groups, so each group is shown its own tokens.
                 if len(groups) > 1 or any(part.needs):
-                    rows = self._rows_of(number, mine, _FEW if len(groups) == 1 else 1.0)
+                    rows = self._rows_of(number, mine)
+                    if len(groups) == 1 and len(rows) > _FEW * self._host_slots.shape[1]:
+                        rows = None
                 solo = self._solo(number, part, rows) if part.needs.edits else None
                 found.append(_Work(number, stage, part, rows, solo))
         return found
@@ -278,16 +281,14 @@ class Step:
             return None
         return torch.from_numpy(found).to(self._tables.device)
 
-    def _rows_of(self, number: int, slots: set[int], share: float) -> Tensor | None:
-        """The tokens that pass `number` may edit by `slots`; None for more than `share` of all."""
+    def _rows_of(self, number: int, slots: set[int]) -> Tensor:
+        """The tokens that pass `number` may edit by `slots`."""
         key = (number, *sorted(slots))
         if key not in self._chosen:
             wanted = np.zeros(self._tables.slots + 1, dtype=bool)
             wanted[list(slots)] = True
             chosen = np.flatnonzero(wanted[self._possible[number]])
-            few = len(chosen) <= share * self._host_slots.shape[1]
-            index = torch.from_numpy(chosen).to(self._tables.device) if few else None
-            self._chosen[key] = index
+            self._chosen[key] = torch.from_numpy(chosen).to(self._tables.device)
         return self._chosen[key]
 
     def _apply(self, work: _Work, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from artefacts import EVERYTHING, artefacts, shape_of
 from float64_reference import Array, Float64Reference
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from steer.compiler import compile_plan
@@ -92,9 +92,11 @@ def rows(seed: int, count: int, width: int, scale: float = 1.0) -> torch.Tensor:
     return scale * torch.randn(count, width, generator=generator)
 
 
-def expected(reference: Float64Reference, spec: dict[str, Any], x: torch.Tensor) -> Array:
+def expected(
+    reference: Float64Reference, spec: dict[str, Any], x: torch.Tensor, point: HookPoint = POINT
+) -> Array:
     parsed = parse_spec(spec)
-    return np.stack([reference.steer(parsed, POINT, row, 0, 1, 0) for row in x.double().numpy()])
+    return np.stack([reference.steer(parsed, point, row, 0, 1, 0) for row in x.double().numpy()])
 
 
 def assert_close(actual: torch.Tensor, wanted: Array, tolerance: float = 1e-5) -> None:
@@ -223,6 +225,40 @@ def test_edits_of_one_token_each_equal_float64(seed: int) -> None:
     step = build_step(tables, Ledger(1), solitary(slots, specs), len(x))
     assert step is not None
     assert_close(step.edit(POINT, x), after.double().numpy())
+
+
+@given(
+    shares=st.lists(st.integers(1, 20), min_size=2, max_size=4),
+    kinds=st.lists(st.sampled_from(sorted(KINDS)), min_size=4, max_size=4),
+    seed=st.integers(0, 100),
+)
+@example(shares=[1, 9], kinds=["ablate in part", "clamp set topk"] * 2, seed=0)
+def test_plans_of_any_share_of_a_batch_equal_float64(
+    shares: list[int], kinds: list[str], seed: int
+) -> None:
+    """What a batch works on at one hook point says nothing of the next: there others are edited."""
+    draw = random.Random(seed)
+    tables, ledger = Tables(shape_of(), slots=len(shares)), Ledger(1)
+    specs, slots, reference = [], [], Float64Reference()
+    for number, kind in zip(range(len(shares)), kinds, strict=False):
+        items = [spec_of(kind)["interventions"][0]]
+        if number % 2:
+            items.append({"kind": "ablate", "vector": f"v{number}", "layers": [0, 2, 3]})
+        specs.append({"interventions": items})
+        plan, reference = compiled(specs[-1])
+        slots.append(tables.acquire(plan))
+    owners = [number for number, share in enumerate(shares) for _ in range(share)]
+    draw.shuffle(owners)
+    places = {place: specs[owner] for place, owner in enumerate(owners)}
+    spans = solitary([slots[owner] for owner in owners], places)
+    step = build_step(tables, ledger, spans, len(owners))
+    assert step is not None
+    for layer in range(4):
+        point, x = HookPoint(layer), rows(seed + layer, len(owners), 16)
+        after = step.edit(point, x)
+        for place, row in enumerate(after):
+            wanted = expected(reference, places[place], x[place, None], point)
+            assert_close(row[None], wanted)
 
 
 def solitary(slots: list[int], specs: dict[int, dict[str, Any]]) -> list[Span]:
