@@ -1,8 +1,8 @@
 """One forward pass: which slot every token has, and what is known afterwards.
 
-A `Seat` is a running request as steering sees it. `build_step` turns seats and the positions they
-are about to compute into a `Step`; the engine's hooks call `Step.edit` at each hook point; after
-the pass `Step.finish` counts what was really applied into the `Ledger`.
+`build_step` turns seats (`seat.py`) and the positions they are about to compute into a `Step`; the
+engine's hooks call `Step.edit` at each hook point; after the pass `Step.finish` counts what was
+really applied into the `Ledger` (`ledger.py`).
 
 T tokens of the batch (packed, or a padded batch flattened), P passes, R request rows.
 """
@@ -10,8 +10,6 @@ T tokens of the batch (packed, or a padded batch flattened), P passes, R request
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -22,123 +20,15 @@ from torch import Tensor
 from steer.edits import apply, gate_open
 from steer.errors import EngineError
 from steer.kernels import apply_stage
+from steer.ledger import Ledger
 from steer.model_info import HookPoint
-from steer.plan import SteeringPlan
-from steer.tables import MAX_PASSES, GateRows, Part, Stage, Tables
+from steer.seat import NOBODY, Ints, Span
+from steer.tables import GateRows, Part, Stage, Tables
 
-Ints = NDArray[np.int64]
 _FEW = 0.75
 """Up to this share of a batch, a stage works on its own tokens and not on all."""
 _SOLO = 4
 """From so many tokens on, edits that belong to one token each are not multiplied with all."""
-NOBODY = -1
-"""The row of a padding token."""
-
-
-class Ledger:
-    """What was applied to each request row, and the decisions that its gates hold.
-
-    `tokens[row, bits]` counts the tokens that the passes named by `bits` edited.
-    Assumes: a row is reset before a request takes it.
-    """
-
-    def __init__(self, rows: int, device: torch.device | str = "cpu") -> None:
-        self.tokens = np.zeros((rows, 1 << MAX_PASSES), dtype=np.int64)
-        self.gate_open = torch.zeros(rows, MAX_PASSES, dtype=torch.bool, device=device)
-        self.gate_value = torch.full((rows, MAX_PASSES), float("nan"), device=device)
-        self.relative: dict[HookPoint, Tensor] = {}
-
-    def reset(self, row: int) -> None:
-        self.tokens[row] = 0
-        self.gate_open[row] = False
-        self.gate_value[row] = float("nan")
-        for sums in self.relative.values():
-            sums[row] = 0.0
-
-    def record(self, rows: Ints, bits: Ints) -> None:
-        """Counts tokens `[T]` of `rows` that the passes named by `bits` edited."""
-        # One flat index: numpy adds at several ten times more slowly.
-        np.add.at(self.tokens.reshape(-1), rows * self.tokens.shape[1] + bits, 1)
-
-    def recount(self, row: int) -> None:
-        """Counts a row from zero again, because its tokens are computed anew; its gates' decisions
-        stand."""
-        self.tokens[row] = 0
-        for sums in self.relative.values():
-            sums[row] = 0.0
-
-    def add_relative(self, point: HookPoint, rows: Tensor, sizes: Tensor) -> None:
-        """Adds ‖Δx‖/‖x‖ of each token `[T]` to the sum of its row."""
-        if point not in self.relative:
-            self.relative[point] = torch.zeros(len(self.gate_open), device=sizes.device)
-        self.relative[point].index_add_(0, rows, sizes)
-
-
-@dataclass(frozen=True)
-class Seat:
-    """A request that runs: its ledger row, its slot in the tables, and where its prompt ends."""
-
-    row: int
-    prompt_length: int
-    plan: SteeringPlan | None = None
-    slot: int = 0
-    measure: bool = False
-
-    def slots(self, positions: Ints, tokens: Ints) -> Ints:
-        """The slot of each token in each pass, `[P, T]`, gates apart; positions ascend."""
-        settled = self._settled
-        if settled is not None and len(positions) and positions[0] >= settled[0]:
-            return np.repeat(settled[1], len(positions), axis=1)
-        return self._masked(positions, tokens)
-
-    @cached_property
-    def possible(self) -> Ints:
-        """The slot of each pass `[P, 1]` where it is selected."""
-        passes = () if self.plan is None else self.plan.passes
-        return np.full((len(passes), 1), self.slot, dtype=np.int64)
-
-    def _masked(self, positions: Ints, tokens: Ints) -> Ints:
-        passes = () if self.plan is None else self.plan.passes
-        out = np.zeros((len(passes), len(positions)), dtype=np.int64)
-        for number, one in enumerate(passes):
-            out[number] = one.selection.mask(positions, self.prompt_length, tokens) * self.slot
-        return out
-
-    @cached_property
-    def _settled(self) -> tuple[int, Ints] | None:
-        """The position from which on slots stay as they are, and these slots `[P, 1]`."""
-        bound = self.steady_from
-        if bound is None:
-            return None
-        return bound, self._masked(np.array([bound], dtype=np.int64), np.array([-1]))
-
-    def watching(self, positions: Ints) -> Ints:
-        """The slot of each token `[P, T]` that decides a prompt gate, whether selected or not."""
-        passes = () if self.plan is None else self.plan.passes
-        held = [one.gate is not None and one.gate.prompt_scope for one in passes]
-        deciding = positions == self.prompt_length - 1
-        return np.outer(np.array(held, dtype=np.int64), deciding) * self.slot
-
-    @property
-    def steady_from(self) -> int | None:
-        """The position from which on `slots` no longer changes; None where it may."""
-        found = 0
-        for one in () if self.plan is None else self.plan.passes:
-            bound = one.selection.steady_from(self.prompt_length)
-            if bound is None:
-                return None
-            found = max(found, bound)
-        return found
-
-
-@dataclass(frozen=True)
-class Span:
-    """The tokens of one seat in this pass: where they lie in the batch, and what they are."""
-
-    seat: Seat
-    offset: int
-    positions: Ints
-    tokens: Ints
 
 
 class _Work(NamedTuple):

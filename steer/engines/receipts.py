@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steer.engines.base import GateReceipt, PointReceipt, Receipt
+from steer.ledger import Ledger
 from steer.plan import SteeringPlan
-from steer.step import Ledger, Seat
+from steer.seat import Seat
 
 
 def make_receipt(seat: Seat, ledger: Ledger, fed: int) -> Receipt:

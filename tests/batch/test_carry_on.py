@@ -9,11 +9,13 @@ import pytest
 import torch
 from artefacts import EVERYTHING, artefacts, random_spec, shape_of
 
+from steer.ledger import Ledger
 from steer.model_info import forward_order
 from steer.plan_cache import PlanCache
 from steer.registry.library import MemoryLibrary
+from steer.seat import Ints, Seat, Span
 from steer.spec import parse_spec
-from steer.step import Ints, Ledger, Seat, Span, build_step
+from steer.step import build_step
 from steer.tables import Tables
 
 WIDTH, LAYERS, VOCABULARY, REQUESTS, STEPS = 16, 4, 8, 6, 12

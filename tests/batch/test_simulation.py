@@ -18,12 +18,14 @@ from artefacts import EVERYTHING, artefacts, random_spec, shape_of
 from float64_reference import Array, Float64Reference
 
 from steer.errors import SteerError
+from steer.ledger import Ledger
 from steer.model_info import HookPoint
 from steer.plan import SteeringPlan
 from steer.plan_cache import PlanCache
 from steer.registry.library import MemoryLibrary
+from steer.seat import Seat, Span
 from steer.spec import SteeringSpec, When, parse_spec
-from steer.step import Ledger, Seat, Span, build_step
+from steer.step import build_step
 from steer.tables import Tables
 
 WIDTH, LAYERS, VOCABULARY = 16, 4, 64
@@ -279,7 +281,7 @@ def random_gate(draw: random.Random) -> dict[str, Any]:
 
 def random_plan(draw: random.Random) -> tuple[SteeringSpec, SteeringPlan]:
     while True:
-        raw = random_spec(draw, layers=LAYERS, longest=4)
+        raw = random_spec(draw, layers=LAYERS, longest=draw.choice([1, 2, 4]))
         for item in raw["interventions"]:
             if "layers" in item and draw.random() < 0.2:
                 item["site"] = "mlp_out"
@@ -297,7 +299,8 @@ def random_requests(draw: random.Random, count: int) -> list[Request]:
     kinds = [random_plan(draw) for _ in range(7)]
     requests = []
     for _ in range(count):
-        prompt_length = draw.randint(1, 8)
+        # A few are long, so that one request makes up most of a batch and others a token each.
+        prompt_length = draw.randint(30, 50) if draw.random() < 0.15 else draw.randint(1, 8)
         tokens = [draw.randrange(VOCABULARY) for _ in range(prompt_length + draw.randint(0, 6))]
         spec, plan = draw.choice(kinds) if draw.random() < 0.8 else (None, None)
         requests.append(Request(prompt_length, tokens, spec, plan))

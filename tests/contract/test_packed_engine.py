@@ -32,11 +32,11 @@ from steer.engines.transformers import packed_model
 from steer.engines.transformers.engine import TransformersEngine
 from steer.engines.transformers.packed_model import KNOWN_SERIES, check_transformers
 from steer.errors import EngineError, SteerError, Unsupported
+from steer.ledger import Ledger
 from steer.model_info import HookPoint
 from steer.plan_cache import PlanCache
 from steer.registry.library import MemoryLibrary
 from steer.spec import parse_spec
-from steer.step import Ledger
 
 MADE = artefacts(WIDTH, LAYERS)
 ADD = {"interventions": [{"kind": "add", "vector": "v0", "strength": 1.5}]}

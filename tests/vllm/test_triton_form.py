@@ -40,8 +40,9 @@ from steer.plan import Pass, SteeringPlan
 from steer.plan_cache import PlanCache
 from steer.positions import EVERYWHERE
 from steer.registry.library import MemoryLibrary
+from steer.seat import Seat, Span
 from steer.spec import parse_spec
-from steer.step import Seat, Span, build_step
+from steer.step import build_step
 from steer.tables import Tables
 
 WIDTH, LAYERS, VOCABULARY, LONGEST = 24, 2, 64, 64

@@ -23,13 +23,15 @@ from steer.engines.transformers.blocks import HookMap, find_hook_points
 from steer.engines.transformers.cache import given_cache
 from steer.engines.transformers.hooks import HookedModel
 from steer.errors import SpecError
+from steer.ledger import Ledger
 from steer.model_info import Capabilities, HookPoint
 from steer.plan import SteeringPlan
 from steer.plan_cache import PlanCache
 from steer.registry.library import MemoryLibrary
 from steer.sae.base import SAE
+from steer.seat import Seat, Span
 from steer.spec import KINDS, SteeringSpec, parse_spec
-from steer.step import Ledger, Seat, Span, Step, build_step
+from steer.step import Step, build_step
 from steer.tables import Tables
 
 _maps: weakref.WeakKeyDictionary[nn.Module, HookMap] = weakref.WeakKeyDictionary()

@@ -18,7 +18,8 @@ from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.prompts import run_prompts
 from steer.engines.transformers.proof import prove_steering
 from steer.engines.transformers.sequences import Running, Seating, take_tokens
-from steer.step import Seat, Span, Step, build_step
+from steer.seat import Seat, Span
+from steer.step import Step, build_step
 from steer.tables import Tables
 
 

@@ -19,7 +19,8 @@ from steer.engines.transformers.packed_proof import prove_packed
 from steer.engines.transformers.proof import prove_steering
 from steer.engines.transformers.sequences import Running, Seating, take_tokens
 from steer.errors import EngineError
-from steer.step import Seat, Span, Step, build_step
+from steer.seat import Seat, Span
+from steer.step import Step, build_step
 from steer.tables import Tables
 
 

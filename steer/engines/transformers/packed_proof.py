@@ -15,8 +15,10 @@ from torch import Tensor
 from steer.engines.probe import probe_plan
 from steer.engines.transformers.packed_model import PackedModel
 from steer.errors import Unsupported
+from steer.ledger import Ledger
 from steer.model_info import HookPoint
-from steer.step import Ledger, Seat, Span, Step, build_step
+from steer.seat import Seat, Span
+from steer.step import Step, build_step
 from steer.tables import Tables
 
 _PROMPTS = ((1, 2, 3, 4), (5, 6, 7, 8, 9, 10, 11))

@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from steer.engines.transformers.hooks import HookedModel
+from steer.ledger import Ledger
 from steer.model_info import HookPoint
-from steer.step import Ledger, Seat, Span, Step, build_step
+from steer.seat import Seat, Span
+from steer.step import Step, build_step
 from steer.tables import Tables
 
 

@@ -12,9 +12,11 @@ import torch
 from steer.engines.probe import probe_plan, unchanged
 from steer.engines.transformers.hooks import HookedModel
 from steer.errors import Unsupported
+from steer.ledger import Ledger
 from steer.model_info import HookPoint
+from steer.seat import Seat, Span
 from steer.spec import Site
-from steer.step import Ledger, Seat, Span, build_step
+from steer.step import build_step
 from steer.tables import Tables
 
 _PROBE_LENGTH = 4

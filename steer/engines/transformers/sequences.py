@@ -16,7 +16,8 @@ from steer.engines.base import (
 from steer.engines.receipts import make_receipt
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.sampling import Sampler, choose, logprobs
-from steer.step import Ledger, Seat
+from steer.ledger import Ledger
+from steer.seat import Seat
 from steer.tables import Tables
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from steer.engines.vllm.taps import ADDED, points_of, tap_of
 from steer.model_info import HookPoint
-from steer.step import Ints, Step
+from steer.seat import Ints
+from steer.step import Step
 
 Keep = Callable[[HookPoint, Tensor], None]
 

@@ -38,7 +38,7 @@ from steer.graph_tables import (
 )
 from steer.model_info import HookPoint, ModelInfo
 from steer.plan import SteeringPlan
-from steer.step import Ints, Span
+from steer.seat import Ints, Span
 from steer.tables import MAX_PASSES
 
 Fault = Callable[[str], None]

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from steer.step import NOBODY, Ints, Ledger
+from steer.ledger import Ledger
+from steer.seat import NOBODY, Ints
 
 UNSEEN = 0xFFFF
 """Marks a position that no pass has computed."""

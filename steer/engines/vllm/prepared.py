@@ -17,7 +17,7 @@ from steer.engines.vllm.graph_form import GraphPass
 from steer.engines.vllm.ledger import PositionLedger
 from steer.engines.vllm.seats import Live
 from steer.engines.vllm.shifts import ShiftTables
-from steer.step import Ints
+from steer.seat import Ints
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from steer.engines.vllm.arrivals import take_note
 from steer.engines.vllm.prepared import Batch
 from steer.engines.vllm.steering import WorkerSteering
 from steer.errors import Unsupported
-from steer.step import Ints
+from steer.seat import Ints
 
 _MODEL_FORWARD = {"input_ids", "positions", "intermediate_tensors", "inputs_embeds"}
 _INPUT_BATCH = ("req_ids", "num_computed_tokens_cpu", "token_ids_cpu")

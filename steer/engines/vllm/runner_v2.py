@@ -27,7 +27,7 @@ from steer.engines.vllm.prepared import Batch
 from steer.engines.vllm.seams import calls, known, version
 from steer.engines.vllm.steering import WorkerSteering
 from steer.errors import Unsupported
-from steer.step import Ints
+from steer.seat import Ints
 
 _BATCH_FIELDS = {
     "req_ids",

@@ -19,8 +19,8 @@ from steer.engines.vllm.ticket import Ticket
 from steer.errors import EngineError
 from steer.model_info import HookPoint
 from steer.plan import SteeringPlan
+from steer.seat import Ints, Seat
 from steer.slots import SlotTables
-from steer.step import Ints, Seat
 
 _KEPT_RECORDS = 4096
 """Finished requests whose receipts nobody has fetched; the oldest go first."""

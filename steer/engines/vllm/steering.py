@@ -25,7 +25,8 @@ from steer.errors import CapacityError, EngineError
 from steer.graph_tables import GraphTables
 from steer.model_info import HookPoint, ModelInfo
 from steer.plan import SteeringPlan
-from steer.step import NOBODY, Ints, Span, build_step
+from steer.seat import NOBODY, Ints, Span
+from steer.step import build_step
 from steer.tables import Tables
 
 

@@ -18,11 +18,13 @@ from steer.compiler import compile_plan
 from steer.edits import apply
 from steer.kernels import apply_stage
 from steer.kinds import Sources
+from steer.ledger import Ledger
 from steer.model_info import HookPoint
 from steer.plan import SteeringPlan
 from steer.registry.library import MemoryLibrary
+from steer.seat import Seat, Span
 from steer.spec import parse_spec
-from steer.step import Ledger, Seat, Span, build_step
+from steer.step import build_step
 from steer.tables import Needs, Tables
 
 LAYER = 1
