@@ -22,7 +22,7 @@ from steer.cli.reporting import out, progress_bar, table_out
 from steer.cli.scoring import SCORER_HELP, scorer_of
 from steer.cli.steering import WHERES, LayersOption, vector_of
 from steer.cli.sweep import parse_strengths
-from steer.cli.where import SweepWhere
+from steer.cli.where import WhereChoice
 
 if TYPE_CHECKING:
     from steer.fit.calibrate import CalibratedVector
@@ -57,7 +57,7 @@ def calibrate(
     model: ModelOption = DEMO_MODEL,
     layers: LayersOption = None,
     where: Annotated[
-        SweepWhere | None, typer.Option(help="Which tokens are steered; by default the card's.")
+        WhereChoice | None, typer.Option(help="Which tokens are steered; by default the card's.")
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Use only the first so many prompts.")] = 200,
     max_perplexity_ratio: LimitOption = 1.5,

@@ -38,6 +38,7 @@ from steer.cli.local import (
     running_engine,
 )
 from steer.cli.reporting import progress_bar, table_out
+from steer.cli.where import WhereChoice
 
 if TYPE_CHECKING:
     from steer.control_vector import ControlVector
@@ -78,12 +79,6 @@ class LabelMethodChoice(StrEnum):
     logistic = "logistic"
 
 
-class WhereChoice(StrEnum):
-    last = "last"
-    generation = "generation"
-    all = "all"
-
-
 SiteOption = Annotated[str, typer.Option(help="Where in each block the states are read.")]
 LayersOption = Annotated[
     str | None, typer.Option(help="Such as 2-5 or 1,3; by default all layers.")
@@ -99,7 +94,7 @@ WhereOption = Annotated[
     WhereChoice,
     typer.Option(
         help="Where the vector acts unless a request says otherwise: on the last prompt "
-        "token, on what is generated, or on every token."
+        "token, on that and what is generated (onward), on what is generated, or on every token."
     ),
 ]
 HeldOutOption = Annotated[

@@ -31,16 +31,11 @@ from steer.cli.local import (
     running_engine,
 )
 from steer.cli.reporting import out, progress_bar
+from steer.cli.where import WhereChoice
 
 if TYPE_CHECKING:
     from steer.registry.library import MemoryLibrary
     from steer.registry.registry import Registry
-
-
-class AdapterWhere(StrEnum):
-    last = "last"
-    generation = "generation"
-    all = "all"
 
 
 class MapChoice(StrEnum):
@@ -56,8 +51,12 @@ def low_rank(
     rank: Annotated[int, typer.Option(min=1, help="Of the adapter.")] = 4,
     site: Annotated[str, typer.Option(help="Where in each block it acts.")] = "resid_post",
     where: Annotated[
-        AdapterWhere, typer.Option(help="On the last prompt token, the answer, or all tokens.")
-    ] = AdapterWhere.last,
+        WhereChoice,
+        typer.Option(
+            help="On the last prompt token, on that and the answer (onward), on the answer, or on "
+            "all tokens."
+        ),
+    ] = WhereChoice.last,
     steps: Annotated[int, typer.Option(min=1, help="Training batches.")] = 200,
     batch: BatchOption = 8,
     rate: Annotated[float, typer.Option(help="Adam's learning rate, falling to 0.")] = 4e-3,

@@ -21,7 +21,7 @@ from steer.cli.local import (
 )
 from steer.cli.reporting import table_out
 from steer.cli.steering import LayersOption, VectorOption, chosen_spec, parse_strength
-from steer.cli.where import SweepWhere
+from steer.cli.where import WhereChoice
 
 if TYPE_CHECKING:
     from steer.engines.base import Completion
@@ -46,7 +46,7 @@ def generate(
     profile: Annotated[str | None, typer.Option("--profile", help="A saved profile.")] = None,
     layers: LayersOption = None,
     where: Annotated[
-        SweepWhere | None, typer.Option(help="Which tokens are steered; by default the card's.")
+        WhereChoice | None, typer.Option(help="Which tokens are steered; by default the card's.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     plain: Annotated[

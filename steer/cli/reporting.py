@@ -33,6 +33,11 @@ def err() -> Console:
     return Console(stderr=True, soft_wrap=True)
 
 
+def hint(text: str) -> None:
+    """One quiet line to stderr: what to do next."""
+    err().print(f"[dim]{escape(text)}[/dim]", highlight=False)
+
+
 class ReportingGroup(TyperGroup):
     """Turns a `SteerError` from any command below into red lines and exit code 2."""
 

@@ -22,7 +22,7 @@ from steer.cli.local import (
 from steer.cli.reporting import out, progress_bar, table_out
 from steer.cli.scoring import SCORER_HELP, scorer_of
 from steer.cli.steering import LayersOption, add_spec, named_vector
-from steer.cli.where import SweepWhere
+from steer.cli.where import WhereChoice
 from steer.errors import SteerError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def sweep(
     model: ModelOption = DEMO_MODEL,
     layers: LayersOption = None,
     where: Annotated[
-        SweepWhere | None, typer.Option(help="Which tokens are steered; by default the card's.")
+        WhereChoice | None, typer.Option(help="Which tokens are steered; by default the card's.")
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Use only the first so many prompts.")] = 200,
     max_tokens: Annotated[int, typer.Option(min=1, help="The length of an answer.")] = 48,

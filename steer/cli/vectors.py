@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from steer.cli.fit import file_errors, parse_layers
 from steer.cli.local import RegistryOption, open_registry
-from steer.cli.reporting import err, out, table_out
+from steer.cli.reporting import err, hint, out, table_out
 from steer.errors import FileFormatError, SteerError
 
 if TYPE_CHECKING:
@@ -82,6 +82,11 @@ def list_vectors(
             card.description,
         )
     table_out().print(table)
+    if not (entries or query or tag or deleted):
+        hint(
+            "No vectors yet: `steer vectors add` takes a file, and those of the demo model come "
+            "with its first `steer generate` or `steer serve`."
+        )
 
 
 @app.command("add")

@@ -15,17 +15,18 @@ from steer.errors import SteerError
 from steer.spec import Site, Where
 
 Item = TypeVar("Item")
-WhereName: TypeAlias = Literal["last", "generation", "all"]
+WhereName: TypeAlias = Literal["last", "onward", "generation", "all"]
 
 WHERES: Mapping[str, Where | None] = MappingProxyType(
     {
         "last": Where(positions=((-1, None),), phases=("prompt",)),
+        "onward": Where(positions=((-1, None),)),
         "generation": Where(phases=("generation",)),
         "all": None,
     }
 )
-"""Where a fitted vector acts unless a request says otherwise: on the last prompt token, on what is
-generated, or on every token."""
+"""Where a fitted vector acts unless a request says otherwise: on the last prompt token, on that
+and what is generated, on what is generated, or on every token."""
 
 MIN_HELD_OUT = 4
 

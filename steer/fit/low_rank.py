@@ -42,7 +42,8 @@ class _Row:
         fed = len(self.tokens) - 1
         if where == "last":
             return range(self.prompt - 1, self.prompt)
-        return range(self.prompt if where == "generation" else 0, fed)
+        first = {"onward": self.prompt - 1, "generation": self.prompt, "all": 0}[where]
+        return range(first, fed)
 
 
 class LoReFT(nn.Module):

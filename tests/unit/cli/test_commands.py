@@ -79,6 +79,19 @@ def test_fit_registers_a_vector(registry: Path) -> None:
     assert card["provenance"]["method"] == "pca"
 
 
+def test_an_empty_registry_says_where_the_library_comes_from(tmp_path: Path) -> None:
+    for kind in ("vectors", "profiles"):
+        shown = steer(kind, "list", "--registry", tmp_path)
+        assert f"No {kind} yet" in shown.stderr
+        assert json.loads(steer(kind, "list", "--json", "--registry", tmp_path).stdout) == []
+    assert "No vectors" not in steer("vectors", "list", "f", "--registry", tmp_path).stderr
+    steer("generate", "Hello!", "--vector", "french", "--registry", tmp_path)
+    for kind in ("vectors", "profiles"):
+        shown = steer(kind, "list", "--registry", tmp_path)
+        assert "french" in shown.stdout
+        assert not shown.stderr
+
+
 def test_generate_shows_both_answers(registry: Path) -> None:
     ask = ["generate", "How do I clean a chair?", "--registry", registry, "--json"]
     answer = json.loads(steer(*ask, "--vector", "french").output)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from float64_reference import selected
 
+from steer.cli.where import WhereChoice
 from steer.control_vector import LowRankAdapter
 from steer.engines.base import CaptureRequest
 from steer.engines.fake import FakeEngine
@@ -14,6 +16,7 @@ from steer.engines.gradients import differentiable
 from steer.engines.plans import plans_of
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError, Unsupported
+from steer.fit.card import WHERES, WhereName, where_named
 from steer.fit.exercises import Exercise, ExerciseSet
 from steer.fit.low_rank import LoReFT, _Row, answer_loss, fit_low_rank
 from steer.model_info import HookPoint
@@ -95,11 +98,17 @@ def test_an_untrained_adapter_is_the_identity() -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "steered"), [("last", [1]), ("generation", [2, 3]), ("all", [0, 1, 2, 3])]
+    ("where", "steered"),
+    [("last", [1]), ("onward", [1, 2, 3]), ("generation", [2, 3]), ("all", [0, 1, 2, 3])],
 )
 def test_the_adapter_acts_on_the_tokens_it_will_serve(where: Any, steered: list[int]) -> None:
     """Of five tokens, two of them the prompt's, the last is never fed."""
     assert list(_Row((9, 9, 9, 9, 9), 2).steered(where)) == steered
+    assert [n for n in range(4) if selected(where_named(where), n, 2, 9)] == steered
+
+
+def test_every_place_has_a_name_to_train_at() -> None:
+    assert set(WHERES) == set(get_args(WhereName)) == {place.value for place in WhereChoice}
 
 
 def test_the_loss_is_the_answers_own(engine: TransformersEngine) -> None:
