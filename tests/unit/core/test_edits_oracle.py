@@ -272,6 +272,17 @@ def solitary(slots: list[int], specs: dict[int, dict[str, Any]]) -> list[Span]:
     ]
 
 
+def test_the_slot_idle_for_longest_is_reused_first() -> None:
+    tables = Tables(shape_of(), slots=2)
+    first, second, third = (compiled(spec_of(kind))[0] for kind in ("ablate", "rotate", "swap"))
+    slots = [tables.acquire(plan) for plan in (first, second)]
+    for plan in (first, second):
+        tables.release(plan)
+    assert tables.acquire(third) == slots[0]
+    assert tables.acquire(second) == slots[1]
+    assert not tables.can_acquire(first)
+
+
 def test_a_part_is_made_anew_when_its_stage_changes() -> None:
     tables = Tables(shape_of(), slots=2)
     first, second = compiled(spec_of("ablate"))[0], compiled(spec_of("rotate"))[0]
