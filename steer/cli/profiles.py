@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from steer.cli.local import RegistryOption, open_registry
-from steer.cli.reporting import hint, out, table_out
+from steer.cli.reporting import nothing_yet, out, table_out
 from steer.cli.steering import read_json, read_spec
 from steer.errors import SteerError
 
@@ -40,10 +40,7 @@ def list_profiles(
         table.add_row(profile.name, kinds, profile.description)
     table_out().print(table)
     if not profiles:
-        hint(
-            "No profiles yet: `steer profiles add` takes a file, and those of the demo model come "
-            "with its first `steer generate` or `steer serve`."
-        )
+        nothing_yet("profiles")
 
 
 @app.command("add")

@@ -33,9 +33,13 @@ def err() -> Console:
     return Console(stderr=True, soft_wrap=True)
 
 
-def hint(text: str) -> None:
-    """One quiet line to stderr: what to do next."""
-    err().print(f"[dim]{escape(text)}[/dim]", highlight=False)
+def nothing_yet(kind: str) -> None:
+    """One quiet line to stderr: where `kind`, such as vectors, come from."""
+    err().print(
+        f"[dim]No {kind} yet: `steer {kind} add` takes a file, and those of the demo model come "
+        "with its first `steer generate` or `steer serve`.[/dim]",
+        highlight=False,
+    )
 
 
 class ReportingGroup(TyperGroup):

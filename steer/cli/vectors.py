@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from steer.cli.fit import file_errors, parse_layers
 from steer.cli.local import RegistryOption, open_registry
-from steer.cli.reporting import err, hint, out, table_out
+from steer.cli.reporting import err, nothing_yet, out, table_out
 from steer.errors import FileFormatError, SteerError
 
 if TYPE_CHECKING:
@@ -83,10 +83,7 @@ def list_vectors(
         )
     table_out().print(table)
     if not (entries or query or tag or deleted):
-        hint(
-            "No vectors yet: `steer vectors add` takes a file, and those of the demo model come "
-            "with its first `steer generate` or `steer serve`."
-        )
+        nothing_yet("vectors")
 
 
 @app.command("add")

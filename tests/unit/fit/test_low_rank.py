@@ -8,6 +8,7 @@ import pytest
 import torch
 from float64_reference import selected
 
+from steer.cli import steering
 from steer.cli.where import WhereChoice
 from steer.control_vector import LowRankAdapter
 from steer.engines.base import CaptureRequest
@@ -109,6 +110,7 @@ def test_the_adapter_acts_on_the_tokens_it_will_serve(where: Any, steered: list[
 
 def test_every_place_has_a_name_to_train_at() -> None:
     assert set(WHERES) == set(get_args(WhereName)) == {place.value for place in WhereChoice}
+    assert set(WHERES) == set(steering.WHERES)
 
 
 def test_the_loss_is_the_answers_own(engine: TransformersEngine) -> None:
