@@ -17,7 +17,8 @@ VLLM_VERSIONS ?= 0.32.0 0.31.0
 VLLM_VERSION := $(firstword $(VLLM_VERSIONS))
 VLLM_BIN := $(VENVS)/vllm-$(VLLM_VERSION)/bin
 # The first release runs every file; the others run those that meet vLLM's internals.
-VLLM_SEAMS := admission cache_keys contract runner_v2 scheduler server
+VLLM_SEAMS := core/test_admission core/test_cache_keys core/test_scheduler test_contract \
+  test_server worker/test_runner_v2
 VLLM_READY := $(VLLM_VERSIONS:%=vllm-%)
 
 .PHONY: serve test check bench bench-vllm docs-outputs demo-model demo-eval oracles vllm \
@@ -36,7 +37,7 @@ test: $(READY) oracles vllm
 	$(BIN)/pytest $(PARALLEL)
 	bash tests/vllm/run.sh $(VLLM_VERSION)
 	set -e; for version in $(filter-out $(VLLM_VERSION),$(VLLM_VERSIONS)); do \
-	  bash tests/vllm/run.sh $$version $(VLLM_SEAMS:%=tests/vllm/test_%.py); done
+	  bash tests/vllm/run.sh $$version $(VLLM_SEAMS:%=tests/vllm/%.py); done
 
 check: $(READY)
 	$(BIN)/ruff format --check .

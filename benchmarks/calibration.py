@@ -25,17 +25,17 @@ from scipy.stats import spearmanr
 from steer_vectors import LIBRARY
 from steer_vectors.demo.recipe.scorers import scorer
 
+from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.library import MemoryLibrary
 from steer.cli.local import open_registry, running_engine
-from steer.control_vector import ControlVector
 from steer.engines.base import Engine, SamplingParams
 from steer.engines.plans import plans_of
-from steer.fit.answers import Answer, answers_under
-from steer.fit.bootstrap import Resamples
-from steer.fit.calibrate import calibrate, mean_kl
-from steer.fit.evaluate import perplexity_ratio
-from steer.fit.pairs import Prompt
-from steer.plan import SteeringPlan
-from steer.registry.library import MemoryLibrary
+from steer.fit.data.pairs import Prompt
+from steer.fit.measure.answers import Answer, answers_under
+from steer.fit.measure.bootstrap import Resamples
+from steer.fit.measure.calibrate import calibrate, mean_kl
+from steer.fit.measure.evaluate import perplexity_ratio
+from steer.plan.plan import SteeringPlan
 from steer.spec import parse_spec
 
 SEEDS = (0, 1, 2)

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.timing import Figures, interleaved, paired_ratio
 from benchmarks.workload import CHATS, MODEL, TOKENS, mixed_specs, prompts, requests, specs, vectors
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
 from steer.engines.base import GenerationRequest
 from steer.engines.transformers.engine import TransformersEngine
 from steer.registry.registry import Registry

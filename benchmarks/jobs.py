@@ -26,8 +26,8 @@ from benchmarks.workload import MODEL, prompts, vectors
 from steer.engines.base import GenerationRequest, SamplingParams
 from steer.engines.transformers.engine import TransformersEngine
 from steer.jobs import JobLimits, JobRunner, builtin_kinds
-from steer.jobs.fit_job import FitParams
-from steer.jobs.sweep_job import SweepParams
+from steer.jobs.kinds.fit import FitParams
+from steer.jobs.kinds.sweep import SweepParams
 from steer.registry.registry import Registry
 
 CHATS, TOKENS = 8, 64

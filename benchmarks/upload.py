@@ -27,10 +27,10 @@ import httpx
 import torch
 from gguf import GGUFWriter
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
 from steer.engines.base import Engine
-from steer.engines.fake import FakeEngine, fake_model
-from steer.engines.fake_tokenizer import ByteTokenizer
+from steer.engines.fake.engine import FakeEngine, fake_model
+from steer.engines.fake.tokenizer import ByteTokenizer
 from steer.registry.registry import Registry
 from steer_server.app import create_app
 from steer_server.serve import Server

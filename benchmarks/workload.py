@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from steer_vectors import LIBRARY
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.library import Library, MemoryLibrary
 from steer.engines.base import GenerationRequest, SamplingParams
 from steer.engines.transformers.engine import TransformersEngine
-from steer.plan_cache import PlanCache
-from steer.registry.library import Library, MemoryLibrary
+from steer.plan.cache import PlanCache
 from steer.spec import parse_spec
 
 CHATS, TOKENS = 64, 32

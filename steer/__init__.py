@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from steer.control_vector import Card, ControlVector, LowRankAdapter
+    from steer.artefacts.control_vector import Card, ControlVector, LowRankAdapter
     from steer.engines.transformers.attach import attach
     from steer.errors import SteerError
     from steer.spec import SteeringSpec, parse_spec
@@ -20,9 +20,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Card": "steer.control_vector",
-    "ControlVector": "steer.control_vector",
-    "LowRankAdapter": "steer.control_vector",
+    "Card": "steer.artefacts.control_vector",
+    "ControlVector": "steer.artefacts.control_vector",
+    "LowRankAdapter": "steer.artefacts.control_vector",
     "SteerError": "steer.errors",
     "SteeringSpec": "steer.spec",
     "attach": "steer.engines.transformers.attach",

@@ -10,7 +10,7 @@ with every scalar law c taken from one family with seven parameters (`Law`):
     c(a) = clip(intercept + slope · u, floor, ceiling)         times ‖x‖ where `relative`
 
 Dot products, norms and the sum are float32; the result is cast once. This is the only place,
-with `steer.kernels` and `steer.sae`, where activations are computed with.
+with `steer.batch.apply` and `steer.artefacts.sae`, where activations are computed with.
 
 Shapes: T tokens, K edits, d the width of the hook point.
 """

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from steer.edits import BIAS, INTERCEPT, LAW_FIELDS, RELATIVE, SLOPE, Block, Competition
 from steer.errors import IncompatibleArtefact, SteerError
-from steer.model_info import HookPoint, ModelInfo
-from steer.plan import Gate, Pass
+from steer.model import HookPoint, ModelInfo
+from steer.plan.plan import Gate, Pass
 
 
 def check_block(point: HookPoint, block: Block, error: type[SteerError]) -> None:

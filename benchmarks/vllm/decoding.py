@@ -13,7 +13,7 @@ from benchmarks.vllm.overhead import step_cost, tap_costs
 from benchmarks.vllm.pair import Pair, Paired, spread
 from benchmarks.vllm.report import Report, micro, percent, verdict
 from benchmarks.vllm.shapes import CAPABILITIES, SLOTS, Shape
-from steer.plan_cache import PlanCache
+from steer.plan.cache import PlanCache
 from steer.registry.registry import Registry
 from steer.spec import parse_spec
 

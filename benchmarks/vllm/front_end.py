@@ -11,14 +11,14 @@ import torch
 
 from benchmarks.vllm.diets import Spec
 from benchmarks.vllm.shapes import CAPABILITIES, Shape
-from steer.control_vector import ControlVector
-from steer.engines.vllm.desk import Desk
-from steer.plan_cache import PlanCache
-from steer.registry.catalogue import row_of
+from steer.artefacts.control_vector import ControlVector
+from steer.engines.vllm.front.desk import Desk
+from steer.plan.cache import PlanCache
+from steer.registry.blobs.plan_store import PlanStore
+from steer.registry.catalogue.catalogue import row_of
+from steer.registry.catalogue.schema import artefacts
 from steer.registry.entry import Entry
-from steer.registry.plan_store import PlanStore
 from steer.registry.registry import Registry
-from steer.registry.schema import artefacts
 from steer.spec import parse_spec
 
 REQUESTS = 64

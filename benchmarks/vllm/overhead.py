@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from benchmarks.vllm.pair import PROMPT
 from benchmarks.vllm.shapes import SLOTS, Shape
-from steer.engines.vllm.runner_v1 import RunnerV1
-from steer.engines.vllm.shifts import ShiftTables
-from steer.engines.vllm.steering import WorkerSteering
-from steer.engines.vllm.taps import CompiledTap, EagerTap, OpaqueTap
+from steer.engines.vllm.taps.shifts import ShiftTables
+from steer.engines.vllm.taps.taps import CompiledTap, EagerTap, OpaqueTap
 from steer.engines.vllm.ticket import Ticket
-from steer.plan import SteeringPlan
+from steer.engines.vllm.worker.runner_v1 import RunnerV1
+from steer.engines.vllm.worker.steering import WorkerSteering
+from steer.plan.plan import SteeringPlan
 
 MAX_LENGTH = 2048
 _INLINE_SPECS = 16

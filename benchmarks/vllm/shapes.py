@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from steer_vectors import LIBRARY
 
-from steer.control_vector import ControlVector, LowRankAdapter
-from steer.model_info import Capabilities, ModelInfo
+from steer.artefacts.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.sae.base import SAE
+from steer.model import Capabilities, ModelInfo
 from steer.registry.registry import Registry
-from steer.sae.base import SAE
 from steer.spec import KINDS, Site
 
 VECTORS = 8

@@ -19,13 +19,13 @@ import torch
 
 from benchmarks.vllm.shapes import MAX_LENGTH, SLOTS
 from steer.engines.vllm import plugin
-from steer.engines.vllm.desk import Desk
-from steer.engines.vllm.engine import VllmEngine
+from steer.engines.vllm.front.desk import Desk
+from steer.engines.vllm.front.engine import VllmEngine
 from steer.engines.vllm.messages import read_receipt
 from steer.engines.vllm.options import registry_location
 from steer.engines.vllm.ticket import Ticket
-from steer.plan_cache import PlanCache
-from steer.registry.plan_store import PlanStore
+from steer.plan.cache import PlanCache
+from steer.registry.blobs.plan_store import PlanStore
 from steer.registry.registry import Registry
 from steer.spec import parse_spec
 

@@ -11,7 +11,10 @@ from fastapi import APIRouter, FastAPI
 
 from steer.engines.base import Engine
 from steer.registry.registry import Registry
-from steer_server import (
+from steer_server.http import openai_errors
+from steer_server.http.api_key import ApiKey
+from steer_server.http.body_limit import BodyLimit
+from steer_server.routes import (
     aliases,
     chat,
     completions,
@@ -21,13 +24,10 @@ from steer_server import (
     job_requests,
     jobs,
     models,
-    openai_errors,
     profiles,
     validate,
 )
-from steer_server.api_key import ApiKey
-from steer_server.artefacts import artefact_router
-from steer_server.body_limit import BodyLimit
+from steer_server.routes.artefacts import artefact_router
 from steer_server.settings import MIB, ServerSettings
 from steer_server.state import assemble
 

@@ -8,7 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from steer.engines.base import Engine
-from steer.plan_cache import PlanCache
+from steer.plan.cache import PlanCache
 from steer.registry.registry import Registry
 
 

@@ -15,8 +15,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from starlette.requests import ClientDisconnect
 
 from steer.engines.base import Engine, Receipt
-from steer.plan_cache import PlanCache
-from steer.registry.job_records import Job
+from steer.plan.cache import PlanCache
+from steer.registry.jobs.job_records import Job
 from steer.registry.registry import Registry
 from steer_server.live_figures import LiveFigures
 

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from steer.engines.fake import FakeEngine
+from steer.engines.fake.engine import FakeEngine
 from steer.registry.registry import Registry
 from steer_server.app import create_app
 from steer_server.settings import ServerSettings

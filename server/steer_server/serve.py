@@ -32,7 +32,7 @@ def load_engine(settings: ServerSettings) -> Engine:
         options = {"name": settings.model, **settings.engine_options}
         return TransformersEngine.load(location, **options)
     if settings.engine == "fake":
-        from steer.engines.fake import FakeEngine, fake_model  # noqa: PLC0415
+        from steer.engines.fake.engine import FakeEngine, fake_model  # noqa: PLC0415
 
         return FakeEngine(fake_model(name=settings.model), **settings.engine_options)
     raise Unsupported(

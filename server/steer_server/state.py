@@ -16,7 +16,7 @@ from fastapi import Depends, Request
 from steer.engines.base import Engine
 from steer.engines.plans import plans_of
 from steer.jobs import HUB, JobRunner, builtin_kinds
-from steer.plan_cache import PlanCache
+from steer.plan.cache import PlanCache
 from steer.registry.registry import Registry
 from steer_server.metrics import Metrics
 from steer_server.settings import ServerSettings

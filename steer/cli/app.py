@@ -5,9 +5,6 @@ from __future__ import annotations
 import typer
 
 from steer.cli import (
-    calibrate,
-    evaluate,
-    fit,
     generate,
     inspecting,
     jobs,
@@ -15,10 +12,11 @@ from steer.cli import (
     profiles,
     registry,
     serve,
-    sweep,
     validate,
     vectors,
 )
+from steer.cli.fit import contrast as fit
+from steer.cli.measure import calibrate, evaluate, sweep
 from steer.cli.reporting import ReportingGroup
 
 app = typer.Typer(

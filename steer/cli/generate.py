@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steer.cli.fit import parse_layers
+from steer.cli.fit.contrast import parse_layers
+from steer.cli.fit.where import WhereChoice
 from steer.cli.local import (
     DEMO_MODEL,
     DeviceOption,
@@ -21,11 +22,10 @@ from steer.cli.local import (
 )
 from steer.cli.reporting import table_out
 from steer.cli.steering import LayersOption, VectorOption, chosen_spec, parse_strength
-from steer.cli.where import WhereChoice
 
 if TYPE_CHECKING:
     from steer.engines.base import Completion
-    from steer.fit.pairs import Prompt
+    from steer.fit.data.pairs import Prompt
 
 
 def generate(
@@ -64,7 +64,7 @@ def generate(
 ) -> None:
     """Answer a prompt twice, side by side: the model as it is, and steered."""
     from steer.engines.base import GenerationRequest, SamplingParams
-    from steer.fit.pairs import render
+    from steer.fit.data.pairs import render
 
     sampling = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed

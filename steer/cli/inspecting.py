@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from steer.cli.fit import parse_layers, write_file
+from steer.cli.fit.contrast import parse_layers, write_file
 from steer.cli.local import (
     DEMO_MODEL,
     DeviceOption,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from steer.engines.transformers.engine import TransformersEngine
     from steer.inspection.heatmap import HeatMap
-    from steer.plan_cache import PlanCache
+    from steer.plan.cache import PlanCache
     from steer.registry.registry import Registry
 
     Request = TypeVar("Request", bound=BaseModel)

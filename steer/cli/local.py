@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from steer.artefacts.library import Library
     from steer.engines.transformers.engine import TransformersEngine
-    from steer.plan_cache import PlanCache
-    from steer.registry.library import Library
+    from steer.plan.cache import PlanCache
     from steer.registry.registry import Registry
 
 DEMO_MODEL = "steer-demo"

@@ -12,7 +12,7 @@ from steer.cli.local import RegistryOption, open_registry
 from steer.cli.reporting import out, table_out
 
 if TYPE_CHECKING:
-    from steer.control_vector import ArtefactKind
+    from steer.artefacts.control_vector import ArtefactKind
 
 aliases = typer.Typer(help="List, set and remove aliases.", no_args_is_help=True)
 tags = typer.Typer(help="Show, set and unset tags.", no_args_is_help=True)

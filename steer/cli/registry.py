@@ -121,7 +121,7 @@ def gc(
 @app.command("migrate")
 def migrate(registry: RegistryOption = None) -> None:
     """Bring the catalogue's schema up to date, as every command and server does at its start."""
-    from steer.registry.schema import HEAD
+    from steer.registry.catalogue.schema import HEAD
 
     with open_registry(registry):
         pass

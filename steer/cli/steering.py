@@ -13,7 +13,7 @@ from steer.errors import FileFormatError, SpecError
 from steer.spec import SteeringSpec, parse_spec
 
 if TYPE_CHECKING:
-    from steer.control_vector import ControlVector
+    from steer.artefacts.control_vector import ControlVector
     from steer.registry.registry import Registry
 
 VectorOption = Annotated[
@@ -93,7 +93,7 @@ def named_vector(ref: str) -> tuple[str, dict[str, ControlVector]]:
 
 def read_vector_file(path: Path) -> ControlVector:
     """The control vector in a file of any known format. Raises `FileFormatError`."""
-    from steer.control_vector import ControlVector
+    from steer.artefacts.control_vector import ControlVector
     from steer.formats.importing import read_artefact
     from steer.formats.options import ImportOptions
 

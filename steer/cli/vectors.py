@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from steer.cli.fit import file_errors, parse_layers
+from steer.cli.fit.contrast import file_errors, parse_layers
 from steer.cli.local import RegistryOption, open_registry
 from steer.cli.reporting import err, nothing_yet, out, table_out
 from steer.errors import FileFormatError, SteerError
@@ -145,8 +145,8 @@ def convert(
     ] = None,
 ) -> None:
     """Turn a pickled SteeringVector into safetensors, without unpickling it."""
-    from steer.cli.fit import write_file
-    from steer.formats.steering_vectors_pickle import read_steering_vector
+    from steer.cli.fit.contrast import write_file
+    from steer.formats.vectors.steering_vectors_pickle import read_steering_vector
 
     if not file.is_file():
         raise FileFormatError(f"there is no file {str(file)!r}", code="no_such_file")

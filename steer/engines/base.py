@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
 
-from steer.model_info import Capabilities, HookPoint, ModelInfo
+from steer.model import Capabilities, HookPoint, ModelInfo
 
 if TYPE_CHECKING:
-    from steer.plan import SteeringPlan
+    from steer.plan.plan import SteeringPlan
 
 FinishReason = Literal["stop", "length"]
 

@@ -6,7 +6,7 @@ from math import inf
 
 from steer.engines.base import GenerationRequest, SamplingParams
 from steer.errors import SpecError, SteerError
-from steer.model_info import ModelInfo
+from steer.model import ModelInfo
 
 
 def check_request(request: GenerationRequest, model: ModelInfo, max_length: int) -> None:

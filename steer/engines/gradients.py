@@ -15,7 +15,7 @@ from torch import Tensor
 
 from steer.engines.base import Engine
 from steer.errors import Unsupported
-from steer.model_info import HookPoint
+from steer.model import HookPoint
 
 Result = TypeVar("Result")
 Edit: TypeAlias = Callable[[Tensor], Tensor]

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from steer.artefacts.library import Library
 from steer.engines.base import CaptureRequest, Engine
-from steer.model_info import HookPoint
-from steer.plan_cache import PlanCache
-from steer.registry.library import Library
+from steer.model import HookPoint
+from steer.plan.cache import PlanCache
 
 
 def plans_of(engine: Engine, library: Library, **options: Any) -> PlanCache:

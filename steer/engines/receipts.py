@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from steer.batch.ledger import Ledger
+from steer.batch.requests import Seat
 from steer.engines.base import GateReceipt, PointReceipt, Receipt
-from steer.ledger import Ledger
-from steer.plan import SteeringPlan
-from steer.seat import Seat
+from steer.plan.plan import SteeringPlan
 
 
 def make_receipt(seat: Seat, ledger: Ledger, fed: int) -> Receipt:

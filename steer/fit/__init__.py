@@ -1,18 +1,18 @@
 """Fitting vectors, adapters and dictionaries from data, and measuring what they do."""
 
-from steer.fit.exercises import Exercise, ExerciseSet, read_exercises
-from steer.fit.fitting import fit
-from steer.fit.labels import Labelled, LabelledSet, read_labelled
-from steer.fit.low_rank import fit_low_rank
-from steer.fit.lrc import fit_lrc
-from steer.fit.nmf import fit_nmf
-from steer.fit.one_vs_rest import fit_labels
-from steer.fit.pairs import Pair, PairSet, read_pairs
-from steer.fit.prompt import Marked
-from steer.fit.relations import Fact, RelationTable, Template, read_relations
-from steer.fit.snmf import fit_snmf
-from steer.fit.transfer import transfer
-from steer.fit.two_prompts import fit_two_prompts
+from steer.fit.data.exercises import Exercise, ExerciseSet, read_exercises
+from steer.fit.data.labels import Labelled, LabelledSet, read_labelled
+from steer.fit.data.pairs import Pair, PairSet, read_pairs
+from steer.fit.data.prompt import Marked
+from steer.fit.data.relations import Fact, RelationTable, Template, read_relations
+from steer.fit.methods.fitting import fit
+from steer.fit.methods.low_rank import fit_low_rank
+from steer.fit.methods.lrc import fit_lrc
+from steer.fit.methods.nmf import fit_nmf
+from steer.fit.methods.one_vs_rest import fit_labels
+from steer.fit.methods.snmf import fit_snmf
+from steer.fit.methods.transfer import transfer
+from steer.fit.methods.two_prompts import fit_two_prompts
 
 __all__ = [
     "Exercise",

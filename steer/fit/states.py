@@ -16,8 +16,8 @@ from torch import Tensor
 
 from steer.engines.base import CaptureRequest, Engine
 from steer.errors import SteerError
-from steer.fit.prompt import POSITION_NAMES, Positions, Prompt, read_positions, render
-from steer.model_info import HookPoint
+from steer.fit.data.prompt import POSITION_NAMES, Positions, Prompt, read_positions, render
+from steer.model import HookPoint
 from steer.spec import Site
 
 Progress: TypeAlias = Callable[[int], None]

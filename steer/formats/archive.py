@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from steer.errors import FileFormatError, TooLarge
-from steer.formats.zip_guard import MAX_DIRECTORY_BYTES, MAX_MEMBERS, check_directory
+from steer.formats.guards.zip import MAX_DIRECTORY_BYTES, MAX_MEMBERS, check_directory
 
 MAX_NAME = 512
 _CHUNK = 1 << 20

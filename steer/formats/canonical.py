@@ -9,11 +9,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from steer.control_vector import Card, ControlVector, LowRankAdapter
+from steer.artefacts.control_vector import Card, ControlVector, LowRankAdapter
+from steer.artefacts.lens import Lens
+from steer.artefacts.sae.base import SAE
 from steer.errors import FileFormatError
-from steer.formats.safetensors_file import SafetensorsFile
-from steer.lens import Lens
-from steer.sae.base import SAE
+from steer.formats.guards.safetensors import SafetensorsFile
 
 _ROW = re.compile(r"layers\.(0|[1-9]\d{0,5})")
 _PART = re.compile(r"layers\.(0|[1-9]\d{0,5})\.(rotation|weight|bias)")

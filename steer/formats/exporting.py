@@ -7,8 +7,8 @@ from typing import Literal, TypeAlias
 
 from safetensors.torch import save_file
 
-from steer.control_vector import Card, ControlVector
-from steer.formats.gguf_vector import write_gguf
+from steer.artefacts.control_vector import Card, ControlVector
+from steer.formats.vectors.gguf import write_gguf
 
 ExportFormat: TypeAlias = Literal["safetensors", "safetensors-plain", "gguf"]
 SUFFIXES: dict[ExportFormat, str] = {

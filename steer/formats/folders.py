@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.lens import Lens
+from steer.artefacts.sae.base import SAE
+from steer.artefacts.sae.saelens import CONFIG, WEIGHTS
 from steer.errors import FileFormatError
 from steer.formats.archive import unpack
-from steer.formats.saelens_folder import read_saelens
-from steer.formats.torch_vector import DIRECTION, METADATA, read_refusal_direction
-from steer.formats.tuned_lens import CONFIG as LENS_CONFIG
-from steer.formats.tuned_lens import PARAMETERS, read_tuned_lens
-from steer.lens import Lens
-from steer.sae.base import SAE
-from steer.sae.saelens import CONFIG, WEIGHTS
+from steer.formats.lenses.tuned_lens import CONFIG as LENS_CONFIG
+from steer.formats.lenses.tuned_lens import PARAMETERS, read_tuned_lens
+from steer.formats.saes.saelens_folder import read_saelens
+from steer.formats.vectors.pt import DIRECTION, METADATA, read_refusal_direction
 
 FolderArtefact: TypeAlias = SAE | Lens | ControlVector
 

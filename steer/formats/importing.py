@@ -7,21 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
-from steer.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.lens import Lens
+from steer.artefacts.sae.base import SAE
 from steer.errors import FileFormatError, SteerError
+from steer.formats.adapters.loreft import is_loreft, read_loreft
 from steer.formats.canonical import is_canonical, read_canonical
 from steer.formats.folders import layout_of, unpacked
-from steer.formats.gguf_vector import read_gguf
-from steer.formats.loreft import is_loreft, read_loreft
-from steer.formats.npz_vector import read_npz
+from steer.formats.guards.safetensors import SafetensorsFile
 from steer.formats.options import ImportOptions
-from steer.formats.safetensors_file import SafetensorsFile
 from steer.formats.sniff import sniff
-from steer.formats.svec import read_svec
-from steer.formats.torch_vector import read_torch
-from steer.formats.vector_safetensors import read_vector
-from steer.lens import Lens
-from steer.sae.base import SAE
+from steer.formats.vectors.gguf import read_gguf
+from steer.formats.vectors.npz import read_npz
+from steer.formats.vectors.pt import read_torch
+from steer.formats.vectors.safetensors import read_vector
+from steer.formats.vectors.svec import read_svec
 
 Artefact: TypeAlias = ControlVector | LowRankAdapter | SAE | Lens
 

@@ -7,13 +7,13 @@ import binascii
 import tempfile
 from pathlib import Path
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
 from steer.errors import FileFormatError, TooLarge
 from steer.formats.canonical import is_canonical, read_canonical
+from steer.formats.guards.safetensors import SafetensorsFile
 from steer.formats.options import ImportOptions
-from steer.formats.safetensors_file import SafetensorsFile
 from steer.formats.sniff import sniff
-from steer.formats.vector_safetensors import read_vector
+from steer.formats.vectors.safetensors import read_vector
 from steer.spec import InlineVector
 
 MAX_INLINE_BYTES = 16 << 20

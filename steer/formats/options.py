@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from steer.control_vector import Card
+from steer.artefacts.control_vector import Card
 from steer.errors import SteerError
 from steer.formats.sources import SOURCES, Source
 from steer.spec import Where

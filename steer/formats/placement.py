@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
 from steer.errors import FileFormatError, SteerError
 from steer.formats.options import ImportOptions
 from steer.formats.sources import Source

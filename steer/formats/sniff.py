@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from steer.errors import FileFormatError
-from steer.formats.zip_guard import member_names
+from steer.formats.guards.zip import member_names
 
 Format = Literal["safetensors", "gguf", "npz", "torch", "svec", "zip", "tar", "tar.gz"]
 

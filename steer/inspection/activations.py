@@ -8,7 +8,10 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.library import Library, MemoryLibrary
+from steer.artefacts.sae.base import SAE
+from steer.artefacts.sae.labels import FeatureLabel
 from steer.engines.base import Captured, CaptureRequest, Engine
 from steer.errors import IncompatibleArtefact, SpecError, SteerError, pointer
 from steer.inspection.prompt import PromptInput, encode_prompt
@@ -21,12 +24,9 @@ from steer.inspection.selection import (
     plan_for,
     require,
 )
-from steer.kinds import row
-from steer.model_info import HookPoint
-from steer.plan_cache import PlanCache
-from steer.registry.library import Library, MemoryLibrary
-from steer.sae.base import SAE
-from steer.sae.labels import FeatureLabel
+from steer.model import HookPoint
+from steer.plan.cache import PlanCache
+from steer.plan.kinds import row
 from steer.spec import Name, Site, SteeringSpec
 
 

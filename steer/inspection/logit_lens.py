@@ -13,6 +13,8 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from steer.artefacts.lens import Lens
+from steer.artefacts.library import Library
 from steer.engines.base import CaptureRequest, Engine
 from steer.errors import SteerError, UnknownArtefact
 from steer.inspection.next_token import TokenChance, top_tokens
@@ -26,10 +28,8 @@ from steer.inspection.selection import (
     plan_for,
     require,
 )
-from steer.lens import Lens
-from steer.model_info import HookPoint
-from steer.plan_cache import PlanCache
-from steer.registry.library import Library
+from steer.model import HookPoint
+from steer.plan.cache import PlanCache
 from steer.spec import SteeringSpec
 
 _LOGITS_AT_ONCE = 1 << 24

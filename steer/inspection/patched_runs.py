@@ -9,15 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import CaptureRequest, Engine, GenerationRequest, SamplingParams
 from steer.errors import SteerError
 from steer.inspection.next_token import TokenChance, top_tokens
 from steer.inspection.prompt import token_texts
-from steer.model_info import HookPoint
-from steer.plan import SteeringPlan
-from steer.plan_cache import PlanCache
-from steer.registry.library import MemoryLibrary
+from steer.model import HookPoint
+from steer.plan.cache import PlanCache
+from steer.plan.plan import SteeringPlan
 from steer.spec import Patch, SteeringSpec, Where
 
 _AT_ONCE = 64

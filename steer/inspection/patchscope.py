@@ -26,9 +26,9 @@ from steer.inspection.selection import (
     require,
 )
 from steer.inspection.target import Preset, TargetPrompt, encode_target
-from steer.model_info import HookPoint
-from steer.plan import SteeringPlan
-from steer.plan_cache import PlanCache
+from steer.model import HookPoint
+from steer.plan.cache import PlanCache
+from steer.plan.plan import SteeringPlan
 from steer.spec import SteeringSpec
 
 MAX_CELLS = 1024

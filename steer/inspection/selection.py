@@ -7,14 +7,14 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
+from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import Engine
 from steer.engines.plans import plans_of
 from steer.errors import SteerError, TooLarge, Unsupported, pointer
 from steer.inspection.prompt import EncodedPrompt, Place
-from steer.model_info import HookPoint
-from steer.plan import SteeringPlan
-from steer.plan_cache import PlanCache
-from steer.registry.library import MemoryLibrary
+from steer.model import HookPoint
+from steer.plan.cache import PlanCache
+from steer.plan.plan import SteeringPlan
 from steer.spec import Index, Site, SteeringSpec
 
 MAX_NUMBERS = 1 << 16

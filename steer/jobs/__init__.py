@@ -4,8 +4,8 @@ A kind of job is a `JobKind`: a name, a model of its parameters and a function. 
 jobs from the registry's catalogue and runs them in threads of this process; see docs/jobs.md.
 """
 
-from steer.jobs.kind import JobContext, JobKind
-from steer.jobs.kinds import HUB, builtin_kinds
+from steer.jobs.kinds.kind import JobContext, JobKind
+from steer.jobs.kinds.table import HUB, builtin_kinds
 from steer.jobs.limits import JobLimits
 from steer.jobs.runner import JobRunner
 

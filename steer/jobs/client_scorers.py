@@ -9,8 +9,8 @@ from __future__ import annotations
 import regex
 
 from steer.errors import SteerError, Unsupported
-from steer.fit.scorers import FindVector, parse_scorer
-from steer.fit.scoring import AnswerScorer, Score, Scorer, words_scorer
+from steer.fit.measure.scorers import FindVector, parse_scorer
+from steer.fit.measure.scoring import AnswerScorer, Score, Scorer, words_scorer
 
 MATCH_SECONDS = 0.1
 """The time that one expression may take on one text."""

@@ -6,7 +6,7 @@ from typing import Annotated, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from steer.fit.pairs import Prompt
+from steer.fit.data.pairs import Prompt
 
 
 class MessageParam(BaseModel):

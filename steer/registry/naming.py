@@ -6,20 +6,20 @@ from collections.abc import Iterable
 
 from sqlalchemy import Connection
 
-from steer.control_vector import ArtefactKind
+from steer.artefacts.control_vector import ArtefactKind
 from steer.errors import Conflict, SteerError, StorageError, UnknownArtefact
-from steer.registry.aliases import (
+from steer.registry.blobs.blobs import BlobStore
+from steer.registry.catalogue.aliases import (
     Alias,
     delete_alias,
     store_alias,
     stored_alias,
     unknown_alias,
 )
-from steer.registry.blobs import BlobStore
-from steer.registry.catalogue import Catalogue
+from steer.registry.catalogue.catalogue import Catalogue
+from steer.registry.catalogue.tags import check_tag, store_tags, stored_tags
 from steer.registry.entry import Entry, Ref, parse_ref
 from steer.registry.profiles import profiles_naming, users_of
-from steer.registry.tags import check_tag, store_tags, stored_tags
 
 
 def remove(catalogue: Catalogue, kind: ArtefactKind, ref: str) -> Entry:

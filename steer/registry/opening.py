@@ -10,22 +10,22 @@ from dataclasses import dataclass
 from sqlalchemy import select
 
 from steer.errors import StorageError
-from steer.registry import locks
-from steer.registry.blobs import (
+from steer.registry.blobs import locks
+from steer.registry.blobs.blobs import (
     BlobStore,
     blobs_at,
     open_filesystem,
     store_errors,
     sync_folder,
 )
-from steer.registry.catalogue import Catalogue
-from steer.registry.database import open_database
-from steer.registry.disk import disk_errors
-from steer.registry.garbage import remove_orphans
-from steer.registry.leases import Leases
+from steer.registry.blobs.disk import disk_errors
+from steer.registry.blobs.garbage import remove_orphans
+from steer.registry.blobs.leases import Leases
+from steer.registry.blobs.staging import Staging
+from steer.registry.catalogue.catalogue import Catalogue
+from steer.registry.catalogue.database import open_database
+from steer.registry.catalogue.schema import artefacts
 from steer.registry.location import CATALOGUE_FILE, Location
-from steer.registry.schema import artefacts
-from steer.registry.staging import Staging
 
 MARKER = "registry.json"
 

@@ -10,11 +10,11 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, delete, select, update
 
-from steer.control_vector import ArtefactKind
+from steer.artefacts.control_vector import ArtefactKind
 from steer.errors import UnknownArtefact, pointer
-from steer.registry.aliases import Alias, stored_aliases
+from steer.registry.catalogue.aliases import Alias, stored_aliases
+from steer.registry.catalogue.schema import profiles
 from steer.registry.entry import Ref, parse_ref
-from steer.registry.schema import profiles
 from steer.spec import Clamp, Concept, LowRank, SteeringSpec, check_name, parse_spec
 
 

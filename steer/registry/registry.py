@@ -12,26 +12,30 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, BinaryIO, TypeVar
 
-from steer.control_vector import ArtefactKind, ControlVector, LowRankAdapter
+from steer.artefacts.control_vector import ArtefactKind, ControlVector, LowRankAdapter
+from steer.artefacts.lens import Lens
+from steer.artefacts.sae.base import SAE
 from steer.errors import FileFormatError, SteerError, StorageError
 from steer.formats.importing import Artefact, read_artefact
 from steer.formats.options import ImportOptions
-from steer.lens import Lens
-from steer.registry import naming, transfer
-from steer.registry.aliases import Alias, stored_aliases
-from steer.registry.archive import Exported
-from steer.registry.caches import AnswerCache, LoadedCache
-from steer.registry.catalogue import Draft
-from steer.registry.disk import disk_errors
+from steer.registry import naming
+from steer.registry.archive import transfer
+from steer.registry.archive.archive import Exported
+from steer.registry.archive.merging import Imported
+from steer.registry.blobs.caches import AnswerCache, LoadedCache
+from steer.registry.blobs.disk import disk_errors
+from steer.registry.blobs.garbage import GRACE_SECONDS, Garbage, collect
+from steer.registry.blobs.plan_store import TOUCH_SECONDS, PlanStore
+from steer.registry.blobs.staging import Upload
+from steer.registry.catalogue.aliases import Alias, stored_aliases
+from steer.registry.catalogue.catalogue import Draft
+from steer.registry.catalogue.listing import Search, found_entries
+from steer.registry.catalogue.tags import tags_of_names
 from steer.registry.entry import Entry, parse_ref
-from steer.registry.garbage import GRACE_SECONDS, Garbage, collect
-from steer.registry.job_files import JobFiles
-from steer.registry.job_store import JobStore
-from steer.registry.listing import Search, found_entries
+from steer.registry.jobs.job_files import JobFiles
+from steer.registry.jobs.job_store import JobStore
 from steer.registry.location import locate
-from steer.registry.merging import Imported
 from steer.registry.opening import Parts, open_parts
-from steer.registry.plan_store import TOUCH_SECONDS, PlanStore
 from steer.registry.profiles import (
     Profile,
     Reference,
@@ -43,9 +47,6 @@ from steer.registry.profiles import (
     stored_profiles,
     unknown_profile,
 )
-from steer.registry.staging import Upload
-from steer.registry.tags import tags_of_names
-from steer.sae.base import SAE
 from steer.spec import check_name
 
 T = TypeVar("T")
@@ -236,7 +237,7 @@ class Registry:
         name, and plans that were not used for as long.
 
         Never what a name, a profile or an alias needs, nor what a process has loaded in the last
-        hours (`steer.registry.leases`).
+        hours (`steer.registry.blobs.leases`).
         """
         if not grace_seconds >= 0:
             raise SteerError(

@@ -9,14 +9,14 @@ import pytest
 import torch
 from artefacts import EVERYTHING, artefacts, random_spec, shape_of
 
-from steer.ledger import Ledger
-from steer.model_info import forward_order
-from steer.plan_cache import PlanCache
-from steer.registry.library import MemoryLibrary
-from steer.seat import Ints, Seat, Span
+from steer.artefacts.library import MemoryLibrary
+from steer.batch.ledger import Ledger
+from steer.batch.requests import Ints, Seat, Span
+from steer.batch.step import build_step
+from steer.batch.tables import Tables
+from steer.model import forward_order
+from steer.plan.cache import PlanCache
 from steer.spec import parse_spec
-from steer.step import build_step
-from steer.tables import Tables
 
 WIDTH, LAYERS, VOCABULARY, REQUESTS, STEPS = 16, 4, 8, 6, 12
 PLANS = PlanCache(MemoryLibrary(**artefacts(WIDTH, LAYERS)), shape_of(WIDTH, LAYERS), EVERYTHING)

@@ -17,16 +17,16 @@ import torch
 from artefacts import EVERYTHING, artefacts, random_spec, shape_of
 from float64_reference import Array, Float64Reference
 
+from steer.artefacts.library import MemoryLibrary
+from steer.batch.ledger import Ledger
+from steer.batch.requests import Seat, Span
+from steer.batch.step import build_step
+from steer.batch.tables import Tables
 from steer.errors import SteerError
-from steer.ledger import Ledger
-from steer.model_info import HookPoint
-from steer.plan import SteeringPlan
-from steer.plan_cache import PlanCache
-from steer.registry.library import MemoryLibrary
-from steer.seat import Seat, Span
+from steer.model import HookPoint
+from steer.plan.cache import PlanCache
+from steer.plan.plan import SteeringPlan
 from steer.spec import SteeringSpec, When, parse_spec
-from steer.step import build_step
-from steer.tables import Tables
 
 WIDTH, LAYERS, VOCABULARY = 16, 4, 64
 SLOTS, ROWS = 3, 8

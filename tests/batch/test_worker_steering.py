@@ -14,15 +14,15 @@ import pytest
 import torch
 from artefacts import EVERYTHING, artefacts, shape_of
 
-from steer.engines.vllm.prepared import Batch
-from steer.engines.vllm.shifts import ShiftTables
-from steer.engines.vllm.steering import WorkerSteering
-from steer.engines.vllm.taps import SITES, CompiledTap, EagerTap, tap_of
+from steer.artefacts.library import MemoryLibrary
+from steer.engines.vllm.taps.shifts import ShiftTables
+from steer.engines.vllm.taps.taps import SITES, CompiledTap, EagerTap, tap_of
 from steer.engines.vllm.ticket import Ticket
-from steer.model_info import HookPoint
-from steer.plan import SteeringPlan
-from steer.plan_cache import PlanCache
-from steer.registry.library import MemoryLibrary
+from steer.engines.vllm.worker.prepared import Batch
+from steer.engines.vllm.worker.steering import WorkerSteering
+from steer.model import HookPoint
+from steer.plan.cache import PlanCache
+from steer.plan.plan import SteeringPlan
 from steer.spec import parse_spec
 
 WIDTH, LAYERS, VOCABULARY, PROMPT, STEPS = 16, 4, 6, 3, 40

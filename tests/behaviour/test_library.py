@@ -16,18 +16,18 @@ from steer_vectors.demo.recipe.relations.facts import QUESTIONS, relation_facts
 from steer_vectors.demo.recipe.relations.library import SHIPPED
 from steer_vectors.demo.recipe.vectors import CHOOSING, DESCRIPTIONS, TAGS
 
-from steer.control_vector import Card
+from steer.artefacts.control_vector import Card
 from steer.engines.base import CaptureRequest, Completion, GenerationRequest, SamplingParams
 from steer.engines.plans import plans_of
 from steer.engines.transformers.engine import TransformersEngine
 from steer.fit import read_pairs
-from steer.fit.calibrate import prompts_sha256
-from steer.fit.lrc import Ask, answered, ask, classify
-from steer.fit.pairs import Prompt, render
-from steer.fit.prompt import Messages
-from steer.model_info import HookPoint
-from steer.plan import SteeringPlan
-from steer.plan_cache import PlanCache
+from steer.fit.data.pairs import Prompt, render
+from steer.fit.data.prompt import Messages
+from steer.fit.measure.calibrate import prompts_sha256
+from steer.fit.methods.lrc import Ask, answered, ask, classify
+from steer.model import HookPoint
+from steer.plan.cache import PlanCache
+from steer.plan.plan import SteeringPlan
 from steer.registry.registry import Registry
 from steer.registry.shipped import add_library
 from steer.spec import parse_spec

@@ -13,11 +13,11 @@ from tiny_models import ARCHITECTURES, LAYERS, VOCABULARY, WIDTH, tiny_tokenizer
 from torch import nn
 
 import steer
+from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import GenerationRequest, SamplingParams
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SpecError, SteerError
-from steer.plan_cache import PlanCache
-from steer.registry.library import MemoryLibrary
+from steer.plan.cache import PlanCache
 from steer.spec import parse_spec
 
 TinyModel = Callable[[str], nn.Module]

@@ -13,14 +13,14 @@ from artefacts import random_sae, random_vector
 from float64_reference import selected
 from tiny_models import ARCHITECTURES, LAYERS, VOCABULARY, WIDTH
 
+from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import CaptureRequest, Completion, GenerationRequest, SamplingParams
 from steer.engines.listeners import BlockingListener
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import EngineError, SteerError
-from steer.model_info import HookPoint
-from steer.plan import SteeringPlan
-from steer.plan_cache import PlanCache
-from steer.registry.library import MemoryLibrary
+from steer.model import HookPoint
+from steer.plan.cache import PlanCache
+from steer.plan.plan import SteeringPlan
 from steer.spec import parse_spec
 
 TinyModel = Callable[[str], torch.nn.Module]

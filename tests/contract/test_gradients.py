@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from steer.engines.base import CaptureRequest
 from steer.engines.transformers.engine import TransformersEngine
-from steer.model_info import HookPoint
+from steer.model import HookPoint
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]
 

@@ -21,6 +21,8 @@ from tiny_models import ARCHITECTURES, LAYERS, VOCABULARY, WIDTH
 from transformers.generation.configuration_utils import CompileConfig
 from transformers.generation.continuous_batching import input_outputs
 
+from steer.artefacts.library import MemoryLibrary
+from steer.batch.ledger import Ledger
 from steer.engines.base import (
     CaptureRequest,
     Completion,
@@ -28,14 +30,12 @@ from steer.engines.base import (
     Receipt,
     SamplingParams,
 )
-from steer.engines.transformers import packed_model
 from steer.engines.transformers.engine import TransformersEngine
-from steer.engines.transformers.packed_model import KNOWN_SERIES, check_transformers
+from steer.engines.transformers.packed import model as packed_model
+from steer.engines.transformers.packed.model import KNOWN_SERIES, check_transformers
 from steer.errors import EngineError, SteerError, Unsupported
-from steer.ledger import Ledger
-from steer.model_info import HookPoint
-from steer.plan_cache import PlanCache
-from steer.registry.library import MemoryLibrary
+from steer.model import HookPoint
+from steer.plan.cache import PlanCache
 from steer.spec import parse_spec
 
 MADE = artefacts(WIDTH, LAYERS)

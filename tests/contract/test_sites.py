@@ -12,11 +12,11 @@ from artefacts import random_vector
 from tiny_models import ARCHITECTURES, LAYERS, VOCABULARY, WIDTH
 from torch import Tensor, nn
 
+from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import CaptureRequest
 from steer.engines.transformers.engine import TransformersEngine
-from steer.model_info import HookPoint
-from steer.plan_cache import PlanCache
-from steer.registry.library import MemoryLibrary
+from steer.model import HookPoint
+from steer.plan.cache import PlanCache
 from steer.spec import Site, parse_spec
 
 TinyModel = Callable[[str], nn.Module]

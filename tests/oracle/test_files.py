@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from steer.engines.fake import ByteTokenizer
+from steer.artefacts.lens import Lens
+from steer.artefacts.library import MemoryLibrary
+from steer.engines.fake.engine import ByteTokenizer
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError
 from steer.formats.importing import read_artefact
 from steer.formats.options import ImportOptions
-from steer.formats.steering_vectors_pickle import read_steering_vector
+from steer.formats.vectors.steering_vectors_pickle import read_steering_vector
 from steer.inspection.logit_lens import LogitLensRequest, logit_lens
-from steer.lens import Lens
-from steer.registry.library import MemoryLibrary
 
 pytestmark = pytest.mark.slow
 

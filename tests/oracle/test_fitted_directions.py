@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from steer.fit.method import METHODS
+from steer.fit.methods.method import METHODS
 
 pytestmark = pytest.mark.slow
 

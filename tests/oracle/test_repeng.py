@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import steer
 from steer import ControlVector
-from steer.formats.gguf_vector import read_gguf, write_gguf
 from steer.formats.options import ImportOptions
+from steer.formats.vectors.gguf import read_gguf, write_gguf
 
 pytestmark = pytest.mark.slow
 

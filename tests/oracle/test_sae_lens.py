@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import steer
+from steer.artefacts.sae import SAE, SUPPORTED, load_directory, save_directory
 from steer.errors import Unsupported
-from steer.sae import SAE, SUPPORTED, load_directory, save_directory
 
 pytestmark = pytest.mark.slow
 

@@ -10,9 +10,9 @@ from postgres_server import PostgresServer
 from sqlalchemy import create_engine
 
 from steer.errors import StorageError
-from steer.registry.database import open_database
+from steer.registry.catalogue.database import open_database
+from steer.registry.catalogue.schema import metadata
 from steer.registry.registry import Registry
-from steer.registry.schema import metadata
 
 pytestmark = pytest.mark.slow
 
@@ -54,8 +54,8 @@ def test_a_lookup_is_one_indexed_query(postgres: PostgresServer, store: ObjectSt
     """Among 5000 names, and without a sort."""
     from torch import ones
 
-    from steer.control_vector import ControlVector
-    from steer.registry.catalogue import Draft
+    from steer.artefacts.control_vector import ControlVector
+    from steer.registry.catalogue.catalogue import Draft
 
     with Registry.open(store.url(), catalogue=postgres.url()) as registry:
         card = ControlVector.of({0: ones(4)}).card

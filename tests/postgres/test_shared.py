@@ -16,9 +16,9 @@ import torch
 from object_store import ObjectStore
 from postgres_server import PostgresServer
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
 from steer.errors import Conflict, StorageError, UnknownArtefact
-from steer.registry.plan_store import PlanStore
+from steer.registry.blobs.plan_store import PlanStore
 from steer.registry.profiles import Profile
 from steer.registry.registry import Registry
 
@@ -201,7 +201,7 @@ def test_an_upload_in_one_process_serves_the_next_request_of_another(
 
 WRITER = """
 import os, sys, torch
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
 from steer.registry.registry import Registry
 
 first = int(sys.argv[1])

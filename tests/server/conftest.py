@@ -14,11 +14,11 @@ import pytest
 import torch
 from fastapi import FastAPI
 
-from steer.control_vector import ControlVector
-from steer.engines.fake import FakeEngine, Stepper
+from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.sae.base import SAE
+from steer.artefacts.sae.labels import FeatureLabel
+from steer.engines.fake.engine import FakeEngine, Stepper
 from steer.registry.registry import Registry
-from steer.sae.base import SAE
-from steer.sae.labels import FeatureLabel
 from steer_server.app import create_app
 from steer_server.serve import Server
 from steer_server.settings import ServerSettings

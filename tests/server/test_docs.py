@@ -44,7 +44,7 @@ def test_there_are_examples() -> None:
 
 async def test_every_error_code_is_listed(http: httpx.AsyncClient) -> None:
     sources: list[Any] = [*(ROOT / "server").rglob("*.py"), ROOT / "steer" / "errors.py"]
-    sources += [*(ROOT / "steer" / "jobs").rglob("*.py"), ROOT / "steer/registry/job_store.py"]
+    sources += [*(ROOT / "steer" / "jobs").rglob("*.py"), ROOT / "steer/registry/jobs/job_store.py"]
     used = set()
     for source in sources:
         used |= set(re.findall(r'code="(\w+)"|code = "(\w+)"', source.read_text(encoding="utf-8")))

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from steer.engines.base import CaptureRequest, GenerationRequest, SamplingParams, TokenEvent
-from steer.engines.fake import FakeEngine, FakeFailure, Stepper
-from steer.engines.fake_tokenizer import ByteTokenizer
+from steer.engines.fake.engine import FakeEngine, FakeFailure, Stepper
+from steer.engines.fake.tokenizer import ByteTokenizer
 from steer.errors import CapacityError, EngineError, SteerError
-from steer.model_info import HookPoint
-from steer.plan import SteeringPlan
-from steer.plan_cache import PlanCache
+from steer.model import HookPoint
+from steer.plan.cache import PlanCache
+from steer.plan.plan import SteeringPlan
 from steer.registry.registry import Registry
 from steer.spec import parse_spec
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from steer.engines.fake import FakeEngine, FakeFailure
+from steer.engines.fake.engine import FakeEngine, FakeFailure
 from steer_server.metrics import Names
 
 URL = "/v1/chat/completions"

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 from rich.console import Console
 
-from steer.engines.fake import FakeEngine
+from steer.engines.fake.engine import FakeEngine
 from steer.errors import Unsupported
 from steer_server.banner import banner, example
 from steer_server.serve import build, load_engine

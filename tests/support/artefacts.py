@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from steer.calibration import Calibration, MeasuredDose
-from steer.control_vector import ControlVector, LayerMeasure, LowRankAdapter
-from steer.model_info import Capabilities, ModelInfo
-from steer.sae.base import SAE
+from steer.artefacts.calibration import Calibration, MeasuredDose
+from steer.artefacts.control_vector import ControlVector, LayerMeasure, LowRankAdapter
+from steer.artefacts.sae.base import SAE
+from steer.model import Capabilities, ModelInfo
 from steer.spec import KINDS, SITES
 
 ARCHITECTURES = ("standard", "jumprelu", "topk")

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from steer.errors import SteerError
 from steer.jobs import JobContext, JobKind, JobLimits, JobRunner
-from steer.registry.job_records import Job
+from steer.registry.jobs.job_records import Job
 
 QUICK = JobLimits(progress_seconds=0, lease_seconds=3, poll_seconds=0.02)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from artefacts import random_adapter, random_sae, random_vector
 
+from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import GenerationRequest, SamplingParams
-from steer.plan import SteeringPlan
-from steer.plan_cache import PlanCache
-from steer.registry.library import MemoryLibrary
+from steer.plan.cache import PlanCache
+from steer.plan.plan import SteeringPlan
 from steer.registry.registry import Registry
 from steer.spec import parse_spec
 

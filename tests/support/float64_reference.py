@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steer.control_vector import ControlVector, LowRankAdapter
-from steer.model_info import HookPoint
-from steer.sae.base import SAE
+from steer.artefacts.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.sae.base import SAE
+from steer.model import HookPoint
 from steer.spec import Clamp, Concept, SteeringSpec, Where
 
 Array = NDArray[np.float64]

@@ -23,14 +23,14 @@ from artefacts import random_adapter, random_sae, random_vector
 from gguf import GGUFWriter
 from safetensors.torch import save
 
-from steer.control_vector import ControlVector
-from steer.formats.gguf_vector import write_gguf
+from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.lens import Lens
+from steer.artefacts.sae.saelens import save_directory
 from steer.formats.importing import read_artefact
 from steer.formats.inline import decode_inline
 from steer.formats.options import ImportOptions
-from steer.formats.steering_vectors_pickle import read_steering_vector
-from steer.lens import Lens
-from steer.sae.saelens import save_directory
+from steer.formats.vectors.gguf import write_gguf
+from steer.formats.vectors.steering_vectors_pickle import read_steering_vector
 from steer.spec import InlineVector
 
 Parse = Callable[[Path, ImportOptions], Any]

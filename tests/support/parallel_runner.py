@@ -30,13 +30,13 @@ from steer.engines.base import (
     GenerationRequest,
     SamplingParams,
 )
-from steer.engines.vllm.engine import VllmEngine
-from steer.engines.vllm.taps import SITES
+from steer.engines.vllm.front.engine import VllmEngine
+from steer.engines.vllm.taps.taps import SITES
 from steer.errors import SteerError
-from steer.model_info import HookPoint
-from steer.plan import SteeringPlan
-from steer.plan_cache import PlanCache
-from steer.registry.plan_store import PlanStore
+from steer.model import HookPoint
+from steer.plan.cache import PlanCache
+from steer.plan.plan import SteeringPlan
+from steer.registry.blobs.plan_store import PlanStore
 from steer.registry.registry import Registry
 
 LATE = "late"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
 from steer.registry.profiles import Profile
 from steer.registry.registry import Registry
 

@@ -23,13 +23,13 @@ from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.states import RequestState
 
-from steer.engines.vllm import ops
-from steer.engines.vllm.runner_v2 import RunnerV2
-from steer.engines.vllm.seats import receipt
-from steer.engines.vllm.steering import WorkerSteering
+from steer.engines.vllm.taps import ops
 from steer.engines.vllm.ticket import Ticket
-from steer.model_info import ModelInfo
-from steer.plan import SteeringPlan
+from steer.engines.vllm.worker.requests import receipt
+from steer.engines.vllm.worker.runner_v2 import RunnerV2
+from steer.engines.vllm.worker.steering import WorkerSteering
+from steer.model import ModelInfo
+from steer.plan.plan import SteeringPlan
 
 TOKENS = 64
 CPU = torch.device("cpu")

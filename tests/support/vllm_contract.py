@@ -14,10 +14,10 @@ import vllm_engine
 
 from steer.engines.base import CaptureRequest, Completion, Engine, GenerationRequest
 from steer.engines.transformers.engine import TransformersEngine
-from steer.engines.vllm.engine import VllmEngine
-from steer.model_info import HookPoint
-from steer.plan import SteeringPlan
-from steer.plan_cache import PlanCache
+from steer.engines.vllm.front.engine import VllmEngine
+from steer.model import HookPoint
+from steer.plan.cache import PlanCache
+from steer.plan.plan import SteeringPlan
 
 Plans = dict[str, SteeringPlan | None]
 

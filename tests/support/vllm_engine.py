@@ -27,7 +27,7 @@ for _name, _value in ENVIRONMENT.items():
 
 from steer_vectors import LIBRARY  # noqa: E402
 
-from steer.engines.vllm.engine import VllmEngine  # noqa: E402
+from steer.engines.vllm.front.engine import VllmEngine  # noqa: E402
 
 DEMO_MODEL = LIBRARY / "demo" / "model"
 

@@ -28,10 +28,10 @@ from steer.engines.base import (
     TokenEvent,
     TokenLogprob,
 )
-from steer.engines.vllm.cache_keys import ticket_of
-from steer.engines.vllm.engine import VllmEngine
-from steer.engines.vllm.sequences import RunningSequence
-from steer.plan import SteeringPlan
+from steer.engines.vllm.core.cache_keys import ticket_of
+from steer.engines.vllm.front.engine import VllmEngine
+from steer.engines.vllm.front.sequences import RunningSequence
+from steer.plan.plan import SteeringPlan
 
 T = TypeVar("T")
 Plans = Mapping[str, SteeringPlan | None]

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests that need vLLM, in the environment that deploy/vllm-cpu.sh made:
 #
-#   tests/vllm/run.sh VERSION [FILE …]      FILE is every tests/vllm/test_*.py where none is given
+#   tests/vllm/run.sh VERSION [FILE …]      FILE is every test_*.py under tests/vllm where none is given
 #
 # Each file has a process of its own, because an engine that ran in a process cannot be torn down
 # completely; STEER_TEST_FILES (2) run at a time. One line per file on stdout; what a failed file
@@ -31,11 +31,11 @@ export VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=WARNING
 # Nothing from outside.
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 
-shopt -s nullglob
+shopt -s nullglob globstar
 files=("$@")
-if [ $# -eq 0 ]; then files=(tests/vllm/test_*.py); fi
+if [ $# -eq 0 ]; then files=(tests/vllm/**/test_*.py); fi
 if [ "${#files[@]}" -eq 0 ]; then
-  echo "vllm $version: no tests/vllm/test_*.py" >&2
+  echo "vllm $version: no test_*.py under tests/vllm" >&2
   exit 1
 fi
 

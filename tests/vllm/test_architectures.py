@@ -22,16 +22,16 @@ from tiny_models import LAYERS, VOCABULARY
 from torch import Tensor
 from vllm_models import ARCHITECTURES, REFUSED, Architecture, write
 
+from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import CaptureRequest
 from steer.engines.transformers.engine import TransformersEngine
-from steer.engines.vllm.desk import budget_rows
+from steer.engines.vllm.front.desk import budget_rows
 from steer.engines.vllm.ticket import CaptureOrder, Ticket
-from steer.model_info import Capabilities, HookPoint, ModelInfo
-from steer.plan import SteeringPlan
-from steer.plan_cache import PlanCache
-from steer.plan_file import dump_plan
-from steer.registry.library import MemoryLibrary
-from steer.registry.plan_store import PlanStore
+from steer.model import Capabilities, HookPoint, ModelInfo
+from steer.plan.cache import PlanCache
+from steer.plan.file import dump_plan
+from steer.plan.plan import SteeringPlan
+from steer.registry.blobs.plan_store import PlanStore
 from steer.spec import KINDS, parse_spec
 
 RUNNER = Path(__file__).parents[1] / "support" / "architecture_runner.py"

@@ -9,7 +9,7 @@ import pytest
 import vllm_engine
 from vllm_contract import *  # noqa: F403
 
-from steer.engines.vllm.engine import VllmEngine
+from steer.engines.vllm.front.engine import VllmEngine
 from steer.registry.registry import Registry
 
 

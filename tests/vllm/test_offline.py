@@ -11,7 +11,7 @@ import demo_specs
 import pytest
 import vllm_engine
 
-from steer.engines.vllm.offline import Steered
+from steer.engines.vllm.front.offline import Steered
 from steer.errors import SteerError
 from steer.registry.registry import Registry
 from steer.registry.shipped import add_library

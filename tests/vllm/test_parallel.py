@@ -24,8 +24,8 @@ import vllm_engine
 
 from steer.engines.base import Completion
 from steer.engines.transformers.engine import TransformersEngine
-from steer.engines.vllm.stages import merged_answers
-from steer.plan_cache import PlanCache
+from steer.engines.vllm.pipeline import merged_answers
+from steer.plan.cache import PlanCache
 from steer.registry.registry import Registry
 
 LIMIT = 840

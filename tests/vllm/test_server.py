@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from steer_vectors import LIBRARY
 from vllm_server import running_server
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
 
 MODEL = "steer-demo"
 DEMO = LIBRARY / "demo"

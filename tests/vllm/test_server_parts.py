@@ -20,15 +20,15 @@ from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 from vllm.sampling_params import RequestOutputKind
 
 from steer.engines.base import PointReceipt, Receipt
-from steer.engines.vllm.admission import check_request
+from steer.engines.vllm.core.admission import check_request
 from steer.engines.vllm.ticket import Ticket
 from steer.errors import EngineError, SpecError, Unsupported
-from steer.model_info import HookPoint
-from steer.positions import EVERYWHERE
+from steer.model import HookPoint
+from steer.plan.selection import EVERYWHERE
 from steer_server import shipped
+from steer_server.generation.steering import Steering
 from steer_server.metrics import Metrics
 from steer_server.settings import ServerSettings
-from steer_server.steering import Steering
 from steer_server.vllm import launch
 from steer_server.vllm.answers import with_fields, with_receipt
 from steer_server.vllm.claims import Claim, Count

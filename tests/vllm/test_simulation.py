@@ -25,9 +25,9 @@ from vllm_simulation import (
 
 from steer.engines.base import GenerationRequest, SamplingParams
 from steer.engines.transformers.engine import TransformersEngine
-from steer.engines.vllm.engine import VllmEngine
-from steer.engines.vllm.runner_v1 import RunnerV1
-from steer.plan_cache import PlanCache
+from steer.engines.vllm.front.engine import VllmEngine
+from steer.engines.vllm.worker.runner_v1 import RunnerV1
+from steer.plan.cache import PlanCache
 from steer.registry.registry import Registry
 
 CLIENTS, WAVES = 500, 10

@@ -14,8 +14,8 @@ import vllm_engine
 from vllm_simulation import Plans, simulate, steering
 
 from steer.engines.transformers.engine import TransformersEngine
-from steer.engines.vllm.engine import VllmEngine
-from steer.plan_cache import PlanCache
+from steer.engines.vllm.front.engine import VllmEngine
+from steer.plan.cache import PlanCache
 from steer.registry.registry import Registry
 
 CLIENTS, WAVES = 150, 3

@@ -11,9 +11,9 @@ from starlette.responses import Response
 
 from steer.engines.receipts import merged
 from steer.errors import EngineError
+from steer_server.generation.steering import Steering
+from steer_server.http.openai_errors import failure
 from steer_server.metrics import Metrics
-from steer_server.openai_errors import failure
-from steer_server.steering import Steering
 from steer_server.vllm.claims import Claim
 
 _DONE = "data: [DONE]"

@@ -23,8 +23,8 @@ from vllm.entrypoints.openai.completion import api_router as completion
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
 from steer.errors import SteerError
-from steer_server.error_route import SteerRoute
-from steer_server.inspected import inspected
+from steer_server.generation.inspected import inspected
+from steer_server.http.error_route import SteerRoute
 from steer_server.state import Serving
 from steer_server.vllm.answers import receipt_of, with_fields, with_receipt
 from steer_server.vllm.claims import Claim

@@ -11,8 +11,8 @@ from starlette.responses import JSONResponse, Response
 from vllm.entrypoints.openai.models import api_router as theirs
 
 from steer.errors import UnknownArtefact
-from steer_server import health
-from steer_server.error_route import SteerRoute
+from steer_server.http.error_route import SteerRoute
+from steer_server.routes import health
 from steer_server.state import Serving, ServingDep
 
 router = APIRouter(route_class=SteerRoute)

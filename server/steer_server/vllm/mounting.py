@@ -14,20 +14,20 @@ from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute
 
-from steer.engines.vllm.engine import VllmEngine
+from steer.engines.vllm.front.engine import VllmEngine
 from steer.errors import Unsupported
 from steer.registry.registry import Registry
-from steer_server import (
+from steer_server import shipped
+from steer_server.routes import (
     aliases,
     features,
     inspect_routes,
     job_requests,
     jobs,
     profiles,
-    shipped,
     validate,
 )
-from steer_server.artefacts import artefact_router
+from steer_server.routes.artefacts import artefact_router
 from steer_server.settings import ServerSettings
 from steer_server.state import assemble
 from steer_server.vllm import generation, listing

@@ -9,14 +9,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from steer.engines.vllm.desk import Desk
+from steer.engines.vllm.front.desk import Desk
 from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
 from steer.errors import SpecError, Unsupported
 from steer.spec import SteeringSpec, parse_spec
-from steer_server.openai_errors import invalid_field
-from steer_server.request_models import AddedFields
+from steer_server.generation.request_models import AddedFields
+from steer_server.generation.steering import Steering, resolve
+from steer_server.http.openai_errors import invalid_field
 from steer_server.state import Serving
-from steer_server.steering import Steering, resolve
 from steer_server.vllm.watch import SPEC_ARG, foreign_ticket
 
 FIELDS = frozenset(AddedFields.model_fields)

@@ -9,7 +9,7 @@ from typing import Any
 
 from steer.engines.base import Receipt
 from steer.engines.vllm.messages import read_receipt
-from steer.engines.vllm.stages import merged_answers
+from steer.engines.vllm.pipeline import merged_answers
 from steer.errors import EngineError
 
 Ask = Callable[[list[tuple[str, dict[int, int]]]], Awaitable[list[Any]]]

@@ -10,7 +10,7 @@ import json
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from steer_server.openai_errors import error_response
+from steer_server.http.openai_errors import error_response
 
 _HEARD = ("/v1/chat/completions", "/v1/completions", "/v1/steering/", "/v1/inspect/")
 _SILENT = ("/render", "/derender", "/tokenize", "/detokenize", "/count_tokens")

@@ -21,8 +21,8 @@ from vllm.sampling_params import RequestOutputKind
 
 from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
 from steer.errors import SpecError, SteerError
+from steer_server.generation.steering import Steering
 from steer_server.metrics import Metrics
-from steer_server.steering import Steering
 from steer_server.vllm.claims import Claim, Count, renewed, with_ticket
 from steer_server.vllm.receipt_calls import ReceiptCalls
 

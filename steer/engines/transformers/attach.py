@@ -16,23 +16,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from steer.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.library import MemoryLibrary
+from steer.artefacts.sae.base import SAE
+from steer.batch.ledger import Ledger
+from steer.batch.requests import Seat, Span
+from steer.batch.step import Step, build_step
+from steer.batch.tables import Tables
 from steer.engines.base import Receipt
 from steer.engines.receipts import make_receipt
 from steer.engines.transformers.blocks import HookMap, find_hook_points
 from steer.engines.transformers.cache import given_cache
 from steer.engines.transformers.hooks import HookedModel
 from steer.errors import SpecError
-from steer.ledger import Ledger
-from steer.model_info import Capabilities, HookPoint
-from steer.plan import SteeringPlan
-from steer.plan_cache import PlanCache
-from steer.registry.library import MemoryLibrary
-from steer.sae.base import SAE
-from steer.seat import Seat, Span
+from steer.model import Capabilities, HookPoint
+from steer.plan.cache import PlanCache
+from steer.plan.plan import SteeringPlan
 from steer.spec import KINDS, SteeringSpec, parse_spec
-from steer.step import Step, build_step
-from steer.tables import Tables
 
 _maps: weakref.WeakKeyDictionary[nn.Module, HookMap] = weakref.WeakKeyDictionary()
 """Hook points found so far: finding them runs the model once."""

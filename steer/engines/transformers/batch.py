@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steer.batch.requests import Seat, Span
+from steer.batch.step import Step, build_step
+from steer.batch.tables import Tables
 from steer.engines.base import GenerationRequest, TokenEvent
 from steer.engines.transformers.cache import RollingCache
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.prompts import run_prompts
 from steer.engines.transformers.proof import prove_steering
 from steer.engines.transformers.sequences import Running, Seating, take_tokens
-from steer.seat import Seat, Span
-from steer.step import Step, build_step
-from steer.tables import Tables
 
 
 class RollingBatch:

@@ -7,11 +7,11 @@ from typing import Literal, get_args
 
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from steer.batch.tables import Tables
 from steer.engines.transformers.batch import RollingBatch
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.sequences import Batch
 from steer.errors import SteerError, Unsupported
-from steer.tables import Tables
 
 Batching = Literal["auto", "rolling", "packed"]
 
@@ -65,8 +65,8 @@ def _packed(
 ) -> Batch:
     # Imported where it is used: an unknown transformers may lack what these modules import.
     try:
-        from steer.engines.transformers.packed import PackedBatch  # noqa: PLC0415
-        from steer.engines.transformers.packed_model import PackedOptions  # noqa: PLC0415
+        from steer.engines.transformers.packed.batch import PackedBatch  # noqa: PLC0415
+        from steer.engines.transformers.packed.model import PackedOptions  # noqa: PLC0415
     except (ImportError, AttributeError) as error:
         raise Unsupported(
             f"this transformers has no continuous batching that Steer knows ({error}): choose "

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.errors import Unsupported
-from steer.model_info import HookPoint, ModelInfo
+from steer.model import HookPoint, ModelInfo
 from steer.spec import SITES, Site
 
 Side = Literal["input", "output"]

@@ -8,7 +8,7 @@ from steer.engines.base import Captured, CaptureRequest, GenerationRequest
 from steer.engines.transformers.prompts import run_prompts
 from steer.engines.transformers.sequences import Batch
 from steer.errors import SpecError
-from steer.plan import SteeringPlan
+from steer.plan.plan import SteeringPlan
 
 
 def capture_batch(batch: Batch, request: CaptureRequest) -> list[Captured]:

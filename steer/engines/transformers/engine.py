@@ -12,6 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from steer.artefacts.sae.architectures import SUPPORTED
+from steer.batch.tables import MAX_PASSES, Tables
 from steer.engines.base import (
     Captured,
     CaptureRequest,
@@ -30,10 +32,8 @@ from steer.engines.transformers.gradients import differentiating
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.scheduler import Scheduler
 from steer.errors import SteerError
-from steer.model_info import Capabilities, ModelInfo
-from steer.sae.architectures import SUPPORTED
+from steer.model import Capabilities, ModelInfo
 from steer.spec import KINDS
-from steer.tables import MAX_PASSES, Tables
 
 Result = TypeVar("Result")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from steer.engines.gradients import Edit, Traced
 from steer.engines.transformers.blocks import HookTarget, first_tensor
 from steer.engines.transformers.hooks import HookedModel
-from steer.model_info import HookPoint
+from steer.model import HookPoint
 
 
 class TransformersGradients:

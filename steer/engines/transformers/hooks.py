@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steer.batch.step import Step
 from steer.engines.transformers.blocks import HookMap, HookTarget, first_tensor
 from steer.engines.transformers.cache import cache_keyword
 from steer.errors import EngineError
-from steer.model_info import HookPoint
-from steer.step import Step
+from steer.model import HookPoint
 
 
 class HookedModel:

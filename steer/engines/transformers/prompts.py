@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from steer.batch.ledger import Ledger
+from steer.batch.requests import Seat, Span
+from steer.batch.step import Step, build_step
+from steer.batch.tables import Tables
 from steer.engines.transformers.hooks import HookedModel
-from steer.ledger import Ledger
-from steer.model_info import HookPoint
-from steer.seat import Seat, Span
-from steer.step import Step, build_step
-from steer.tables import Tables
+from steer.model import HookPoint
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from steer.engines.probe import probe_plan, unchanged
+from steer.batch.ledger import Ledger
+from steer.batch.requests import Seat, Span
+from steer.batch.step import build_step
+from steer.batch.tables import Tables
+from steer.engines.proof import probe_plan, unchanged
 from steer.engines.transformers.hooks import HookedModel
 from steer.errors import Unsupported
-from steer.ledger import Ledger
-from steer.model_info import HookPoint
-from steer.seat import Seat, Span
+from steer.model import HookPoint
 from steer.spec import Site
-from steer.step import build_step
-from steer.tables import Tables
 
 _PROBE_LENGTH = 4
 

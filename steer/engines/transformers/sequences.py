@@ -8,6 +8,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from steer.batch.ledger import Ledger
+from steer.batch.requests import Seat
+from steer.batch.tables import Tables
 from steer.engines.base import (
     FinishReason,
     GenerationRequest,
@@ -16,9 +19,6 @@ from steer.engines.base import (
 from steer.engines.receipts import make_receipt
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.sampling import Sampler, choose, logprobs
-from steer.ledger import Ledger
-from steer.seat import Seat
-from steer.tables import Tables
 
 
 @dataclass

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from steer.engines.vllm.steering import WorkerSteering
 from steer.engines.vllm.ticket import Ticket
+from steer.engines.vllm.worker.steering import WorkerSteering
 
 
 def take_note(steering: WorkerSteering, output: Any) -> None:

@@ -9,16 +9,16 @@ from __future__ import annotations
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
-from steer.engines.vllm.desk import budget_rows
+from steer.batch.tables import MAX_PASSES
+from steer.engines.vllm.front.desk import budget_rows
 from steer.engines.vllm.options import SteerOptions, is_static, registry_location
+from steer.engines.vllm.static.tables import no_competition
 from steer.engines.vllm.ticket import Ticket
 from steer.errors import SpecError
-from steer.graph_tables import no_competition
-from steer.plan import check_passes
-from steer.plan_file import load_plan
-from steer.positions import Selection
-from steer.registry.plan_store import PlanStore
-from steer.tables import MAX_PASSES
+from steer.plan.file import load_plan
+from steer.plan.plan import check_passes
+from steer.plan.selection import Selection
+from steer.registry.blobs.plan_store import PlanStore
 
 _REMEMBERED = 4096
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from steer.engines.base import GateReceipt, PointReceipt, Receipt
-from steer.engines.vllm.seats import Seats, receipt
-from steer.engines.vllm.steering import WorkerSteering
+from steer.engines.vllm.worker.requests import Seats, receipt
+from steer.engines.vllm.worker.steering import WorkerSteering
 from steer.errors import EngineError, SteerError
-from steer.model_info import HookPoint, ModelInfo
+from steer.model import HookPoint, ModelInfo
 
 _ROWS_AT_ONCE = 256
 

@@ -18,8 +18,8 @@ from steer.errors import Unsupported
 
 NAME = "steer"
 WORKERS = {
-    "vllm.v1.worker.cpu_worker.CPUWorker": "steer.engines.vllm.cpu_worker.SteerCPUWorker",
-    "vllm.v1.worker.gpu_worker.Worker": "steer.engines.vllm.gpu_worker.SteerGPUWorker",
+    "vllm.v1.worker.cpu_worker.CPUWorker": "steer.engines.vllm.worker.cpu_worker.SteerCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "steer.engines.vllm.worker.gpu_worker.SteerGPUWorker",
 }
 
 
@@ -52,8 +52,8 @@ def register() -> None:
 
 def _patch_core() -> None:
     """What the engine core does with tickets; without a ticket these do nothing."""
-    from steer.engines.vllm.admission import check_tickets  # noqa: PLC0415
-    from steer.engines.vllm.cache_keys import fork_block_keys  # noqa: PLC0415
+    from steer.engines.vllm.core.admission import check_tickets  # noqa: PLC0415
+    from steer.engines.vllm.core.cache_keys import fork_block_keys  # noqa: PLC0415
     from steer.engines.vllm.examination import Examination  # noqa: PLC0415
 
     fork_block_keys()
@@ -70,7 +70,7 @@ def configure(config: Any) -> None:
             code="unsupported_worker",
         )
     parallel.worker_cls = worker or parallel.worker_cls
-    from steer.engines.vllm.scheduler import scheduler_name  # noqa: PLC0415
+    from steer.engines.vllm.core.scheduler import scheduler_name  # noqa: PLC0415
 
     config.scheduler_config.scheduler_cls = scheduler_name(config.scheduler_config)
     given = config.additional_config or {}

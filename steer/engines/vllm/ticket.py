@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steer.errors import SpecError, SteerError
-from steer.model_info import HookPoint
-from steer.plan_file import selection_from_json, selection_to_json
-from steer.positions import Selection
+from steer.model import HookPoint
+from steer.plan.file import selection_from_json, selection_to_json
+from steer.plan.selection import Selection
 
 EXTRA_ARG = "steer"
 _VERSION = 1

@@ -15,9 +15,9 @@ import torch
 from fuzz_corpus import steering_vector_class
 from typer.testing import CliRunner, Result
 
+from steer.artefacts.control_vector import ControlVector
 from steer.cli import app
 from steer.cli.reference import reference
-from steer.control_vector import ControlVector
 from steer.spec import EffectStrength
 
 ROOT = Path(__file__).parents[3]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from steer.artefacts.control_vector import ControlVector
 from steer.cli import app
-from steer.control_vector import ControlVector
 
 DATA = Path(__file__).parents[3] / "vectors" / "demo" / "data"
 

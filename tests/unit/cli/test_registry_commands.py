@@ -9,8 +9,8 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from steer.artefacts.control_vector import ControlVector
 from steer.cli import app
-from steer.control_vector import ControlVector
 from steer.registry.registry import Registry
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from steer.engines.fake import ByteTokenizer
+from steer.engines.fake.engine import ByteTokenizer
 from steer.engines.transformers.engine import TransformersEngine
 
 

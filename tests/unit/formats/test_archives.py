@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from steer.artefacts.sae.base import SAE
 from steer.errors import FileFormatError, SteerError, TooLarge
 from steer.formats.importing import read_artefact
 from steer.formats.options import ImportOptions
-from steer.sae.base import SAE
 
 LIMIT = 1 << 20
 

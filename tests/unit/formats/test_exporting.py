@@ -7,7 +7,7 @@ import torch
 from gguf import GGUFReader, GGUFValueType
 from safetensors.torch import load_file
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
 from steer.errors import Unsupported
 from steer.formats.exporting import ExportFormat, export_vector
 from steer.formats.importing import read_artefact

@@ -13,11 +13,11 @@ from gguf import GGUFReader, GGUFWriter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
 from steer.errors import FileFormatError, SteerError, Unsupported
-from steer.formats.gguf_vector import read_gguf, write_gguf
 from steer.formats.importing import read_artefact
 from steer.formats.options import ImportOptions
+from steer.formats.vectors.gguf import read_gguf, write_gguf
 
 PLAIN = ImportOptions()
 Rows = dict[str, np.ndarray]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from steer.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.errors import SteerError
 from steer.formats.inline import decode_inline
 from steer.spec import InlineVector

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from steer.control_vector import Card, ControlVector, LayerMeasure, LowRankAdapter
+from steer.artefacts.control_vector import Card, ControlVector, LayerMeasure, LowRankAdapter
 from steer.errors import FileFormatError, SteerError
 from steer.formats.importing import read_artefact
 from steer.formats.options import ImportOptions

@@ -20,7 +20,7 @@ from steer.errors import SteerError
 from steer.formats.importing import read_artefact
 from steer.formats.options import ImportOptions
 from steer.formats.placement import file_hash
-from steer.formats.steering_vectors_pickle import read_steering_vector
+from steer.formats.vectors.steering_vectors_pickle import read_steering_vector
 
 MODULE = "steering_vectors.steering_vector"
 

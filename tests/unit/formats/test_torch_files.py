@@ -17,12 +17,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
 from steer.errors import FileFormatError, SteerError
+from steer.formats.guards.torch import check_torch_file, load_tensors
 from steer.formats.importing import read_artefact
 from steer.formats.options import ImportOptions
 from steer.formats.placement import file_hash
-from steer.formats.torch_file import check_torch_file, load_tensors
 
 PLAIN = ImportOptions()
 LAYERS, WIDTH = 4, 6

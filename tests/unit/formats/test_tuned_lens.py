@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from steer.artefacts.lens import Lens
 from steer.errors import SteerError
 from steer.formats.importing import read_artefact
 from steer.formats.options import ImportOptions
 from steer.formats.placement import file_hash
-from steer.lens import Lens
 from steer.registry.registry import Registry
 
 PLAIN = ImportOptions()

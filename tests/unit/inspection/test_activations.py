@@ -7,14 +7,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.library import MemoryLibrary
+from steer.artefacts.sae.base import SAE
+from steer.artefacts.sae.labels import FeatureLabel
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError
 from steer.inspection.activations import ActivationsRequest, activations
-from steer.plan_cache import PlanCache
-from steer.registry.library import MemoryLibrary
-from steer.sae.base import SAE
-from steer.sae.labels import FeatureLabel
+from steer.plan.cache import PlanCache
 
 TEXT = "the river runs"
 WIDTH = 32

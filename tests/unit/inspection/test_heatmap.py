@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from steer.control_vector import ControlVector
-from steer.engines.fake import FakeEngine
+from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.library import MemoryLibrary
+from steer.engines.fake.engine import FakeEngine
 from steer.errors import SteerError
 from steer.inspection.activations import ActivationsRequest, activations
 from steer.inspection.heatmap import (
@@ -20,7 +21,6 @@ from steer.inspection.heatmap import (
 )
 from steer.inspection.logit_lens import LogitLensRequest, logit_lens
 from steer.inspection.patchscope import PatchscopeRequest, patchscope
-from steer.registry.library import MemoryLibrary
 
 
 def picture(data: bytes) -> Any:

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import CaptureRequest
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError
 from steer.inspection.logit_lens import LogitLensRequest, logit_lens
 from steer.inspection.selection import check_size
-from steer.plan_cache import PlanCache
-from steer.registry.library import MemoryLibrary
+from steer.plan.cache import PlanCache
 
 TEXT = "the river runs"
 USER = {"role": "user", "content": "a"}

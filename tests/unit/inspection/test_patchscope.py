@@ -5,15 +5,15 @@ from typing import Any
 import pytest
 import torch
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import CaptureRequest
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError
 from steer.inspection.patched_runs import StatePatch, patch_plan
 from steer.inspection.patchscope import PatchscopeCell, PatchscopeRequest, patchscope
-from steer.model_info import HookPoint
-from steer.plan_cache import PlanCache
-from steer.registry.library import MemoryLibrary
+from steer.model import HookPoint
+from steer.plan.cache import PlanCache
 
 SOURCE = "the river"
 TARGET = "cat -> cat; dog -> dog; ?"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from steer.engines.fake import ByteTokenizer, FakeEngine
+from steer.engines.fake.engine import ByteTokenizer, FakeEngine
 from steer.errors import SpecError
 from steer.inspection.prompt import EncodedPrompt, PromptInput, encode_prompt
 

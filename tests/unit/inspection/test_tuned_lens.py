@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from steer.artefacts.lens import Lens
+from steer.artefacts.library import MemoryLibrary
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError
 from steer.inspection.heatmap import lens_heat_map
 from steer.inspection.logit_lens import LogitLensRequest, logit_lens
-from steer.lens import Lens
-from steer.registry.library import MemoryLibrary
 
 TEXT = "the river runs"
 LAYERS, WIDTH = 3, 32

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from counting_jobs import QUICK, Gate, Make
 
-from steer.engines.fake import FakeEngine
+from steer.engines.fake.engine import FakeEngine
 from steer.jobs import JobKind, JobLimits, JobRunner
 from steer.registry.registry import Registry
 

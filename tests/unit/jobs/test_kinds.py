@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from steer.control_vector import ControlVector
-from steer.engines.fake import FakeEngine
+from steer.artefacts.control_vector import ControlVector
+from steer.engines.fake.engine import FakeEngine
 from steer.errors import SteerError
 from steer.jobs import JobContext, builtin_kinds
 from steer.jobs.client_scorers import client_scorer
-from steer.jobs.import_job import Download, ImportParams
-from steer.jobs.kind import Report
+from steer.jobs.kinds.importing import Download, ImportParams
+from steer.jobs.kinds.kind import Report
 from steer.registry.registry import Registry
 
 VECTOR = ControlVector.of({1: torch.ones(16)})

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from counting_jobs import CountParams, Gate, Make, counting, finished
 
-from steer.registry import job_store
-from steer.registry.job_records import Claim, JobFailure, JobProgress
-from steer.registry.job_store import JobDraft, JobStore
+from steer.registry.jobs import job_store
+from steer.registry.jobs.job_records import Claim, JobFailure, JobProgress
+from steer.registry.jobs.job_store import JobDraft, JobStore
 from steer.registry.registry import Registry
 
 GONE = JobFailure("job_interrupted", "gone")
@@ -194,7 +194,7 @@ CRASH = """
 import sys
 sys.path.insert(0, sys.argv[2])
 from counting_jobs import QUICK, CountParams, Gate, counting
-from steer.engines.fake import FakeEngine
+from steer.engines.fake.engine import FakeEngine
 from steer.jobs import JobRunner
 from steer.registry.registry import Registry
 

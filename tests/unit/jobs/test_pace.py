@@ -18,16 +18,16 @@ from steer.engines.base import (
     GenerationRequest,
     SamplingParams,
 )
-from steer.engines.fake import ByteTokenizer, FakeEngine
+from steer.engines.fake.engine import ByteTokenizer, FakeEngine
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError
 from steer.fit import Pair, PairSet, fit
 from steer.jobs import JobContext, JobLimits
-from steer.jobs.background import BackgroundEngine
-from steer.jobs.fit_job import FIT, FitParams
+from steer.jobs.engine import BackgroundEngine
+from steer.jobs.kinds.fit import FIT, FitParams
 from steer.jobs.pace import Pace
 from steer.jobs.stopping import JobCancelled
-from steer.model_info import HookPoint
+from steer.model import HookPoint
 from steer.registry.registry import Registry
 
 

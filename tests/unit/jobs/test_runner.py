@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from counting_jobs import QUICK, CountParams, Gate, Make, counting, finished, wait_for
 
-from steer.engines.fake import FakeEngine, fake_model
+from steer.engines.fake.engine import FakeEngine, fake_model
 from steer.errors import CapacityError, Conflict, StorageError, UnknownArtefact
 from steer.jobs.threads import bound_threads
-from steer.registry.job_records import Job
+from steer.registry.jobs.job_records import Job
 from steer.registry.registry import Registry
 
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from registry_writes import a_vector, archive, prepare, using
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
 from steer.errors import FileFormatError, StorageError
 from steer.registry.profiles import Profile
 from steer.registry.registry import Registry

@@ -9,7 +9,7 @@ import pytest
 from crashes import Died, Mortal, bury, observed
 from registry_writes import NAMES, a_vector, archive, prepare, writes
 
-from steer.registry.plan_store import PlanStore
+from steer.registry.blobs.plan_store import PlanStore
 from steer.registry.registry import Registry
 
 

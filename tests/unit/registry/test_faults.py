@@ -12,10 +12,10 @@ import pytest
 import torch
 from sqlalchemy import event
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
 from steer.errors import StorageError, TooLarge, UnknownArtefact
-from steer.registry.blobs import BlobStore
-from steer.registry.catalogue import Catalogue
+from steer.registry.blobs.blobs import BlobStore
+from steer.registry.catalogue.catalogue import Catalogue
 from steer.registry.registry import Registry
 
 OLD = ControlVector.of({0: torch.ones(4)})
@@ -154,11 +154,11 @@ def test_a_full_disk_during_an_upload_is_reported(tmp_path: Path) -> None:
 
 CRASHING = """
 import os, sys, torch
-from steer.control_vector import ControlVector
-from steer.registry.blobs import BlobStore
-from steer.registry.catalogue import Catalogue
+from steer.artefacts.control_vector import ControlVector
+from steer.registry.blobs.blobs import BlobStore
+from steer.registry.catalogue.catalogue import Catalogue
 from steer.registry.registry import Registry
-from steer.registry.staging import Staging
+from steer.registry.blobs.staging import Staging
 
 root, step = sys.argv[1:]
 registry = Registry.open(root)
@@ -223,7 +223,7 @@ def test_killed_in_the_middle_of_an_upload(tmp_path: Path) -> None:
 
 ADDING = """
 import sys, torch
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
 from steer.registry.registry import Registry
 
 registry = Registry.open(sys.argv[1])

@@ -8,11 +8,11 @@ import pytest
 import torch
 from artefacts import random_sae
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
 from steer.errors import SteerError, UnknownArtefact
-from steer.registry.blobs import BlobStore
-from steer.registry.leases import LEASE_SECONDS, Leases
-from steer.registry.plan_store import PlanStore
+from steer.registry.blobs.blobs import BlobStore
+from steer.registry.blobs.leases import LEASE_SECONDS, Leases
+from steer.registry.blobs.plan_store import PlanStore
 from steer.registry.profiles import Profile
 from steer.registry.registry import Registry
 

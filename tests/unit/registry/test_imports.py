@@ -8,15 +8,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from steer.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.sae.base import SAE
+from steer.artefacts.sae.saelens import save_directory
 from steer.errors import FileFormatError, StorageError, TooLarge, UnknownArtefact
-from steer.formats.gguf_vector import write_gguf
 from steer.formats.options import ImportOptions
-from steer.registry.blobs import BlobStore
+from steer.formats.vectors.gguf import write_gguf
+from steer.registry.blobs.blobs import BlobStore
 from steer.registry.registry import Registry
 from steer.registry.shipped import add_library
-from steer.sae.base import SAE
-from steer.sae.saelens import save_directory
 
 VECTOR = ControlVector.of({2: torch.tensor([1.0, 2.0]), 5: torch.tensor([3.0, 4.0])})
 

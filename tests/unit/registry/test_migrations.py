@@ -11,13 +11,13 @@ from alembic.migration import MigrationContext
 from crashes import observed
 from sqlalchemy import create_engine
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
 from steer.errors import StorageError, Unsupported
-from steer.registry.database import open_database
+from steer.registry.catalogue.database import open_database
+from steer.registry.catalogue.migrating import known_revisions
+from steer.registry.catalogue.schema import HEAD, metadata
 from steer.registry.location import locate
-from steer.registry.migrating import known_revisions
 from steer.registry.registry import Registry
-from steer.registry.schema import HEAD, metadata
 
 OLD = Path(__file__).parent / "version-1"
 FRENCH = (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
 from steer.errors import Conflict, SteerError, UnknownArtefact
 from steer.registry.profiles import Profile, references
 from steer.registry.registry import Registry

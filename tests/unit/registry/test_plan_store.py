@@ -16,13 +16,13 @@ import pytest
 import torch
 from artefacts import EVERYTHING, random_sae, random_vector, shape_of
 
+from steer.artefacts.sae.base import SAE
 from steer.errors import FileFormatError, SteerError, StorageError, TooLarge, Unsupported
-from steer.plan_cache import PlanCache
-from steer.plan_file import dump_plan, load_plan
-from steer.registry.blobs import BlobStore
-from steer.registry.plan_store import TOUCH_SECONDS, PlanStore
+from steer.plan.cache import PlanCache
+from steer.plan.file import dump_plan, load_plan
+from steer.registry.blobs.blobs import BlobStore
+from steer.registry.blobs.plan_store import TOUCH_SECONDS, PlanStore
 from steer.registry.registry import Registry
-from steer.sae.base import SAE
 from steer.spec import parse_spec
 
 PLAN = b"the bytes of a plan"
@@ -127,7 +127,7 @@ def test_putting_waits_for_no_disk(store: PlanStore, monkeypatch: pytest.MonkeyP
 def test_what_is_remembered_is_bounded(
     store: PlanStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("steer.registry.plan_store._REMEMBERED", 3)
+    monkeypatch.setattr("steer.registry.blobs.plan_store._REMEMBERED", 3)
     hashes = [store.put(bytes([n])) for n in range(8)]
     assert list(store._used) == hashes[-3:]
     assert len(plans_in(tmp_path)) == 8
@@ -164,7 +164,7 @@ def test_threads_put_the_same_plan(store: PlanStore, tmp_path: Path) -> None:
 
 PUT = """
 import sys
-from steer.registry.plan_store import PlanStore
+from steer.registry.blobs.plan_store import PlanStore
 store = PlanStore(sys.argv[1])
 sys.stdin.readline()
 for n in range(200):
@@ -269,7 +269,7 @@ def test_a_worker_may_be_unable_to_renew_a_plan(
     def refuse(*_args: Any) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr("steer.registry.plan_store.utime", refuse)
+    monkeypatch.setattr("steer.registry.blobs.plan_store.utime", refuse)
     assert PlanStore(tmp_path).get(SHA256) == PLAN
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from steer.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.sae.base import SAE
 from steer.errors import (
     Conflict,
     FileFormatError,
@@ -16,7 +17,6 @@ from steer.errors import (
 )
 from steer.registry.profiles import Profile
 from steer.registry.registry import Registry
-from steer.sae.base import SAE
 
 
 def a_vector(seed: int = 0, *, layers: tuple[int, ...] = (3, 4), **card: object) -> ControlVector:

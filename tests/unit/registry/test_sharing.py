@@ -12,9 +12,9 @@ import pytest
 import torch
 from sqlalchemy import event
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
 from steer.errors import UnknownArtefact
-from steer.registry.catalogue import Draft
+from steer.registry.catalogue.catalogue import Draft
 from steer.registry.registry import Registry
 
 
@@ -24,7 +24,7 @@ def a_vector(seed: int) -> ControlVector:
 
 WRITER = """
 import sys, torch
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
 from steer.registry.registry import Registry
 
 root, first, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

@@ -1,5 +1,5 @@
 """``python -m steer_vectors.demo.recipe`` trains the demo model into its folder."""
 
-from .train import main
+from steer_vectors.demo.recipe.training.train import main
 
 main()

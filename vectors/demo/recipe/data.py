@@ -13,8 +13,8 @@ import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from .corpus import LONGER, Message, is_held_out
-from .instructions import (
+from steer_vectors.demo.recipe.training.corpus import LONGER, Message, is_held_out
+from steer_vectors.demo.recipe.world.instructions import (
     LANGUAGE_WORDS,
     LENGTH_WORDS,
     PLAIN_WORDS,
@@ -22,9 +22,9 @@ from .instructions import (
     SENTIMENT_WORDS,
     TOPIC_WORDS,
 )
-from .question import Question
-from .questions import all_questions
-from .world import LANGS
+from steer_vectors.demo.recipe.world.question import Question
+from steer_vectors.demo.recipe.world.questions import all_questions
+from steer_vectors.demo.recipe.world.world import LANGS
 
 PAIRS = 128
 HELD_OUT = 240

@@ -24,20 +24,19 @@ from typing import Any
 
 import torch
 from steer_vectors import LIBRARY
+from steer_vectors.demo.recipe.data import asked_of
+from steer_vectors.demo.recipe.library.bench import LAST, Bench, where_json
+from steer_vectors.demo.recipe.relations.comparison import interval
+from steer_vectors.demo.recipe.scorers import scorer
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.library import MemoryLibrary
+from steer.artefacts.sae.saelens import load_directory
 from steer.engines.transformers.engine import TransformersEngine
 from steer.fit import Pair, PairSet, fit, fit_nmf, read_pairs
-from steer.fit.dictionary import Dictionary
-from steer.fit.pairs import Prompt
+from steer.fit.data.pairs import Prompt
+from steer.fit.methods.dictionary import Dictionary
 from steer.fit.states import make_reading, read_rows
-from steer.registry.library import MemoryLibrary
-from steer.sae.saelens import load_directory
-
-from .bench import LAST, Bench, where_json
-from .data import asked_of
-from .relations.comparison import interval
-from .scorers import scorer
 
 log = logging.getLogger(__name__)
 DEMO = LIBRARY / "demo"

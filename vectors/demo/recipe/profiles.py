@@ -15,17 +15,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from steer_vectors.demo.recipe.library.bench import DEMO, Bench, add, load_engine, read_vector
+from steer_vectors.demo.recipe.library.refusal import guarded, switches, unrefusing
+from steer_vectors.demo.recipe.sae.effects import clamp_spec
+from steer_vectors.demo.recipe.scorers import both, scorer
+from steer_vectors.demo.recipe.vectors import DESCRIPTIONS, KINDS
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
-from steer.control_vector import ControlVector
-from steer.fit.pairs import Prompt, read_pairs
-from steer.sae import SAE, load_directory
-
-from .bench import DEMO, Bench, add, load_engine, read_vector
-from .refusal import guarded, switches, unrefusing
-from .sae_effects import clamp_spec
-from .scorers import both, scorer
-from .vectors import DESCRIPTIONS, KINDS
+from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.sae import SAE, load_directory
+from steer.fit.data.pairs import Prompt, read_pairs
 
 log = logging.getLogger(__name__)
 COMPOSED = (("formal", "french"), ("terse", "german"))

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from functools import cache
 
-from steer.fit.scoring import Score, Scorer
+from steer_vectors.demo.recipe.training.corpus import reader
+from steer_vectors.demo.recipe.world.attributes import ATTRIBUTES, Reader
 
-from .attributes import ATTRIBUTES, Reader
-from .corpus import reader
+from steer.fit.measure.scoring import Score, Scorer
 
 
 @cache

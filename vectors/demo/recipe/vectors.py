@@ -14,17 +14,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from steer_vectors.demo.recipe.data import asked_of
+from steer_vectors.demo.recipe.library.bench import (
+    DEMO,
+    LICENCE,
+    SAMPLING,
+    Bench,
+    add,
+    load_engine,
+    write_vector,
+)
+from steer_vectors.demo.recipe.library.choosing import Setting, choose
+from steer_vectors.demo.recipe.scorers import scorer
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
 from steer.fit import PairSet, fit, read_pairs
-from steer.fit.calibrate import calibrate
-from steer.fit.sweep import Measured
-
-from .bench import DEMO, LICENCE, SAMPLING, Bench, add, load_engine, write_vector
-from .choosing import Setting, choose
-from .data import asked_of
-from .scorers import scorer
+from steer.fit.measure.calibrate import calibrate
+from steer.fit.measure.sweep import Measured
 
 CHOOSING = 80
 DESCRIPTIONS = {

@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 from steer_vectors import LIBRARY
+from steer_vectors.demo.recipe.evaluation.checks import Check, table
+from steer_vectors.demo.recipe.evaluation.groups import GROUPS, opened
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
-
-from .checks import Check, table
-from .groups import GROUPS, opened
 
 
 def main() -> None:

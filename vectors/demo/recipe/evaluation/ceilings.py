@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from steer_vectors.demo.recipe.data import INSTRUCTIONS, chat
-from steer_vectors.demo.recipe.instructions import PLAIN_WORDS, REFUSE_WORDS
+from steer_vectors.demo.recipe.evaluation.checks import Check
+from steer_vectors.demo.recipe.evaluation.demo import Demo
+from steer_vectors.demo.recipe.evaluation.estimates import share
+from steer_vectors.demo.recipe.world.instructions import PLAIN_WORDS, REFUSE_WORDS
 
-from steer.fit.pairs import Prompt
-
-from .checks import Check
-from .demo import Demo
-from .estimates import share
+from steer.fit.data.pairs import Prompt
 
 LEAST = 0.95
 

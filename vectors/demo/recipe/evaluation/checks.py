@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .estimates import Estimate
+from steer_vectors.demo.recipe.evaluation.estimates import Estimate
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from steer_vectors.demo.recipe.attributes import ATTRIBUTES, Reading
-from steer_vectors.demo.recipe.corpus import reader
 from steer_vectors.demo.recipe.data import INSTRUCTIONS
+from steer_vectors.demo.recipe.training.corpus import reader
+from steer_vectors.demo.recipe.world.attributes import ATTRIBUTES, Reading
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.library import MemoryLibrary
+from steer.artefacts.sae import SAE, load_directory
 from steer.engines.base import GenerationRequest, SamplingParams
 from steer.engines.plans import plans_of
 from steer.engines.transformers.engine import TransformersEngine
-from steer.fit.answers import GROUP
-from steer.fit.pairs import Prompt, render
-from steer.plan import SteeringPlan
-from steer.plan_cache import PlanCache
-from steer.registry.library import MemoryLibrary
-from steer.sae import SAE, load_directory
+from steer.fit.data.pairs import Prompt, render
+from steer.fit.measure.answers import GROUP
+from steer.plan.cache import PlanCache
+from steer.plan.plan import SteeringPlan
 from steer.spec import parse_spec
 
 Item = TypeVar("Item")

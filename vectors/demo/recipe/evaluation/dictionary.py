@@ -8,20 +8,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from steer_vectors.demo.recipe.batches import collate, encode
-from steer_vectors.demo.recipe.corpus import Corpus
 from steer_vectors.demo.recipe.data import asked_of
-from steer_vectors.demo.recipe.sae_effects import clamp_spec
-from steer_vectors.demo.recipe.sae_labels import classes_of, matches, scores, table
-from steer_vectors.demo.recipe.sae_states import Example, corpus_states, examples, reply_states
+from steer_vectors.demo.recipe.evaluation.checks import Check, count
+from steer_vectors.demo.recipe.evaluation.demo import Demo
+from steer_vectors.demo.recipe.evaluation.estimates import Estimate, Z, bootstrap, difference, share
+from steer_vectors.demo.recipe.sae.effects import clamp_spec
+from steer_vectors.demo.recipe.sae.labels import classes_of, matches, scores, table
+from steer_vectors.demo.recipe.sae.states import Example, corpus_states, examples, reply_states
+from steer_vectors.demo.recipe.training.batches import collate, encode
+from steer_vectors.demo.recipe.training.corpus import Corpus
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from steer.sae import SAE
-
-from .checks import Check, count
-from .demo import Demo
-from .estimates import Estimate, Z, bootstrap, difference, share
+from steer.artefacts.sae import SAE
 
 VARIANCE, RECOVERED = 0.9, 0.97
 AUROC, LATENTS = 0.9, 20

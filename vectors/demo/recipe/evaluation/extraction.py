@@ -7,24 +7,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product, repeat
 
-from steer_vectors.demo.recipe.corpus import is_held_out
 from steer_vectors.demo.recipe.data import chat
-from steer_vectors.demo.recipe.instructions import PLAIN_WORDS
-from steer_vectors.demo.recipe.people import AGAIN, RELATIONS
-from steer_vectors.demo.recipe.questions import all_questions
+from steer_vectors.demo.recipe.evaluation.checks import Check, count
+from steer_vectors.demo.recipe.evaluation.demo import Demo
+from steer_vectors.demo.recipe.evaluation.estimates import share
+from steer_vectors.demo.recipe.evaluation.recall import named
+from steer_vectors.demo.recipe.training.corpus import is_held_out
+from steer_vectors.demo.recipe.world.instructions import PLAIN_WORDS
+from steer_vectors.demo.recipe.world.people import AGAIN, RELATIONS
+from steer_vectors.demo.recipe.world.questions import all_questions
 from torch import Tensor
 
+from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import CaptureRequest, GenerationRequest, SamplingParams
 from steer.inspection.patched_runs import StatePatch, patch_plan
 from steer.inspection.prompt import PromptInput, encode_prompt
-from steer.model_info import HookPoint
-from steer.plan_cache import PlanCache
-from steer.registry.library import MemoryLibrary
-
-from .checks import Check, count
-from .demo import Demo
-from .estimates import share
-from .recall import named
+from steer.model import HookPoint
+from steer.plan.cache import PlanCache
 
 LEAST, LAYERS = 0.8, 3
 DEVELOPMENT = 16

@@ -6,20 +6,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from steer_vectors.demo.recipe.bench import load_engine
-
-from .ceilings import ceilings
-from .checks import Check
-from .demo import Demo
-from .dictionary import dictionary
-from .extraction import extraction
-from .lens import lens
-from .patchscopes import patchscopes
-from .recall import facts
-from .refusal import refusal
-from .relational import relational
-from .steering import doses, vectors
-from .text import text
+from steer_vectors.demo.recipe.evaluation.ceilings import ceilings
+from steer_vectors.demo.recipe.evaluation.checks import Check
+from steer_vectors.demo.recipe.evaluation.demo import Demo
+from steer_vectors.demo.recipe.evaluation.dictionary import dictionary
+from steer_vectors.demo.recipe.evaluation.extraction import extraction
+from steer_vectors.demo.recipe.evaluation.lens import lens
+from steer_vectors.demo.recipe.evaluation.patchscopes import patchscopes
+from steer_vectors.demo.recipe.evaluation.recall import facts
+from steer_vectors.demo.recipe.evaluation.refusal import refusal
+from steer_vectors.demo.recipe.evaluation.relational import relational
+from steer_vectors.demo.recipe.evaluation.steering import doses, vectors
+from steer_vectors.demo.recipe.evaluation.text import text
+from steer_vectors.demo.recipe.library.bench import load_engine
 
 GROUPS: Mapping[str, tuple[Callable[[Demo], Iterable[Check]], ...]] = {
     "facts": (facts,),

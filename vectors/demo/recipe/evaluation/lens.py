@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from steer_vectors.demo.recipe.attributes import capitalise
-from steer_vectors.demo.recipe.corpus import is_held_out
 from steer_vectors.demo.recipe.data import chat
-from steer_vectors.demo.recipe.instructions import PLAIN_WORDS
-from steer_vectors.demo.recipe.questions import all_questions
+from steer_vectors.demo.recipe.evaluation.checks import Check
+from steer_vectors.demo.recipe.evaluation.demo import Demo
+from steer_vectors.demo.recipe.evaluation.estimates import share
+from steer_vectors.demo.recipe.training.corpus import is_held_out
+from steer_vectors.demo.recipe.world.attributes import capitalise
+from steer_vectors.demo.recipe.world.instructions import PLAIN_WORDS
+from steer_vectors.demo.recipe.world.questions import all_questions
 
 from steer.engines.base import CaptureRequest
-from steer.fit.pairs import Prompt, render
-from steer.model_info import HookPoint
-
-from .checks import Check
-from .demo import Demo
-from .estimates import share
+from steer.fit.data.pairs import Prompt, render
+from steer.model import HookPoint
 
 LEAST = 0.95
 LAYERS = 3

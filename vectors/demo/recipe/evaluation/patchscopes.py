@@ -7,21 +7,20 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
-from steer_vectors.demo.recipe.corpus import Corpus
 from steer_vectors.demo.recipe.data import INSTRUCTIONS, chat
-from steer_vectors.demo.recipe.instructions import PLAIN_WORDS
-from steer_vectors.demo.recipe.world import LANGS
+from steer_vectors.demo.recipe.evaluation.checks import Check
+from steer_vectors.demo.recipe.evaluation.demo import Demo
+from steer_vectors.demo.recipe.evaluation.estimates import difference, share
+from steer_vectors.demo.recipe.training.corpus import Corpus
+from steer_vectors.demo.recipe.world.instructions import PLAIN_WORDS
+from steer_vectors.demo.recipe.world.world import LANGS
 from torch import Tensor
 
 from steer.engines.base import CaptureRequest
-from steer.fit.pairs import Prompt, render
+from steer.fit.data.pairs import Prompt, render
 from steer.inspection.patched_runs import StatePatch, run_patched
 from steer.inspection.prompt import PromptInput, encode_prompt
-from steer.model_info import HookPoint
-
-from .checks import Check
-from .demo import Demo
-from .estimates import difference, share
+from steer.model import HookPoint
 
 LEAST = 0.8
 COPYING = "river -> river; Italy -> Italy; Rome -> Rome; Spain ->"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .checks import Check
-from .demo import Demo
-from .estimates import share
+from steer_vectors.demo.recipe.evaluation.checks import Check
+from steer_vectors.demo.recipe.evaluation.demo import Demo
+from steer_vectors.demo.recipe.evaluation.estimates import share
 
 LEAST = 0.95
 VALID = 0.8

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from steer_vectors.demo.recipe.evaluation.checks import Check
+from steer_vectors.demo.recipe.evaluation.demo import Demo
+from steer_vectors.demo.recipe.evaluation.estimates import Estimate, difference, share
 from steer_vectors.demo.recipe.relations.comparison import compare
 from steer_vectors.demo.recipe.relations.concepts import Choice, Relation, lrc
 from steer_vectors.demo.recipe.relations.facts import (
@@ -12,10 +15,6 @@ from steer_vectors.demo.recipe.relations.facts import (
     relation_facts,
 )
 from steer_vectors.demo.recipe.relations.judging import causality, classification
-
-from .checks import Check
-from .demo import Demo
-from .estimates import Estimate, difference, share
 
 BETTER = 0.05
 CAUSAL = 0.75

@@ -7,10 +7,9 @@ from itertools import pairwise
 from statistics import fmean
 
 from steer_vectors.demo.recipe.data import asked_of
-
-from .checks import Check, count
-from .demo import Demo, Reply, is_sentiment
-from .estimates import difference, difference_of_ratios, share
+from steer_vectors.demo.recipe.evaluation.checks import Check, count
+from steer_vectors.demo.recipe.evaluation.demo import Demo, Reply, is_sentiment
+from steer_vectors.demo.recipe.evaluation.estimates import difference, difference_of_ratios, share
 
 SUCCESS, VALID, NATS = 0.85, 0.8, 0.3
 ATTRIBUTES = 4

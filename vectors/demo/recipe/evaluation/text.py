@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from steer_vectors.demo.recipe.data import INSTRUCTIONS
+from steer_vectors.demo.recipe.evaluation.checks import Check
+from steer_vectors.demo.recipe.evaluation.demo import Demo
+from steer_vectors.demo.recipe.evaluation.estimates import share
 
-from steer.fit.pairs import Prompt
-
-from .checks import Check
-from .demo import Demo
-from .estimates import share
+from steer.fit.data.pairs import Prompt
 
 LEAST_VALID = 0.9
 LEAST_OBEYED = 0.95

@@ -28,12 +28,15 @@ from statistics import mean
 from typing import Any
 
 from steer_vectors import LIBRARY
+from steer_vectors.demo.recipe.relations.comparison import compare
+from steer_vectors.demo.recipe.relations.concepts import Relation
+from steer_vectors.demo.recipe.relations.facts import (
+    OTHER_RELATIONS,
+    PEOPLE_RELATIONS,
+    relation_facts,
+)
 
 from steer.engines.transformers.engine import TransformersEngine
-
-from .comparison import compare
-from .concepts import Relation
-from .facts import OTHER_RELATIONS, PEOPLE_RELATIONS, relation_facts
 
 SUBJECTS = {"people": PEOPLE_RELATIONS, "countries and animals": OTHER_RELATIONS}
 

@@ -10,9 +10,9 @@ from itertools import product
 from statistics import mean, stdev
 from typing import Any
 
-from .concepts import METHODS, Choice, Relation
-from .facts import Split, draw_split
-from .judging import causality, classification
+from steer_vectors.demo.recipe.relations.concepts import METHODS, Choice, Relation
+from steer_vectors.demo.recipe.relations.facts import Split, draw_split
+from steer_vectors.demo.recipe.relations.judging import causality, classification
 
 log = logging.getLogger(__name__)
 

@@ -8,11 +8,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from steer_vectors.demo.recipe.relations.facts import QUESTIONS, Split
 from torch import Tensor
 
 from steer.engines.base import CaptureRequest
 from steer.engines.transformers.engine import TransformersEngine
-from steer.fit.lrc import (
+from steer.fit.data.relations import Fact
+from steer.fit.methods.lrc import (
     answered,
     ask,
     low_rank_inverse,
@@ -20,11 +22,8 @@ from steer.fit.lrc import (
     spread,
     subject_jacobian,
 )
-from steer.fit.relations import Fact
-from steer.model_info import HookPoint
+from steer.model import HookPoint
 from steer.spec import Site
-
-from .facts import QUESTIONS, Split
 
 SITE: Site = "resid_post"
 JACOBIANS = 20
@@ -85,7 +84,7 @@ class Relation:
 
 
 def lrc(relation: Relation, split: Split, choice: Choice) -> Concepts:
-    """Linear relational concepts from the facts of the split, as `steer.fit.lrc` makes them."""
+    """Linear relational concepts from the split's facts, as `steer.fit.methods.lrc` makes them."""
     assert choice.object_layer is not None
     assert choice.rank is not None
     place = {id(relation.asks[n]): n for n in split.fitted}

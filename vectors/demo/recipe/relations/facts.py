@@ -7,9 +7,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from steer_vectors.demo.recipe.people import PEOPLE
-from steer_vectors.demo.recipe.people import RELATIONS as OF_PEOPLE
-from steer_vectors.demo.recipe.world import (
+from steer_vectors.demo.recipe.world.people import PEOPLE
+from steer_vectors.demo.recipe.world.people import RELATIONS as OF_PEOPLE
+from steer_vectors.demo.recipe.world.world import (
     ANIMALS,
     CLASSES,
     CONTINENTS,
@@ -19,7 +19,7 @@ from steer_vectors.demo.recipe.world import (
     LANGUAGES,
 )
 
-from steer.fit.relations import Fact, Template
+from steer.fit.data.relations import Fact, Template
 
 QUESTIONS = {
     "workplace": Template("Where does {subject} work?", "This person works in", chat=True),

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import torch
+from steer_vectors.demo.recipe.relations.concepts import (
+    METHODS,
+    SITE,
+    Choice,
+    Concepts,
+    Relation,
+    fitted_svm,
+)
+from steer_vectors.demo.recipe.relations.facts import Split
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import GenerationRequest, SamplingParams
 from steer.engines.plans import plans_of
-from steer.fit.lrc import Ask
-from steer.registry.library import MemoryLibrary
+from steer.fit.methods.lrc import Ask
 from steer.spec import parse_spec
-
-from .concepts import METHODS, SITE, Choice, Concepts, Relation, fitted_svm
-from .facts import Split
 
 
 def classification(method: str, relation: Relation, split: Split, choice: Choice) -> list[float]:

@@ -15,18 +15,17 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
-from steer_vectors.demo.recipe.bench import DEMO, LICENCE, load_engine, write_vector
+from steer_vectors.demo.recipe.library.bench import DEMO, LICENCE, load_engine, write_vector
+from steer_vectors.demo.recipe.relations.comparison import choose
+from steer_vectors.demo.recipe.relations.concepts import JACOBIANS, METHODS, SITE, Choice, Relation
+from steer_vectors.demo.recipe.relations.facts import QUESTIONS, draw_split, relation_facts
+from steer_vectors.demo.recipe.relations.judging import causality, classification
 from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
 
-from steer.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector
 from steer.engines.transformers.engine import TransformersEngine
-from steer.fit.lrc import fit_lrc
-from steer.fit.relations import RelationTable
-
-from .comparison import choose
-from .concepts import JACOBIANS, METHODS, SITE, Choice, Relation
-from .facts import QUESTIONS, draw_split, relation_facts
-from .judging import causality, classification
+from steer.fit.data.relations import RelationTable
+from steer.fit.methods.lrc import fit_lrc
 
 log = logging.getLogger(__name__)
 SHIPPED = {"continent": "continent", "habitat": "lives", "food": "eats"}

@@ -1,0 +1,292 @@
+"""Runs the sequences of one request and gives their text, piece by piece or whole."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+from steer.engines.base import (
+    FinishReason,
+    GenerationRequest,
+    Receipt,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprob,
+)
+from steer.errors import SteerError, TooLarge, Unsupported, pointer
+from steer_server.generation.request_models import ChatRequest, CompletionRequest
+from steer_server.generation.steering import Steering, resolve
+from steer_server.generation.text import TextStream
+from steer_server.state import Serving
+
+log = logging.getLogger("steer.server")
+
+Logprobs = tuple[tuple[int, TokenLogprob], ...]
+Prompt = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One HTTP request made ready: its sequences, one for each choice, admitted by the engine.
+
+    `default` holds the same sequences unsteered, for `"compare": true`.
+    """
+
+    id: str
+    model: str
+    created: int
+    started: float
+    steering: Steering
+    prompts: tuple[Prompt, ...]
+    sequences: tuple[GenerationRequest, ...]
+    default: tuple[GenerationRequest, ...] = ()
+    stops: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """New text of choice `index`, the tokens it took, and at the end how the sequence ended."""
+
+    index: int
+    text: str = ""
+    tokens: int = 1
+    logprobs: Logprobs = ()
+    finish: FinishReason | None = None
+    receipt: Receipt | None = None
+
+
+@dataclass
+class Answer:
+    """A whole sequence: the sum of its pieces."""
+
+    index: int
+    text: str = ""
+    tokens: int = 0
+    logprobs: list[tuple[int, TokenLogprob]] = field(default_factory=list)
+    finish: FinishReason = "stop"
+    receipt: Receipt | None = None
+
+    def add(self, piece: Piece) -> None:
+        self.text += piece.text
+        self.tokens += piece.tokens
+        self.logprobs.extend(piece.logprobs)
+        if piece.finish is not None:
+            self.finish, self.receipt = piece.finish, piece.receipt
+
+
+def prepare(
+    serving: Serving,
+    body: ChatRequest | CompletionRequest,
+    prompts: Sequence[Prompt],
+    *,
+    prefix: str,
+    at: str,
+) -> Generation:
+    """Plans the steering and has every sequence admitted. Runs in a worker thread.
+
+    Raises what is wrong with the request; `at` is the pointer of the prompt in it.
+    """
+    started = time.perf_counter()
+    if body.choices * len(prompts) > serving.settings.max_choices:
+        raise TooLarge(
+            f"{body.choices} choices for {len(prompts)} prompts are more than the "
+            f"{serving.settings.max_choices} sequences a request may have: lower 'n'",
+            param="/n",
+            code="too_many_choices",
+        )
+    steering = resolve(serving, body.model, body.steering)
+    if body.compare and steering.plan is None:
+        raise Unsupported(
+            "'compare' needs something to compare with: add 'steering', or use a profile as model",
+            param="/compare",
+            code="nothing_to_compare",
+        )
+    _check_sampling(serving, body)
+    name = f"{prefix}-{uuid.uuid4().hex}"
+    sequences = []
+    for place, prompt in enumerate(prompts):
+        sampling = _sampling(serving, body, prompt, at)
+        for choice in range(body.choices):
+            seed = None if sampling.seed is None else _wrapped(sampling.seed + choice)
+            sequences.append(
+                GenerationRequest(
+                    id=f"{name}-{place * body.choices + choice}",
+                    prompt=prompt,
+                    sampling=replace(sampling, seed=seed),
+                    plan=steering.plan,
+                    measure=steering.plan is not None
+                    and (body.receipt == "full" or serving.settings.measures(name)),
+                )
+            )
+    default = [
+        replace(one, id=f"{one.id}-default", plan=None, measure=False)
+        for one in (sequences if body.compare else ())
+    ]
+    for one in (*sequences, *default):
+        serving.engine.admit(one)
+    fingerprint = steering.plan.fingerprint if steering.plan else None
+    log.info("request %s: %d sequences, steering %s", name, len(sequences), fingerprint)
+    return Generation(
+        id=name,
+        model=body.model,
+        created=int(time.time()),
+        started=started,
+        steering=steering,
+        prompts=tuple(prompts),
+        sequences=tuple(sequences),
+        default=tuple(default),
+        stops=body.stop,
+    )
+
+
+async def pieces(
+    serving: Serving, run: Generation, sequences: Sequence[GenerationRequest]
+) -> AsyncGenerator[Piece, None]:
+    """The pieces of all the sequences as they come. Closing it cancels them all."""
+    queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+
+    async def follow(index: int, request: GenerationRequest) -> None:
+        try:
+            async with aclosing(_sequence(serving, run, index, request)) as events:
+                async for piece in events:
+                    queue.put_nowait(piece)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(follow(n, one)) for n, one in enumerate(sequences)]
+    try:
+        open_sequences = len(tasks)
+        while open_sequences:
+            item = await queue.get()
+            if item is None:
+                open_sequences -= 1
+            elif isinstance(item, BaseException):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def answers(serving: Serving, run: Generation) -> tuple[list[Answer], list[Answer]]:
+    """The choices, and the unsteered ones where asked for; all in one batch of the engine."""
+    together = (*run.sequences, *run.default)
+    found = [Answer(index) for index in range(len(together))]
+    with serving.metrics.request(
+        run.steering.profile, run.steering.vectors, run.steering.strengths
+    ):
+        async with aclosing(pieces(serving, run, together)) as stream:
+            async for piece in stream:
+                found[piece.index].add(piece)
+    steered, default = found[: len(run.sequences)], found[len(run.sequences) :]
+    for place, answer in enumerate(default):
+        answer.index = place
+    return steered, default
+
+
+async def _sequence(
+    serving: Serving, run: Generation, index: int, request: GenerationRequest
+) -> AsyncGenerator[Piece, None]:
+    """The pieces of one sequence."""
+    text = TextStream(serving.engine.tokenizer, run.stops)
+    if run.stops:
+        request = replace(request, stop=text.watch)
+    steered = "true" if request.plan is not None else "false"
+    first = last = run.started
+    count = 0
+    # The protocol promises that closing the iterator cancels the request.
+    events = cast("AsyncGenerator[TokenEvent, None]", serving.engine.generate(request))
+    async with aclosing(events):
+        async for event in events:
+            last = time.perf_counter()
+            count += 1
+            if count == 1:
+                first = last
+                serving.metrics.first_token.labels(steered).observe(first - run.started)
+            yield _piece(index, event, text, watched=bool(run.stops))
+            if event.finish is not None:
+                _observe(serving, event, steered, (last - first, count - 1))
+
+
+def _piece(index: int, event: TokenEvent, text: TextStream, *, watched: bool) -> Piece:
+    # An end-of-sequence token is never text; a token that completed a stop string has been seen.
+    ended = event.finish == "stop" and not text.stopped
+    new = "" if ended else text.taken() if watched else text.push(event.token)
+    if event.finish is not None:
+        new += text.finish()
+    logprobs: Logprobs = ()
+    if event.logprob is not None and not ended:
+        logprobs = ((event.token, event.logprob),)
+    return Piece(index, new, 1, logprobs, event.finish, event.receipt)
+
+
+def _observe(serving: Serving, event: TokenEvent, steered: str, between: tuple[float, int]) -> None:
+    seconds, steps = between
+    if steps:
+        serving.metrics.output_token.labels(steered).observe(seconds / steps)
+    if event.receipt is not None:
+        serving.metrics.receipt(event.receipt)
+
+
+def _sampling(
+    serving: Serving, body: ChatRequest | CompletionRequest, prompt: Prompt, at: str
+) -> SamplingParams:
+    info = serving.engine.info
+    room = info.max_length - len(prompt)
+    if not prompt:
+        raise SteerError("the prompt is empty", param=at, code="empty_prompt")
+    if room < 1:
+        raise SteerError(
+            f"the prompt has {len(prompt)} tokens; {serving.model_name!r} reads at most "
+            f"{info.max_length - 1} and one is left for the answer: shorten it",
+            param=at,
+            code="context_length_exceeded",
+        )
+    if outside := [token for token in prompt if token >= info.vocab_size]:
+        raise SteerError(
+            f"{outside[0]} is not a token of {serving.model_name!r}: its vocabulary has "
+            f"{info.vocab_size}",
+            param=at,
+            code="unknown_token",
+        )
+    return SamplingParams(
+        max_tokens=min(body.limit or room, room),
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=body.top_k,
+        seed=body.seed,
+        logprobs=body.alternatives,
+    )
+
+
+def _check_sampling(serving: Serving, body: ChatRequest | CompletionRequest) -> None:
+    """Refuses what the engine cannot do, where it is asked for."""
+    able = serving.engine.capabilities.sampling
+    asked = {
+        "temperature": body.temperature is not None,
+        "top_p": body.top_p not in (None, 1.0),
+        "top_k": body.top_k is not None,
+        "seed": body.seed is not None,
+        "logprobs": body.alternatives is not None,
+    }
+    for name, wanted in asked.items():
+        if wanted and name not in able:
+            raise Unsupported(
+                f"this engine does not support {name!r}: leave it out",
+                param=pointer(name),
+                code="unsupported_parameter",
+            )
+
+
+def _wrapped(seed: int) -> int:
+    """`seed` as a signed 64-bit number."""
+    return (seed + 2**63) % 2**64 - 2**63

@@ -1,0 +1,115 @@
+"""From a request's `model` and `steering` to the plan that its sequences run with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from steer.errors import SpecError, SteerError, UnknownArtefact, Unsupported, pointer
+from steer.plan.plan import SteeringPlan
+from steer.registry.profiles import Profile
+from steer.spec import InlineVector, SteeringSpec
+from steer_server.state import Serving
+
+_VECTOR_FIELDS = ("vector", "remove", "add", "toward")
+
+
+@dataclass(frozen=True)
+class Steering:
+    """How one request is steered: by a profile, by a spec of its own, or not at all."""
+
+    plan: SteeringPlan | None = None
+    profile: str | None = None
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """The names of the vectors used, without hashes; `inline` for those in the request."""
+        if self.plan is None:
+            return ()
+        refs = [ref for _, ref in vector_refs(self.plan.spec)]
+        names = ["inline" if isinstance(ref, InlineVector) else ref.split("@")[0] for ref in refs]
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Every intervention's strength, in multiples of its vector."""
+        return () if self.plan is None else self.plan.strengths
+
+
+def resolve(serving: Serving, model: str, spec: SteeringSpec | None) -> Steering:
+    """The steering of a request for `model` with `spec`.
+
+    Raises `UnknownArtefact` (`model_not_found`) for a model that is not served, and whatever is
+    wrong with the spec, its pointers below `/steering`.
+    """
+    profile = None
+    if model != serving.model_name:
+        profile = profile_of(serving, model)
+        if spec is not None:
+            raise SpecError(
+                f"the model {model!r} is already steered by the profile {profile.name!r}: send "
+                f"'steering' with the model {serving.model_name!r}, or leave 'steering' out",
+                param="/steering",
+                code="steering_conflict",
+            )
+        spec = profile.spec
+    if spec is None:
+        return Steering()
+    at = "/steering" if profile is None else "/model"
+    plan = compile_spec(serving, spec, at=at)
+    return Steering(plan, profile.name if profile else None)
+
+
+def compile_spec(serving: Serving, spec: SteeringSpec, *, at: str) -> SteeringPlan:
+    """The plan of `spec`, which stands at the pointer `at` of the request."""
+    check_inline(serving, spec, at=at)
+    try:
+        return serving.plans.plan(spec)
+    except SteerError as error:
+        # A profile's spec is not in the request: there the pointer ends at the model's name.
+        error.param = at if at == "/model" else at + (error.param or "")
+        raise
+
+
+def check_inline(serving: Serving, spec: SteeringSpec, *, at: str) -> None:
+    """Raises `Unsupported` where the spec carries vectors and this server takes none."""
+    if serving.settings.allow_inline_vectors:
+        return
+    for where, ref in vector_refs(spec):
+        if isinstance(ref, InlineVector):
+            raise Unsupported(
+                "this server takes no vectors inside requests: upload it to "
+                "/v1/steering/vectors and give its name",
+                param=at + where,
+                code="inline_vectors_disabled",
+            )
+
+
+def vector_refs(spec: SteeringSpec) -> Iterator[tuple[str, str | InlineVector]]:
+    """Every vector the spec refers to, gates included, with its pointer in the spec."""
+    for place, item in enumerate(spec.interventions):
+        for name in _VECTOR_FIELDS:
+            ref = getattr(item, name, None)
+            if isinstance(ref, str | InlineVector):
+                yield pointer("interventions", place, name), ref
+        if item.when is not None:
+            yield pointer("interventions", place, "when", "vector"), item.when.vector
+    if spec.when is not None:
+        yield "/when/vector", spec.when.vector
+
+
+def profile_of(serving: Serving, model: str) -> Profile:
+    """The profile that `<served model>:<profile>` names."""
+    served = serving.model_name
+    name = model.removeprefix(served + ":")
+    try:
+        if name != model:
+            return serving.registry.profile(name)
+    except UnknownArtefact:
+        pass  # what is missing is the model that the caller named
+    raise UnknownArtefact(
+        f"the model {model!r} does not exist: this server has {served!r}, and "
+        f"'{served}:<profile>' for each saved profile (GET /v1/models lists them)",
+        param="/model",
+        code="model_not_found",
+    )

@@ -1,0 +1,125 @@
+"""Chunks of a streamed answer, as OpenAI sends them.
+
+Every choice gets chunks of text and one with its `finish_reason`. The receipt is on the last chunk
+before `[DONE]`: the one with the usage where that is asked for, otherwise the last finish chunk.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from openai.types import CompletionUsage
+
+from steer.engines.base import FinishReason, Receipt
+from steer.engines.receipts import merged
+from steer_server.generation.generation import Generation, Logprobs, Piece, pieces
+from steer_server.http.openai_errors import failure
+from steer_server.state import Serving
+
+log = logging.getLogger("steer.server")
+
+Chunk = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ChunkForms:
+    """How chat, or plain completions, write a chunk.
+
+    `opening` makes the chunk that begins choice `index`, where there is one; `text` a chunk of
+    text with the log-probabilities of its tokens; `last` the one with the finish reason; `empty`
+    a chunk without choices.
+    """
+
+    opening: Callable[[int], Chunk] | None
+    text: Callable[[int, str, Logprobs], Chunk]
+    last: Callable[[int, FinishReason], Chunk]
+    empty: Callable[[], Chunk]
+
+
+@dataclass
+class _Progress:
+    """Log-probabilities whose text is still held back, per choice."""
+
+    waiting: dict[int, Logprobs]
+    tokens: int = 0
+    unfinished: int = 0
+
+
+async def events(
+    serving: Serving, run: Generation, forms: ChunkForms, *, include_usage: bool
+) -> AsyncGenerator[str, None]:
+    """The body of the response, event by event. An error ends it with an error event."""
+    steering = run.steering
+    try:
+        with serving.metrics.request(steering.profile, steering.vectors, steering.strengths):
+            async with aclosing(_chunks(serving, run, forms, include_usage)) as chunks:
+                async for chunk in chunks:
+                    if include_usage:
+                        chunk.setdefault("usage", None)
+                    yield _event(chunk)
+    except Exception as error:
+        # The status line is long gone: OpenAI's clients raise on an event with an error in it.
+        log.exception("request %s failed while streaming", run.id)
+        _, body = failure(error)
+        serving.metrics.rejects.labels(code=body["error"]["code"]).inc()
+        yield _event(body)
+    yield "data: [DONE]\n\n"
+
+
+async def _chunks(
+    serving: Serving, run: Generation, forms: ChunkForms, include_usage: bool
+) -> AsyncGenerator[Chunk, None]:
+    if forms.opening is not None:
+        for index in range(len(run.sequences)):
+            yield forms.opening(index)
+    progress = _Progress({}, unfinished=len(run.sequences))
+    receipts: list[Receipt | None] = []
+    async with aclosing(pieces(serving, run, run.sequences)) as stream:
+        async for piece in stream:
+            for chunk in _of_piece(piece, forms, progress):
+                yield chunk
+            if piece.finish is None:
+                continue
+            receipts.append(piece.receipt)
+            last = forms.last(piece.index, piece.finish)
+            if not progress.unfinished and not include_usage:
+                last |= _steering(receipts)
+            yield last
+    if include_usage:
+        used = usage(run, progress.tokens).model_dump(exclude_none=True)
+        yield {**forms.empty(), "usage": used, **_steering(receipts)}
+
+
+def _of_piece(piece: Piece, forms: ChunkForms, progress: _Progress) -> list[Chunk]:
+    progress.tokens += piece.tokens
+    progress.unfinished -= piece.finish is not None
+    logprobs = progress.waiting.pop(piece.index, ()) + piece.logprobs
+    if piece.text or (logprobs and piece.finish is not None):
+        return [forms.text(piece.index, piece.text, logprobs)]
+    if logprobs:
+        progress.waiting[piece.index] = logprobs
+    return []
+
+
+def usage(run: Generation, completion_tokens: int) -> CompletionUsage:
+    """Token counts; a prompt counts once for all of its choices."""
+    prompt_tokens = sum(len(prompt) for prompt in run.prompts)
+    return CompletionUsage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+    )
+
+
+def _steering(receipts: list[Receipt | None]) -> Chunk:
+    receipt = merged(receipts)
+    return {} if receipt is None else {"steering": receipt.as_json()}
+
+
+def _event(data: Chunk) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"

@@ -1,0 +1,148 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jinja2
+from anyio import to_thread
+from fastapi import APIRouter, Depends, Request, Response
+from openai.types.chat import ChatCompletion, ChatCompletionMessage, ChatCompletionTokenLogprob
+from openai.types.chat.chat_completion import Choice, ChoiceLogprobs
+from openai.types.chat.chat_completion_token_logprob import TopLogprob
+from starlette.responses import JSONResponse
+
+from steer.errors import SteerError
+from steer_server.generation.added_fields import added_fields
+from steer_server.generation.generation import Answer, Generation, Logprobs, answers, prepare
+from steer_server.generation.request_models import ChatRequest
+from steer_server.generation.streaming import Chunk, ChunkForms, events, usage
+from steer_server.generation.text import token_text
+from steer_server.http.content_type import require_json
+from steer_server.http.disconnect import EventStream, while_connected
+from steer_server.state import Serving, ServingDep
+
+router = APIRouter(tags=["generation"], dependencies=[Depends(require_json)])
+
+
+class SteeredChatCompletion(ChatCompletion):
+    """OpenAI's chat completion, with the receipt in `steering`, and in `default` the choices of
+    the unsteered model where the request has `"compare": true`."""
+
+    steering: dict[str, Any] | None = None
+    default: list[Choice] | None = None
+    inspect: dict[str, Any] | None = None
+
+
+@router.post("/v1/chat/completions", responses={200: {"model": SteeredChatCompletion}})
+async def create_chat_completion(
+    body: ChatRequest, request: Request, serving: ServingDep
+) -> Response:
+    """Answers a chat, steered as the request or its profile says."""
+    run = await to_thread.run_sync(_prepared, serving, body)
+    if body.stream:
+        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        return EventStream(
+            events(serving, run, _forms(serving, run, body), include_usage=include_usage)
+        )
+    return await while_connected(request, lambda: _whole(serving, run, body))
+
+
+def _prepared(serving: Serving, body: ChatRequest) -> Generation:
+    prompt = tuple(_prompt(serving, body))
+    return prepare(serving, body, [prompt], prefix="chatcmpl", at="/messages")
+
+
+def _prompt(serving: Serving, body: ChatRequest) -> list[int]:
+    """The conversation in the model's own chat template, as tokens."""
+    tokenizer = serving.engine.tokenizer
+    # Chat templates know OpenAI's newer name for system messages only by its older one.
+    messages = [
+        {"role": "system" if turn.role == "developer" else turn.role, "content": turn.content}
+        for turn in body.messages
+    ]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (jinja2.TemplateError, ValueError) as error:
+        raise SteerError(
+            f"the model's chat template refuses these messages: {error}",
+            param="/messages",
+            code="invalid_messages",
+        ) from error
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+async def _whole(serving: Serving, run: Generation, body: ChatRequest) -> Response:
+    found, default = await answers(serving, run)
+
+    def choice(answer: Answer) -> Choice:
+        return _choice(serving, answer, body)
+
+    extra = await added_fields(serving, run, body.inspect, found, default, choice)
+    completion = SteeredChatCompletion(
+        id=run.id,
+        object="chat.completion",
+        created=run.created,
+        model=run.model,
+        choices=[choice(answer) for answer in found],
+        usage=usage(run, sum(answer.tokens for answer in found)),
+        **extra,
+    )
+    return JSONResponse(completion.model_dump(mode="json", exclude_unset=True))
+
+
+def _choice(serving: Serving, answer: Answer, body: ChatRequest) -> Choice:
+    logprobs = None
+    if body.logprobs:
+        logprobs = _logprobs(serving, tuple(answer.logprobs))
+    return Choice(
+        index=answer.index,
+        finish_reason=answer.finish,
+        message=ChatCompletionMessage(role="assistant", content=answer.text, refusal=None),
+        logprobs=logprobs,
+    )
+
+
+def _logprobs(serving: Serving, logprobs: Logprobs) -> ChoiceLogprobs:
+    tokenizer = serving.engine.tokenizer
+    content = []
+    for token, found in logprobs:
+        top = [
+            TopLogprob(token=text, bytes=raw, logprob=value)
+            for other, value in found.top
+            for text, raw in [token_text(tokenizer, other)]
+        ]
+        text, raw = token_text(tokenizer, token)
+        content.append(
+            ChatCompletionTokenLogprob(
+                token=text, bytes=raw, logprob=found.logprob, top_logprobs=top
+            )
+        )
+    return ChoiceLogprobs(content=content, refusal=None)
+
+
+def _forms(serving: Serving, run: Generation, body: ChatRequest) -> ChunkForms:
+    head = {
+        "id": run.id,
+        "object": "chat.completion.chunk",
+        "created": run.created,
+        "model": run.model,
+    }
+
+    def chunk(index: int, delta: Chunk, finish: str | None = None) -> Chunk:
+        choice = {"index": index, "delta": delta, "finish_reason": finish}
+        return {**head, "choices": [choice]}
+
+    def text(index: int, content: str, logprobs: Logprobs) -> Chunk:
+        made = chunk(index, {"content": content})
+        if body.logprobs:
+            found = _logprobs(serving, logprobs).model_dump(mode="json")
+            made["choices"][0]["logprobs"] = found
+        return made
+
+    return ChunkForms(
+        opening=lambda index: chunk(index, {"role": "assistant", "content": ""}),
+        text=text,
+        last=lambda index, finish: chunk(index, {}, finish),
+        empty=lambda: {**head, "choices": []},
+    )

@@ -1,0 +1,177 @@
+"""Asking for a job: one route for each kind. The answer is 202 with the job, and where it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Depends, Request, Response
+from pydantic import BaseModel, ValidationError
+
+from steer.errors import SteerError, TooLarge
+from steer.jobs.kinds.calibrate import CalibrateParams
+from steer.jobs.kinds.evaluate import EvaluateParams
+from steer.jobs.kinds.fit import FitParams
+from steer.jobs.kinds.importing import UPLOAD, ImportParams
+from steer.jobs.kinds.sweep import SweepParams
+from steer.registry.jobs.job_records import Job
+from steer_server.http.content_type import require_json
+from steer_server.http.error_route import SteerRoute
+from steer_server.http.openai_errors import invalid_field
+from steer_server.http.uploads import Received, receive
+from steer_server.routes.jobs import JobBody, job_body, json_response
+from steer_server.state import Serving, ServingDep
+
+router = APIRouter(prefix="/v1/steering", tags=["jobs"], route_class=SteerRoute)
+
+_ACCEPTED: dict[int | str, dict[str, Any]] = {
+    202: {
+        "model": JobBody,
+        "headers": {"Location": {"description": "The job", "schema": {"type": "string"}}},
+    }
+}
+_JSON = [Depends(require_json)]
+
+
+@router.post("/fit", status_code=202, responses=_ACCEPTED, dependencies=_JSON)
+def fit(body: FitParams, serving: ServingDep) -> Response:
+    """Fits a vector from contrastive prompts on the serving engine, and registers it."""
+    return _accepted(serving.jobs.submit("fit", body))
+
+
+@router.post("/sweep", status_code=202, responses=_ACCEPTED, dependencies=_JSON)
+def sweep(body: SweepParams, serving: ServingDep) -> Response:
+    """Measures what a vector does to the answers over a range of strengths."""
+    return _accepted(serving.jobs.submit("sweep", body))
+
+
+@router.post("/calibrate", status_code=202, responses=_ACCEPTED, dependencies=_JSON)
+def calibrate(body: CalibrateParams, serving: ServingDep) -> Response:
+    """Measures what each strength of a vector does, and registers the calibrated version."""
+    return _accepted(serving.jobs.submit("calibrate", body))
+
+
+@router.post("/evaluate", status_code=202, responses=_ACCEPTED, dependencies=_JSON)
+def evaluate(body: EvaluateParams, serving: ServingDep) -> Response:
+    """Compares ways to steer, with asking in words beside them."""
+    return _accepted(serving.jobs.submit("evaluate", body))
+
+
+_FIELDS = {
+    "name": {"type": "string"},
+    "artefact": {"enum": ["vector", "sae", "low_rank", "lens"]},
+    "from": {"type": "string"},
+    "position": {"type": "integer"},
+    "layer_offset": {"type": "integer"},
+    "strength": {"type": "number"},
+    "description": {"type": "string"},
+    "licence": {"type": "string"},
+    "model": {"type": "string"},
+}
+_IMPORT_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["name", "source"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "source": {"type": "string", "description": "A URL"},
+                        **_FIELDS,
+                        "layers": {"type": "array", "items": {"type": "integer"}},
+                    },
+                }
+            },
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        **_FIELDS,
+                        "layers": {"type": "string", "description": "4,5,6 or [4, 5, 6]"},
+                    },
+                }
+            },
+        },
+    }
+}
+
+
+@router.post("/import", name="import_artefact", responses=_ACCEPTED, openapi_extra=_IMPORT_BODY)
+async def import_artefact(request: Request, serving: ServingDep) -> Response:
+    """Imports an artefact from a URL (JSON) or from files sent along (multipart/form-data)."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        params = _params(ImportParams, await _json_body(request, serving))
+        if params.source is None:
+            raise SteerError(
+                "the field 'source' is required: give a URL, or send the file itself as "
+                "multipart/form-data",
+                param="/source",
+                code="missing_field",
+            )
+        return _accepted(await to_thread.run_sync(serving.jobs.submit, "import", params))
+    with ExitStack() as stack:
+        received = await receive(
+            request, serving.registry, stack, limit=serving.settings.max_upload_bytes
+        )
+        return _accepted(await to_thread.run_sync(_submit_files, serving, received))
+
+
+def _submit_files(serving: Serving, received: Received) -> Job:
+    params = _params(ImportParams, _fields(received))
+    if params.source is not None:
+        raise SteerError(
+            "'source' and a file do not go together: send one of them",
+            param="/source",
+            code="invalid_value",
+        )
+    single = len(received.files) == 1
+    files: dict[str, Path] = {
+        UPLOAD if single else name: upload.path for name, upload in received.files
+    }
+    return serving.jobs.submit("import", params, files)
+
+
+def _fields(received: Received) -> dict[str, Any]:
+    """The form's fields as parameters; numbers are read by their model."""
+    fields: dict[str, Any] = {"name": received.stem, **received.fields}
+    if "layers" in fields:
+        text = fields["layers"].strip().removeprefix("[").removesuffix("]")
+        fields["layers"] = text.split(",")
+    return fields
+
+
+def _params(model: type[ImportParams], fields: Mapping[str, Any]) -> ImportParams:
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise invalid_field(error, fields) from None
+
+
+async def _json_body(request: Request, serving: Serving) -> Mapping[str, Any]:
+    limit = serving.settings.max_body_bytes
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > limit:
+            raise TooLarge(f"the request body is longer than the limit of {limit} bytes: send less")
+    try:
+        found = json.loads(data)
+    except ValueError as error:  # of the encoding as well
+        raise SteerError(f"the body is not JSON: {error}", code="invalid_json") from None
+    if not isinstance(found, dict):
+        raise SteerError("the body must be a JSON object", code="invalid_json")
+    return found
+
+
+def _accepted(job: Job) -> Response:
+    body: BaseModel = job_body(job)
+    return json_response(body, 202, {"location": f"/v1/jobs/{job.id}"})

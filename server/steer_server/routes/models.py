@@ -1,0 +1,39 @@
+"""GET /v1/models: the model, and each profile as a model of its own."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from openai.types import Model
+from pydantic import BaseModel
+
+from steer_server.generation.steering import profile_of
+from steer_server.state import Serving, ServingDep
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+
+
+class ModelList(BaseModel):
+    """OpenAI's list of models."""
+
+    object: str = "list"
+    data: list[Model]
+
+
+@router.get("", response_model_exclude_unset=True)
+def list_models(serving: ServingDep) -> ModelList:
+    """The served model, then `<model>:<profile>` for each profile."""
+    profiles = serving.registry.profiles()
+    names = [serving.model_name, *(f"{serving.model_name}:{one.name}" for one in profiles)]
+    return ModelList(object="list", data=[_model(serving, name) for name in names])
+
+
+@router.get("/{model:path}", response_model_exclude_unset=True)
+def show_model(model: str, serving: ServingDep) -> Model:
+    """One of them."""
+    if model != serving.model_name:
+        profile_of(serving, model)
+    return _model(serving, model)
+
+
+def _model(serving: Serving, name: str) -> Model:
+    return Model(id=name, created=serving.started, object="model", owned_by="steer")

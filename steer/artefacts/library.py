@@ -1,0 +1,60 @@
+"""Where a plan finds the artefacts its spec names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from steer.artefacts.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.lens import Lens
+from steer.artefacts.sae.base import SAE
+from steer.errors import UnknownArtefact
+
+Artefact = TypeVar("Artefact")
+
+
+class Library(Protocol):
+    """Artefacts by reference: a name (its newest version) or `name@hash`.
+
+    Every method raises `UnknownArtefact` for a reference it cannot resolve.
+    """
+
+    def vector(self, ref: str) -> ControlVector: ...
+
+    def sae(self, ref: str) -> SAE: ...
+
+    def low_rank(self, ref: str) -> LowRankAdapter: ...
+
+    def lens(self, ref: str) -> Lens: ...
+
+
+@dataclass(frozen=True)
+class MemoryLibrary:
+    """Artefacts held in dictionaries: for notebooks and tests."""
+
+    vectors: Mapping[str, ControlVector] = field(default_factory=dict)
+    saes: Mapping[str, SAE] = field(default_factory=dict)
+    low_ranks: Mapping[str, LowRankAdapter] = field(default_factory=dict)
+    lenses: Mapping[str, Lens] = field(default_factory=dict)
+
+    def vector(self, ref: str) -> ControlVector:
+        return _named(self.vectors, ref, "vector")
+
+    def sae(self, ref: str) -> SAE:
+        return _named(self.saes, ref, "sae")
+
+    def low_rank(self, ref: str) -> LowRankAdapter:
+        return _named(self.low_ranks, ref, "low_rank")
+
+    def lens(self, ref: str) -> Lens:
+        return _named(self.lenses, ref, "lens")
+
+
+def _named(held: Mapping[str, Artefact], ref: str, kind: str) -> Artefact:
+    if ref in held:
+        return held[ref]
+    known = ", ".join(sorted(held)) or "none"
+    raise UnknownArtefact(
+        f"there is no {kind} named {ref!r}; known: {known}", code=f"unknown_{kind}"
+    )

@@ -1,0 +1,17 @@
+"""Sparse autoencoders: one architecture per file, and the directory layout of SAELens."""
+
+from steer.artefacts.sae.architectures import SUPPORTED, architecture_named
+from steer.artefacts.sae.base import SAE, FeatureReads
+from steer.artefacts.sae.labels import FeatureLabel, FeatureMatch
+from steer.artefacts.sae.saelens import load_directory, save_directory
+
+__all__ = [
+    "SAE",
+    "SUPPORTED",
+    "FeatureLabel",
+    "FeatureMatch",
+    "FeatureReads",
+    "architecture_named",
+    "load_directory",
+    "save_directory",
+]

@@ -1,0 +1,53 @@
+"""Where a hook name of TransformerLens or Hugging Face points in a decoder."""
+
+from __future__ import annotations
+
+import re
+
+from steer.errors import FileFormatError
+from steer.model import HookPoint
+from steer.spec import Site
+
+_LENS_SITES: dict[str, Site] = {
+    "hook_resid_pre": "resid_pre",
+    "hook_resid_mid": "resid_mid",
+    "hook_resid_post": "resid_post",
+    "hook_attn_out": "attn_out",
+    "hook_mlp_out": "mlp_out",
+    "mlp.hook_post": "mlp_act",
+    "attn.hook_z": "head_out",
+}
+_LENS_NAMES: dict[Site, str] = {site: name for name, site in _LENS_SITES.items()}
+_PART_SITES: dict[str, Site] = {
+    "": "resid_post",
+    "self_attn": "attn_out",
+    "attn": "attn_out",
+    "attention": "attn_out",
+    "mlp": "mlp_out",
+}
+_LENS = re.compile(r"blocks\.(\d+)\.(.+)")
+_MODULE = re.compile(r"(?:\w+\.)*?(?:layers|h|blocks)\.(\d+)(?:\.(\w+))??(?:\.output)?")
+
+
+def parse_hook_name(name: str) -> HookPoint:
+    """The hook point of `blocks.4.hook_resid_post` (TransformerLens) or `model.layers.4`, with or
+    without `.mlp`, `.self_attn` and `.output` (Hugging Face).
+
+    Raises `FileFormatError` (`unknown_hook_name`).
+    """
+    lens = _LENS.fullmatch(name)
+    if lens and lens[2] in _LENS_SITES:
+        return HookPoint(int(lens[1]), _LENS_SITES[lens[2]])
+    module = _MODULE.fullmatch(name)
+    if module and (module[2] or "") in _PART_SITES:
+        return HookPoint(int(module[1]), _PART_SITES[module[2] or ""])
+    raise FileFormatError(
+        f"the hook name {name!r} is not understood: expected blocks.N. and one of "
+        f"{', '.join(_LENS_SITES)}, or model.layers.N",
+        code="unknown_hook_name",
+    )
+
+
+def hook_name(point: HookPoint) -> str:
+    """TransformerLens' name of `point`."""
+    return f"blocks.{point.layer}.{_LENS_NAMES[point.site]}"

@@ -1,0 +1,82 @@
+"""A running request as steering sees it, and the tokens of it that a pass computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steer.plan.plan import SteeringPlan
+
+Ints = NDArray[np.int64]
+NOBODY = -1
+"""The row of a padding token."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A request that runs: its ledger row, its slot in the tables, and where its prompt ends."""
+
+    row: int
+    prompt_length: int
+    plan: SteeringPlan | None = None
+    slot: int = 0
+    measure: bool = False
+
+    def slots(self, positions: Ints, tokens: Ints) -> Ints:
+        """The slot of each token in each pass, `[P, T]`, gates apart; positions ascend."""
+        settled = self._settled
+        if settled is not None and len(positions) and positions[0] >= settled[0]:
+            return np.repeat(settled[1], len(positions), axis=1)
+        return self._masked(positions, tokens)
+
+    @cached_property
+    def possible(self) -> Ints:
+        """The slot of each pass `[P, 1]` where it is selected."""
+        passes = () if self.plan is None else self.plan.passes
+        return np.full((len(passes), 1), self.slot, dtype=np.int64)
+
+    def _masked(self, positions: Ints, tokens: Ints) -> Ints:
+        passes = () if self.plan is None else self.plan.passes
+        out = np.zeros((len(passes), len(positions)), dtype=np.int64)
+        for number, one in enumerate(passes):
+            out[number] = one.selection.mask(positions, self.prompt_length, tokens) * self.slot
+        return out
+
+    @cached_property
+    def _settled(self) -> tuple[int, Ints] | None:
+        """The position from which on slots stay as they are, and these slots `[P, 1]`."""
+        bound = self.steady_from
+        if bound is None:
+            return None
+        return bound, self._masked(np.array([bound], dtype=np.int64), np.array([-1]))
+
+    def watching(self, positions: Ints) -> Ints:
+        """The slot of each token `[P, T]` that decides a prompt gate, whether selected or not."""
+        passes = () if self.plan is None else self.plan.passes
+        held = [one.gate is not None and one.gate.prompt_scope for one in passes]
+        deciding = positions == self.prompt_length - 1
+        return np.outer(np.array(held, dtype=np.int64), deciding) * self.slot
+
+    @property
+    def steady_from(self) -> int | None:
+        """The position from which on `slots` no longer changes; None where it may."""
+        found = 0
+        for one in () if self.plan is None else self.plan.passes:
+            bound = one.selection.steady_from(self.prompt_length)
+            if bound is None:
+                return None
+            found = max(found, bound)
+        return found
+
+
+@dataclass(frozen=True)
+class Span:
+    """The tokens of one seat in this pass: where they lie in the batch, and what they are."""
+
+    seat: Seat
+    offset: int
+    positions: Ints
+    tokens: Ints

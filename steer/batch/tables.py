@@ -1,0 +1,322 @@
+"""Many plans in static tables: what a batch of differently steered tokens is computed from.
+
+Every plan that runs holds one *slot* (a small integer; 0 is "do nothing"), shared by fingerprint
+and counted by reference. For each hook point and pass there is a `Stage`: a row of constants per
+slot, and a bank of rank-1 edits in which every row knows its owner. A token then needs one slot
+number per pass, whatever the number of distinct specs around it.
+
+S slots, M bank rows, d the width of the hook point, P passes, R request rows.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from steer.batch.slots import Holding, SlotTables
+from steer.edits import LAW_FIELDS, NO_TRAIT, Block, Competition, Traits
+from steer.errors import CapacityError
+from steer.model import HookPoint, ModelInfo
+from steer.plan.plan import Gate, SteeringPlan, check_passes
+
+MAX_PASSES = 8
+_FIRST_BANK_ROWS = 16
+_KEPT_PARTS = 4
+_COMPACT = 0.5
+"""Up to this share of a bank, a batch's edits are copied out of it."""
+
+
+class Needs(NamedTuple):
+    """What a batch's blocks do at a stage beyond adding constants."""
+
+    edits: bool = True
+    replacing: bool = True
+    preserving: bool = True
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stage as far as some slots need it: constants and flags by slot `[S + 1, ...]`, and a bank
+    of K edits, in which every row knows its slot and its column among the cutoffs."""
+
+    shift: Tensor
+    replace: Tensor
+    preserve: Tensor
+    read: Tensor
+    write: Tensor
+    laws: Tensor
+    owner: Tensor
+    contest: Tensor
+    competitions: tuple[Competition, ...]
+    needs: Needs
+    traits: Traits
+    """Of the laws of these slots."""
+    shifting: bool
+    """Whether any of these slots adds a constant."""
+
+
+class Stage:
+    """One pass at one hook point, for every slot.
+
+    Guarantees: row 0 of `shift` is −0.0, so that x + shift[0] is x to the bit; bank rows that are
+    free have owner −1 and zero weights.
+    """
+
+    def __init__(self, slots: int, width: int, device: torch.device) -> None:
+        self.device, self.width = device, width
+        self.shift = torch.full((slots, width), -0.0, device=device)
+        self.replace = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.preserve = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.read = torch.zeros(0, width, device=device)
+        self.write = torch.zeros(0, width, device=device)
+        self.laws = torch.zeros(0, LAW_FIELDS, device=device)
+        self.owner = torch.zeros(0, dtype=torch.long, device=device)
+        self.contest = torch.zeros(0, dtype=torch.long, device=device)
+        self.competitions: dict[str, tuple[int, Competition]] = {}
+        self.blocks: dict[int, Block] = {}
+        self.bank_rows = 0
+        self._owned: dict[int, list[int]] = {}
+        self._parts: OrderedDict[frozenset[int], Part] = OrderedDict()
+
+    def groups(self, slots: set[int]) -> list[set[int]]:
+        """The slots among `slots` with a block here, those that compete apart from the others: a
+        competition reads every latent of an SAE, for each token that it is shown."""
+        mine = slots & self.blocks.keys()
+        competing = {slot for slot in mine if self.blocks[slot].competition is not None}
+        return [group for group in (mine - competing, competing) if group]
+
+    def part(self, slots: Iterable[int]) -> Part:
+        """What `slots`, all of which have a block here, make necessary, whatever others hold."""
+        key = frozenset(slots)
+        found = self._parts.get(key)
+        if found is None:
+            found = self._parts[key] = self._part(key)
+            while len(self._parts) > _KEPT_PARTS:
+                self._parts.popitem(last=False)
+        return found
+
+    def _part(self, slots: frozenset[int]) -> Part:
+        rows = sorted(row for slot in slots for row in self._owned.get(slot, ()))
+        # Others' edits are computed and thrown away where that is cheaper than to leave them out.
+        compact = len(rows) <= _COMPACT * self.bank_rows
+        chosen: slice | Tensor = slice(self.bank_rows)
+        if compact:
+            chosen = torch.tensor(rows, dtype=torch.long, device=self.device)
+        identities = dict.fromkeys(
+            block.competition.identity
+            for slot in sorted(slots)
+            if (block := self.blocks[slot]).competition is not None
+        )
+        columns = torch.zeros(len(self.competitions) + 1, dtype=torch.long, device=self.device)
+        for number, identity in enumerate(identities, start=1):
+            columns[self.competitions[identity][0]] = number
+        return Part(
+            self.shift,
+            self.replace,
+            self.preserve,
+            self.read[chosen],
+            self.write[chosen],
+            self.laws[chosen],
+            self.owner[chosen],
+            columns[self.contest[chosen]],
+            tuple(self.competitions[identity][1] for identity in identities),
+            self.needs(slots),
+            reduce(Traits.either, (self.blocks[slot].traits for slot in slots), NO_TRAIT),
+            any(self.blocks[slot].shift is not None for slot in slots),
+        )
+
+    def needs(self, slots: Iterable[int]) -> Needs:
+        """What the blocks of `slots` make necessary, whatever idle slots hold."""
+        blocks = [self.blocks[slot] for slot in slots]
+        return Needs(
+            edits=any(block.n_edits for block in blocks),
+            replacing=any(block.replace for block in blocks),
+            preserving=any(block.preserve_norm for block in blocks),
+        )
+
+    def write_block(self, slot: int, block: Block) -> None:
+        """Makes `slot` mean `block`; the slot was free."""
+        self.blocks[slot] = block
+        if block.shift is not None:
+            self.shift[slot] = block.shift.to(self.device)
+        self.replace[slot] = block.replace
+        self.preserve[slot] = block.preserve_norm
+        if block.read is not None and block.write is not None and block.laws is not None:
+            rows = self._free_rows(block.n_edits)
+            self._owned[slot] = rows
+            self.read[rows] = block.read.to(self.device)
+            self.write[rows] = block.write.to(self.device)
+            self.laws[rows] = block.laws.to(self.device)
+            self.owner[rows] = slot
+            self.contest[rows] = self._enter(block.competition)
+        self._refresh()
+
+    def clear(self, slot: int) -> None:
+        """Makes `slot` mean nothing again."""
+        self.blocks.pop(slot, None)
+        self.shift[slot] = -0.0
+        self.replace[slot] = False
+        self.preserve[slot] = False
+        rows = self._owned.pop(slot, [])
+        if rows:
+            self.read[rows] = 0.0
+            self.write[rows] = 0.0
+            self.laws[rows] = 0.0
+            self.owner[rows] = -1
+            self.contest[rows] = 0
+        in_use = {b.competition.identity for b in self.blocks.values() if b.competition is not None}
+        if not in_use:
+            self.competitions.clear()
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self._parts.clear()
+        self.bank_rows = 1 + max((max(rows) for rows in self._owned.values()), default=-1)
+
+    def _enter(self, competition: Competition | None) -> int:
+        """The column of `competition` among the cutoffs; column 0 is no competition."""
+        if competition is None:
+            return 0
+        if competition.identity not in self.competitions:
+            moved = Competition(
+                competition.identity,
+                competition.read.to(self.device),
+                competition.bias.to(self.device),
+                competition.k,
+            )
+            self.competitions[competition.identity] = (len(self.competitions) + 1, moved)
+        return self.competitions[competition.identity][0]
+
+    def _free_rows(self, count: int) -> list[int]:
+        taken = {row for rows in self._owned.values() for row in rows}
+        free = [row for row in range(len(self.owner)) if row not in taken][:count]
+        if len(free) < count:
+            self._grow(max(_FIRST_BANK_ROWS, 2 * len(self.owner), len(taken) + count))
+            return self._free_rows(count)
+        return free
+
+    def _grow(self, rows: int) -> None:
+        extra = rows - len(self.owner)
+        self.read = torch.cat([self.read, self.read.new_zeros(extra, self.width)])
+        self.write = torch.cat([self.write, self.write.new_zeros(extra, self.width)])
+        self.laws = torch.cat([self.laws, self.laws.new_zeros(extra, LAW_FIELDS)])
+        self.owner = torch.cat([self.owner, self.owner.new_full((extra,), -1)])
+        self.contest = torch.cat([self.contest, self.contest.new_zeros(extra)])
+
+
+class GateRows:
+    """The gates that read one hook point for one pass, a row per slot."""
+
+    def __init__(self, slots: int, width: int, device: torch.device) -> None:
+        self.direction = torch.zeros(slots, width, device=device)
+        self.above = torch.full((slots,), float("inf"), device=device)
+        self.below = torch.full((slots,), float("-inf"), device=device)
+        self.cosine = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.held = torch.zeros(slots, dtype=torch.bool, device=device)
+        """Slots whose gate is decided here on the last prompt token and then held."""
+        self.per_token = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.live: set[int] = set()
+
+    def write(self, slot: int, gate: Gate) -> None:
+        self.direction[slot] = gate.direction.to(self.direction.device)
+        self.above[slot], self.below[slot] = gate.above, gate.below
+        self.cosine[slot] = gate.cosine
+        self.held[slot] = gate.prompt_scope
+        self.per_token[slot] = not gate.prompt_scope
+        self.live.add(slot)
+
+    def clear(self, slot: int) -> None:
+        self.above[slot], self.below[slot] = float("inf"), float("-inf")
+        self.held[slot] = False
+        self.per_token[slot] = False
+        self.live.discard(slot)
+
+
+@dataclass
+class _Written(Holding):
+    plan: SteeringPlan = field(kw_only=True)
+
+
+class Tables(SlotTables[_Written]):
+    """Slots and their tables."""
+
+    def __init__(
+        self,
+        model: ModelInfo,
+        *,
+        slots: int = 256,
+        device: torch.device | str = "cpu",
+        max_passes: int = MAX_PASSES,
+    ) -> None:
+        super().__init__(model, slots=slots, device=device, max_passes=max_passes)
+        self._stages: dict[HookPoint, list[Stage | None]] = {}
+        self._gates: dict[HookPoint, list[GateRows | None]] = {}
+
+    def check(self, plan: SteeringPlan) -> None:
+        check_passes(len(plan.passes), self.max_passes)
+
+    def stages(self, point: HookPoint) -> list[Stage | None]:
+        """The stages at `point`, by pass; None where a pass has nothing there."""
+        return self._stages.get(point, [])
+
+    def gates(self, point: HookPoint) -> list[GateRows | None]:
+        """The gates that read `point`, by pass."""
+        return self._gates.get(point, [])
+
+    def points(self) -> set[HookPoint]:
+        """Hook points at which some slot, in use or idle, edits or reads."""
+        edited = {p for p, row in self._stages.items() if any(s and s.blocks for s in row)}
+        return edited | {p for p, row in self._gates.items() if any(g and g.live for g in row)}
+
+    def _take(self, plan: SteeringPlan) -> _Written:
+        held = _Written(self._free_slot(), plan=plan)
+        self._write(held.slot, plan)
+        return held
+
+    def _free_slot(self) -> int:
+        if self._free:
+            return self._free.pop()
+        if not self._idle:
+            raise CapacityError(
+                f"all {self.slots} steering slots are in use by running requests: try again "
+                "when one has finished, or start the server with more slots",
+                code="slots_full",
+            )
+        _, oldest = self._idle.popitem(last=False)
+        self._clear(oldest.slot, oldest.plan)
+        return oldest.slot
+
+    def _write(self, slot: int, plan: SteeringPlan) -> None:
+        size = self.slots + 1
+        for number, one in enumerate(plan.passes):
+            for point, block in one.blocks.items():
+                row = self._stages.setdefault(point, [None] * self.max_passes)
+                stage = row[number]
+                if stage is None:
+                    width = self.model.width(point.site)
+                    stage = row[number] = Stage(size, width, self.device)
+                stage.write_block(slot, block)
+            if one.gate is not None:
+                gates = self._gates.setdefault(one.gate.point, [None] * self.max_passes)
+                rows = gates[number]
+                if rows is None:
+                    width = self.model.width(one.gate.point.site)
+                    rows = gates[number] = GateRows(size, width, self.device)
+                rows.write(slot, one.gate)
+
+    def _clear(self, slot: int, plan: SteeringPlan) -> None:
+        for number, one in enumerate(plan.passes):
+            for point in one.blocks:
+                stage = self._stages[point][number]
+                if stage is not None:
+                    stage.clear(slot)
+            if one.gate is not None:
+                rows = self._gates[one.gate.point][number]
+                if rows is not None:
+                    rows.clear(slot)

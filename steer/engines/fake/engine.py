@@ -1,0 +1,359 @@
+"""An engine without a model, for tests of everything above the engine.
+
+Text comes from a hash of the prompt and of the plan's fingerprint: the same request always gives
+the same words, and a steered one visibly different words. Receipts are counted with the plan's own
+selections. Tests may hold the engine back token by token, make it fail, and see what was cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steer.engines.base import (
+    Captured,
+    CaptureRequest,
+    Completion,
+    EngineStats,
+    GateReceipt,
+    GenerationRequest,
+    PointReceipt,
+    Receipt,
+    TokenEvent,
+    TokenLogprob,
+)
+from steer.engines.fake.tokenizer import ByteTokenizer
+from steer.errors import CapacityError, EngineError, SteerError
+from steer.model import Capabilities, HookPoint, ModelInfo, forward_order
+from steer.plan.plan import SteeringPlan
+from steer.spec import KINDS, SITES
+
+_PLAIN = ("the", "river", "runs", "past", "a", "small", "café", "and", "rain", "falls", "today")
+_STEERED = (
+    "joy",
+    "naïve",
+    "日本",
+    "sparkle",
+    "🙂",
+    "bright",
+    "über",
+    "sunny",
+    "party",
+    "🎈🎈",
+    "wow",
+)
+_RELATIVE_SIZE = 0.125
+
+
+class Stepper:
+    """Lets tokens through one by one: `allow(3)` from any thread lets three out."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._permits = 0
+        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+
+    def allow(self, tokens: int = 1) -> None:
+        """Lets `tokens` more tokens out, over all requests."""
+        with self._lock:
+            self._permits += tokens
+            woken, self._waiting = self._waiting, []
+        for loop, future in woken:
+            loop.call_soon_threadsafe(_wake, future)
+
+    async def wait(self) -> None:
+        """Returns once a token may go out."""
+        loop = asyncio.get_running_loop()
+        while True:
+            with self._lock:
+                if self._permits:
+                    self._permits -= 1
+                    return
+                future: asyncio.Future[None] = loop.create_future()
+                self._waiting.append((loop, future))
+            await future
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+@dataclass(frozen=True)
+class FakeFailure:
+    """What goes wrong: raise `error` after `after` tokens."""
+
+    after: int = 0
+    error: Exception = field(
+        default_factory=lambda: EngineError("the fake engine was told to fail")
+    )
+
+
+def fake_model(**changes: Any) -> ModelInfo:
+    """A small model's shape; `changes` replaces fields."""
+    shape = ModelInfo(
+        name="fake-model",
+        architecture="FakeForCausalLM",
+        n_layers=6,
+        d_model=16,
+        vocab_size=ByteTokenizer.vocab_size,
+        max_length=512,
+        sites=SITES,
+        d_mlp=32,
+        n_heads=4,
+        head_dim=4,
+    )
+    return replace(shape, **changes)
+
+
+class FakeEngine:
+    """See `steer.engines.base.Engine`; everything is decided by hashes.
+
+    `stepper` holds tokens back until it allows them; `failure` makes requests fail. `counts` has
+    started, finished, cancelled and failed requests.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo | None = None,
+        *,
+        slots: int = 64,
+        stepper: Stepper | None = None,
+        failure: FakeFailure | None = None,
+    ) -> None:
+        self.info = info or fake_model()
+        self.capabilities = Capabilities(
+            engine="fake",
+            kinds=KINDS,
+            sites=self.info.sites,
+            sae_architectures=("relu", "jumprelu", "topk"),
+            sampling=("temperature", "top_p", "top_k", "seed", "logprobs"),
+            inspection=("patchscope", "logit_lens", "activations"),
+            limits={"slots": slots},
+        )
+        self.tokenizer: Any = ByteTokenizer()
+        self.stepper, self.failure = stepper, failure
+        self.counts: Counter[str] = Counter()
+        self.seen: list[GenerationRequest] = []
+        self.running = False
+        self._slots = slots
+        self._held: Counter[str] = Counter()
+        self._changed = threading.Condition()
+
+    def start(self) -> None:
+        self.running = True
+
+    def stop(self) -> None:
+        self.running = False
+
+    def admit(self, request: GenerationRequest) -> None:
+        if not request.prompt or len(request.prompt) >= self.info.max_length:
+            raise SteerError(
+                f"the prompt has {len(request.prompt)} tokens; {self.info.name!r} takes 1 to "
+                f"{self.info.max_length - 1}",
+                code="context_length_exceeded",
+            )
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        self.admit(request)
+        outcome = "cancelled"
+        self._begin(request)
+        try:
+            for event in _events(request, self.info.max_length, self.failure):
+                if self.stepper is not None:
+                    await self.stepper.wait()
+                yield event
+                await asyncio.sleep(0)
+            outcome = "finished"
+        except Exception:
+            outcome = "failed"
+            raise
+        finally:
+            self._end(request, outcome)
+
+    def complete(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+        done = []
+        for request in requests:
+            self.admit(request)
+            self._begin(request)
+            events = list(_events(request, self.info.max_length, self.failure))
+            self._end(request, "finished")
+            done.append(_completion(events))
+        return done
+
+    def capture(self, request: CaptureRequest) -> list[Captured]:
+        plans = request.plans or [None] * len(request.prompts)
+        return [
+            self._captured(request, tuple(prompt), plan)
+            for prompt, plan in zip(request.prompts, plans, strict=True)
+        ]
+
+    def unembed(self, states: Tensor) -> Tensor:
+        matrix = _normal("unembed", (self.info.vocab_size, self.info.d_model))
+        return states.float() @ matrix.T
+
+    def stats(self) -> EngineStats:
+        with self._changed:
+            running = self.counts["started"] - sum(
+                self.counts[key] for key in ("finished", "cancelled", "failed")
+            )
+            return EngineStats(
+                slots=self._slots, slots_in_use=len(+self._held), requests_running=running
+            )
+
+    def wait_for(self, outcome: str, count: int = 1, timeout: float = 10.0) -> bool:
+        """Blocks until `count` requests have ended so; False when `timeout` seconds pass first."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.counts[outcome] >= count, timeout)
+
+    def _begin(self, request: GenerationRequest) -> None:
+        with self._changed:
+            key = request.plan.fingerprint if request.plan else None
+            if key is not None and key not in self._held and len(+self._held) >= self._slots:
+                raise CapacityError(f"all {self._slots} slots are taken: try again")
+            if key is not None:
+                self._held[key] += 1
+            self.seen.append(request)
+            self._count("started")
+
+    def _end(self, request: GenerationRequest, outcome: str) -> None:
+        with self._changed:
+            if request.plan is not None:
+                self._held[request.plan.fingerprint] -= 1
+                self._held = +self._held
+            self._count(outcome)
+
+    def _count(self, what: str) -> None:
+        self.counts[what] += 1
+        self._changed.notify_all()
+
+    def _captured(
+        self, request: CaptureRequest, prompt: tuple[int, ...], plan: SteeringPlan | None
+    ) -> Captured:
+        wanted = request.positions if request.positions is not None else range(len(prompt))
+        places = [range(len(prompt))[place] for place in wanted]
+        last = HookPoint(self.info.n_layers - 1)
+        states = {point: self._states(point, prompt, places, plan) for point in request.points}
+        logits = None
+        if request.logits != "none":
+            read = [len(prompt) - 1] if request.logits == "last" else list(range(len(prompt)))
+            logits = self.unembed(self._states(last, prompt, read, plan))
+        return Captured(states, logits)
+
+    def _states(
+        self,
+        point: HookPoint,
+        prompt: tuple[int, ...],
+        places: Sequence[int],
+        plan: SteeringPlan | None,
+    ) -> Tensor:
+        """Rows `[positions, width]` that depend on the tokens so far and on the edits so far."""
+        width = self.info.width(point.site)
+        mark = ""
+        if plan and any(forward_order(p) <= forward_order(point) for p in plan.points):
+            mark = plan.fingerprint
+        rows = [_normal(f"{point}{prompt[: place + 1]}{mark}", (width,)) for place in places]
+        return torch.stack(rows) if rows else torch.zeros(0, width)
+
+
+def _events(
+    request: GenerationRequest, max_length: int, failure: FakeFailure | None
+) -> Iterator[TokenEvent]:
+    """The events of one request; asks `request.stop` after every token."""
+    limit = min(request.sampling.max_tokens, max_length - len(request.prompt))
+    generated: list[int] = []
+    for token in _script(request):
+        if failure is not None and len(generated) == failure.after:
+            raise failure.error
+        generated.append(token)
+        ends = token == ByteTokenizer.eos_token_id and not request.sampling.ignore_eos
+        stopped = not ends and request.stop is not None and request.stop(token)
+        logprob = _logprob(request, len(generated), token)
+        if ends or stopped:
+            yield TokenEvent(token, logprob, "stop", _receipt(request, generated))
+            return
+        if len(generated) == limit:
+            yield TokenEvent(token, logprob, "length", _receipt(request, generated))
+            return
+        yield TokenEvent(token, logprob)
+
+
+def _script(request: GenerationRequest) -> Iterator[int]:
+    """Six to thirteen words, then end-of-sequence, for ever."""
+    seed = "greedy" if request.sampling.temperature == 0 else str(request.sampling.seed)
+    mark = request.plan.fingerprint if request.plan else ""
+    key = f"{request.prompt}{mark}{seed}"
+    words = _STEERED if request.plan and request.plan.points else _PLAIN
+    for place in range(6 + _number(key) % 8):
+        word = words[_number(f"{key}{place}") % len(words)]
+        yield from (" " * (place > 0) + word).encode()
+    while True:
+        yield ByteTokenizer.eos_token_id
+
+
+def _receipt(request: GenerationRequest, generated: Sequence[int]) -> Receipt | None:
+    """Counted with the selections of the plan; every gate is open."""
+    plan = request.plan
+    if plan is None:
+        return None
+    fed = np.array([*request.prompt, *generated[:-1]], dtype=np.int64)
+    places = np.arange(len(fed))
+    any_mask = np.zeros(len(fed), dtype=bool)
+    at_point: dict[HookPoint, Any] = {}
+    gates: dict[str, int] = {}
+    for one in plan.passes:
+        mask = one.selection.mask(places, len(request.prompt), fed)
+        any_mask |= mask
+        for point in one.blocks:
+            at_point[point] = at_point.get(point, np.zeros(len(fed), dtype=bool)) | mask
+        if one.gate is not None:
+            gates[one.gate.name] = int(mask.sum())
+    steered = int(any_mask.sum())
+    return Receipt(
+        fingerprint=plan.fingerprint,
+        tokens_steered=steered,
+        tokens_skipped=len(fed) - steered,
+        hook_points=tuple(
+            PointReceipt(p, int(at_point[p].sum()), _RELATIVE_SIZE if request.measure else None)
+            for p in plan.points
+        ),
+        gates=tuple(GateReceipt(name, fired, 0.5) for name, fired in gates.items()),
+        strengths=plan.settled_strengths,
+    )
+
+
+def _logprob(request: GenerationRequest, place: int, token: int) -> TokenLogprob | None:
+    wanted = request.sampling.logprobs
+    if wanted is None:
+        return None
+    first = -(1 + _number(f"{place}{token}") % 100) / 100
+    others = [(token, first)] + [((token + n) % 256, first - n) for n in range(1, wanted)]
+    return TokenLogprob(first, tuple(others[:wanted]))
+
+
+def _completion(events: Sequence[TokenEvent]) -> Completion:
+    last = events[-1]
+    kept = events[:-1] if last.finish == "stop" else events
+    return Completion(
+        tokens=tuple(event.token for event in kept),
+        finish=last.finish or "length",
+        receipt=last.receipt,
+        logprobs=tuple(event.logprob for event in kept if event.logprob is not None),
+    )
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big")
+
+
+def _normal(key: str, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(_number(key)))

@@ -1,0 +1,39 @@
+"""What the start-up proofs of all engines share: an edit that no model can miss, and the comparison
+with what the model computes without it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from steer.edits import Block, Law
+from steer.model import HookPoint, ModelInfo
+from steer.plan.plan import Pass, SteeringPlan
+from steer.plan.selection import EVERYWHERE
+from steer.spec import Patch, SteeringSpec
+
+
+def probe_plan(model: ModelInfo, point: HookPoint, *, constant: bool = True) -> SteeringPlan:
+    """An edit that no model can miss: another direction for each coordinate, of a large size; as a
+    constant, or as an edit that reads the state."""
+    direction = torch.cos(torch.arange(model.width(point.site), dtype=torch.float32)) * 10.0
+    block = Block(shift=direction)
+    if not constant:
+        block = Block.of_edits(
+            torch.zeros_like(direction)[None], direction[None], [Law.constant(1)]
+        )
+    spec = SteeringSpec(interventions=(Patch(vector="probe"),))
+    name = f"probe-{point}-{constant}"
+    return SteeringPlan(name, spec, (Pass(EVERYWHERE, None, {point: block}),), (), (), ())
+
+
+def unchanged(row: Tensor, plain: Tensor, *, experts: bool) -> bool:
+    """Bit-identical; in a mixture of experts, equal to rounding.
+
+    There an edited neighbour may choose other experts, and the size of an expert's batch changes
+    the last bits of every token in it, with or without Steer.
+    """
+    if torch.equal(row, plain):
+        return True
+    tolerance = 1e-4 if plain.dtype == torch.float32 else 5e-2
+    return experts and torch.allclose(row, plain, rtol=tolerance, atol=tolerance)

@@ -1,0 +1,174 @@
+"""The running batch on a GPU: sequences packed end to end, over transformers' paged cache.
+
+The scheduler is the same as for a rolling batch. A sequence that the cache cannot hold any longer
+is put back by transformers and computed anew later, its generated tokens included; a token's phase
+follows from its position and the original prompt, so that this changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from steer.batch.requests import Seat, Span
+from steer.batch.step import Step, build_step
+from steer.batch.tables import Tables
+from steer.engines.base import GenerationRequest, TokenEvent
+from steer.engines.transformers.hooks import HookedModel
+from steer.engines.transformers.packed.model import Chunk, PackedModel, PackedOptions
+from steer.engines.transformers.packed.proof import prove_packed
+from steer.engines.transformers.proof import prove_steering
+from steer.engines.transformers.sequences import Running, Seating, take_tokens
+from steer.errors import EngineError
+
+
+@dataclass
+class _Packed:
+    """A sequence and how much of it the cache holds."""
+
+    sequence: Running
+    key: str
+    computed: int = 0
+
+    def ids(self, start: int, length: int) -> list[int]:
+        """The token ids at `[start, start + length)`."""
+        prompt, tokens = self.sequence.request.prompt, self.sequence.tokens
+        first = start - len(prompt)
+        if first >= 0:
+            return tokens[first : first + length]
+        return [*prompt[start : start + length], *tokens[: max(first + length, 0)]]
+
+
+class PackedBatch:
+    """A `Batch` in which T tokens of any number of sequences make one pass `[1, T]`.
+
+    Assumes: one thread.
+    Guarantees: as `Batch`; no state is shared between requests; a receipt counts every token once,
+    however often it was computed.
+    """
+
+    def __init__(
+        self,
+        hooked: HookedModel,
+        tables: Tables,
+        *,
+        rows: int,
+        eos: frozenset[int],
+        options: PackedOptions = PackedOptions(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.hooked, self.tables, self.rows, self.eos = hooked, tables, rows, eos
+        # Captures are seated beside a full batch.
+        self._seating = Seating(tables, 2 * rows)
+        self.ledger = self._seating.ledger
+        self.sequences: list[Running] = []
+        self.packed_model = PackedModel(hooked, rows=rows, options=options)
+        self.max_length = min(hooked.info.max_length, self.packed_model.capacity)
+        self._packed: dict[str, _Packed] = {}
+        self._keys: dict[int, str] = {}
+        self._joined = 0
+        self._steady: tuple[tuple[str, ...], Step | None] | None = None
+
+    @property
+    def free(self) -> int:
+        """Places left for new sequences."""
+        return self.rows - len(self.sequences)
+
+    def seat(self, request: GenerationRequest) -> Seat:
+        """Takes a slot and a ledger row; raises `CapacityError` when all slots are in use."""
+        self._steady = None  # the tables may change
+        return self._seating.take(request)
+
+    def unseat(self, seat: Seat) -> None:
+        """Gives back what `seat` took."""
+        self._steady = None
+        self._seating.give_back(seat)
+
+    def join(self, newcomers: Sequence[Running]) -> list[tuple[Running, TokenEvent]]:
+        """Queues sequences; their first tokens come from `decode`."""
+        for sequence in newcomers:
+            self._joined += 1
+            key = str(self._joined)
+            self.sequences.append(sequence)
+            self._packed[key], self._keys[id(sequence)] = _Packed(sequence, key), key
+            self.packed_model.add(key, sequence.request.prompt)
+        return []
+
+    def decode(self) -> list[tuple[Running, TokenEvent]]:
+        """One pass: a token for every sequence whose prompt is computed, and parts of prompts."""
+        chunks = self.packed_model.next()
+        logits = self.packed_model.forward(chunks, self._step(chunks))
+        for chunk in chunks:
+            self._packed[chunk.key].computed = chunk.start + chunk.length
+        final = [self._packed[chunk.key].sequence for chunk in chunks if chunk.final]
+        events = take_tokens(final, logits, self.ledger, self.eos)
+        self.packed_model.accept([event.token for _, event in events])
+        for sequence, event in events:
+            if event.finish:
+                self.leave(sequence)
+        return events
+
+    def leave(self, sequence: Running) -> None:
+        """Takes a sequence out of the batch."""
+        key = self._keys.pop(id(sequence))
+        del self._packed[key]
+        self.sequences = [s for s in self.sequences if s is not sequence]
+        self.packed_model.remove(key)
+        self.unseat(sequence.seat)
+
+    def clear(self) -> list[Running]:
+        """Takes every sequence out, after a failure; returns them."""
+        left, self.sequences = self.sequences, []
+        self._packed.clear()
+        self._keys.clear()
+        for sequence in left:
+            self.unseat(sequence.seat)
+        self.packed_model.reset()
+        return left
+
+    def lend(self) -> None:
+        """Gives the model its own attention back until the next pass."""
+        self.packed_model.lend()
+
+    def prove(self) -> None:
+        """The start-up proof, for plain passes and packed ones; raises `Unsupported`."""
+        prove_steering(self.hooked)
+        prove_packed(self.packed_model)
+
+    def _step(self, chunks: Sequence[Chunk]) -> Step | None:
+        """The step of a pass; the same object as long as nobody's slots can change."""
+        for chunk in chunks:
+            self._check_place(self._packed[chunk.key], chunk)
+        order = tuple(chunk.key for chunk in chunks)
+        # A final chunk of one token is the next token of its sequence, never an old one.
+        decoding = all(chunk.length == 1 and chunk.final for chunk in chunks)
+        if decoding and self._steady is not None and self._steady[0] == order:
+            return self._steady[1]
+        spans, offset = [], 0
+        for chunk in chunks:
+            packed = self._packed[chunk.key]
+            if packed.sequence.seat.plan is not None:
+                spans.append(_span(packed, chunk, offset))
+            offset += chunk.length
+        step = build_step(self.tables, self.ledger, spans, offset)
+        if decoding and all(self._packed[key].sequence.steady for key in order):
+            self._steady = (order, step)
+        return step
+
+    def _check_place(self, packed: _Packed, chunk: Chunk) -> None:
+        """A chunk continues its sequence, or begins it anew after a preemption."""
+        if chunk.start == packed.computed:
+            return
+        if chunk.start != 0:
+            raise EngineError(
+                f"transformers planned tokens from position {chunk.start} of a sequence of which "
+                f"{packed.computed} are computed: the states between them would not be ours"
+            )
+        self.ledger.recount(packed.sequence.seat.row)
+
+
+def _span(packed: _Packed, chunk: Chunk, offset: int) -> Span:
+    positions = np.arange(chunk.start, chunk.start + chunk.length, dtype=np.int64)
+    tokens = np.array(packed.ids(chunk.start, chunk.length), dtype=np.int64)
+    return Span(packed.sequence.seat, offset, positions, tokens)

@@ -1,0 +1,102 @@
+"""The start-up proof of packed batches, after the one for plain passes (`proof.py`).
+
+Sequences packed side by side must give the logits that each gives alone in a plain pass, for their
+prompts and for a token after them; and at every site, in the first and the last layer, an edit
+must act on its own sequence and leave its neighbour as it is. (To the bit only without a mixture of
+experts: there an edit changes how many tokens share an expert's matrix product.)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steer.batch.ledger import Ledger
+from steer.batch.requests import Seat, Span
+from steer.batch.step import Step, build_step
+from steer.batch.tables import Tables
+from steer.engines.proof import probe_plan
+from steer.engines.transformers.packed.model import PackedModel
+from steer.errors import Unsupported
+from steer.model import HookPoint
+
+_PROMPTS = ((1, 2, 3, 4), (5, 6, 7, 8, 9, 10, 11))
+_NEXT = 12
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+_HALF_TOLERANCE = 0.1
+"""Relative to the spread of the logits; a sequence that sees another is far outside."""
+
+
+@torch.inference_mode()
+def prove_packed(model: PackedModel) -> None:
+    """Raises `Unsupported` naming what differs."""
+    try:
+        _prove_agreement(model)
+        layers = sorted({0, model.hooked.info.n_layers - 1})
+        for site in model.hooked.info.sites:
+            for layer in layers:
+                _prove_edit(model, HookPoint(layer, site))
+    finally:
+        model.reset()
+        model.lend()
+
+
+def _prove_agreement(model: PackedModel) -> None:
+    prompts, after = _packed_logits(model, None)
+    model.lend()
+    for number, prompt in enumerate(_PROMPTS):
+        ids = torch.tensor([[*prompt, _NEXT]], device=model.hooked.device)
+        outputs, _ = model.hooked.forward(None, input_ids=ids, use_cache=False)
+        plain = outputs.logits[0].float()
+        for packed, alone in ((prompts[number], plain[-2]), (after[number], plain[-1])):
+            if not _close(packed, alone, model.dtype):
+                raise Unsupported(
+                    f"{model.hooked.info.architecture} computes other logits in packed batches "
+                    "than alone: choose batching='rolling'",
+                    code="packed_batches_unavailable",
+                )
+
+
+def _prove_edit(model: PackedModel, point: HookPoint) -> None:
+    tables = Tables(model.hooked.info, slots=1, device=model.hooked.device)
+    plan = probe_plan(model.hooked.info, point)
+    length = len(_PROMPTS[0])
+    positions = np.arange(length, dtype=np.int64)
+    seat = Seat(0, length, plan, tables.acquire(plan))
+    span = Span(seat, 0, positions, np.array(_PROMPTS[0], dtype=np.int64))
+    ledger = Ledger(1, model.hooked.device)
+    step = build_step(tables, ledger, [span], sum(map(len, _PROMPTS)))
+    plain, _ = _packed_logits(model, None)
+    steered, _ = _packed_logits(model, step)
+    kept = _close(steered[1], plain[1], model.dtype)
+    acted = (steered[0] - plain[0]).norm() > 10 * (steered[1] - plain[1]).norm()
+    if not (acted and kept):
+        raise Unsupported(
+            f"in packed batches of {model.hooked.info.architecture}, an edit at {point} does not "
+            "act on exactly its own sequence: choose batching='rolling'",
+            code="packed_batches_unavailable",
+        )
+
+
+def _packed_logits(model: PackedModel, step: Step | None) -> tuple[Tensor, Tensor]:
+    """Logits `[2, vocab]` after the prompts, with `step`'s edits, and after one more token."""
+    model.reset()
+    for number, prompt in enumerate(_PROMPTS):
+        model.add(str(number), prompt)
+    chunks = model.next()
+    if [chunk.length for chunk in chunks] != [len(prompt) for prompt in _PROMPTS]:
+        raise Unsupported(
+            f"a packed batch of {model.batch_tokens} tokens over a cache of {model.capacity} has "
+            "no room for two short prompts: raise batch_tokens or cache_tokens",
+            code="packed_batches_unavailable",
+        )
+    prompts = model.forward(chunks, step)
+    model.accept([_NEXT] * len(_PROMPTS))
+    return prompts, model.forward(model.next(), None)
+
+
+def _close(packed: Tensor, alone: Tensor, dtype: torch.dtype) -> bool:
+    spread = (alone - alone.mean()).norm()
+    tolerance = _TOLERANCE.get(dtype, _HALF_TOLERANCE)
+    return bool((packed - alone).norm() <= tolerance * spread)

@@ -1,0 +1,226 @@
+"""Tickets are checked when a request comes in: a bad one fails its request, never the engine.
+
+Two places are wrapped. `InputProcessor.process_inputs` runs in the front end, for every way in
+(offline, asynchronous, HTTP); what it refuses is vLLM's own `VLLMValidationError`, which vLLM's
+server answers with status 400 and our sentence. `EngineCore.preprocess_add_request` runs in the
+engine core, for requests that come by a front end without Steer; vLLM logs what it refuses and
+ends that request with the finish reason "error", which its server answers with status 500.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any
+
+from steer.engines.vllm.core.scheduler import holds_back
+from steer.engines.vllm.options import KEY, SteerOptions
+from steer.engines.vllm.seams import known
+from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
+from steer.errors import EngineError, SpecError, SteerError, TooLarge, Unsupported
+
+Examine = Callable[[Ticket, Any], None]
+"""Called with a ticket that has a plan and with vLLM's configuration; raises a `SteerError`."""
+
+_FORKED_CONNECTORS = frozenset({"OffloadingConnector", "SimpleCPUOffloadConnector"})
+"""KV connectors that name what they store by vLLM's block hashes, and so by Steer's keys."""
+
+_MARK = "steer_checks"
+
+
+def check_tickets(examine: Examine | None = None) -> None:
+    """Has every request's ticket checked, in the front end and in the engine core.
+
+    `examine` looks further than this module can, for example into the plan store. Does nothing the
+    second time. Raises `Unsupported` for a version of vLLM that takes requests in otherwise.
+    """
+    from vllm.exceptions import VLLMValidationError  # noqa: PLC0415
+    from vllm.v1.engine.core import EngineCore  # noqa: PLC0415
+    from vllm.v1.engine.input_processor import InputProcessor  # noqa: PLC0415
+
+    process = InputProcessor.process_inputs
+    if not hasattr(process, _MARK):
+        known(InputProcessor, "process_inputs", *_PROCESS_INPUTS)
+
+        @wraps(process)
+        def process_inputs(self: Any, *args: Any, **named: Any) -> Any:
+            request = process(self, *args, **named)
+            try:
+                check_request(request, self.vllm_config, examine)
+            except SteerError as error:
+                raise VLLMValidationError(
+                    error.message, parameter=error.param or f"extra_args.{EXTRA_ARG}"
+                ) from error
+            return request
+
+        setattr(process_inputs, _MARK, True)
+        InputProcessor.process_inputs = process_inputs
+
+    preprocess = EngineCore.preprocess_add_request
+    if not hasattr(preprocess, _MARK):
+        known(EngineCore, "preprocess_add_request", "self", "request")
+
+        @wraps(preprocess)
+        def preprocess_add_request(self: Any, request: Any) -> Any:
+            check_request(request, self.vllm_config, examine)
+            return preprocess(self, request)
+
+        setattr(preprocess_add_request, _MARK, True)
+        EngineCore.preprocess_add_request = preprocess_add_request
+
+
+def assert_checked() -> None:
+    """Raises `EngineError` where tickets would reach this process's engine unchecked."""
+    from vllm.v1.engine.core import EngineCore  # noqa: PLC0415
+
+    if not hasattr(EngineCore.preprocess_add_request, _MARK):
+        raise EngineError(
+            "requests would reach this engine without a check of their tickets: Steer's plugin "
+            "must be loaded in the engine core (see VLLM_PLUGINS)",
+            code="tickets_not_checked",
+        )
+
+
+def check_request(request: Any, config: Any, examine: Examine | None = None) -> None:
+    """Raises a `SteerError` where an `EngineCoreRequest` has a ticket that cannot be honoured.
+
+    Sets `skip_reading_prefix_cache` on the request's own parameters where states are captured:
+    what comes from the cache is never computed, and so never seen.
+    """
+    ticket = _ticket(request)
+    if ticket is None:
+        return
+    _check_engine(config, ticket)
+    _check_ways_in(request)
+    _check_content(ticket, len(request.prompt_token_ids or ()))
+    if ticket.plan is not None:
+        check_rows(ticket, SteerOptions.of(config.additional_config).edit_rows)
+        if examine is not None:
+            examine(ticket, config)
+    if ticket.capture is not None:
+        request.sampling_params.skip_reading_prefix_cache = True
+
+
+def check_rows(ticket: Ticket, budget: int) -> None:
+    """Raises `TooLarge` for a plan that would not fit if it ran alone."""
+    if ticket.rows > budget:
+        raise TooLarge(
+            f"this spec needs {ticket.rows} edit rows and the engine has {budget} for all "
+            "requests together: send fewer features or layers, or start the engine with a larger "
+            f"additional_config[{KEY!r}]['edit_rows']",
+            code="too_many_edit_rows",
+            param="/interventions",
+        )
+
+
+_PROCESS_INPUTS = (
+    "self",
+    "request_id",
+    "prompt",
+    "params",
+    "supported_tasks",
+    "arrival_time",
+    "lora_request",
+    "tokenization_kwargs",
+    "trace_headers",
+    "priority",
+    "data_parallel_rank",
+    "resumable",
+    "session_id",
+    "kv_hints",
+)
+
+
+def _ticket(request: Any) -> Ticket | None:
+    pooling = request.pooling_params
+    if pooling is not None and EXTRA_ARG in (pooling.extra_kwargs or {}):
+        raise Unsupported("pooling requests cannot be steered: ask for a completion")
+    params = request.sampling_params
+    if params is None:
+        return None
+    if "steering" in (params.extra_args or {}):
+        # A front end with Steer puts a ticket in its place; this one would leave it aside.
+        raise SpecError(
+            "extra_args['steering'] is a spec that nobody has compiled: send it to a server with "
+            "Steer, or make the parameters with steer.engines.vllm.front.offline",
+            code="spec_not_compiled",
+        )
+    return Ticket.of(params.extra_args)
+
+
+def _check_engine(config: Any, ticket: Ticket) -> None:
+    if not isinstance(config.additional_config, Mapping) or KEY not in config.additional_config:
+        raise Unsupported(
+            "this engine was started without Steer: start it with VLLM_PLUGINS=steer",
+            code="engine_not_steered",
+        )
+    if config.speculative_config is not None:
+        raise Unsupported(
+            "this engine speculates, and drafted tokens are not steered: start it without "
+            "speculative_config",
+            code="speculative_decoding",
+        )
+    if not holds_back(config.scheduler_config):
+        raise Unsupported(
+            "this engine's scheduler does not wait for edit rows: start it with "
+            f"VLLM_PLUGINS=steer and without a scheduler_cls of its own (it has "
+            f"{config.scheduler_config.scheduler_cls!r})",
+            code="scheduler_not_steered",
+        )
+    unknown = sorted(_connectors(config.kv_transfer_config) - _FORKED_CONNECTORS)
+    if unknown and (ticket.plan is not None or ticket.capture is not None):
+        raise Unsupported(
+            f"the KV connector {unknown[0]!r} may give steered states to requests that did not "
+            f"ask for them: use one of {sorted(_FORKED_CONNECTORS)}, or none",
+            code="unsupported_connector",
+        )
+
+
+def _connectors(transfer: Any) -> frozenset[str]:
+    """The names of the connectors at work, those inside a `MultiConnector` for itself."""
+    if transfer is None or transfer.kv_connector is None:
+        return frozenset()
+    if transfer.kv_connector != "MultiConnector":
+        return frozenset({str(transfer.kv_connector)})
+    inner = transfer.kv_connector_extra_config.get("connectors", ())
+    return frozenset(str(one.get("kv_connector")) for one in inner)
+
+
+def _check_ways_in(request: Any) -> None:
+    if request.prompt_embeds is not None or request.prompt_token_ids is None:
+        raise Unsupported(
+            "a prompt of embeddings has no tokens to steer or to read: send text or token ids",
+            code="prompt_embeds",
+        )
+    if request.resumable:
+        raise Unsupported(
+            "a prompt that arrives in pieces cannot be steered or read, because what is prompt "
+            "and what is generation changes: send it whole",
+            code="streaming_input",
+        )
+
+
+def _check_content(ticket: Ticket, prompt_length: int) -> None:
+    if ticket.n < 1:
+        raise _malformed(f"n is {ticket.n}")
+    if ticket.plan is None and (ticket.selections or ticket.rows):
+        raise _malformed("it selects tokens and names no plan")
+    if ticket.plan is not None and not ticket.fingerprint:
+        raise _malformed("its plan has no fingerprint")
+    if ticket.rows < 0:
+        raise _malformed(f"it asks for {ticket.rows} edit rows")
+    for position in ticket.capture.positions if ticket.capture is not None else ():
+        if not 0 <= position < prompt_length:
+            raise SpecError(
+                f"position {position} is not in the prompt, which has {prompt_length} tokens: "
+                f"ask for positions from 0 to {prompt_length - 1}",
+                code="position_outside_prompt",
+            )
+
+
+def _malformed(what: str) -> SpecError:
+    return SpecError(
+        f"extra_args[{EXTRA_ARG!r}] is not a ticket of this version of Steer ({what}): send the "
+        "spec in the field 'steering' instead",
+        code="invalid_ticket",
+    )

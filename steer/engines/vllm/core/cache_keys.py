@@ -1,0 +1,195 @@
+"""Keys of cached blocks: states that steering shaped are shared only where it was the same.
+
+vLLM names a full block by its tokens, its parent's name and extra keys. Steer adds one extra key
+to every block that ends after the first steered position of a request:
+
+    ("steer", "<fingerprint>:<digest of the plan's hash and of the pattern>")
+
+The pattern is which passes select each token of the block. It belongs in the key, because a
+fingerprint does not say where it acts. Take a spec that steers the prompt only: request A has the
+prompt X and generates Y; request B has the prompt X + Y. The tokens and the fingerprint are equal,
+and Y is plain in A and steered in B. Names are chained, so a block's name covers the pattern from
+the first steered position on. Where a prompt-scope gate has a say, the prompt's length is in the
+key as well: it is where the gate was decided. The plan's hash is in the digest, because a ticket's
+fingerprint is a claim, and the plan is what runs: a ticket made by hand cannot put its states
+under another plan's name.
+
+Blocks before the first steered token carry no key and are shared with everybody. What a request
+leaves behind (`key`, `measure`) is no part of the key, nor is an order to capture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import numpy as np
+
+from steer.engines.vllm.seams import known, version
+from steer.engines.vllm.ticket import Ticket
+from steer.errors import EngineError
+from steer.plan.selection import EVERYWHERE, Selection
+
+ExtraKeys = tuple[Any, ...] | None
+
+_NAME = "generate_block_hash_extra_keys"
+_PARAMETERS = ("request", "start_token_idx", "end_token_idx", "start_mm_idx")
+_ORIGINAL = "steer_original"
+_MEMO = "_steer_footprint"
+
+
+@dataclass
+class Footprint:
+    """How far a request's tokens were looked at, and where steering first showed.
+
+    `first` is the first steered position, `first_gated` the first that a prompt-scope gate has a
+    say in; both None as long as none was met below `scanned`.
+    """
+
+    ticket: Ticket
+    gated: int
+    scanned: int = 0
+    first: int | None = None
+    first_gated: int | None = None
+
+    @staticmethod
+    def of(ticket: Ticket) -> Footprint:
+        gated = sum(
+            1 << number
+            for number, selection in enumerate(ticket.selections)
+            if _gated_by_prompt(selection)
+        )
+        return Footprint(ticket, gated)
+
+    def scan(self, request: Any, end: int) -> None:
+        """Looks at the tokens up to `end`; each is looked at once, in the order they are known."""
+        if end <= self.scanned:
+            return
+        start, self.scanned = self.scanned, end
+        bits = _pattern(self.ticket, request, start, end)
+        if self.first is None:
+            self.first = _first(bits != 0, start)
+        if self.first_gated is None and self.gated:
+            self.first_gated = _first((bits & self.gated) != 0, start)
+
+    def key(self, request: Any, start: int, end: int) -> tuple[str, str] | None:
+        """The extra key of the block of positions `start` to `end`; None before any steering."""
+        if self.ticket.plan is None:
+            return None
+        self.scan(request, end)
+        if self.first is None or self.first >= end:
+            return None
+        bits = _pattern(self.ticket, request, start, end)
+        digest = hashlib.sha256(self.ticket.plan.encode() + bits.tobytes()).hexdigest()
+        text = f"{self.ticket.fingerprint}:{digest}"
+        if self.first_gated is not None and self.first_gated < end:
+            text += f"@{request.num_prompt_tokens}"
+        return ("steer", text)
+
+
+def ticket_of(request: Any) -> Ticket | None:
+    """The ticket of one of vLLM's requests, parsed once; raises `SpecError` for a bad one."""
+    footprint = _footprint(request)
+    return None if footprint is None else footprint.ticket
+
+
+def fork_block_keys() -> None:
+    """Puts Steer's key into the names of cached blocks, in this process.
+
+    Does nothing the second time, except for modules imported in between. Raises `Unsupported` for
+    a version of vLLM that makes its keys otherwise.
+    """
+    from vllm.v1.core import kv_cache_utils  # noqa: PLC0415
+
+    forked = vars(kv_cache_utils).get(_NAME)
+    if not hasattr(forked, _ORIGINAL):
+        forked = _forked(known(kv_cache_utils, _NAME, *_PARAMETERS))
+        setattr(kv_cache_utils, _NAME, forked)
+    original = getattr(forked, _ORIGINAL)
+    # Modules that import the name later get the fork; these have the original already.
+    for module in _holders():
+        if vars(module)[_NAME] is original:
+            setattr(module, _NAME, forked)
+
+
+def assert_forked() -> None:
+    """Raises `EngineError` where a block of a steered request would go without Steer's key.
+
+    Asks every module that makes keys for the key of a steered block, and for a plain one.
+    """
+    from vllm import SamplingParams  # noqa: PLC0415
+    from vllm.v1.core import kv_cache_utils  # noqa: PLC0415
+    from vllm.v1.request import Request  # noqa: PLC0415
+
+    def request(ticket: Ticket | None) -> Any:
+        extra = None if ticket is None else ticket.as_extra_args()
+        return Request("steer", [0, 0], SamplingParams(max_tokens=1, extra_args=extra), None)
+
+    ticket = Ticket("proof", fingerprint="proof", plan="0" * 64, selections=(EVERYWHERE,))
+    expected = Footprint.of(ticket).key(request(ticket), 0, 2)
+    for module in {kv_cache_utils, *_holders()}:
+        make = vars(module)[_NAME]
+        steered, _ = make(request(ticket), 0, 2, 0)
+        plain, _ = make(request(None), 0, 2, 0)
+        if expected not in (steered or ()) or plain is not None:
+            raise EngineError(
+                f"cached blocks of steered requests would be shared with plain ones: "
+                f"{module.__name__}.{_NAME} of vLLM {version()} does not carry Steer's key. "
+                "Steer's plugin must be loaded in this process (see VLLM_PLUGINS), and no other "
+                "plugin may replace this function",
+                code="cache_not_forked",
+            )
+
+
+def _holders() -> list[Any]:
+    """Every module that has the name: those that make keys import it by name."""
+    modules = list(sys.modules.values())
+    return [one for one in modules if _NAME in getattr(one, "__dict__", {})]
+
+
+def _forked(original: Callable[..., tuple[ExtraKeys, int]]) -> Callable[..., Any]:
+    @wraps(original)
+    def generate_block_hash_extra_keys(
+        request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
+    ) -> tuple[ExtraKeys, int]:
+        keys, mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
+        footprint = _footprint(request)
+        if footprint is not None:
+            key = footprint.key(request, start_token_idx, end_token_idx)
+            if key is not None:
+                keys = (*(keys or ()), key)
+        return keys, mm_idx
+
+    setattr(generate_block_hash_extra_keys, _ORIGINAL, original)
+    return generate_block_hash_extra_keys
+
+
+def _footprint(request: Any) -> Footprint | None:
+    memo = vars(request).get(_MEMO, request)  # the request itself stands for "not parsed yet"
+    if memo is request:
+        params = request.sampling_params
+        ticket = None if params is None else Ticket.of(params.extra_args)
+        memo = None if ticket is None else Footprint.of(ticket)
+        setattr(request, _MEMO, memo)
+    return memo if isinstance(memo, Footprint) else None
+
+
+def _pattern(ticket: Ticket, request: Any, start: int, end: int) -> Any:
+    """Which passes select each of the positions `start` to `end`, as bits `[end - start]`."""
+    positions = np.arange(start, end, dtype=np.int64)
+    tokens = np.asarray(request.all_token_ids[start:end], dtype=np.int64)
+    return ticket.pattern(positions, request.num_prompt_tokens, tokens)
+
+
+def _gated_by_prompt(selection: Selection) -> bool:
+    excluded = selection.excluded
+    return selection.from_last_prompt_token or (excluded is not None and _gated_by_prompt(excluded))
+
+
+def _first(chosen: Any, start: int) -> int | None:
+    hits = np.flatnonzero(chosen)
+    return start + int(hits[0]) if len(hits) else None

@@ -1,0 +1,71 @@
+"""Where a front end makes tickets: the plan goes to the store once, the request names it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from collections import OrderedDict
+
+from steer.engines.vllm.static.rows import rows_needed
+from steer.engines.vllm.taps.shifts import only_shifts
+from steer.engines.vllm.ticket import CaptureOrder, Ticket
+from steer.plan.file import dump_plan
+from steer.plan.plan import SteeringPlan
+from steer.registry.blobs.plan_store import PlanStore
+
+_REMEMBERED = 4096
+
+
+def budget_rows(plan: SteeringPlan) -> int:
+    """What `plan` takes of the budget of edit rows; constants alone have rows of their own."""
+    return 0 if only_shifts(plan) else rows_needed(plan)
+
+
+class Desk:
+    """Assumes: every worker reads the same store. Safe from any thread."""
+
+    def __init__(self, store: PlanStore) -> None:
+        self._store = store
+        self._published: OrderedDict[str, tuple[str, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def ticket(
+        self,
+        plan: SteeringPlan | None,
+        *,
+        n: int = 1,
+        measure: bool = False,
+        capture: CaptureOrder | None = None,
+    ) -> Ticket:
+        """A ticket with a key of its own for one request of `n` choices."""
+        key = uuid.uuid4().hex
+        if plan is None:
+            return Ticket(key, n, capture=capture)
+        sha256, rows = self._publish(plan)
+        return Ticket(
+            key,
+            n,
+            fingerprint=plan.fingerprint,
+            plan=sha256,
+            rows=rows,
+            selections=tuple(one.selection for one in plan.passes),
+            measure=measure,
+            capture=capture,
+        )
+
+    def _publish(self, plan: SteeringPlan) -> tuple[str, int]:
+        # Strengths that were asked for in other words mean the same, but the receipt, which is
+        # made from the file, tells them apart.
+        name = f"{plan.fingerprint} {json.dumps(plan.settled_strengths)}"
+        with self._lock:
+            known = self._published.get(name)
+            if known is not None:
+                self._published.move_to_end(name)
+        if known is None:
+            known = (self._store.put(dump_plan(plan)), budget_rows(plan))
+            with self._lock:
+                self._published[name] = known
+                while len(self._published) > _REMEMBERED:
+                    self._published.popitem(last=False)
+        return known

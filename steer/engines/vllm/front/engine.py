@@ -1,0 +1,310 @@
+"""The vLLM engine, as the rest of Steer uses engines: for captures, inspection, fitting, tests.
+
+vLLM's server does not generate through this class: its own routes do. What they have in common are
+the tickets, the workers and the receipts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from steer.artefacts.sae.architectures import SUPPORTED
+from steer.engines.base import (
+    Captured,
+    CaptureRequest,
+    Completion,
+    EngineStats,
+    GenerationRequest,
+    SamplingParams,
+    TokenEvent,
+)
+from steer.engines.checks import check_request
+from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
+from steer.engines.vllm import plugin
+from steer.engines.vllm.front.desk import Desk
+from steer.engines.vllm.front.drivers import ClientDriver, Driver, InlineDriver, LocalDriver
+from steer.engines.vllm.front.sequences import RunningSequence
+from steer.engines.vllm.messages import pack, read_info, unpack
+from steer.engines.vllm.options import REGISTRY_VARIABLE, registry_location
+from steer.engines.vllm.pipeline import check_gates
+from steer.engines.vllm.ticket import CaptureOrder, Ticket
+from steer.errors import SpecError, SteerError, TooLarge, Unsupported
+from steer.model import Capabilities, HookPoint, ModelInfo
+from steer.plan.plan import check_passes
+from steer.registry.blobs.plan_store import PlanStore
+from steer.spec import KINDS
+
+MAX_CAPTURE_BYTES = 1 << 30
+
+
+class VllmEngine:
+    """An `Engine` over a vLLM engine that was started with the plugin."""
+
+    info: ModelInfo
+    capabilities: Capabilities
+    tokenizer: Any
+
+    def __init__(
+        self, driver: Driver, tokenizer: Any, answer: Any, desk: Desk, eos: frozenset[int]
+    ) -> None:
+        """`answer` is what the first worker says to `steer_info`."""
+        self._driver, self.tokenizer, self.desk, self._eos = driver, tokenizer, desk, eos
+        self.info = read_info(answer)
+        self._passes, self._stages = int(answer["passes"]), int(answer["stages"])
+        self._static = bool(answer["static"])
+        self.capabilities = Capabilities(
+            engine="vllm",
+            kinds=KINDS,
+            sites=self.info.sites,
+            gate_scopes=("prompt", "token") if self._stages == 1 else (),
+            sae_architectures=tuple(n for n in SUPPORTED if not (self._static and n == "topk")),
+            sampling=("temperature", "top_p", "top_k", "seed", "stop", "n", "logprobs"),
+            inspection=() if self._static else ("patchscope", "logit_lens", "activations"),
+            limits={
+                "slots": int(answer["slots"]),
+                "passes": self._passes,
+                "batch": int(answer["slots"]),
+            },
+        )
+        self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
+
+    @classmethod
+    def load(cls, *, registry: str | Path | None = None, **options: Any) -> VllmEngine:
+        """Starts vLLM in this process; `options` are those of vLLM's `LLM`.
+
+        Raises `Unsupported` for what cannot be steered; the plugin must be named in VLLM_PLUGINS.
+        """
+        if registry is not None:
+            os.environ[REGISTRY_VARIABLE] = str(registry)
+        if not plugin.named():
+            raise Unsupported(
+                "the plugin is not active: set the environment variable VLLM_PLUGINS=steer before "
+                "vLLM is imported",
+                code="plugin_not_named",
+            )
+        plugin.register()
+
+        def make() -> Any:
+            from vllm import LLM  # noqa: PLC0415 (imports half of torch)
+
+            return LLM(**options)
+
+        driver = LocalDriver(make)
+        return cls(
+            driver,
+            driver.llm.get_tokenizer(),
+            driver.rpc("steer_info")[0],
+            Desk(PlanStore(registry_location())),
+            _eos(driver.llm.llm_engine.vllm_config),
+        )
+
+    @classmethod
+    def of_llm(cls, llm: Any) -> VllmEngine:
+        """Over an `LLM` that was made with the plugin; everything runs in the caller's thread."""
+        driver = InlineDriver(llm)
+        return cls(
+            driver,
+            llm.get_tokenizer(),
+            driver.rpc("steer_info")[0],
+            Desk(PlanStore(registry_location())),
+            _eos(llm.llm_engine.vllm_config),
+        )
+
+    @classmethod
+    async def of_client(cls, client: Any, tokenizer: Any) -> VllmEngine:
+        """Over vLLM's `EngineClient`, from its event loop; the synchronous methods are then called
+        from other threads."""
+        answers = await client.collective_rpc("steer_info")
+        return cls(
+            ClientDriver(client, asyncio.get_running_loop()),
+            tokenizer,
+            answers[0],
+            Desk(PlanStore(registry_location())),
+            _eos(client.vllm_config),
+        )
+
+    def start(self) -> None:
+        """vLLM's workers proved that steering acts when they started."""
+        self._driver.start()
+
+    def stop(self) -> None:
+        self._driver.stop()
+
+    def __enter__(self) -> VllmEngine:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def admit(self, request: GenerationRequest) -> None:
+        """Raises where `request` can never run here."""
+        check_request(request, self.info, self.info.max_length)
+        if request.plan is not None:
+            check_passes(len(request.plan.passes), self._passes)
+            check_gates(request.plan, self._stages)
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        self.admit(request)
+        self.start()
+        listener = AsyncListener(self._mailbox())
+        sequence = self._sequence(request, listener)
+        self._driver.submit([sequence])
+        try:
+            while True:
+                item = await listener.queue.get()
+                if isinstance(item, SteerError):
+                    raise item
+                yield item
+                if item.finish:
+                    return
+        finally:
+            self._driver.cancel(sequence)
+
+    def complete(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+        for request in requests:
+            self.admit(request)
+        self.start()
+        listeners = [BlockingListener() for _ in requests]
+        running = [
+            self._sequence(request, listener)
+            for request, listener in zip(requests, listeners, strict=True)
+        ]
+        self._driver.submit(running)
+        try:
+            return [listener.result() for listener in listeners]
+        finally:
+            for sequence in running:
+                self._driver.cancel(sequence)
+
+    def capture(self, request: CaptureRequest) -> list[Captured]:
+        if self._static:
+            raise Unsupported(
+                "states cannot be read inside CUDA graphs: start vLLM with --enforce-eager to "
+                "inspect and to fit",
+                code="no_captures",
+            )
+        for point in request.points:
+            self.info.check_point(point)
+        plans = request.plans or [None] * len(request.prompts)
+        orders = [self._order(request, prompt) for prompt in request.prompts]
+        self.start()
+        sampling = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+        tickets, running, listeners = [], [], []
+        for prompt, plan, order in zip(request.prompts, plans, orders, strict=True):
+            generation = GenerationRequest("capture", tuple(prompt), sampling, plan)
+            self.admit(generation)
+            tickets.append(self.desk.ticket(plan, capture=order))
+            listeners.append(BlockingListener())
+            running.append(
+                RunningSequence(generation, tickets[-1], listeners[-1], self._eos, quiet=True)
+            )
+        self._driver.submit(running)
+        try:
+            for listener in listeners:
+                listener.result()
+        finally:
+            for sequence in running:
+                self._driver.cancel(sequence)
+        return [
+            self._captured(request, ticket, len(prompt))
+            for ticket, prompt in zip(tickets, request.prompts, strict=True)
+        ]
+
+    def unembed(self, states: Tensor) -> Tensor:
+        rows = states.reshape(-1, states.shape[-1])
+        answers = self._driver.rpc("steer_unembed", pack(rows))
+        data = next(answer for answer in answers if answer is not None)
+        return unpack(data, self.info.vocab_size).reshape(*states.shape[:-1], -1)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(**self._driver.rpc("steer_stats")[0])
+
+    def _sequence(
+        self, request: GenerationRequest, listener: AsyncListener | BlockingListener
+    ) -> RunningSequence:
+        ticket = None
+        if request.plan is not None:
+            ticket = self.desk.ticket(request.plan, measure=request.measure)
+        return RunningSequence(request, ticket, listener, self._eos)
+
+    def _order(self, request: CaptureRequest, prompt: Sequence[int]) -> CaptureOrder:
+        positions = _positions(request.positions, len(prompt))
+        points = dict.fromkeys(request.points)
+        if request.logits != "none":
+            points[self._last] = None
+            if request.logits == "all":
+                positions = tuple(range(len(prompt)))
+            elif len(prompt) - 1 not in positions:
+                positions = (*positions, len(prompt) - 1)
+        size = 4 * len(positions) * sum(self.info.width(point.site) for point in points)
+        if size > MAX_CAPTURE_BYTES:
+            raise TooLarge(
+                f"the states of {len(points)} hook points at {len(positions)} positions are "
+                f"{size >> 20} MiB and {MAX_CAPTURE_BYTES >> 20} MiB are allowed: choose fewer "
+                "positions or points",
+                param="/positions",
+            )
+        return CaptureOrder(tuple(points), positions)
+
+    def _captured(self, request: CaptureRequest, ticket: Ticket, length: int) -> Captured:
+        order = ticket.capture
+        assert order is not None
+        found: dict[str, bytes] = {}
+        for answer in self._driver.rpc("steer_captured", ticket.key):
+            found |= answer
+        states = {
+            point: unpack(found[str(point)], self.info.width(point.site)) for point in order.points
+        }
+        for point, rows in states.items():
+            if torch.isnan(rows).all(-1).any():
+                raise SteerError(f"no state passed {point} at some of the positions asked for")
+        place = {position: row for row, position in enumerate(order.positions)}
+        kept = [place[position] for position in _positions(request.positions, length)]
+        logits = None
+        if request.logits != "none":
+            wanted = range(length) if request.logits == "all" else [length - 1]
+            logits = self.unembed(states[self._last][[place[position] for position in wanted]])
+        return Captured({point: states[point][kept] for point in request.points}, logits)
+
+    @property
+    def _last(self) -> HookPoint:
+        return HookPoint(self.info.n_layers - 1, "resid_post")
+
+    def _mailbox(self) -> Mailbox:
+        loop = asyncio.get_running_loop()
+        if loop not in self._mailboxes:
+            self._mailboxes[loop] = Mailbox(loop)
+        return self._mailboxes[loop]
+
+
+def _positions(positions: tuple[int, ...] | None, length: int) -> tuple[int, ...]:
+    """Absolute positions in a prompt of `length` tokens."""
+    if positions is None:
+        return tuple(range(length))
+    for position in positions:
+        if not -length <= position < length:
+            raise SpecError(
+                f"position {position} is outside a prompt of {length} tokens",
+                code="position_out_of_range",
+                param="/positions",
+            )
+    return tuple(position % length for position in positions)
+
+
+def _eos(vllm_config: Any) -> frozenset[int]:
+    """The ids that end a sequence in vLLM."""
+    found = vllm_config.model_config.try_get_generation_config().get("eos_token_id")
+    if found is None:
+        found = getattr(vllm_config.model_config.hf_text_config, "eos_token_id", None)
+    if found is None:
+        return frozenset()
+    return frozenset([found] if isinstance(found, int) else found)

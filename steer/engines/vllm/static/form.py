@@ -1,0 +1,368 @@
+"""The general tier on CUDA: edits in a kernel that CUDA graphs capture, from static buffers.
+
+Where a graph is replayed no Python runs, so a pass is described before it and looked at after it:
+`GraphForm.begin` writes who is in the batch, the operators `steer::edit_pair` and `steer::edit_one`
+launch one kernel per tap (while a graph is captured, and in passes without a graph), and
+`GraphPass.finish` takes down what was done. What depends on the model's states (which gates opened)
+is known on the device alone; it is copied back without waiting and written down by `settle`.
+
+T tokens of a pass, Q requests in it, P passes of a plan.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from steer.batch.position_ledger import PositionLedger
+from steer.batch.requests import Ints, Span
+from steer.batch.tables import MAX_PASSES
+from steer.engines.vllm.static.tables import (
+    DECIDES,
+    FOLLOWERS,
+    FOLLOWS,
+    MEASURED,
+    ROW,
+    SELECTED,
+    SLOT,
+    TOKEN_FIELDS,
+    GraphTables,
+    StepBuffers,
+)
+from steer.engines.vllm.taps.taps import ADDED, points_of
+from steer.errors import EngineError
+from steer.model import HookPoint, ModelInfo
+from steer.plan.plan import SteeringPlan
+
+Fault = Callable[[str], None]
+"""Told why a pass did not do what it had to."""
+
+_LAST_EPOCH = 2**31 - 1
+
+
+class GraphForm:
+    """The static buffers of one worker, and the kernel that reads them.
+
+    `taps` are those that this worker owns. Needs Triton.
+
+    Assumes: `begin`, `finish` and `settle` are called by one thread, in the order of the passes,
+    on the stream that the model runs on; at most `max_requests` requests are steered in a pass.
+    Guarantees: between `begin` and `finish` nothing is allocated and nothing is decided in Python;
+    the rest of the buffers is slot 0, so that padding and dummy passes are left alone.
+    """
+
+    def __init__(
+        self,
+        model: ModelInfo,
+        taps: Sequence[int],
+        *,
+        max_requests: int,
+        batch_tokens: int,
+        edit_rows: int,
+        device: torch.device,
+    ) -> None:
+        from steer.engines.vllm.static.kernel import edit_group  # noqa: PLC0415
+
+        self._launch = edit_group
+        self._ledger: Callable[[], PositionLedger] = _no_ledger
+        points = [
+            [p for p in points_of(tap, model.n_layers) if p.site in model.sites] for tap in taps
+        ]
+        served = [(tap, group) for tap, group in zip(taps, points, strict=True) if group]
+        self._groups = {tap: number for number, (tap, _) in enumerate(served)}
+        self._streams = [
+            sum(1 << n for n, point in enumerate(group) if point.site not in ADDED)
+            for _, group in served
+        ]
+        groups = [group for _, group in served]
+        self.tables = GraphTables(
+            model, groups, slots=max_requests, edit_rows=edit_rows, device=device
+        )
+        self.buffers = StepBuffers(self.tables, batch_tokens=batch_tokens, requests=max_requests)
+        self._bits = torch.arange(MAX_PASSES, dtype=torch.int32, device=device)
+        self._written = 0
+        self._epoch = 0
+        self._waiting: deque[_Report] = deque()
+
+    def bind(self, ledger: Callable[[], PositionLedger]) -> None:
+        """What passes do is written down in the ledger that `ledger` gives from now on."""
+        self._ledger = ledger
+
+    def edit(self, tap: int, hidden: Tensor, residual: Tensor | None) -> None:
+        """Launches the kernel for the hook points of `tap`; what an operator does."""
+        group = self._groups.get(tap)
+        if group is not None and len(hidden):
+            streams = self._streams[group]
+            self._launch(self.tables, self.buffers, group, hidden, residual, streams)
+
+    def begin(self, spans: Sequence[Span], tokens_in_batch: int, fault: Fault) -> GraphPass | None:
+        """Makes the pass over `spans` the one that the kernels run; None where it steers nobody.
+
+        The same pass may be run again as long as no token's passes change and no plan is gated.
+        """
+        self.settle()
+        steered = [span for span in spans if span.seat.plan is not None and span.seat.plan.passes]
+        if not steered:
+            self.clear()
+            return None
+        self._check_room(len(steered), tokens_in_batch)
+        records = np.zeros((tokens_in_batch, TOKEN_FIELDS), dtype=np.int32)
+        opened = np.zeros(tokens_in_batch, dtype=np.int32)
+        for row, span in enumerate(steered):
+            place = slice(span.offset, span.offset + len(span.positions))
+            records[place] = _records(span, row)
+            token_gates, held_gates = _gates(_plan(span))
+            selected = records[place, SELECTED] & (1 << MAX_PASSES) - 1
+            opened[place] = selected & ~(token_gates | held_gates)
+        self._upload(self.buffers.tokens, records)
+        self._upload(self.buffers.opened, opened)
+        self._forget(tokens_in_batch)
+        self._epoch = self._epoch % _LAST_EPOCH + 1
+        self.buffers.epoch.fill_(self._epoch)
+        running = GraphPass(self, self._ledger, steered, records, self._epoch, fault)
+        if running.measured:
+            self.buffers.sizes.zero_()  # a pass that failed, or a dummy pass, may have left some
+        if running.holds:
+            self._recall(running.rows)
+        return running
+
+    def clear(self) -> None:
+        """Steers nobody in the passes that come."""
+        self._forget(0)
+
+    def settle(self, *, wait: bool = False) -> None:
+        """Writes down what finished passes did, in their order, as far as it has come back.
+
+        With `wait`, all of it: needed before a row is read, or given to another request.
+        """
+        while self._waiting and (wait or self._waiting[0].arrived()):
+            self._waiting.popleft().write(self._ledger())
+
+    def report_later(self, running: GraphPass, positions: Ints, tokens: int) -> None:
+        """Asks for what a pass over `tokens` tokens did; `settle` writes it down."""
+        used = self.tables.groups + tokens
+        self._waiting.append(_Report(running, positions, *_bring_back(self.buffers.report[:used])))
+        self.settle()
+
+    def _check_room(self, requests: int, tokens: int) -> None:
+        if requests > self.buffers.requests or tokens > self.buffers.batch_tokens:
+            raise AssertionError(f"{requests} requests with {tokens} tokens in one pass")
+
+    def _recall(self, rows: Ints) -> None:
+        """Brings back what gates decided in earlier passes. A gate reads before anything that it
+        rules, so the kernel opens it where it reads."""
+        buffers, ledger = self.buffers, self._ledger()
+        index = torch.from_numpy(rows).to(buffers.held.device)
+        decided = ledger.gate_open.index_select(0, index)
+        buffers.held[: len(rows)] = (decided << self._bits).sum(1, dtype=torch.int32)
+        buffers.values[: len(rows)] = ledger.gate_value.index_select(0, index)
+
+    def remember(self, rows: Ints) -> None:
+        """Keeps the decisions of this pass's requests, whose ledger rows are `rows`."""
+        buffers, ledger = self.buffers, self._ledger()
+        index = torch.from_numpy(rows).to(buffers.held.device)
+        held = buffers.held[: len(rows), None] >> self._bits & 1
+        ledger.gate_open[index] = held.bool()
+        ledger.gate_value[index] = buffers.values[: len(rows)]
+
+    def count_sizes(self, rows: Ints, points: Sequence[HookPoint]) -> None:
+        """Adds the relative sizes of a pass to the ledger, and starts from zero again."""
+        sizes = self.buffers.sizes[:, : len(rows)]
+        index = torch.from_numpy(rows).to(sizes.device)
+        for point in points:
+            self._ledger().add_relative(point, index, sizes[self.tables.index(point)])
+        sizes.zero_()
+
+    def _forget(self, kept: int) -> None:
+        """Makes slot 0 of the tokens from `kept` on that the last pass named."""
+        if kept < self._written:
+            self.buffers.tokens[kept : self._written] = 0
+            self.buffers.opened[kept : self._written] = 0
+        self._written = kept
+
+    def _upload(self, target: Tensor, values: NDArray[np.int32]) -> None:
+        source = torch.from_numpy(values)
+        if target.is_cuda:
+            # Pinned memory of its own for each pass: the last copy may still be under way.
+            source = source.pin_memory()
+        target[: len(values)].copy_(source, non_blocking=True)
+
+
+class GraphPass:
+    """One pass as it was described to the kernels."""
+
+    def __init__(
+        self,
+        form: GraphForm,
+        ledger: Callable[[], PositionLedger],
+        spans: Sequence[Span],
+        records: NDArray[np.int32],
+        epoch: int,
+        fault: Fault,
+    ) -> None:
+        self.epoch, self.fault = epoch, fault
+        self._form, self._ledger, self._spans = form, ledger, spans
+        plans = [_plan(span) for span in spans]
+        self.rows: Ints = np.array([span.seat.row for span in spans], dtype=np.int64)
+        """The ledger row of each request."""
+        self.tokens = len(records)
+        self.present: Ints = np.concatenate(
+            [np.arange(span.offset, span.offset + len(span.positions)) for span in spans]
+        )
+        """The tokens of the batch that belong to these requests, one request after another."""
+        self.token_rows = self.rows[records[self.present, ROW]]
+        self.expected = frozenset[int]().union(*map(form.tables.groups_of, plans))
+        self.holds = any(_gates(plan)[1] for plan in plans)
+        """Whether gates are decided, or were, that a request holds."""
+        self._gated = any(plan.gated for plan in plans)
+        self._bits = (records[self.present, SELECTED] & (1 << MAX_PASSES) - 1).astype(np.int64)
+        self.measured: tuple[HookPoint, ...] = tuple(
+            {
+                p
+                for span, plan in zip(spans, plans, strict=True)
+                if span.seat.measure
+                for p in plan.points
+            }
+        )
+        self._proved = False
+
+    def finish(self) -> None:
+        """Takes down what the pass did; without gates that is known already."""
+        if self.holds:
+            self._form.remember(self.rows)
+        if self.measured:
+            self._form.count_sizes(self.rows, self.measured)
+        positions = np.concatenate([span.positions for span in self._spans])
+        if not self._gated:
+            ledger = self._ledger()
+            ledger.expect(self.token_rows, positions)
+            ledger.record(self.token_rows, self._bits)
+        if self._gated or not self._proved:
+            self._proved = True
+            self._form.report_later(self, positions, self.tokens)
+
+    def write(self, ledger: PositionLedger, positions: Ints, report: NDArray[np.int32]) -> None:
+        """Writes down what came back; a pass whose taps were not all reached is at fault."""
+        groups = self._form.tables.groups
+        missed = sorted(g for g in self.expected if report[g] != self.epoch)
+        if missed:
+            tables = self._form.tables
+            names = [str(tables.points[tables.first_points[group]]) for group in missed]
+            self.fault(
+                f"the forward pass never reached {', '.join(names)}: the edits there were not "
+                "applied, so the result is withheld"
+            )
+        if self._gated:
+            bits = report[groups:][self.present].astype(np.int64)
+            ledger.expect(self.token_rows, positions)
+            ledger.record(self.token_rows, bits)
+
+
+@dataclass
+class _Report:
+    """What a pass did, on its way back from the device."""
+
+    running: GraphPass
+    positions: Ints
+    content: Tensor
+    event: Any
+
+    def arrived(self) -> bool:
+        return self.event is None or bool(self.event.query())
+
+    def write(self, ledger: PositionLedger) -> None:
+        if self.event is not None:
+            self.event.synchronize()
+        self.running.write(ledger, self.positions, self.content.numpy())
+
+
+def _bring_back(values: Tensor) -> tuple[Tensor, Any]:
+    """A copy of `values` in the host's memory, and the event after which it is there."""
+    if not values.is_cuda:
+        return values.clone(), None
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return host, event
+
+
+def _plan(span: Span) -> SteeringPlan:
+    assert span.seat.plan is not None
+    return span.seat.plan
+
+
+def _gates(plan: SteeringPlan) -> tuple[int, int]:
+    """The passes with a gate on each token, and those with a gate on the prompt, as bits."""
+    each = held = 0
+    for number, one in enumerate(plan.passes):
+        if one.gate is not None:
+            each |= (not one.gate.prompt_scope) << number
+            held |= one.gate.prompt_scope << number
+    return each, held
+
+
+def _records(span: Span, row: int) -> NDArray[np.int32]:
+    """The records `[T, 4]` of the tokens of one request, in the `row` of this pass."""
+    seat, count = span.seat, len(span.positions)
+    found = np.zeros((count, TOKEN_FIELDS), dtype=np.int32)
+    found[:, SLOT] = seat.slot
+    found[:, ROW] = row
+    for number, slots in enumerate(seat.slots(span.positions, span.tokens)):
+        found[:, SELECTED] |= (slots != 0).astype(np.int32) << number
+    if seat.measure:
+        found[:, SELECTED] |= MEASURED
+    last = np.flatnonzero(span.positions == seat.prompt_length - 1)
+    if len(last) and _gates(_plan(span))[1]:
+        (place,) = last
+        found[place, SELECTED] |= DECIDES
+        found[place, FOLLOWERS] = count - 1 - place
+        found[place + 1 :, SELECTED] |= FOLLOWS
+    return found
+
+
+def _no_ledger() -> PositionLedger:
+    raise AssertionError("the form is bound to no ledger")
+
+
+_form: GraphForm | None = None
+
+
+def set_form(form: GraphForm | None) -> None:
+    """Makes `form` the one that the operators launch: a process has one model that is steered."""
+    global _form  # noqa: PLW0603
+    _form = form
+
+
+def _edit(hidden: Tensor, residual: Tensor | None, tap: int) -> None:
+    if _form is None:
+        raise EngineError("a tap was reached before its tables were made")
+    _form.edit(tap, hidden, residual)
+
+
+def _edit_pair(hidden: Tensor, residual: Tensor, tap: int) -> None:
+    _edit(hidden, residual, tap)
+
+
+def _edit_one(hidden: Tensor, tap: int) -> None:
+    _edit(hidden, None, tap)
+
+
+def _nothing(*_: object) -> None:
+    """What the operators do to tensors without data."""
+
+
+_library: Any = torch.library.Library("steer", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("edit_pair(Tensor(a!) hidden, Tensor(b!) residual, int tap) -> ()")
+_library.define("edit_one(Tensor(a!) hidden, int tap) -> ()")
+_library.impl("edit_pair", _edit_pair, "CompositeExplicitAutograd")
+_library.impl("edit_one", _edit_one, "CompositeExplicitAutograd")
+torch.library.register_fake("steer::edit_pair", _nothing, lib=_library)
+torch.library.register_fake("steer::edit_one", _nothing, lib=_library)

@@ -1,0 +1,422 @@
+"""The Triton form: one launch per group of hook points, a program per token, static tables.
+
+A program first looks up whether its token has anything to do in this group, and leaves at once if
+not: two loads for an unsteered token. Otherwise it runs through the hook points of the group, the
+gates and blocks of its own plan alone, with the row of the stream in registers. So the cost of a
+token is that of its own edits, whatever the number of plans around it.
+
+The form follows `steer.batch.step.Step` and `steer.edits`; dot products, norms and sums are
+float32, and the row is cast once per hook point. Launches are captured by CUDA graphs: they read
+and write static buffers alone, and depend on no data in Python.
+
+Importing this module needs Triton; nothing else in the library does.
+"""
+
+# mypy: disable-error-code="import-not-found, no-untyped-def, untyped-decorator, no-untyped-call"
+# Triton reads the source of its kernels: what they take are its own pointers and scalars.
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from steer import edits
+from steer.batch.tables import MAX_PASSES
+from steer.engines.vllm.static import rows as graph_rows
+from steer.engines.vllm.static import tables as graph_tables
+from steer.engines.vllm.static.tables import GraphTables, StepBuffers
+from steer.errors import EngineError
+
+_PASSES = tl.constexpr(MAX_PASSES)
+_ALL = tl.constexpr((1 << MAX_PASSES) - 1)
+_TOKEN_GATES = tl.constexpr(graph_tables.TOKEN_GATES)
+_HELD_GATES = tl.constexpr(graph_tables.HELD_GATES)
+_BLOCK_FIELDS = tl.constexpr(graph_rows.BLOCK_FIELDS)
+_FIRST = tl.constexpr(graph_rows.FIRST)
+_COUNT = tl.constexpr(graph_rows.COUNT)
+_CONSTANT = tl.constexpr(graph_rows.CONSTANT)
+_FLAGS = tl.constexpr(graph_rows.FLAGS)
+_REPLACES = tl.constexpr(graph_rows.REPLACES)
+_PRESERVES = tl.constexpr(graph_rows.PRESERVES)
+_NEEDS_NORM = tl.constexpr(graph_rows.NEEDS_NORM)
+_GATE_FIELDS = tl.constexpr(graph_rows.GATE_FIELDS)
+_ABOVE = tl.constexpr(graph_rows.ABOVE)
+_BELOW = tl.constexpr(graph_rows.BELOW)
+_COSINE = tl.constexpr(graph_rows.COSINE)
+_TOKEN_FIELDS = tl.constexpr(graph_tables.TOKEN_FIELDS)
+_SLOT = tl.constexpr(graph_tables.SLOT)
+_ROW = tl.constexpr(graph_tables.ROW)
+_SELECTED = tl.constexpr(graph_tables.SELECTED)
+_FOLLOWERS = tl.constexpr(graph_tables.FOLLOWERS)
+_DECIDES = tl.constexpr(graph_tables.DECIDES)
+_FOLLOWS = tl.constexpr(graph_tables.FOLLOWS)
+_MEASURED = tl.constexpr(graph_tables.MEASURED)
+_LAW_STRIDE = tl.constexpr(graph_rows.LAW_STRIDE)
+_BIAS = tl.constexpr(edits.BIAS)
+_THRESHOLD = tl.constexpr(edits.THRESHOLD)
+_INTERCEPT = tl.constexpr(edits.INTERCEPT)
+_SLOPE = tl.constexpr(edits.SLOPE)
+_FLOOR = tl.constexpr(edits.FLOOR)
+_CEILING = tl.constexpr(edits.CEILING)
+_RELATIVE = tl.constexpr(edits.RELATIVE)
+_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+
+_FLOATS_PER_THREAD = 16
+_MOST_WARPS = 16
+_WARP = 32
+
+
+@triton.jit
+def _row(start, row, stride, width, BLOCK: tl.constexpr):
+    """Row number `row` of `[.., width]`, float32."""
+    columns = tl.arange(0, BLOCK)
+    row = tl.load(start + row.to(tl.int64) * stride + columns, mask=columns < width, other=0.0)
+    return row.to(tl.float32)
+
+
+@triton.jit
+def _length(x):
+    return tl.sqrt_rn(tl.sum(x * x, axis=0))
+
+
+@triton.jit
+def _coefficient(product, laws, row, norm):
+    """`steer.edits.coefficients` of one edit."""
+    law = laws + row * _LAW_STRIDE
+    value = product + tl.load(law + _BIAS)
+    value = tl.where(value > tl.load(law + _THRESHOLD), value, 0.0)
+    c = tl.load(law + _INTERCEPT) + tl.load(law + _SLOPE) * value
+    c = tl.maximum(c, tl.load(law + _FLOOR), propagate_nan=tl.PropagateNan.ALL)
+    c = tl.minimum(c, tl.load(law + _CEILING), propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(tl.load(law + _RELATIVE) > 0, c * norm, c)
+
+
+@triton.jit
+def _after_block(
+    before, block, read, write, laws, following, constants, width, BLOCK: tl.constexpr
+):
+    """The row after one block, all of whose edits see `before`."""
+    flags = tl.load(block + _FLAGS)
+    norm = tl.full((), 0.0, tl.float32)
+    if (flags & _NEEDS_NORM) != 0:
+        norm = _length(before)
+    after = before
+    if (flags & _REPLACES) != 0:
+        after = tl.zeros_like(before)
+    constant = tl.load(block + _CONSTANT)
+    if constant != 0:
+        after += _row(constants, constant, width, width, BLOCK)
+    row = tl.load(block + _FIRST)
+    for _ in range(tl.load(block + _COUNT)):
+        product = tl.full((), 0.0, tl.float32)
+        if tl.load(laws + row * _LAW_STRIDE + _SLOPE) != 0.0:
+            product = tl.sum(_row(read, row, width, width, BLOCK) * before, axis=0)
+        after += _coefficient(product, laws, row, norm) * _row(write, row, width, width, BLOCK)
+        row = tl.load(following + row)
+    if (flags & _PRESERVES) != 0:
+        factor = norm / tl.maximum(_length(after), _TINY)
+        after = after * tl.where(factor == float("inf"), 0.0, factor)
+    return after
+
+
+@triton.jit
+def _decided(
+    x,
+    shown,
+    held_gates,
+    open_now,
+    decisions,
+    gate_rows,
+    gates,
+    constants,
+    values,
+    width,
+    BLOCK: tl.constexpr,
+):
+    """What is open, and the decisions of the request, after the gates `shown` have read `x`."""
+    for number in range(_PASSES):
+        if ((shown >> number) & 1) != 0:
+            gate = tl.load(gate_rows + number)
+            law = gates + gate * _GATE_FIELDS
+            value = tl.sum(x * _row(constants, gate, width, width, BLOCK), axis=0)
+            if tl.load(law + _COSINE) != 0.0:
+                value = value / tl.maximum(_length(x), _TINY)
+            bit = ((value > tl.load(law + _ABOVE)) & (value < tl.load(law + _BELOW))).to(tl.int32)
+            if ((held_gates >> number) & 1) != 0:
+                decisions = (decisions & ~(1 << number)) | (bit << number)
+                tl.store(values + number, value)
+            else:
+                open_now = (open_now & ~(1 << number)) | (bit << number)
+    return open_now, decisions
+
+
+@triton.jit
+def _stream(hidden_row, residual_row, summed, inside, SPLIT: tl.constexpr):
+    """The row that the edits of a hook point see: the sum of both halves, or `hidden` alone."""
+    x = tl.load(hidden_row, mask=inside, other=0.0).to(tl.float32)
+    if SPLIT:  # noqa: SIM102 -- known when the kernel is compiled, unlike `summed`
+        if summed:
+            x += tl.load(residual_row, mask=inside, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _write_back(x, before, hidden_row, residual_row, summed, inside, SPLIT: tl.constexpr):
+    """Puts the row `x` in the place of `before`: a sum changes by the difference in `residual`."""
+    if SPLIT:
+        if summed:
+            half = tl.load(residual_row, mask=inside, other=0.0).to(tl.float32)
+            tl.store(residual_row, half - (before - x), mask=inside)
+        else:
+            tl.store(hidden_row, x, mask=inside)
+    else:
+        tl.store(hidden_row, x, mask=inside)
+    # Threads may hold other columns when the next hook point loads the row.
+    tl.debug_barrier()
+
+
+@triton.jit
+def _at_point(
+    hidden_row,
+    residual_row,
+    summed,
+    inside,
+    marks,
+    open_now,
+    decisions,
+    mine,
+    blocks,
+    gate_rows,
+    values,
+    size,
+    read,
+    write,
+    laws,
+    following,
+    constants,
+    gates,
+    width,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One hook point for one token; what is open after it, and the decisions of its request.
+
+    `mine` are the bits of `work` of the token's plan here. Gates read before any block edits.
+    """
+    held_gates = (mine >> _HELD_GATES) & _ALL
+    shown = (mine >> _TOKEN_GATES) & marks & _ALL
+    if (marks & _DECIDES) != 0:
+        shown |= held_gates
+    open_now = (open_now & ~held_gates) | (decisions & held_gates & marks)
+    if (shown | (mine & open_now & _ALL)) != 0:
+        x = _stream(hidden_row, residual_row, summed, inside, SPLIT)
+        if shown != 0:
+            open_now, decisions = _decided(
+                x,
+                shown,
+                held_gates,
+                open_now,
+                decisions,
+                gate_rows,
+                gates,
+                constants,
+                values,
+                width,
+                BLOCK,
+            )
+            open_now = (open_now & ~held_gates) | (decisions & held_gates & marks)
+        acting = mine & open_now & _ALL
+        if acting != 0:
+            for number in range(_PASSES):
+                if ((acting >> number) & 1) != 0:
+                    block = blocks + number * _BLOCK_FIELDS
+                    x = _after_block(
+                        x, block, read, write, laws, following, constants, width, BLOCK
+                    )
+            # Loaded again, so that it needs no registers meanwhile.
+            before = _stream(hidden_row, residual_row, summed, inside, SPLIT)
+            if (marks & _MEASURED) != 0:
+                tl.atomic_add(size, _length(x - before) / tl.maximum(_length(before), _TINY))
+            _write_back(x, before, hidden_row, residual_row, summed, inside, SPLIT)
+    return open_now, decisions
+
+
+@triton.jit(
+    do_not_specialize=["group", "first_point", "points", "streams", "n_points", "n_groups"],
+)
+def _edit_group(
+    hidden,
+    residual,
+    hidden_stride,
+    residual_stride,
+    tokens,
+    opened,
+    held,
+    values,
+    sizes,
+    reached,
+    epoch,
+    work,
+    group_work,
+    blocks,
+    gate_rows,
+    read,
+    write,
+    laws,
+    following,
+    constants,
+    gates,
+    group,
+    first_point,
+    points,
+    streams,
+    n_points,
+    n_groups,
+    requests,
+    width,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The gates and blocks of one group, for the token of this program.
+
+    `streams` has a bit for each point of the group: whether it is the sum of both halves, or
+    `hidden` alone. `SPLIT` is whether there is a `residual` half at all.
+    """
+    first = tl.program_id(0)
+    if first == 0:
+        tl.store(reached + group, tl.load(epoch))
+    slot = tl.load(tokens + first * _TOKEN_FIELDS + _SLOT)
+    if slot == 0:
+        return
+    todo = tl.load(group_work + slot * n_groups + group)
+    if todo == 0:
+        return
+    marks = tl.load(tokens + first * _TOKEN_FIELDS + _SELECTED)
+    held_here = (todo >> _HELD_GATES) & _ALL
+    gates_here = ((todo >> _TOKEN_GATES) & _ALL) | held_here
+    deciding = ((marks & _DECIDES) != 0) & (held_here != 0)
+    idle = (((tl.load(opened + first) & todo) | (gates_here & marks)) & _ALL) == 0
+    # A decision is needed by later tokens of the same request, whose programs may run before. So
+    # where one is made, the program that makes it takes those tokens over.
+    taken_over = ((marks & _FOLLOWS) != 0) & (held_here != 0)
+    if (idle & (deciding == 0)) | taken_over:
+        return
+    row = tl.load(tokens + first * _TOKEN_FIELDS + _ROW)
+    decisions = tl.load(held + row)
+    count = tl.full((), 1, tl.int32)
+    if deciding:
+        count += tl.load(tokens + first * _TOKEN_FIELDS + _FOLLOWERS)
+
+    columns = tl.arange(0, BLOCK)
+    for step in range(count):
+        token = first + step
+        marks = tl.load(tokens + token * _TOKEN_FIELDS + _SELECTED)
+        open_now = tl.load(opened + token)
+        for place in range(points):
+            point = first_point + place
+            open_now, decisions = _at_point(
+                hidden + token.to(tl.int64) * hidden_stride + columns,
+                residual + token.to(tl.int64) * residual_stride + columns,
+                ((streams >> place) & 1) != 0,
+                columns < width,
+                marks,
+                open_now,
+                decisions,
+                tl.load(work + slot * n_points + point),
+                blocks + (slot * n_points + point) * _PASSES * _BLOCK_FIELDS,
+                gate_rows + slot * _PASSES,
+                values + row * _PASSES,
+                sizes + point * requests + row,
+                read,
+                write,
+                laws,
+                following,
+                constants,
+                gates,
+                width,
+                SPLIT,
+                BLOCK,
+            )
+        if gates_here != 0:
+            tl.store(opened + token, open_now)
+    if deciding:
+        tl.store(held + row, decisions)
+
+
+def launch_shape(width: int) -> tuple[int, int]:
+    """The block and the number of warps for rows of `width`."""
+    block = triton.next_power_of_2(width)
+    warps = block // (_WARP * _FLOATS_PER_THREAD)
+    return block, min(max(warps, 1), _MOST_WARPS)
+
+
+def edit_group(
+    tables: GraphTables,
+    buffers: StepBuffers,
+    group: int,
+    hidden: Tensor,
+    residual: Tensor | None,
+    streams: int,
+) -> None:
+    """Edits `hidden` and `residual` `[T, d]` in place, at the hook points of `group`.
+
+    `streams` has a bit for each of these points: whether it is the sum of both halves, or `hidden`
+    alone. Allocates nothing and looks at no data. Raises `EngineError` for tensors of another
+    shape than the tables were made for.
+    """
+    bank = tables.bank(group)
+    _check(bank.width, buffers, hidden, residual)
+    start, end = tables.first_points[group : group + 2]
+    block, warps = launch_shape(bank.width)
+    other = hidden if residual is None else residual
+    arguments: tuple[Any, ...] = (
+        hidden,
+        other,
+        hidden.stride(0),
+        other.stride(0),
+        buffers.tokens,
+        buffers.opened,
+        buffers.held,
+        buffers.values,
+        buffers.sizes,
+        buffers.reached,
+        buffers.epoch,
+        tables.work,
+        tables.group_work,
+        tables.blocks,
+        tables.gate_rows,
+        bank.read,
+        bank.write,
+        bank.laws,
+        bank.following,
+        bank.constants,
+        bank.gates,
+        group,
+        start,
+        end - start,
+        streams,
+        len(tables.points),
+        tables.groups,
+        buffers.requests,
+        bank.width,
+    )
+    shape = {"SPLIT": residual is not None, "BLOCK": block, "num_warps": warps}
+    _edit_group[(hidden.shape[0],)](*arguments, **shape)
+
+
+def _check(width: int, buffers: StepBuffers, hidden: Tensor, residual: Tensor | None) -> None:
+    for half in (hidden, residual):
+        if half is None:
+            continue
+        fits = half.ndim == 2 and half.shape[1] == width and half.shape[0] <= buffers.batch_tokens
+        if not fits or half.stride(1) != 1 or half.shape != hidden.shape:
+            raise EngineError(
+                f"a tap was shown halves of shape {[list(hidden.shape), list(half.shape)]} and "
+                f"strides {half.stride()}; rows of width {width} are needed, at most "
+                f"{buffers.batch_tokens} of them, each in one piece",
+                code="unexpected_shape",
+            )

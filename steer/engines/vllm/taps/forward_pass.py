@@ -1,0 +1,77 @@
+"""One forward pass of vLLM's model, as its taps reach it: what is edited, and what is kept.
+
+An edit of the stream goes to its `residual` half as a difference. Where nothing is edited the
+difference is zero and is subtracted, x − 0.0 being x for every x, so that an unsteered token next
+to a steered one keeps its bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from steer.batch.requests import Ints
+from steer.batch.step import Step
+from steer.engines.vllm.taps.taps import ADDED, points_of, tap_of
+from steer.model import HookPoint
+
+Keep = Callable[[HookPoint, Tensor], None]
+
+
+class ForwardPass:
+    """A `Visitor` over the first `tokens` rows of the batch; the rest is padding.
+
+    `keep` is shown the state `[tokens, d]` at each point of `wanted`, after the edits there.
+    """
+
+    def __init__(
+        self,
+        step: Step | None,
+        tokens: int,
+        n_layers: int,
+        wanted: frozenset[HookPoint] = frozenset(),
+        keep: Keep | None = None,
+    ) -> None:
+        self._step, self._tokens, self._wanted, self._keep = step, tokens, wanted, keep
+        edited = step.points if step is not None else frozenset()
+        self.taps = frozenset(tap_of(point) for point in edited | wanted)
+        self._points = {
+            tap: [p for p in points_of(tap, n_layers) if p in edited or p in wanted]
+            for tap in self.taps
+        }
+
+    def carry_on(self, changes: Mapping[int, Ints]) -> None:
+        """Takes the same requests on by a token (`Step.carry_on`)."""
+        if self._step is not None:
+            self._step.carry_on(changes)
+
+    def visit(self, tap: int, hidden: Tensor, residual: Tensor | None) -> None:
+        """Runs the edits of `tap` on `hidden` and `residual`, in place."""
+        hidden = hidden[: self._tokens]
+        residual = None if residual is None else residual[: self._tokens]
+        for point in self._points[tap]:
+            if point.site in ADDED or residual is None:
+                self._visit_whole(point, hidden)
+            else:
+                self._visit_sum(point, hidden, residual)
+
+    def finish(self) -> None:
+        """Counts what was applied; raises `EngineError` if a point was never reached."""
+        if self._step is not None:
+            self._step.finish()
+
+    def _visit_whole(self, point: HookPoint, x: Tensor) -> None:
+        edited = x if self._step is None else self._step.edit(point, x)
+        if edited is not x:
+            x.copy_(edited)
+        if self._keep is not None and point in self._wanted:
+            self._keep(point, edited)
+
+    def _visit_sum(self, point: HookPoint, hidden: Tensor, residual: Tensor) -> None:
+        stream = hidden.float() + residual.float()
+        edited = stream if self._step is None else self._step.edit(point, stream)
+        if edited is not stream:
+            residual.copy_(residual.float() - (stream - edited))
+        if self._keep is not None and point in self._wanted:
+            self._keep(point, edited)

@@ -1,0 +1,108 @@
+"""Puts steering into a worker whose model is loaded: tables, taps, and how plans are found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from steer.engines.vllm.options import SteerOptions, is_static, registry_location
+from steer.engines.vllm.pipeline import own_part
+from steer.engines.vllm.static.form import GraphForm, set_form
+from steer.engines.vllm.taps.layouts import find_stack
+from steer.engines.vllm.taps.shifts import ShiftTables
+from steer.engines.vllm.taps.taps import CompiledTap, EagerTap, OpaqueTap, install
+from steer.engines.vllm.worker.steering import WorkerSteering
+from steer.model import ModelInfo
+from steer.plan.file import load_plan
+from steer.plan.plan import SteeringPlan
+from steer.registry.blobs.plan_store import PlanStore
+from steer.spec import Site
+
+_KEPT_PLANS = 2048
+_SHIFT_SPECS = 256
+
+
+def attach(model: nn.Module, vllm_config: Any, device: torch.device) -> WorkerSteering:
+    """Taps `model` and gives the worker's steering. Raises `Unsupported` for what cannot be."""
+    options = SteerOptions.stamped(vllm_config.additional_config)
+    static = is_static(vllm_config, options)
+    stack = find_stack(model, vllm_config.model_config.get_total_num_hidden_layers())
+    info = model_info(vllm_config, stack.layout.sites)
+    scheduler = vllm_config.scheduler_config
+    requests, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+    tokens = max(tokens, *(vllm_config.compilation_config.cudagraph_capture_sizes or [0]))
+    form = None
+    if static:
+        form = GraphForm(
+            info,
+            stack.taps,
+            max_requests=requests,
+            batch_tokens=tokens,
+            edit_rows=options.edit_rows,
+            device=device,
+        )
+        set_form(form)
+    shifts = None
+    if compiles(vllm_config):
+        specs = min(requests, _SHIFT_SPECS)
+        shifts = ShiftTables(
+            2 * info.n_layers + 1,
+            info.d_model,
+            variants=2 * requests + 1,
+            bank_rows=1 + (options.shift_rows or specs * info.n_layers),
+            batch_tokens=tokens,
+            device=device,
+        )
+    install(stack, lambda index: _tap(index, shifts, static=static))
+    load = plan_loader(PlanStore(registry_location()), info)
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    return WorkerSteering(
+        info,
+        load if stages == 1 else (lambda sha256: own_part(load(sha256), stack.owns)),
+        max_requests=requests,
+        device=device,
+        shifts=shifts,
+        form=form,
+        owns=stack.owns,
+        stages=stages,
+    )
+
+
+def _tap(index: int, shifts: ShiftTables | None, *, static: bool) -> nn.Module:
+    if shifts is not None:
+        return CompiledTap(index, shifts, OpaqueTap(index, static=static))
+    return OpaqueTap(index, static=True) if static else EagerTap(index)
+
+
+def compiles(vllm_config: Any) -> bool:
+    """Whether vLLM will run the model through torch.compile."""
+    return str(vllm_config.compilation_config.mode.name) != "NONE"
+
+
+def model_info(vllm_config: Any, sites: tuple[Site, ...]) -> ModelInfo:
+    """The shape of the model that vLLM serves, whose layers have `sites`."""
+    config = vllm_config.model_config
+    return ModelInfo(
+        name=str(config.served_model_name or config.model),
+        architecture=config.architectures[0],
+        n_layers=config.get_total_num_hidden_layers(),
+        d_model=config.get_hidden_size(),
+        vocab_size=config.get_vocab_size(),
+        max_length=config.max_model_len,
+        dtype=str(config.dtype).removeprefix("torch."),
+        sites=sites,
+    )
+
+
+def plan_loader(store: PlanStore, model: ModelInfo) -> Callable[[str], SteeringPlan]:
+    """Plans by their hash in `store`, the last ones kept in memory."""
+
+    @lru_cache(_KEPT_PLANS)
+    def load(sha256: str) -> SteeringPlan:
+        return load_plan(store.get(sha256), store.sae_encoder, model=model)
+
+    return load

@@ -1,0 +1,105 @@
+"""vLLM's model runner V1: what the next forward pass computes, and when it is over.
+
+The runner orders the batch anew in `_update_states`, after `execute_model` has been called and
+before the forward pass; `_model_forward` is made for subclasses to override and is called in
+between, so the batch is read there. Dummy passes call the model directly and are not steered.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steer.batch.requests import Ints
+from steer.engines.vllm.arrivals import take_note
+from steer.engines.vllm.worker.prepared import Batch
+from steer.engines.vllm.worker.steering import WorkerSteering
+from steer.errors import Unsupported
+
+_MODEL_FORWARD = {"input_ids", "positions", "intermediate_tensors", "inputs_embeds"}
+_INPUT_BATCH = ("req_ids", "num_computed_tokens_cpu", "token_ids_cpu")
+
+
+class RunnerV1:
+    """Assumes: the worker deals with each scheduler output inside `step`."""
+
+    def __init__(self, runner: Any, steering: WorkerSteering) -> None:
+        _check(runner)
+        self._runner, self._steering = runner, steering
+        self._scheduled: dict[str, int] | None = None
+        self._forward: Callable[..., Any] = runner._model_forward
+        runner._model_forward = self._model_forward
+
+    @contextmanager
+    def step(self, output: Any) -> Iterator[None]:
+        """The time in which the worker deals with the scheduler output `output`."""
+        take_note(self._steering, output)
+        self._scheduled = output.num_scheduled_tokens or None
+        try:
+            yield
+        finally:
+            self._scheduled = None
+
+    def dummy_pass(self, tokens: int) -> Tensor:
+        """What the model makes of `tokens` dummy requests of one token: `[>= tokens, ...]`."""
+        made = self._runner._dummy_run(tokens, force_attention=True)[0]
+        halves = [made] if isinstance(made, Tensor) else list(made.tensors.values())
+        return torch.cat(halves, dim=-1)
+
+    def _model_forward(self, *args: Any, **named: Any) -> Any:
+        if self._scheduled is None:
+            return self._forward(*args, **named)
+        if not self._steering.busy:
+            self._steering.rest()
+            return self._forward(*args, **named)
+        self._steering.begin(self._batch(self._scheduled))
+        try:
+            output = self._forward(*args, **named)
+        except BaseException:
+            self._steering.abandon()
+            raise
+        self._steering.end()
+        return output
+
+    def _batch(self, scheduled: dict[str, int]) -> Batch:
+        batch = self._runner.input_batch
+        req_ids = batch.req_ids
+        starts = batch.num_computed_tokens_cpu[: len(req_ids)].astype(np.int64)
+        counts = np.array([scheduled[req_id] for req_id in req_ids], dtype=np.int64)
+        ends = np.cumsum(counts)
+
+        def ids(index: int) -> Ints:
+            start, count = int(starts[index]), int(counts[index])
+            tokens = batch.token_ids_cpu[index, start : start + count]
+            if (tokens < 0).any():
+                # With asynchronous scheduling the host holds −1 for a token that was sampled in
+                # the step before; the input that the model is about to read has it.
+                end = int(ends[index])
+                tokens = self._runner.input_ids.gpu[end - count : end].cpu().numpy()
+            return np.array(tokens, dtype=np.int64)
+
+        return Batch(req_ids, starts, counts, ids)
+
+
+def _check(runner: Any) -> None:
+    """Refuses a runner that is not built as this adapter expects."""
+    parameters = set(inspect.signature(runner._model_forward).parameters)
+    missing = [name for name in _INPUT_BATCH if not hasattr(runner.input_batch, name)]
+    if not parameters >= _MODEL_FORWARD or missing:
+        raise Unsupported(
+            "this version of vLLM builds its model runner in another way than Steer knows "
+            f"(_model_forward takes {sorted(parameters)}, the input batch lacks {missing}): use a "
+            "supported version of vLLM",
+            code="unsupported_vllm",
+        )
+    if runner.speculative_config is not None:
+        raise Unsupported(
+            "speculative decoding is not supported beside steering: start vLLM without it",
+            code="speculative_decoding",
+        )

@@ -1,0 +1,158 @@
+"""vLLM's model runner V2: what the next forward pass computes, and when it is over.
+
+The runner asks its model state for the model's inputs once in every step, after the batch is put
+together and before the forward pass, be that eager, compiled or the replay of a graph. Dummy runs
+ask as well, with requests that nobody sent in the slots of real ones; so requests are known by
+their ids alone, and only inside a step of the scheduler's.
+
+A preempted request leaves the runner and comes back as a new one in another slot; `remove_request`
+of the model state is therefore not a request's end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steer.batch.requests import Ints
+from steer.engines.vllm.arrivals import take_note
+from steer.engines.vllm.seams import calls, known, version
+from steer.engines.vllm.worker.prepared import Batch
+from steer.engines.vllm.worker.steering import WorkerSteering
+from steer.errors import Unsupported
+
+_BATCH_FIELDS = {
+    "req_ids",
+    "num_scheduled_tokens",
+    "num_computed_tokens_np",
+    "query_start_loc_np",
+    "num_tokens",
+    "input_ids",
+}
+_PREPARE_INPUTS = ("input_batch", "req_states")
+
+
+class RunnerV2:
+    """Assumes: the worker deals with each scheduler output inside `step`; `runner` has loaded its
+    model. Guarantees: dummy runs are not steered and change nothing."""
+
+    def __init__(self, runner: Any, steering: WorkerSteering) -> None:
+        _check(runner)
+        self._runner, self._steering = runner, steering
+        self._computing = False
+        state = runner.model_state
+        self._model_inputs = state.prepare_inputs
+        state.prepare_inputs = self._prepare_inputs
+
+    @contextmanager
+    def step(self, output: Any) -> Iterator[None]:
+        """The time in which the worker deals with the scheduler output `output`."""
+        take_note(self._steering, output)
+        self._computing = bool(output.num_scheduled_tokens)
+        try:
+            yield
+        except BaseException:
+            self._steering.abandon()
+            raise
+        else:
+            # The forward pass has been launched: no tap is reached any more.
+            self._steering.end()
+        finally:
+            self._computing = False
+
+    def dummy_pass(self, tokens: int) -> Tensor:
+        """What the model makes of `tokens` dummy requests of one token: `[>= tokens, ...]`."""
+        runner, made = self._runner, []
+        execute = runner.execute_model
+
+        def execute_and_keep(*args: Any, **named: Any) -> Any:
+            made.append(execute(*args, **named))
+            return made[-1]
+
+        # A stage of a pipeline hands on what it made, and `_dummy_run` drops it.
+        runner.execute_model = execute_and_keep
+        try:
+            hidden = runner._dummy_run(tokens)[0]
+        finally:
+            del runner.execute_model
+        if hidden is None:
+            return torch.cat(list(made[-1].tensors.values()), dim=-1)
+        return torch.as_tensor(hidden)
+
+    def _prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
+        if self._computing:
+            if self._steering.busy:
+                self._steering.begin(_batch(input_batch))
+            else:
+                self._steering.rest()
+        return self._model_inputs(input_batch, req_states)
+
+
+def _batch(batch: Any) -> Batch:
+    """The tokens of a step, from vLLM's `InputBatch`."""
+    bounds = batch.query_start_loc_np
+
+    @cache
+    def tokens() -> Ints:
+        # Tokens that the last step sampled are known on the device alone: on a GPU this waits.
+        found: Ints = batch.input_ids[: batch.num_tokens].cpu().numpy().astype(np.int64)
+        return found
+
+    return Batch(
+        batch.req_ids,
+        batch.num_computed_tokens_np.astype(np.int64),
+        batch.num_scheduled_tokens.astype(np.int64),
+        lambda index: tokens()[bounds[index] : bounds[index + 1]],
+    )
+
+
+def _check(runner: Any) -> None:
+    """Refuses a runner that is not built as this adapter expects, or that splits its batches."""
+    from vllm.v1.worker.gpu.input_batch import InputBatch  # noqa: PLC0415
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner  # noqa: PLC0415
+
+    calls(vars(GPUModelRunner)["execute_model"], "model_state", "prepare_inputs")
+    known(GPUModelRunner, "add_requests", "self", "scheduler_output")
+    missing = _BATCH_FIELDS - {field.name for field in dataclasses.fields(InputBatch)}
+    parameters = tuple(inspect.signature(runner.model_state.prepare_inputs).parameters)
+    if missing or parameters != _PREPARE_INPUTS:
+        raise Unsupported(
+            f"vLLM {version()} builds its model runner V2 in another way than Steer knows "
+            f"(prepare_inputs takes {parameters} and not {_PREPARE_INPUTS}, the input batch lacks "
+            f"{sorted(missing)}): install a version of vLLM that this version of Steer names as "
+            "supported",
+            code="unknown_vllm",
+        )
+    config = runner.vllm_config
+    if config.speculative_config is not None:
+        raise Unsupported(
+            "speculative decoding is not supported beside steering: start vLLM without it",
+            code="speculative_decoding",
+        )
+    if runner.model_state.num_new_sampled_tokens_per_step != 1:
+        raise Unsupported(
+            "a model that samples several tokens in a step is not supported beside steering",
+            code="several_tokens_per_step",
+        )
+    splits = {
+        "micro-batching (enable_dbo, ubatch_size)": config.parallel_config.use_ubatching,
+        "prefill context parallelism (prefill_context_parallel_size)": (
+            config.parallel_config.prefill_context_parallel_size > 1
+        ),
+        "fast prefill (kv_sharing_fast_prefill)": config.cache_config.kv_sharing_fast_prefill,
+    }
+    for name, used in splits.items():
+        if used:
+            raise Unsupported(
+                f"{name} splits the batch within a forward pass, which is not supported beside "
+                "steering: start vLLM without it",
+                code="split_batch",
+            )

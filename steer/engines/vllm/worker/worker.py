@@ -1,0 +1,94 @@
+"""vLLM's worker with steering: the same worker, its model tapped, its schedule overheard."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from steer.engines.vllm.messages import capture_answer, info_answer, receipt_answer, unembed_answer
+from steer.engines.vllm.seams import version
+from steer.engines.vllm.taps.layouts import find_unembedding
+from steer.engines.vllm.worker.build import attach
+from steer.engines.vllm.worker.proof import prove
+from steer.engines.vllm.worker.runner_v1 import RunnerV1
+from steer.engines.vllm.worker.runner_v2 import RunnerV2
+from steer.engines.vllm.worker.steering import WorkerSteering
+from steer.errors import Unsupported
+
+RUNNERS: dict[str, type[RunnerV1] | type[RunnerV2]] = {
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner": RunnerV1,
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner": RunnerV2,
+}
+"""vLLM's model runners, on CPUs as on GPUs, and what steers them."""
+
+
+def adapter(runner: Any) -> type[RunnerV1] | type[RunnerV2]:
+    """What steers a model runner of this class. Raises `Unsupported` for one that is not known."""
+    lineage = [f"{one.__module__}.{one.__qualname__}" for one in type(runner).__mro__]
+    for name in lineage:
+        if name in RUNNERS:
+            return RUNNERS[name]
+    raise Unsupported(
+        f"the model runner {lineage[0]} of vLLM {version()} cannot be steered: use one of "
+        f"{', '.join(RUNNERS)}",
+        code="unsupported_runner",
+    )
+
+
+class SteerWorker:
+    """A mixin in front of one of vLLM's worker classes.
+
+    Guarantees: a worker that does not steer, or that would change unsteered tokens, raises at
+    start-up and so never serves.
+    """
+
+    steering: WorkerSteering
+
+    def load_model(self, *args: Any, **named: Any) -> None:
+        """Loads the model, then taps it, before anything is profiled or compiled."""
+        super().load_model(*args, **named)  # type: ignore[misc]
+        worker: Any = self
+        runner = worker.model_runner
+        self._unembed = find_unembedding(runner.get_model())
+        self.steering = attach(runner.get_model(), worker.vllm_config, worker.device)
+        self._runner = adapter(runner)(runner, self.steering)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Warms up, then proves that steering acts."""
+        result = super().compile_or_warm_up_model()  # type: ignore[misc]
+        worker: Any = self
+        experts = bool(worker.model_config.is_moe)
+        largest = worker.model_runner.max_num_tokens
+        prove(self.steering, self._runner.dummy_pass, largest, experts=experts)
+        return result
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: Any, *args: Any, **named: Any) -> Any:
+        """One step, steered."""
+        with self._runner.step(scheduler_output):
+            return super().execute_model(scheduler_output, *args, **named)  # type: ignore[misc]
+
+    # What front ends ask over `collective_rpc`; answers are plain values that msgpack carries.
+
+    def steer_info(self) -> dict[str, Any]:
+        """The model's shape and what this worker can do."""
+        return info_answer(self.steering)
+
+    def steer_receipts(self, asked: list[tuple[str, dict[int, int]]]) -> list[dict[int, Any]]:
+        """For each `(key, {choice: tokens fed})` the receipts by choice; they are then dropped."""
+        return [receipt_answer(self.steering.seats, key, fed) for key, fed in asked]
+
+    def steer_captured(self, key: str) -> dict[str, bytes]:
+        """The states captured under `key` by hook point; they are then dropped."""
+        return capture_answer(self.steering.seats, key)
+
+    def steer_unembed(self, states: bytes) -> bytes | None:
+        """Float32 states `[rows, d_model]` after the last layer to logits `[rows, vocab]`; None on
+        a worker without the last layer. All tensor-parallel ranks must be asked."""
+        return unembed_answer(self._unembed, states, self.steering.model)
+
+    def steer_stats(self) -> dict[str, Any]:
+        """Live figures for metrics."""
+        return dataclasses.asdict(self.steering.stats())

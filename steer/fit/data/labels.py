@@ -1,0 +1,72 @@
+"""Labelled texts: data with any number of classes, fitted one against the rest.
+
+A file is JSON lines, `{"text": TEXT, "label": LABEL}` or `{"messages": MESSAGES, "label": LABEL}`,
+or with `prompt` any form that `steer.fit.data.prompt` describes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steer.errors import FileFormatError
+from steer.fit.data.jsonl import LineReader, sha256_of
+from steer.fit.data.prompt import Prompt, parse_prompt, prompt_json
+
+_CODE = "invalid_labels"
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A prompt and the class it belongs to."""
+
+    prompt: Prompt
+    label: str
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """Labelled prompts with the hash of the data they came from."""
+
+    items: tuple[Labelled, ...]
+    sha256: str
+
+    @staticmethod
+    def of(items: Sequence[Labelled]) -> LabelledSet:
+        """A set from memory."""
+        values = [{"prompt": prompt_json(one.prompt), "label": one.label} for one in items]
+        return LabelledSet(tuple(items), sha256_of(values))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Every label, in alphabetical order."""
+        return tuple(sorted({one.label for one in self.items}))
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+def read_labelled(path: Path) -> LabelledSet:
+    """The labelled prompts of a JSON lines file. Raises `FileFormatError` that names the line."""
+    found = LineReader(path, "labelled text", '{"text": …, "label": …}', _CODE).read(_labelled)
+    return LabelledSet(found.items, found.sha256)
+
+
+def _labelled(value: Any, at: str) -> Labelled:
+    sources = ("text", "messages", "prompt")
+    given = [key for key in sources if isinstance(value, dict) and key in value]
+    if len(given) != 1 or set(value) != {given[0], "label"}:
+        found = sorted(value) if isinstance(value, dict) else type(value).__name__
+        raise FileFormatError(
+            f"{at}: a labelled text is an object with 'label' and one of 'text', 'messages' and "
+            f"'prompt'; got {found!r}",
+            code=_CODE,
+        )
+    label = value["label"]
+    if isinstance(label, bool | int):
+        label = str(label).lower()
+    if not isinstance(label, str) or not label:
+        raise FileFormatError(f"{at}: 'label' must be a text or a whole number", code=_CODE)
+    return Labelled(parse_prompt(value[given[0]], at, f"'{given[0]}'", _CODE), label)

@@ -1,0 +1,84 @@
+"""Contrastive prompts: the data that a vector is fitted on.
+
+A file is JSON lines, `{"positive": PROMPT, "negative": PROMPT}`, with prompts as
+`steer.fit.data.prompt` describes them.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steer.fit.data.jsonl import LineReader, check_keys, sha256_of
+from steer.fit.data.prompt import Messages, Prompt, parse_prompt, prompt_json, render
+
+__all__ = ["Messages", "Pair", "PairSet", "Prompt", "read_pairs", "read_prompts", "render"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt that has the attribute, and the one most like it that has not."""
+
+    positive: Prompt
+    negative: Prompt
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """Pairs with the hash of the data they came from."""
+
+    items: tuple[Pair, ...]
+    sha256: str
+
+    @staticmethod
+    def of(pairs: Sequence[Pair]) -> PairSet:
+        """A set from memory, hashed as the file that `read_pairs` would read it from."""
+        values = [
+            {"positive": prompt_json(p.positive), "negative": prompt_json(p.negative)}
+            for p in pairs
+        ]
+        return PairSet(tuple(pairs), sha256_of(values))
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+def read_pairs(path: Path) -> PairSet:
+    """The pairs of a JSON lines file. Raises `FileFormatError` that names the line."""
+    reader = _reader(path)
+    found = reader.read(_pair)
+    return PairSet(found.items, found.sha256)
+
+
+def parse_pairs(data: bytes, source: str) -> PairSet:
+    """The pairs of JSON lines that are called `source` in errors. Raises `FileFormatError`."""
+    found = _reader(Path(source)).read_lines(io.BytesIO(data), _pair)
+    return PairSet(found.items, found.sha256)
+
+
+def _reader(path: Path) -> LineReader:
+    return LineReader(path, "pair", '{"positive": …, "negative": …}', "invalid_pairs")
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Prompts to generate from: JSON lines, each a text, messages, or an object with `messages`
+    (or `prompt`). Raises `FileFormatError` that names the line."""
+    reader = LineReader(path, "prompt", "text or list of messages", "invalid_pairs")
+    return list(reader.read(_loose_prompt).items)
+
+
+def _pair(value: Any, at: str) -> Pair:
+    pair = check_keys(value, ("positive", "negative"), at, "pair", "invalid_pairs")
+    return Pair(
+        parse_prompt(pair["positive"], at, "'positive'"),
+        parse_prompt(pair["negative"], at, "'negative'"),
+    )
+
+
+def _loose_prompt(value: Any, at: str) -> Prompt:
+    if isinstance(value, dict):
+        value = value.get("messages", value.get("prompt"))
+    return parse_prompt(value, at, "a prompt")

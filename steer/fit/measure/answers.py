@@ -1,0 +1,136 @@
+"""Answers of a model under plans, scored: what sweeps, calibrations and evaluations measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from steer.engines.base import Completion, Engine, GenerationRequest, SamplingParams
+from steer.fit.data.pairs import Prompt, render
+from steer.fit.measure.scoring import AnswerScorer, Score, Scorer
+from steer.plan.plan import SteeringPlan
+
+Progress: TypeAlias = Callable[[int], None]
+
+GROUP = 256
+"""Requests handed to the engine at once; they share its rolling batch."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said to a prompt, as tokens and as text; `losses` holds −log p of each token,
+    in nats, under the model that chose it."""
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
+    text: str
+    losses: tuple[float, ...]
+    score: Score
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The answers to all prompts under one plan.
+
+    `score` is the mean of the scorer's values, `valid` the share of valid texts, `both` the mean
+    value with invalid texts counted as 0 (both None where the scorer does not judge validity),
+    `loss` the mean of −log p over all generated tokens, in nats. `unjudged` counts the answers that
+    the scorer could not judge, which are in none of the means.
+    """
+
+    answers: int
+    score: float
+    loss: float
+    valid: float | None = None
+    both: float | None = None
+    unjudged: int = 0
+    examples: tuple[str, ...] = ()
+
+
+def answers_under(
+    engine: Engine,
+    prompts: Sequence[Sequence[Prompt]],
+    plans: Sequence[SteeringPlan | None],
+    scorer: AnswerScorer | Scorer,
+    *,
+    sampling: SamplingParams,
+    group: int = GROUP,
+    progress: Progress | None = None,
+) -> list[tuple[Answer, ...]]:
+    """The scored answers to `prompts[n]` under `plans[n]`, for each n.
+
+    Requests go to the engine `group` at a time, which bounds memory and feeds `progress` with the
+    number of answers just finished; what `progress` raises ends the work. `sampling` should ask
+    for log-probabilities (`logprobs=0`), or there are no losses.
+    """
+    requests = [
+        GenerationRequest(f"answer-{row}-{column}", tokens, sampling, plan)
+        for row, (plan, asked) in enumerate(zip(plans, prompts, strict=True))
+        for column, tokens in enumerate(tuple(render(engine.tokenizer, one)) for one in asked)
+    ]
+    completions: list[Completion] = []
+    for first in range(0, len(requests), group):
+        together = requests[first : first + group]
+        completions += engine.complete(together)
+        if progress is not None:
+            progress(len(together))
+    texts = [
+        str(engine.tokenizer.decode(list(one.tokens), skip_special_tokens=True))
+        for one in completions
+    ]
+    unscored = [
+        Answer(
+            request.prompt,
+            one.tokens,
+            text,
+            tuple(-entry.logprob for entry in one.logprobs),
+            Score(0.0),
+        )
+        for request, one, text in zip(requests, completions, texts, strict=True)
+    ]
+    scores = scored(engine, scorer, unscored)
+    found = iter(
+        Answer(a.prompt, a.tokens, a.text, a.losses, score)
+        for a, score in zip(unscored, scores, strict=True)
+    )
+    return [tuple(next(found) for _ in asked) for asked in prompts]
+
+
+def scored(engine: Engine, scorer: AnswerScorer | Scorer, answers: Sequence[Answer]) -> list[Score]:
+    """The score of each answer; the same text after the same prompt is judged once."""
+    if not isinstance(scorer, AnswerScorer):
+        return [scorer(answer.text) for answer in answers]
+    places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    for answer in answers:
+        places.setdefault((answer.prompt, answer.tokens), len(places))
+    once = list({(a.prompt, a.tokens): a for a in reversed(answers)}.values())
+    once.sort(key=lambda a: places[a.prompt, a.tokens])
+    found = scorer.score(
+        engine, [a.prompt for a in once], [a.tokens for a in once], [a.text for a in once]
+    )
+    return [found[places[a.prompt, a.tokens]] for a in answers]
+
+
+def measured(answers: Sequence[Answer], *, examples: int = 0) -> Measured:
+    """The means over `answers`."""
+    scores = [answer.score for answer in answers if answer.score.judged]
+    judges_validity = bool(scores) and all(score.valid is not None for score in scores)
+    return Measured(
+        answers=len(answers),
+        score=mean([score.value for score in scores]),
+        loss=mean([loss for answer in answers for loss in answer.losses]),
+        valid=mean([float(bool(score.valid)) for score in scores]) if judges_validity else None,
+        both=mean([sound(score) for score in scores]) if judges_validity else None,
+        unjudged=len(answers) - len(scores),
+        examples=tuple(answer.text for answer in answers[:examples]),
+    )
+
+
+def sound(score: Score) -> float:
+    """The score's value, 0 for a text that is not valid."""
+    return score.value if score.valid else 0.0
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,223 @@
+"""Evaluation: ways to steer compared on the same prompts, with asking in words beside them.
+
+A vector is worth its trouble only if it does what a sentence in the prompt does not, or does it
+better. So every comparison has two rows of its own: the unsteered model, and the prompt-only
+baseline, the unsteered model that was told in words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from steer.artefacts.control_vector import Card
+from steer.engines.base import Engine, SamplingParams
+from steer.errors import SteerError
+from steer.fit.data.pairs import Prompt
+from steer.fit.data.prompt import Marked, Messages
+from steer.fit.measure.answers import GROUP, Answer, Progress, answers_under, sound
+from steer.fit.measure.bootstrap import LEVEL, Floats, Interval, Ints, Resamples
+from steer.fit.measure.scoring import AnswerScorer, Scorer
+from steer.plan.plan import SteeringPlan
+
+UNSTEERED = "unsteered"
+PROMPT_ONLY = "prompt only"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to steer, under the name it has in the table."""
+
+    name: str
+    plan: SteeringPlan
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What the prompt-only baseline is told, and where that text comes from."""
+
+    text: str
+    source: Literal["given", "card instruction", "card description"] = "given"
+
+
+@dataclass(frozen=True)
+class EvaluatedRow:
+    """One method's figures, each with its bootstrap interval.
+
+    `score`, `valid` and `both` are as in `Measured`; `perplexity_ratio` is that of the answers, by
+    the model that wrote them, to the unsteered ones; `over_prompt` is the score less that of the
+    prompt-only baseline, paired by prompt.
+    """
+
+    name: str
+    kind: Literal["unsteered", "prompt", "steering"]
+    answers: int
+    unjudged: int
+    score: Interval
+    valid: Interval | None
+    both: Interval | None
+    perplexity_ratio: Interval
+    over_prompt: Interval
+    examples: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A comparison: the unsteered model, the prompt-only baseline, then the methods in order."""
+
+    rows: tuple[EvaluatedRow, ...]
+    instruction: Instruction
+    prompts: int
+    seed: int
+    resamples: int
+    scorer: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "level": LEVEL, "rows": [asdict(row) for row in self.rows]}
+
+
+def evaluate(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    methods: Sequence[Method],
+    scorer: AnswerScorer | Scorer,
+    *,
+    instruction: Instruction,
+    scorer_name: str | None = None,
+    max_tokens: int = 48,
+    temperature: float = 0.0,
+    seed: int = 0,
+    resamples: int = 2000,
+    examples: int = 1,
+    group: int = GROUP,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Compares `methods` on `prompts`, the prompt-only baseline always among them.
+
+    All answers share the engine's batch. `seed` draws the samples (above temperature 0) and the
+    bootstrap's prompts. `progress` is told of finished answers, `len(prompts) · (2 + methods)` in
+    all; what it raises ends the work. Raises `SteerError`: `no_prompts`, `invalid_option`.
+    """
+    _check(prompts, methods)
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, logprobs=0)
+    told = [instructed(prompt, instruction.text) for prompt in prompts]
+    plain, asked, *steered = answers_under(
+        engine,
+        [prompts, told, *[prompts] * len(methods)],
+        [None, None, *(method.plan for method in methods)],
+        scorer,
+        sampling=sampling,
+        group=group,
+        progress=progress,
+    )
+    draws = Resamples.draw(len(prompts), resamples=resamples, seed=seed)
+    table = _Table(draws, plain, asked, examples)
+    rows = [table.row(UNSTEERED, "unsteered", plain), table.row(PROMPT_ONLY, "prompt", asked)]
+    rows += [
+        table.row(method.name, "steering", answers)
+        for method, answers in zip(methods, steered, strict=True)
+    ]
+    return Evaluation(tuple(rows), instruction, len(prompts), seed, resamples, scorer_name)
+
+
+def instructed(prompt: Prompt, instruction: str) -> Prompt:
+    """`prompt` with the instruction in words: in the system message of a chat, before a text."""
+    if isinstance(prompt, Marked):
+        return replace(prompt, prompt=_instructed(prompt.prompt, instruction))
+    return _instructed(prompt, instruction)
+
+
+def _instructed(prompt: str | Messages, instruction: str) -> str | Messages:
+    if isinstance(prompt, str):
+        return f"{instruction}\n{prompt}"
+    messages = [dict(message) for message in prompt]
+    if messages and messages[0]["role"] == "system":
+        messages[0]["content"] += f"\n{instruction}"
+        return messages
+    return [{"role": "system", "content": instruction}, *messages]
+
+
+def card_instruction(card: Card) -> Instruction | None:
+    """What a card says about how to ask for its attribute in words; None where it says nothing.
+
+    `provenance["instruction"]` is meant for this; the description is the next best.
+    """
+    said = card.provenance.get("instruction")
+    if isinstance(said, str) and said:
+        return Instruction(said, "card instruction")
+    return Instruction(card.description, "card description") if card.description else None
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What every row is measured against."""
+
+    draws: Resamples
+    plain: Sequence[Answer]
+    asked: Sequence[Answer]
+    examples: int
+
+    def row(
+        self,
+        name: str,
+        kind: Literal["unsteered", "prompt", "steering"],
+        answers: Sequence[Answer],
+    ) -> EvaluatedRow:
+        judged = [answer.score for answer in answers if answer.score.judged]
+        judges = bool(judged) and all(score.valid is not None for score in judged)
+        valid = [float(bool(a.score.valid)) if a.score.judged else math.nan for a in answers]
+        both = [sound(a.score) if a.score.judged else math.nan for a in answers]
+        return EvaluatedRow(
+            name=name,
+            kind=kind,
+            answers=len(answers),
+            unjudged=len(answers) - len(judged),
+            score=self.draws.mean(_scores(answers)),
+            valid=self.draws.mean(valid) if judges else None,
+            both=self.draws.mean(both) if judges else None,
+            perplexity_ratio=perplexity_ratio(self.draws, answers, self.plain),
+            over_prompt=self.draws.difference(_scores(answers), _scores(self.asked)),
+            examples=tuple(answer.text for answer in answers[: self.examples]),
+        )
+
+
+def perplexity_ratio(
+    draws: Resamples, steered: Sequence[Answer], plain: Sequence[Answer]
+) -> Interval:
+    """exp of the difference of the mean losses over all tokens, resampled by prompt."""
+    ours, theirs = _losses(steered), _losses(plain)
+
+    def ratio(rows: Ints) -> Floats:
+        a, b = ours[:, rows].sum(-1), theirs[:, rows].sum(-1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            difference: Floats = a[0] / a[1] - b[0] / b[1]
+        return np.exp(difference)
+
+    return draws.interval(ratio)
+
+
+def _scores(answers: Sequence[Answer]) -> list[float]:
+    return [a.score.value if a.score.judged else math.nan for a in answers]
+
+
+def _losses(answers: Sequence[Answer]) -> Floats:
+    """The summed loss and the number of tokens of each answer, `[2, answers]`."""
+    return np.array([[sum(a.losses) for a in answers], [len(a.losses) for a in answers]], float)
+
+
+def _check(prompts: Sequence[Prompt], methods: Sequence[Method]) -> None:
+    if not prompts:
+        raise SteerError("there is nothing to compare on: give prompts", code="no_prompts")
+    names = [UNSTEERED, PROMPT_ONLY, *(method.name for method in methods)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or not methods:
+        raise SteerError(
+            f"two rows would be named {twice[0]!r}: give each method a name of its own"
+            if twice
+            else "there is nothing to compare: give at least one method",
+            code="invalid_option",
+        )

@@ -1,0 +1,171 @@
+"""GGUF control vectors, as llama.cpp and repeng read and write them.
+
+`direction.N` is added to the output of 0-based decoder block N; llama.cpp has no place for N = 0.
+Some writers count differently: llama.cpp's own cvector-generator names the output of block i
+direction.{i+1}, one late. Nothing in a file tells for certain, so where its marks leave a
+doubt, the sender must say how it counts; what was used is kept in the card's provenance.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from torch import Tensor
+
+from steer.artefacts.control_vector import ControlVector
+from steer.errors import FileFormatError, SteerError, Unsupported
+from steer.formats.canonical import check_card, read_card
+from steer.formats.guards.gguf import check_gguf
+from steer.formats.options import ImportOptions
+from steer.formats.placement import NamedRow, placed
+
+ARCHITECTURE = "controlvector"
+_CARD = "steer.card"
+_DIRECTION = re.compile(r"direction\.(0|[1-9]\d{0,5})")
+# EasySteer's own keys; its directions are numbered from 0.
+_ZERO_BASED = ("controlvector.method", "controlvector.normalize", "controlvector.token_pos")
+
+
+def read_gguf(path: Path, options: ImportOptions) -> ControlVector:
+    """The control vector in a GGUF file.
+
+    Raises `FileFormatError` for a file that is no control vector or lies about itself, and for
+    `direction.0` unless its writer is known to count from 0 or a `layer_offset` is given.
+    """
+    check_gguf(path)
+    try:
+        reader = GGUFReader(path)
+        fields = {key: field.contents() for key, field in reader.fields.items()}
+    except (KeyError, ValueError, IndexError) as error:
+        raise FileFormatError(f"the GGUF file cannot be parsed: {error}") from error
+    architecture = fields.get("general.architecture")
+    if architecture != ARCHITECTURE:
+        raise FileFormatError(
+            f"the GGUF file's architecture is {architecture!r}, not {ARCHITECTURE!r}: it is not a "
+            "control vector",
+            code="not_a_control_vector",
+        )
+    rows = {
+        _layer(tensor.name, tensor.shape.tolist()): torch.from_numpy(tensor.data.copy())
+        for tensor in reader.tensors
+    }
+    if isinstance(fields.get(_CARD), str):
+        if options.offset("gguf"):
+            raise SteerError(
+                "the file's own card says which layers it has: leave out 'layer_offset' and 'from'",
+                code="invalid_option",
+                param="/layer_offset",
+            )
+        return _with_card(rows, fields[_CARD])
+    tool = "easysteer" if any(key in fields for key in _ZERO_BASED) else None
+    if options.offset("gguf") is None and tool is None:
+        _check_counting(rows, reader)
+    named = {layer: NamedRow(f"direction.{layer}", row) for layer, row in rows.items()}
+    return placed(named, path, "gguf", options, tool=tool, **_kept(fields))
+
+
+def write_gguf(vector: ControlVector, path: Path) -> None:
+    """Writes `vector` so that llama.cpp and repeng can use it.
+
+    Raises `Unsupported` for block 0 and for sites other than resid_post, which they cannot steer.
+    """
+    if vector.card.site != "resid_post":
+        raise Unsupported(
+            f"GGUF control vectors act on resid_post; this one is for {vector.card.site}",
+            code="unsupported_site",
+        )
+    chosen = tuple(vector.directions)
+    if 0 in chosen:
+        raise Unsupported(
+            "GGUF control vectors cannot hold block 0 (llama.cpp numbers them from 1): leave it "
+            "out by naming the other layers (--layers, or layers=1,2 over HTTP)",
+            code="layer_not_exportable",
+            param="/layers",
+        )
+    card = vector.card.model_dump(mode="json", by_alias=True, exclude={"name"})
+    writer = GGUFWriter(path, ARCHITECTURE)
+    try:
+        writer.add_string(f"{ARCHITECTURE}.model_hint", vector.card.model or "")
+        writer.add_int32(f"{ARCHITECTURE}.layer_count", len(chosen))
+        writer.add_string(_CARD, json.dumps(card, sort_keys=True))
+        for layer in chosen:
+            writer.add_tensor(f"direction.{layer}", vector[layer].numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def _layer(name: str, shape: list[int]) -> int:
+    match = _DIRECTION.fullmatch(name)
+    if match is None:
+        raise FileFormatError(
+            f"the tensor {name!r} is not a direction: control vectors hold direction.N only",
+            code="unknown_layout",
+        )
+    if len(shape) != 1:
+        raise FileFormatError(f"the tensor {name!r} has the shape {shape}; a direction is one row")
+    return int(match[1])
+
+
+def _check_counting(rows: dict[int, Tensor], reader: GGUFReader) -> None:
+    """Raises where the file bears a mark of writers that count layers in another way."""
+    if 0 in rows:
+        why = "it holds direction.0, which llama.cpp and repeng never write"
+    elif _is_int32(reader, f"{ARCHITECTURE}.layer_count"):
+        why = (
+            "its layer_count is an int32, as llama.cpp's cvector-generator writes it, which names "
+            "the output of block i direction.{i+1}"
+        )
+    else:
+        return
+    raise SteerError(
+        f"the file's layers may be counted in another way: {why}. State 'from' "
+        "(llama-cpp-generator, llama-cpp, repeng, easysteer), or 'layer_offset' (0 if direction.N "
+        "is the output of 0-based block N, -1 if that of block N-1)",
+        code="layer_offset_required",
+        param="/layer_offset",
+    )
+
+
+def _is_int32(reader: GGUFReader, key: str) -> bool:
+    field = reader.fields.get(key)
+    return field is not None and list(field.types) == [GGUFValueType.INT32]
+
+
+def _kept(fields: dict[str, Any]) -> dict[str, Any]:
+    """What the file says of its origin."""
+    prefix = ARCHITECTURE + "."
+    return {
+        key.removeprefix(prefix): value
+        for key, value in fields.items()
+        if key.startswith(prefix) and _is_short(value)
+    }
+
+
+def _is_short(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) or (isinstance(value, str) and len(value) <= 1024)
+
+
+def _with_card(rows: dict[int, Tensor], text: str) -> ControlVector:
+    try:
+        about = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(
+            f"the file's card is not JSON: {error}", code="invalid_card"
+        ) from None
+    if not isinstance(about, dict):
+        raise FileFormatError("the file's card is not a JSON object", code="invalid_card")
+    card = read_card(about)
+    vector = ControlVector.owning(rows)
+    check_card(card, vector.card)
+    return ControlVector(vector.directions, card.model_copy(update={"name": ""}))

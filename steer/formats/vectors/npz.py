@@ -1,0 +1,113 @@
+"""NumPy's `.npz`: a row per layer, one matrix [L, d], or one row [d].
+
+The members' headers are checked against their sizes before NumPy reads them, because it makes an
+array of whatever shape a header declares. Nothing pickled is read.
+"""
+
+from __future__ import annotations
+
+import re
+import tokenize
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+
+from steer.artefacts.control_vector import ControlVector
+from steer.errors import FileFormatError, TooLarge
+from steer.formats.guards.zip import MAX_MEMBERS, UNREADABLE, check_directory
+from steer.formats.options import ImportOptions
+from steer.formats.placement import (
+    NamedRow,
+    matrix_rows,
+    on_blocks,
+    placed,
+    require_offset,
+    single_row,
+)
+
+_ROW = re.compile(r"(?:(?:layers?|directions?|blocks?)[._])?(0|[1-9]\d{0,5})")
+_FLOATS = (2, 4, 8)
+# Floats barely compress: a file that inflates to much more is no honest one.
+_MOST_INFLATED = 4
+_ALWAYS_READ = 8 << 20
+
+
+def read_npz(path: Path, options: ImportOptions) -> ControlVector:
+    """The vector in an `.npz` file. Raises `FileFormatError`, `TooLarge` or `SteerError`."""
+    arrays = {name: torch.from_numpy(array) for name, array in _arrays(path).items()}
+    numbered = {name: match for name in arrays if (match := _ROW.fullmatch(name))}
+    if arrays and len(numbered) == len(arrays):
+        rows = {int(match[1]): NamedRow(name, arrays[name]) for name, match in numbered.items()}
+        if len(rows) != len(arrays):
+            raise FileFormatError("the file has two arrays for a layer", code="duplicate_layer")
+        return placed(rows, path, "npz", options)
+    if len(arrays) != 1:
+        raise FileFormatError(
+            "the file is not a control vector: its arrays must be named by layer (0, 1, … or "
+            f"layer_0, …); got {', '.join(map(repr, sorted(arrays)[:5])) or 'none'}",
+            code="unknown_layout",
+        )
+    ((name, array),) = arrays.items()
+    if array.ndim == 2 and len(array) > 1:
+        require_offset("npz", options, list(array.shape))
+        return placed(matrix_rows(name, array), path, "npz", options)
+    row = array.reshape(-1) if array.ndim == 2 else array
+    return on_blocks(single_row(name, row, options), path, "npz", options)
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """The file's arrays as float32."""
+    check_directory(path)
+    try:
+        with zipfile.ZipFile(path) as file:
+            members = file.infolist()
+            _check_sizes(members, path.stat().st_size)
+            for member in members:
+                with file.open(member) as stream:
+                    _check_header(member, stream)
+        # What is too large for float32 becomes infinite, which is refused as such later.
+        with np.load(path, allow_pickle=False) as found, np.errstate(over="ignore"):
+            return {name: found[name].astype(np.float32, order="C") for name in found.files}
+    except (*UNREADABLE, zlib.error, OSError, SyntaxError, tokenize.TokenError) as error:
+        raise FileFormatError(f"the .npz file cannot be read: {str(error)[:300]}") from error
+
+
+def _check_sizes(members: list[zipfile.ZipInfo], size: int) -> None:
+    total = sum(member.file_size for member in members)
+    if len(members) > MAX_MEMBERS or len({one.filename for one in members}) != len(members):
+        raise FileFormatError(f"the file has more than {MAX_MEMBERS} arrays, or two of one name")
+    if total > max(_MOST_INFLATED * size, _ALWAYS_READ):
+        raise TooLarge(
+            f"the file of {size} bytes inflates to {total}: save it with numpy.savez",
+            code="archive_too_large",
+        )
+
+
+def _check_header(member: zipfile.ZipInfo, stream: IO[bytes]) -> None:
+    name = member.filename
+    if not name.endswith(".npy") or member.flag_bits & 1:
+        raise FileFormatError(f"the member {name[:80]!r} is no plain array", code="unknown_layout")
+    major, _ = npy.read_magic(stream)
+    if major not in (1, 2):
+        raise FileFormatError(f"the array {name[:80]!r} is of version {major}, which is not read")
+    read = npy.read_array_header_1_0 if major == 1 else npy.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    if dtype.kind != "f" or dtype.itemsize not in _FLOATS:
+        raise FileFormatError(
+            f"the array {name[:80]!r} is of type {dtype.str}; a float type is needed (objects are "
+            "pickles, which are never read)",
+            code="pickle_refused" if dtype.hasobject else "invalid_file",
+        )
+    held, declared = member.file_size - stream.tell(), dtype.itemsize
+    for length in shape:
+        declared *= length
+    if declared != held or len(shape) > 4:
+        raise FileFormatError(
+            f"the array {name[:80]!r} declares {declared} bytes, the file holds {held}",
+            code="truncated_file",
+        )

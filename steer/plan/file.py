@@ -1,0 +1,308 @@
+"""A plan as one file: compiled once, sent once to every process, named by the hash of its bytes.
+
+The file is safetensors. One metadata key, `steer.plan.plan`, holds everything that is not a tensor;
+the tensors `t0`, `t1`, … are float32, and rows that occur several times are stored once. Two
+things stay behind, because they are large and known elsewhere: the encoder of an SAE whose
+features compete is named by the SAE's hash, and the payload of an inline vector in the spec is
+replaced by its digest. A loaded plan's `spec` therefore tells what was asked, and where it held
+inline vectors cannot be compiled again; fingerprint, passes and hook points are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import save as save_safetensors
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+from steer.edits import Block, Competition
+from steer.errors import FileFormatError, SpecError, TooLarge
+from steer.formats.guards.safetensors import MAX_HEADER_BYTES
+from steer.model import HookPoint, ModelInfo, forward_order
+from steer.plan.plan import Gate, Pass, SteeringPlan
+from steer.plan.records import (
+    VERSION,
+    BlockRecord,
+    CompetitionRecord,
+    EditsRecord,
+    GateRecord,
+    PassRecord,
+    PlanRecord,
+    checked,
+    selection_of,
+    selection_record,
+    spec_to_json,
+)
+from steer.plan.selection import Selection
+from steer.plan_checks import check_block, check_gate, check_model
+from steer.spec import parse_spec
+
+Encoder: TypeAlias = Callable[[str], tuple[Tensor, Tensor]]
+"""An SAE's hash to the read rows `[d_sae, d]` and biases `[d_sae]` of all its latents."""
+
+_KEY = "steer.plan.plan"
+
+
+def dump_plan(plan: SteeringPlan) -> bytes:
+    """The file of `plan`: the same content gives the same bytes.
+
+    Raises `SpecError` for an edit that is not finite in float32 and for positions or token ids
+    outside 64 bits, `TooLarge` for more hook points and tokens than a header holds.
+    """
+    rows = _Rows()
+    record = PlanRecord(
+        version=VERSION,
+        fingerprint=plan.fingerprint,
+        artefacts=plan.artefacts,
+        strengths=plan.strengths,
+        summary=tuple(dict(entry) for entry in plan.summary),
+        spec=spec_to_json(plan.spec),
+        passes=tuple(_pass_record(one, rows) for one in plan.passes),
+    )
+    fields = record.model_dump(mode="json", exclude_defaults=True)
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    # One metadata key: safetensors writes several in no fixed order, and the hash must not depend
+    # on it.
+    data = bytes(save_safetensors(rows.arrays, metadata={_KEY: text}))
+    header = int.from_bytes(data[:8], "little")
+    if header > MAX_HEADER_BYTES:
+        raise TooLarge(
+            f"the plan of this spec needs a header of {header} bytes; at most {MAX_HEADER_BYTES} "
+            "are written: edit fewer hook points, or name fewer tokens in 'where'",
+            code="plan_too_large",
+            param="/interventions",
+        )
+    return data
+
+
+def load_plan(data: bytes, encoder: Encoder, *, model: ModelInfo | None = None) -> SteeringPlan:
+    """The plan in `data`; its competing SAEs' rows come from `encoder`, whose errors pass through.
+
+    Raises `FileFormatError` for anything that `dump_plan` did not write and, where `model` is
+    given, `IncompatibleArtefact` or `Unsupported` for a plan made for another model. Needs memory
+    for twice the tensors and a header of at most 16 MiB.
+    """
+    content, tensors = _opened(data)
+    if content.get("version") != VERSION:
+        raise FileFormatError(
+            f"this plan has format version {content.get('version')!r}; this version of Steer reads "
+            f"{VERSION}: run the same version in every process",
+            code="plan_version",
+        )
+    record = checked(PlanRecord, content)
+    reader = _Reader(tensors, encoder)
+    passes = tuple(reader.read_pass(one) for one in record.passes)
+    if reader.unused:
+        raise _malformed(f"nothing refers to its tensors {sorted(reader.unused)[:5]}")
+    if model is not None:
+        check_model(passes, model)
+    try:
+        spec = parse_spec(record.spec)
+    except SpecError as error:
+        raise _malformed(f"its spec is wrong: {error.param}: {error}") from error
+    return SteeringPlan(
+        fingerprint=record.fingerprint,
+        spec=spec,
+        passes=passes,
+        artefacts=record.artefacts,
+        strengths=record.strengths,
+        summary=record.summary,
+    )
+
+
+def selection_to_json(selection: Selection) -> dict[str, Any]:
+    """`selection` as a small JSON object, without what has its default value.
+
+    Raises `SpecError` for positions or token ids outside 64 bits.
+    """
+    return selection_record(selection).model_dump(mode="json", exclude_defaults=True)
+
+
+def selection_from_json(value: Mapping[str, Any]) -> Selection:
+    """The inverse of `selection_to_json`; raises `FileFormatError` for anything else."""
+    return selection_of(value)
+
+
+def edit_rows(plan: SteeringPlan) -> int:
+    """How many rank-1 edits the plan has, over all its passes and hook points."""
+    return sum(block.n_edits for one in plan.passes for block in one.blocks.values())
+
+
+# Writing
+
+
+class _Rows:
+    """Tensors by content, named in the order in which they are first met."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, NDArray[np.float32]] = {}
+        self._names: dict[tuple[tuple[int, ...], bytes], str] = {}
+
+    def name(self, tensor: Tensor) -> str:
+        array = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+        key = (array.shape, hashlib.sha256(array.tobytes()).digest())
+        name = self._names.setdefault(key, f"t{len(self._names)}")
+        self.arrays[name] = array
+        return name
+
+
+def _pass_record(one: Pass, rows: _Rows) -> PassRecord:
+    blocks = []
+    for point in sorted(one.blocks, key=forward_order):
+        block = one.blocks[point]
+        check_block(point, block, SpecError)
+        blocks.append(_block_record(point, block, rows))
+    return PassRecord(
+        selection=selection_record(one.selection),
+        gate=None if one.gate is None else _gate_record(one.gate, rows),
+        blocks=tuple(blocks),
+    )
+
+
+def _block_record(point: HookPoint, block: Block, rows: _Rows) -> BlockRecord:
+    edits = competition = None
+    if block.read is not None and block.write is not None and block.laws is not None:
+        edits = EditsRecord(
+            read=rows.name(block.read), write=rows.name(block.write), laws=rows.name(block.laws)
+        )
+    if block.competition is not None:
+        competition = CompetitionRecord(sae=block.competition.identity, k=block.competition.k)
+    return BlockRecord(
+        point=point,
+        shift=None if block.shift is None else rows.name(block.shift),
+        edits=edits,
+        competition=competition,
+        replace=block.replace,
+        preserve_norm=block.preserve_norm,
+    )
+
+
+def _gate_record(gate: Gate, rows: _Rows) -> GateRecord:
+    check_gate(gate, SpecError)
+    # JSON has no infinity: a bound that does not bind is left out.
+    return GateRecord(
+        name=gate.name,
+        point=gate.point,
+        direction=rows.name(gate.direction),
+        above=None if gate.above == -math.inf else gate.above,
+        below=None if gate.below == math.inf else gate.below,
+        cosine=gate.cosine,
+        prompt_scope=gate.prompt_scope,
+    )
+
+
+# Reading
+
+
+class _Reader:
+    """Turns records into what they stand for; refuses names that are missing or of odd shape."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], encoder: Encoder) -> None:
+        self._tensors, self._encoder = tensors, encoder
+        self._rows: dict[str, Tensor] = {}
+
+    @property
+    def unused(self) -> set[str]:
+        return set(self._tensors) - set(self._rows)
+
+    def read_pass(self, record: PassRecord) -> Pass:
+        blocks: dict[HookPoint, Block] = {}
+        for one in record.blocks:
+            point = HookPoint(*one.point)
+            if point in blocks:
+                raise _malformed(f"one of its passes edits {point} twice")
+            blocks[point] = self._block(one)
+            check_block(point, blocks[point], FileFormatError)
+        gate = None if record.gate is None else self._gate(record.gate)
+        return Pass(selection_of(record.selection), gate, blocks)
+
+    def _block(self, record: BlockRecord) -> Block:
+        edits, rivals = record.edits, record.competition
+        competition = None
+        if rivals is not None:
+            competition = Competition(rivals.sae, *self._encoder(rivals.sae), rivals.k)
+        return Block(
+            shift=None if record.shift is None else self._row(record.shift),
+            read=None if edits is None else self._row(edits.read),
+            write=None if edits is None else self._row(edits.write),
+            laws=None if edits is None else self._row(edits.laws),
+            competition=competition,
+            replace=record.replace,
+            preserve_norm=record.preserve_norm,
+        )
+
+    def _gate(self, record: GateRecord) -> Gate:
+        gate = Gate(
+            name=record.name,
+            point=HookPoint(*record.point),
+            direction=self._row(record.direction),
+            above=-math.inf if record.above is None else record.above,
+            below=math.inf if record.below is None else record.below,
+            cosine=record.cosine,
+            prompt_scope=record.prompt_scope,
+        )
+        check_gate(gate, FileFormatError)
+        return gate
+
+    def _row(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            raise _malformed(f"its tensor {name!r} is missing")
+        if name not in self._rows:
+            # Copied into memory of torch's own: aligned, as the compiler's tensors are, so that
+            # products with it come out the same to the bit.
+            self._rows[name] = self._tensors[name].clone(memory_format=torch.contiguous_format)
+        return self._rows[name]
+
+
+def _opened(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The metadata and the tensors of a plan's file, both still unchecked but for their types."""
+    size = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or size > len(data) - 8:
+        raise FileFormatError(
+            f"these {len(data)} bytes are not a plan, or only the beginning of one",
+            code="truncated_file",
+        )
+    if size > MAX_HEADER_BYTES:
+        raise FileFormatError(
+            f"these bytes declare a header of {size} bytes; a plan's has at most "
+            f"{MAX_HEADER_BYTES}",
+            code="header_too_large",
+        )
+    try:
+        header = json.loads(data[8 : 8 + size].decode())
+        content = json.loads(header["__metadata__"][_KEY], parse_constant=_no_constant)
+        tensors = load_safetensors(data)
+    except (
+        SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        RecursionError,
+    ) as error:
+        raise _malformed(f"{type(error).__name__}: {error}") from error
+    if not isinstance(content, dict):
+        raise _malformed(f"its metadata {_KEY!r} is not a JSON object")
+    other = sorted(name for name, row in tensors.items() if row.dtype != torch.float32)
+    if other:
+        raise _malformed(f"its tensors {other[:5]} are not float32")
+    return content, tensors
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"it contains the number {name}")
+
+
+def _malformed(why: str) -> FileFormatError:
+    return FileFormatError(
+        f"these bytes are not a plan that Steer wrote: {why}", code="invalid_plan"
+    )

@@ -1,0 +1,116 @@
+"""A spec made ready to run: names resolved, widths checked, programs compiled, order fixed.
+
+A plan is a short list of *passes*. A pass has one selection of tokens, at most one gate, and at
+most one block per hook point; at a hook point the passes run in order. Interventions are packed
+greedily into the earliest pass that keeps the order the spec lists; neighbouring constant adds
+fuse into one row. So a token needs one slot number per pass, however long the spec is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from steer.edits import Block
+from steer.errors import Unsupported
+from steer.model import HookPoint, forward_order
+from steer.plan.selection import Selection
+from steer.spec import SteeringSpec
+
+AS_REQUESTED = frozenset({"requested", "capped"})
+"""The keys of a summary that tell what was asked for where it became another number."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A condition on the residual stream: open where above < value < below.
+
+    `direction` is a unit row `[d]`; the value is the cosine, or the projection.
+    """
+
+    name: str
+    point: HookPoint
+    direction: Tensor
+    above: float
+    below: float
+    cosine: bool
+    prompt_scope: bool
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What tells gates apart; inline vectors share a name, so the direction itself counts."""
+        direction = self.direction.numpy().tobytes()
+        bounds = (self.above, self.below)
+        return (self.name, self.point, direction, *bounds, self.cosine, self.prompt_scope)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Blocks that share a selection and a gate, at most one per hook point."""
+
+    selection: Selection
+    gate: Gate | None
+    blocks: Mapping[HookPoint, Block]
+
+
+@dataclass(frozen=True)
+class SteeringPlan:
+    """What an engine needs to carry out one spec; identified by `fingerprint`."""
+
+    fingerprint: str
+    spec: SteeringSpec
+    passes: tuple[Pass, ...]
+    artefacts: tuple[str, ...]
+    strengths: tuple[float, ...]
+    summary: tuple[Mapping[str, Any], ...]
+
+    @property
+    def points(self) -> tuple[HookPoint, ...]:
+        """Every hook point that is edited, in forward order."""
+        return tuple(sorted({p for one in self.passes for p in one.blocks}, key=forward_order))
+
+    @property
+    def gated(self) -> bool:
+        return any(one.gate is not None for one in self.passes)
+
+    @property
+    def settled_strengths(self) -> tuple[Mapping[str, Any], ...]:
+        """Every strength that is not as written: what was asked for, and the number it became."""
+        return tuple(
+            {
+                "intervention": place,
+                "requested": entry["requested"],
+                "strength": entry["strength"],
+                "capped": entry.get("capped", False),
+            }
+            for place, entry in enumerate(self.summary)
+            if "requested" in entry
+        )
+
+    def first_steered(self, prompt: tuple[int, ...], horizon: int) -> int | None:
+        """The first position whose state this plan may change: KV before it can be shared."""
+        firsts = [one.selection.first(prompt, horizon) for one in self.passes]
+        return min((first for first in firsts if first is not None), default=None)
+
+    def describe(self) -> dict[str, Any]:
+        """What would be applied where, for people and for `/v1/steering/validate`."""
+        return {
+            "fingerprint": self.fingerprint,
+            "passes": len(self.passes),
+            "hook_points": [{"layer": p.layer, "site": p.site} for p in self.points],
+            "interventions": [dict(entry) for entry in self.summary],
+        }
+
+
+def check_passes(count: int, limit: int) -> None:
+    """Raises `Unsupported` for a plan of more passes than `limit`."""
+    if count > limit:
+        raise Unsupported(
+            f"this spec needs {count} passes over a token and {limit} are "
+            "supported: merge interventions that share 'where', or send fewer",
+            code="too_many_passes",
+            param="/interventions",
+        )

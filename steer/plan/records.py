@@ -1,0 +1,167 @@
+"""Everything in a plan's file that is not a tensor, as checked JSON objects.
+
+Tensors appear by name. What has its default value is left out of the JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any, TypeAlias, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError
+
+from steer.errors import FileFormatError, SpecError, SteerError
+from steer.plan.selection import Selection
+from steer.spec import Index, Phase, Site, SteeringSpec
+
+VERSION = 1
+
+_DIGEST = "sha256:"
+
+R = TypeVar("R", bound=BaseModel)
+# Masks are computed with 64-bit integers.
+_Int: TypeAlias = Annotated[int, Field(strict=True, ge=-(1 << 63), lt=1 << 63)]
+_Float: TypeAlias = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_Point: TypeAlias = tuple[Index, Site]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TokensRecord(_Record):
+    """A `Selection` without exceptions; sets are sorted."""
+
+    phases: tuple[Phase, ...] | None = None
+    ranges: tuple[tuple[_Int, _Int | None], ...] | None = None
+    tokens: tuple[_Int, ...] | None = None
+    from_last: StrictBool = False
+
+
+class SelectionRecord(TokensRecord):
+    """A `Selection`. As in a spec, an exception has no exceptions of its own."""
+
+    excluded: TokensRecord | None = None
+
+
+class GateRecord(_Record):
+    """A `Gate`; a bound that is left out does not bind."""
+
+    name: StrictStr
+    point: _Point
+    direction: StrictStr
+    above: _Float | None = None
+    below: _Float | None = None
+    cosine: StrictBool
+    prompt_scope: StrictBool
+
+
+class EditsRecord(_Record):
+    """The names of a block's rank-1 edits."""
+
+    read: StrictStr
+    write: StrictStr
+    laws: StrictStr
+
+
+class CompetitionRecord(_Record):
+    """A `Competition` without its encoder, which the SAE of this hash has."""
+
+    sae: Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}\z")]
+    k: Annotated[int, Field(strict=True, ge=1)]
+
+
+class BlockRecord(_Record):
+    """A `Block` and where it acts."""
+
+    point: _Point
+    shift: StrictStr | None = None
+    edits: EditsRecord | None = None
+    competition: CompetitionRecord | None = None
+    replace: StrictBool = False
+    preserve_norm: StrictBool = False
+
+
+class PassRecord(_Record):
+    """A `Pass`, its blocks in forward order."""
+
+    selection: SelectionRecord
+    gate: GateRecord | None = None
+    blocks: tuple[BlockRecord, ...]
+
+
+class PlanRecord(_Record):
+    """A `SteeringPlan`."""
+
+    version: Annotated[int, Field(strict=True)]
+    fingerprint: Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{32}\z")]
+    artefacts: tuple[StrictStr, ...]
+    strengths: tuple[_Float, ...]
+    summary: tuple[dict[str, Any], ...]
+    spec: dict[str, Any]
+    passes: tuple[PassRecord, ...]
+
+
+def checked(kind: type[R], value: object, error: type[SteerError] = FileFormatError) -> R:
+    """`value` as a record of `kind`; raises `error` with the first field that is wrong."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError as invalid:
+        first = invalid.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise error(
+            f"not a valid part of a plan: {place or 'the whole'}: {first['msg']}",
+            code="invalid_plan" if error is FileFormatError else None,
+        ) from None
+
+
+def selection_record(selection: Selection) -> SelectionRecord:
+    """The record of `selection`; raises `SpecError` where masks could not be computed with it."""
+    if selection.excluded is not None and selection.excluded.excluded is not None:
+        raise SpecError("'except' may not contain another 'except'", param="/where/except")
+    excluded = None if selection.excluded is None else _tokens(selection.excluded)
+    return checked(SelectionRecord, {**_tokens(selection), "excluded": excluded}, SpecError)
+
+
+def selection_of(value: object) -> Selection:
+    """The selection that a record, or the JSON of one, stands for."""
+    record = checked(SelectionRecord, value)
+    excluded = None if record.excluded is None else Selection(**_fields(record.excluded))
+    return Selection(**_fields(record), excluded=excluded)
+
+
+def spec_to_json(spec: SteeringSpec) -> dict[str, Any]:
+    """`spec` as JSON, without the payload of its inline vectors."""
+    fields = spec.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return {key: _without_payloads(value) for key, value in fields.items()}
+
+
+def _without_payloads(value: Any) -> Any:
+    """`value` with a digest in place of every inline vector, the only objects with 'data'."""
+    if isinstance(value, list):
+        return [_without_payloads(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {key: _without_payloads(item) for key, item in value.items()}
+    # A digest is not base64: nobody takes it for a vector, and it is known when met again.
+    if "data" in kept and not kept["data"].startswith(_DIGEST):
+        kept["data"] = _DIGEST + hashlib.sha256(value["data"].encode()).hexdigest()
+    return kept
+
+
+def _tokens(selection: Selection) -> dict[str, Any]:
+    return {
+        "phases": None if selection.phases is None else sorted(selection.phases),
+        "ranges": selection.ranges,
+        "tokens": None if selection.tokens is None else sorted(selection.tokens),
+        "from_last": selection.from_last_prompt_token,
+    }
+
+
+def _fields(record: TokensRecord) -> dict[str, Any]:
+    return {
+        "phases": None if record.phases is None else frozenset(record.phases),
+        "ranges": record.ranges,
+        "tokens": None if record.tokens is None else frozenset(record.tokens),
+        "from_last_prompt_token": record.from_last,
+    }

@@ -1,0 +1,72 @@
+"""Files that clients sent with a job: they wait on this machine's disk until the job has run."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from pathlib import Path
+
+from steer.registry.blobs import locks
+from steer.registry.blobs.disk import disk_errors
+
+
+class JobFiles:
+    """One folder under `root` for each job that has files.
+
+    Guarantees: files outlive a crash of the process that received them; what belongs to no
+    unfinished job is removed by `clean`, and never while a job is being queued.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._lock = root / "files.lock"
+        with disk_errors("opening the folder for jobs"):
+            root.mkdir(parents=True, exist_ok=True)
+            self.place = self._identity()
+        """Names this folder: the servers that see it can run the jobs whose files are here."""
+
+    @contextmanager
+    def adding(self, job_id: str, files: Mapping[str, Path]) -> Iterator[None]:
+        """Moves `files` (names to paths) to the job's folder; queue the job inside the block.
+
+        Where the block raises, they are removed.
+        """
+        with locks.shared(self._lock):
+            folder = self.folder(job_id)
+            try:
+                with disk_errors("keeping the files of a job"):
+                    if files:
+                        folder.mkdir()
+                    for name, path in files.items():
+                        shutil.move(path, folder / name)
+                yield
+            except BaseException:
+                self.remove(job_id)
+                raise
+
+    def folder(self, job_id: str) -> Path:
+        """Where the job's files are, if it has any."""
+        return self._root / job_id
+
+    def remove(self, job_id: str) -> None:
+        """Removes the job's files. May be called for a job without files."""
+        shutil.rmtree(self.folder(job_id), ignore_errors=True)
+
+    def clean(self, unfinished: Callable[[], AbstractSet[str]]) -> int:
+        """Removes what no unfinished job needs; how many folders there were."""
+        with locks.exclusive(self._lock):
+            needed = unfinished()
+            gone = [one for one in self._root.iterdir() if one.is_dir() and one.name not in needed]
+            for folder in gone:
+                shutil.rmtree(folder, ignore_errors=True)
+            return len(gone)
+
+    def _identity(self) -> str:
+        path = self._root / "place"
+        with locks.exclusive(self._lock):
+            if not path.exists() or not path.read_text("utf-8"):
+                path.write_text(uuid.uuid4().hex, "utf-8")
+            return path.read_text("utf-8")

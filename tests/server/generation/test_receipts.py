@@ -1,0 +1,26 @@
+"""Receipts of several sequences as one."""
+
+from __future__ import annotations
+
+from steer.engines.base import GateReceipt, PointReceipt, Receipt
+from steer.engines.receipts import merged
+from steer.model import HookPoint
+
+FIRST = Receipt("f", 10, 2, 3, (PointReceipt(HookPoint(2), 10, 0.1),), (GateReceipt("g", 4, 0.7),))
+SECOND = Receipt("f", 30, 1, 0, (PointReceipt(HookPoint(2), 30, 0.2),), (GateReceipt("g", 5, 0.7),))
+
+
+def test_counts_add_up_and_sizes_are_weighted() -> None:
+    both = merged([FIRST, SECOND])
+    assert both is not None
+    assert (both.tokens_steered, both.tokens_skipped, both.tokens_cached) == (40, 3, 3)
+    (point,) = both.hook_points
+    assert point.tokens == 40
+    assert point.relative_size is not None
+    assert abs(point.relative_size - 0.175) < 1e-12
+    assert both.gates == (GateReceipt("g", 9, 0.7),)
+
+
+def test_one_receipt_stays_and_none_is_none() -> None:
+    assert merged([None, FIRST]) is FIRST
+    assert merged([None, None]) is None

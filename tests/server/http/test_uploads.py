@@ -1,0 +1,339 @@
+"""Uploads, and what can then be done with the artefacts."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from safetensors.torch import load, save
+from torch import full, ones, randn, stack, zeros
+from torch import save as torch_save
+
+from steer.artefacts.control_vector import ControlVector
+from steer.formats.options import ImportOptions
+from steer.formats.vectors.gguf import read_gguf
+
+URL = "/v1/steering/vectors"
+LENS = {"weight": (4, 4), "bias": (4,)}
+
+
+async def send(
+    http: httpx.AsyncClient, content: bytes, filename: str = "mine.safetensors", **fields: str
+) -> httpx.Response:
+    return await http.post(URL, files={"file": (filename, content)}, data=fields)
+
+
+@pytest.fixture
+def leftovers(tmp_path: Path) -> Callable[[], list[Path]]:
+    """Lists temporary files of the registry that are still there."""
+
+    def found() -> list[Path]:
+        files = (tmp_path / "registry" / "staging").rglob("*")
+        return [file for file in files if file.is_file() and file.name != "owner.lock"]
+
+    return found
+
+
+async def test_an_upload_is_described_and_the_same_again_is_not_new(
+    http: httpx.AsyncClient,
+) -> None:
+    content = save({"layers.2": ones(16), "layers.3": ones(16)})
+    first = await send(http, content, strength="0.5", layers="3", description="All ones")
+    assert first.status_code == 201
+    body = first.json()
+    assert (body["name"], body["version"], body["d_model"], body["layers"]) == (
+        "mine",
+        1,
+        16,
+        [2, 3],
+    )
+    assert body["id"] == f"mine@{body['sha256'][:12]}"
+    assert body["card"]["default_strength"] == 0.5
+    assert body["card"]["default_layers"] == [3]
+    again = await send(http, content, strength="0.5", layers="[3]", description="All ones")
+    assert again.status_code == 200
+    assert again.json()["id"] == body["id"]
+    changed = await send(http, save({"layers.2": 2 * ones(16)}))
+    assert changed.status_code == 201
+    assert changed.json()["version"] == 2
+
+
+async def test_the_uploaded_content_can_be_downloaded(http: httpx.AsyncClient) -> None:
+    body = (await send(http, save({"layers.2": ones(16)}), filename="x.safetensors")).json()
+    content = await http.get(f"{URL}/x/content")
+    assert hashlib.sha256(content.content).hexdigest() == body["sha256"]
+    assert content.headers["content-length"] == str(body["size_bytes"])
+    back = await send(http, content.content, filename="x.safetensors")
+    assert (back.status_code, back.json()["id"]) == (200, body["id"])
+
+
+async def test_artefacts_are_listed_shown_and_deleted(http: httpx.AsyncClient) -> None:
+    names = [row["name"] for row in (await http.get(URL)).json()["data"]]
+    assert names == ["calm", "deep", "joy", "wide"]
+    page = (await http.get(URL, params={"limit": 2, "offset": 1})).json()
+    assert [row["name"] for row in page["data"]] == ["deep", "joy"]
+    assert page["has_more"] is True
+    assert [r["name"] for r in (await http.get(URL, params={"q": "al"})).json()["data"]] == ["calm"]
+    shown = (await http.get(f"{URL}/calm")).json()
+    assert (await http.get(f"{URL}/{shown['id']}")).json() == shown
+    assert shown["versions"] == [shown["id"]]
+    deleted = await http.delete(f"{URL}/calm")
+    assert deleted.json() == {"id": shown["id"], "name": "calm", "deleted": True}
+    assert (await http.get(f"{URL}/calm")).status_code == 404
+    assert (await http.delete(f"{URL}/calm")).status_code == 404
+
+
+async def test_an_artefact_that_a_profile_needs_stays(
+    http: httpx.AsyncClient, joy: dict[str, Any]
+) -> None:
+    await http.post("/v1/steering/profiles", json={"name": "p", "spec": joy})
+    refused = await http.delete(f"{URL}/joy")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "in_use")
+    await http.delete("/v1/steering/profiles/p")
+    assert (await http.delete(f"{URL}/joy")).status_code == 200
+
+
+async def test_an_sae_comes_as_an_archive_or_file_by_file(http: httpx.AsyncClient) -> None:
+    config = {
+        "architecture": "standard",
+        "d_in": 16,
+        "d_sae": 4,
+        "hook_name": "blocks.2.hook_resid_post",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "dtype": "float32",
+        "device": "cpu",
+        "metadata": {"hook_name": "blocks.2.hook_resid_post"},
+    }
+    weights = {
+        "W_enc": randn(16, 4),
+        "b_enc": zeros(4),
+        "W_dec": randn(4, 16),
+        "b_dec": zeros(16),
+    }
+    files = {"cfg.json": json.dumps(config).encode(), "sae_weights.safetensors": save(weights)}
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    one = await http.post("/v1/steering/saes", files={"file": ("mine.zip", packed.getvalue())})
+    assert one.status_code == 201, one.text
+    many = await http.post(
+        "/v1/steering/saes",
+        files=[("file", (name, content)) for name, content in files.items()],
+        data={"name": "mine"},
+    )
+    assert many.status_code == 200, many.text
+    assert many.json()["id"] == one.json()["id"]
+    spec = {"interventions": [{"kind": "clamp", "sae": "mine", "features": [1], "value": 3}]}
+    checked = await http.post("/v1/steering/validate", json={"steering": spec})
+    assert checked.json()["valid"], checked.text
+
+
+BAD: list[tuple[bytes, dict[str, str], str | None]] = [
+    (b"", {}, None),
+    (b"nonsense", {}, None),
+    (b"GGUF" + b"\xff" * 40, {}, None),
+    (save({"layers.2": ones(16)})[:-8], {}, None),
+    ((2**62).to_bytes(8, "little") + b"{}", {}, None),
+    (b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00\x8c\x08builtins", {}, None),
+    (save({"layers.2": full((16,), float("nan"))}), {}, None),
+    (save({"layers.2": zeros(16)}), {}, None),
+    (save({"layers.2": ones(16), "layers.3": ones(17)}), {}, None),
+    (save({"layers.2": ones(16)}), {"name": "a/b"}, "/name"),
+    (save({"layers.2": ones(16)}), {"name": "../up"}, "/name"),
+    (save({"layers.2": ones(16)}), {"strength": "inf"}, "/strength"),
+    (save({"layers.2": ones(16)}), {"strength": "much"}, "/strength"),
+    (save({"layers.2": ones(16)}), {"layers": "all"}, "/layers"),
+    (save({"layers.2": ones(16)}), {"layers": "7"}, "/layers"),
+    (save({"layers.2": ones(16)}), {"layer_offset": "1.5"}, "/layer_offset"),
+    (save({"layers.2": ones(16)}), {"colour": "red"}, "/colour"),
+]
+
+
+@pytest.mark.parametrize(("content", "fields", "param"), BAD)
+async def test_what_cannot_be_used_is_refused_and_leaves_nothing(
+    http: httpx.AsyncClient,
+    leftovers: Callable[[], list[Path]],
+    content: bytes,
+    fields: dict[str, str],
+    param: str | None,
+) -> None:
+    response = await send(http, content, **fields)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == (param or "/file")
+    assert (await http.get(f"{URL}/mine")).status_code == 404
+    assert leftovers() == []
+
+
+async def test_an_archive_that_climbs_is_refused(http: httpx.AsyncClient, tmp_path: Path) -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("../../cfg.json", "{}")
+    response = await http.post("/v1/steering/saes", files={"file": ("x.zip", packed.getvalue())})
+    assert response.status_code == 400
+    assert not list(tmp_path.rglob("cfg.json"))
+
+
+async def test_a_vector_is_no_sae(http: httpx.AsyncClient) -> None:
+    content = save({"layers.2": ones(16)})
+    response = await http.post("/v1/steering/saes", files={"file": ("x.safetensors", content)})
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "wrong_kind")
+
+
+async def test_an_upload_over_the_limit_is_stopped(
+    http: httpx.AsyncClient, leftovers: Callable[[], list[Path]]
+) -> None:
+    response = await send(http, b"x" * 300_000)
+    assert response.status_code == 413, response.text
+    assert response.json()["error"]["code"] == "upload_too_large"
+    response = await send(http, b"x" * 3_000_000)
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "request_too_large"
+    assert leftovers() == []
+
+
+async def test_an_upload_without_a_length_is_stopped_on_the_way(
+    http: httpx.AsyncClient, leftovers: Callable[[], list[Path]]
+) -> None:
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        yield b'--b\r\ncontent-disposition: form-data; name="file"; filename="x"\r\n\r\n'
+        for _ in range(1000):
+            sent += 10_000
+            yield b"x" * 10_000
+
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    response = await http.post(URL, content=endless(), headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "upload_too_large")
+    assert sent < 300_000
+    assert leftovers() == []
+
+
+HEAD = b'--b\r\ncontent-disposition: form-data; name="file"; filename="x"\r\n\r\n'
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "status"),
+    [
+        ("application/json", b"{}", 415),
+        ("multipart/form-data", HEAD, 400),
+        ("multipart/form-data; boundary=b", b"", 400),
+        ("multipart/form-data; boundary=b", b"no boundary here", 400),
+        ("multipart/form-data; boundary=b", HEAD + b"cut off", 400),
+        ("multipart/form-data; boundary=b", b"--b\r\n: \r\n\r\nx\r\n--b--\r\n", 400),
+        ("multipart/form-data; boundary=b", b"--b--\r\n", 400),
+    ],
+)
+async def test_bodies_that_are_no_upload(
+    http: httpx.AsyncClient,
+    leftovers: Callable[[], list[Path]],
+    kind: str,
+    content: bytes,
+    status: int,
+) -> None:
+    response = await http.post(URL, content=content, headers={"content-type": kind})
+    assert response.status_code == status, response.text
+    assert response.json()["error"]["message"]
+    assert leftovers() == []
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "", "cfg.json", "a/b"])
+async def test_files_of_a_folder_have_plain_different_names(
+    http: httpx.AsyncClient, name: str
+) -> None:
+    files = [("file", ("cfg.json", b"{}")), ("file", (name or "..", b"{}"))]
+    response = await http.post("/v1/steering/saes", files=files)
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_filename")
+
+
+async def test_too_many_parts_are_refused(http: httpx.AsyncClient) -> None:
+    files = [("file", (f"f{n}", b"x")) for n in range(9)]
+    assert (await http.post(URL, files=files)).status_code == 400
+    fields = {f"field{n}": "x" for n in range(40)}
+    assert (await http.post(URL, files={"file": b"x"}, data=fields)).status_code == 400
+    long = {"description": "x" * 70_000}
+    assert (await http.post(URL, files={"file": b"x"}, data=long)).status_code == 413
+
+
+async def test_rows_are_numbered_as_the_sender_says(http: httpx.AsyncClient) -> None:
+    stream = io.BytesIO()
+    torch_save(stack([full((16,), float(n + 1)) for n in range(5)]), stream)
+    content = stream.getvalue()
+    refused = await send(http, content)
+    assert refused.json()["error"]["code"] == "layer_offset_required"
+    fields = {"from": "persona-vectors"}
+    answer = await send(http, content, **fields)
+    assert answer.status_code == 201, answer.text
+    card = answer.json()["card"]
+    assert card["layers"] == [0, 1, 2, 3]
+    assert card["provenance"]["layer_names"]["0"] == "tensor[1]"
+    assert card["provenance"]["file_sha256"] == hashlib.sha256(content).hexdigest()
+    wrong = await send(http, content, **{"from": "nobody"})
+    assert wrong.json()["error"]["param"] == "/from"
+
+
+async def test_a_vector_can_be_had_as_gguf(http: httpx.AsyncClient, tmp_path: Path) -> None:
+    content = save({"layers.2": ones(16), "layers.3": 2 * ones(16)})
+    uploaded = (await send(http, content, strength="0.5")).json()
+    answer = await http.get(f"{URL}/mine/content?format=gguf")
+    assert answer.status_code == 200
+    assert answer.headers["content-disposition"] == 'attachment; filename="mine.gguf"'
+    assert "strength 0.5" in answer.headers["steer-warning"]
+    assert answer.content.startswith(b"GGUF")
+    back = await send(http, answer.content, filename="back.gguf")
+    assert back.json()["sha256"] == uploaded["sha256"]
+    plain = await http.get(f"{URL}/mine/content?format=safetensors-plain")
+    assert sorted(load(plain.content)) == ["layers.2", "layers.3"]
+    assert (await http.get(f"{URL}/mine/content?format=pickle")).status_code == 400
+    sae = await http.get("/v1/steering/saes/features/content?format=gguf")
+    assert sae.json()["error"]["code"] == "unsupported_format"
+
+
+async def test_some_layers_alone_can_be_had(http: httpx.AsyncClient, tmp_path: Path) -> None:
+    data = ControlVector.of({n: full((16,), n + 1.0) for n in range(3)}).to_bytes()
+    await send(http, data)
+    answer = await http.get(f"{URL}/mine/content?format=gguf&layers=2,1")
+    path = tmp_path / "mine.gguf"
+    path.write_bytes(answer.content)
+    assert list(read_gguf(path, ImportOptions()).directions) == [1, 2]
+    own = await http.get(f"{URL}/mine/content?layers=2")
+    assert list(ControlVector.from_bytes(own.content).directions) == [2]
+    missing = await http.get(f"{URL}/mine/content?layers=7")
+    assert (missing.status_code, missing.json()["error"]["param"]) == (400, "/layers")
+    wrong = await http.get(f"{URL}/mine/content?layers=a")
+    assert wrong.status_code in (400, 422)
+
+
+async def test_what_gguf_cannot_hold_is_refused(http: httpx.AsyncClient) -> None:
+    await send(http, save({"layers.0": ones(16)}))
+    answer = await http.get(f"{URL}/mine/content?format=gguf")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "layer_not_exportable")
+
+
+async def test_a_tuned_lens_comes_as_its_two_files(http: httpx.AsyncClient) -> None:
+    stream = io.BytesIO()
+    state = {f"{n}.{part}": ones(*shape) for n in range(2) for part, shape in LENS.items()}
+    torch_save(state, stream)
+    answer = await http.post(
+        "/v1/steering/lenses",
+        files=[
+            ("file", ("config.json", b'{"d_model": 4, "num_hidden_layers": 2}')),
+            ("file", ("params.pt", stream.getvalue())),
+        ],
+        data={"name": "tuned"},
+    )
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["card"]["kind"] == "lens"
+    assert (await http.get("/v1/steering/lenses")).json()["data"][0]["name"] == "tuned"
+    wrong = await http.post(URL, files={"file": ("x", stream.getvalue())})
+    assert wrong.json()["error"]["code"] == "unknown_layout"

@@ -1,0 +1,110 @@
+"""A clamp through `reads` and `writes` is the clamp of the whole SAE with its error kept."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steer.artefacts.sae import SUPPORTED
+from steer.edits import Block, Competition, Law, apply
+from steer.errors import IncompatibleArtefact, Unsupported
+
+D_IN, D_SAE = 12, 40
+
+
+def activations_by_rows(sae, features, x):
+    """The features' activations from their rows alone (all rows where they compete)."""
+    if sae.k is None:
+        reads = sae.reads(features)
+        a = x @ reads.read.T + reads.bias
+        return torch.where(a > reads.threshold, a, 0.0)
+    reads = sae.reads(None)
+    a = x @ reads.read.T + reads.bias
+    last_kept = a.topk(sae.k, dim=-1).values[:, -1:]
+    return torch.where((a >= last_kept) & (a > reads.threshold), a, 0.0)[:, features]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    fields=st.fixed_dictionaries(
+        {
+            "architecture": st.sampled_from(SUPPORTED),
+            "subtract_b_dec": st.booleans(),
+            "normalize": st.sampled_from(["none", "expected_average_only_in"]),
+            "seed": st.integers(0, 1000),
+        }
+    ),
+    features=st.lists(st.integers(0, D_SAE - 1), min_size=1, max_size=5, unique=True),
+    value=st.floats(-4, 12, width=32),
+)
+def test_rows_clamp_as_encode_edit_decode_and_error_do(make_sae, float64, fields, features, value):
+    sae = make_sae(**fields)
+    x = 2 * torch.randn(6, D_IN, generator=torch.Generator().manual_seed(fields["seed"] + 1))
+    exact = x.double().numpy()
+    clean = float64(sae).encode(exact)
+    edited = clean.copy()
+    edited[:, features] = value
+    error = exact - float64(sae).decode(clean, exact)
+    expected = float64(sae).decode(edited, exact) + error
+
+    delta = (value - activations_by_rows(sae, features, x)) @ sae.writes(features)
+
+    np.testing.assert_allclose((x + delta).numpy(), expected, atol=1e-5)
+
+
+def test_the_last_of_the_k_active_features_is_clamped_as_active(make_sae, float64):
+    # It is read twice, by products of different shapes and so of different rounding.
+    sae = make_sae("topk")
+    x = 2 * torch.randn(400, D_IN, generator=torch.Generator().manual_seed(3))
+    exact = x.double().numpy()
+    active = float64(sae).encode(exact)
+    last = np.argsort(-float64(sae).pre_activations(exact), axis=-1)[:, sae.k - 1]
+    every = sae.reads(None)
+    competition = Competition(sae.sha256, every.read, every.bias, sae.k)
+    assert set(last) == set(range(D_SAE))
+
+    for feature in range(D_SAE):
+        reads = sae.reads([feature])
+        law = Law.toward(1.5, "set", bias=float(reads.bias), threshold=0.0)
+        block = Block.of_edits(reads.read, sae.writes([feature]), [law], competition=competition)
+        row = sae.writes([feature]).double().numpy()
+        expected = exact + (1.5 - active[:, [feature]]) * row
+        np.testing.assert_allclose(apply(block, x).numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("subtract", [True, False])
+def test_reads_of_all_features_give_the_pre_activations(make_sae, subtract):
+    sae = make_sae(subtract_b_dec=subtract)
+    x = torch.randn(6, D_IN, generator=torch.Generator().manual_seed(1))
+
+    reads = sae.reads(None)
+
+    assert reads.read.shape == (D_SAE, D_IN)
+    torch.testing.assert_close(x @ reads.read.T + reads.bias, sae.pre_activations(x))
+    assert torch.equal(sae.writes(None), sae.W_dec)
+
+
+def test_a_negative_threshold_reads_as_zero(make_sae):
+    sae = make_sae("jumprelu", threshold=torch.full((D_SAE,), -1.0))
+    x = torch.randn(6, D_IN, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(sae.reads([3]).threshold, torch.zeros(1))
+    torch.testing.assert_close(activations_by_rows(sae, [3], x), sae.encode(x)[:, [3]])
+
+
+@pytest.mark.parametrize("feature", [-1, D_SAE])
+@pytest.mark.parametrize("method", ["reads", "writes"])
+def test_a_feature_out_of_range_is_refused(make_sae, method, feature):
+    with pytest.raises(
+        IncompatibleArtefact, match=f"feature {feature} .* features 0 to 39"
+    ) as caught:
+        getattr(make_sae(), method)([0, feature])
+    assert caught.value.code == "feature_out_of_range"
+
+
+@pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm_rescale"])
+def test_a_scale_per_token_has_no_rows(make_sae, normalize):
+    with pytest.raises(Unsupported, match=f"{normalize!r} scales every token"):
+        make_sae(normalize=normalize).reads([0])

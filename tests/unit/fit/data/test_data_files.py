@@ -1,0 +1,142 @@
+"""Labelled texts, relation tables and exercises, from files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steer.errors import FileFormatError, SteerError
+from steer.fit.data.exercises import Exercise, ExerciseSet, read_exercises
+from steer.fit.data.jsonl import LineReader
+from steer.fit.data.labels import Labelled, LabelledSet, read_labelled
+from steer.fit.data.pairs import Pair, read_pairs
+from steer.fit.data.prompt import Marked
+from steer.fit.data.relations import Fact, RelationTable, Template, read_relations
+
+CHAT = [{"role": "user", "content": "hi"}]
+GOOD = {
+    read_labelled: '{"text": "a", "label": "b"}\n',
+    read_relations: '{"subject": "a", "relation": "b", "object": "c"}\n',
+    read_exercises: '{"prompt": "a", "answer": "b"}\n',
+}
+
+
+def written(folder: Path, *values: Any) -> Path:
+    file = folder / "data.jsonl"
+    file.write_text("".join(json.dumps(v, ensure_ascii=False) + "\n" for v in values), "utf-8")
+    return file
+
+
+def test_labelled_texts_have_many_classes(tmp_path: Path) -> None:
+    file = written(
+        tmp_path,
+        {"text": "x", "label": "red"},
+        {"messages": CHAT, "label": 3},
+        {"prompt": {"prompt": "q", "response": "r"}, "label": True},
+    )
+    found = read_labelled(file)
+    assert found.items == (
+        Labelled("x", "red"),
+        Labelled(CHAT, "3"),
+        Labelled(Marked("q", response="r"), "true"),
+    )
+    assert found.labels == ("3", "red", "true")
+    assert found.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_sets_in_memory_have_the_hash_of_their_file(tmp_path: Path) -> None:
+    facts = [Fact("Frankreich", "Hauptstadt", "Köln"), Fact("a", "b", "c")]
+    assert read_relations(
+        written(
+            tmp_path,
+            *({"subject": f.subject, "relation": f.relation, "object": f.object} for f in facts),
+        )
+    ) == RelationTable.of(facts)
+    items = [Exercise("a", "b"), Exercise(CHAT, "é")]
+    assert read_exercises(
+        written(tmp_path, *({"prompt": one.prompt, "answer": one.answer} for one in items))
+    ) == ExerciseSet.of(items)
+    labelled = [Labelled("a", "b")]
+    assert read_labelled(written(tmp_path, {"prompt": "a", "label": "b"})) == LabelledSet.of(
+        labelled
+    )
+
+
+@pytest.mark.parametrize(
+    ("read", "line"),
+    [
+        (read_labelled, '{"text": "a"}'),
+        (read_labelled, '{"text": "a", "messages": [], "label": "b"}'),
+        (read_labelled, '{"text": "a", "label": 1.5}'),
+        (read_labelled, '{"text": "a", "label": ""}'),
+        (read_labelled, '{"messages": [{"role": "user"}], "label": "b"}'),
+        (read_labelled, "[1]"),
+        (read_relations, '{"subject": "a", "relation": "b"}'),
+        (read_relations, '{"subject": "a", "relation": "b", "object": ""}'),
+        (read_relations, '{"subject": "a", "relation": 1, "object": "c"}'),
+        (read_relations, "nonsense"),
+        (read_exercises, '{"prompt": "a", "answer": ""}'),
+        (read_exercises, '{"prompt": "", "answer": "b"}'),
+        (read_exercises, '{"prompt": "a", "completion": "b"}'),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, read: Callable[[Path], Any], line: str) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(GOOD[read] + line)
+    with pytest.raises(FileFormatError, match="line 2"):
+        read(file)
+
+
+def test_a_separator_of_lines_inside_a_text_ends_no_line(tmp_path: Path) -> None:
+    file = written(tmp_path, {"positive": "a\u2028b", "negative": "c\x85d"})
+    assert read_pairs(file).items == (Pair("a\u2028b", "c\x85d"),)
+
+
+def test_lines_are_read_one_at_a_time(tmp_path: Path) -> None:
+    """The bad line is reported before those behind it are read."""
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(b'{"a": 1}\n{\n\xff\xff\n')
+    seen: list[Any] = []
+    with pytest.raises(FileFormatError, match="line 2: not JSON"):
+        LineReader(file, "thing", "{}", "invalid").read(lambda value, at: seen.append((value, at)))
+    assert seen == [({"a": 1}, f"{file}, line 1")]
+
+
+FACTS = [Fact(s, "capital", o) for s, o in (("A", "a"), ("B", "b"), ("C", "c"), ("D", "d"))]
+
+
+def test_a_template_asks_after_solved_examples() -> None:
+    text = Template("The capital of {subject}", "is", shots=2)
+    prompt = text.ask(FACTS[0], FACTS, seed=0)
+    *solved, last = str(prompt.prompt).split("\n")
+    assert last == "The capital of A"
+    assert (prompt.response, prompt.subject) == (" is", "A")
+    assert len(solved) == 2
+    assert set(solved) <= {f"The capital of {f.subject} is {f.object}" for f in FACTS[1:]}
+    assert text.ask(FACTS[0], FACTS, seed=0) == prompt
+    assert len({str(text.ask(FACTS[0], FACTS, seed=n).prompt) for n in range(8)}) > 1
+
+
+def test_a_chat_template_solves_in_turns() -> None:
+    prompt = Template("Capital of {subject}?", "For {subject}:", chat=True, shots=9).ask(
+        FACTS[3], FACTS
+    )
+    assert [m["role"] for m in prompt.prompt[:2]] == ["user", "assistant"]  # type: ignore[index]
+    assert len(prompt.prompt) == 7
+    assert prompt.prompt[-1] == {"role": "user", "content": "Capital of D?"}
+    assert prompt.response == "For D:"
+    assert "D" not in str(prompt.prompt[:-1])
+
+
+def test_what_a_table_cannot_answer_is_refused() -> None:
+    with pytest.raises(SteerError, match="the table has capital"):
+        RelationTable.of(FACTS).about("currency")
+    with pytest.raises(SteerError, match="subject"):
+        Template("The capital")
+    with pytest.raises(SteerError, match="shots"):
+        Template("{subject}", shots=-1)

@@ -1,0 +1,110 @@
+"""KL between next-token distributions, against numpy and against what the engine generates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.library import MemoryLibrary
+from steer.engines.base import CaptureRequest, GenerationRequest, SamplingParams
+from steer.engines.transformers.engine import TransformersEngine
+from steer.errors import Unsupported
+from steer.fit.measure.answers import Answer, answers_under
+from steer.fit.measure.divergence import anchored, divergences, kl_divergence
+from steer.fit.measure.scoring import Score
+from steer.plan.cache import PlanCache
+from steer.plan.plan import SteeringPlan
+from steer.spec import parse_spec
+
+PROMPTS = ["one", "two words", "and three more"]
+SAMPLING = SamplingParams(max_tokens=6, temperature=0, logprobs=0, ignore_eos=True)
+WHERES: list[Any] = [
+    {"phases": ["prompt"], "positions": [[-1, None]]},
+    {"positions": [[-1, None]]},
+    {"phases": ["generation"]},
+    {"positions": [[0, -1]], "except": {"positions": [[1, 2]]}},
+    None,
+]
+
+
+def plan_of(engine: TransformersEngine, strength: float, where: Any, **item: Any) -> SteeringPlan:
+    generator = torch.Generator().manual_seed(1)
+    vector = ControlVector.of({1: torch.randn(32, generator=generator)}, name="v")
+    cache = PlanCache(MemoryLibrary({"v": vector}), engine.info, engine.capabilities)
+    spec = {"kind": "add", "vector": "v", "strength": strength, **item}
+    return cache.plan(parse_spec({"interventions": [spec | ({"where": where} if where else {})]}))
+
+
+def answered(engine: TransformersEngine, plan: SteeringPlan | None = None) -> tuple[Answer, ...]:
+    [answers] = answers_under(engine, [PROMPTS], [plan], lambda _: Score(0.0), sampling=SAMPLING)
+    return answers
+
+
+@pytest.mark.parametrize("where", WHERES)
+def test_read_again_the_model_says_the_same(engine: TransformersEngine, where: Any) -> None:
+    """A steered answer, read as one prompt under the anchored plan, has the log-probabilities it
+    was generated with: the edits fall on the same tokens."""
+    plan = plan_of(engine, 1.5, where)
+    requests = [
+        GenerationRequest(str(n), tuple(engine.tokenizer.encode(p)), SAMPLING, plan)
+        for n, p in enumerate(PROMPTS)
+    ]
+    for request, done in zip(requests, engine.complete(requests), strict=True):
+        length = len(request.prompt)
+        whole = request.prompt + done.tokens
+        [read] = engine.capture(
+            CaptureRequest([whole], plans=[anchored(plan, length)], logits="all")
+        )
+        assert read.logits is not None
+        chances = read.logits[length - 1 : -1].double().log_softmax(-1)
+        found = chances[torch.arange(len(done.tokens)), list(done.tokens)].tolist()
+        assert found == pytest.approx([one.logprob for one in done.logprobs], abs=2e-4)
+
+
+def test_the_kl_is_that_of_the_distributions(engine: TransformersEngine) -> None:
+    plan = plan_of(engine, 2.0, WHERES[1])
+    answers = answered(engine)
+    found = divergences(engine, answers, [plan, plan_of(engine, 0.5, WHERES[1])], batch=2)
+    assert found.shape == (2, len(PROMPTS))
+    assert found.dtype == torch.float64
+    assert bool((found[0] > found[1]).all())
+    assert bool((found[1] > 0).all())
+    for column, answer in enumerate(answers):
+        whole = answer.prompt + answer.tokens
+        place = len(answer.prompt) - 1
+        rows = []
+        for one in (anchored(plan, len(answer.prompt)), None):
+            [read] = engine.capture(CaptureRequest([whole], plans=[one], logits="all"))
+            assert read.logits is not None
+            logits = read.logits[place:].double().numpy()
+            rows.append(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True))
+        p, q = rows
+        assert len(p) == len(answer.tokens) + 1
+        wanted = (p * np.log(p / q)).sum(-1).mean()
+        assert float(found[0, column]) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_no_edit_has_no_kl(engine: TransformersEngine) -> None:
+    answers = answered(engine)
+    assert not divergences(engine, answers, [plan_of(engine, 0.0, None)]).any()
+
+
+def test_kl_where_it_is_known() -> None:
+    p = torch.tensor([[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    q = torch.full((2, 3), 1 / 3, dtype=torch.float64)
+    entropies = torch.tensor([1.5 * np.log(2), 0.0], dtype=torch.float64)
+    wanted = np.log(3) - entropies
+    assert torch.allclose(kl_divergence(p.log(), q.log()), wanted, atol=1e-12)
+    # A constant on all logits changes no probability.
+    assert torch.allclose(kl_divergence(p.log() + 50, q.log() - 7), wanted, atol=1e-12)
+
+
+def test_gated_specs_are_refused(engine: TransformersEngine) -> None:
+    plan = plan_of(engine, 1.0, None, when={"vector": "v", "above": 0.1, "layer": 0})
+    with pytest.raises(Unsupported) as caught:
+        anchored(plan, 3)
+    assert caught.value.code == "unsupported_gate"

@@ -1,0 +1,152 @@
+"""Selections are functions of (position, prompt length, token id), and of nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from float64_reference import selected
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steer.errors import SpecError
+from steer.plan.selection import resolve
+from steer.spec import Where
+
+LENGTH = 24
+
+ranges = st.lists(
+    st.tuples(st.integers(-12, 30), st.one_of(st.none(), st.integers(-12, 40))).filter(
+        lambda r: r[1] is None or (r[0] < 0) != (r[1] < 0) or r[0] < r[1]
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+def fields(**more: Any) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries(
+        {},
+        optional={
+            "phases": st.lists(st.sampled_from(["prompt", "generation"]), min_size=1, max_size=2),
+            "positions": ranges,
+            "tokens": st.lists(st.integers(0, 4), min_size=1, max_size=3),
+            **more,
+        },
+    )
+
+
+wheres = fields(**{"except": fields()}).map(Where.model_validate)
+prompt_lengths = st.integers(1, 20)
+tokens = st.lists(st.integers(0, 5), min_size=LENGTH, max_size=LENGTH)
+
+
+@given(where=wheres, prompt_length=prompt_lengths, ids=tokens)
+def test_the_mask_is_what_the_spec_says_of_each_token(
+    where: Where, prompt_length: int, ids: list[int]
+) -> None:
+    mask = resolve(where, None).mask(np.arange(LENGTH), prompt_length, np.array(ids))
+    assert mask.tolist() == [selected(where, n, prompt_length, ids[n]) for n in range(LENGTH)]
+
+
+@given(
+    where=wheres,
+    prompt_length=prompt_lengths,
+    ids=tokens,
+    cuts=st.lists(st.integers(0, LENGTH), max_size=6),
+)
+def test_any_chunking_gives_the_mask_of_the_whole(
+    where: Where, prompt_length: int, ids: list[int], cuts: list[int]
+) -> None:
+    selection, places, chosen = resolve(where, None), np.arange(LENGTH), np.array(ids)
+    whole = selection.mask(places, prompt_length, chosen)
+    parts = [
+        selection.mask(places[a:b], prompt_length, chosen[a:b])
+        for a, b in zip([0, *sorted(cuts)], [*sorted(cuts), LENGTH], strict=True)
+    ]
+    assert np.array_equal(np.concatenate(parts), whole)
+
+
+@given(where=wheres, prompt_length=prompt_lengths, ids=tokens)
+def test_from_steady_on_the_mask_is_constant(
+    where: Where, prompt_length: int, ids: list[int]
+) -> None:
+    selection = resolve(where, None)
+    steady = selection.steady_from(prompt_length)
+    mask = selection.mask(np.arange(LENGTH), prompt_length, np.array(ids))
+    if steady is None:
+        assert selection.reads_tokens
+    else:
+        assert len(set(mask[steady:].tolist())) <= 1
+
+
+@given(where=wheres, prompt_length=prompt_lengths, ids=tokens)
+def test_from_settled_on_the_mask_is_a_function_of_the_token(
+    where: Where, prompt_length: int, ids: list[int]
+) -> None:
+    selection = resolve(where, None)
+    settled = selection.settled_from(prompt_length)
+    mask = selection.mask(np.arange(LENGTH), prompt_length, np.array(ids))
+    seen: dict[int, bool] = {}
+    for token, chosen in list(zip(ids, mask.tolist(), strict=True))[settled:]:
+        assert seen.setdefault(token, chosen) == chosen
+
+
+@given(where=wheres, ids=tokens, prompt_length=prompt_lengths)
+def test_first_is_never_later_than_the_truth(
+    where: Where, ids: list[int], prompt_length: int
+) -> None:
+    """What comes before `first` may be shared with other requests, so it may err to early only."""
+    selection = resolve(where, None)
+    hits = np.flatnonzero(selection.mask(np.arange(LENGTH), prompt_length, np.array(ids)))
+    first = selection.first(ids[:prompt_length], LENGTH)
+    if len(hits):
+        assert first is not None
+        assert first <= hits[0]
+    if first is not None and not selection.reads_tokens:
+        assert first == hits[0]
+
+
+@pytest.mark.parametrize(
+    ("ranges", "chosen"),
+    [
+        ([[-1, None]], [5, 6, 7, 8]),
+        ([[-3, -1]], [3, 4]),
+        ([[0, -4]], [0, 1]),
+        ([[-100, 2]], [0, 1]),
+        ([[7, None]], [7, 8]),
+        ([[0, 1], [4, 6]], [0, 4, 5]),
+        ([[5, -3]], []),
+    ],
+)
+def test_negative_bounds_count_from_the_prompts_end(
+    ranges: list[list[int | None]], chosen: list[int]
+) -> None:
+    selection = resolve(Where.model_validate({"positions": ranges}), None)
+    mask = selection.mask(np.arange(9), 6, np.zeros(9, dtype=np.int64))
+    assert np.flatnonzero(mask).tolist() == chosen
+
+
+def test_a_token_string_is_one_token_of_the_model() -> None:
+    where = Where.model_validate({"tokens": [7, "yes"], "except": {"tokens": ["no"]}})
+    ids = {"yes": [11], "no": [12]}
+    selection = resolve(where, ids.__getitem__)
+    assert selection.tokens == {7, 11}
+    assert selection.excluded is not None
+    assert selection.excluded.tokens == {12}
+
+
+@pytest.mark.parametrize("ids", [[], [4, 5]])
+def test_a_string_of_no_or_several_tokens_is_refused(ids: list[int]) -> None:
+    where = Where.model_validate({"except": {"tokens": [3, "two words"]}})
+    with pytest.raises(SpecError) as caught:
+        resolve(where, lambda text: ids, param="/where")
+    assert caught.value.code == "not_one_token"
+    assert caught.value.param == "/where/except/tokens/1"
+
+
+def test_a_token_string_needs_a_tokenizer() -> None:
+    with pytest.raises(SpecError, match="no tokenizer") as caught:
+        resolve(Where(tokens=("yes",)), None, param="/where")
+    assert caught.value.param == "/where/tokens/0"

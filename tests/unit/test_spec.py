@@ -1,0 +1,128 @@
+"""The spec as JSON: what is accepted, what is refused and where the refusal points."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steer.errors import SpecError
+from steer.spec import KINDS, SteeringSpec, parse_spec
+
+ROOT = Path(__file__).parents[2]
+ADD: dict[str, Any] = {"kind": "add", "vector": "v"}
+
+
+def one(**fields: Any) -> dict[str, Any]:
+    return {"interventions": [ADD | fields]}
+
+
+def refusal(value: Any, at: str = "") -> SpecError:
+    with pytest.raises(SpecError) as caught:
+        parse_spec(value, at=at)
+    return caught.value
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no interventions": ({"interventions": []}, "/interventions"),
+    "10,000 interventions": ({"interventions": [ADD] * 10_000}, "/interventions"),
+    "unknown field": (one(strenght=1), "/interventions/0/strenght"),
+    "unknown field of the spec": ({**one(), "extra": 1}, "/extra"),
+    "unknown kind": ({"interventions": [{"kind": "push"}]}, "/interventions/0"),
+    "no kind": ({"interventions": [{"vector": "v"}]}, "/interventions/0"),
+    "no vector": ({"interventions": [{"kind": "add"}]}, "/interventions/0/vector"),
+    "a name with slashes": (one(vector="../../etc/passwd"), "/interventions/0/vector"),
+    "strength is NaN": (one(strength=float("nan")), "/interventions/0/strength"),
+    "strength is infinite": (one(strength=float("inf")), "/interventions/0/strength"),
+    "strength is text": (one(strength="2"), "/interventions/0/strength"),
+    "strength is a boolean": (one(strength=True), "/interventions/0/strength"),
+    "strength in an unknown unit": (one(strength={"db": 3}), "/interventions/0/strength"),
+    "strength in two units": (one(strength={"kl": 1, "norm": 1}), "/interventions/0/strength"),
+    "norm is infinite": (one(strength={"norm": float("inf")}), "/interventions/0/strength/norm"),
+    "negative layer": (one(layers=[-1]), "/interventions/0/layers/0"),
+    "no layers": (one(layers=[]), "/interventions/0/layers"),
+    "unknown site": (one(site="logits"), "/interventions/0/site"),
+    "unknown phase": (one(where={"phases": ["decode"]}), "/interventions/0/where/phases/0"),
+    "empty where": (one(where={"phases": []}), "/interventions/0/where/phases"),
+    "empty range": (one(where={"positions": [[5, 5]]}), "/interventions/0/where"),
+    "range of one": (one(where={"positions": [[5]]}), "/interventions/0/where/positions/0/1"),
+    "except in except": (
+        one(where={"except": {"except": {"tokens": [1]}}}),
+        "/interventions/0/where",
+    ),
+    "gate without bounds": (one(when={"vector": "g"}), "/interventions/0/when"),
+    "gate that never opens": (
+        one(when={"vector": "g", "above": 1, "below": 0}),
+        "/interventions/0/when",
+    ),
+    "feature twice": (
+        {"interventions": [{"kind": "clamp", "sae": "s", "features": [1, 1], "value": 1}]},
+        "/interventions/0",
+    ),
+    "values for other features": (
+        {"interventions": [{"kind": "clamp", "sae": "s", "features": [1], "value": [1, 2]}]},
+        "/interventions/0",
+    ),
+    "norm": ({**one(), "norm": "keep"}, "/norm"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_malformed_is_refused_and_pointed_at(name: str) -> None:
+    value, param = BAD[name]
+    error = refusal(value)
+    assert error.param == param
+    assert error.status == 400
+    assert error.message
+
+
+def test_pointers_start_where_the_spec_stands() -> None:
+    assert refusal(one(site="x"), at="/steering").param == "/steering/interventions/0/site"
+
+
+def test_every_problem_is_reported() -> None:
+    error = refusal({"interventions": [ADD | {"site": "x", "layers": [-1]}], "norm": "y"})
+    assert {p.param for p in error.problems} == {
+        "/interventions/0/site",
+        "/interventions/0/layers/0",
+        "/norm",
+    }
+
+
+def test_the_fingerprint_is_of_the_meaning_as_written() -> None:
+    base = parse_spec(one(strength=2, layers=[2, 1])).fingerprint()
+    assert len(base) == 32
+    assert parse_spec(one(layers=[1, 2, 2], strength=2.0)).fingerprint() == base
+    assert parse_spec(one(strength=2, layers=[1, 2], site=None)).fingerprint() == base
+    assert parse_spec(one(strength=2.5, layers=[1, 2])).fingerprint() != base
+    assert (
+        parse_spec(one(strength=0.0)).fingerprint() == parse_spec(one(strength=-0.0)).fingerprint()
+    )
+
+
+def test_a_spec_survives_json() -> None:
+    spec = parse_spec(
+        {
+            **one(
+                strength={"norm": 0.2}, where={"positions": [[-1, None]], "except": {"tokens": [3]}}
+            ),
+            "when": {"vector": "g", "above": 0.4},
+        }
+    )
+    again = parse_spec(json.loads(spec.model_dump_json(by_alias=True, exclude_none=True)))
+    assert again == spec
+    assert again.fingerprint() == spec.fingerprint()
+
+
+def test_the_documented_schema_is_the_one_in_use() -> None:
+    """Written by `SteeringSpec.model_json_schema()`; write it again when the spec changes."""
+    stored = json.loads((ROOT / "docs" / "spec.schema.json").read_text())
+    assert stored == SteeringSpec.model_json_schema(by_alias=True)
+
+
+def test_the_schema_names_every_kind() -> None:
+    schema = SteeringSpec.model_json_schema(by_alias=True)
+    mapping = schema["properties"]["interventions"]["items"]["discriminator"]["mapping"]
+    assert set(mapping) == set(KINDS)
