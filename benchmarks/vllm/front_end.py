@@ -12,7 +12,7 @@ import torch
 from benchmarks.vllm.diets import Spec
 from benchmarks.vllm.shapes import CAPABILITIES, Shape
 from steer.artefacts.control_vector import ControlVector
-from steer.engines.vllm.front.desk import Desk
+from steer.engines.vllm.front.ticket_issuer import TicketIssuer
 from steer.plan.cache import PlanCache
 from steer.registry.blobs.plan_store import PlanStore
 from steer.registry.catalogue.catalogue import row_of
@@ -78,13 +78,13 @@ def measure(folder: Path, shape: Shape, names: int, rounds: int) -> FrontEnd:
     seconds: tuple[list[float], list[float]] = ([], [])
     with Registry.open(folder) as registry:
         plans = PlanCache(registry, shape.info(), CAPABILITIES, size=4 * REQUESTS)
-        desk = Desk(PlanStore(folder))
+        issuer = TicketIssuer(PlanStore(folder))
         for number in range(rounds + 1):
             for again in (False, True):
                 for n in range(REQUESTS):
                     asked = spec(shape, names, n, strength=0.05 + 1e-3 * number)
                     started = time.perf_counter()
-                    desk.ticket(plans.plan(parse_spec(asked))).as_extra_args()
+                    issuer.issue(plans.plan(parse_spec(asked))).as_extra_args()
                     if number:
                         seconds[again].append(time.perf_counter() - started)
     new, known = map(statistics.median, seconds)

@@ -19,8 +19,8 @@ import torch
 
 from benchmarks.vllm.shapes import MAX_LENGTH, SLOTS
 from steer.engines.vllm import plugin
-from steer.engines.vllm.front.desk import Desk
 from steer.engines.vllm.front.engine import VllmEngine
+from steer.engines.vllm.front.ticket_issuer import TicketIssuer
 from steer.engines.vllm.messages import read_receipt
 from steer.engines.vllm.options import registry_location
 from steer.engines.vllm.ticket import Ticket
@@ -57,8 +57,8 @@ class Engine:
         self._front: VllmEngine | None = None
         if steered:
             answer = self.rpc("steer_info")[0]
-            desk = Desk(PlanStore(registry_location()))
-            self._front = VllmEngine(self, None, answer, desk, frozenset())  # type: ignore[arg-type]
+            issuer = TicketIssuer(PlanStore(registry_location()))
+            self._front = VllmEngine(self, None, answer, issuer, frozenset())  # type: ignore[arg-type]
         self._plans: dict[str, PlanCache] = {}
         self._asked: dict[str, tuple[Ticket | None, int]] = {}
         self._made: dict[str, list[int]] = {}
@@ -149,7 +149,7 @@ class Engine:
                 if self._front is None:
                     raise RuntimeError("the plain engine cannot steer")
                 plan = self._plan_cache(registry or registry_location()).plan(parse_spec(spec))
-                ticket = self._front.desk.ticket(plan)
+                ticket = self._front.tickets.issue(plan)
             self._number += 1
             key = f"r{self._number}"
             self._asked[key] = (ticket, len(prompt))

@@ -17,13 +17,11 @@ from pydantic import BaseModel
 
 from steer.engines.base import Engine
 from steer.errors import SteerError
-from steer.jobs.changes import Changes
 from steer.jobs.engine import BackgroundEngine
 from steer.jobs.kinds.kind import JobContext, JobKind, JobKinds
 from steer.jobs.limits import JobLimits
-from steer.jobs.pace import Pace
-from steer.jobs.stopping import JobCancelled, LeaseLost, RunnerStopping
-from steer.jobs.threads import bound_threads
+from steer.jobs.pace import Pace, bound_threads
+from steer.jobs.signals import Changes, JobCancelled, LeaseLost, RunnerStopping
 from steer.registry.jobs.job_records import Claim, Job, JobFailure, JobProgress
 from steer.registry.jobs.job_store import JobDraft, new_job_id
 from steer.registry.registry import Registry

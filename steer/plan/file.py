@@ -1,6 +1,6 @@
 """A plan as one file: compiled once, sent once to every process, named by the hash of its bytes.
 
-The file is safetensors. One metadata key, `steer.plan.plan`, holds everything that is not a tensor;
+The file is safetensors. One metadata key, `steer.plan`, holds everything that is not a tensor;
 the tensors `t0`, `t1`, … are float32, and rows that occur several times are stored once. Two
 things stay behind, because they are large and known elsewhere: the encoder of an SAE whose
 features compete is named by the SAE's hash, and the payload of an inline vector in the spec is
@@ -28,6 +28,7 @@ from steer.edits import Block, Competition
 from steer.errors import FileFormatError, SpecError, TooLarge
 from steer.formats.guards.safetensors import MAX_HEADER_BYTES
 from steer.model import HookPoint, ModelInfo, forward_order
+from steer.plan.checks import check_block, check_gate, check_model
 from steer.plan.plan import Gate, Pass, SteeringPlan
 from steer.plan.records import (
     VERSION,
@@ -43,13 +44,12 @@ from steer.plan.records import (
     spec_to_json,
 )
 from steer.plan.selection import Selection
-from steer.plan_checks import check_block, check_gate, check_model
 from steer.spec import parse_spec
 
 Encoder: TypeAlias = Callable[[str], tuple[Tensor, Tensor]]
 """An SAE's hash to the read rows `[d_sae, d]` and biases `[d_sae]` of all its latents."""
 
-_KEY = "steer.plan.plan"
+_KEY = "steer.plan"
 
 
 def dump_plan(plan: SteeringPlan) -> bytes:

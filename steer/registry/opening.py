@@ -8,8 +8,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from sqlalchemy import select
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from steer.errors import StorageError
+from steer.errors import StorageError, Unsupported
 from steer.registry.blobs import locks
 from steer.registry.blobs.blobs import (
     BlobStore,
@@ -23,7 +25,7 @@ from steer.registry.blobs.garbage import remove_orphans
 from steer.registry.blobs.leases import Leases
 from steer.registry.blobs.staging import Staging
 from steer.registry.catalogue.catalogue import Catalogue
-from steer.registry.catalogue.database import open_database
+from steer.registry.catalogue.database import Database, place_of
 from steer.registry.catalogue.schema import artefacts
 from steer.registry.location import CATALOGUE_FILE, Location
 
@@ -67,6 +69,38 @@ def open_parts(location: Location) -> Parts:
                 catalogue.close()
                 raise
             return Parts(location, catalogue, blobs, leases, staging)
+
+
+def open_database(url: str) -> Database:
+    """The catalogue at the SQLAlchemy URL, with its schema brought up to date.
+
+    Raises `Unsupported` for other databases than SQLite and PostgreSQL, `StorageError` for one
+    that cannot be used or was written by a newer Steer.
+    """
+    parsed = _parsed(url)
+    kind = parsed.get_backend_name()
+    try:
+        if kind == "sqlite":
+            from steer.registry.catalogue.sqlite import SqliteDatabase  # noqa: PLC0415 - one of them
+
+            return SqliteDatabase(parsed)
+        if kind == "postgresql":
+            from steer.registry.catalogue.postgresql import PostgresDatabase  # noqa: PLC0415
+
+            return PostgresDatabase(parsed)
+    except SQLAlchemyError as error:
+        raise StorageError(f"the catalogue {place_of(parsed)} failed: {error}") from error
+    except ModuleNotFoundError as error:
+        raise Unsupported(
+            f"the catalogue {place_of(parsed)} needs the package {error.name!r}: "
+            "pip install 'steer-llm[postgres]'",
+            code="driver_missing",
+        ) from error
+    raise Unsupported(
+        f"a catalogue in {kind!r} is not supported: give a URL that begins with sqlite:/// or "
+        "postgresql+psycopg://",
+        code="unsupported_catalogue",
+    )
 
 
 def _refuse_lost_catalogue(location: Location, blobs: BlobStore) -> None:
@@ -149,3 +183,15 @@ def _mark(location: Location, identity: str) -> None:
     finally:
         with suppress(FileNotFoundError):
             partial.unlink()
+
+
+def _parsed(url: str) -> URL:
+    try:
+        return make_url(url)
+    except ArgumentError:
+        # Not the text itself: it may hold a password.
+        raise Unsupported(
+            "the catalogue is not a SQLAlchemy URL: give one such as "
+            "postgresql+psycopg://user@host/database or sqlite:////folder/catalogue.sqlite",
+            code="unsupported_catalogue",
+        ) from None

@@ -10,8 +10,8 @@ from postgres_server import PostgresServer
 from sqlalchemy import create_engine
 
 from steer.errors import StorageError
-from steer.registry.catalogue.database import open_database
 from steer.registry.catalogue.schema import metadata
+from steer.registry.opening import open_database
 from steer.registry.registry import Registry
 
 pytestmark = pytest.mark.slow

@@ -159,7 +159,7 @@ async def client(job: Mapping[str, Any]) -> dict[str, Any]:
     server.shutdown()
 
     again = await VllmEngine.of_client(_start_client(job["options"]), None)
-    again.desk = engine.desk
+    again.tickets = engine.tickets
     PlanStore.put = _refuse_put  # type: ignore[method-assign]
     restarted = await asyncio.to_thread(again.complete, [before])
     result["restarted"] = as_json(restarted[0])

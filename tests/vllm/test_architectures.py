@@ -25,7 +25,7 @@ from vllm_models import ARCHITECTURES, REFUSED, Architecture, write
 from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import CaptureRequest
 from steer.engines.transformers.engine import TransformersEngine
-from steer.engines.vllm.front.desk import budget_rows
+from steer.engines.vllm.static.rows import budget_rows
 from steer.engines.vllm.ticket import CaptureOrder, Ticket
 from steer.model import Capabilities, HookPoint, ModelInfo
 from steer.plan.cache import PlanCache

@@ -102,9 +102,9 @@ class _Refused(Exception):
 
 
 async def _claim(watch: Watch, serving: Serving, order: Order) -> Claim:
-    desk = cast("Any", serving.engine).desk
+    issuer = cast("Any", serving.engine).tickets
     measure = order.added.receipt == "full"
-    make = partial(make_ticket, desk, serving, order.steering, measure=measure)
+    make = partial(make_ticket, issuer, serving, order.steering, measure=measure)
     return watch.claim(await to_thread.run_sync(make))
 
 

@@ -94,7 +94,7 @@ async def serve(client: Any, state: Any, environment: Mapping[str, str]) -> None
     load = client.output_processor.get_num_unfinished_requests
     state.steer = assemble(engine, registry, settings, load=load)
     state.steer_watch = Watch(
-        client, state.steer.metrics, partial(order_text, state.steer, engine.desk)
+        client, state.steer.metrics, partial(order_text, state.steer, engine.tickets)
     )
     expose(state.steer.metrics.registry)
     # A worker's first call waits for this loop, so that it is started from another thread.

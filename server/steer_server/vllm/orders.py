@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from steer.engines.vllm.front.desk import Desk
+from steer.engines.vllm.front.ticket_issuer import TicketIssuer
 from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
 from steer.errors import SpecError, Unsupported
 from steer.spec import SteeringSpec, parse_spec
@@ -80,18 +80,20 @@ def take_order(serving: Serving, request: Any, models: Any) -> Order:
     return order
 
 
-def make_ticket(desk: Desk, serving: Serving, steering: Steering, *, measure: bool) -> Ticket:
+def make_ticket(
+    issuer: TicketIssuer, serving: Serving, steering: Steering, *, measure: bool
+) -> Ticket:
     """A ticket for `steering`, measured where it is asked for or belongs to the sampled share."""
-    ticket = desk.ticket(steering.plan, measure=measure)
+    ticket = issuer.issue(steering.plan, measure=measure)
     if steering.plan is None or measure or not serving.settings.measures(ticket.key):
         return ticket
-    return desk.ticket(steering.plan, measure=True)
+    return issuer.issue(steering.plan, measure=True)
 
 
-def order_text(serving: Serving, desk: Desk, text: Any) -> tuple[Steering, Ticket]:
+def order_text(serving: Serving, issuer: TicketIssuer, text: Any) -> tuple[Steering, Ticket]:
     """The steering and the ticket for a spec in `vllm_xargs`."""
     steering = resolve(serving, serving.model_name, _spec(text))
-    return steering, make_ticket(desk, serving, steering, measure=False)
+    return steering, make_ticket(issuer, serving, steering, measure=False)
 
 
 def _added(request: Any) -> AddedFields:

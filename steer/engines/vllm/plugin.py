@@ -52,12 +52,14 @@ def register() -> None:
 
 def _patch_core() -> None:
     """What the engine core does with tickets; without a ticket these do nothing."""
-    from steer.engines.vllm.core.admission import check_tickets  # noqa: PLC0415
+    from steer.engines.vllm.core.admission import (  # noqa: PLC0415
+        PlanCheck,
+        check_tickets,
+    )
     from steer.engines.vllm.core.cache_keys import fork_block_keys  # noqa: PLC0415
-    from steer.engines.vllm.examination import Examination  # noqa: PLC0415
 
     fork_block_keys()
-    check_tickets(Examination())
+    check_tickets(PlanCheck())
 
 
 def configure(config: Any) -> None:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from steer.errors import Unsupported
+from steer.errors import EngineError, Unsupported
+
+CHECKED = "steer_checks"
+"""The attribute of a function of vLLM's that checks tickets."""
 
 
 def version() -> str:
@@ -55,4 +58,16 @@ def calls(function: Any, *names: str) -> None:
             f"in vLLM {version()}, {function.__qualname__} no longer calls {missing}: install a "
             "version of vLLM that this version of Steer names as supported",
             code="unknown_vllm",
+        )
+
+
+def assert_checked() -> None:
+    """Raises `EngineError` where tickets would reach this process's engine unchecked."""
+    from vllm.v1.engine.core import EngineCore  # noqa: PLC0415
+
+    if not hasattr(EngineCore.preprocess_add_request, CHECKED):
+        raise EngineError(
+            "requests would reach this engine without a check of their tickets: Steer's plugin "
+            "must be loaded in the engine core (see VLLM_PLUGINS)",
+            code="tickets_not_checked",
         )

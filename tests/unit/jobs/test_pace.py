@@ -26,7 +26,7 @@ from steer.jobs import JobContext, JobLimits
 from steer.jobs.engine import BackgroundEngine
 from steer.jobs.kinds.fit import FIT, FitParams
 from steer.jobs.pace import Pace
-from steer.jobs.stopping import JobCancelled
+from steer.jobs.signals import JobCancelled
 from steer.model import HookPoint
 from steer.registry.registry import Registry
 

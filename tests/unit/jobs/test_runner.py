@@ -12,7 +12,7 @@ from counting_jobs import QUICK, CountParams, Gate, Make, counting, finished, wa
 
 from steer.engines.fake.engine import FakeEngine, fake_model
 from steer.errors import CapacityError, Conflict, StorageError, UnknownArtefact
-from steer.jobs.threads import bound_threads
+from steer.jobs.pace import bound_threads
 from steer.registry.jobs.job_records import Job
 from steer.registry.registry import Registry
 

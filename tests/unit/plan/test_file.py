@@ -122,12 +122,12 @@ def encoder(sha256: str) -> tuple[Tensor, Tensor]:
 
 def opened(data: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     size = int.from_bytes(data[:8], "little")
-    return json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["steer.plan.plan"]), load(data)
+    return json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["steer.plan"]), load(data)
 
 
 def written(content: Any, tensors: dict[str, Any]) -> bytes:
     text = content if isinstance(content, str) else json.dumps(content)
-    return bytes(save(tensors, metadata={"steer.plan.plan": text}))
+    return bytes(save(tensors, metadata={"steer.plan": text}))
 
 
 def test_every_kind_of_intervention_is_among_the_specs() -> None:

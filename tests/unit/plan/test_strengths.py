@@ -13,7 +13,7 @@ from artefacts import EVERYTHING, calibration, random_vector, random_where, shap
 
 from steer.artefacts.control_vector import ControlVector
 from steer.artefacts.library import MemoryLibrary
-from steer.engines.vllm.front.desk import Desk
+from steer.engines.vllm.front.ticket_issuer import TicketIssuer
 from steer.errors import SteerError
 from steer.plan.cache import PlanCache
 from steer.plan.file import dump_plan, load_plan
@@ -76,9 +76,9 @@ def test_on_vllm_each_request_tells_its_own_strength() -> None:
             files[name] = data
             return name
 
-    plans, desk = cache(), Desk(Store())  # type: ignore[arg-type]
+    plans, issuer = cache(), TicketIssuer(Store())  # type: ignore[arg-type]
     found = [plans.plan(parse_spec(spec(strength))) for strength in (1.0, {"kl": 0.1}, 1.0)]
-    tickets = [desk.ticket(plan) for plan in found]
+    tickets = [issuer.issue(plan) for plan in found]
     assert len({ticket.fingerprint for ticket in tickets}) == 1
     assert len(files) == 2
     for plan, ticket in zip(found, tickets, strict=True):

@@ -13,10 +13,10 @@ from sqlalchemy import create_engine
 
 from steer.artefacts.control_vector import ControlVector
 from steer.errors import StorageError, Unsupported
-from steer.registry.catalogue.database import open_database
 from steer.registry.catalogue.migrating import known_revisions
 from steer.registry.catalogue.schema import HEAD, metadata
 from steer.registry.location import locate
+from steer.registry.opening import open_database
 from steer.registry.registry import Registry
 
 OLD = Path(__file__).parent / "version-1"

@@ -10,14 +10,21 @@ ends that request with the finish reason "error", which its server answers with 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import wraps
-from typing import Any
+from functools import cached_property, lru_cache, wraps
+from typing import Any, NamedTuple
 
+from steer.batch.tables import MAX_PASSES
 from steer.engines.vllm.core.scheduler import holds_back
-from steer.engines.vllm.options import KEY, SteerOptions
-from steer.engines.vllm.seams import known
+from steer.engines.vllm.options import KEY, SteerOptions, is_static, registry_location
+from steer.engines.vllm.seams import CHECKED, known
+from steer.engines.vllm.static.rows import budget_rows
+from steer.engines.vllm.static.tables import no_competition
 from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
-from steer.errors import EngineError, SpecError, SteerError, TooLarge, Unsupported
+from steer.errors import SpecError, SteerError, TooLarge, Unsupported
+from steer.plan.file import load_plan
+from steer.plan.plan import check_passes
+from steer.plan.selection import Selection
+from steer.registry.blobs.plan_store import PlanStore
 
 Examine = Callable[[Ticket, Any], None]
 """Called with a ticket that has a plan and with vLLM's configuration; raises a `SteerError`."""
@@ -25,7 +32,7 @@ Examine = Callable[[Ticket, Any], None]
 _FORKED_CONNECTORS = frozenset({"OffloadingConnector", "SimpleCPUOffloadConnector"})
 """KV connectors that name what they store by vLLM's block hashes, and so by Steer's keys."""
 
-_MARK = "steer_checks"
+_REMEMBERED = 4096
 
 
 def check_tickets(examine: Examine | None = None) -> None:
@@ -39,7 +46,7 @@ def check_tickets(examine: Examine | None = None) -> None:
     from vllm.v1.engine.input_processor import InputProcessor  # noqa: PLC0415
 
     process = InputProcessor.process_inputs
-    if not hasattr(process, _MARK):
+    if not hasattr(process, CHECKED):
         known(InputProcessor, "process_inputs", *_PROCESS_INPUTS)
 
         @wraps(process)
@@ -53,11 +60,11 @@ def check_tickets(examine: Examine | None = None) -> None:
                 ) from error
             return request
 
-        setattr(process_inputs, _MARK, True)
+        setattr(process_inputs, CHECKED, True)
         InputProcessor.process_inputs = process_inputs
 
     preprocess = EngineCore.preprocess_add_request
-    if not hasattr(preprocess, _MARK):
+    if not hasattr(preprocess, CHECKED):
         known(EngineCore, "preprocess_add_request", "self", "request")
 
         @wraps(preprocess)
@@ -65,20 +72,8 @@ def check_tickets(examine: Examine | None = None) -> None:
             check_request(request, self.vllm_config, examine)
             return preprocess(self, request)
 
-        setattr(preprocess_add_request, _MARK, True)
+        setattr(preprocess_add_request, CHECKED, True)
         EngineCore.preprocess_add_request = preprocess_add_request
-
-
-def assert_checked() -> None:
-    """Raises `EngineError` where tickets would reach this process's engine unchecked."""
-    from vllm.v1.engine.core import EngineCore  # noqa: PLC0415
-
-    if not hasattr(EngineCore.preprocess_add_request, _MARK):
-        raise EngineError(
-            "requests would reach this engine without a check of their tickets: Steer's plugin "
-            "must be loaded in the engine core (see VLLM_PLUGINS)",
-            code="tickets_not_checked",
-        )
 
 
 def check_request(request: Any, config: Any, examine: Examine | None = None) -> None:
@@ -224,3 +219,47 @@ def _malformed(what: str) -> SpecError:
         "spec in the field 'steering' instead",
         code="invalid_ticket",
     )
+
+
+class _Facts(NamedTuple):
+    fingerprint: str
+    rows: int
+    selections: tuple[Selection, ...]
+    competes: bool
+
+
+class PlanCheck:
+    """Compares tickets with the plans that they name. Safe from any thread.
+
+    What a worker would refuse must be refused here: a worker cannot fail one request alone, and
+    states that it computed unsteered would lie in the cache under the plan's name.
+    """
+
+    def __init__(self) -> None:
+        self._facts = lru_cache(_REMEMBERED)(self._look)
+
+    @cached_property
+    def _store(self) -> PlanStore:
+        return PlanStore(registry_location())
+
+    def __call__(self, ticket: Ticket, config: Any) -> None:
+        """Raises a `SteerError` for a plan that is missing, damaged or another than claimed."""
+        if ticket.plan is None:
+            return
+        facts = self._facts(ticket.plan)
+        if facts[:3] != (ticket.fingerprint, ticket.rows, ticket.selections):
+            raise SpecError(
+                "the ticket says something else than the plan that it names: send the spec in the "
+                "field 'steering' instead",
+                code="invalid_ticket",
+            )
+        if facts.competes and is_static(config, SteerOptions.of(config.additional_config)):
+            raise no_competition()
+
+    def _look(self, plan: str) -> _Facts:
+        loaded = load_plan(self._store.get(plan), self._store.sae_encoder)
+        check_passes(len(loaded.passes), MAX_PASSES)
+        selections = tuple(one.selection for one in loaded.passes)
+        blocks = [block for one in loaded.passes for block in one.blocks.values()]
+        competes = any(block.competition is not None for block in blocks)
+        return _Facts(loaded.fingerprint, budget_rows(loaded), selections, competes)

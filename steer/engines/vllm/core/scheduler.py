@@ -70,7 +70,7 @@ class _WaitsForRows(Scheduler):  # type: ignore[misc]  # vLLM comes without type
     """Holds back requests in `_handle_blocked_waiting_request`, which vLLM asks about each."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
-        from steer.engines.vllm.core.admission import assert_checked  # noqa: PLC0415
+        from steer.engines.vllm.seams import assert_checked  # noqa: PLC0415
 
         # vLLM only logs a plugin that fails to load; here, in the engine core, it fails closed.
         assert_forked()

@@ -29,9 +29,9 @@ from steer.engines.base import (
 from steer.engines.checks import check_request
 from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
 from steer.engines.vllm import plugin
-from steer.engines.vllm.front.desk import Desk
 from steer.engines.vllm.front.drivers import ClientDriver, Driver, InlineDriver, LocalDriver
 from steer.engines.vllm.front.sequences import RunningSequence
+from steer.engines.vllm.front.ticket_issuer import TicketIssuer
 from steer.engines.vllm.messages import pack, read_info, unpack
 from steer.engines.vllm.options import REGISTRY_VARIABLE, registry_location
 from steer.engines.vllm.pipeline import check_gates
@@ -53,10 +53,10 @@ class VllmEngine:
     tokenizer: Any
 
     def __init__(
-        self, driver: Driver, tokenizer: Any, answer: Any, desk: Desk, eos: frozenset[int]
+        self, driver: Driver, tokenizer: Any, answer: Any, issuer: TicketIssuer, eos: frozenset[int]
     ) -> None:
         """`answer` is what the first worker says to `steer_info`."""
-        self._driver, self.tokenizer, self.desk, self._eos = driver, tokenizer, desk, eos
+        self._driver, self.tokenizer, self.tickets, self._eos = driver, tokenizer, issuer, eos
         self.info = read_info(answer)
         self._passes, self._stages = int(answer["passes"]), int(answer["stages"])
         self._static = bool(answer["static"])
@@ -102,7 +102,7 @@ class VllmEngine:
             driver,
             driver.llm.get_tokenizer(),
             driver.rpc("steer_info")[0],
-            Desk(PlanStore(registry_location())),
+            TicketIssuer(PlanStore(registry_location())),
             _eos(driver.llm.llm_engine.vllm_config),
         )
 
@@ -114,7 +114,7 @@ class VllmEngine:
             driver,
             llm.get_tokenizer(),
             driver.rpc("steer_info")[0],
-            Desk(PlanStore(registry_location())),
+            TicketIssuer(PlanStore(registry_location())),
             _eos(llm.llm_engine.vllm_config),
         )
 
@@ -127,7 +127,7 @@ class VllmEngine:
             ClientDriver(client, asyncio.get_running_loop()),
             tokenizer,
             answers[0],
-            Desk(PlanStore(registry_location())),
+            TicketIssuer(PlanStore(registry_location())),
             _eos(client.vllm_config),
         )
 
@@ -202,7 +202,7 @@ class VllmEngine:
         for prompt, plan, order in zip(request.prompts, plans, orders, strict=True):
             generation = GenerationRequest("capture", tuple(prompt), sampling, plan)
             self.admit(generation)
-            tickets.append(self.desk.ticket(plan, capture=order))
+            tickets.append(self.tickets.issue(plan, capture=order))
             listeners.append(BlockingListener())
             running.append(
                 RunningSequence(generation, tickets[-1], listeners[-1], self._eos, quiet=True)
@@ -233,7 +233,7 @@ class VllmEngine:
     ) -> RunningSequence:
         ticket = None
         if request.plan is not None:
-            ticket = self.desk.ticket(request.plan, measure=request.measure)
+            ticket = self.tickets.issue(request.plan, measure=request.measure)
         return RunningSequence(request, ticket, listener, self._eos)
 
     def _order(self, request: CaptureRequest, prompt: Sequence[int]) -> CaptureOrder:

@@ -92,7 +92,7 @@ class Steered:
             raise SpecError("these params steer a request already: make new ones from plain params")
         if steering is not None:
             plan = self.plans.plan(parse_spec(steering))
-            ticket = self.engine.desk.ticket(plan, n=params.n, measure=full_receipt)
+            ticket = self.engine.tickets.issue(plan, n=params.n, measure=full_receipt)
             copied.extra_args = {**(copied.extra_args or {}), **ticket.as_extra_args()}
         return copied
 

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from steer.edits import LAW_FIELDS, RELATIVE, Block
+from steer.engines.vllm.taps.shifts import only_shifts
 from steer.plan.file import edit_rows
 from steer.plan.plan import Gate, SteeringPlan
 
@@ -124,3 +125,8 @@ class Taken:
     @property
     def count(self) -> Rows:
         return Rows(len(self.edits), len(self.constants))
+
+
+def budget_rows(plan: SteeringPlan) -> int:
+    """What `plan` takes of the budget of edit rows; constants alone have rows of their own."""
+    return 0 if only_shifts(plan) else rows_needed(plan)

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from steer.batch.requests import Ints
-from steer.engines.vllm.arrivals import take_note
 from steer.engines.vllm.worker.prepared import Batch
-from steer.engines.vllm.worker.steering import WorkerSteering
+from steer.engines.vllm.worker.steering import WorkerSteering, take_note
 from steer.errors import Unsupported
 
 _MODEL_FORWARD = {"input_ids", "positions", "intermediate_tensors", "inputs_embeds"}

@@ -7,6 +7,7 @@ of which requests the next forward pass computes, and when that pass is over.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -281,3 +282,16 @@ def _keep(reading: Sequence[Placed], point: HookPoint, x: Tensor) -> None:
             place = position - one.start
             if 0 <= place < len(one.ids):
                 kept[row] = x[one.offset + place].detach().float().cpu()
+
+
+def take_note(steering: WorkerSteering, output: Any) -> None:
+    """Ends the requests that `output` ends, and then takes in those that it starts.
+
+    A preempted request has not ended. In runner V2 it comes again among the new ones.
+    """
+    for req_id in output.finished_req_ids:
+        steering.retire(req_id)
+    for new in output.scheduled_new_reqs:
+        params = new.sampling_params
+        ticket = Ticket.of(params.extra_args) if params is not None else None
+        steering.admit(new.req_id, new.prompt_token_ids, ticket)

@@ -7,9 +7,14 @@ from typing import Any
 
 import torch
 
-from steer.engines.vllm.messages import capture_answer, info_answer, receipt_answer, unembed_answer
 from steer.engines.vllm.seams import version
 from steer.engines.vllm.taps.layouts import find_unembedding
+from steer.engines.vllm.worker.answers import (
+    capture_answer,
+    info_answer,
+    receipt_answer,
+    unembed_answer,
+)
 from steer.engines.vllm.worker.build import attach
 from steer.engines.vllm.worker.proof import prove
 from steer.engines.vllm.worker.runner_v1 import RunnerV1

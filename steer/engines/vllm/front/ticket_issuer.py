@@ -1,4 +1,4 @@
-"""Where a front end makes tickets: the plan goes to the store once, the request names it."""
+"""Makes tickets in a front end: the plan goes to the store once, the request names it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import threading
 import uuid
 from collections import OrderedDict
 
-from steer.engines.vllm.static.rows import rows_needed
-from steer.engines.vllm.taps.shifts import only_shifts
+from steer.engines.vllm.static.rows import budget_rows
 from steer.engines.vllm.ticket import CaptureOrder, Ticket
 from steer.plan.file import dump_plan
 from steer.plan.plan import SteeringPlan
@@ -17,20 +16,18 @@ from steer.registry.blobs.plan_store import PlanStore
 _REMEMBERED = 4096
 
 
-def budget_rows(plan: SteeringPlan) -> int:
-    """What `plan` takes of the budget of edit rows; constants alone have rows of their own."""
-    return 0 if only_shifts(plan) else rows_needed(plan)
+class TicketIssuer:
+    """Makes the tickets of one front end.
 
-
-class Desk:
-    """Assumes: every worker reads the same store. Safe from any thread."""
+    Assumes: every worker reads the same store. Safe from any thread.
+    """
 
     def __init__(self, store: PlanStore) -> None:
         self._store = store
         self._published: OrderedDict[str, tuple[str, int]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def ticket(
+    def issue(
         self,
         plan: SteeringPlan | None,
         *,

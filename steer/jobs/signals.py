@@ -1,10 +1,31 @@
-"""Who wants to know when something happens to a job of this process."""
+"""What passes between a running job and those outside of it.
+
+In: it is told to stop by an exception out of its next report of progress. Those are no
+`Exception`s, like asyncio's cancellation, so that a kind of job which catches what goes wrong with
+its data does not catch these. Out: who wants to know when something happens to it is told so.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+
+class JobStopped(BaseException):
+    """The job must not go on."""
+
+
+class JobCancelled(JobStopped):
+    """A client cancelled it."""
+
+
+class RunnerStopping(JobStopped):
+    """The server stops; the job is queued again or ends as interrupted."""
+
+
+class LeaseLost(JobStopped):
+    """This runner was held up for so long that another took the job: nothing may be written."""
 
 
 class Changes:

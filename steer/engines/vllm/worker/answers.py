@@ -1,0 +1,73 @@
+"""What a worker answers over `collective_rpc`: plain values and bytes, read by `messages.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer.engines.vllm.messages import pack, unpack
+from steer.engines.vllm.worker.requests import Seats, receipt
+from steer.engines.vllm.worker.steering import WorkerSteering
+from steer.errors import SteerError
+from steer.model import ModelInfo
+
+_ROWS_AT_ONCE = 256
+
+
+def info_answer(steering: WorkerSteering) -> dict[str, Any]:
+    """The worker's model and limits, for `read_info`."""
+    answer = dataclasses.asdict(steering.model)
+    answer["sites"] = list(steering.model.sites)
+    return {
+        "model": answer,
+        "compiled": steering.shifts is not None,
+        "static": steering.form is not None,
+        "slots": steering.tables.slots,
+        "passes": steering.tables.max_passes,
+        "stages": steering.stages,
+    }
+
+
+def receipt_answer(seats: Seats, key: str, fed: Mapping[int, int]) -> dict[int, Any]:
+    """Receipts of the choices in `fed` (tokens fed by each) under a ticket's key."""
+    records = seats.records(key)
+    seats.forget(key)
+    answer: dict[int, Any] = {}
+    for choice, tokens in fed.items():
+        record = records.get(choice)
+        if record is None:
+            answer[choice] = {"error": "this worker knows nothing of the request"}
+            continue
+        try:
+            answer[choice] = receipt(record, tokens).as_json()
+        except SteerError as error:
+            answer[choice] = {"error": error.message, "code": error.code}
+    return answer
+
+
+def capture_answer(seats: Seats, key: str) -> dict[str, bytes]:
+    """The captured states under a ticket's key: float32 bytes by hook point."""
+    records = seats.records(key)
+    seats.forget(key)
+    record = records.get(0)
+    if record is None:
+        return {}
+    return {str(point): pack(states) for point, states in record.live.states.items()}
+
+
+@torch.inference_mode()
+def unembed_answer(
+    unembed: Callable[[Tensor], Tensor | None] | None, data: bytes, info: ModelInfo
+) -> bytes | None:
+    """The logits of packed states, by the model's final norm and output matrix."""
+    if unembed is None:
+        return None
+    states = unpack(data, info.d_model)
+    logits = [unembed(part) for part in torch.split(states, _ROWS_AT_ONCE)]
+    if any(part is None for part in logits):
+        return None
+    return pack(torch.cat([part.float().cpu() for part in logits if part is not None]))
