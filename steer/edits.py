@@ -66,7 +66,7 @@ BIAS, THRESHOLD, INTERCEPT, SLOPE, FLOOR, CEILING, RELATIVE = range(LAW_FIELDS)
 
 
 @dataclass(frozen=True)
-class Competition:
+class TopKCutoff:
     """A TopK SAE's encoder: a feature is active only among the k largest pre-activations.
 
     `read` `[d_sae, d]` and `bias` `[d_sae]` are all of the SAE's latents; `identity` is the SAE's
@@ -78,7 +78,7 @@ class Competition:
     bias: Float[Tensor, " d_sae"]
     k: int
 
-    def cutoff(self, x: Float[Tensor, "T d"]) -> Float[Tensor, "T 1"]:
+    def least_active(self, x: Float[Tensor, "T d"]) -> Float[Tensor, "T 1"]:
         """The price of being active: halfway from the k-th to the next pre-activation.
 
         Halfway, because a clamped feature is read by a product of another shape, whose rounding
@@ -103,7 +103,7 @@ class Block:
     read: Float[Tensor, "K d"] | None = None
     write: Float[Tensor, "K d"] | None = None
     laws: Float[Tensor, "K 7"] | None = None
-    competition: Competition | None = None
+    cutoff: TopKCutoff | None = None
     replace: bool = False
     preserve_norm: bool = False
 
@@ -113,11 +113,11 @@ class Block:
         write: Float[Tensor, "K d"],
         laws: Sequence[Law],
         *,
-        competition: Competition | None = None,
+        cutoff: TopKCutoff | None = None,
     ) -> Block:
         """A block of simultaneous rank-1 edits."""
         table = torch.tensor(laws, dtype=torch.float32)
-        return Block(read=read, write=write, laws=table, competition=competition)
+        return Block(read=read, write=write, laws=table, cutoff=cutoff)
 
     @property
     def is_shift(self) -> bool:
@@ -174,7 +174,7 @@ def coefficients(
 ) -> Float[Tensor, "T K"]:
     """c_k(a) for `products` a = ⟨r_k, x⟩, each column by its own law.
 
-    `cutoff` is the least pre-activation that counts as active under a `Competition`. `traits` are
+    `cutoff` is the least pre-activation that counts as active under a `TopKCutoff`. `traits` are
     those of `laws`, or more; `norms` are used where a law is relative.
     """
     value = products + laws[:, BIAS]
@@ -208,7 +208,7 @@ def apply(block: Block, x: Tensor) -> Tensor:
         after = after + block.shift
     if block.read is not None and block.write is not None and block.laws is not None:
         norms = before.norm(dim=-1, keepdim=True) if block.traits.relative else None
-        cutoff = None if block.competition is None else block.competition.cutoff(before)
+        cutoff = None if block.cutoff is None else block.cutoff.least_active(before)
         c = coefficients(before @ block.read.T, block.laws, norms, cutoff, block.traits)
         after = after + c @ block.write
     if block.preserve_norm:

@@ -133,9 +133,9 @@ def step_cost(shape: Shape, plans: Plans, *, compiled: bool, steps: int = 400) -
     step(PROMPT, arriving)
     found = [step(1, ()) for _ in range(steps + steps // 10)][steps // 10 :]
     for req_id in runner.input_batch.req_ids:
-        live = steering.seats.get(req_id)
-        if live is not None and live.fault is not None:
-            raise RuntimeError(f"a plan was not carried out: {live.fault}")
+        request = steering.requests.get(req_id)
+        if request is not None and request.fault is not None:
+            raise RuntimeError(f"a plan was not carried out: {request.fault}")
     return StepCost(*(statistics.median(part) for part in zip(*found, strict=True)))
 
 
@@ -239,5 +239,5 @@ def _extra_args(number: int, plan: SteeringPlan | None) -> dict[str, str] | None
         str(number),
         fingerprint=plan.fingerprint,
         plan=_hash(plan),
-        selections=tuple(one.selection for one in plan.passes),
+        selections=tuple(one.selection for one in plan.rules),
     ).as_extra_args()

@@ -6,57 +6,57 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from steer.batch.tables import Part
+from steer.batch.tables import TableView
 from steer.edits import coefficients, rescaled
 
 
-def apply_stage(
-    part: Part,
+def apply_table(
+    view: TableView,
     x: Float[Tensor, "T d"],
     slots: Int[Tensor, " T"],
     solo: Int[Tensor, " K"] | None = None,
 ) -> Float[Tensor, "T d"]:
     """x with each token's block applied; a token whose slot is 0 is returned to the bit.
 
-    `part` is that of the slots in `slots`, or of more. With nothing needed, constants are added.
-    `solo` may be given where each slot of `part` is that of one token at most: the token of each
+    `view` is that of the slots in `slots`, or of more. With nothing needed, constants are added.
+    `solo` may be given where each slot of `view` is that of one token at most: the token of each
     row of the bank.
     """
-    needs = part.needs
+    needs = view.needs
     if not any(needs):
-        return (x.float() + part.shift.index_select(0, slots)).to(x.dtype)
+        return (x.float() + view.shift.index_select(0, slots)).to(x.dtype)
     before = after = x.float()
     norms = None
-    if needs.preserving or part.traits.relative:
+    if needs.preserving or view.traits.relative:
         norms = before.norm(dim=-1, keepdim=True)
     if needs.replacing:
-        after = before.masked_fill(part.replace.index_select(0, slots)[:, None], 0.0)
-    if part.shifting:
-        after = after + part.shift.index_select(0, slots)
+        after = before.masked_fill(view.replace.index_select(0, slots)[:, None], 0.0)
+    if view.shifting:
+        after = after + view.shift.index_select(0, slots)
     if needs.edits and solo is not None:
-        after = after.index_add(0, solo, _solo(part, before, norms, slots, solo))
+        after = after.index_add(0, solo, _solo(view, before, norms, slots, solo))
     elif needs.edits:
-        after = after + _bank(part, before, norms, slots)
+        after = after + _bank(view, before, norms, slots)
     if needs.preserving and norms is not None:
-        preserved = part.preserve.index_select(0, slots)[:, None]
+        preserved = view.preserve.index_select(0, slots)[:, None]
         after = torch.where(preserved, rescaled(after, norms), after)
     return torch.where((slots != 0)[:, None], after.to(x.dtype), x)
 
 
 def _bank(
-    part: Part,
+    view: TableView,
     x: Float[Tensor, "T d"],
     norms: Float[Tensor, "T 1"] | None,
     slots: Int[Tensor, " T"],
 ) -> Float[Tensor, "T d"]:
     """Σ c_k(⟨r_k, x⟩) w_k over the bank rows that belong to each token's slot."""
-    c = coefficients(x @ part.read.T, part.laws, norms, _cutoffs(part, x), part.traits)
-    c = c.masked_fill(part.owner != slots[:, None], 0.0)
-    return c @ part.write
+    c = coefficients(x @ view.read.T, view.laws, norms, _cutoffs(view, x), view.traits)
+    c = c.masked_fill(view.owner != slots[:, None], 0.0)
+    return c @ view.write
 
 
 def _solo(
-    part: Part,
+    view: TableView,
     x: Float[Tensor, "T d"],
     norms: Float[Tensor, "T 1"] | None,
     slots: Int[Tensor, " T"],
@@ -64,22 +64,22 @@ def _solo(
 ) -> Float[Tensor, "K d"]:
     """The summands c_k(⟨r_k, x⟩) w_k of the bank rows k, each for its one token: T times less
     arithmetic than `_bank`, which multiplies every row with every token."""
-    products = (x.index_select(0, solo) * part.read).sum(-1)[None]
+    products = (x.index_select(0, solo) * view.read).sum(-1)[None]
     if norms is not None:
         norms = norms.index_select(0, solo).T
-    cutoff = _cutoffs(part, x)
+    cutoff = _cutoffs(view, x)
     if cutoff is not None:
         cutoff = cutoff.gather(0, solo[None])
-    c = coefficients(products, part.laws, norms, cutoff, part.traits)
-    c = c.masked_fill(part.owner != slots.index_select(0, solo), 0.0)
-    return c.T * part.write
+    c = coefficients(products, view.laws, norms, cutoff, view.traits)
+    c = c.masked_fill(view.owner != slots.index_select(0, solo), 0.0)
+    return c.T * view.write
 
 
-def _cutoffs(part: Part, x: Float[Tensor, "T d"]) -> Float[Tensor, "T K"] | None:
+def _cutoffs(view: TableView, x: Float[Tensor, "T d"]) -> Float[Tensor, "T K"] | None:
     """For each bank row the least pre-activation that counts as active; None without SAEs whose
     features compete."""
-    if not part.competitions:
+    if not view.cutoffs:
         return None
     columns = [x.new_full((len(x), 1), float("-inf"))]
-    columns += [contest.cutoff(x) for contest in part.competitions]
-    return torch.cat(columns, dim=1).index_select(1, part.contest)
+    columns += [cutoff.least_active(x) for cutoff in view.cutoffs]
+    return torch.cat(columns, dim=1).index_select(1, view.cutoff_column)

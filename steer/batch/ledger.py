@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from steer.batch.requests import Ints
-from steer.batch.tables import MAX_PASSES
+from steer.batch.requests import NOBODY, Ints
+from steer.batch.tables import MAX_RULES
 from steer.model import HookPoint
+
+UNSEEN = 0xFFFF
+"""Marks a position that no pass has computed."""
 
 
 class Ledger:
     """What was applied to each request row, and the decisions that its gates hold.
 
-    `tokens[row, bits]` counts the tokens that the passes named by `bits` edited.
+    `tokens[row, applied]` counts the tokens that the rules named by `applied` edited.
     Assumes: a row is reset before a request takes it.
     """
 
     def __init__(self, rows: int, device: torch.device | str = "cpu") -> None:
-        self.tokens = np.zeros((rows, 1 << MAX_PASSES), dtype=np.int64)
-        self.gate_open = torch.zeros(rows, MAX_PASSES, dtype=torch.bool, device=device)
-        self.gate_value = torch.full((rows, MAX_PASSES), float("nan"), device=device)
+        self.tokens = np.zeros((rows, 1 << MAX_RULES), dtype=np.int64)
+        self.gate_open = torch.zeros(rows, MAX_RULES, dtype=torch.bool, device=device)
+        self.gate_value = torch.full((rows, MAX_RULES), float("nan"), device=device)
         self.relative: dict[HookPoint, Tensor] = {}
 
     def reset(self, row: int) -> None:
@@ -31,10 +35,10 @@ class Ledger:
         for sums in self.relative.values():
             sums[row] = 0.0
 
-    def record(self, rows: Ints, bits: Ints) -> None:
-        """Counts tokens `[T]` of `rows` that the passes named by `bits` edited."""
+    def record(self, rows: Ints, applied: Ints) -> None:
+        """Counts tokens `[T]` of `rows` that the rules named by `applied` edited."""
         # One flat index: numpy adds at several ten times more slowly.
-        np.add.at(self.tokens.reshape(-1), rows * self.tokens.shape[1] + bits, 1)
+        np.add.at(self.tokens.reshape(-1), rows * self.tokens.shape[1] + applied, 1)
 
     def recount(self, row: int) -> None:
         """Counts a row from zero again, because its tokens are computed anew; its gates' decisions
@@ -48,3 +52,58 @@ class Ledger:
         if point not in self.relative:
             self.relative[point] = torch.zeros(len(self.gate_open), device=sizes.device)
         self.relative[point].index_add_(0, rows, sizes)
+
+
+class PositionLedger(Ledger):
+    """A `Ledger` that also keeps the rules applied at each position, and that grows.
+
+    vLLM may compute a token twice (after a preemption), or never (when its state comes from the
+    prefix cache), or once too often (while a stop string is being noticed). A ledger by position is
+    right in all three cases: a receipt looks at the positions that its sequence fed, once each.
+
+    Assumes: `expect` names the positions of the batch before a step is finished.
+    """
+
+    def __init__(self, rows: int, max_length: int, device: torch.device) -> None:
+        super().__init__(rows, device)
+        self.applied = np.full((rows, max_length), UNSEEN, dtype=np.uint16)
+        self._positions: Ints = np.zeros(0, dtype=np.int64)
+        self._present: NDArray[np.bool_] = np.zeros(0, dtype=bool)
+
+    def expect(self, rows: Ints, positions: Ints) -> None:
+        """The row and the position of each token of the pass that comes; `NOBODY` is nobody's."""
+        self._present = rows != NOBODY
+        self._positions = positions
+
+    def reset(self, row: int) -> None:
+        super().reset(row)
+        self.applied[row] = UNSEEN
+
+    def record(self, rows: Ints, applied: Ints) -> None:
+        """Writes the applied of the present tokens; `rows` holds these alone."""
+        super().record(rows, applied)
+        self.write(rows, self._positions[self._present], applied)
+
+    def write(self, rows: Ints, positions: Ints, applied: Ints) -> None:
+        self.applied[rows, positions] = applied.astype(np.uint16)
+
+    def row(self, row: int) -> PositionLedger:
+        """A ledger that holds a copy of one row, as far as positions were computed."""
+        seen = np.flatnonzero(self.applied[row] != UNSEEN)
+        length = int(seen[-1]) + 1 if len(seen) else 0
+        alone = PositionLedger(1, length, self.gate_open.device)
+        alone.tokens[0], alone.applied[0] = self.tokens[row], self.applied[row, :length]
+        alone.gate_open[0], alone.gate_value[0] = self.gate_open[row], self.gate_value[row]
+        alone.relative = {p: sums[row : row + 1].clone() for p, sums in self.relative.items()}
+        return alone
+
+    def grow(self) -> None:
+        """Doubles the number of rows."""
+        rows, length = self.applied.shape
+        bigger = PositionLedger(2 * rows, length, self.gate_open.device)
+        bigger.tokens[:rows], bigger.applied[:rows] = self.tokens, self.applied
+        bigger.gate_open[:rows], bigger.gate_value[:rows] = self.gate_open, self.gate_value
+        for point, sums in self.relative.items():
+            bigger.relative[point] = torch.cat([sums, torch.zeros_like(sums)])
+        self.tokens, self.applied, self.relative = bigger.tokens, bigger.applied, bigger.relative
+        self.gate_open, self.gate_value = bigger.gate_open, bigger.gate_value

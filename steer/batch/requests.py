@@ -16,7 +16,7 @@ NOBODY = -1
 
 
 @dataclass(frozen=True)
-class Seat:
+class SteeredRequest:
     """A request that runs: its ledger row, its slot in the tables, and where its prompt ends."""
 
     row: int
@@ -26,57 +26,54 @@ class Seat:
     measure: bool = False
 
     def slots(self, positions: Ints, tokens: Ints) -> Ints:
-        """The slot of each token in each pass, `[P, T]`, gates apart; positions ascend."""
-        settled = self._settled
-        if settled is not None and len(positions) and positions[0] >= settled[0]:
-            return np.repeat(settled[1], len(positions), axis=1)
+        """The slot of each token in each rule, `[P, T]`, gates apart; positions ascend."""
+        fixed = self._fixed
+        if fixed is not None and len(positions) and positions[0] >= fixed[0]:
+            return np.repeat(fixed[1], len(positions), axis=1)
         return self._masked(positions, tokens)
 
     @cached_property
     def possible(self) -> Ints:
-        """The slot of each pass `[P, 1]` where it is selected."""
-        passes = () if self.plan is None else self.plan.passes
-        return np.full((len(passes), 1), self.slot, dtype=np.int64)
+        """The slot of each rule `[P, 1]` where it is selected."""
+        rules = () if self.plan is None else self.plan.rules
+        return np.full((len(rules), 1), self.slot, dtype=np.int64)
 
     def _masked(self, positions: Ints, tokens: Ints) -> Ints:
-        passes = () if self.plan is None else self.plan.passes
-        out = np.zeros((len(passes), len(positions)), dtype=np.int64)
-        for number, one in enumerate(passes):
+        rules = () if self.plan is None else self.plan.rules
+        out = np.zeros((len(rules), len(positions)), dtype=np.int64)
+        for number, one in enumerate(rules):
             out[number] = one.selection.mask(positions, self.prompt_length, tokens) * self.slot
         return out
 
     @cached_property
-    def _settled(self) -> tuple[int, Ints] | None:
+    def _fixed(self) -> tuple[int, Ints] | None:
         """The position from which on slots stay as they are, and these slots `[P, 1]`."""
-        bound = self.steady_from
+        bound = self.fixed_from
         if bound is None:
             return None
         return bound, self._masked(np.array([bound], dtype=np.int64), np.array([-1]))
 
     def watching(self, positions: Ints) -> Ints:
         """The slot of each token `[P, T]` that decides a prompt gate, whether selected or not."""
-        passes = () if self.plan is None else self.plan.passes
-        held = [one.gate is not None and one.gate.prompt_scope for one in passes]
+        rules = () if self.plan is None else self.plan.rules
+        held = [one.gate is not None and one.gate.prompt_scope for one in rules]
         deciding = positions == self.prompt_length - 1
         return np.outer(np.array(held, dtype=np.int64), deciding) * self.slot
 
     @property
-    def steady_from(self) -> int | None:
-        """The position from which on `slots` no longer changes; None where it may."""
-        found = 0
-        for one in () if self.plan is None else self.plan.passes:
-            bound = one.selection.steady_from(self.prompt_length)
-            if bound is None:
-                return None
-            found = max(found, bound)
-        return found
+    def fixed_from(self) -> int | None:
+        """The position from which on `slots` no longer changes; None where token ids decide."""
+        selections = [one.selection for one in (() if self.plan is None else self.plan.rules)]
+        if any(selection.reads_tokens for selection in selections):
+            return None
+        return max((one.fixed_from(self.prompt_length) for one in selections), default=0)
 
 
 @dataclass(frozen=True)
 class Span:
-    """The tokens of one seat in this pass: where they lie in the batch, and what they are."""
+    """The tokens of one request in this pass: where they lie in the batch, and what they are."""
 
-    seat: Seat
+    request: SteeredRequest
     offset: int
     positions: Ints
     tokens: Ints

@@ -1,6 +1,6 @@
 """Which plan holds which slot: shared by fingerprint, counted by reference, oldest reused first.
 
-What a slot means in tensors is the tables' own (`tables.py`, `graph_tables.py`).
+What a slot means in tensors is the tables' own (`tables.py`, `static_tables.py`).
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class SlotTables(ABC, Generic[H]):
     """
 
     def __init__(
-        self, model: ModelInfo, *, slots: int, device: torch.device | str, max_passes: int
+        self, model: ModelInfo, *, slots: int, device: torch.device | str, max_rules: int
     ) -> None:
         self.model, self.slots, self.device = model, slots, torch.device(device)
-        self.max_passes = max_passes
+        self.max_rules = max_rules
         self._held: dict[str, H] = {}
         self._idle: OrderedDict[str, H] = OrderedDict()
         self._free = list(range(slots, 0, -1))

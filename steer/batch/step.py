@@ -1,10 +1,10 @@
 """One forward pass: which slot every token has, and what is known afterwards.
 
-`build_step` turns seats (`seat.py`) and the positions they are about to compute into a `Step`; the
-engine's hooks call `Step.edit` at each hook point; after the pass `Step.finish` counts what was
-really applied into the `Ledger` (`ledger.py`).
+`build_step` turns requests (`requests.py`) and the positions they are about to compute into a
+`Step`; the engine's hooks call `Step.edit` at each hook point; after the pass `Step.finish`
+counts what was really applied into the `Ledger` (`ledger.py`).
 
-T tokens of the batch (packed, or a padded batch flattened), P passes, R request rows.
+T tokens of the batch (packed, or a padded batch flattened), P rules, R request rows.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steer.batch.apply import apply_stage
+from steer.batch.apply import apply_table
 from steer.batch.ledger import Ledger
 from steer.batch.requests import NOBODY, Ints, Span
-from steer.batch.tables import GateRows, Part, Stage, Tables
+from steer.batch.tables import GateTable, Table, Tables, TableView
 from steer.edits import apply, gate_open
 from steer.errors import EngineError
 from steer.model import HookPoint
 
 _FEW = 0.75
-"""Up to this share of a batch, a stage works on its own tokens and not on all."""
+"""Up to this share of a batch, a table works on its own tokens and not on all."""
 _SOLO = 4
 """From so many tokens on, edits that belong to one token each are not multiplied with all."""
 
 
 class _Work(NamedTuple):
-    """What one pass does at one hook point: to all tokens, or to `rows` alone."""
+    """What one rule does at one hook point: to all tokens, or to `rows` alone."""
 
     number: int
-    stage: Stage
-    part: Part
+    table: Table
+    view: TableView
     rows: Tensor | None
     solo: Tensor | None
 
@@ -101,7 +101,7 @@ class Step:
             if self._uniform is None:
                 flat = self._apply(work, flat)
             elif self._uniform[work.number]:
-                flat = apply(work.stage.blocks[self._uniform[work.number]], flat)
+                flat = apply(work.table.blocks[self._uniform[work.number]], flat)
         if self._measured is not None and flat is not before:
             self._measure(point, before, flat)
         return flat.reshape(x.shape)
@@ -132,32 +132,32 @@ class Step:
         self._visited = set()
         slots = self._host_slots if self._pending is None else self.slots.cpu().numpy()
         present = self._rows != NOBODY
-        bits = np.zeros(slots.shape[1], dtype=np.int64)
+        applied = np.zeros(slots.shape[1], dtype=np.int64)
         for number in range(len(slots)):
-            bits |= (slots[number] != 0).astype(np.int64) << number
-        self._ledger.record(self._rows[present], bits[present])
+            applied |= (slots[number] != 0).astype(np.int64) << number
+        self._ledger.record(self._rows[present], applied[present])
 
     def _work_at(self, point: HookPoint, live: set[int]) -> list[_Work]:
-        """The stages that this batch's slots use at `point`."""
+        """The tables that this batch's slots use at `point`."""
         found = []
-        for number, stage in enumerate(self._tables.stages(point)):
-            if stage is None:
+        for number, table in enumerate(self._tables.at(point)):
+            if table is None:
                 continue
-            groups = stage.groups(live)
+            groups = table.groups(live)
             for mine in groups:
-                part = stage.part(mine)
+                view = table.view(mine)
                 rows = None
-                # A part may hold the edits of other groups, so each group is shown its own tokens.
-                if len(groups) > 1 or any(part.needs):
+                # A view may hold the edits of other groups, so each group is shown its own tokens.
+                if len(groups) > 1 or any(view.needs):
                     rows = self._rows_of(number, mine)
                     if len(groups) == 1 and len(rows) > _FEW * self._host_slots.shape[1]:
                         rows = None
-                solo = self._solo(number, part, rows) if part.needs.edits else None
-                found.append(_Work(number, stage, part, rows, solo))
+                solo = self._solo(number, view, rows) if view.needs.edits else None
+                found.append(_Work(number, table, view, rows, solo))
         return found
 
-    def _solo(self, number: int, part: Part, rows: Tensor | None) -> Tensor | None:
-        """For each edit of `part` the token it belongs to, among `rows` or all; None where a slot
+    def _solo(self, number: int, view: TableView, rows: Tensor | None) -> Tensor | None:
+        """For each edit of `view` the token it belongs to, among `rows` or all; None where a slot
         is that of several tokens, or where there are too few tokens for it to matter."""
         slots = self._possible[number]
         slots = slots if rows is None else slots[rows.cpu().numpy()]
@@ -166,13 +166,13 @@ class Step:
         places = np.full(self._tables.slots + 1, -1, dtype=np.int64)
         places[slots] = np.arange(len(slots))
         mine = slots != 0
-        found = places[part.owner.cpu().numpy()]
+        found = places[view.owner.cpu().numpy()]
         if (places[slots[mine]] != np.flatnonzero(mine)).any() or (found < 0).any():
             return None
         return torch.from_numpy(found).to(self._tables.device)
 
     def _rows_of(self, number: int, slots: set[int]) -> Tensor:
-        """The tokens that pass `number` may edit by `slots`."""
+        """The tokens that rule `number` may edit by `slots`."""
         key = (number, *sorted(slots))
         if key not in self._chosen:
             wanted = np.zeros(self._tables.slots + 1, dtype=bool)
@@ -184,15 +184,15 @@ class Step:
     def _apply(self, work: _Work, x: Tensor) -> Tensor:
         slots = self.slots[work.number]
         if work.rows is None:
-            return apply_stage(work.part, x, slots, work.solo)
+            return apply_table(work.view, x, slots, work.solo)
         mine, slots = x.index_select(0, work.rows), slots.index_select(0, work.rows)
-        return x.index_copy(0, work.rows, apply_stage(work.part, mine, slots, work.solo))
+        return x.index_copy(0, work.rows, apply_table(work.view, mine, slots, work.solo))
 
     def _gates_at(self, point: HookPoint, live: set[int]) -> bool:
         return any(g is not None and live & g.live for g in self._tables.gates(point))
 
     def _uniform_slots(self, slots: Ints) -> list[int] | None:
-        """The slot of each pass where all tokens share it and blocks can be applied directly."""
+        """The slot of each rule where all tokens share it and blocks can be applied directly."""
         if slots.shape[1] == 0 or not (slots == slots[:, :1]).all():
             return None
         return [int(slot) for slot in slots[:, 0]]
@@ -201,7 +201,7 @@ class Step:
         """Withholds gated slots until their gate opens.
 
         `read` `[P, T]` are the slots whose gates each token is shown to: its own, and on the last
-        prompt token also those of passes that select only later tokens.
+        prompt token also those of rules that select only later tokens.
         `until_decision` `[T]` counts the tokens to the one that decides held gates. A held decision
         is taken as it stands by the tokens after that one, also where the prompt is computed anew
         in the same pass.
@@ -221,7 +221,7 @@ class Step:
         free = ~gated | (held & remembered & (until_decision < 0))
         self.slots = torch.where(free, self._pending, 0)
 
-    def _decide(self, number: int, gates: GateRows, x: Tensor) -> None:
+    def _decide(self, number: int, gates: GateTable, x: Tensor) -> None:
         if self._pending is None:
             return
         pending, read = self._pending[number], self._read[number]
@@ -255,36 +255,36 @@ def build_step(
     spans: Sequence[Span],
     tokens_in_batch: int,
     *,
-    restless: Collection[int] = (),
+    reads_tokens: Collection[int] = (),
 ) -> Step | None:
-    """The step that computes `spans`; None where no seat in it is steered.
+    """The step that computes `spans`; None where no request in it is steered.
 
-    Unsteered seats may be left out of `spans`; padding belongs to none. The tokens of spans
-    at the offsets `restless` may have other slots when the step is carried on.
+    Unsteered requests may be left out of `spans`; padding belongs to none. The tokens of spans
+    at the offsets `reads_tokens` may have other slots when the step is carried on.
     """
-    steered = [span for span in spans if span.seat.plan is not None and span.seat.plan.passes]
+    steered = [span for span in spans if span.request.plan is not None and span.request.plan.rules]
     if not steered:
         return None
-    n_passes = max(len(span.seat.plan.passes) for span in steered if span.seat.plan)
-    slots = np.zeros((n_passes, tokens_in_batch), dtype=np.int64)
+    n_rules = max(len(span.request.plan.rules) for span in steered if span.request.plan)
+    slots = np.zeros((n_rules, tokens_in_batch), dtype=np.int64)
     rows = np.full(tokens_in_batch, NOBODY, dtype=np.int64)
     until_decision = np.ones(tokens_in_batch, dtype=np.int64)
     watching = np.zeros_like(slots)
     measured = np.zeros(tokens_in_batch, dtype=bool)
-    possible = slots.copy() if restless else None
+    possible = slots.copy() if reads_tokens else None
     for span in steered:
-        seat, place = span.seat, slice(span.offset, span.offset + len(span.positions))
-        mine = seat.slots(span.positions, span.tokens)
+        request, place = span.request, slice(span.offset, span.offset + len(span.positions))
+        mine = request.slots(span.positions, span.tokens)
         slots[: len(mine), place] = mine
-        rows[place] = seat.row
-        if seat.plan is not None and seat.plan.gated:
-            watching[: len(mine), place] = seat.watching(span.positions)
-        until_decision[place] = seat.prompt_length - 1 - span.positions
-        measured[place] = seat.measure
+        rows[place] = request.row
+        if request.plan is not None and request.plan.gated:
+            watching[: len(mine), place] = request.watching(span.positions)
+        until_decision[place] = request.prompt_length - 1 - span.positions
+        measured[place] = request.measure
         if possible is not None:
-            restless_now = span.offset in restless
-            possible[: len(mine), place] = seat.possible if restless_now else mine
-    gated = any(span.seat.plan.gated for span in steered if span.seat.plan)
+            may_change = span.offset in reads_tokens
+            possible[: len(mine), place] = request.possible if may_change else mine
+    gated = any(span.request.plan.gated for span in steered if span.request.plan)
     return Step(
         tables,
         ledger,

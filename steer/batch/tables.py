@@ -1,11 +1,11 @@
 """Many plans in static tables: what a batch of differently steered tokens is computed from.
 
 Every plan that runs holds one *slot* (a small integer; 0 is "do nothing"), shared by fingerprint
-and counted by reference. For each hook point and pass there is a `Stage`: a row of constants per
+and counted by reference. For each hook point and rule there is a `Table`: a row of constants per
 slot, and a bank of rank-1 edits in which every row knows its owner. A token then needs one slot
-number per pass, whatever the number of distinct specs around it.
+number per rule, whatever the number of distinct specs around it.
 
-S slots, M bank rows, d the width of the hook point, P passes, R request rows.
+S slots, M bank rows, d the width of the hook point, P rules, R request rows.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from steer.batch.slots import Holding, SlotTables
-from steer.edits import LAW_FIELDS, NO_TRAIT, Block, Competition, Traits
+from steer.edits import LAW_FIELDS, NO_TRAIT, Block, TopKCutoff, Traits
 from steer.errors import CapacityError
 from steer.model import HookPoint, ModelInfo
-from steer.plan.plan import Gate, SteeringPlan, check_passes
+from steer.plan.plan import Gate, SteeringPlan, check_rules
 
-MAX_PASSES = 8
+MAX_RULES = 8
 _FIRST_BANK_ROWS = 16
 _KEPT_PARTS = 4
 _COMPACT = 0.5
@@ -33,7 +33,7 @@ _COMPACT = 0.5
 
 
 class Needs(NamedTuple):
-    """What a batch's blocks do at a stage beyond adding constants."""
+    """What a batch's blocks do at a table beyond adding constants."""
 
     edits: bool = True
     replacing: bool = True
@@ -41,8 +41,8 @@ class Needs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
-    """A stage as far as some slots need it: constants and flags by slot `[S + 1, ...]`, and a bank
+class TableView:
+    """A table as far as some slots need it: constants and flags by slot `[S + 1, ...]`, and a bank
     of K edits, in which every row knows its slot and its column among the cutoffs."""
 
     shift: Tensor
@@ -52,8 +52,8 @@ class Part:
     write: Tensor
     laws: Tensor
     owner: Tensor
-    contest: Tensor
-    competitions: tuple[Competition, ...]
+    cutoff_column: Tensor
+    cutoffs: tuple[TopKCutoff, ...]
     needs: Needs
     traits: Traits
     """Of the laws of these slots."""
@@ -61,8 +61,8 @@ class Part:
     """Whether any of these slots adds a constant."""
 
 
-class Stage:
-    """One pass at one hook point, for every slot.
+class Table:
+    """One rule at one hook point, for every slot.
 
     Guarantees: row 0 of `shift` is −0.0, so that x + shift[0] is x to the bit; bank rows that are
     free have owner −1 and zero weights.
@@ -77,31 +77,31 @@ class Stage:
         self.write = torch.zeros(0, width, device=device)
         self.laws = torch.zeros(0, LAW_FIELDS, device=device)
         self.owner = torch.zeros(0, dtype=torch.long, device=device)
-        self.contest = torch.zeros(0, dtype=torch.long, device=device)
-        self.competitions: dict[str, tuple[int, Competition]] = {}
+        self.cutoff_column = torch.zeros(0, dtype=torch.long, device=device)
+        self.cutoffs: dict[str, tuple[int, TopKCutoff]] = {}
         self.blocks: dict[int, Block] = {}
         self.bank_rows = 0
         self._owned: dict[int, list[int]] = {}
-        self._parts: OrderedDict[frozenset[int], Part] = OrderedDict()
+        self._views: OrderedDict[frozenset[int], TableView] = OrderedDict()
 
     def groups(self, slots: set[int]) -> list[set[int]]:
         """The slots among `slots` with a block here, those that compete apart from the others: a
-        competition reads every latent of an SAE, for each token that it is shown."""
+        cutoff reads every latent of an SAE, for each token that it is shown."""
         mine = slots & self.blocks.keys()
-        competing = {slot for slot in mine if self.blocks[slot].competition is not None}
+        competing = {slot for slot in mine if self.blocks[slot].cutoff is not None}
         return [group for group in (mine - competing, competing) if group]
 
-    def part(self, slots: Iterable[int]) -> Part:
+    def view(self, slots: Iterable[int]) -> TableView:
         """What `slots`, all of which have a block here, make necessary, whatever others hold."""
         key = frozenset(slots)
-        found = self._parts.get(key)
+        found = self._views.get(key)
         if found is None:
-            found = self._parts[key] = self._part(key)
-            while len(self._parts) > _KEPT_PARTS:
-                self._parts.popitem(last=False)
+            found = self._views[key] = self._view(key)
+            while len(self._views) > _KEPT_PARTS:
+                self._views.popitem(last=False)
         return found
 
-    def _part(self, slots: frozenset[int]) -> Part:
+    def _view(self, slots: frozenset[int]) -> TableView:
         rows = sorted(row for slot in slots for row in self._owned.get(slot, ()))
         # Others' edits are computed and thrown away where that is cheaper than to leave them out.
         compact = len(rows) <= _COMPACT * self.bank_rows
@@ -109,14 +109,14 @@ class Stage:
         if compact:
             chosen = torch.tensor(rows, dtype=torch.long, device=self.device)
         identities = dict.fromkeys(
-            block.competition.identity
+            block.cutoff.identity
             for slot in sorted(slots)
-            if (block := self.blocks[slot]).competition is not None
+            if (block := self.blocks[slot]).cutoff is not None
         )
-        columns = torch.zeros(len(self.competitions) + 1, dtype=torch.long, device=self.device)
+        columns = torch.zeros(len(self.cutoffs) + 1, dtype=torch.long, device=self.device)
         for number, identity in enumerate(identities, start=1):
-            columns[self.competitions[identity][0]] = number
-        return Part(
+            columns[self.cutoffs[identity][0]] = number
+        return TableView(
             self.shift,
             self.replace,
             self.preserve,
@@ -124,8 +124,8 @@ class Stage:
             self.write[chosen],
             self.laws[chosen],
             self.owner[chosen],
-            columns[self.contest[chosen]],
-            tuple(self.competitions[identity][1] for identity in identities),
+            columns[self.cutoff_column[chosen]],
+            tuple(self.cutoffs[identity][1] for identity in identities),
             self.needs(slots),
             reduce(Traits.either, (self.blocks[slot].traits for slot in slots), NO_TRAIT),
             any(self.blocks[slot].shift is not None for slot in slots),
@@ -154,7 +154,7 @@ class Stage:
             self.write[rows] = block.write.to(self.device)
             self.laws[rows] = block.laws.to(self.device)
             self.owner[rows] = slot
-            self.contest[rows] = self._enter(block.competition)
+            self.cutoff_column[rows] = self._enter(block.cutoff)
         self._refresh()
 
     def clear(self, slot: int) -> None:
@@ -169,29 +169,29 @@ class Stage:
             self.write[rows] = 0.0
             self.laws[rows] = 0.0
             self.owner[rows] = -1
-            self.contest[rows] = 0
-        in_use = {b.competition.identity for b in self.blocks.values() if b.competition is not None}
+            self.cutoff_column[rows] = 0
+        in_use = {b.cutoff.identity for b in self.blocks.values() if b.cutoff is not None}
         if not in_use:
-            self.competitions.clear()
+            self.cutoffs.clear()
         self._refresh()
 
     def _refresh(self) -> None:
-        self._parts.clear()
+        self._views.clear()
         self.bank_rows = 1 + max((max(rows) for rows in self._owned.values()), default=-1)
 
-    def _enter(self, competition: Competition | None) -> int:
-        """The column of `competition` among the cutoffs; column 0 is no competition."""
-        if competition is None:
+    def _enter(self, cutoff: TopKCutoff | None) -> int:
+        """The column of `competition` among the cutoffs; column 0 is no cutoff."""
+        if cutoff is None:
             return 0
-        if competition.identity not in self.competitions:
-            moved = Competition(
-                competition.identity,
-                competition.read.to(self.device),
-                competition.bias.to(self.device),
-                competition.k,
+        if cutoff.identity not in self.cutoffs:
+            moved = TopKCutoff(
+                cutoff.identity,
+                cutoff.read.to(self.device),
+                cutoff.bias.to(self.device),
+                cutoff.k,
             )
-            self.competitions[competition.identity] = (len(self.competitions) + 1, moved)
-        return self.competitions[competition.identity][0]
+            self.cutoffs[cutoff.identity] = (len(self.cutoffs) + 1, moved)
+        return self.cutoffs[cutoff.identity][0]
 
     def _free_rows(self, count: int) -> list[int]:
         taken = {row for rows in self._owned.values() for row in rows}
@@ -207,11 +207,11 @@ class Stage:
         self.write = torch.cat([self.write, self.write.new_zeros(extra, self.width)])
         self.laws = torch.cat([self.laws, self.laws.new_zeros(extra, LAW_FIELDS)])
         self.owner = torch.cat([self.owner, self.owner.new_full((extra,), -1)])
-        self.contest = torch.cat([self.contest, self.contest.new_zeros(extra)])
+        self.cutoff_column = torch.cat([self.cutoff_column, self.cutoff_column.new_zeros(extra)])
 
 
-class GateRows:
-    """The gates that read one hook point for one pass, a row per slot."""
+class GateTable:
+    """The gates that read one hook point for one rule, a row per slot."""
 
     def __init__(self, slots: int, width: int, device: torch.device) -> None:
         self.direction = torch.zeros(slots, width, device=device)
@@ -252,26 +252,26 @@ class Tables(SlotTables[_Written]):
         *,
         slots: int = 256,
         device: torch.device | str = "cpu",
-        max_passes: int = MAX_PASSES,
+        max_rules: int = MAX_RULES,
     ) -> None:
-        super().__init__(model, slots=slots, device=device, max_passes=max_passes)
-        self._stages: dict[HookPoint, list[Stage | None]] = {}
-        self._gates: dict[HookPoint, list[GateRows | None]] = {}
+        super().__init__(model, slots=slots, device=device, max_rules=max_rules)
+        self._by_point: dict[HookPoint, list[Table | None]] = {}
+        self._gates: dict[HookPoint, list[GateTable | None]] = {}
 
     def check(self, plan: SteeringPlan) -> None:
-        check_passes(len(plan.passes), self.max_passes)
+        check_rules(len(plan.rules), self.max_rules)
 
-    def stages(self, point: HookPoint) -> list[Stage | None]:
-        """The stages at `point`, by pass; None where a pass has nothing there."""
-        return self._stages.get(point, [])
+    def at(self, point: HookPoint) -> list[Table | None]:
+        """The tables at `point`, by rule; None where a rule has nothing there."""
+        return self._by_point.get(point, [])
 
-    def gates(self, point: HookPoint) -> list[GateRows | None]:
-        """The gates that read `point`, by pass."""
+    def gates(self, point: HookPoint) -> list[GateTable | None]:
+        """The gates that read `point`, by rule."""
         return self._gates.get(point, [])
 
     def points(self) -> set[HookPoint]:
         """Hook points at which some slot, in use or idle, edits or reads."""
-        edited = {p for p, row in self._stages.items() if any(s and s.blocks for s in row)}
+        edited = {p for p, row in self._by_point.items() if any(s and s.blocks for s in row)}
         return edited | {p for p, row in self._gates.items() if any(g and g.live for g in row)}
 
     def _take(self, plan: SteeringPlan) -> _Written:
@@ -294,28 +294,28 @@ class Tables(SlotTables[_Written]):
 
     def _write(self, slot: int, plan: SteeringPlan) -> None:
         size = self.slots + 1
-        for number, one in enumerate(plan.passes):
+        for number, one in enumerate(plan.rules):
             for point, block in one.blocks.items():
-                row = self._stages.setdefault(point, [None] * self.max_passes)
-                stage = row[number]
-                if stage is None:
+                row = self._by_point.setdefault(point, [None] * self.max_rules)
+                table = row[number]
+                if table is None:
                     width = self.model.width(point.site)
-                    stage = row[number] = Stage(size, width, self.device)
-                stage.write_block(slot, block)
+                    table = row[number] = Table(size, width, self.device)
+                table.write_block(slot, block)
             if one.gate is not None:
-                gates = self._gates.setdefault(one.gate.point, [None] * self.max_passes)
+                gates = self._gates.setdefault(one.gate.point, [None] * self.max_rules)
                 rows = gates[number]
                 if rows is None:
                     width = self.model.width(one.gate.point.site)
-                    rows = gates[number] = GateRows(size, width, self.device)
+                    rows = gates[number] = GateTable(size, width, self.device)
                 rows.write(slot, one.gate)
 
     def _clear(self, slot: int, plan: SteeringPlan) -> None:
-        for number, one in enumerate(plan.passes):
+        for number, one in enumerate(plan.rules):
             for point in one.blocks:
-                stage = self._stages[point][number]
-                if stage is not None:
-                    stage.clear(slot)
+                table = self._by_point[point][number]
+                if table is not None:
+                    table.clear(slot)
             if one.gate is not None:
                 rows = self._gates[one.gate.point][number]
                 if rows is not None:

@@ -85,7 +85,7 @@ class Receipt:
     gates: tuple[GateReceipt, ...] = ()
     strengths: tuple[Mapping[str, Any], ...] = ()
     """The strengths that a calibration or a limit turned into another number; see
-    `SteeringPlan.settled_strengths`."""
+    `SteeringPlan.resolved_strengths`."""
 
     def as_json(self) -> dict[str, Any]:
         """The form of `response.steering`."""

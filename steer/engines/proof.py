@@ -8,7 +8,7 @@ from torch import Tensor
 
 from steer.edits import Block, Law
 from steer.model import HookPoint, ModelInfo
-from steer.plan.plan import Pass, SteeringPlan
+from steer.plan.plan import Rule, SteeringPlan
 from steer.plan.selection import EVERYWHERE
 from steer.spec import Patch, SteeringSpec
 
@@ -24,7 +24,7 @@ def probe_plan(model: ModelInfo, point: HookPoint, *, constant: bool = True) -> 
         )
     spec = SteeringSpec(interventions=(Patch(vector="probe"),))
     name = f"probe-{point}-{constant}"
-    return SteeringPlan(name, spec, (Pass(EVERYWHERE, None, {point: block}),), (), (), ())
+    return SteeringPlan(name, spec, (Rule(EVERYWHERE, None, {point: block}),), (), (), ())
 
 
 def unchanged(row: Tensor, plain: Tensor, *, experts: bool) -> bool:

@@ -10,20 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steer.batch.ledger import Ledger
-from steer.batch.requests import Seat
+from steer.batch.requests import SteeredRequest
 from steer.engines.base import GateReceipt, PointReceipt, Receipt
 from steer.plan.plan import SteeringPlan
 
 
-def make_receipt(seat: Seat, ledger: Ledger, fed: int) -> Receipt:
-    """The receipt of a seat whose sequence fed `fed` tokens, from what the steps counted."""
-    if seat.plan is None:
+def make_receipt(steered: SteeredRequest, ledger: Ledger, fed: int) -> Receipt:
+    """The receipt of a steered whose sequence fed `fed` tokens, from what the steps counted."""
+    if steered.plan is None:
         raise AssertionError("an unsteered request has no receipt")
-    return receipt_of(seat, seat.plan, ledger, ledger.tokens[seat.row], fed)
+    return receipt_of(steered, steered.plan, ledger, ledger.tokens[steered.row], fed)
 
 
 def receipt_of(
-    seat: Seat,
+    request: SteeredRequest,
     plan: SteeringPlan,
     ledger: Ledger,
     counts: NDArray[np.int64],
@@ -31,25 +31,25 @@ def receipt_of(
     *,
     cached: int = 0,
 ) -> Receipt:
-    """`counts[bits]` is the number of tokens that the passes named by `bits` edited; `cached` of
-    the steered ones were not computed for this request. Sizes are means over what the ledger saw
+    """`counts[applied]` is the number of tokens that the rules named by `applied` edited; `cached`
+    of the steered ones were not computed for this request. Sizes are means over what the ledger saw
     computed, however often that was."""
-    bits = np.arange(len(counts))
+    applied = np.arange(len(counts))
     steered = int(counts[1:].sum())
     points = []
     for point in plan.points:
-        touching = sum(1 << n for n, one in enumerate(plan.passes) if point in one.blocks)
-        tokens = int(counts[(bits & touching) != 0].sum())
+        touching = sum(1 << n for n, one in enumerate(plan.rules) if point in one.blocks)
+        tokens = int(counts[(applied & touching) != 0].sum())
         size = None
-        computed = int(ledger.tokens[seat.row][(bits & touching) != 0].sum())
-        if seat.measure and point in ledger.relative and computed:
-            size = float(ledger.relative[point][seat.row]) / computed
+        computed = int(ledger.tokens[request.row][(applied & touching) != 0].sum())
+        if request.measure and point in ledger.relative and computed:
+            size = float(ledger.relative[point][request.row]) / computed
         points.append(PointReceipt(point, tokens, size))
     gates = []
-    for number, one in enumerate(plan.passes):
+    for number, one in enumerate(plan.rules):
         if one.gate is not None:
-            value = float(ledger.gate_value[seat.row, number])
-            fired = int(counts[(bits & (1 << number)) != 0].sum())
+            value = float(ledger.gate_value[request.row, number])
+            fired = int(counts[(applied & (1 << number)) != 0].sum())
             gates.append(GateReceipt(one.gate.name, fired, None if math.isnan(value) else value))
     return Receipt(
         plan.fingerprint,
@@ -58,7 +58,7 @@ def receipt_of(
         cached,
         tuple(points),
         tuple(gates),
-        plan.settled_strengths,
+        plan.resolved_strengths,
     )
 
 

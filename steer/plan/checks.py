@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from steer.edits import BIAS, INTERCEPT, LAW_FIELDS, RELATIVE, SLOPE, Block, Competition
+from steer.edits import BIAS, INTERCEPT, LAW_FIELDS, RELATIVE, SLOPE, Block, TopKCutoff
 from steer.errors import IncompatibleArtefact, SteerError
 from steer.model import HookPoint, ModelInfo
-from steer.plan.plan import Gate, Pass
+from steer.plan.plan import Gate, Rule
 
 
 def check_block(point: HookPoint, block: Block, error: type[SteerError]) -> None:
@@ -26,9 +26,9 @@ def check_gate(gate: Gate, error: type[SteerError]) -> None:
         )
 
 
-def check_model(passes: tuple[Pass, ...], model: ModelInfo) -> None:
-    """Raises for passes whose hook points or widths are not those of `model`."""
-    for one in passes:
+def check_model(rules: tuple[Rule, ...], model: ModelInfo) -> None:
+    """Raises for rules whose hook points or widths are not those of `model`."""
+    for one in rules:
         widths = [(point, _width(block)) for point, block in one.blocks.items()]
         if one.gate is not None:
             widths.append((one.gate.point, len(one.gate.direction)))
@@ -46,7 +46,7 @@ def _shape_fault(block: Block) -> str | None:
     if block.shift is not None and (block.shift.ndim != 1 or not len(block.shift)):
         return f"has a shift of shape {list(block.shift.shape)}; it is one row [d]"
     if block.read is None or block.write is None or block.laws is None:
-        if block.competition is not None or block.shift is None:
+        if block.cutoff is not None or block.shift is None:
             return "neither adds a row nor reads one"
         return None
     shape = block.read.shape
@@ -56,18 +56,18 @@ def _shape_fault(block: Block) -> str | None:
         return f"has laws {list(block.laws.shape)}; {shape[0]} edits have {[shape[0], LAW_FIELDS]}"
     if block.shift is not None and len(block.shift) != shape[1]:
         return f"reads rows of width {shape[1]} and adds one of width {len(block.shift)}"
-    return None if block.competition is None else _encoder_fault(block.competition, shape[1])
+    return None if block.cutoff is None else _encoder_fault(block.cutoff, shape[1])
 
 
-def _encoder_fault(competition: Competition, width: int) -> str | None:
-    read, bias = competition.read, competition.bias
+def _encoder_fault(cutoff: TopKCutoff, width: int) -> str | None:
+    read, bias = cutoff.read, cutoff.bias
     if read.ndim != 2 or read.shape[1] != width or bias.shape != read.shape[:1]:
         return (
             f"competes among latents of read {list(read.shape)} and bias {list(bias.shape)}; "
             f"[d_sae, {width}] and [d_sae] are needed"
         )
-    if not 1 <= competition.k <= len(read):
-        return f"lets {competition.k} of {len(read)} latents be active"
+    if not 1 <= cutoff.k <= len(read):
+        return f"lets {cutoff.k} of {len(read)} latents be active"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Specs to plans: every intervention resolved, checked, compiled and packed into passes."""
+"""Specs to plans: every intervention resolved, checked, compiled and packed into rules."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from steer.model import Capabilities, HookPoint, forward_order
 from steer.plan import kinds
 from steer.plan.composition import compose
 from steer.plan.kinds import Blocks, Sources
-from steer.plan.plan import AS_REQUESTED, Gate, Pass, SteeringPlan, check_passes
+from steer.plan.plan import AS_REQUESTED, Gate, Rule, SteeringPlan, check_rules
 from steer.plan.selection import Selection, resolve
-from steer.plan.strengths import SettledStrength, Use, settle
+from steer.plan.strengths import ResolvedStrength, Use, resolve_strength
 from steer.spec import (
     Add,
     Clamp,
@@ -69,7 +69,7 @@ def compile_plan(
 
 
 @dataclass
-class _OpenPass:
+class _OpenRule:
     selection: Selection
     gate: Gate | None
     blocks: Blocks = field(default_factory=dict)
@@ -91,7 +91,7 @@ class _Draft:
     ) -> None:
         self.spec, self.sources = spec, sources
         self.capabilities, self.tokenize = capabilities, tokenize
-        self.passes: list[_OpenPass] = []
+        self.rules: list[_OpenRule] = []
         self.artefacts: list[str] = []
         self.strengths: list[float] = []
         self.summary: list[dict[str, Any]] = []
@@ -105,9 +105,9 @@ class _Draft:
                 param="/kind",
                 code="unsupported_kind",
             )
-        settled = self._settled(place, item) if isinstance(item, Add) else None
-        if settled is not None:
-            item = item.model_copy(update={"strength": settled.strength})
+        resolved = self._resolved_strength(place, item) if isinstance(item, Add) else None
+        if resolved is not None:
+            item = item.model_copy(update={"strength": resolved.strength})
         blocks = self._blocks(item)
         if self.spec.norm == "preserve":
             blocks = {p: replace(block, preserve_norm=True) for p, block in blocks.items()}
@@ -120,14 +120,14 @@ class _Draft:
             selection = replace(selection, from_last_prompt_token=gate.prompt_scope)
         self._pack(blocks, selection, gate)
         self._describe(item, blocks, where, when)
-        if settled is not None:
-            self.summary[-1]["requested"] = settled.requested
-            if settled.capped:
+        if resolved is not None:
+            self.summary[-1]["requested"] = resolved.requested
+            if resolved.capped:
                 self.summary[-1]["capped"] = True
 
     def finished(self) -> SteeringPlan:
         """The plan; its fingerprint covers what was resolved, not how it was written."""
-        self._check_passes()
+        self._check_rules()
         # A strength that was asked for in another way, but is the same, means the same.
         summary = [
             {key: value for key, value in entry.items() if key not in AS_REQUESTED}
@@ -137,25 +137,25 @@ class _Draft:
         text = json.dumps(meaning, sort_keys=True, separators=(",", ":"))
         ways = str(self.spec.norm) + (f"+{self.spec.compose}" if self.spec.compose else "")
         digest = hashlib.sha256(f"steer/plan/1\n{ways}\n{text}".encode()).hexdigest()
-        passes = tuple(Pass(p.selection, p.gate, p.blocks) for p in self.passes)
+        rules = tuple(Rule(p.selection, p.gate, p.blocks) for p in self.rules)
         return SteeringPlan(
             fingerprint=digest[:32],
             spec=self.spec,
-            passes=passes,
+            rules=rules,
             artefacts=tuple(dict.fromkeys(self.artefacts)),
             strengths=tuple(self.strengths),
             summary=tuple(self.summary),
         )
 
-    def _check_passes(self) -> None:
+    def _check_rules(self) -> None:
         limit = self.capabilities.limits.get("passes")
         if limit is not None:
-            check_passes(len(self.passes), limit)
+            check_rules(len(self.rules), limit)
 
-    def _settled(self, place: int, item: Add) -> SettledStrength | None:
+    def _resolved_strength(self, place: int, item: Add) -> ResolvedStrength | None:
         selection, _ = self._selection(place, item)
         use = Use(selection, self.spec.norm == "preserve", self.tokenize)
-        return settle(item, use, self.sources)
+        return resolve_strength(item, use, self.sources)
 
     def _blocks(self, item: Intervention) -> Blocks:
         compile_kind: Callable[[Any, Sources], Blocks] = getattr(kinds, item.kind)
@@ -225,24 +225,24 @@ class _Draft:
         )
 
     def _pack(self, blocks: Blocks, selection: Selection, gate: Gate | None) -> None:
-        """Puts `blocks` into the earliest pass after every pass that touches their points."""
+        """Puts `blocks` into the earliest rule after every rule that touches their points."""
         if not blocks:
             return
         last = max(
-            (n for n, one in enumerate(self.passes) if not blocks.keys().isdisjoint(one.blocks)),
+            (n for n, one in enumerate(self.rules) if not blocks.keys().isdisjoint(one.blocks)),
             default=-1,
         )
-        if last >= 0 and self.passes[last].fits(selection, gate) and self._fuse(last, blocks):
+        if last >= 0 and self.rules[last].fits(selection, gate) and self._fuse(last, blocks):
             return
-        for one in self.passes[last + 1 :]:
+        for one in self.rules[last + 1 :]:
             if one.fits(selection, gate):
                 one.blocks.update(blocks)
                 return
-        self.passes.append(_OpenPass(selection, gate, dict(blocks)))
+        self.rules.append(_OpenRule(selection, gate, dict(blocks)))
 
     def _fuse(self, last: int, blocks: Blocks) -> bool:
-        """Adds constants into pass `last`; False where one of the blocks is not a constant."""
-        target = self.passes[last].blocks
+        """Adds constants into rule `last`; False where one of the blocks is not a constant."""
+        target = self.rules[last].blocks
         shared = target.keys() & blocks.keys()
         if not all(target[p].is_shift and blocks[p].is_shift for p in shared):
             return False

@@ -5,7 +5,7 @@ the tensors `t0`, `t1`, … are float32, and rows that occur several times are s
 things stay behind, because they are large and known elsewhere: the encoder of an SAE whose
 features compete is named by the SAE's hash, and the payload of an inline vector in the spec is
 replaced by its digest. A loaded plan's `spec` therefore tells what was asked, and where it held
-inline vectors cannot be compiled again; fingerprint, passes and hook points are the same.
+inline vectors cannot be compiled again; fingerprint, rules and hook points are the same.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from safetensors.numpy import save as save_safetensors
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from steer.edits import Block, Competition
+from steer.edits import Block, TopKCutoff
 from steer.errors import FileFormatError, SpecError, TooLarge
 from steer.formats.guards.safetensors import MAX_HEADER_BYTES
 from steer.model import HookPoint, ModelInfo, forward_order
 from steer.plan.checks import check_block, check_gate, check_model
-from steer.plan.plan import Gate, Pass, SteeringPlan
+from steer.plan.plan import Gate, Rule, SteeringPlan
 from steer.plan.records import (
     VERSION,
     BlockRecord,
-    CompetitionRecord,
+    CutoffRecord,
     EditsRecord,
     GateRecord,
-    PassRecord,
     PlanRecord,
+    RuleRecord,
     checked,
     selection_of,
     selection_record,
@@ -66,7 +66,7 @@ def dump_plan(plan: SteeringPlan) -> bytes:
         strengths=plan.strengths,
         summary=tuple(dict(entry) for entry in plan.summary),
         spec=spec_to_json(plan.spec),
-        passes=tuple(_pass_record(one, rows) for one in plan.passes),
+        passes=tuple(_rule_record(one, rows) for one in plan.rules),
     )
     fields = record.model_dump(mode="json", exclude_defaults=True)
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -100,11 +100,11 @@ def load_plan(data: bytes, encoder: Encoder, *, model: ModelInfo | None = None) 
         )
     record = checked(PlanRecord, content)
     reader = _Reader(tensors, encoder)
-    passes = tuple(reader.read_pass(one) for one in record.passes)
+    rules = tuple(reader.read_rule(one) for one in record.passes)
     if reader.unused:
         raise _malformed(f"nothing refers to its tensors {sorted(reader.unused)[:5]}")
     if model is not None:
-        check_model(passes, model)
+        check_model(rules, model)
     try:
         spec = parse_spec(record.spec)
     except SpecError as error:
@@ -112,7 +112,7 @@ def load_plan(data: bytes, encoder: Encoder, *, model: ModelInfo | None = None) 
     return SteeringPlan(
         fingerprint=record.fingerprint,
         spec=spec,
-        passes=passes,
+        rules=rules,
         artefacts=record.artefacts,
         strengths=record.strengths,
         summary=record.summary,
@@ -133,8 +133,8 @@ def selection_from_json(value: Mapping[str, Any]) -> Selection:
 
 
 def edit_rows(plan: SteeringPlan) -> int:
-    """How many rank-1 edits the plan has, over all its passes and hook points."""
-    return sum(block.n_edits for one in plan.passes for block in one.blocks.values())
+    """How many rank-1 edits the plan has, over all its rules and hook points."""
+    return sum(block.n_edits for one in plan.rules for block in one.blocks.values())
 
 
 # Writing
@@ -155,13 +155,13 @@ class _Rows:
         return name
 
 
-def _pass_record(one: Pass, rows: _Rows) -> PassRecord:
+def _rule_record(one: Rule, rows: _Rows) -> RuleRecord:
     blocks = []
     for point in sorted(one.blocks, key=forward_order):
         block = one.blocks[point]
         check_block(point, block, SpecError)
         blocks.append(_block_record(point, block, rows))
-    return PassRecord(
+    return RuleRecord(
         selection=selection_record(one.selection),
         gate=None if one.gate is None else _gate_record(one.gate, rows),
         blocks=tuple(blocks),
@@ -169,18 +169,18 @@ def _pass_record(one: Pass, rows: _Rows) -> PassRecord:
 
 
 def _block_record(point: HookPoint, block: Block, rows: _Rows) -> BlockRecord:
-    edits = competition = None
+    edits = cutoff = None
     if block.read is not None and block.write is not None and block.laws is not None:
         edits = EditsRecord(
             read=rows.name(block.read), write=rows.name(block.write), laws=rows.name(block.laws)
         )
-    if block.competition is not None:
-        competition = CompetitionRecord(sae=block.competition.identity, k=block.competition.k)
+    if block.cutoff is not None:
+        cutoff = CutoffRecord(sae=block.cutoff.identity, k=block.cutoff.k)
     return BlockRecord(
         point=point,
         shift=None if block.shift is None else rows.name(block.shift),
         edits=edits,
-        competition=competition,
+        competition=cutoff,
         replace=block.replace,
         preserve_norm=block.preserve_norm,
     )
@@ -214,7 +214,7 @@ class _Reader:
     def unused(self) -> set[str]:
         return set(self._tensors) - set(self._rows)
 
-    def read_pass(self, record: PassRecord) -> Pass:
+    def read_rule(self, record: RuleRecord) -> Rule:
         blocks: dict[HookPoint, Block] = {}
         for one in record.blocks:
             point = HookPoint(*one.point)
@@ -223,19 +223,19 @@ class _Reader:
             blocks[point] = self._block(one)
             check_block(point, blocks[point], FileFormatError)
         gate = None if record.gate is None else self._gate(record.gate)
-        return Pass(selection_of(record.selection), gate, blocks)
+        return Rule(selection_of(record.selection), gate, blocks)
 
     def _block(self, record: BlockRecord) -> Block:
         edits, rivals = record.edits, record.competition
-        competition = None
+        cutoff = None
         if rivals is not None:
-            competition = Competition(rivals.sae, *self._encoder(rivals.sae), rivals.k)
+            cutoff = TopKCutoff(rivals.sae, *self._encoder(rivals.sae), rivals.k)
         return Block(
             shift=None if record.shift is None else self._row(record.shift),
             read=None if edits is None else self._row(edits.read),
             write=None if edits is None else self._row(edits.write),
             laws=None if edits is None else self._row(edits.laws),
-            competition=competition,
+            cutoff=cutoff,
             replace=record.replace,
             preserve_norm=record.preserve_norm,
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 from steer.artefacts.control_vector import ControlVector
 from steer.artefacts.library import Library
 from steer.artefacts.sae.base import SAE
-from steer.edits import Block, Competition, Law
+from steer.edits import Block, Law, TopKCutoff
 from steer.errors import IncompatibleArtefact, SpecError, SteerError, Unsupported
 from steer.formats.inline import decode_inline
 from steer.model import HookPoint, ModelInfo
@@ -121,7 +121,7 @@ def add(item: Add, sources: Sources) -> Blocks:
             return {}
         return {p: Block(shift=strength * row(vector, p.layer)) for p in points}
     if not isinstance(strength, NormStrength):
-        raise AssertionError(f"the strength {strength!r} was not settled before compiling")
+        raise AssertionError(f"the strength {strength!r} was not resolved before compiling")
     if strength.norm == 0:
         return {}
     law = Law.constant(strength.norm, relative=True)
@@ -180,11 +180,11 @@ def clamp(item: Clamp, sources: Sources) -> Blocks:
             laws.append(Law.scaled(value, bias=bias, threshold=threshold))
         else:
             laws.append(Law.toward(value, item.mode, bias=bias, threshold=threshold))
-    competition = None
+    cutoff = None
     if sae.k is not None:
         every = sae.reads(None)
-        competition = Competition(sae.sha256, every.read, every.bias, sae.k)
-    block = Block.of_edits(reads.read, sae.writes(item.features), laws, competition=competition)
+        cutoff = TopKCutoff(sae.sha256, every.read, every.bias, sae.k)
+    block = Block.of_edits(reads.read, sae.writes(item.features), laws, cutoff=cutoff)
     return {point: block}
 
 

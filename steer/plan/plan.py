@@ -1,9 +1,9 @@
 """A spec made ready to run: names resolved, widths checked, programs compiled, order fixed.
 
-A plan is a short list of *passes*. A pass has one selection of tokens, at most one gate, and at
-most one block per hook point; at a hook point the passes run in order. Interventions are packed
-greedily into the earliest pass that keeps the order the spec lists; neighbouring constant adds
-fuse into one row. So a token needs one slot number per pass, however long the spec is.
+A plan is a short list of *rules*. A rule has one selection of tokens, at most one gate, and at
+most one block per hook point; at a hook point the rules run in order. Interventions are packed
+greedily into the earliest rule that keeps the order the spec lists; neighbouring constant adds
+fuse into one row. So a token needs one slot number per rule, however long the spec is.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Gate:
 
 
 @dataclass(frozen=True)
-class Pass:
+class Rule:
     """Blocks that share a selection and a gate, at most one per hook point."""
 
     selection: Selection
@@ -62,7 +62,7 @@ class SteeringPlan:
 
     fingerprint: str
     spec: SteeringSpec
-    passes: tuple[Pass, ...]
+    rules: tuple[Rule, ...]
     artefacts: tuple[str, ...]
     strengths: tuple[float, ...]
     summary: tuple[Mapping[str, Any], ...]
@@ -70,14 +70,14 @@ class SteeringPlan:
     @property
     def points(self) -> tuple[HookPoint, ...]:
         """Every hook point that is edited, in forward order."""
-        return tuple(sorted({p for one in self.passes for p in one.blocks}, key=forward_order))
+        return tuple(sorted({p for one in self.rules for p in one.blocks}, key=forward_order))
 
     @property
     def gated(self) -> bool:
-        return any(one.gate is not None for one in self.passes)
+        return any(one.gate is not None for one in self.rules)
 
     @property
-    def settled_strengths(self) -> tuple[Mapping[str, Any], ...]:
+    def resolved_strengths(self) -> tuple[Mapping[str, Any], ...]:
         """Every strength that is not as written: what was asked for, and the number it became."""
         return tuple(
             {
@@ -92,21 +92,21 @@ class SteeringPlan:
 
     def first_steered(self, prompt: tuple[int, ...], horizon: int) -> int | None:
         """The first position whose state this plan may change: KV before it can be shared."""
-        firsts = [one.selection.first(prompt, horizon) for one in self.passes]
+        firsts = [one.selection.first(prompt, horizon) for one in self.rules]
         return min((first for first in firsts if first is not None), default=None)
 
     def describe(self) -> dict[str, Any]:
         """What would be applied where, for people and for `/v1/steering/validate`."""
         return {
             "fingerprint": self.fingerprint,
-            "passes": len(self.passes),
+            "passes": len(self.rules),
             "hook_points": [{"layer": p.layer, "site": p.site} for p in self.points],
             "interventions": [dict(entry) for entry in self.summary],
         }
 
 
-def check_passes(count: int, limit: int) -> None:
-    """Raises `Unsupported` for a plan of more passes than `limit`."""
+def check_rules(count: int, limit: int) -> None:
+    """Raises `Unsupported` for a plan of more rules than `limit`."""
     if count > limit:
         raise Unsupported(
             f"this spec needs {count} passes over a token and {limit} are "

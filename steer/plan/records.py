@@ -64,8 +64,8 @@ class EditsRecord(_Record):
     laws: StrictStr
 
 
-class CompetitionRecord(_Record):
-    """A `Competition` without its encoder, which the SAE of this hash has."""
+class CutoffRecord(_Record):
+    """A `TopKCutoff` without its encoder, which the SAE of this hash has."""
 
     sae: Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}\z")]
     k: Annotated[int, Field(strict=True, ge=1)]
@@ -77,12 +77,12 @@ class BlockRecord(_Record):
     point: _Point
     shift: StrictStr | None = None
     edits: EditsRecord | None = None
-    competition: CompetitionRecord | None = None
+    competition: CutoffRecord | None = None
     replace: StrictBool = False
     preserve_norm: StrictBool = False
 
 
-class PassRecord(_Record):
+class RuleRecord(_Record):
     """A `Pass`, its blocks in forward order."""
 
     selection: SelectionRecord
@@ -99,7 +99,7 @@ class PlanRecord(_Record):
     strengths: tuple[_Float, ...]
     summary: tuple[dict[str, Any], ...]
     spec: dict[str, Any]
-    passes: tuple[PassRecord, ...]
+    passes: tuple[RuleRecord, ...]
 
 
 def checked(kind: type[R], value: object, error: type[SteerError] = FileFormatError) -> R:

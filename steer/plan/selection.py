@@ -85,11 +85,7 @@ class Selection:
         """Whether the mask depends on token ids, and so cannot be known in advance."""
         return self.tokens is not None or (self.excluded is not None and self.excluded.reads_tokens)
 
-    def steady_from(self, prompt_length: int) -> int | None:
-        """The position from which on the mask is constant; None where it never is for sure."""
-        return None if self.reads_tokens else self.settled_from(prompt_length)
-
-    def settled_from(self, prompt_length: int) -> int:
+    def fixed_from(self, prompt_length: int) -> int:
         """The position from which on the mask depends on the tokens alone."""
         bounds = [prompt_length]
         for selection in (self, self.excluded):

@@ -21,7 +21,7 @@ Tokenize: TypeAlias = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True)
-class SettledStrength:
+class ResolvedStrength:
     """The number a strength became, and what was asked for, as JSON."""
 
     strength: float
@@ -38,7 +38,7 @@ class Use:
     tokenize: Tokenize | None
 
 
-def settle(item: Add, use: Use, sources: Sources) -> SettledStrength | None:
+def resolve_strength(item: Add, use: Use, sources: Sources) -> ResolvedStrength | None:
     """The number that `item.strength` stands for; None where it stands for itself.
 
     With a `sources.strength_limit`, a calibrated vector is held to its calibrated range and use.
@@ -71,7 +71,7 @@ def settle(item: Add, use: Use, sources: Sources) -> SettledStrength | None:
         return _limited(float(strength), vector, calibration, sources.strength_limit)
     number = calibration.strength_for(strength)
     asked = strength if isinstance(strength, str) else strength.model_dump(mode="json")
-    return SettledStrength(number, asked)
+    return ResolvedStrength(number, asked)
 
 
 def _limited(
@@ -79,7 +79,7 @@ def _limited(
     vector: ControlVector,
     calibration: Calibration,
     limit: Literal["off", "refuse", "cap"],
-) -> SettledStrength | None:
+) -> ResolvedStrength | None:
     nearest = min(max(strength, 0.0), calibration.safe_strength)
     if nearest == strength:
         return None
@@ -90,7 +90,7 @@ def _limited(
             code="outside_calibration",
             param="/strength",
         )
-    return SettledStrength(nearest, strength, capped=True)
+    return ResolvedStrength(nearest, strength, capped=True)
 
 
 def _check_use(

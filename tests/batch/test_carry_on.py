@@ -11,7 +11,7 @@ from artefacts import EVERYTHING, artefacts, random_spec, shape_of
 
 from steer.artefacts.library import MemoryLibrary
 from steer.batch.ledger import Ledger
-from steer.batch.requests import Ints, Seat, Span
+from steer.batch.requests import Ints, Span, SteeredRequest
 from steer.batch.step import build_step
 from steer.batch.tables import Tables
 from steer.model import forward_order
@@ -22,7 +22,7 @@ WIDTH, LAYERS, VOCABULARY, REQUESTS, STEPS = 16, 4, 8, 6, 12
 PLANS = PlanCache(MemoryLibrary(**artefacts(WIDTH, LAYERS)), shape_of(WIDTH, LAYERS), EVERYTHING)
 
 
-def seats(draw: random.Random, tables: Tables) -> list[Seat]:
+def requests(draw: random.Random, tables: Tables) -> list[SteeredRequest]:
     found = []
     while len(found) < REQUESTS:
         spec = random_spec(draw, layers=LAYERS)
@@ -32,20 +32,20 @@ def seats(draw: random.Random, tables: Tables) -> list[Seat]:
             scope = draw.choice(["token", "prompt"])
             spec["when"] = {"vector": "v0", "above": 0.0, "layer": 0, "scope": scope}
         plan = PLANS.plan(parse_spec(spec))
-        if 0 < len(plan.passes) <= tables.max_passes:
+        if 0 < len(plan.rules) <= tables.max_rules:
             row = len(found)
-            found.append(Seat(row, draw.randint(1, 5), plan, tables.acquire(plan)))
+            found.append(SteeredRequest(row, draw.randint(1, 5), plan, tables.acquire(plan)))
     return found
 
 
-def spans(seats: list[Seat], step: int, ids: Ints) -> list[Span]:
-    """Each seat's token, so many steps after its slots came to depend on its id alone."""
+def spans(requests: list[SteeredRequest], step: int, ids: Ints) -> list[Span]:
+    """Each request's token, so many steps after its slots came to depend on its id alone."""
     found = []
-    for n, seat in enumerate(seats):
-        assert seat.plan is not None
-        start = max(one.selection.settled_from(seat.prompt_length) for one in seat.plan.passes)
+    for n, request in enumerate(requests):
+        assert request.plan is not None
+        start = max(one.selection.fixed_from(request.prompt_length) for one in request.plan.rules)
         position = np.array([start + step], dtype=np.int64)
-        found.append(Span(seat, n, position, ids[n : n + 1]))
+        found.append(Span(request, n, position, ids[n : n + 1]))
     return found
 
 
@@ -53,28 +53,28 @@ def spans(seats: list[Seat], step: int, ids: Ints) -> list[Span]:
 def test_equals_a_step_built_anew(seed: int) -> None:
     draw = random.Random(seed)
     tables = Tables(shape_of(WIDTH, LAYERS), slots=REQUESTS)
-    mine = seats(draw, tables)
+    mine = requests(draw, tables)
     generator = torch.Generator().manual_seed(seed)
     ledgers = Ledger(REQUESTS), Ledger(REQUESTS)
     decided = torch.rand(ledgers[0].gate_open.shape, generator=generator) > 0.5
     for ledger in ledgers:
         ledger.gate_open[:] = decided  # by prompts that were computed before
-    restless = {
+    reads_tokens = {
         n
-        for n, seat in enumerate(mine)
-        if seat.plan and any(one.selection.reads_tokens for one in seat.plan.passes)
+        for n, request in enumerate(mine)
+        if request.plan and any(one.selection.reads_tokens for one in request.plan.rules)
     }
     carried, before = None, None
     for number in range(STEPS):
         ids = np.array([draw.randrange(VOCABULARY) for _ in mine], dtype=np.int64)
         now = spans(mine, number, ids)
-        slots = [span.seat.slots(span.positions, span.tokens)[:, 0] for span in now]
+        slots = [span.request.slots(span.positions, span.tokens)[:, 0] for span in now]
         anew = build_step(tables, ledgers[0], now, REQUESTS)
         if carried is None or before is None:
-            carried = build_step(tables, ledgers[1], now, REQUESTS, restless=restless)
+            carried = build_step(tables, ledgers[1], now, REQUESTS, reads_tokens=reads_tokens)
         else:
             changed = {n: s for n, s in enumerate(slots) if not np.array_equal(s, before[n])}
-            assert changed.keys() <= restless
+            assert changed.keys() <= reads_tokens
             carried.carry_on(changed)
         before = slots
         assert anew is not None

@@ -19,7 +19,7 @@ from float64_reference import Array, Float64Reference
 
 from steer.artefacts.library import MemoryLibrary
 from steer.batch.ledger import Ledger
-from steer.batch.requests import Seat, Span
+from steer.batch.requests import Span, SteeredRequest
 from steer.batch.step import build_step
 from steer.batch.tables import Tables
 from steer.errors import SteerError
@@ -46,7 +46,7 @@ class Request:
     spec: SteeringSpec | None
     plan: SteeringPlan | None
     computed: int = 0
-    seat: Seat | None = None
+    request: SteeredRequest | None = None
     results: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
@@ -179,17 +179,17 @@ class Simulation:
             slot = self.tables.acquire(request.plan)
         row = self.rows.pop(self.draw.randrange(len(self.rows)))
         self.ledger.reset(row)
-        request.seat = Seat(row, request.prompt_length, request.plan, slot)
+        request.request = SteeredRequest(row, request.prompt_length, request.plan, slot)
         request.computed = 0
         self.running.append(request)
         return True
 
     def _leave(self, request: Request) -> None:
         self.running.remove(request)
-        assert request.seat is not None
+        assert request.request is not None
         if request.plan is not None:
             self.tables.release(request.plan)
-        self.rows.append(request.seat.row)
+        self.rows.append(request.request.row)
 
     def _preempt(self, request: Request) -> Request:
         self._leave(request)
@@ -201,14 +201,14 @@ class Simulation:
         chosen = [r for r in self.running if self.draw.random() < 0.8]
         spans, ids, offset = [], [], 0
         for request in chosen:
-            assert request.seat is not None
+            assert request.request is not None
             left = len(request.tokens) - request.computed
             end = request.computed + self.draw.randint(1, left)
             offset += (gap := self.draw.randrange(3))
             ids += [0] * gap
             chunk = request.tokens[request.computed : end]
             places = np.arange(request.computed, end)
-            spans.append(Span(request.seat, offset, places, np.array(chunk)))
+            spans.append(Span(request.request, offset, places, np.array(chunk)))
             ids += chunk
             offset += len(chunk)
         if not spans:
@@ -235,9 +235,9 @@ class Simulation:
             wanted = truth.token(position)
             actual = request.results[position].double().numpy()
             assert np.abs(actual - wanted).max() <= 1e-4 * (1 + np.abs(wanted).max())
-        assert request.seat is not None
+        assert request.request is not None
         if request.plan is not None:
-            self._check_counts(request.plan, self.ledger.tokens[request.seat.row], truth)
+            self._check_counts(request.plan, self.ledger.tokens[request.request.row], truth)
         self._leave(request)
         self.finished += 1
 
@@ -245,27 +245,27 @@ class Simulation:
         assert int(counts[1:].sum()) == truth.steered
         bits = np.arange(len(counts))
         for point in plan.points:
-            touching = sum(1 << n for n, one in enumerate(plan.passes) if point in one.blocks)
+            touching = sum(1 << n for n, one in enumerate(plan.rules) if point in one.blocks)
             assert int(counts[(bits & touching) != 0].sum()) == truth.touched[point]
 
     def _check_live_slots(self) -> None:
         """A slot that a running request refers to still means that request's plan."""
         held = {r.plan.fingerprint: r for r in self.running if r.plan is not None}
         assert self.tables.in_use == len(held) <= SLOTS
-        slots = {r.seat.slot for r in held.values() if r.seat is not None}
+        slots = {r.request.slot for r in held.values() if r.request is not None}
         assert len(slots) == len(held)
         for request in held.values():
-            assert request.seat is not None
+            assert request.request is not None
             assert request.plan is not None
-            for number, one in enumerate(request.plan.passes):
+            for number, one in enumerate(request.plan.rules):
                 for point, block in one.blocks.items():
-                    stage = self.tables.stages(point)[number]
-                    assert stage is not None
-                    assert stage.blocks[request.seat.slot] is block
-                    owned = stage.owner == request.seat.slot
+                    table = self.tables.at(point)[number]
+                    assert table is not None
+                    assert table.blocks[request.request.slot] is block
+                    owned = table.owner == request.request.slot
                     assert int(owned.sum()) == block.n_edits
                     if block.read is not None:
-                        assert torch.equal(stage.read[owned], block.read)
+                        assert torch.equal(table.read[owned], block.read)
 
 
 def random_gate(draw: random.Random) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def test_every_token_gets_what_it_triggers(seed: int, compiled: bool, kind: str)
         plan = plans.get(req_id)
         ticket = None
         if plan is not None:
-            selections = tuple(one.selection for one in plan.passes)
+            selections = tuple(one.selection for one in plan.rules)
             ticket = Ticket(
                 req_id,
                 fingerprint=plan.fingerprint,
@@ -105,7 +105,9 @@ def test_every_token_gets_what_it_triggers(seed: int, compiled: bool, kind: str)
                     wanted = stream + (0.5 + n) * stream.norm() * vector / vector.norm()
             torch.testing.assert_close(hidden[n] + residual[n], wanted, rtol=1e-5, atol=1e-5)
     for req_id, bits in expected_bits.items():
-        live = steering.seats.get(req_id)
-        assert live is not None
-        assert live.fault is None
-        assert steering.seats.ledger.bits[live.row, PROMPT : PROMPT + STEPS].tolist() == bits
+        request = steering.requests.get(req_id)
+        assert request is not None
+        assert request.fault is None
+        assert (
+            steering.requests.ledger.applied[request.row, PROMPT : PROMPT + STEPS].tolist() == bits
+        )

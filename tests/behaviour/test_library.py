@@ -155,7 +155,7 @@ def test_a_vector_knows_its_strengths(registry: Registry, plans: PlanCache, name
     for wanted in ({"effect": 0.5}, "auto", {"kl": found.kl[-1] / 2}):
         item = {"kind": "add", "vector": name, "strength": wanted}
         plan = plans.plan(parse_spec({"interventions": [item]}))
-        (settled,) = plan.settled_strengths
+        (settled,) = plan.resolved_strengths
         assert 0 < settled["strength"] <= found.safe_strength
         doses[str(wanted)] = settled["strength"]
     assert doses["{'effect': 0.5}"] <= doses["auto"]

@@ -51,7 +51,7 @@ class Known:
         positions = np.arange(self.computed, self.computed + count)
         tokens = np.array(self.tokens)[positions]
         found = np.zeros(count, dtype=bool)
-        for one in () if self.plan is None else self.plan.passes:
+        for one in () if self.plan is None else self.plan.rules:
             found |= one.selection.mask(positions, self.prompt_length, tokens)
         return found.tolist()
 
@@ -126,7 +126,7 @@ class ByHand:
         if plan is not None:
             sha256 = hashlib.sha256(plan.fingerprint.encode()).hexdigest()
             self.plans[sha256] = plan
-            chosen = tuple(one.selection for one in plan.passes)
+            chosen = tuple(one.selection for one in plan.rules)
             ticket = Ticket(
                 f"key of {name}", fingerprint=plan.fingerprint, plan=sha256, selections=chosen
             )
@@ -215,7 +215,7 @@ class ByHand:
     def steered_tokens(self, name: str, fed: int) -> int:
         """What the receipt of a request says about its first `fed` tokens."""
         key = self.known[name].ticket.key
-        return receipt(self.steering.seats.records(key)[0], fed).tokens_steered
+        return receipt(self.steering.requests.records(key)[0], fed).tokens_steered
 
     def _new(self, one: Known) -> NewRequestData:
         extra = None if one.ticket is None else one.ticket.as_extra_args()

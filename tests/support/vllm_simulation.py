@@ -233,7 +233,7 @@ class Judge:
         name = outcome.client.request.id
         plan = outcome.client.request.plan
         assert plan is not None
-        if any(one.gate is not None and not one.gate.prompt_scope for one in plan.passes):
+        if any(one.gate is not None and not one.gate.prompt_scope for one in plan.rules):
             # Whether a token gate opened for a cached token was known when that was computed.
             assert mine.tokens_steered <= other.tokens_steered, name
             for a, b in zip(mine.gates, other.gates, strict=True):
@@ -249,7 +249,7 @@ class Report:
 
     outcomes: list[Outcome]
     counts: Counter[str]
-    watch: Watch
+    watch: ReceiptGuard
 
     @property
     def hits(self) -> int:
@@ -320,7 +320,7 @@ def forget_cache(engine: VllmEngine) -> None:
 
 
 @dataclass
-class Watch:
+class ReceiptGuard:
     """What vLLM did with steered and plain requests."""
 
     preempted: list[str] = field(default_factory=list)
@@ -333,9 +333,9 @@ class Watch:
 
 
 @contextmanager
-def watched(engine: VllmEngine) -> Iterator[Watch]:
+def watched(engine: VllmEngine) -> Iterator[ReceiptGuard]:
     """Watches preemption and the prefix cache while it is open."""
-    watch = Watch()
+    watch = ReceiptGuard()
     scheduler, take = core(engine).scheduler, RunningSequence.take
     preempt, find = scheduler._preempt_request, scheduler.kv_cache_manager.get_computed_blocks
 
@@ -373,8 +373,8 @@ def assert_all_free(engine: VllmEngine) -> None:
     """Nothing is left behind: no slot, row, claim on edit rows, or block of the KV cache."""
     stats = engine.stats()
     assert (stats.slots_in_use, stats.requests_running) == (0, 0)
-    seats, scheduler = steering(engine).seats, core(engine).scheduler
-    assert sorted(seats._free) == list(range(len(seats.ledger.bits)))
+    seats, scheduler = steering(engine).requests, core(engine).scheduler
+    assert sorted(seats._free) == list(range(len(seats.ledger.applied)))
     assert scheduler.edit_rows.used == 0
     assert scheduler.get_num_unfinished_requests() == 0
     pool = scheduler.kv_cache_manager.block_pool

@@ -15,9 +15,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from steer.artefacts.library import MemoryLibrary
-from steer.batch.apply import apply_stage
+from steer.batch.apply import apply_table
 from steer.batch.ledger import Ledger
-from steer.batch.requests import Seat, Span
+from steer.batch.requests import Span, SteeredRequest
 from steer.batch.step import build_step
 from steer.batch.tables import Needs, Tables
 from steer.edits import apply
@@ -35,7 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "add by the card": {"kind": "add", "vector": "v0"},
     "add a share of the norm": {"kind": "add", "vector": "v0", "strength": {"norm": -0.3}},
     "ablate": {"kind": "ablate", "vector": "v1"},
-    "ablate in part": {"kind": "ablate", "vector": "v1", "strength": 0.4},
+    "ablate in view": {"kind": "ablate", "vector": "v1", "strength": 0.4},
     "project set": {"kind": "project", "vector": "v2", "value": 2.5},
     "project at_least": {"kind": "project", "vector": "v2", "value": 0.2, "mode": "at_least"},
     "project at_most": {"kind": "project", "vector": "v2", "value": 0.2, "mode": "at_most"},
@@ -113,7 +113,7 @@ def test_a_kind_equals_float64(kind: str, norm: str | None) -> None:
     plan, reference = compiled(spec)
     x = rows(1, 40, 16)
 
-    (only,) = plan.passes
+    (only,) = plan.rules
     actual = apply(only.blocks[POINT], x)
 
     assert_close(actual, expected(reference, spec, x))
@@ -134,19 +134,19 @@ def test_any_shape_and_scale(
     spec = spec_of(kind, **({"norm": "preserve"} if preserve else {}))
     plan, reference = compiled(spec, width)
     x = rows(seed, tokens, width, scale)
-    assert_close(apply(plan.passes[0].blocks[POINT], x), expected(reference, spec, x))
+    assert_close(apply(plan.rules[0].blocks[POINT], x), expected(reference, spec, x))
 
 
 def test_leading_dimensions_are_kept() -> None:
     plan, _ = compiled(spec_of("clamp set topk"))
     x = rows(2, 12, 16)
-    block = plan.passes[0].blocks[POINT]
+    block = plan.rules[0].blocks[POINT]
     assert torch.equal(apply(block, x.reshape(3, 4, 16)), apply(block, x).reshape(3, 4, 16))
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_slots_side_by_side_equal_float64(seed: int) -> None:
-    """All kinds in one stage, tokens of all slots and of none shuffled together."""
+    """All kinds in one table, tokens of all slots and of none shuffled together."""
     draw = random.Random(seed)
     tables = Tables(shape_of(), slots=2 * len(KINDS))
     specs: dict[int, dict[str, Any]] = {}
@@ -157,13 +157,13 @@ def test_slots_side_by_side_equal_float64(seed: int) -> None:
         specs[tables.acquire(plan)] = spec
     x = rows(seed, 150, 16)
     slots = torch.tensor([draw.choice([0, *specs]) for _ in range(150)])
-    stage = tables.stages(POINT)[0]
-    assert stage is not None
+    table = tables.at(POINT)[0]
+    assert table is not None
 
-    part = stage.part(specs)
-    actual = apply_stage(part, x, slots)
+    view = table.view(specs)
+    actual = apply_table(view, x, slots)
 
-    assert torch.equal(apply_stage(replace(part, needs=Needs()), x, slots), actual)
+    assert torch.equal(apply_table(replace(view, needs=Needs()), x, slots), actual)
     for slot, spec in specs.items():
         mine = slots == slot
         if mine.any():
@@ -174,32 +174,32 @@ def test_slots_side_by_side_equal_float64(seed: int) -> None:
 def test_the_fast_form_for_constants_equals_the_general_one() -> None:
     tables = Tables(shape_of(), slots=3)
     slots = [tables.acquire(compiled(spec_of(name))[0]) for name in ("add", "add by the card")]
-    stage = tables.stages(POINT)[0]
-    assert stage is not None
-    assert not any(stage.needs(slots))
+    table = tables.at(POINT)[0]
+    assert table is not None
+    assert not any(table.needs(slots))
     tables.acquire(compiled(spec_of("ablate"))[0])
     chosen = torch.tensor([0, *slots] * 10)
     x = rows(9, 30, 16)
-    general = apply_stage(stage.part(stage.blocks), x, chosen)
-    assert torch.equal(apply_stage(stage.part(slots), x, chosen), general)
+    general = apply_table(table.view(table.blocks), x, chosen)
+    assert torch.equal(apply_table(table.view(slots), x, chosen), general)
 
 
 def test_a_part_leaves_out_what_other_slots_hold() -> None:
     """Neither the edits nor the competitions of idle slots are computed, and nothing changes."""
     tables = Tables(shape_of(), slots=len(KINDS))
     held = {name: tables.acquire(compiled(spec_of(name))[0]) for name in KINDS}
-    stage = tables.stages(POINT)[0]
-    assert stage is not None
-    whole = stage.part(stage.blocks)
-    assert whole.competitions
+    table = tables.at(POINT)[0]
+    assert table is not None
+    whole = table.view(table.blocks)
+    assert whole.cutoffs
     x = rows(10, 20, 16)
     for slot in held.values():
-        if slot in stage.blocks:
-            part, slots = stage.part([slot]), torch.full((20,), slot)
-            block = stage.blocks[slot]
-            assert bool(part.competitions) == (block.competition is not None)
-            assert len(part.read) == block.n_edits
-            assert_close(apply_stage(part, x, slots), apply_stage(whole, x, slots).double().numpy())
+        if slot in table.blocks:
+            view, slots = table.view([slot]), torch.full((20,), slot)
+            block = table.blocks[slot]
+            assert bool(view.cutoffs) == (block.cutoff is not None)
+            assert len(view.read) == block.n_edits
+            assert_close(apply_table(view, x, slots), apply_table(whole, x, slots).double().numpy())
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -214,11 +214,11 @@ def test_edits_of_one_token_each_equal_float64(seed: int) -> None:
         specs[place] = spec_of(name, **draw.choice([{}, {"norm": "preserve"}]))
         plan, reference = compiled(specs[place])
         slots[place] = tables.acquire(plan)
-    stage = tables.stages(POINT)[0]
-    assert stage is not None
-    part = stage.part(stage.blocks)
-    owners = torch.tensor([slots.index(max(owner, 0)) for owner in part.owner.tolist()])
-    after = apply_stage(part, x, torch.tensor(slots), owners)
+    table = tables.at(POINT)[0]
+    assert table is not None
+    view = table.view(table.blocks)
+    owners = torch.tensor([slots.index(max(owner, 0)) for owner in view.owner.tolist()])
+    after = apply_table(view, x, torch.tensor(slots), owners)
     for place, row in enumerate(after):
         if place in specs:
             assert_close(row[None], expected(reference, specs[place], x[place, None]))
@@ -234,7 +234,7 @@ def test_edits_of_one_token_each_equal_float64(seed: int) -> None:
     kinds=st.lists(st.sampled_from(sorted(KINDS)), min_size=4, max_size=4),
     seed=st.integers(0, 100),
 )
-@example(shares=[1, 9], kinds=["ablate in part", "clamp set topk"] * 2, seed=0)
+@example(shares=[1, 9], kinds=["ablate in view", "clamp set topk"] * 2, seed=0)
 def test_plans_of_any_share_of_a_batch_equal_float64(
     shares: list[int], kinds: list[str], seed: int
 ) -> None:
@@ -267,7 +267,7 @@ def solitary(slots: list[int], specs: dict[int, dict[str, Any]]) -> list[Span]:
     """One span of one token for each steered place."""
     one, none = np.array([1], dtype=np.int64), np.array([-1], dtype=np.int64)
     return [
-        Span(Seat(0, 1, compiled(spec)[0], slots[place]), place, one, none)
+        Span(SteeredRequest(0, 1, compiled(spec)[0], slots[place]), place, one, none)
         for place, spec in specs.items()
     ]
 
@@ -287,18 +287,18 @@ def test_a_part_is_made_anew_when_its_stage_changes() -> None:
     tables = Tables(shape_of(), slots=2)
     first, second = compiled(spec_of("ablate"))[0], compiled(spec_of("rotate"))[0]
     slot = tables.acquire(first)
-    stage = tables.stages(POINT)[0]
-    assert stage is not None
-    before = stage.part([slot])
-    assert stage.part([slot]) is before
+    table = tables.at(POINT)[0]
+    assert table is not None
+    before = table.view([slot])
+    assert table.view([slot]) is before
     tables.acquire(second)
-    assert stage.part([slot]) is not before
+    assert table.view([slot]) is not before
 
 
 def test_the_ablated_direction_is_gone() -> None:
     plan, reference = compiled(spec_of("ablate"))
     x = rows(3, 50, 16, 10.0)
-    left = apply(plan.passes[0].blocks[POINT], x).double().numpy() @ reference.unit("v1", LAYER)
+    left = apply(plan.rules[0].blocks[POINT], x).double().numpy() @ reference.unit("v1", LAYER)
     assert np.abs(left).max() <= 1e-5
 
 
@@ -308,7 +308,7 @@ def test_a_rotation_turns_by_its_angle_and_keeps_the_norm(degrees: float) -> Non
     spec["interventions"][0]["degrees"] = degrees
     plan, reference = compiled(spec)
     x = rows(4, 50, 16)
-    turned = apply(plan.passes[0].blocks[POINT], x).double().numpy()
+    turned = apply(plan.rules[0].blocks[POINT], x).double().numpy()
     before = x.double().numpy()
     a, b = reference.unit("v4", LAYER), reference.unit("v5", LAYER)
     b = b - (a @ b) * a
@@ -323,7 +323,7 @@ def test_a_rotation_turns_by_its_angle_and_keeps_the_norm(degrees: float) -> Non
 def test_norm_preserve_keeps_every_norm(kind: str) -> None:
     plan, _ = compiled(spec_of(kind, norm="preserve"))
     x = rows(5, 50, 16, 3.0)
-    after = apply(plan.passes[0].blocks[POINT], x)
+    after = apply(plan.rules[0].blocks[POINT], x)
     assert torch.allclose(after.norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
 
 
@@ -342,7 +342,7 @@ def test_a_clamp_leaves_the_reconstruction_error_alone() -> None:
     plan, reference = compiled(spec)
     sae = reference.saes["topk"]
     x = rows(6, 30, 16)
-    after = apply(plan.passes[0].blocks[POINT], x).double().numpy()
+    after = apply(plan.rules[0].blocks[POINT], x).double().numpy()
     for old, new in zip(x.double().numpy(), after, strict=True):
         features = reference.encode(sae, old)
         error = old - reference.decode(sae, features)
@@ -366,7 +366,7 @@ NOTHING: dict[str, dict[str, Any]] = {
 def test_zero_strength_compiles_to_nothing(kind: str, norm: str | None) -> None:
     spec = {"interventions": [NOTHING[kind]]} | ({"norm": norm} if norm else {})
     plan, _ = compiled(spec)
-    assert plan.passes == ()
+    assert plan.rules == ()
     assert plan.points == ()
 
 
@@ -376,13 +376,13 @@ def test_slot_0_changes_no_bit(dtype: torch.dtype, needs: Needs) -> None:
     tables = Tables(shape_of(), slots=len(KINDS))
     for name in KINDS:
         tables.acquire(compiled(spec_of(name))[0])
-    stage = tables.stages(POINT)[0]
-    assert stage is not None
+    table = tables.at(POINT)[0]
+    assert table is not None
     x = rows(7, 64, 16).to(dtype)
     x[::3, ::2] = -0.0
     x[1, 1] = float("inf")
     slots = torch.zeros(64, dtype=torch.long)
-    after = apply_stage(replace(stage.part(stage.blocks), needs=needs), x, slots)
+    after = apply_table(replace(table.view(table.blocks), needs=needs), x, slots)
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert after.dtype == dtype
     assert torch.equal(after.view(bits), x.view(bits))
@@ -393,6 +393,6 @@ def test_slot_0_changes_no_bit(dtype: torch.dtype, needs: Needs) -> None:
 def test_low_precision_is_rounded_once(kind: str, dtype: torch.dtype) -> None:
     """The arithmetic is float32; only the result is cast."""
     plan, _ = compiled(spec_of(kind))
-    block = plan.passes[0].blocks[POINT]
+    block = plan.rules[0].blocks[POINT]
     x = rows(8, 30, 16).to(dtype)
     assert torch.equal(apply(block, x), apply(block, x.float()).to(dtype))

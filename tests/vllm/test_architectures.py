@@ -161,7 +161,7 @@ def request(
             fingerprint=plan.fingerprint,
             plan=store.put(dump_plan(plan)),
             rows=budget_rows(plan),
-            selections=tuple(one.selection for one in plan.passes),
+            selections=tuple(one.selection for one in plan.rules),
             capture=order,
         )
     return {

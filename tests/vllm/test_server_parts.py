@@ -31,14 +31,14 @@ from steer_server.metrics import Metrics
 from steer_server.settings import ServerSettings
 from steer_server.vllm import launch
 from steer_server.vllm.answers import with_fields, with_receipt
-from steer_server.vllm.claims import Claim, Count
 from steer_server.vllm.figures import Figures
+from steer_server.vllm.ignored_field import RefuseIgnoredField
 from steer_server.vllm.mounting import mount
+from steer_server.vllm.pending_receipts import Count, PendingReceipts
 from steer_server.vllm.plugin import SteerEndpoints
-from steer_server.vllm.receipt_calls import ReceiptCalls
+from steer_server.vllm.receipt_fetcher import ReceiptFetcher
+from steer_server.vllm.receipt_guard import ReceiptGuard
 from steer_server.vllm.settings import settings_of
-from steer_server.vllm.unheard import RefuseUnheard
-from steer_server.vllm.watch import Watch
 
 POINT = HookPoint(1, "resid_post")
 TICKET = Ticket("key", fingerprint="print", plan="0" * 64, rows=1, selections=(EVERYWHERE,))
@@ -72,7 +72,7 @@ class Workers:
 
 async def test_receipts_asked_for_together_share_a_call() -> None:
     workers = Workers()
-    calls = ReceiptCalls(workers.ask)
+    calls = ReceiptFetcher(workers.ask)
     calls.drop("left")
     found = await asyncio.gather(*(calls.fetch(f"k{n}", {0: n, 1: n + 1}) for n in range(5)))
     assert [one.tokens_steered for one in found[3]] == [3, 4]
@@ -84,7 +84,7 @@ async def test_receipts_asked_for_together_share_a_call() -> None:
 
 async def test_a_receipt_that_cannot_be_had_raises() -> None:
     workers = Workers()
-    calls = ReceiptCalls(workers.ask)
+    calls = ReceiptFetcher(workers.ask)
     workers.fault = RuntimeError("gone")
     results = await asyncio.gather(
         calls.fetch("a", {0: 1}), calls.fetch("b", {0: 1}), return_exceptions=True
@@ -99,7 +99,7 @@ async def test_a_receipt_that_cannot_be_had_raises() -> None:
 
 async def test_one_who_leaves_keeps_nobody_waiting() -> None:
     workers = Workers()
-    calls = ReceiptCalls(workers.ask)
+    calls = ReceiptFetcher(workers.ask)
     leaving = asyncio.create_task(calls.fetch("a", {0: 1}))
     staying = asyncio.create_task(calls.fetch("b", {0: 2}))
     await asyncio.sleep(0)
@@ -129,11 +129,11 @@ def test_tokens_are_counted_by_delta_and_by_sum() -> None:
     assert whole.prompt == tuple(PROMPT)
 
 
-# The watch
+# The guard
 
 
 class Client:
-    """vLLM's client, as far as the watch knows it."""
+    """vLLM's client, as far as the guard knows it."""
 
     def __init__(self, *outputs: Any) -> None:
         self.outputs = outputs
@@ -161,8 +161,8 @@ class Client:
         return await self.workers.ask(*args)
 
 
-def watched(client: Client, order: Any = None) -> Watch:
-    return Watch(client, Metrics(name_limit=5), order or (lambda text: 1 / 0))
+def watched(client: Client, fields: Any = None) -> ReceiptGuard:
+    return ReceiptGuard(client, Metrics(name_limit=5), fields or (lambda text: 1 / 0))
 
 
 def params(extra: Any = None, n: int = 1) -> SamplingParams:
@@ -183,66 +183,66 @@ async def test_a_plain_request_passes_as_it_is() -> None:
 
 async def test_prompts_of_one_claim_have_keys_of_their_own() -> None:
     client = Client(output((0, 2), (1, 1)), output((0, 1), (1, 4), finished=True, prompt=None))
-    watch = watched(client)
-    claim = watch.claim(TICKET)
+    guard = watched(client)
+    pending = guard.expect(TICKET)
     streams = [client.generate("p", params(TICKET.as_extra_args(), n=2), "id") for _ in range(2)]
-    assert not claim.complete
+    assert not pending.complete
     for stream in streams:
         async for one in stream:
-            assert claim.complete == (one.finished and stream is streams[1])
+            assert pending.complete == (one.finished and stream is streams[1])
     tickets = [Ticket.of(extra) for extra in client.seen]
     assert len({ticket.key for ticket in tickets if ticket} | {TICKET.key}) == 3
     assert {ticket.n for ticket in tickets if ticket} == {2}
-    assert [one.tokens_steered for one in claim.receipts] == [5, 7, 5, 7]
-    assert claim.prompts == {0: tuple(PROMPT), 1: tuple(PROMPT)}
+    assert [one.tokens_steered for one in pending.receipts] == [5, 7, 5, 7]
+    assert pending.prompts == {0: tuple(PROMPT), 1: tuple(PROMPT)}
 
 
 async def test_without_a_receipt_the_end_is_withheld() -> None:
     client = Client(output((0, 1)), output((0, 1), finished=True))
     client.workers.forgets = True
-    watch = watched(client)
-    claim = watch.claim(TICKET)
+    guard = watched(client)
+    pending = guard.expect(TICKET)
     stream = client.generate("p", params(TICKET.as_extra_args()), "id")
     assert await anext(stream) is client.outputs[0]
     with pytest.raises(EngineError):
         await anext(stream)
-    assert not claim.complete
+    assert not pending.complete
     assert client.closed == 1
 
 
 async def test_a_reader_that_stops_ends_the_request_and_leaves_nothing() -> None:
     client = Client(output((0, 1)), output((0, 1), finished=True))
-    watch = watched(client)
-    claim = watch.claim(TICKET)
+    guard = watched(client)
+    pending = guard.expect(TICKET)
     stream = client.generate("p", params(TICKET.as_extra_args()), "id")
     await anext(stream)
     await stream.aclose()
     assert client.closed == 1
     assert not client.workers.calls
     other = Ticket("other", fingerprint="print", plan="0" * 64)
-    second = watch.claim(other)
+    second = guard.expect(other)
     async for _ in client.generate("p", params(other.as_extra_args()), "id"):
         pass
     assert second.complete
     first = Ticket.of(client.seen[0])
     assert first is not None
     assert client.workers.calls[0][-1] == (first.key, {})
-    assert not claim.complete
+    assert not pending.complete
 
 
 async def test_a_ticket_is_good_only_while_somebody_waits_for_it() -> None:
     client = Client(output((0, 1), finished=True))
-    watch = watched(client)
+    guard = watched(client)
     with pytest.raises(VLLMValidationError, match="only the server itself"):
         client.generate("p", params(TICKET.as_extra_args()), "id")
-    claim = watch.claim(TICKET)
+    pending = guard.expect(TICKET)
     changed = Ticket("key", fingerprint="print", plan="1" * 64, rows=1, selections=(EVERYWHERE,))
     with pytest.raises(VLLMValidationError):
         client.generate("p", params(changed.as_extra_args()), "id")
     with pytest.raises(VLLMValidationError, match="not a ticket"):
         client.generate("p", params({"steer": "{"}), "id")
     assert client.generate("p", params(TICKET.as_extra_args()), "id") is not None
-    del claim
+    del pending
     with pytest.raises(VLLMValidationError):
         client.generate("p", params(TICKET.as_extra_args()), "id")
     assert not client.seen
@@ -252,13 +252,13 @@ async def test_a_spec_in_the_arguments_becomes_a_ticket() -> None:
     client = Client(output((0, 3), finished=True))
     texts: list[str] = []
 
-    def order(text: str) -> tuple[Steering, Ticket]:
+    def fields(text: str) -> tuple[Steering, Ticket]:
         texts.append(text)
         if text == "bad":
             raise SpecError("no such thing", param="/vllm_xargs/steering")
         return Steering(), TICKET
 
-    watched(client, order)
+    watched(client, fields)
     extra = {"steering": "{}", "other": 1}
     async for _ in client.generate("p", params(extra), "id"):
         pass
@@ -278,15 +278,15 @@ def test_a_spec_that_came_past_the_watch_is_refused_by_the_engine() -> None:
 # Responses
 
 
-def claimed(*receipts: Receipt) -> Claim:
-    claim = Claim(TICKET)
-    claim.begin()
+def claimed(*receipts: Receipt) -> PendingReceipts:
+    pending = PendingReceipts(TICKET)
+    pending.begin()
     if receipts:
-        claim.close(0, list(receipts))
-    return claim
+        pending.close(0, list(receipts))
+    return pending
 
 
-async def streamed(claim: Claim, *parts: Any) -> list[str]:
+async def streamed(pending: PendingReceipts, *parts: Any) -> list[str]:
     """`parts` are events, or functions to call between them."""
 
     async def events() -> AsyncGenerator[str, None]:
@@ -296,7 +296,7 @@ async def streamed(claim: Claim, *parts: Any) -> list[str]:
             else:
                 yield part
 
-    stream = with_receipt(events(), claim, Steering(), Metrics(name_limit=5))
+    stream = with_receipt(events(), pending, Steering(), Metrics(name_limit=5))
     return [event async for event in stream]
 
 
@@ -308,24 +308,24 @@ DONE = "data: [DONE]\n\n"
 
 
 async def test_only_what_may_be_last_is_held_back() -> None:
-    claim = claimed()
-    order: list[str] = []
+    pending = claimed()
+    fields: list[str] = []
 
     async def events() -> AsyncGenerator[str, None]:
         for number in range(3):
-            order.append(f"made {number}")
+            fields.append(f"made {number}")
             yield data(n=number)
-        claim.close(0, [made(4)])
+        pending.close(0, [made(4)])
         yield data(n=3)
         yield ": keep-alive\n\n"
         yield data(n=4)
         yield DONE
 
     got = []
-    async for event in with_receipt(events(), claim, Steering(), Metrics(name_limit=5)):
-        order.append("sent")
+    async for event in with_receipt(events(), pending, Steering(), Metrics(name_limit=5)):
+        fields.append("sent")
         got.append(event)
-    assert order == ["made 0", "sent", "made 1", "sent", "made 2", *["sent"] * 5]
+    assert fields == ["made 0", "sent", "made 1", "sent", "made 2", *["sent"] * 5]
     assert got[:3] == [data(n=0), data(n=1), data(n=2)]
     assert got[3:5] == [": keep-alive\n\n", data(n=3)]
     last = json.loads(got[5].removeprefix("data: "))
@@ -341,12 +341,12 @@ async def test_a_stream_without_a_receipt_ends_in_an_error() -> None:
 
 
 async def test_an_error_of_vllm_is_passed_on_alone() -> None:
-    claim = claimed()
+    pending = claimed()
     wrong = data(error={"message": "broken"})
-    end = lambda: claim.close(0, [made(4)])  # noqa: E731
-    assert await streamed(claim, data(n=0), wrong, DONE) == [data(n=0), wrong, DONE]
-    claim = claimed()
-    assert await streamed(claim, end, data(n=0), wrong, DONE) == [data(n=0), wrong, DONE]
+    end = lambda: pending.close(0, [made(4)])  # noqa: E731
+    assert await streamed(pending, data(n=0), wrong, DONE) == [data(n=0), wrong, DONE]
+    pending = claimed()
+    assert await streamed(pending, end, data(n=0), wrong, DONE) == [data(n=0), wrong, DONE]
 
 
 def test_a_whole_response_keeps_its_headers() -> None:
@@ -407,7 +407,7 @@ async def test_a_field_that_nobody_hears_is_refused() -> None:
     def answer(body: dict[str, Any]) -> dict[str, Any]:
         return body
 
-    app.add_middleware(RefuseUnheard)
+    app.add_middleware(RefuseIgnoredField)
     asking = {"input": "x", "steering": {"interventions": []}}
     refused = await call(app, "POST", "/v1/responses", json=asking)
     assert refused.status_code == 400
@@ -503,5 +503,5 @@ async def test_a_request_that_was_not_steered_empties_the_prefix_cache() -> None
         emptied.append(True)
 
     with pytest.raises(EngineError, match="its plan could not be read"):
-        await ReceiptCalls(ask, cleanse).fetch("key", {0: 7})
+        await ReceiptFetcher(ask, cleanse).fetch("key", {0: 7})
     assert emptied == [True]

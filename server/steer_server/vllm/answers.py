@@ -14,7 +14,7 @@ from steer.errors import EngineError
 from steer_server.generation.steering import Steering
 from steer_server.http.openai_errors import failure
 from steer_server.metrics import Metrics
-from steer_server.vllm.claims import Claim
+from steer_server.vllm.pending_receipts import PendingReceipts
 
 _DONE = "data: [DONE]"
 _DATA = "data: "
@@ -23,18 +23,18 @@ _ERROR = 'data: {"error"'
 Events = AsyncGenerator[str, None]
 
 
-def receipt_of(claim: Claim) -> dict[str, Any]:
+def receipt_of(pending: PendingReceipts) -> dict[str, Any]:
     """The field `steering` of the response; none where nothing was steered.
 
-    Raises `EngineError` where vLLM answered and the claim was not honoured.
+    Raises `EngineError` where vLLM answered and the receipts did not come.
     """
-    if not claim.complete:
+    if not pending.complete:
         raise EngineError(
             "vLLM ended the request without saying what was applied to it, so the answer is "
             "withheld: try again",
             code="not_steered",
         )
-    receipt = merged(claim.receipts)
+    receipt = merged(pending.receipts)
     return {} if receipt is None else {"steering": receipt.as_json()}
 
 
@@ -47,7 +47,7 @@ def with_fields(response: Response, fields: dict[str, Any]) -> Response:
 
 
 async def with_receipt(
-    events: Events, claim: Claim, steering: Steering, metrics: Metrics
+    events: Events, pending: PendingReceipts, steering: Steering, metrics: Metrics
 ) -> Events:
     """vLLM's events, the receipt on the last one before `[DONE]`.
 
@@ -63,8 +63,8 @@ async def with_receipt(
                     if failed:
                         passing, held = [held, event], ""
                     elif event.startswith(_DONE):
-                        passing, held = [_last(held, claim), event], ""
-                    elif event.startswith(_DATA) and claim.complete:
+                        passing, held = [_last(held, pending), event], ""
+                    elif event.startswith(_DATA) and pending.complete:
                         passing, held = [held], event
                     else:
                         passing = [event]
@@ -80,10 +80,10 @@ class _Failed(Exception):
     """vLLM has told the client of an error; the metrics are to know."""
 
 
-def _last(held: str, claim: Claim) -> str:
+def _last(held: str, pending: PendingReceipts) -> str:
     try:
         content = json.loads(held.removeprefix(_DATA)) if held else {"choices": []}
-        content |= receipt_of(claim)
+        content |= receipt_of(pending)
     except EngineError as error:
         content = failure(error)[1]
     return f"{_DATA}{json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -27,9 +27,9 @@ from steer_server.generation.inspected import inspected
 from steer_server.http.error_route import SteerRoute
 from steer_server.state import Serving
 from steer_server.vllm.answers import receipt_of, with_fields, with_receipt
-from steer_server.vllm.claims import Claim
-from steer_server.vllm.orders import Order, concerns, make_ticket, take_order
-from steer_server.vllm.watch import Watch
+from steer_server.vllm.pending_receipts import PendingReceipts
+from steer_server.vllm.receipt_guard import ReceiptGuard
+from steer_server.vllm.steer_fields import SteerFields, concerns, make_ticket, read_fields
 
 Call = Callable[[Any, Request], Awaitable[Response | None]]
 """One of vLLM's routes; answers None where the client has gone."""
@@ -69,25 +69,25 @@ async def _answered(call: Call, request: Any, raw_request: Request) -> Response 
     if not concerns(request, state.openai_serving_models):
         return await call(request, raw_request)
     serving: Serving = state.steer
-    order = await to_thread.run_sync(take_order, serving, request, state.openai_serving_models)
-    request.model = order.model
-    if order.empty:
+    fields = await to_thread.run_sync(read_fields, serving, request, state.openai_serving_models)
+    request.model = fields.model
+    if fields.empty:
         return await call(request, raw_request)
-    plain = request.model_copy() if order.added.compare else None
-    claim = await _claim(state.steer_watch, serving, order)
-    request.vllm_xargs = {**(request.vllm_xargs or {}), **claim.ticket.as_extra_args()}
+    plain = request.model_copy() if fields.added.compare else None
+    pending = await _expected(state.steer_guard, serving, fields)
+    request.vllm_xargs = {**(request.vllm_xargs or {}), **pending.ticket.as_extra_args()}
     if request.stream:
         response = await call(request, raw_request)
         if isinstance(response, StreamingResponse):
             events = cast("Any", response.body_iterator)
-            response.body_iterator = with_receipt(events, claim, order.steering, serving.metrics)
+            response.body_iterator = with_receipt(events, pending, fields.steering, serving.metrics)
             return response
         if response is None or response.status_code >= 400:
             return response
-        return with_fields(response, receipt_of(claim))
+        return with_fields(response, receipt_of(pending))
     try:
         return await _whole(
-            lambda one: call(one, raw_request), serving, order, claim, request, plain
+            lambda one: call(one, raw_request), serving, fields, pending, request, plain
         )
     except _Refused as refused:
         return refused.response
@@ -101,23 +101,23 @@ class _Refused(Exception):
         self.response = response
 
 
-async def _claim(watch: Watch, serving: Serving, order: Order) -> Claim:
+async def _expected(guard: ReceiptGuard, serving: Serving, fields: SteerFields) -> PendingReceipts:
     issuer = cast("Any", serving.engine).tickets
-    measure = order.added.receipt == "full"
-    make = partial(make_ticket, issuer, serving, order.steering, measure=measure)
-    return watch.claim(await to_thread.run_sync(make))
+    measure = fields.added.receipt == "full"
+    make = partial(make_ticket, issuer, serving, fields.steering, measure=measure)
+    return guard.expect(await to_thread.run_sync(make))
 
 
 async def _whole(
     run: Callable[[Any], Awaitable[Response | None]],
     serving: Serving,
-    order: Order,
-    claim: Claim,
+    fields: SteerFields,
+    pending: PendingReceipts,
     request: Any,
     plain: Any,
 ) -> Response:
     """A response in one piece; `plain` is the same request without steering, to compare with."""
-    steering = order.steering
+    steering = fields.steering
     with serving.metrics.request(steering.profile, steering.vectors, steering.strengths):
         beside = None if plain is None else asyncio.ensure_future(run(plain))
         try:
@@ -131,11 +131,11 @@ async def _whole(
         for answer in (response, default):
             if answer is not None and answer.status_code >= 400:
                 raise _Refused(answer)
-        fields = receipt_of(claim)
+        added = receipt_of(pending)
         if default is not None:
-            fields["default"] = json.loads(bytes(default.body))["choices"]
-        if order.added.inspect is not None:
-            fields["inspect"] = await inspected(
-                serving, order.added.inspect, claim.prompts[0], steering
+            added["default"] = json.loads(bytes(default.body))["choices"]
+        if fields.added.inspect is not None:
+            added["inspect"] = await inspected(
+                serving, fields.added.inspect, pending.prompts[0], steering
             )
-        return with_fields(response, fields)
+        return with_fields(response, added)

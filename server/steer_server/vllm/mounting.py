@@ -32,9 +32,9 @@ from steer_server.settings import ServerSettings
 from steer_server.state import assemble
 from steer_server.vllm import generation, listing
 from steer_server.vllm.figures import expose
-from steer_server.vllm.orders import order_text
+from steer_server.vllm.receipt_guard import ReceiptGuard
 from steer_server.vllm.settings import settings_of
-from steer_server.vllm.watch import Watch
+from steer_server.vllm.steer_fields import fields_of_text
 
 
 def routers() -> list[APIRouter]:
@@ -75,14 +75,17 @@ def _operations(route: BaseRoute) -> set[tuple[str, str]]:
 
 
 async def serve(client: Any, state: Any, environment: Mapping[str, str]) -> None:
-    """Puts a `Serving` and a `Watch` into the application's state. Raises what prevents it."""
+    """Puts a `Serving` and a `ReceiptGuard` into the application's state.
+
+    Raises what prevents it.
+    """
     _check(client.vllm_config.parallel_config)
     served = state.openai_serving_models.base_model_paths[0].name
     settings = settings_of(
         environment, model=client.vllm_config.model_config.model, served_name=served
     )
     registry = await to_thread.run_sync(_registry, settings)
-    # The engine's own requests fetch their receipts themselves, and go past the watch. Its
+    # The engine's own requests fetch their receipts themselves, and go past the guard. Its
     # tokenizer is its own as well: those of Hugging Face may not be used by two threads at once.
     plain = SimpleNamespace(
         generate=client.generate,
@@ -93,8 +96,8 @@ async def serve(client: Any, state: Any, environment: Mapping[str, str]) -> None
     # vLLM's requests are its own: Steer's figures count those that are steered or read.
     load = client.output_processor.get_num_unfinished_requests
     state.steer = assemble(engine, registry, settings, load=load)
-    state.steer_watch = Watch(
-        client, state.steer.metrics, partial(order_text, state.steer, engine.tickets)
+    state.steer_guard = ReceiptGuard(
+        client, state.steer.metrics, partial(fields_of_text, state.steer, engine.tickets)
     )
     expose(state.steer.metrics.registry)
     # A worker's first call waits for this loop, so that it is started from another thread.

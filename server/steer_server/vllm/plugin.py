@@ -19,12 +19,12 @@ class SteerEndpoints:
 
     def attach_router(self, app: Any) -> None:
         """Adds Steer's routes, in place of vLLM's where both have one."""
+        from steer_server.vllm.ignored_field import RefuseIgnoredField  # noqa: PLC0415
         from steer_server.vllm.mounting import mount, routers  # noqa: PLC0415
-        from steer_server.vllm.unheard import RefuseUnheard  # noqa: PLC0415
 
         for router in routers():
             mount(app, router)
-        app.add_middleware(RefuseUnheard)
+        app.add_middleware(RefuseIgnoredField)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:  # noqa: ARG002
         """Opens the registry, and takes its place before the engine."""

@@ -310,7 +310,7 @@ def _receipt(request: GenerationRequest, generated: Sequence[int]) -> Receipt | 
     any_mask = np.zeros(len(fed), dtype=bool)
     at_point: dict[HookPoint, Any] = {}
     gates: dict[str, int] = {}
-    for one in plan.passes:
+    for one in plan.rules:
         mask = one.selection.mask(places, len(request.prompt), fed)
         any_mask |= mask
         for point in one.blocks:
@@ -327,7 +327,7 @@ def _receipt(request: GenerationRequest, generated: Sequence[int]) -> Receipt | 
             for p in plan.points
         ),
         gates=tuple(GateReceipt(name, fired, 0.5) for name, fired in gates.items()),
-        strengths=plan.settled_strengths,
+        strengths=plan.resolved_strengths,
     )
 
 

@@ -20,7 +20,7 @@ from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.library import MemoryLibrary
 from steer.artefacts.sae.base import SAE
 from steer.batch.ledger import Ledger
-from steer.batch.requests import Seat, Span
+from steer.batch.requests import Span, SteeredRequest
 from steer.batch.step import Step, build_step
 from steer.batch.tables import Tables
 from steer.engines.base import Receipt
@@ -96,15 +96,15 @@ class _Rows:
         self._hooked, self._plan = hooked, plan
         self._tables = Tables(hooked.info, slots=1, device=hooked.device)
         self._slot = self._tables.acquire(plan)
-        self._seats: list[Seat] = []
+        self._steered: list[SteeredRequest] = []
         self._fed: list[int] = []
         self._ledger = Ledger(1, hooked.device)
-        self._steady: tuple[int, Step | None] | None = None
+        self._carried: tuple[int, Step | None] | None = None
 
     def receipts(self) -> list[Receipt]:
         return [
-            make_receipt(seat, self._ledger, fed)
-            for seat, fed in zip(self._seats, self._fed, strict=True)
+            make_receipt(steered, self._ledger, fed)
+            for steered, fed in zip(self._steered, self._fed, strict=True)
         ]
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -123,14 +123,14 @@ class _Rows:
         self, ids: Tensor | None, shape: Tensor, past: int, mask: Tensor | None
     ) -> Step | None:
         count, columns = shape.shape[:2]
-        if past and columns == 1 and self._steady is not None and self._steady[0] == count:
+        if past and columns == 1 and self._carried is not None and self._carried[0] == count:
             self._fed = [fed + 1 for fed in self._fed]
-            return self._steady[1]
+            return self._carried[1]
         padding = _padding(mask, count, past + columns)
         if past == 0:
             self._restart(count, [columns - p for p in padding])
         spans = []
-        for row, seat in enumerate(self._seats):
+        for row, steered in enumerate(self._steered):
             first = max(padding[row] - past, 0)
             places = np.arange(
                 past + first - padding[row], past + columns - padding[row], dtype=np.int64
@@ -138,31 +138,32 @@ class _Rows:
             tokens = np.full(len(places), -1, dtype=np.int64)
             if ids is not None and self._reads_tokens:
                 tokens = ids[row, first:].cpu().numpy().astype(np.int64)
-            spans.append(Span(seat, row * columns + first, places, tokens))
+            spans.append(Span(steered, row * columns + first, places, tokens))
             self._fed[row] += len(places)
         step = build_step(self._tables, self._ledger, spans, count * columns)
-        if past and columns == 1 and self._is_steady():
-            self._steady = (count, step)
+        if past and columns == 1 and self._is_fixed():
+            self._carried = (count, step)
         return step
 
     @property
     def _reads_tokens(self) -> bool:
-        return any(one.selection.reads_tokens for one in self._plan.passes)
+        return any(one.selection.reads_tokens for one in self._plan.rules)
 
-    def _is_steady(self) -> bool:
+    def _is_fixed(self) -> bool:
         """Whether the step just built, for the tokens at `fed` − 1, holds for all that follow."""
-        bounds = [seat.steady_from for seat in self._seats]
+        bounds = [steered.fixed_from for steered in self._steered]
         return not self._plan.gated and all(
             bound is not None and fed > bound for bound, fed in zip(bounds, self._fed, strict=True)
         )
 
     def _restart(self, count: int, lengths: list[int]) -> None:
         self._ledger = Ledger(count, self._hooked.device)
-        self._seats = [
-            Seat(row, length, self._plan, self._slot) for row, length in enumerate(lengths)
+        self._steered = [
+            SteeredRequest(row, length, self._plan, self._slot)
+            for row, length in enumerate(lengths)
         ]
         self._fed = [0] * count
-        self._steady = None
+        self._carried = None
 
 
 def _padding(mask: Tensor | None, rows: int, columns: int) -> list[int]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steer.batch.requests import Seat, Span
+from steer.batch.requests import Span, SteeredRequest
 from steer.batch.step import Step, build_step
 from steer.batch.tables import Tables
 from steer.engines.base import GenerationRequest, TokenEvent
@@ -20,7 +20,7 @@ from steer.engines.transformers.cache import RollingCache
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.prompts import run_prompts
 from steer.engines.transformers.proof import prove_steering
-from steer.engines.transformers.sequences import Running, Seating, take_tokens
+from steer.engines.transformers.sequences import RequestRows, RunningSequence, take_tokens
 
 
 class RollingBatch:
@@ -44,38 +44,40 @@ class RollingBatch:
         self.eos, self._prefill_tokens, self._chunk = eos, prefill_tokens, chunk
         self.max_length = hooked.info.max_length
         # Captures are seated beside a full batch.
-        self._seating = Seating(tables, 2 * rows)
-        self.ledger = self._seating.ledger
-        self.sequences: list[Running] = []
+        self._request_rows = RequestRows(tables, 2 * rows)
+        self.ledger = self._request_rows.ledger
+        self.sequences: list[RunningSequence] = []
         self._cache = RollingCache(hooked.info.n_layers, hooked.device)
-        self._steady: Step | None = None
-        self._steady_known = False
+        self._carried: Step | None = None
+        self._carried_known = False
 
     @property
     def free(self) -> int:
         """Places left for new sequences."""
         return self.rows - len(self.sequences)
 
-    def seat(self, request: GenerationRequest) -> Seat:
+    def take(self, request: GenerationRequest) -> SteeredRequest:
         """Takes a slot and a ledger row; raises `CapacityError` when all slots are in use."""
-        return self._seating.take(request)
+        return self._request_rows.take(request)
 
-    def unseat(self, seat: Seat) -> None:
-        """Gives back what `seat` took."""
-        self._seating.give_back(seat)
+    def give_back(self, steered: SteeredRequest) -> None:
+        """Gives back what `take` took."""
+        self._request_rows.give_back(steered)
 
-    def join(self, newcomers: Sequence[Running]) -> list[tuple[Running, TokenEvent]]:
+    def join(
+        self, newcomers: Sequence[RunningSequence]
+    ) -> list[tuple[RunningSequence, TokenEvent]]:
         """Computes the prompts, samples their first tokens and adds the sequences to the batch.
 
         Prompts of like length are computed together, at most `prefill_tokens` at a time.
         """
-        events: list[tuple[Running, TokenEvent]] = []
+        events: list[tuple[RunningSequence, TokenEvent]] = []
         for group in self._groups(newcomers):
             done = run_prompts(
                 self.hooked,
                 self.tables,
                 self.ledger,
-                [s.seat for s in group],
+                [s.steered for s in group],
                 [s.request.prompt for s in group],
                 chunk=self._chunk,
             )
@@ -87,30 +89,30 @@ class RollingBatch:
         self._changed()
         return events
 
-    def decode(self) -> list[tuple[Running, TokenEvent]]:
+    def decode(self) -> list[tuple[RunningSequence, TokenEvent]]:
         """One token for every sequence."""
         logits = self._forward()
         self._cache.advance()
         return self._take(self.sequences, logits)
 
-    def leave(self, sequence: Running) -> None:
+    def leave(self, sequence: RunningSequence) -> None:
         """Takes a sequence out of the batch."""
         row = next(n for n, s in enumerate(self.sequences) if s is sequence)
         self._cache.remove(row)
         last = self.sequences.pop()
         if last is not sequence:
             self.sequences[row] = last
-        self.unseat(sequence.seat)
+        self.give_back(sequence.steered)
         self._changed()
 
-    def clear(self) -> list[Running]:
+    def clear(self) -> list[RunningSequence]:
         """Takes every sequence out, after a failure; returns them."""
         left, self.sequences = self.sequences, []
         # The failed pass may have left the cache half-written.
         self._cache = RollingCache(self.hooked.info.n_layers, self.hooked.device)
         for sequence in left:
-            self.unseat(sequence.seat)
-        self._steady_known = False
+            self.give_back(sequence.steered)
+        self._carried_known = False
         return left
 
     def lend(self) -> None:
@@ -138,30 +140,30 @@ class RollingBatch:
 
     def _step(self) -> Step | None:
         """The step of this decode; the same object as long as nobody's slots can change."""
-        if self._steady_known:
-            return self._steady
+        if self._carried_known:
+            return self._carried
         spans = [
             Span(
-                s.seat,
+                s.steered,
                 row,
                 np.array([s.fed], dtype=np.int64),
                 np.array([s.tokens[-1]], dtype=np.int64),
             )
             for row, s in enumerate(self.sequences)
-            if s.seat.plan is not None
+            if s.steered.plan is not None
         ]
         step = build_step(self.tables, self.ledger, spans, len(self.sequences))
-        if all(s.steady for s in self.sequences):
-            self._steady, self._steady_known = step, True
+        if all(s.fixed for s in self.sequences):
+            self._carried, self._carried_known = step, True
         return step
 
     def _changed(self) -> None:
-        self._steady_known = False
+        self._carried_known = False
         self._cache.trim()
 
     def _take(
-        self, sequences: Sequence[Running], logits: Tensor
-    ) -> list[tuple[Running, TokenEvent]]:
+        self, sequences: Sequence[RunningSequence], logits: Tensor
+    ) -> list[tuple[RunningSequence, TokenEvent]]:
         """Samples from each row; finished sequences leave the batch."""
         events = take_tokens(list(sequences), logits, self.ledger, self.eos)
         for sequence, event in events:
@@ -169,8 +171,8 @@ class RollingBatch:
                 self.leave(sequence)
         return events
 
-    def _groups(self, newcomers: Sequence[Running]) -> list[list[Running]]:
-        groups: list[list[Running]] = []
+    def _groups(self, newcomers: Sequence[RunningSequence]) -> list[list[RunningSequence]]:
+        groups: list[list[RunningSequence]] = []
         longest = 0
         for sequence in sorted(newcomers, key=lambda s: len(s.request.prompt)):
             length = len(sequence.request.prompt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from steer.batch.requests import SteeredRequest
 from steer.engines.base import Captured, CaptureRequest, GenerationRequest
 from steer.engines.transformers.prompts import run_prompts
 from steer.engines.transformers.sequences import Batch
@@ -35,22 +36,22 @@ def _capture_group(
     prompts: Sequence[Sequence[int]],
     plans: Sequence[SteeringPlan | None],
 ) -> list[Captured]:
-    seats = []
+    requests: list[SteeredRequest] = []
     try:
         for prompt, plan in zip(prompts, plans, strict=True):
-            seats.append(batch.seat(GenerationRequest("capture", tuple(prompt), plan=plan)))
+            requests.append(batch.take(GenerationRequest("capture", tuple(prompt), plan=plan)))
         done = run_prompts(
             batch.hooked,
             batch.tables,
             batch.ledger,
-            seats,
+            requests,
             prompts,
             points=request.points,
             logits=request.logits,
         )
     finally:
-        for seat in seats:
-            batch.unseat(seat)
+        for one in requests:
+            batch.give_back(one)
     width = max(map(len, prompts))
     results = []
     for row, prompt in enumerate(prompts):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.artefacts.sae.architectures import SUPPORTED
-from steer.batch.tables import MAX_PASSES, Tables
+from steer.batch.tables import MAX_RULES, Tables
 from steer.engines.base import (
     Captured,
     CaptureRequest,
@@ -87,7 +87,7 @@ class TransformersEngine:
             sae_architectures=SUPPORTED,
             sampling=("temperature", "top_p", "top_k", "seed", "stop", "n", "logprobs"),
             inspection=("patchscope", "logit_lens", "activations"),
-            limits={"slots": slots, "passes": MAX_PASSES, "batch": rows},
+            limits={"slots": slots, "passes": MAX_RULES, "batch": rows},
         )
 
     @classmethod

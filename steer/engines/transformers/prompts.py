@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from steer.batch.ledger import Ledger
-from steer.batch.requests import Seat, Span
+from steer.batch.requests import Span, SteeredRequest
 from steer.batch.step import Step, build_step
 from steer.batch.tables import Tables
 from steer.engines.transformers.hooks import HookedModel
@@ -37,14 +37,14 @@ def run_prompts(
     hooked: HookedModel,
     tables: Tables,
     ledger: Ledger,
-    seats: Sequence[Seat],
+    requests: Sequence[SteeredRequest],
     prompts: Sequence[Sequence[int]],
     *,
     points: tuple[HookPoint, ...] = (),
     logits: Literal["none", "last", "all"] = "last",
     chunk: int = 512,
 ) -> PromptPass:
-    """Computes all prompts, each row with its seat's steering."""
+    """Computes all prompts, each row with its own request's steering."""
     width = max(map(len, prompts))
     ids = np.zeros((len(prompts), width), dtype=np.int64)
     mask = np.zeros((len(prompts), width), dtype=np.int64)
@@ -59,7 +59,7 @@ def run_prompts(
     kept_logits: list[Tensor] = []
     for start in range(0, width, chunk):
         end = min(start + chunk, width)
-        step = _step(tables, ledger, seats, prompts, width, start, end)
+        step = _step(tables, ledger, requests, prompts, width, start, end)
         last = end == width
         wanted = end - start if logits == "all" else 1
         outputs, states = hooked.forward(
@@ -86,7 +86,7 @@ def run_prompts(
 def _step(
     tables: Tables,
     ledger: Ledger,
-    seats: Sequence[Seat],
+    requests: Sequence[SteeredRequest],
     prompts: Sequence[Sequence[int]],
     width: int,
     start: int,
@@ -95,12 +95,12 @@ def _step(
     """The step for columns `start` to `end` of the padded batch."""
     spans = []
     columns = end - start
-    for row, (seat, prompt) in enumerate(zip(seats, prompts, strict=True)):
+    for row, (steered, prompt) in enumerate(zip(requests, prompts, strict=True)):
         padding = width - len(prompt)
         first = max(start, padding)
-        if seat.plan is None or first >= end:
+        if steered.plan is None or first >= end:
             continue
         positions = np.arange(first - padding, end - padding, dtype=np.int64)
         tokens = np.asarray(prompt[first - padding : end - padding], dtype=np.int64)
-        spans.append(Span(seat, row * columns + first - start, positions, tokens))
+        spans.append(Span(steered, row * columns + first - start, positions, tokens))
     return build_step(tables, ledger, spans, len(prompts) * columns)

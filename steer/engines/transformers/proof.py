@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from steer.batch.ledger import Ledger
-from steer.batch.requests import Seat, Span
+from steer.batch.requests import Span, SteeredRequest
 from steer.batch.step import build_step
 from steer.batch.tables import Tables
 from steer.engines.proof import probe_plan, unchanged
@@ -53,8 +53,8 @@ def _probe(hooked: HookedModel, site: Site, ids: torch.Tensor) -> torch.Tensor:
     positions = np.arange(_PROBE_LENGTH, dtype=np.int64)
     for layer in range(hooked.info.n_layers):
         plan = probe_plan(hooked.info, HookPoint(layer, site))
-        seat = Seat(layer, _PROBE_LENGTH, plan, tables.acquire(plan))
-        spans.append(Span(seat, layer * _PROBE_LENGTH, positions, positions + 1))
+        steered = SteeredRequest(layer, _PROBE_LENGTH, plan, tables.acquire(plan))
+        spans.append(Span(steered, layer * _PROBE_LENGTH, positions, positions + 1))
     ledger = Ledger(hooked.info.n_layers + 1, hooked.device)
     step = build_step(tables, ledger, spans, ids.numel())
     outputs, _ = hooked.forward(step, input_ids=ids, use_cache=False)

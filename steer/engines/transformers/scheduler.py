@@ -20,7 +20,7 @@ import torch
 
 from steer.engines.base import GenerationRequest, TokenEvent
 from steer.engines.transformers.sampling import Sampler
-from steer.engines.transformers.sequences import Batch, Running
+from steer.engines.transformers.sequences import Batch, RunningSequence
 from steer.errors import EngineError, SteerError
 
 Result = TypeVar("Result")
@@ -38,7 +38,7 @@ class Listener(Protocol):
 
 
 @dataclass
-class Ticket:
+class Submission:
     """A submitted request; `cancel` may be called from any thread, at any time."""
 
     request: GenerationRequest
@@ -71,9 +71,9 @@ class Scheduler:
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
-        self._inbox: queue.SimpleQueue[Ticket | Callable[[], None] | None] = queue.SimpleQueue()
-        self._waiting: deque[Ticket] = deque()
-        self._tickets: dict[int, Ticket] = {}
+        self._inbox: queue.SimpleQueue[Submission | Callable[[], None] | None] = queue.SimpleQueue()
+        self._waiting: deque[Submission] = deque()
+        self._tickets: dict[int, Submission] = {}
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._starting = threading.Lock()
@@ -92,11 +92,11 @@ class Scheduler:
                 self._thread.join()
                 self._thread = None
 
-    def submit(self, request: GenerationRequest, listener: Listener) -> Ticket:
+    def submit(self, request: GenerationRequest, listener: Listener) -> Submission:
         """Queues `request`; its tokens, or the reason why there are none, go to `listener`."""
-        ticket = Ticket(request, listener)
-        self._send(ticket)
-        return ticket
+        submission = Submission(request, listener)
+        self._send(submission)
+        return submission
 
     def run(self, job: Callable[[], Result]) -> Result:
         """The result of `job`, run in the engine's thread between two steps."""
@@ -119,7 +119,7 @@ class Scheduler:
         self._send(work)
         return future.result()
 
-    def _send(self, item: Ticket | Callable[[], None]) -> None:
+    def _send(self, item: Submission | Callable[[], None]) -> None:
         # Under the lock of `stop`: an item behind the request to stop would never be answered.
         with self._starting:
             self._ensure_thread()
@@ -151,8 +151,8 @@ class Scheduler:
             self.figures.running = len(self._batch.sequences)
             self.figures.waiting = len(self._waiting)
         self._batch.lend()
-        for ticket in self._waiting:
-            _refuse(ticket, EngineError("the engine is stopping"))
+        for submission in self._waiting:
+            _refuse(submission, EngineError("the engine is stopping"))
         self._waiting.clear()
 
     def _read_inbox(self, block: bool) -> None:
@@ -164,7 +164,7 @@ class Scheduler:
             block = False
             if item is None:
                 self._stopping = True
-            elif isinstance(item, Ticket):
+            elif isinstance(item, Submission):
                 self._waiting.append(item)
             else:
                 item()
@@ -173,25 +173,25 @@ class Scheduler:
         for sequence in [s for s in self._batch.sequences if self._tickets[id(s)].cancelled]:
             self._batch.leave(sequence)
             del self._tickets[id(sequence)]
-        if any(ticket.cancelled for ticket in self._waiting):
+        if any(submission.cancelled for submission in self._waiting):
             self._waiting = deque(t for t in self._waiting if not t.cancelled)
 
     def _admit(self, touched: dict[int, Listener]) -> None:
-        newcomers: list[Running] = []
+        newcomers: list[RunningSequence] = []
         while self._waiting and len(newcomers) < self._batch.free and not self._stopping:
-            ticket = self._waiting[0]
-            plan = ticket.request.plan
+            submission = self._waiting[0]
+            plan = submission.request.plan
             if plan is not None and not self._batch.tables.can_acquire(plan):
-                self.figures.slot_waits += not ticket.waited
-                ticket.waited = True
+                self.figures.slot_waits += not submission.waited
+                submission.waited = True
                 break
             self._waiting.popleft()
             try:
-                newcomers.append(self._running(ticket))
+                newcomers.append(self._running(submission))
             except SteerError as error:
-                _refuse(ticket, error)
+                _refuse(submission, error)
             except Exception as error:
-                _refuse(ticket, _engine_error(error))
+                _refuse(submission, _engine_error(error))
         if newcomers:
             try:
                 self._hand_out(self._batch.join(newcomers), touched)
@@ -200,7 +200,7 @@ class Scheduler:
                 raise
 
     def _fail_newcomers(
-        self, newcomers: list[Running], error: Exception, touched: dict[int, Listener]
+        self, newcomers: list[RunningSequence], error: Exception, touched: dict[int, Listener]
     ) -> None:
         """Fails those that the batch does not hold: not yet taken in, or already let go."""
         present = {id(s) for s in self._batch.sequences}
@@ -208,40 +208,40 @@ class Scheduler:
             if id(sequence) in present or id(sequence) not in self._tickets:
                 continue
             if not sequence.tokens:
-                self._batch.unseat(sequence.seat)
+                self._batch.give_back(sequence.steered)
             listener = self._tickets.pop(id(sequence)).listener
             listener.fail(_engine_error(error))
             touched[id(listener)] = listener
 
-    def _running(self, ticket: Ticket) -> Running:
-        request = ticket.request
+    def _running(self, submission: Submission) -> RunningSequence:
+        request = submission.request
         room = self._batch.max_length - len(request.prompt)
         sampler = Sampler(request.sampling, self._batch.hooked.device)
-        sequence = Running(
+        sequence = RunningSequence(
             request,
-            self._batch.seat(request),
+            self._batch.take(request),
             sampler,
             min(request.sampling.max_tokens, room),
         )
-        self._tickets[id(sequence)] = ticket
+        self._tickets[id(sequence)] = submission
         return sequence
 
     def _hand_out(
-        self, events: list[tuple[Running, TokenEvent]], touched: dict[int, Listener]
+        self, events: list[tuple[RunningSequence, TokenEvent]], touched: dict[int, Listener]
     ) -> None:
         for sequence, event in events:
-            ticket = self._tickets[id(sequence)]
+            submission = self._tickets[id(sequence)]
             if event.finish:
                 del self._tickets[id(sequence)]
-            if not ticket.cancelled:
-                ticket.listener.put(event)
-                touched[id(ticket.listener)] = ticket.listener
+            if not submission.cancelled:
+                submission.listener.put(event)
+                touched[id(submission.listener)] = submission.listener
 
     def _fail_batch(self, error: Exception, touched: dict[int, Listener]) -> None:
         for sequence in self._batch.clear():
-            ticket = self._tickets.pop(id(sequence))
-            ticket.listener.fail(_engine_error(error))
-            touched[id(ticket.listener)] = ticket.listener
+            submission = self._tickets.pop(id(sequence))
+            submission.listener.fail(_engine_error(error))
+            touched[id(submission.listener)] = submission.listener
 
 
 def _engine_error(error: Exception) -> SteerError:
@@ -251,6 +251,6 @@ def _engine_error(error: Exception) -> SteerError:
     return EngineError(f"the engine failed: {type(error).__name__}: {error}")
 
 
-def _refuse(ticket: Ticket, error: SteerError) -> None:
-    ticket.listener.fail(error)
-    ticket.listener.flush()
+def _refuse(submission: Submission, error: SteerError) -> None:
+    submission.listener.fail(error)
+    submission.listener.flush()

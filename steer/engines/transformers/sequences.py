@@ -1,4 +1,4 @@
-"""What both forms of the running batch share: sequences, their seats, their next tokens."""
+"""What both forms of the running batch share: sequences, their steered, their next tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from steer.batch.ledger import Ledger
-from steer.batch.requests import Seat
+from steer.batch.requests import SteeredRequest
 from steer.batch.tables import Tables
 from steer.engines.base import (
     FinishReason,
@@ -22,11 +22,11 @@ from steer.engines.transformers.sampling import Sampler, choose, logprobs
 
 
 @dataclass
-class Running:
+class RunningSequence:
     """A request that runs, and what it has produced so far."""
 
     request: GenerationRequest
-    seat: Seat
+    steered: SteeredRequest
     sampler: Sampler
     limit: int
     tokens: list[int] = field(default_factory=list)
@@ -37,12 +37,12 @@ class Running:
         return len(self.request.prompt) + len(self.tokens) - 1
 
     @property
-    def steady(self) -> bool:
+    def fixed(self) -> bool:
         """Whether the slots of the tokens to come can no longer change."""
-        plan = self.seat.plan
-        if plan is None or not plan.passes:
+        plan = self.steered.plan
+        if plan is None or not plan.rules:
             return True
-        bound = self.seat.steady_from
+        bound = self.steered.fixed_from
         return not plan.gated and bound is not None and self.fed >= bound
 
 
@@ -57,7 +57,7 @@ class Batch(Protocol):
     hooked: HookedModel
     tables: Tables
     ledger: Ledger
-    sequences: list[Running]
+    sequences: list[RunningSequence]
     rows: int
     max_length: int
     """The longest sequence, prompt and generated tokens together, that can run here."""
@@ -66,22 +66,24 @@ class Batch(Protocol):
     def free(self) -> int:
         """Places left for new sequences."""
 
-    def seat(self, request: GenerationRequest) -> Seat:
+    def take(self, request: GenerationRequest) -> SteeredRequest:
         """Takes a slot and a ledger row; raises `CapacityError` when all slots are in use."""
 
-    def unseat(self, seat: Seat) -> None:
-        """Gives back what `seat` took."""
+    def give_back(self, steered: SteeredRequest) -> None:
+        """Gives back what `take` took."""
 
-    def join(self, newcomers: Sequence[Running]) -> list[tuple[Running, TokenEvent]]:
+    def join(
+        self, newcomers: Sequence[RunningSequence]
+    ) -> list[tuple[RunningSequence, TokenEvent]]:
         """Takes sequences in; the tokens that this already gave."""
 
-    def decode(self) -> list[tuple[Running, TokenEvent]]:
+    def decode(self) -> list[tuple[RunningSequence, TokenEvent]]:
         """One forward pass; the tokens that it gave. Finished sequences have left."""
 
-    def leave(self, sequence: Running) -> None:
+    def leave(self, sequence: RunningSequence) -> None:
         """Takes a sequence out of the batch."""
 
-    def clear(self) -> list[Running]:
+    def clear(self) -> list[RunningSequence]:
         """Takes every sequence out, after a failure; returns them."""
 
     def lend(self) -> None:
@@ -91,30 +93,30 @@ class Batch(Protocol):
         """The start-up proof: raises `Unsupported` where steering would not be exact here."""
 
 
-class Seating:
-    """Slots and ledger rows, for at most `rows` seats at a time."""
+class RequestRows:
+    """Slots and ledger rows, for at most `rows` steered at a time."""
 
     def __init__(self, tables: Tables, rows: int) -> None:
         self._tables = tables
         self.ledger = Ledger(rows, tables.device)
         self._free = list(range(rows - 1, -1, -1))
 
-    def take(self, request: GenerationRequest) -> Seat:
-        """A seat for `request`; raises `CapacityError` when all slots are in use."""
+    def take(self, request: GenerationRequest) -> SteeredRequest:
+        """A steered for `request`; raises `CapacityError` when all slots are in use."""
         slot = 0 if request.plan is None else self._tables.acquire(request.plan)
         row = self._free.pop()
         self.ledger.reset(row)
-        return Seat(row, len(request.prompt), request.plan, slot, request.measure)
+        return SteeredRequest(row, len(request.prompt), request.plan, slot, request.measure)
 
-    def give_back(self, seat: Seat) -> None:
-        if seat.plan is not None:
-            self._tables.release(seat.plan)
-        self._free.append(seat.row)
+    def give_back(self, steered: SteeredRequest) -> None:
+        if steered.plan is not None:
+            self._tables.release(steered.plan)
+        self._free.append(steered.row)
 
 
 def take_tokens(
-    sequences: Sequence[Running], logits: Tensor, ledger: Ledger, eos: frozenset[int]
-) -> list[tuple[Running, TokenEvent]]:
+    sequences: Sequence[RunningSequence], logits: Tensor, ledger: Ledger, eos: frozenset[int]
+) -> list[tuple[RunningSequence, TokenEvent]]:
     """Chooses each sequence's next token from its row of float32 logits `[n, vocab]`.
 
     The event of a sequence that ends here carries the reason and the receipt.
@@ -132,8 +134,8 @@ def take_tokens(
         elif len(sequence.tokens) >= sequence.limit:
             finish = "length"
         receipt = None
-        if finish and sequence.seat.plan is not None:
-            receipt = make_receipt(sequence.seat, ledger, sequence.fed)
+        if finish and sequence.steered.plan is not None:
+            receipt = make_receipt(sequence.steered, ledger, sequence.fed)
         events.append((sequence, TokenEvent(token, logprob, finish, receipt)))
     return events
 

@@ -32,16 +32,16 @@ def check_gates(plan: SteeringPlan, stages: int) -> None:
 
 
 def own_part(plan: SteeringPlan, owns: Callable[[HookPoint], bool]) -> SteeringPlan:
-    """`plan` without the edits of other stages; its passes keep their numbers.
+    """`plan` without the edits of other stages; its rules keep their numbers.
 
     Raises `Unsupported` for a plan with gates.
     """
     check_gates(plan, stages=2)
-    passes = tuple(
+    rules = tuple(
         replace(one, blocks={point: block for point, block in one.blocks.items() if owns(point)})
-        for one in plan.passes
+        for one in plan.rules
     )
-    return replace(plan, passes=passes)
+    return replace(plan, rules=rules)
 
 
 def merged_answers(workers: Sequence[Answers]) -> list[dict[int, dict[str, Any]]]:

@@ -42,7 +42,7 @@ class Ticket:
     `key` names what the request leaves behind (receipt, captured states); `n` is the number of
     choices that share it. `plan` is the plan's hash in the plan store, None where the request is
     only read. `rows` is the number of edit rows that the plan takes in the tables. `selections`
-    has one entry per pass of the plan.
+    has one entry per rule of the plan.
     """
 
     key: str
@@ -90,10 +90,10 @@ class Ticket:
                 code="invalid_ticket",
             ) from error
 
-    def pattern(
+    def selected(
         self, positions: NDArray[np.int64], prompt_length: int, tokens: NDArray[np.int64]
     ) -> NDArray[np.uint8]:
-        """Which passes select each token, as bits `[T]`: pass n is bit n."""
+        """Which rules select each token, as bits `[T]`: rule n is bit n."""
         bits = np.zeros(len(positions), dtype=np.uint8)
         for number, selection in enumerate(self.selections):
             chosen = selection.mask(positions, prompt_length, tokens)
@@ -118,7 +118,7 @@ def _read(content: Mapping[str, Any]) -> Ticket:
         capture = CaptureOrder(points, tuple(int(position) for position in order["positions"]))
     selections = tuple(selection_from_json(one) for one in content.get("selections", ()))
     if len(selections) > 8:
-        raise ValueError(f"{len(selections)} passes")
+        raise ValueError(f"{len(selections)} rules")
     return Ticket(
         key=str(content["key"]),
         n=int(content["n"]),

@@ -70,11 +70,11 @@ def anchored(plan: SteeringPlan, prompt_length: int) -> SteeringPlan:
             "the KL of a gated spec is not measured: leave out 'when'", code="unsupported_gate"
         )
     passes = tuple(
-        replace(one, selection=one.selection.anchored(prompt_length)) for one in plan.passes
+        replace(one, selection=one.selection.anchored(prompt_length)) for one in plan.rules
     )
     name = f"{plan.fingerprint} anchored at {prompt_length}"
     digest = hashlib.sha256(name.encode()).hexdigest()[:32]
-    return replace(plan, fingerprint=digest, passes=passes)
+    return replace(plan, fingerprint=digest, rules=passes)
 
 
 def _read(

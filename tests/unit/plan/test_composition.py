@@ -48,7 +48,7 @@ def add(name: str, **more: Any) -> dict[str, Any]:
 
 def shifts(found: SteeringPlan, point: HookPoint) -> list[Tensor]:
     """What each pass adds at `point`."""
-    blocks = [one.blocks[point] for one in found.passes if point in one.blocks]
+    blocks = [one.blocks[point] for one in found.rules if point in one.blocks]
     return [block.shift for block in blocks if block.shift is not None]
 
 
@@ -142,7 +142,7 @@ def test_the_same_vector_twice_counts_once() -> None:
     torch.testing.assert_close(second, 0.2 * first)
     (relative,) = (
         one.blocks[HookPoint(1)].write
-        for one in found.passes
+        for one in found.rules
         if one.blocks[HookPoint(1)].write is not None
     )
     assert relative is not None

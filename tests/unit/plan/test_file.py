@@ -143,7 +143,7 @@ def test_a_loaded_plan_equals_the_compiled_one(name: str) -> None:
         assert getattr(back, field) == getattr(plan, field)
     assert back.describe() == plan.describe()
     assert edit_rows(back) == edit_rows(plan)
-    for mine, other in zip(back.passes, plan.passes, strict=True):
+    for mine, other in zip(back.rules, plan.rules, strict=True):
         assert mine.selection == other.selection
         assert (mine.gate and mine.gate.identity) == (other.gate and other.gate.identity)
         assert mine.blocks.keys() == other.blocks.keys()
@@ -157,7 +157,7 @@ def test_loaded_blocks_act_the_same_to_the_bit(name: str) -> None:
     plan = compiled(name)
     back = load_plan(dump_plan(plan), encoder)
     generator = torch.Generator().manual_seed(1)
-    for mine, other in zip(back.passes, plan.passes, strict=True):
+    for mine, other in zip(back.rules, plan.rules, strict=True):
         for point, block in other.blocks.items():
             x = 3 * torch.randn(40, shape_of().width(point.site), generator=generator)
             assert torch.equal(apply(mine.blocks[point], x), apply(block, x))
@@ -171,8 +171,8 @@ def test_equal_plans_give_equal_bytes(name: str) -> None:
     ).plan(parse_spec(SPECS[name]))
     assert again is not compiled(name)
     assert dump_plan(again) == dump_plan(compiled(name))
-    reordered = [replace(p, blocks=dict(reversed(p.blocks.items()))) for p in again.passes]
-    assert dump_plan(replace(again, passes=tuple(reordered))) == dump_plan(again)
+    reordered = [replace(p, blocks=dict(reversed(p.blocks.items()))) for p in again.rules]
+    assert dump_plan(replace(again, rules=tuple(reordered))) == dump_plan(again)
 
 
 def test_other_plans_give_other_bytes() -> None:
@@ -467,5 +467,5 @@ def test_flipped_bytes_raise_our_own_errors_or_none(name: str, draw: st.DataObje
         plan = load_plan(bytes(data), encoder)
     except SteerError:
         return
-    assert all(isinstance(b, Block) for p in plan.passes for b in p.blocks.values())
+    assert all(isinstance(b, Block) for p in plan.rules for b in p.blocks.values())
     dump_plan(plan)

@@ -35,7 +35,7 @@ def cache(**changes: Any) -> PlanCache:
 
 def run(plan: SteeringPlan, point: HookPoint, x: torch.Tensor, ids: np.ndarray) -> torch.Tensor:
     """The plan's passes in order, without tables."""
-    for one in plan.passes:
+    for one in plan.rules:
         if point in one.blocks:
             mask = torch.from_numpy(one.selection.mask(np.arange(len(x)), PROMPT, ids))
             x = torch.where(mask[:, None], apply(one.blocks[point], x), x)
@@ -88,13 +88,13 @@ def ablate(vector: str = "v0", **fields: Any) -> dict[str, Any]:
 
 
 def passes(*items: dict[str, Any], **rest: Any) -> int:
-    return len(cache().plan(parse_spec({"interventions": list(items), **rest})).passes)
+    return len(cache().plan(parse_spec({"interventions": list(items), **rest})).rules)
 
 
 def test_neighbouring_constants_fuse() -> None:
     items = [add(f"v{n % 6}", strength=0.5 + n) for n in range(40)]
     plan = cache().plan(parse_spec({"interventions": items}))
-    (only,) = plan.passes
+    (only,) = plan.rules
     (block,) = only.blocks.values()
     assert block.is_shift
     vectors = artefacts()["vectors"]
@@ -191,7 +191,7 @@ def test_a_name_that_means_another_version_is_compiled_anew() -> None:
     vectors["v"] = random_vector(2, 1)
     after = plans.plan(spec)
     assert after.fingerprint != before.fingerprint
-    (block,) = after.passes[0].blocks.values()
+    (block,) = after.rules[0].blocks.values()
     assert block.shift is not None
     assert torch.equal(block.shift, vectors["v"][1])
 

@@ -73,7 +73,7 @@ def test_from_steady_on_the_mask_is_constant(
     where: Where, prompt_length: int, ids: list[int]
 ) -> None:
     selection = resolve(where, None)
-    steady = selection.steady_from(prompt_length)
+    steady = None if selection.reads_tokens else selection.fixed_from(prompt_length)
     mask = selection.mask(np.arange(LENGTH), prompt_length, np.array(ids))
     if steady is None:
         assert selection.reads_tokens
@@ -86,10 +86,10 @@ def test_from_settled_on_the_mask_is_a_function_of_the_token(
     where: Where, prompt_length: int, ids: list[int]
 ) -> None:
     selection = resolve(where, None)
-    settled = selection.settled_from(prompt_length)
+    resolved = selection.fixed_from(prompt_length)
     mask = selection.mask(np.arange(LENGTH), prompt_length, np.array(ids))
     seen: dict[int, bool] = {}
-    for token, chosen in list(zip(ids, mask.tolist(), strict=True))[settled:]:
+    for token, chosen in list(zip(ids, mask.tolist(), strict=True))[resolved:]:
         assert seen.setdefault(token, chosen) == chosen
 
 

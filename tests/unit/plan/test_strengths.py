@@ -51,18 +51,18 @@ def test_it_means_the_number_it_becomes(asked: Any, number: float) -> None:
     assert entry["requested"] == asked
     assert entry["strength"] == pytest.approx(number)
     assert found.strengths == (entry["strength"],)
-    assert found.settled_strengths == (
+    assert found.resolved_strengths == (
         {"intervention": 0, "requested": asked, "strength": entry["strength"], "capped": False},
     )
     plain = plans.plan(parse_spec(spec(entry["strength"])))
     assert plain.fingerprint == found.fingerprint
-    assert plain.settled_strengths == ()
+    assert plain.resolved_strengths == ()
 
 
 def test_a_plan_file_says_what_was_asked_for() -> None:
     found = cache().plan(parse_spec(spec({"kl": 0.1})))
     read = load_plan(dump_plan(found), no_encoder)
-    assert read.settled_strengths == found.settled_strengths
+    assert read.resolved_strengths == found.resolved_strengths
     assert (read.fingerprint, read.spec) == (found.fingerprint, found.spec)
 
 
@@ -83,7 +83,7 @@ def test_on_vllm_each_request_tells_its_own_strength() -> None:
     assert len(files) == 2
     for plan, ticket in zip(found, tickets, strict=True):
         read = load_plan(files[ticket.plan or ""], no_encoder)
-        assert read.settled_strengths == plan.settled_strengths
+        assert read.resolved_strengths == plan.resolved_strengths
 
 
 def no_encoder(sha256: str) -> Any:
@@ -91,7 +91,7 @@ def no_encoder(sha256: str) -> Any:
 
 
 def test_no_effect_is_no_edit() -> None:
-    assert cache().plan(parse_spec(spec({"effect": 0.0}))).passes == ()
+    assert cache().plan(parse_spec(spec({"effect": 0.0}))).rules == ()
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_vector_that_composition_changes_is_not_the_one_that_was_calibrated() 
     asked = spec("auto", layers=[1])
     other = {**asked["interventions"][0], "vector": "plain", "strength": 1.0}
     both = {"interventions": [other, *asked["interventions"]]}
-    assert cache().plan(parse_spec(both)).settled_strengths
+    assert cache().plan(parse_spec(both)).resolved_strengths
     with pytest.raises(SteerError, match="compose") as caught:
         cache().plan(parse_spec({**both, "compose": "orthogonal"}))
     assert caught.value.code == "not_calibrated"
@@ -146,7 +146,7 @@ def test_the_same_use_said_outright_is_the_same() -> None:
 def test_without_a_limit_any_number_goes() -> None:
     plans = cache()
     for strength in (-1, 3, 50, {"norm": 0.3}):
-        assert plans.plan(parse_spec(spec(strength, layers=[2]))).settled_strengths == ()
+        assert plans.plan(parse_spec(spec(strength, layers=[2]))).resolved_strengths == ()
 
 
 @pytest.mark.parametrize("strength", [2.001, -0.1, 50, {"norm": 0.3}])
@@ -162,7 +162,7 @@ def test_a_limit_can_refuse(strength: Any) -> None:
 def test_a_limit_can_cap(strength: float, capped: float) -> None:
     plans = cache("cap")
     found = plans.plan(parse_spec(spec(strength)))
-    assert found.settled_strengths == (
+    assert found.resolved_strengths == (
         {"intervention": 0, "requested": strength, "strength": capped, "capped": True},
     )
     assert found.fingerprint == plans.plan(parse_spec(spec(capped))).fingerprint
@@ -173,7 +173,7 @@ def test_a_limit_holds_a_vector_to_its_calibrated_use(limit: str) -> None:
     plans = cache(limit)
     assert plans.plan(parse_spec(spec(1.5))).strengths == (1.5,)
     assert plans.plan(parse_spec(spec(None))).strengths == (1.0,)
-    assert plans.plan(parse_spec(spec("auto"))).settled_strengths
+    assert plans.plan(parse_spec(spec("auto"))).resolved_strengths
     with pytest.raises(SteerError) as caught:
         plans.plan(parse_spec(spec(1.0, layers=[2])))
     assert caught.value.code == "not_calibrated"

@@ -342,8 +342,8 @@ def test_a_plan_travels_from_a_registry_to_a_worker(registry: Registry, tmp_path
     worker = PlanStore(tmp_path / "registry")
     back = load_plan(worker.get(sha256), worker.sae_encoder, model=shape_of())
     assert back.fingerprint == plan.fingerprint
-    (mine,), (other,) = back.passes[0].blocks.values(), plan.passes[0].blocks.values()
-    assert torch.equal(mine.competition.read, other.competition.read)
+    (mine,), (other,) = back.rules[0].blocks.values(), plan.rules[0].blocks.values()
+    assert torch.equal(mine.cutoff.read, other.cutoff.read)
     with Registry.open(tmp_path / "registry") as reopened:  # which cleans up its own folders only
         assert reopened.entry("sae", "topk")
     assert worker.get(sha256)

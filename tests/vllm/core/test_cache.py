@@ -117,7 +117,7 @@ def assert_exact(engine: VllmEngine, plan: SteeringPlan | None, found: Answer) -
     assert mine_receipt is not None
     assert other_receipt is not None
     assert other_receipt.tokens_cached == 0
-    if any(one.gate is not None and not one.gate.prompt_scope for one in plan.passes):
+    if any(one.gate is not None and not one.gate.prompt_scope for one in plan.rules):
         return  # whether a gate opened for a cached token is not known
     expected = {**other_receipt.as_json(), "tokens_cached": mine_receipt.tokens_cached}
     assert vllm_engine.plain(mine_receipt.as_json()) == vllm_engine.plain(expected)
@@ -127,7 +127,7 @@ def assert_exact(engine: VllmEngine, plan: SteeringPlan | None, found: Answer) -
     for n in range(found.cached):
         chosen = [
             one.selection.mask(torch.tensor([n]).numpy(), length, ids[n : n + 1])[0]
-            for one in plan.passes
+            for one in plan.rules
         ]
         steered += any(chosen)
     assert mine_receipt.tokens_cached == steered
@@ -291,7 +291,7 @@ def test_what_a_failed_request_left_in_the_cache_is_not_taken_for_steered(
     engine: VllmEngine, plans: Plans, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """A plan cannot be read for a moment; its request ran unsteered, under the plan's name."""
-    seats = steering(engine).seats
+    seats = steering(engine).requests
 
     def unreadable(sha256: str) -> SteeringPlan:
         raise StorageError("the disk is away")

@@ -26,22 +26,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steer.artefacts.library import MemoryLibrary
-from steer.batch.position_ledger import PositionLedger
-from steer.batch.requests import Seat, Span
+from steer.batch.ledger import PositionLedger
+from steer.batch.requests import Span, SteeredRequest
 from steer.batch.step import build_step
 from steer.batch.tables import Tables
 from steer.edits import Block
-from steer.engines.vllm.static import form as graph_form
-from steer.engines.vllm.static import kernel as triton_form
-from steer.engines.vllm.static.form import GraphForm, set_form
+from steer.engines.vllm.static import form as static_form
+from steer.engines.vllm.static import kernel
+from steer.engines.vllm.static.form import StaticForm, set_form
 from steer.engines.vllm.static.rows import rows_needed
-from steer.engines.vllm.static.tables import GraphTables
+from steer.engines.vllm.static.tables import StaticTables
 from steer.engines.vllm.taps.forward_pass import ForwardPass
 from steer.engines.vllm.taps.taps import SITES, points_of, tap_of
 from steer.errors import CapacityError, EngineError, SteerError, TooLarge, Unsupported
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
-from steer.plan.plan import Pass, SteeringPlan
+from steer.plan.plan import Rule, SteeringPlan
 from steer.plan.selection import EVERYWHERE
 from steer.spec import parse_spec
 
@@ -67,8 +67,8 @@ def plan_of(*interventions: dict[str, Any], **fields: Any) -> SteeringPlan:
     return PLANS.plan(parse_spec({"interventions": list(interventions), **fields}))
 
 
-def make_form(ledger: PositionLedger, *, taps: Any = TAPS, edit_rows: int = 128) -> GraphForm:
-    form = GraphForm(
+def make_form(ledger: PositionLedger, *, taps: Any = TAPS, edit_rows: int = 128) -> StaticForm:
+    form = StaticForm(
         MODEL,
         taps,
         max_requests=SLOTS,
@@ -126,14 +126,16 @@ class Simulation:
             ledger.reset(request.row)
         self.running.append(request)
 
-    def _seats(self, request: Request) -> tuple[Seat, Seat]:
+    def _steered(self, request: Request) -> tuple[SteeredRequest, SteeredRequest]:
         if request.plan is not None and request.slots is None:
             tables = (self.tables, self.form.tables)
             first, second = (table.acquire(request.plan) for table in tables)
             request.slots = first, second
         first, second = request.slots or (0, 0)
-        seat = Seat(request.row, request.prompt_length, request.plan, first, request.measure)
-        return seat, replace(seat, slot=second)
+        request = SteeredRequest(
+            request.row, request.prompt_length, request.plan, first, request.measure
+        )
+        return request, replace(request, slot=second)
 
     def _free_slots(self, request: Request) -> None:
         if request.plan is not None and request.slots is not None:
@@ -156,8 +158,8 @@ class Simulation:
             end = request.computed + self.draw.randint(1, left)
             positions = np.arange(request.computed, end)
             chunk = request.tokens[request.computed : end]
-            for found, seat in zip(spans, self._seats(request), strict=True):
-                found.append(Span(seat, len(ids), positions, np.array(chunk)))
+            for found, steered in zip(spans, self._steered(request), strict=True):
+                found.append(Span(steered, len(ids), positions, np.array(chunk)))
             ids += chunk
             self.windows += request.computed < request.prompt_length < end
             request.computed = end
@@ -181,9 +183,9 @@ class Simulation:
             running.finish()
         rows = np.full(total, -1, dtype=np.int64)
         positions = np.zeros(total, dtype=np.int64)
-        for span in (span for span in spans[0] if span.seat.plan is not None):
+        for span in (span for span in spans[0] if span.request.plan is not None):
             place = slice(span.offset, span.offset + len(span.positions))
-            rows[place], positions[place] = span.seat.row, span.positions
+            rows[place], positions[place] = span.request.row, span.positions
         self.ledgers[0].expect(rows, positions)
         reference.finish()
         self._same_ledgers()
@@ -214,7 +216,7 @@ class Simulation:
 
     def _same_ledgers(self) -> None:
         reference, actual = self.ledgers
-        assert np.array_equal(reference.bits, actual.bits)
+        assert np.array_equal(reference.applied, actual.applied)
         assert np.array_equal(reference.tokens, actual.tokens)
         assert torch.equal(reference.gate_open, actual.gate_open)
         close(actual.gate_value, reference.gate_value, TOLERANCE[self.dtype])
@@ -228,12 +230,12 @@ class Simulation:
         for tap, halves in zip(TAPS, states, strict=True):
             touched = torch.zeros(len(halves[0][0]), dtype=torch.bool)
             for span in spans:
-                plan = span.seat.plan
+                plan = span.request.plan
                 for n, position in enumerate(span.positions):
-                    bits = int(self.ledgers[1].bits[span.seat.row, position]) if plan else 0
+                    bits = int(self.ledgers[1].applied[span.request.row, position]) if plan else 0
                     touched[span.offset + n] = plan is not None and any(
                         bits >> number & 1
-                        for number, one in enumerate(plan.passes)
+                        for number, one in enumerate(plan.rules)
                         for point in one.blocks
                         if tap_of(point) == tap
                     )
@@ -263,7 +265,7 @@ def random_when(draw: random.Random) -> dict[str, Any]:
 
 def random_plan(draw: random.Random) -> SteeringPlan:
     """Any kind at any site, gated or not; what the tables refuse is drawn again."""
-    tables = GraphTables(MODEL, [points_of(tap, LAYERS) for tap in TAPS], slots=1, edit_rows=128)
+    tables = StaticTables(MODEL, [points_of(tap, LAYERS) for tap in TAPS], slots=1, edit_rows=128)
     while True:
         raw = random_spec(draw, layers=LAYERS, longest=4)
         for item in raw["interventions"]:
@@ -322,7 +324,7 @@ def test_the_simulation_meets_what_it_is_about(monkeypatch: pytest.MonkeyPatch) 
         simulation = Simulation(seed, torch.float32)
         simulation.run(requests)
         steered = [r.plan for r in requests if r.plan is not None]
-        gates = [one.gate for plan in steered for one in plan.passes if one.gate is not None]
+        gates = [one.gate for plan in steered for one in plan.rules if one.gate is not None]
         windows += simulation.windows
         resumed += simulation.resumed
         held += sum(gate.prompt_scope for gate in gates)
@@ -345,12 +347,12 @@ def test_tokens_behind_the_last_of_the_prompt_take_its_decision(opens: bool, spl
     plan = plan_of({**KINDS["patch"], "when": {"vector": "resid_mid-0", **bound}})
     ledger = PositionLedger(1, LONGEST, torch.device("cpu"))
     form = make_form(ledger)
-    seat = Seat(0, 3, plan, form.tables.acquire(plan))
+    request = SteeredRequest(0, 3, plan, form.tables.acquire(plan))
     row = REFERENCE.row("v3", 1)
 
     def edited(start: int, stop: int) -> list[bool]:
         positions = np.arange(start, stop)
-        running = form.begin([Span(seat, 1, positions, positions)], stop - start + 1, no_fault)
+        running = form.begin([Span(request, 1, positions, positions)], stop - start + 1, no_fault)
         assert running is not None
         half = torch.randn(stop - start + 2, WIDTH, generator=_generator)
         other = torch.randn(half.shape, generator=_generator) if split else None
@@ -367,7 +369,7 @@ def test_tokens_behind_the_last_of_the_prompt_take_its_decision(opens: bool, spl
     assert edited(2, 6) == [opens] * 4
     assert edited(6, 7) == [opens]
     assert edited(4, 5) == [opens]
-    assert ledger.bits[0, :7].tolist() == [0, 0, *[opens] * 5]
+    assert ledger.applied[0, :7].tolist() == [0, 0, *[opens] * 5]
     ledger.reset(0)
     assert edited(5, 6) == [False]
     assert edited(0, 6) == [False, False, *[opens] * 4]
@@ -400,9 +402,9 @@ def test_every_kind_is_what_its_paper_says(name: str, norm: str | None) -> None:
     plan = PLANS.plan(spec)
     ledger = PositionLedger(1, LONGEST, torch.device("cpu"))
     form = make_form(ledger)
-    seat = Seat(0, 5, plan, form.tables.acquire(plan))
+    request = SteeredRequest(0, 5, plan, form.tables.acquire(plan))
     x = torch.randn(5, WIDTH, generator=_generator)
-    running = form.begin([Span(seat, 0, np.arange(5), np.arange(5))], 5, no_fault)
+    running = form.begin([Span(request, 0, np.arange(5), np.arange(5))], 5, no_fault)
     assert running is not None
     half = 0.4 * x
     other = x - half
@@ -421,19 +423,19 @@ def test_rows_of_any_width(width: int) -> None:
     laws = torch.tensor([[0.1, -0.2, 0.3, 0.4, -1.0, 1.0, 1.0]])
     block = Block(shift, read[None], write[None], laws, preserve_norm=True)
     plan = replace(
-        plan_of(KINDS["ablate"]), passes=(Pass(EVERYWHERE, None, {point: block}),), fingerprint="w"
+        plan_of(KINDS["ablate"]), rules=(Rule(EVERYWHERE, None, {point: block}),), fingerprint="w"
     )
     ledger = PositionLedger(1, 4, torch.device("cpu"))
-    form = GraphForm(
+    form = StaticForm(
         model, [2], max_requests=1, batch_tokens=4, edit_rows=1, device=torch.device("cpu")
     )
     form.bind(lambda: ledger)
-    seat = Seat(0, 2, plan, form.tables.acquire(plan))
+    request = SteeredRequest(0, 2, plan, form.tables.acquire(plan))
     x = torch.randn(3, width, generator=_generator)
     from steer.edits import apply
 
     wanted = torch.cat([apply(block, x[:2]), x[2:]])
-    form.begin([Span(seat, 0, np.arange(2), np.arange(2))], 2, no_fault)
+    form.begin([Span(request, 0, np.arange(2), np.arange(2))], 2, no_fault)
     form.edit(2, x, None)
     close(x, wanted, 1e-5)
     assert torch.equal(x[2], wanted[2])
@@ -442,11 +444,11 @@ def test_rows_of_any_width(width: int) -> None:
 def test_a_row_without_a_direction_has_no_norm_to_keep() -> None:
     """What is rescaled is zero: it stays zero, and is not 0 · ∞."""
     block = Block(shift=torch.zeros(WIDTH), replace=True, preserve_norm=True)
-    plan = replace(plan_of(KINDS["patch"]), passes=(Pass(EVERYWHERE, None, {HookPoint(1): block}),))
+    plan = replace(plan_of(KINDS["patch"]), rules=(Rule(EVERYWHERE, None, {HookPoint(1): block}),))
     form = make_form(PositionLedger(1, LONGEST, torch.device("cpu")))
-    seat = Seat(0, 2, plan, form.tables.acquire(plan))
+    request = SteeredRequest(0, 2, plan, form.tables.acquire(plan))
     x = torch.full((2, WIDTH), 10.0)
-    form.begin([Span(seat, 0, np.arange(2), np.arange(2))], 2, no_fault)
+    form.begin([Span(request, 0, np.arange(2), np.arange(2))], 2, no_fault)
     form.edit(tap_of(HookPoint(1)), x, None)
     assert torch.equal(x, torch.zeros_like(x))
 
@@ -482,13 +484,13 @@ def test_a_replayed_graph_steers_by_what_the_buffers_say_then(
     """The launches are captured once, with nobody steered, and run again for other batches."""
     ledgers = [PositionLedger(ROWS, LONGEST, torch.device("cpu")) for _ in range(2)]
     form, tables = make_form(ledgers[1]), Tables(MODEL, slots=SLOTS)
-    recorder = Recorder(triton_form._edit_group)
-    monkeypatch.setattr(triton_form, "_edit_group", recorder)
+    recorder = Recorder(kernel._edit_group)
+    monkeypatch.setattr(kernel, "_edit_group", recorder)
     halves = [(torch.zeros(8, WIDTH), torch.zeros(8, WIDTH)) for _ in TAPS]
     set_form(form)
     with NoOperations():
         for tap, (hidden, residual) in zip(TAPS, halves, strict=True):
-            graph_form._edit_pair(hidden, residual, tap)
+            static_form._edit_pair(hidden, residual, tap)
     set_form(None)
     assert len(recorder.launches) == len(TAPS)
 
@@ -499,8 +501,8 @@ def test_a_replayed_graph_steers_by_what_the_buffers_say_then(
         spans: tuple[list[Span], list[Span]] = ([], [])
         for row, plan in enumerate(plans[number : number + 2]):
             for found, table in zip(spans, (tables, form.tables), strict=True):
-                seat = Seat(row, 2, plan, table.acquire(plan))
-                found.append(Span(seat, 3 * row, np.arange(3), np.array([4, 5, 6])))
+                request = SteeredRequest(row, 2, plan, table.acquire(plan))
+                found.append(Span(request, 3 * row, np.arange(3), np.array([4, 5, 6])))
                 ledgers[0].reset(row)
                 ledgers[1].reset(row)
         reference = ForwardPass(build_step(tables, ledgers[0], spans[0], 6), 6, LAYERS)
@@ -536,8 +538,8 @@ def test_the_operators_are_traced_and_change_their_arguments() -> None:
     ledger = PositionLedger(1, LONGEST, torch.device("cpu"))
     form = make_form(ledger)
     plan = plan_of(KINDS["ablate"], KINDS["add"])
-    seat = Seat(0, 4, plan, form.tables.acquire(plan))
-    form.begin([Span(seat, 0, np.arange(4), np.arange(4))], 4, no_fault)
+    request = SteeredRequest(0, 4, plan, form.tables.acquire(plan))
+    form.begin([Span(request, 0, np.arange(4), np.arange(4))], 4, no_fault)
     tap = tap_of(HookPoint(1))
 
     def layer(hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -633,7 +635,7 @@ def test_what_gates_did_is_written_down_when_it_has_come_back(
         events.append(Event())
         return values.clone(), events[-1]
 
-    monkeypatch.setattr(graph_form, "_bring_back", bring_back)
+    monkeypatch.setattr(static_form, "_bring_back", bring_back)
     ledger = PositionLedger(2, LONGEST, torch.device("cpu"))
     form = make_form(ledger)
     gate = {"vector": "v0", "above": -1e9, "measure": "projection", "layer": 0}
@@ -641,11 +643,14 @@ def test_what_gates_did_is_written_down_when_it_has_come_back(
         plan_of({**KINDS["ablate"], "when": {**gate, "scope": "token"}}),
         plan_of(KINDS["add"]),
     ]
-    seats = [Seat(row, 2, plan, form.tables.acquire(plan)) for row, plan in enumerate(plans)]
+    requests = [
+        SteeredRequest(row, 2, plan, form.tables.acquire(plan)) for row, plan in enumerate(plans)
+    ]
 
     def compute(start: int) -> None:
         spans = [
-            Span(seat, row, np.array([start]), np.array([3])) for row, seat in enumerate(seats)
+            Span(request, row, np.array([start]), np.array([3]))
+            for row, request in enumerate(requests)
         ]
         running = form.begin(spans, 2, no_fault)
         assert running is not None
@@ -656,12 +661,12 @@ def test_what_gates_did_is_written_down_when_it_has_come_back(
 
     compute(2)
     compute(3)
-    assert (ledger.bits[:, 2:4] == 0xFFFF).all()
+    assert (ledger.applied[:, 2:4] == 0xFFFF).all()
     events[0].done = True
-    form.settle()
-    assert (ledger.bits[:, 2:4] == [[1, 0xFFFF], [1, 0xFFFF]]).all()
-    form.settle(wait=True)
-    assert (ledger.bits[:, 2:4] == 1).all()
+    form.collect()
+    assert (ledger.applied[:, 2:4] == [[1, 0xFFFF], [1, 0xFFFF]]).all()
+    form.collect(wait=True)
+    assert (ledger.applied[:, 2:4] == 1).all()
     assert ledger.tokens[:, 1].tolist() == [2, 2]
 
 
@@ -671,12 +676,12 @@ def test_a_calm_pass_is_run_again_at_other_positions() -> None:
     form = make_form(ledger)
     plan = plan_of(KINDS["add"])
     positions = np.array([2])
-    seat = Seat(0, 2, plan, form.tables.acquire(plan), measure=True)
-    running = form.begin([Span(seat, 0, positions, np.array([3]))], 1, no_fault)
+    request = SteeredRequest(0, 2, plan, form.tables.acquire(plan), measure=True)
+    running = form.begin([Span(request, 0, positions, np.array([3]))], 1, no_fault)
     assert running is not None
     first = torch.randn(1, WIDTH, generator=_generator)
     form.edit(tap_of(HookPoint(1)), first.clone(), None)  # a pass that failed
-    running = form.begin([Span(seat, 0, positions, np.array([3]))], 1, no_fault)
+    running = form.begin([Span(request, 0, positions, np.array([3]))], 1, no_fault)
     assert running is not None
     for position in (2, 3, 4):
         positions[0] = position
@@ -684,7 +689,7 @@ def test_a_calm_pass_is_run_again_at_other_positions() -> None:
         for tap in TAPS:
             form.edit(tap, x, None)
         running.finish()
-    assert (ledger.bits[0, 2:5] == 1).all()
+    assert (ledger.applied[0, 2:5] == 1).all()
     size = (x - first).norm() / first.norm()
     assert ledger.relative[HookPoint(1)][0].item() == pytest.approx(3 * size.item(), rel=1e-4)
 
@@ -694,10 +699,10 @@ def test_a_tap_that_was_not_reached_is_a_fault() -> None:
     form = make_form(ledger)
     gate = {"vector": "v0", "above": 0.0, "layer": 0}
     plan = plan_of({**KINDS["ablate"], "when": gate})
-    seat = Seat(0, 2, plan, form.tables.acquire(plan))
+    request = SteeredRequest(0, 2, plan, form.tables.acquire(plan))
     for left_out in (tap_of(HookPoint(0)), tap_of(HookPoint(1))):
         faults: list[str] = []
-        running = form.begin([Span(seat, 0, np.arange(2), np.arange(2))], 2, faults.append)
+        running = form.begin([Span(request, 0, np.arange(2), np.arange(2))], 2, faults.append)
         assert running is not None
         for tap in set(TAPS) - {left_out}:
             form.edit(tap, torch.ones(2, WIDTH), torch.ones(2, WIDTH))
@@ -714,15 +719,15 @@ def edits(count: int, name: str, *, gate: Any = None) -> SteeringPlan:
     rows = torch.randn(count, WIDTH, generator=_generator)
     block = Block(read=rows, write=rows, laws=torch.zeros(count, 7))
     made = plan_of(KINDS["ablate"])
-    return replace(made, fingerprint=name, passes=(Pass(EVERYWHERE, gate, {HookPoint(0): block}),))
+    return replace(made, fingerprint=name, rules=(Rule(EVERYWHERE, gate, {HookPoint(0): block}),))
 
 
-def small_tables(**sizes: int) -> GraphTables:
+def small_tables(**sizes: int) -> StaticTables:
     groups = [points_of(tap, LAYERS) for tap in TAPS]
-    return GraphTables(MODEL, groups, **{"slots": 3, "edit_rows": 10, **sizes})
+    return StaticTables(MODEL, groups, **{"slots": 3, "edit_rows": 10, **sizes})
 
 
-def addresses(tables: GraphTables) -> list[int]:
+def addresses(tables: StaticTables) -> list[int]:
     bank = tables.bank(0)
     own = (tables.work, tables.group_work, tables.blocks, tables.gate_rows)
     rows = (bank.read, bank.write, bank.laws, bank.following, bank.constants, bank.gates)
@@ -775,7 +780,7 @@ def test_a_plan_that_could_never_fit_is_refused_by_name() -> None:
         tables.check(competing)
     assert topk.value.code == "unsupported_sae"
     elsewhere = replace(
-        edits(1, "f"), passes=(Pass(EVERYWHERE, None, {HookPoint(0, "mlp_act"): Block()}),)
+        edits(1, "f"), rules=(Rule(EVERYWHERE, None, {HookPoint(0, "mlp_act"): Block()}),)
     )
     with pytest.raises(Unsupported, match=r"0\.mlp_act"):
         tables.check(elsewhere)

@@ -147,7 +147,7 @@ def test_preempted_requests_go_on_as_they_were(
         sampling = SamplingParams(max_tokens=40, temperature=0, logprobs=2, ignore_eos=True)
         clients.append(Client(GenerationRequest(name, prompt, sampling, plans[name]), name))
 
-    resumed, seats = [], steering(engine).seats
+    resumed, seats = [], steering(engine).requests
     resume = seats.resume
 
     def resume_watched(req_id: str, ticket: Any) -> bool:
@@ -296,7 +296,7 @@ def test_a_resumed_request_keeps_its_gates_and_its_ledger_in_another_slot(
     by_hand: v2_by_hand.ByHand, plans: Plans
 ) -> None:
     plan = plans["a prompt gate on what is generated"]
-    (gate,) = [one.gate for one in plan.passes]
+    (gate,) = [one.gate for one in plan.rules]
     opens = gate.direction * 10
     tokens = list(range(10, 20))
     for name in ("a", "b", "c"):
@@ -318,7 +318,7 @@ def test_another_request_of_the_same_name_starts_anew(
     by_hand: v2_by_hand.ByHand, plans: Plans
 ) -> None:
     plan = plans["a prompt gate on what is generated"]
-    (gate,) = [one.gate for one in plan.passes]
+    (gate,) = [one.gate for one in plan.rules]
     by_hand.request("a", range(10, 20), 8, plan)
     by_hand.step({"a": 8}, new=["a"], stream=gate.direction * 10)
     other = by_hand.request("a", range(10, 20), 8, plan)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from steer.batch.requests import Seat, Span
+from steer.batch.requests import Span, SteeredRequest
 from steer.batch.step import Step, build_step
 from steer.batch.tables import Tables
 from steer.engines.base import GenerationRequest, TokenEvent
@@ -20,7 +20,7 @@ from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.packed.model import Chunk, PackedModel, PackedOptions
 from steer.engines.transformers.packed.proof import prove_packed
 from steer.engines.transformers.proof import prove_steering
-from steer.engines.transformers.sequences import Running, Seating, take_tokens
+from steer.engines.transformers.sequences import RequestRows, RunningSequence, take_tokens
 from steer.errors import EngineError
 
 
@@ -28,7 +28,7 @@ from steer.errors import EngineError
 class _Packed:
     """A sequence and how much of it the cache holds."""
 
-    sequence: Running
+    sequence: RunningSequence
     key: str
     computed: int = 0
 
@@ -60,32 +60,34 @@ class PackedBatch:
     ) -> None:
         self.hooked, self.tables, self.rows, self.eos = hooked, tables, rows, eos
         # Captures are seated beside a full batch.
-        self._seating = Seating(tables, 2 * rows)
-        self.ledger = self._seating.ledger
-        self.sequences: list[Running] = []
+        self._request_rows = RequestRows(tables, 2 * rows)
+        self.ledger = self._request_rows.ledger
+        self.sequences: list[RunningSequence] = []
         self.packed_model = PackedModel(hooked, rows=rows, options=options)
         self.max_length = min(hooked.info.max_length, self.packed_model.capacity)
         self._packed: dict[str, _Packed] = {}
         self._keys: dict[int, str] = {}
         self._joined = 0
-        self._steady: tuple[tuple[str, ...], Step | None] | None = None
+        self._carried: tuple[tuple[str, ...], Step | None] | None = None
 
     @property
     def free(self) -> int:
         """Places left for new sequences."""
         return self.rows - len(self.sequences)
 
-    def seat(self, request: GenerationRequest) -> Seat:
+    def take(self, request: GenerationRequest) -> SteeredRequest:
         """Takes a slot and a ledger row; raises `CapacityError` when all slots are in use."""
-        self._steady = None  # the tables may change
-        return self._seating.take(request)
+        self._carried = None  # the tables may change
+        return self._request_rows.take(request)
 
-    def unseat(self, seat: Seat) -> None:
-        """Gives back what `seat` took."""
-        self._steady = None
-        self._seating.give_back(seat)
+    def give_back(self, steered: SteeredRequest) -> None:
+        """Gives back what `take` took."""
+        self._carried = None
+        self._request_rows.give_back(steered)
 
-    def join(self, newcomers: Sequence[Running]) -> list[tuple[Running, TokenEvent]]:
+    def join(
+        self, newcomers: Sequence[RunningSequence]
+    ) -> list[tuple[RunningSequence, TokenEvent]]:
         """Queues sequences; their first tokens come from `decode`."""
         for sequence in newcomers:
             self._joined += 1
@@ -95,7 +97,7 @@ class PackedBatch:
             self.packed_model.add(key, sequence.request.prompt)
         return []
 
-    def decode(self) -> list[tuple[Running, TokenEvent]]:
+    def decode(self) -> list[tuple[RunningSequence, TokenEvent]]:
         """One pass: a token for every sequence whose prompt is computed, and parts of prompts."""
         chunks = self.packed_model.next()
         logits = self.packed_model.forward(chunks, self._step(chunks))
@@ -109,21 +111,21 @@ class PackedBatch:
                 self.leave(sequence)
         return events
 
-    def leave(self, sequence: Running) -> None:
+    def leave(self, sequence: RunningSequence) -> None:
         """Takes a sequence out of the batch."""
         key = self._keys.pop(id(sequence))
         del self._packed[key]
         self.sequences = [s for s in self.sequences if s is not sequence]
         self.packed_model.remove(key)
-        self.unseat(sequence.seat)
+        self.give_back(sequence.steered)
 
-    def clear(self) -> list[Running]:
+    def clear(self) -> list[RunningSequence]:
         """Takes every sequence out, after a failure; returns them."""
         left, self.sequences = self.sequences, []
         self._packed.clear()
         self._keys.clear()
         for sequence in left:
-            self.unseat(sequence.seat)
+            self.give_back(sequence.steered)
         self.packed_model.reset()
         return left
 
@@ -143,17 +145,17 @@ class PackedBatch:
         order = tuple(chunk.key for chunk in chunks)
         # A final chunk of one token is the next token of its sequence, never an old one.
         decoding = all(chunk.length == 1 and chunk.final for chunk in chunks)
-        if decoding and self._steady is not None and self._steady[0] == order:
-            return self._steady[1]
+        if decoding and self._carried is not None and self._carried[0] == order:
+            return self._carried[1]
         spans, offset = [], 0
         for chunk in chunks:
             packed = self._packed[chunk.key]
-            if packed.sequence.seat.plan is not None:
+            if packed.sequence.steered.plan is not None:
                 spans.append(_span(packed, chunk, offset))
             offset += chunk.length
         step = build_step(self.tables, self.ledger, spans, offset)
-        if decoding and all(self._packed[key].sequence.steady for key in order):
-            self._steady = (order, step)
+        if decoding and all(self._packed[key].sequence.fixed for key in order):
+            self._carried = (order, step)
         return step
 
     def _check_place(self, packed: _Packed, chunk: Chunk) -> None:
@@ -165,10 +167,10 @@ class PackedBatch:
                 f"transformers planned tokens from position {chunk.start} of a sequence of which "
                 f"{packed.computed} are computed: the states between them would not be ours"
             )
-        self.ledger.recount(packed.sequence.seat.row)
+        self.ledger.recount(packed.sequence.steered.row)
 
 
 def _span(packed: _Packed, chunk: Chunk, offset: int) -> Span:
     positions = np.arange(chunk.start, chunk.start + chunk.length, dtype=np.int64)
     tokens = np.array(packed.ids(chunk.start, chunk.length), dtype=np.int64)
-    return Span(packed.sequence.seat, offset, positions, tokens)
+    return Span(packed.sequence.steered, offset, positions, tokens)

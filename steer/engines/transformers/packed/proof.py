@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from steer.batch.ledger import Ledger
-from steer.batch.requests import Seat, Span
+from steer.batch.requests import Span, SteeredRequest
 from steer.batch.step import Step, build_step
 from steer.batch.tables import Tables
 from steer.engines.proof import probe_plan
@@ -63,14 +63,14 @@ def _prove_edit(model: PackedModel, point: HookPoint) -> None:
     plan = probe_plan(model.hooked.info, point)
     length = len(_PROMPTS[0])
     positions = np.arange(length, dtype=np.int64)
-    seat = Seat(0, length, plan, tables.acquire(plan))
-    span = Span(seat, 0, positions, np.array(_PROMPTS[0], dtype=np.int64))
+    steered = SteeredRequest(0, length, plan, tables.acquire(plan))
+    span = Span(steered, 0, positions, np.array(_PROMPTS[0], dtype=np.int64))
     ledger = Ledger(1, model.hooked.device)
     step = build_step(tables, ledger, [span], sum(map(len, _PROMPTS)))
     plain, _ = _packed_logits(model, None)
-    steered, _ = _packed_logits(model, step)
-    kept = _close(steered[1], plain[1], model.dtype)
-    acted = (steered[0] - plain[0]).norm() > 10 * (steered[1] - plain[1]).norm()
+    edited, _ = _packed_logits(model, step)
+    kept = _close(edited[1], plain[1], model.dtype)
+    acted = (edited[0] - plain[0]).norm() > 10 * (edited[1] - plain[1]).norm()
     if not (acted and kept):
         raise Unsupported(
             f"in packed batches of {model.hooked.info.architecture}, an edit at {point} does not "

@@ -13,16 +13,16 @@ from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache, wraps
 from typing import Any, NamedTuple
 
-from steer.batch.tables import MAX_PASSES
+from steer.batch.tables import MAX_RULES
 from steer.engines.vllm.core.scheduler import holds_back
 from steer.engines.vllm.options import KEY, SteerOptions, is_static, registry_location
 from steer.engines.vllm.seams import CHECKED, known
 from steer.engines.vllm.static.rows import budget_rows
-from steer.engines.vllm.static.tables import no_competition
+from steer.engines.vllm.static.tables import no_cutoff
 from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
 from steer.errors import SpecError, SteerError, TooLarge, Unsupported
 from steer.plan.file import load_plan
-from steer.plan.plan import check_passes
+from steer.plan.plan import check_rules
 from steer.plan.selection import Selection
 from steer.registry.blobs.plan_store import PlanStore
 
@@ -254,12 +254,12 @@ class PlanCheck:
                 code="invalid_ticket",
             )
         if facts.competes and is_static(config, SteerOptions.of(config.additional_config)):
-            raise no_competition()
+            raise no_cutoff()
 
     def _look(self, plan: str) -> _Facts:
         loaded = load_plan(self._store.get(plan), self._store.sae_encoder)
-        check_passes(len(loaded.passes), MAX_PASSES)
-        selections = tuple(one.selection for one in loaded.passes)
-        blocks = [block for one in loaded.passes for block in one.blocks.values()]
-        competes = any(block.competition is not None for block in blocks)
+        check_rules(len(loaded.rules), MAX_RULES)
+        selections = tuple(one.selection for one in loaded.rules)
+        blocks = [block for one in loaded.rules for block in one.blocks.values()]
+        competes = any(block.cutoff is not None for block in blocks)
         return _Facts(loaded.fingerprint, budget_rows(loaded), selections, competes)

@@ -5,7 +5,7 @@ to every block that ends after the first steered position of a request:
 
     ("steer", "<fingerprint>:<digest of the plan's hash and of the pattern>")
 
-The pattern is which passes select each token of the block. It belongs in the key, because a
+The pattern is which rules select each token of the block. It belongs in the key, because a
 fingerprint does not say where it acts. Take a spec that steers the prompt only: request A has the
 prompt X and generates Y; request B has the prompt X + Y. The tokens and the fingerprint are equal,
 and Y is plain in A and steered in B. Names are chained, so a block's name covers the pattern from
@@ -70,7 +70,7 @@ class Footprint:
         if end <= self.scanned:
             return
         start, self.scanned = self.scanned, end
-        bits = _pattern(self.ticket, request, start, end)
+        bits = _selected(self.ticket, request, start, end)
         if self.first is None:
             self.first = _first(bits != 0, start)
         if self.first_gated is None and self.gated:
@@ -83,7 +83,7 @@ class Footprint:
         self.scan(request, end)
         if self.first is None or self.first >= end:
             return None
-        bits = _pattern(self.ticket, request, start, end)
+        bits = _selected(self.ticket, request, start, end)
         digest = hashlib.sha256(self.ticket.plan.encode() + bits.tobytes()).hexdigest()
         text = f"{self.ticket.fingerprint}:{digest}"
         if self.first_gated is not None and self.first_gated < end:
@@ -178,11 +178,11 @@ def _footprint(request: Any) -> Footprint | None:
     return memo if isinstance(memo, Footprint) else None
 
 
-def _pattern(ticket: Ticket, request: Any, start: int, end: int) -> Any:
-    """Which passes select each of the positions `start` to `end`, as bits `[end - start]`."""
+def _selected(ticket: Ticket, request: Any, start: int, end: int) -> Any:
+    """Which rules select each of the positions `start` to `end`, as bits `[end - start]`."""
     positions = np.arange(start, end, dtype=np.int64)
     tokens = np.asarray(request.all_token_ids[start:end], dtype=np.int64)
-    return ticket.pattern(positions, request.num_prompt_tokens, tokens)
+    return ticket.selected(positions, request.num_prompt_tokens, tokens)
 
 
 def _gated_by_prompt(selection: Selection) -> bool:

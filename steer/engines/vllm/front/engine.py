@@ -38,7 +38,7 @@ from steer.engines.vllm.pipeline import check_gates
 from steer.engines.vllm.ticket import CaptureOrder, Ticket
 from steer.errors import SpecError, SteerError, TooLarge, Unsupported
 from steer.model import Capabilities, HookPoint, ModelInfo
-from steer.plan.plan import check_passes
+from steer.plan.plan import check_rules
 from steer.registry.blobs.plan_store import PlanStore
 from steer.spec import KINDS
 
@@ -149,7 +149,7 @@ class VllmEngine:
         """Raises where `request` can never run here."""
         check_request(request, self.info, self.info.max_length)
         if request.plan is not None:
-            check_passes(len(request.plan.passes), self._passes)
+            check_rules(len(request.plan.rules), self._passes)
             check_gates(request.plan, self._stages)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:

@@ -46,7 +46,7 @@ class TicketIssuer:
             fingerprint=plan.fingerprint,
             plan=sha256,
             rows=rows,
-            selections=tuple(one.selection for one in plan.passes),
+            selections=tuple(one.selection for one in plan.rules),
             measure=measure,
             capture=capture,
         )
@@ -54,7 +54,7 @@ class TicketIssuer:
     def _publish(self, plan: SteeringPlan) -> tuple[str, int]:
         # Strengths that were asked for in other words mean the same, but the receipt, which is
         # made from the file, tells them apart.
-        name = f"{plan.fingerprint} {json.dumps(plan.settled_strengths)}"
+        name = f"{plan.fingerprint} {json.dumps(plan.resolved_strengths)}"
         with self._lock:
             known = self._published.get(name)
             if known is not None:

@@ -1,12 +1,13 @@
 """The general tier on CUDA: edits in a kernel that CUDA graphs capture, from static buffers.
 
 Where a graph is replayed no Python runs, so a pass is described before it and looked at after it:
-`GraphForm.begin` writes who is in the batch, the operators `steer::edit_pair` and `steer::edit_one`
-launch one kernel per tap (while a graph is captured, and in passes without a graph), and
-`GraphPass.finish` takes down what was done. What depends on the model's states (which gates opened)
-is known on the device alone; it is copied back without waiting and written down by `settle`.
+`StaticForm.begin` writes who is in the batch, the operators `steer::edit_pair` and
+`steer::edit_one` launch one kernel per tap (while a graph is captured, and in passes without a
+graph), and `StaticPass.finish` takes down what was done. What depends on
+the model's states (which gates opened) is known on the device alone; it is copied back without
+waiting and written down by `collect`.
 
-T tokens of a pass, Q requests in it, P passes of a plan.
+T tokens of a pass, Q requests in it, P rules of a plan.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steer.batch.position_ledger import PositionLedger
+from steer.batch.ledger import PositionLedger
 from steer.batch.requests import Ints, Span
-from steer.batch.tables import MAX_PASSES
+from steer.batch.tables import MAX_RULES
 from steer.engines.vllm.static.tables import (
     DECIDES,
     FOLLOWERS,
@@ -33,7 +34,7 @@ from steer.engines.vllm.static.tables import (
     SELECTED,
     SLOT,
     TOKEN_FIELDS,
-    GraphTables,
+    StaticTables,
     StepBuffers,
 )
 from steer.engines.vllm.taps.taps import ADDED, points_of
@@ -47,12 +48,12 @@ Fault = Callable[[str], None]
 _LAST_EPOCH = 2**31 - 1
 
 
-class GraphForm:
+class StaticForm:
     """The static buffers of one worker, and the kernel that reads them.
 
     `taps` are those that this worker owns. Needs Triton.
 
-    Assumes: `begin`, `finish` and `settle` are called by one thread, in the order of the passes,
+    Assumes: `begin`, `finish` and `collect` are called by one thread, in the order of the passes,
     on the stream that the model runs on; at most `max_requests` requests are steered in a pass.
     Guarantees: between `begin` and `finish` nothing is allocated and nothing is decided in Python;
     the rest of the buffers is slot 0, so that padding and dummy passes are left alone.
@@ -82,11 +83,11 @@ class GraphForm:
             for _, group in served
         ]
         groups = [group for _, group in served]
-        self.tables = GraphTables(
+        self.tables = StaticTables(
             model, groups, slots=max_requests, edit_rows=edit_rows, device=device
         )
         self.buffers = StepBuffers(self.tables, batch_tokens=batch_tokens, requests=max_requests)
-        self._bits = torch.arange(MAX_PASSES, dtype=torch.int32, device=device)
+        self._bits = torch.arange(MAX_RULES, dtype=torch.int32, device=device)
         self._written = 0
         self._epoch = 0
         self._waiting: deque[_Report] = deque()
@@ -102,13 +103,15 @@ class GraphForm:
             streams = self._streams[group]
             self._launch(self.tables, self.buffers, group, hidden, residual, streams)
 
-    def begin(self, spans: Sequence[Span], tokens_in_batch: int, fault: Fault) -> GraphPass | None:
+    def begin(self, spans: Sequence[Span], tokens_in_batch: int, fault: Fault) -> StaticPass | None:
         """Makes the pass over `spans` the one that the kernels run; None where it steers nobody.
 
-        The same pass may be run again as long as no token's passes change and no plan is gated.
+        The same pass may be run again as long as no token's rules change and no plan is gated.
         """
-        self.settle()
-        steered = [span for span in spans if span.seat.plan is not None and span.seat.plan.passes]
+        self.collect()
+        steered = [
+            span for span in spans if span.request.plan is not None and span.request.plan.rules
+        ]
         if not steered:
             self.clear()
             return None
@@ -119,14 +122,14 @@ class GraphForm:
             place = slice(span.offset, span.offset + len(span.positions))
             records[place] = _records(span, row)
             token_gates, held_gates = _gates(_plan(span))
-            selected = records[place, SELECTED] & (1 << MAX_PASSES) - 1
+            selected = records[place, SELECTED] & (1 << MAX_RULES) - 1
             opened[place] = selected & ~(token_gates | held_gates)
         self._upload(self.buffers.tokens, records)
         self._upload(self.buffers.opened, opened)
         self._forget(tokens_in_batch)
         self._epoch = self._epoch % _LAST_EPOCH + 1
         self.buffers.epoch.fill_(self._epoch)
-        running = GraphPass(self, self._ledger, steered, records, self._epoch, fault)
+        running = StaticPass(self, self._ledger, steered, records, self._epoch, fault)
         if running.measured:
             self.buffers.sizes.zero_()  # a pass that failed, or a dummy pass, may have left some
         if running.holds:
@@ -137,7 +140,7 @@ class GraphForm:
         """Steers nobody in the passes that come."""
         self._forget(0)
 
-    def settle(self, *, wait: bool = False) -> None:
+    def collect(self, *, wait: bool = False) -> None:
         """Writes down what finished passes did, in their order, as far as it has come back.
 
         With `wait`, all of it: needed before a row is read, or given to another request.
@@ -145,11 +148,11 @@ class GraphForm:
         while self._waiting and (wait or self._waiting[0].arrived()):
             self._waiting.popleft().write(self._ledger())
 
-    def report_later(self, running: GraphPass, positions: Ints, tokens: int) -> None:
-        """Asks for what a pass over `tokens` tokens did; `settle` writes it down."""
+    def report_later(self, running: StaticPass, positions: Ints, tokens: int) -> None:
+        """Asks for what a pass over `tokens` tokens did; `collect` writes it down."""
         used = self.tables.groups + tokens
         self._waiting.append(_Report(running, positions, *_bring_back(self.buffers.report[:used])))
-        self.settle()
+        self.collect()
 
     def _check_room(self, requests: int, tokens: int) -> None:
         if requests > self.buffers.requests or tokens > self.buffers.batch_tokens:
@@ -195,12 +198,12 @@ class GraphForm:
         target[: len(values)].copy_(source, non_blocking=True)
 
 
-class GraphPass:
+class StaticPass:
     """One pass as it was described to the kernels."""
 
     def __init__(
         self,
-        form: GraphForm,
+        form: StaticForm,
         ledger: Callable[[], PositionLedger],
         spans: Sequence[Span],
         records: NDArray[np.int32],
@@ -210,7 +213,7 @@ class GraphPass:
         self.epoch, self.fault = epoch, fault
         self._form, self._ledger, self._spans = form, ledger, spans
         plans = [_plan(span) for span in spans]
-        self.rows: Ints = np.array([span.seat.row for span in spans], dtype=np.int64)
+        self.rows: Ints = np.array([span.request.row for span in spans], dtype=np.int64)
         """The ledger row of each request."""
         self.tokens = len(records)
         self.present: Ints = np.concatenate(
@@ -222,12 +225,12 @@ class GraphPass:
         self.holds = any(_gates(plan)[1] for plan in plans)
         """Whether gates are decided, or were, that a request holds."""
         self._gated = any(plan.gated for plan in plans)
-        self._bits = (records[self.present, SELECTED] & (1 << MAX_PASSES) - 1).astype(np.int64)
+        self._bits = (records[self.present, SELECTED] & (1 << MAX_RULES) - 1).astype(np.int64)
         self.measured: tuple[HookPoint, ...] = tuple(
             {
                 p
                 for span, plan in zip(spans, plans, strict=True)
-                if span.seat.measure
+                if span.request.measure
                 for p in plan.points
             }
         )
@@ -269,7 +272,7 @@ class GraphPass:
 class _Report:
     """What a pass did, on its way back from the device."""
 
-    running: GraphPass
+    running: StaticPass
     positions: Ints
     content: Tensor
     event: Any
@@ -295,14 +298,14 @@ def _bring_back(values: Tensor) -> tuple[Tensor, Any]:
 
 
 def _plan(span: Span) -> SteeringPlan:
-    assert span.seat.plan is not None
-    return span.seat.plan
+    assert span.request.plan is not None
+    return span.request.plan
 
 
 def _gates(plan: SteeringPlan) -> tuple[int, int]:
-    """The passes with a gate on each token, and those with a gate on the prompt, as bits."""
+    """The rules with a gate on each token, and those with a gate on the prompt, as bits."""
     each = held = 0
-    for number, one in enumerate(plan.passes):
+    for number, one in enumerate(plan.rules):
         if one.gate is not None:
             each |= (not one.gate.prompt_scope) << number
             held |= one.gate.prompt_scope << number
@@ -311,15 +314,15 @@ def _gates(plan: SteeringPlan) -> tuple[int, int]:
 
 def _records(span: Span, row: int) -> NDArray[np.int32]:
     """The records `[T, 4]` of the tokens of one request, in the `row` of this pass."""
-    seat, count = span.seat, len(span.positions)
+    request, count = span.request, len(span.positions)
     found = np.zeros((count, TOKEN_FIELDS), dtype=np.int32)
-    found[:, SLOT] = seat.slot
+    found[:, SLOT] = request.slot
     found[:, ROW] = row
-    for number, slots in enumerate(seat.slots(span.positions, span.tokens)):
+    for number, slots in enumerate(request.slots(span.positions, span.tokens)):
         found[:, SELECTED] |= (slots != 0).astype(np.int32) << number
-    if seat.measure:
+    if request.measure:
         found[:, SELECTED] |= MEASURED
-    last = np.flatnonzero(span.positions == seat.prompt_length - 1)
+    last = np.flatnonzero(span.positions == request.prompt_length - 1)
     if len(last) and _gates(_plan(span))[1]:
         (place,) = last
         found[place, SELECTED] |= DECIDES
@@ -332,10 +335,10 @@ def _no_ledger() -> PositionLedger:
     raise AssertionError("the form is bound to no ledger")
 
 
-_form: GraphForm | None = None
+_form: StaticForm | None = None
 
 
-def set_form(form: GraphForm | None) -> None:
+def set_form(form: StaticForm | None) -> None:
     """Makes `form` the one that the operators launch: a process has one model that is steered."""
     global _form  # noqa: PLW0603
     _form = form

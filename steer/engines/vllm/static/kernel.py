@@ -25,37 +25,37 @@ import triton.language as tl
 from torch import Tensor
 
 from steer import edits
-from steer.batch.tables import MAX_PASSES
-from steer.engines.vllm.static import rows as graph_rows
-from steer.engines.vllm.static import tables as graph_tables
-from steer.engines.vllm.static.tables import GraphTables, StepBuffers
+from steer.batch.tables import MAX_RULES
+from steer.engines.vllm.static import rows as static_rows
+from steer.engines.vllm.static import tables as static_tables
+from steer.engines.vllm.static.tables import StaticTables, StepBuffers
 from steer.errors import EngineError
 
-_PASSES = tl.constexpr(MAX_PASSES)
-_ALL = tl.constexpr((1 << MAX_PASSES) - 1)
-_TOKEN_GATES = tl.constexpr(graph_tables.TOKEN_GATES)
-_HELD_GATES = tl.constexpr(graph_tables.HELD_GATES)
-_BLOCK_FIELDS = tl.constexpr(graph_rows.BLOCK_FIELDS)
-_FIRST = tl.constexpr(graph_rows.FIRST)
-_COUNT = tl.constexpr(graph_rows.COUNT)
-_CONSTANT = tl.constexpr(graph_rows.CONSTANT)
-_FLAGS = tl.constexpr(graph_rows.FLAGS)
-_REPLACES = tl.constexpr(graph_rows.REPLACES)
-_PRESERVES = tl.constexpr(graph_rows.PRESERVES)
-_NEEDS_NORM = tl.constexpr(graph_rows.NEEDS_NORM)
-_GATE_FIELDS = tl.constexpr(graph_rows.GATE_FIELDS)
-_ABOVE = tl.constexpr(graph_rows.ABOVE)
-_BELOW = tl.constexpr(graph_rows.BELOW)
-_COSINE = tl.constexpr(graph_rows.COSINE)
-_TOKEN_FIELDS = tl.constexpr(graph_tables.TOKEN_FIELDS)
-_SLOT = tl.constexpr(graph_tables.SLOT)
-_ROW = tl.constexpr(graph_tables.ROW)
-_SELECTED = tl.constexpr(graph_tables.SELECTED)
-_FOLLOWERS = tl.constexpr(graph_tables.FOLLOWERS)
-_DECIDES = tl.constexpr(graph_tables.DECIDES)
-_FOLLOWS = tl.constexpr(graph_tables.FOLLOWS)
-_MEASURED = tl.constexpr(graph_tables.MEASURED)
-_LAW_STRIDE = tl.constexpr(graph_rows.LAW_STRIDE)
+_PASSES = tl.constexpr(MAX_RULES)
+_ALL = tl.constexpr((1 << MAX_RULES) - 1)
+_TOKEN_GATES = tl.constexpr(static_tables.TOKEN_GATES)
+_HELD_GATES = tl.constexpr(static_tables.HELD_GATES)
+_BLOCK_FIELDS = tl.constexpr(static_rows.BLOCK_FIELDS)
+_FIRST = tl.constexpr(static_rows.FIRST)
+_COUNT = tl.constexpr(static_rows.COUNT)
+_CONSTANT = tl.constexpr(static_rows.CONSTANT)
+_FLAGS = tl.constexpr(static_rows.FLAGS)
+_REPLACES = tl.constexpr(static_rows.REPLACES)
+_PRESERVES = tl.constexpr(static_rows.PRESERVES)
+_NEEDS_NORM = tl.constexpr(static_rows.NEEDS_NORM)
+_GATE_FIELDS = tl.constexpr(static_rows.GATE_FIELDS)
+_ABOVE = tl.constexpr(static_rows.ABOVE)
+_BELOW = tl.constexpr(static_rows.BELOW)
+_COSINE = tl.constexpr(static_rows.COSINE)
+_TOKEN_FIELDS = tl.constexpr(static_tables.TOKEN_FIELDS)
+_SLOT = tl.constexpr(static_tables.SLOT)
+_ROW = tl.constexpr(static_tables.ROW)
+_SELECTED = tl.constexpr(static_tables.SELECTED)
+_FOLLOWERS = tl.constexpr(static_tables.FOLLOWERS)
+_DECIDES = tl.constexpr(static_tables.DECIDES)
+_FOLLOWS = tl.constexpr(static_tables.FOLLOWS)
+_MEASURED = tl.constexpr(static_tables.MEASURED)
+_LAW_STRIDE = tl.constexpr(static_rows.LAW_STRIDE)
 _BIAS = tl.constexpr(edits.BIAS)
 _THRESHOLD = tl.constexpr(edits.THRESHOLD)
 _INTERCEPT = tl.constexpr(edits.INTERCEPT)
@@ -355,7 +355,7 @@ def launch_shape(width: int) -> tuple[int, int]:
 
 
 def edit_group(
-    tables: GraphTables,
+    tables: StaticTables,
     buffers: StepBuffers,
     group: int,
     hidden: Tensor,

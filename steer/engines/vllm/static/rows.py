@@ -48,8 +48,8 @@ def rows_needed(plan: SteeringPlan) -> int:
 
     With as many constant rows as edit rows, plans whose sum is within the budget always fit.
     """
-    blocks = [block for one in plan.passes for block in one.blocks.values()]
-    gates = sum(one.gate is not None for one in plan.passes)
+    blocks = [block for one in plan.rules for block in one.blocks.values()]
+    gates = sum(one.gate is not None for one in plan.rules)
     constants = gates + sum(block.shift is not None for block in blocks)
     return max(edit_rows(plan), constants)
 

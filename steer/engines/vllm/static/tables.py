@@ -2,12 +2,12 @@
 
 A graph replays its kernels with the addresses they were captured with and runs no Python between
 them. So everything that differs from step to step lies in tensors that are made once: the plans
-(`GraphTables`, written when a plan takes a slot) and the batch (`StepBuffers`, written before each
-pass). Nothing here is sized by what a batch contains.
+(`StaticTables`, written when a plan takes a slot) and the batch (`StepBuffers`, written before each
+rule). Nothing here is sized by what a batch contains.
 
 The hook points that one kernel launch serves, in the order in which their edits run, are a *group*.
 
-N hook points, G groups, S slots besides slot 0, P passes, B the most tokens in a batch, Q the most
+N hook points, G groups, S slots besides slot 0, P rules, B the most tokens in a batch, Q the most
 requests in one.
 """
 
@@ -20,21 +20,21 @@ import numpy as np
 import torch
 
 from steer.batch.slots import Holding, SlotTables
-from steer.batch.tables import MAX_PASSES
+from steer.batch.tables import MAX_RULES
 from steer.engines.vllm.static.rows import BLOCK_FIELDS, Bank, Rows, Taken
 from steer.errors import CapacityError, TooLarge, Unsupported
 from steer.model import HookPoint, ModelInfo
-from steer.plan.plan import SteeringPlan, check_passes
+from steer.plan.plan import SteeringPlan, check_rules
 
-# Bits of `work`: from each on, one bit per pass.
-EDITS, TOKEN_GATES, HELD_GATES = 0, MAX_PASSES, 2 * MAX_PASSES
+# Bits of `work`: from each on, one bit per rule.
+EDITS, TOKEN_GATES, HELD_GATES = 0, MAX_RULES, 2 * MAX_RULES
 """Passes with a block here; with a gate that reads each token here; with one that the last prompt
 token decides here."""
 
 # Fields of a token's record; SELECTED also holds the marks.
 SLOT, ROW, SELECTED, FOLLOWERS = range(4)
 TOKEN_FIELDS = 4
-DECIDES, FOLLOWS, MEASURED = 1 << MAX_PASSES, 2 << MAX_PASSES, 4 << MAX_PASSES
+DECIDES, FOLLOWS, MEASURED = 1 << MAX_RULES, 2 << MAX_RULES, 4 << MAX_RULES
 """The token decides the gates that its request then holds; it comes after such a token in the same
 pass; its request measures how large the edits are."""
 
@@ -44,7 +44,7 @@ class _Written(Holding):
     taken: dict[int, Taken] = field(kw_only=True)
 
 
-class GraphTables(SlotTables[_Written]):
+class StaticTables(SlotTables[_Written]):
     """Slots and their tables, of a fixed size and at fixed addresses.
 
     Assumes: what `acquire` writes reaches the device in the order of the steps (one stream).
@@ -60,7 +60,7 @@ class GraphTables(SlotTables[_Written]):
         constant_rows: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(model, slots=slots, device=device, max_passes=MAX_PASSES)
+        super().__init__(model, slots=slots, device=device, max_rules=MAX_RULES)
         self.points = tuple(point for group in groups for point in group)
         self.first_points = tuple(int(n) for n in np.cumsum([0, *map(len, groups)]))
         self._group_of = {p: n for n, group in enumerate(groups) for p in group}
@@ -71,8 +71,8 @@ class GraphTables(SlotTables[_Written]):
         shape = (slots + 1, len(self.points))
         self.work = self._zeros(*shape)
         self.group_work = self._zeros(slots + 1, len(groups))
-        self.blocks = self._zeros(*shape, MAX_PASSES, BLOCK_FIELDS)
-        self.gate_rows = self._zeros(slots + 1, MAX_PASSES)
+        self.blocks = self._zeros(*shape, MAX_RULES, BLOCK_FIELDS)
+        self.gate_rows = self._zeros(slots + 1, MAX_RULES)
 
     @property
     def groups(self) -> int:
@@ -88,12 +88,12 @@ class GraphTables(SlotTables[_Written]):
 
     def groups_of(self, plan: SteeringPlan) -> frozenset[int]:
         """The groups in which `plan` edits or reads."""
-        read = {one.gate.point for one in plan.passes if one.gate is not None}
+        read = {one.gate.point for one in plan.rules if one.gate is not None}
         return frozenset(self._group_of[point] for point in {*plan.points, *read})
 
     def check(self, plan: SteeringPlan) -> None:
-        check_passes(len(plan.passes), self.max_passes)
-        for one in plan.passes:
+        check_rules(len(plan.rules), self.max_rules)
+        for one in plan.rules:
             points = [*one.blocks, *([one.gate.point] if one.gate is not None else [])]
             for point in points:
                 if point not in self._index:
@@ -102,8 +102,8 @@ class GraphTables(SlotTables[_Written]):
                         f"{', '.join(map(str, self.points))}",
                         code="unsupported_site",
                     )
-            if any(block.competition is not None for block in one.blocks.values()):
-                raise no_competition()
+            if any(block.cutoff is not None for block in one.blocks.values()):
+                raise no_cutoff()
         for width, needed in self._rows(plan).items():
             capacity = self.banks[width].capacity
             if not needed.within(capacity):
@@ -133,7 +133,7 @@ class GraphTables(SlotTables[_Written]):
             width = self.model.width(point.site)
             found[width] = found.get(width, Rows()).plus(rows)
 
-        for one in plan.passes:
+        for one in plan.rules:
             for point, block in one.blocks.items():
                 add(point, Rows(block.n_edits, int(block.shift is not None)))
             if one.gate is not None:
@@ -173,9 +173,9 @@ class GraphTables(SlotTables[_Written]):
         taken = {width: Taken() for width in self.banks}
         work = np.zeros(len(self.points), dtype=np.int32)
         group_work = np.zeros(self.groups, dtype=np.int32)
-        blocks = np.zeros((len(self.points), MAX_PASSES, BLOCK_FIELDS), dtype=np.int32)
-        gate_rows = np.zeros(MAX_PASSES, dtype=np.int32)
-        for number, one in enumerate(plan.passes):
+        blocks = np.zeros((len(self.points), MAX_RULES, BLOCK_FIELDS), dtype=np.int32)
+        gate_rows = np.zeros(MAX_RULES, dtype=np.int32)
+        for number, one in enumerate(plan.rules):
             for point, block in one.blocks.items():
                 width = self.model.width(point.site)
                 index = self._index[point]
@@ -206,7 +206,7 @@ class GraphTables(SlotTables[_Written]):
         return torch.zeros(shape, dtype=torch.int32, device=self.device)
 
 
-def no_competition() -> Unsupported:
+def no_cutoff() -> Unsupported:
     """For a clamp of a TopK SAE, which these tables cannot hold."""
     return Unsupported(
         "clamping a TopK SAE reads every latent of the SAE, which the tables of CUDA graphs do not "
@@ -219,15 +219,15 @@ def no_competition() -> Unsupported:
 class StepBuffers:
     """What differs from one pass to the next. A token whose slot is 0 is left alone.
 
-    `tokens` `[B, 4]` are records: slot, row among the requests of this pass, the passes that select
+    `tokens` `[B, 4]` are records: slot, row among the requests of this rule, the rules that select
     the token with its marks, and on a deciding token how many tokens of its request follow it.
-    `opened` `[B]` are the passes that act on a token, as bits: those of gates that are still closed
+    `opened` `[B]` are the rules that act on a token, as bits: those of gates that are still closed
     are missing, and the kernel adds them as it decides. `held` `[Q]` are the gates' decisions that
     each request holds, as bits, with the values read `[Q, P]`. `sizes` `[N, Q]` sums ‖Δx‖/‖x‖ where
     a request measures. `reached[g]` is set to `epoch` by every launch for group g.
     """
 
-    def __init__(self, tables: GraphTables, *, batch_tokens: int, requests: int) -> None:
+    def __init__(self, tables: StaticTables, *, batch_tokens: int, requests: int) -> None:
         device = tables.device
         self.batch_tokens, self.requests = batch_tokens, requests
         self.tokens = torch.zeros(batch_tokens, TOKEN_FIELDS, dtype=torch.int32, device=device)
@@ -237,5 +237,5 @@ class StepBuffers:
         self.reached, self.opened = self.report[:groups], self.report[groups:]
         self.epoch = torch.zeros(1, dtype=torch.int32, device=device)
         self.held = torch.zeros(requests, dtype=torch.int32, device=device)
-        self.values = torch.full((requests, MAX_PASSES), float("nan"), device=device)
+        self.values = torch.full((requests, MAX_RULES), float("nan"), device=device)
         self.sizes = torch.zeros(len(tables.points), requests, device=device)

@@ -1,6 +1,6 @@
 """Constant additions in static buffers: the part of steering that a compiled graph does inline.
 
-A *variant* is what a token of one plan adds, for one choice of the passes that select it. A token
+A *variant* is what a token of one plan adds, for one choice of the rules that select it. A token
 names its variant, the variant names a row of the bank at each tap, and row 0 is −0.0. When a pass
 is made ready, each token gets its row at each tap. So the graph needs one gather and one addition
 per tap, whatever the number of specs in the batch.
@@ -21,7 +21,7 @@ from steer.model import HookPoint
 from steer.plan.plan import SteeringPlan
 
 Key = tuple[str, int]
-"""A plan's fingerprint, and the passes that select the token, as bits."""
+"""A plan's fingerprint, and the rules that select the token, as bits."""
 
 
 @dataclass
@@ -58,17 +58,18 @@ class ShiftTables:
     def find(
         self,
         plan: SteeringPlan,
-        bits: int,
+        selected: int,
         tap_of: Callable[[HookPoint], int],
         keep: Set[Key],
     ) -> int | None:
-        """The variant of `plan` for `bits`; None when there is no room beside those in `keep`."""
-        if bits == 0:
+        """The variant of `plan` for the rules `selected`; None where there is no room beside those
+        in `keep`."""
+        if selected == 0:
             return 0
-        key = (plan.fingerprint, bits)
+        key = (plan.fingerprint, selected)
         held = self._held.get(key)
         if held is None:
-            held = self._write(key, summed(plan, bits, tap_of), keep)
+            held = self._write(key, summed(plan, selected, tap_of), keep)
             if held is None:
                 return None
         self._held.move_to_end(key)
@@ -128,15 +129,17 @@ def only_shifts(plan: SteeringPlan) -> bool:
     """Whether all that `plan` ever does is to add constants to tokens known beforehand."""
     return all(
         one.gate is None and all(block.is_shift for block in one.blocks.values())
-        for one in plan.passes
+        for one in plan.rules
     )
 
 
-def summed(plan: SteeringPlan, bits: int, tap_of: Callable[[HookPoint], int]) -> dict[int, Tensor]:
-    """What a token that the passes `bits` select adds at each tap, float32 `[d]`."""
+def summed(
+    plan: SteeringPlan, selected: int, tap_of: Callable[[HookPoint], int]
+) -> dict[int, Tensor]:
+    """What a token that the rules `selected` select adds at each tap, float32 `[d]`."""
     sums: dict[int, Tensor] = {}
-    for number, one in enumerate(plan.passes):
-        if bits >> number & 1:
+    for number, one in enumerate(plan.rules):
+        if selected >> number & 1:
             for point, block in one.blocks.items():
                 if block.shift is not None:
                     tap = tap_of(point)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from steer.engines.vllm.messages import pack, unpack
-from steer.engines.vllm.worker.requests import Seats, receipt
+from steer.engines.vllm.worker.requests import WorkerRequests, receipt
 from steer.engines.vllm.worker.steering import WorkerSteering
 from steer.errors import SteerError
 from steer.model import ModelInfo
@@ -27,15 +27,15 @@ def info_answer(steering: WorkerSteering) -> dict[str, Any]:
         "compiled": steering.shifts is not None,
         "static": steering.form is not None,
         "slots": steering.tables.slots,
-        "passes": steering.tables.max_passes,
+        "passes": steering.tables.max_rules,
         "stages": steering.stages,
     }
 
 
-def receipt_answer(seats: Seats, key: str, fed: Mapping[int, int]) -> dict[int, Any]:
+def receipt_answer(requests: WorkerRequests, key: str, fed: Mapping[int, int]) -> dict[int, Any]:
     """Receipts of the choices in `fed` (tokens fed by each) under a ticket's key."""
-    records = seats.records(key)
-    seats.forget(key)
+    records = requests.records(key)
+    requests.forget(key)
     answer: dict[int, Any] = {}
     for choice, tokens in fed.items():
         record = records.get(choice)
@@ -49,14 +49,14 @@ def receipt_answer(seats: Seats, key: str, fed: Mapping[int, int]) -> dict[int, 
     return answer
 
 
-def capture_answer(seats: Seats, key: str) -> dict[str, bytes]:
+def capture_answer(requests: WorkerRequests, key: str) -> dict[str, bytes]:
     """The captured states under a ticket's key: float32 bytes by hook point."""
-    records = seats.records(key)
-    seats.forget(key)
+    records = requests.records(key)
+    requests.forget(key)
     record = records.get(0)
     if record is None:
         return {}
-    return {str(point): pack(states) for point, states in record.live.states.items()}
+    return {str(point): pack(states) for point, states in record.request.states.items()}
 
 
 @torch.inference_mode()

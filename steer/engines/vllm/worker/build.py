@@ -11,7 +11,7 @@ from torch import nn
 
 from steer.engines.vllm.options import SteerOptions, is_static, registry_location
 from steer.engines.vllm.pipeline import own_part
-from steer.engines.vllm.static.form import GraphForm, set_form
+from steer.engines.vllm.static.form import StaticForm, set_form
 from steer.engines.vllm.taps.layouts import find_stack
 from steer.engines.vllm.taps.shifts import ShiftTables
 from steer.engines.vllm.taps.taps import CompiledTap, EagerTap, OpaqueTap, install
@@ -37,7 +37,7 @@ def attach(model: nn.Module, vllm_config: Any, device: torch.device) -> WorkerSt
     tokens = max(tokens, *(vllm_config.compilation_config.cudagraph_capture_sizes or [0]))
     form = None
     if static:
-        form = GraphForm(
+        form = StaticForm(
             info,
             stack.taps,
             max_requests=requests,

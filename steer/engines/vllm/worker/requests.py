@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steer.batch.position_ledger import UNSEEN, PositionLedger
-from steer.batch.requests import Ints, Seat
+from steer.batch.ledger import UNSEEN, PositionLedger
+from steer.batch.requests import Ints, SteeredRequest
 from steer.batch.slots import SlotTables
 from steer.engines.base import Receipt
 from steer.engines.receipts import receipt_of
@@ -27,7 +27,7 @@ _KEPT_RECORDS = 4096
 
 
 @dataclass
-class Live:
+class WorkerRequest:
     """A request between its first scheduling and its end, running or preempted.
 
     `inline` is whether its plan runs in the compiled graph's constants. `fault` says why its plan
@@ -41,32 +41,32 @@ class Live:
     row: int
     inline: bool = False
     fault: str | None = None
-    seat: Seat | None = None
+    steered: SteeredRequest | None = None
     """Set while the plan holds a slot of the tables."""
-    settled_from: int = 0
-    """The position from which on the passes that select a token depend on its id alone."""
-    restless: bool = False
+    fixed_from: int = 0
+    """The position from which on the rules that select a token depend on its id alone."""
+    reads_tokens: bool = False
     """Whether they do depend on it."""
     states: dict[HookPoint, Tensor] = field(default_factory=dict)
     """Captured states by point, float32 `[positions, d]`; rows not reached yet are NaN."""
-    _bits_of: dict[int, int] = field(default_factory=dict)
+    _selected_by: dict[int, int] = field(default_factory=dict)
 
-    def bits(self, start: int, ids: Ints) -> NDArray[np.uint8]:
-        """The passes that select each of the tokens `ids` at positions from `start` on."""
-        if start >= self.settled_from:
-            if not self.restless:
-                return np.full(len(ids), self.bits_of(-1), dtype=np.uint8)
-            return np.array([self.bits_of(token) for token in ids.tolist()], dtype=np.uint8)
+    def selected(self, start: int, ids: Ints) -> NDArray[np.uint8]:
+        """The rules that select each of the tokens `ids` at positions from `start` on."""
+        if start >= self.fixed_from:
+            if not self.reads_tokens:
+                return np.full(len(ids), self.selected_by(-1), dtype=np.uint8)
+            return np.array([self.selected_by(token) for token in ids.tolist()], dtype=np.uint8)
         positions = np.arange(start, start + len(ids), dtype=np.int64)
-        return self.ticket.pattern(positions, len(self.prompt), ids)
+        return self.ticket.selected(positions, len(self.prompt), ids)
 
-    def bits_of(self, token: int) -> int:
-        """The passes that select `token` at any position from `settled_from` on."""
-        found = self._bits_of.get(token)
+    def selected_by(self, token: int) -> int:
+        """The rules that select `token` at any position from `fixed_from` on."""
+        found = self._selected_by.get(token)
         if found is None:
-            position = np.array([self.settled_from], dtype=np.int64)
-            pattern = self.ticket.pattern(position, len(self.prompt), np.array([token]))
-            found = self._bits_of[token] = int(pattern[0])
+            position = np.array([self.fixed_from], dtype=np.int64)
+            selected = self.ticket.selected(position, len(self.prompt), np.array([token]))
+            found = self._selected_by[token] = int(selected[0])
         return found
 
 
@@ -74,12 +74,12 @@ class Live:
 class Record:
     """What a finished request leaves: all that its receipt is made from."""
 
-    live: Live
+    request: WorkerRequest
     ledger: PositionLedger
     """A ledger of one row."""
 
 
-class Seats:
+class WorkerRequests:
     """Assumes: called between forward passes, by one thread.
 
     Guarantees: a scheduled request always finds a slot (those of requests that wait in preemption
@@ -95,26 +95,26 @@ class Seats:
         max_length: int,
         inline: Callable[[SteeringPlan], bool],
         owns: Callable[[HookPoint], bool],
-        settle: Callable[[], None] = lambda: None,
+        collect: Callable[[], None] = lambda: None,
     ) -> None:
-        """`settle` is called before the ledger is read: passes may still report to it."""
-        self._settle = settle
+        """`collect` is called before the ledger is read: passes may still report to it."""
+        self._collect = collect
         self._tables, self._load, self._inline, self._owns = tables, load, inline, owns
         self.ledger = PositionLedger(rows, max_length, tables.device)
         self._max_length = max_length
         self._free = list(range(rows - 1, -1, -1))
-        self._live: dict[str, Live] = {}
+        self._running: dict[str, WorkerRequest] = {}
         self._records: OrderedDict[str, dict[int, Record]] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._live)
+        return len(self._running)
 
-    def get(self, req_id: str) -> Live | None:
-        return self._live.get(req_id)
+    def get(self, req_id: str) -> WorkerRequest | None:
+        return self._running.get(req_id)
 
     def admit(self, req_id: str, prompt: Sequence[int] | None, ticket: Ticket) -> None:
         """Takes in a request that vLLM schedules for the first time."""
-        if req_id in self._live:
+        if req_id in self._running:
             self.retire(req_id)
         plan, fault = None, None
         try:
@@ -126,65 +126,69 @@ class Seats:
         except Exception as error:  # an exception here would end the engine for everybody
             plan, fault = None, str(error)
         ids = np.array(prompt if prompt is not None else (), dtype=np.int64)
-        live = Live(ticket, ids, plan, self._row(), fault=fault)
+        request = WorkerRequest(ticket, ids, plan, self._row(), fault=fault)
         if plan is not None:
             # Inline constants go to one half of the stream: who measures or reads needs them apart.
             apart = ticket.measure or ticket.capture is not None
-            live.inline = not apart and self._inline(plan)
-            bounds = [one.settled_from(len(ids)) for one in ticket.selections]
-            live.settled_from = max(bounds, default=0)
-            live.restless = ticket.reads_tokens
+            request.inline = not apart and self._inline(plan)
+            bounds = [one.fixed_from(len(ids)) for one in ticket.selections]
+            request.fixed_from = max(bounds, default=0)
+            request.reads_tokens = ticket.reads_tokens
         if ticket.capture is not None:
             count = len(ticket.capture.positions)
             for point in filter(self._owns, ticket.capture.points):
                 width = self._tables.model.width(point.site)
-                live.states[point] = torch.full((count, width), float("nan"))
-        self.ledger.reset(live.row)
-        self._live[req_id] = live
+                request.states[point] = torch.full((count, width), float("nan"))
+        self.ledger.reset(request.row)
+        self._running[req_id] = request
 
     def resume(self, req_id: str, ticket: Ticket) -> bool:
         """Whether this is a request that runs already and was preempted: it keeps what it has.
 
         A preemption takes nothing but, where others need it, the slot.
         """
-        live = self._live.get(req_id)
-        return live is not None and live.ticket.key == ticket.key
+        request = self._running.get(req_id)
+        return request is not None and request.ticket.key == ticket.key
 
     def retire(self, req_id: str) -> None:
         """Ends a request: its slot and row are free, its record waits to be fetched."""
-        live = self._live.pop(req_id, None)
-        if live is None:
+        request = self._running.pop(req_id, None)
+        if request is None:
             return
-        self._free_slot(live)
-        self._settle()
-        children = self._records.setdefault(live.ticket.key, {})
-        children[_child(req_id, live.ticket)] = Record(live, self._row_of(live))
-        self._free.append(live.row)
+        self._free_slot(request)
+        self._collect()
+        children = self._records.setdefault(request.ticket.key, {})
+        children[_child(req_id, request.ticket)] = Record(request, self._row_of(request))
+        self._free.append(request.row)
         while len(self._records) > _KEPT_RECORDS:
             self._records.popitem(last=False)
 
-    def seat(self, live: Live, scheduled: Callable[[], Iterable[Live]]) -> Seat:
-        """The seat of a request in the coming pass; `scheduled` are all that keep theirs."""
-        if live.plan is None:
-            raise AssertionError("only steered requests have seats")
-        if live.seat is None:
-            if not self._tables.can_acquire(live.plan):
+    def steered(
+        self, request: WorkerRequest, scheduled: Callable[[], Iterable[WorkerRequest]]
+    ) -> SteeredRequest:
+        """What the coming pass knows of a request; `scheduled` are all that keep theirs."""
+        if request.plan is None:
+            raise AssertionError("only steered requests have requests")
+        if request.steered is None:
+            if not self._tables.can_acquire(request.plan):
                 kept = {id(other) for other in scheduled()}
-                for other in self._live.values():
+                for other in self._running.values():
                     if id(other) not in kept:
                         self._free_slot(other)
-            slot = self._tables.acquire(live.plan)
-            live.seat = Seat(live.row, len(live.prompt), live.plan, slot, live.ticket.measure)
-        return live.seat
+            slot = self._tables.acquire(request.plan)
+            request.steered = SteeredRequest(
+                request.row, len(request.prompt), request.plan, slot, request.ticket.measure
+            )
+        return request.steered
 
     def records(self, key: str) -> dict[int, Record]:
         """Everything known under a ticket's key, by choice: finished requests, and running ones
         as they are now."""
-        self._settle()
+        self._collect()
         found = dict(self._records.get(key, {}))
-        for req_id, live in self._live.items():
-            if live.ticket.key == key:
-                found[_child(req_id, live.ticket)] = Record(live, self._row_of(live))
+        for req_id, request in self._running.items():
+            if request.ticket.key == key:
+                found[_child(req_id, request.ticket)] = Record(request, self._row_of(request))
         return found
 
     def forget(self, key: str) -> None:
@@ -193,50 +197,52 @@ class Seats:
 
     def _row(self) -> int:
         if not self._free:
-            rows = len(self.ledger.bits)
+            rows = len(self.ledger.applied)
             self.ledger.grow()
             self._free = list(range(2 * rows - 1, rows - 1, -1))
         return self._free.pop()
 
-    def _free_slot(self, live: Live) -> None:
-        if live.seat is not None and live.plan is not None:
-            self._tables.release(live.plan)
-            live.seat = None
+    def _free_slot(self, request: WorkerRequest) -> None:
+        if request.steered is not None and request.plan is not None:
+            self._tables.release(request.plan)
+            request.steered = None
 
-    def _row_of(self, live: Live) -> PositionLedger:
-        return self.ledger.row(live.row)
+    def _row_of(self, request: WorkerRequest) -> PositionLedger:
+        return self.ledger.row(request.row)
 
 
 def receipt(record: Record, fed: int) -> Receipt:
     """The receipt of a request that fed `fed` tokens. Raises `EngineError` where its plan could
     not be carried out, or where a token that it fed was neither computed nor cached."""
-    live, ledger = record.live, record.ledger
-    if live.fault is not None or live.plan is None:
+    request, ledger = record.request, record.ledger
+    if request.fault is not None or request.plan is None:
         raise EngineError(
-            f"the request was not steered, so its answer is withheld: {live.fault}",
+            f"the request was not steered, so its answer is withheld: {request.fault}",
             code="not_steered",
         )
-    bits = ledger.bits[0, :fed].astype(np.int64)
+    bits = ledger.applied[0, :fed].astype(np.int64)
     cached = bits == UNSEEN
     unseen = int(cached.sum())
-    if cached[len(live.prompt) :].any() or len(bits) < fed:
+    if cached[len(request.prompt) :].any() or len(bits) < fed:
         raise EngineError(
             "the forward passes that steered this request were not all seen, so its answer is "
             "withheld",
             code="steps_missed",
         )
-    selected = _cached_bits(live, np.flatnonzero(cached)) if unseen else np.zeros(0, dtype=int)
+    selected = _cached_rules(request, np.flatnonzero(cached)) if unseen else np.zeros(0, dtype=int)
     bits[cached] = selected
     counts = np.bincount(bits, minlength=ledger.tokens.shape[1])
-    seat = Seat(0, len(live.prompt), live.plan, 0, live.ticket.measure)
-    return receipt_of(seat, live.plan, ledger, counts, fed, cached=int((selected != 0).sum()))
+    steered = SteeredRequest(0, len(request.prompt), request.plan, 0, request.ticket.measure)
+    return receipt_of(steered, request.plan, ledger, counts, fed, cached=int((selected != 0).sum()))
 
 
-def _cached_bits(live: Live, positions: Ints) -> Ints:
-    """The passes that shaped cached tokens. A gate on single tokens was decided when the cached
-    state was made and is not known here: its pass counts as closed."""
-    bits = live.ticket.pattern(positions, len(live.prompt), live.prompt[positions]).astype(np.int64)
-    for number, one in enumerate(live.plan.passes if live.plan is not None else ()):
+def _cached_rules(request: WorkerRequest, positions: Ints) -> Ints:
+    """The rules that shaped cached tokens. A gate on single tokens was decided when the cached
+    state was made and is not known here: its rule counts as closed."""
+    bits = request.ticket.selected(
+        positions, len(request.prompt), request.prompt[positions]
+    ).astype(np.int64)
+    for number, one in enumerate(request.plan.rules if request.plan is not None else ()):
         if one.gate is not None:
             bits &= ~(1 << number)
     return bits

@@ -17,15 +17,15 @@ from steer.batch.requests import NOBODY, Ints, Span
 from steer.batch.step import build_step
 from steer.batch.tables import Tables
 from steer.engines.base import EngineStats
-from steer.engines.vllm.static.form import GraphForm, GraphPass
-from steer.engines.vllm.static.tables import GraphTables
+from steer.engines.vllm.static.form import StaticForm, StaticPass
+from steer.engines.vllm.static.tables import StaticTables
 from steer.engines.vllm.taps import ops
 from steer.engines.vllm.taps.forward_pass import ForwardPass
 from steer.engines.vllm.taps.shifts import Key, ShiftTables, only_shifts
 from steer.engines.vllm.taps.taps import tap_of
 from steer.engines.vllm.ticket import Ticket
-from steer.engines.vllm.worker.prepared import Batch, Placed, Prepared
-from steer.engines.vllm.worker.requests import Live, Seats
+from steer.engines.vllm.worker.prepared import Batch, Prepared, ScheduledRequest
+from steer.engines.vllm.worker.requests import WorkerRequest, WorkerRequests
 from steer.errors import CapacityError, EngineError
 from steer.model import HookPoint, ModelInfo
 from steer.plan.plan import SteeringPlan
@@ -46,7 +46,7 @@ class WorkerSteering:
         max_requests: int,
         device: torch.device,
         shifts: ShiftTables | None,
-        form: GraphForm | None = None,
+        form: StaticForm | None = None,
         owns: Callable[[HookPoint], bool] = lambda _: True,
         stages: int = 1,
     ) -> None:
@@ -55,26 +55,26 @@ class WorkerSteering:
         self.model, self.shifts = model, shifts
         self.owns, self.stages = owns, stages
         self.form = form
-        self.tables: Tables | GraphTables = (
+        self.tables: Tables | StaticTables = (
             Tables(model, slots=max_requests, device=device) if form is None else form.tables
         )
-        self.seats = Seats(
+        self.requests = WorkerRequests(
             self.tables,
             load,
             rows=2 * max_requests,
             max_length=model.max_length,
             inline=lambda plan: shifts is not None and only_shifts(plan),
             owns=owns,
-            settle=lambda: None if form is None else form.settle(wait=True),
+            collect=lambda: None if form is None else form.collect(wait=True),
         )
         self.recover()
-        self._steady: tuple[tuple[str, ...], Prepared] | None = None
+        self._carried: tuple[tuple[str, ...], Prepared] | None = None
         self._prepared: Prepared | None = None
 
     def recover(self) -> None:
         """Takes the static buffers back after others have used them."""
         if self.form is not None:
-            self.form.bind(lambda: self.seats.ledger)
+            self.form.bind(lambda: self.requests.ledger)
             self.form.clear()
         if self.shifts is not None:
             self.shifts.clear()
@@ -82,20 +82,20 @@ class WorkerSteering:
     def admit(self, req_id: str, prompt: Sequence[int] | None, ticket: Ticket | None) -> None:
         """A request is scheduled for the first time, or again after a preemption."""
         if ticket is not None:
-            self._steady = None
-            if not self.seats.resume(req_id, ticket):
-                self.seats.admit(req_id, prompt, ticket)
+            self._carried = None
+            if not self.requests.resume(req_id, ticket):
+                self.requests.admit(req_id, prompt, ticket)
 
     def retire(self, req_id: str) -> None:
         """A request has ended; unknown ones are ignored."""
-        if self.seats.get(req_id) is not None:
-            self._steady = None
-            self.seats.retire(req_id)
+        if self.requests.get(req_id) is not None:
+            self._carried = None
+            self.requests.retire(req_id)
 
     @property
     def busy(self) -> bool:
         """Whether any request that runs, or waits in preemption, is steered or read."""
-        return len(self.seats) > 0
+        return len(self.requests) > 0
 
     def rest(self) -> None:
         """The coming pass steers nobody."""
@@ -113,16 +113,16 @@ class WorkerSteering:
         if prepared is None:
             prepared = self._prepare(batch)
             lasting = decoding and all(self._lasts(placed) for placed in prepared.placed)
-            self._steady = (order, prepared) if lasting else None
+            self._carried = (order, prepared) if lasting else None
         self._prepared = prepared
-        self.seats.ledger.expect(prepared.rows, prepared.positions)
+        self.requests.ledger.expect(prepared.rows, prepared.positions)
         if isinstance(prepared.running, ForwardPass):
             ops.set_running(prepared.running)
 
     def abandon(self) -> None:
         """The pass failed: nothing is counted."""
         ops.set_running(None)
-        self._prepared = self._steady = None
+        self._prepared = self._carried = None
 
     def end(self) -> None:
         """The pass is over: counts what it did. A request whose edits were not all reached is at
@@ -136,115 +136,121 @@ class WorkerSteering:
                 prepared.running.finish()
             except EngineError as error:
                 self._at_fault(prepared.placed, error.message)
-        prepared.write_inline(self.seats.ledger)
+        prepared.write_inline(self.requests.ledger)
 
     def stats(self) -> EngineStats:
-        """Live figures: slots, and the requests that hold them."""
+        """WorkerRequest figures: slots, and the requests that hold them."""
         return EngineStats(
             slots=self.tables.slots,
             slots_in_use=self.tables.in_use,
-            requests_running=len(self.seats),
+            requests_running=len(self.requests),
         )
 
     def _carried_on(self, order: tuple[str, ...], batch: Batch) -> Prepared | None:
         """The pass before, taken on by a token, where that is enough."""
-        if self._steady is None or self._steady[0] != order:
+        if self._carried is None or self._carried[0] != order:
             return None
-        prepared = self._steady[1]
+        prepared = self._carried[1]
         return prepared if prepared.carry_on(batch, self.shifts) else None
 
-    def _lasts(self, placed: Placed) -> bool:
+    def _lasts(self, placed: ScheduledRequest) -> bool:
         """Whether a pass with this request can be carried on. A pass of the static form can as long
         as its tokens' slots stay the same."""
-        live = placed.live
-        if self.form is not None and live.plan is not None:
-            return placed.settled and not live.restless and not live.plan.gated
-        return placed.settled
+        request = placed.request
+        if self.form is not None and request.plan is not None:
+            return placed.fixed and not request.reads_tokens and not request.plan.gated
+        return placed.fixed
 
     def _prepare(self, batch: Batch) -> Prepared:
         total = int(batch.counts.sum())
         offsets = np.cumsum(batch.counts) - batch.counts
         placed = [
-            Placed(live, n, int(offsets[n]), int(batch.starts[n]), _ids(batch, n, live))
+            ScheduledRequest(
+                request, n, int(offsets[n]), int(batch.starts[n]), _ids(batch, n, request)
+            )
             for n, req_id in enumerate(batch.req_ids)
-            if (live := self.seats.get(req_id)) is not None and live.fault is None
+            if (request := self.requests.get(req_id)) is not None and request.fault is None
         ]
         rows = np.full(total, NOBODY, dtype=np.int64)
         positions = np.zeros(total, dtype=np.int64)
         for one in placed:
             positions[one.place] = np.arange(one.start, one.start + len(one.ids))
-        inline, inline_bits = self._assign_shifts([one for one in placed if one.live.inline], total)
-        general = [one for one in placed if not one.variants and one.live.plan is not None]
+        inline, inline_selected = self._assign_shifts(
+            [one for one in placed if one.request.inline], total
+        )
+        general = [one for one in placed if not one.variants and one.request.plan is not None]
         for one in general:
-            rows[one.place] = one.live.row
+            rows[one.place] = one.request.row
         spans = self._spans(general, positions)
-        running = self._pass(spans, [one for one in placed if one.live.states], general, total)
+        running = self._pass(spans, [one for one in placed if one.request.states], general, total)
         return Prepared(
             placed,
             rows,
             positions,
             inline,
             _joined([np.arange(one.place.start, one.place.stop) for one in inline]),
-            np.repeat([one.live.row for one in inline], [len(one.ids) for one in inline]),
-            _joined(inline_bits),
+            np.repeat([one.request.row for one in inline], [len(one.ids) for one in inline]),
+            _joined(inline_selected),
             running,
         )
 
-    def _spans(self, placed: Sequence[Placed], positions: Ints) -> list[Span]:
-        """The tokens of requests that have a seat in the tables; one that finds no room is at
+    def _spans(self, placed: Sequence[ScheduledRequest], positions: Ints) -> list[Span]:
+        """The tokens of requests that have a steered in the tables; one that finds no room is at
         fault, and its answer will be withheld."""
-        lives = [one.live for one in placed]
+        requests = [one.request for one in placed]
         spans = []
         for one in placed:
             try:
-                seat = self.seats.seat(one.live, lambda: lives)
+                steered = self.requests.steered(one.request, lambda: requests)
             except CapacityError as error:
-                one.live.fault = error.message
+                one.request.fault = error.message
             else:
-                spans.append(Span(seat, one.offset, positions[one.place], one.ids))
+                spans.append(Span(steered, one.offset, positions[one.place], one.ids))
         return spans
 
     def _pass(
         self,
         spans: Sequence[Span],
-        reading: Sequence[Placed],
-        general: Sequence[Placed],
+        reading: Sequence[ScheduledRequest],
+        general: Sequence[ScheduledRequest],
         total: int,
-    ) -> ForwardPass | GraphPass | None:
+    ) -> ForwardPass | StaticPass | None:
         """The pass that steers `spans` and keeps the states that `reading` requests ask for."""
         if self.form is not None:
             return self.form.begin(spans, total, lambda why: self._at_fault(general, why))
         assert isinstance(self.tables, Tables)
-        restless = {one.offset for one in general if one.live.restless}
-        step = build_step(self.tables, self.seats.ledger, spans, total, restless=restless)
-        wanted = frozenset(point for one in reading for point in one.live.states)
+        reads_tokens = {one.offset for one in general if one.request.reads_tokens}
+        step = build_step(
+            self.tables, self.requests.ledger, spans, total, reads_tokens=reads_tokens
+        )
+        wanted = frozenset(point for one in reading for point in one.request.states)
         if step is None and not wanted:
             return None
         keep = (lambda point, x: _keep(reading, point, x)) if wanted else None
         return ForwardPass(step, total, self.model.n_layers, wanted, keep)
 
-    def _at_fault(self, placed: Sequence[Placed], why: str) -> None:
-        self._steady = None
+    def _at_fault(self, placed: Sequence[ScheduledRequest], why: str) -> None:
+        self._carried = None
         for one in placed:
-            one.live.fault = why
+            one.request.fault = why
 
     def _assign_shifts(
-        self, placed: Sequence[Placed], total: int
-    ) -> tuple[list[Placed], list[Ints]]:
+        self, placed: Sequence[ScheduledRequest], total: int
+    ) -> tuple[list[ScheduledRequest], list[Ints]]:
         """Names the variants of the tokens that the compiled graph steers by itself; the requests
-        that found room, and for each the passes' bits of its tokens."""
+        that found room, and for each the rules that select its tokens."""
         if self.shifts is None:
             return [], []
-        bits = [one.live.bits(one.start, one.ids).astype(np.int64) for one in placed]
+        selected = [one.request.selected(one.start, one.ids).astype(np.int64) for one in placed]
         wanted = [
-            {(one.live.ticket.fingerprint, chosen) for chosen in set(mine.tolist())}
-            for one, mine in zip(placed, bits, strict=True)
+            {(one.request.ticket.fingerprint, chosen) for chosen in set(mine.tolist())}
+            for one, mine in zip(placed, selected, strict=True)
         ]
         keep: set[Key] = set().union(*wanted)
         variants = np.zeros(total, dtype=np.int64)
         inline, recorded = [], []
-        for one, mine, keys in zip(placed, bits, wanted, strict=True):
-            plan = one.live.plan
+        for one, mine, keys in zip(placed, selected, wanted, strict=True):
+            plan = one.request.plan
             assert plan is not None
             numbers = {0: 0}
             for key in keys:
@@ -261,9 +267,9 @@ class WorkerSteering:
         return inline, recorded
 
 
-def _ids(batch: Batch, index: int, live: Live) -> Ints:
+def _ids(batch: Batch, index: int, request: WorkerRequest) -> Ints:
     """The tokens of a request in `batch`; −1 for each where its plan does not read them."""
-    if live.ticket.reads_tokens:
+    if request.ticket.reads_tokens:
         return batch.ids(index)
     return np.full(int(batch.counts[index]), -1, dtype=np.int64)
 
@@ -272,13 +278,13 @@ def _joined(parts: Sequence[Ints]) -> Ints:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
-def _keep(reading: Sequence[Placed], point: HookPoint, x: Tensor) -> None:
+def _keep(reading: Sequence[ScheduledRequest], point: HookPoint, x: Tensor) -> None:
     """Copies the states `[T, d]` that the requests in `reading` asked for at `point`."""
     for one in reading:
-        kept = one.live.states.get(point)
-        if kept is None or one.live.ticket.capture is None:
+        kept = one.request.states.get(point)
+        if kept is None or one.request.ticket.capture is None:
             continue
-        for row, position in enumerate(one.live.ticket.capture.positions):
+        for row, position in enumerate(one.request.ticket.capture.positions):
             place = position - one.start
             if 0 <= place < len(one.ids):
                 kept[row] = x[one.offset + place].detach().float().cpu()

@@ -83,11 +83,11 @@ class SteerWorker:
 
     def steer_receipts(self, asked: list[tuple[str, dict[int, int]]]) -> list[dict[int, Any]]:
         """For each `(key, {choice: tokens fed})` the receipts by choice; they are then dropped."""
-        return [receipt_answer(self.steering.seats, key, fed) for key, fed in asked]
+        return [receipt_answer(self.steering.requests, key, fed) for key, fed in asked]
 
     def steer_captured(self, key: str) -> dict[str, bytes]:
         """The states captured under `key` by hook point; they are then dropped."""
-        return capture_answer(self.steering.seats, key)
+        return capture_answer(self.steering.requests, key)
 
     def steer_unembed(self, states: bytes) -> bytes | None:
         """Float32 states `[rows, d_model]` after the last layer to logits `[rows, vocab]`; None on
@@ -95,5 +95,5 @@ class SteerWorker:
         return unembed_answer(self._unembed, states, self.steering.model)
 
     def steer_stats(self) -> dict[str, Any]:
-        """Live figures for metrics."""
+        """WorkerRequest figures for metrics."""
         return dataclasses.asdict(self.steering.stats())

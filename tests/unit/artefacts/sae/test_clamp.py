@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.artefacts.sae import SUPPORTED
-from steer.edits import Block, Competition, Law, apply
+from steer.edits import Block, Law, TopKCutoff, apply
 from steer.errors import IncompatibleArtefact, Unsupported
 
 D_IN, D_SAE = 12, 40
@@ -63,13 +63,13 @@ def test_the_last_of_the_k_active_features_is_clamped_as_active(make_sae, float6
     active = float64(sae).encode(exact)
     last = np.argsort(-float64(sae).pre_activations(exact), axis=-1)[:, sae.k - 1]
     every = sae.reads(None)
-    competition = Competition(sae.sha256, every.read, every.bias, sae.k)
+    cutoff = TopKCutoff(sae.sha256, every.read, every.bias, sae.k)
     assert set(last) == set(range(D_SAE))
 
     for feature in range(D_SAE):
         reads = sae.reads([feature])
         law = Law.toward(1.5, "set", bias=float(reads.bias), threshold=0.0)
-        block = Block.of_edits(reads.read, sae.writes([feature]), [law], competition=competition)
+        block = Block.of_edits(reads.read, sae.writes([feature]), [law], cutoff=cutoff)
         row = sae.writes([feature]).double().numpy()
         expected = exact + (1.5 - active[:, [feature]]) * row
         np.testing.assert_allclose(apply(block, x).numpy(), expected, atol=1e-5)

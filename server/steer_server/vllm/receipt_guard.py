@@ -23,39 +23,39 @@ from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
 from steer.errors import SpecError, SteerError
 from steer_server.generation.steering import Steering
 from steer_server.metrics import Metrics
-from steer_server.vllm.claims import Claim, Count, renewed, with_ticket
-from steer_server.vllm.receipt_calls import ReceiptCalls
+from steer_server.vllm.pending_receipts import Count, PendingReceipts, renewed, with_ticket
+from steer_server.vllm.receipt_fetcher import ReceiptFetcher
 
 SPEC_ARG = "steering"
 """The entry of `vllm_xargs` that holds a spec, as JSON text."""
 
 Outputs = AsyncGenerator[Any, None]
-Order = Callable[[str], tuple[Steering, Ticket]]
+ReadText = Callable[[str], tuple[Steering, Ticket]]
 """From the JSON text of a spec to its plan and a ticket; raises `SteerError`. May block."""
 
 
-class Watch:
+class ReceiptGuard:
     """Assumes: used from the event loop of vLLM's client.
 
     Guarantees: a request with a ticket or a spec ends with the receipts of all its choices, or
-    with an error; what is kept for a claim goes with it.
+    with an error; what is kept for one goes with it.
     """
 
-    def __init__(self, client: Any, metrics: Metrics, order: Order) -> None:
+    def __init__(self, client: Any, metrics: Metrics, read_text: ReadText) -> None:
         """Puts itself in the place of `client.generate`."""
         self._generate: Callable[..., Outputs] = client.generate
-        self._metrics, self._order = metrics, order
-        self._calls = ReceiptCalls(
+        self._metrics, self._read_text = metrics, read_text
+        self._calls = ReceiptFetcher(
             lambda asked: client.collective_rpc("steer_receipts", args=(asked,)),
             client.reset_prefix_cache,
         )
-        self._claims: WeakValueDictionary[str, Claim] = WeakValueDictionary()
+        self._pending: WeakValueDictionary[str, PendingReceipts] = WeakValueDictionary()
         client.generate = self.generate
 
-    def claim(self, ticket: Ticket) -> Claim:
+    def expect(self, ticket: Ticket) -> PendingReceipts:
         """The ticket is good for as long as somebody holds this."""
-        claim = self._claims[ticket.key] = Claim(ticket)
-        return claim
+        pending = self._pending[ticket.key] = PendingReceipts(ticket)
+        return pending
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, **named: Any) -> Outputs:
         """In the place of `EngineClient.generate`; refuses tickets that were not made here."""
@@ -65,40 +65,42 @@ class Watch:
         start = partial(self._generate, prompt, request_id=request_id, **named)
         if EXTRA_ARG not in extra:
             return self._ordered(start, sampling_params)
-        claim = self._claimed(extra)
-        return self._watched(start, sampling_params, claim, claim.begin())
+        pending = self._pending_of(extra)
+        return self._watched(start, sampling_params, pending, pending.begin())
 
-    def _claimed(self, extra: Mapping[str, Any]) -> Claim:
+    def _pending_of(self, extra: Mapping[str, Any]) -> PendingReceipts:
         try:
             ticket = Ticket.of(extra)
-            claim = None if ticket is None else self._claims.get(ticket.key)
-            if claim is None or claim.ticket != ticket or SPEC_ARG in extra:
+            pending = None if ticket is None else self._pending.get(ticket.key)
+            if pending is None or pending.ticket != ticket or SPEC_ARG in extra:
                 raise foreign_ticket()
         except SteerError as error:
             raise refusal(error.at(f"/vllm_xargs/{EXTRA_ARG}")) from error
-        return claim
+        return pending
 
     async def _ordered(self, start: Callable[..., Outputs], params: Any) -> Outputs:
         """A request with a spec of its own."""
         try:
-            steering, ticket = await to_thread.run_sync(self._order, params.extra_args[SPEC_ARG])
+            steering, ticket = await to_thread.run_sync(
+                self._read_text, params.extra_args[SPEC_ARG]
+            )
         except SteerError as error:
             raise refusal(error) from error
-        claim = self.claim(ticket)
+        pending = self.expect(ticket)
         params = with_ticket(params, None, without=SPEC_ARG)
         params.extra_args = {**(params.extra_args or {}), **ticket.as_extra_args()}
         with self._metrics.request(None, steering.vectors, steering.strengths):
-            outputs = self._watched(start, params, claim, claim.begin())
+            outputs = self._watched(start, params, pending, pending.begin())
             async with aclosing(outputs):
                 async for output in outputs:
                     yield output
 
     async def _watched(
-        self, start: Callable[..., Outputs], params: Any, claim: Claim, number: int
+        self, start: Callable[..., Outputs], params: Any, pending: PendingReceipts, number: int
     ) -> Outputs:
         ticket = None
-        if claim.ticket.plan is not None:
-            ticket = renewed(claim.ticket, uuid.uuid4().hex, params.n)
+        if pending.ticket.plan is not None:
+            ticket = renewed(pending.ticket, uuid.uuid4().hex, params.n)
         count = Count(delta=params.output_kind == RequestOutputKind.DELTA)
         clock = _Clock(self._metrics) if ticket is not None else None
         fetched = ticket is None
@@ -107,7 +109,7 @@ class Watch:
             async with aclosing(outputs):
                 async for output in outputs:
                     count.take(output)
-                    claim.prompts[number] = count.prompt
+                    pending.prompts[number] = count.prompt
                     if clock is not None and any(count.generated.values()):
                         clock.tick()
                     if output.finished and not count.failed:
@@ -115,7 +117,7 @@ class Watch:
                         if ticket is not None:
                             receipts = await self._calls.fetch(ticket.key, count.fed)
                             fetched = True
-                        claim.close(number, receipts)
+                        pending.close(number, receipts)
                         self._finished(receipts, clock, max(count.generated.values()))
                     yield output
         finally:

@@ -10,10 +10,10 @@ from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
 
 
 @dataclass(eq=False)
-class Claim:
+class PendingReceipts:
     """A ticket, and what became of the engine's requests that came with it: one for each prompt.
 
-    A ticket without a plan steers nothing: its claim only takes note of the prompts.
+    A ticket without a plan steers nothing: this only takes note of the prompts.
     """
 
     ticket: Ticket

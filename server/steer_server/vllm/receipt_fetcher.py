@@ -25,7 +25,7 @@ class _Waiting:
     future: asyncio.Future[Mapping[int, Any]]
 
 
-class ReceiptCalls:
+class ReceiptFetcher:
     """Assumes: used from one event loop.
 
     Guarantees: at most one call is under way; a caller that goes away keeps nobody waiting.

@@ -17,13 +17,13 @@ from steer_server.generation.request_models import AddedFields
 from steer_server.generation.steering import Steering, resolve
 from steer_server.http.openai_errors import invalid_field
 from steer_server.state import Serving
-from steer_server.vllm.watch import SPEC_ARG, foreign_ticket
+from steer_server.vllm.receipt_guard import SPEC_ARG, foreign_ticket
 
 FIELDS = frozenset(AddedFields.model_fields)
 
 
 @dataclass(frozen=True)
-class Order:
+class SteerFields:
     """What a request asks of Steer. `model` is the name that vLLM knows."""
 
     added: AddedFields
@@ -49,7 +49,7 @@ def concerns(request: Any, models: Any) -> bool:
     return request.model is not None and not _known(models, request.model) and ":" in request.model
 
 
-def take_order(serving: Serving, request: Any, models: Any) -> Order:
+def read_fields(serving: Serving, request: Any, models: Any) -> SteerFields:
     """Takes Steer's fields off `request` and plans what they say. Runs in a worker thread.
 
     Raises `SteerError` with pointers into the request.
@@ -70,14 +70,14 @@ def take_order(serving: Serving, request: Any, models: Any) -> Order:
             param="/compare",
             code="nothing_to_compare",
         )
-    order = Order(added, steering, base)
-    if not order.empty and request.use_beam_search:
+    fields = SteerFields(added, steering, base)
+    if not fields.empty and request.use_beam_search:
         raise Unsupported(
             "a beam search cannot be steered or inspected: leave 'use_beam_search' out",
             param="/use_beam_search",
             code="unsupported_parameter",
         )
-    return order
+    return fields
 
 
 def make_ticket(
@@ -90,7 +90,7 @@ def make_ticket(
     return issuer.issue(steering.plan, measure=True)
 
 
-def order_text(serving: Serving, issuer: TicketIssuer, text: Any) -> tuple[Steering, Ticket]:
+def fields_of_text(serving: Serving, issuer: TicketIssuer, text: Any) -> tuple[Steering, Ticket]:
     """The steering and the ticket for a spec in `vllm_xargs`."""
     steering = resolve(serving, serving.model_name, _spec(text))
     return steering, make_ticket(issuer, serving, steering, measure=False)

@@ -19,7 +19,7 @@ _SILENT = ("/render", "/derender", "/tokenize", "/detokenize", "/count_tokens")
 _FIELD = b'"steering"'
 
 
-class RefuseUnheard:
+class RefuseIgnoredField:
     """ASGI middleware in front of vLLM's other routes; it looks at JSON bodies alone."""
 
     def __init__(self, app: ASGIApp) -> None:
