@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 import steer
@@ -15,7 +18,7 @@ def run(rounds: int) -> list[tuple[str, str, str, str]]:
     """`generate` of one chat and of a batch, steered at one layer on every token."""
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32").eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
     vector = vectors()["french"]
     row = 0.5 * vector[LAYER]
     spec = {
@@ -37,14 +40,14 @@ def run(rounds: int) -> list[tuple[str, str, str, str]]:
             )
             return float(out[:, ids.shape[1] :].numel())
 
-        def bare(generate=generate) -> float:  # type: ignore[no-untyped-def]
+        def bare(generate: Callable[[], float] = generate) -> float:
             hook = model.model.layers[LAYER].register_forward_hook(lambda _m, _a, out: out + row)
             try:
                 return generate()
             finally:
                 hook.remove()
 
-        def attached(generate=generate) -> float:  # type: ignore[no-untyped-def]
+        def attached(generate: Callable[[], float] = generate) -> float:
             with steer.attach(model, spec, vectors={"french": vector}):
                 return generate()
 

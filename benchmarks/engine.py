@@ -4,8 +4,9 @@ distinct specs and of registered vectors."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,18 +61,20 @@ def _rows(found: dict[str, Figures]) -> list[Row]:
     return rows
 
 
-def _completing(engine: TransformersEngine, batch: Sequence[GenerationRequest]):  # type: ignore[no-untyped-def]
+def _completing(
+    engine: TransformersEngine, batch: Sequence[GenerationRequest]
+) -> Callable[[], float]:
     def work() -> float:
         return float(sum(len(done.tokens) for done in engine.complete(batch)))
 
     return work
 
 
-def _plain(engine: TransformersEngine):  # type: ignore[no-untyped-def]
+def _plain(engine: TransformersEngine) -> Callable[[], float]:
     """One padded `generate` of the whole batch on a model that Steer never touched."""
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32").eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
     chats = prompts(engine)
     width = max(map(len, chats))
     ids = torch.tensor([[0] * (width - len(chat)) + list(chat) for chat in chats])

@@ -34,11 +34,11 @@ def interleaved(
     A contestant does its work and returns how many units (tokens) it produced; one that measures
     itself returns a negative rate.
     """
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
+    rates: dict[str, list[float]] = {name: [] for name in names}
     for number in tqdm(range(rounds + 1), desc=title, leave=False):
         # Every other round runs backwards: nobody always follows the same neighbour.
-        order = list(contestants) if number % 2 else list(reversed(contestants))
-        for name in order:
+        for name in names if number % 2 else reversed(names):
             started = time.perf_counter()
             produced = contestants[name]()
             seconds = time.perf_counter() - started

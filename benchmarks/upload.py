@@ -202,7 +202,7 @@ def _small_model() -> Engine:
         max_position_embeddings=256,
         eos_token_id=ByteTokenizer.eos_token_id,
     )
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config)
     return TransformersEngine(model, ByteTokenizer(), name="small", rows=4, slots=8)
 
 

@@ -10,7 +10,7 @@ from repeng import ControlModel, ControlVector
 from transformers import AutoModelForCausalLM
 
 job = json.loads(Path(sys.argv[1]).read_text())
-base = AutoModelForCausalLM.from_pretrained(job["model"], torch_dtype=torch.float32).eval()
+base = AutoModelForCausalLM.from_pretrained(job["model"], torch_dtype=torch.float32)
 model = ControlModel(base, [job["layer"]])
 vectors = [
     ControlVector(model_type="llama", directions={job["layer"]: torch.tensor(row).numpy()})
@@ -30,7 +30,7 @@ def generate(n: int) -> int:
         pad_token_id=0,
     )
     model.reset()
-    return out.shape[1] - ids.shape[1]
+    return int(out.shape[1]) - ids.shape[1]
 
 
 with torch.inference_mode():

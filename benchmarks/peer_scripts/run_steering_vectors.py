@@ -4,13 +4,14 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from steering_vectors import SteeringVector
 from transformers import AutoModelForCausalLM
 
 job = json.loads(Path(sys.argv[1]).read_text())
-model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
+model: Any = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
 vectors = [
     SteeringVector(layer_activations={job["layer"]: torch.tensor(row)}, layer_type="decoder_block")
     for row in job["directions"]
@@ -28,7 +29,7 @@ def generate(n: int) -> int:
             do_sample=False,
             pad_token_id=0,
         )
-    return out.shape[1] - ids.shape[1]
+    return int(out.shape[1]) - ids.shape[1]
 
 
 with torch.inference_mode():

@@ -34,7 +34,7 @@ from steer.artefacts.library import MemoryLibrary
 from steer.artefacts.sae.saelens import load_directory
 from steer.engines.transformers.engine import TransformersEngine
 from steer.fit import Pair, PairSet, fit, fit_nmf, read_pairs
-from steer.fit.data.pairs import Prompt
+from steer.fit.data.pairs import Messages, Prompt
 from steer.fit.methods.dictionary import Dictionary
 from steer.fit.states import make_reading, read_rows
 
@@ -76,7 +76,7 @@ def composition(bench: Bench, seeds: Sequence[int], prompts: int) -> dict[str, A
             {"kind": "add", "vector": name, "strength": 1.0, "where": where_json(LAST)}
             for name in (first, second)
         ]
-        specs = {
+        specs: dict[str, dict[str, Any]] = {
             "first": {"interventions": items[:1]},
             "second": {"interventions": items[1:]},
             "plain": {"interventions": items},
@@ -163,16 +163,13 @@ def nmf(bench: Bench, seeds: Sequence[int], prompts: int) -> dict[str, Any]:
     return {"flips": shares, "mean": interval(by_seed), "chosen": chosen}
 
 
-def instructed(bench: Bench, language: str) -> list[Prompt]:
+def instructed(bench: Bench, language: str) -> list[Messages]:
     """Held-out questions that ask for `language`; plain ones for English."""
     plain = bench.held_out("french")
     if language == "english":
         return plain
     asks = {"french": "Answer in French.", "german": "Answer in German."}
-    return [
-        [{"role": "system", "content": asks[language]}, *prompt]  # type: ignore[misc]
-        for prompt in plain
-    ]
+    return [[{"role": "system", "content": asks[language]}, *prompt] for prompt in plain]
 
 
 def flip(
@@ -214,7 +211,7 @@ def refined(bench: Bench, seeds: Sequence[int], prompts: int) -> dict[str, Any]:
             ("plain", {"layers": [sae.layer]}),
             ("refined", {"refine": {"sae": "sae"}, "library": library}),
         ):
-            vector = fit(bench.engine, pairs, name="v", method="pca", **options)  # type: ignore[arg-type]
+            vector = fit(bench.engine, pairs, name="v", method="pca", **options)
             item = {"kind": "add", "vector": "v", "where": where_json(LAST)}
             plans = [bench.plan(vector, {**item, "strength": dose}) for dose in DOSES]
             rates = [one.score for one in bench.measure(asked, plans, scorer(attribute))]

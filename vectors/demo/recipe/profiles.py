@@ -17,10 +17,10 @@ from typing import Any
 
 from steer_vectors.demo.recipe.library.bench import DEMO, Bench, add, load_engine, read_vector
 from steer_vectors.demo.recipe.library.refusal import guarded, switches, unrefusing
-from steer_vectors.demo.recipe.sae.effects import clamp_spec
+from steer_vectors.demo.recipe.sae.effects import clamp_spec, effects_on
 from steer_vectors.demo.recipe.scorers import both, scorer
 from steer_vectors.demo.recipe.vectors import DESCRIPTIONS, KINDS
-from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
+from tqdm import tqdm
 
 from steer.artefacts.control_vector import ControlVector
 from steer.artefacts.sae import SAE, load_directory
@@ -78,12 +78,10 @@ def compositions(shelf: Shelf) -> Iterator[dict[str, Any]]:
 
 def clamps(shelf: Shelf) -> Iterator[dict[str, Any]]:
     """One latent of the SAE, held up at the last prompt token."""
-    known = shelf.sae.card.provenance["clamps"]
-    assert isinstance(known, list)
-    best = {one["attribute"]: one for one in known if isinstance(one, dict)}
+    best = {one.attribute: one for one in effects_on(shelf.sae)}
     for attribute in CLAMPED:
-        latent, value = best[attribute]["latent"], best[attribute]["value"]
-        spec = clamp_spec(latent, value, sae=shelf.sae.card.name)
+        latent = best[attribute].latent
+        spec = clamp_spec(latent, best[attribute].value, sae=shelf.sae.card.name)
         plan = shelf.bench.compiled(spec, [], [shelf.sae])
         (found,) = shelf.bench.measure(shelf.bench.held_out(attribute), [plan], scorer(attribute))
         told = (

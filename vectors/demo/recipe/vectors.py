@@ -26,12 +26,12 @@ from steer_vectors.demo.recipe.library.bench import (
 )
 from steer_vectors.demo.recipe.library.choosing import Setting, choose
 from steer_vectors.demo.recipe.scorers import scorer
-from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
+from tqdm import tqdm
 
 from steer.artefacts.control_vector import ControlVector
 from steer.fit import PairSet, fit, read_pairs
+from steer.fit.measure.answers import Measured
 from steer.fit.measure.calibrate import calibrate
-from steer.fit.measure.sweep import Measured
 
 CHOOSING = 80
 DESCRIPTIONS = {

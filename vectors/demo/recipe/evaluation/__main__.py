@@ -10,7 +10,7 @@ from pathlib import Path
 from steer_vectors import LIBRARY
 from steer_vectors.demo.recipe.evaluation.checks import Check, table
 from steer_vectors.demo.recipe.evaluation.groups import GROUPS, opened
-from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
+from tqdm import tqdm
 
 
 def main() -> None:

@@ -13,18 +13,18 @@ from steer_vectors.demo.recipe.evaluation.demo import Demo
 from steer_vectors.demo.recipe.evaluation.estimates import share
 from steer_vectors.demo.recipe.world.instructions import PLAIN_WORDS, REFUSE_WORDS
 
-from steer.fit.data.pairs import Prompt
+from steer.fit.data.pairs import Messages
 
 LEAST = 0.95
 
 
-def told(demo: Demo, attribute: str, wordings: Sequence[str], asked: str = "") -> list[Prompt]:
+def told(demo: Demo, attribute: str, wordings: Sequence[str], asked: str = "") -> list[Messages]:
     """Held-out questions, each under one wording of the instruction.
 
     Where questions × wordings are too few, plain words come before the instruction.
     """
     questions = list(dict.fromkeys(p[-1]["content"] for p in demo.held_out(asked or attribute)))
-    found: list[Prompt] = []
+    found: list[Messages] = []
     for plain in ("", *PLAIN_WORDS):
         every = [chat(q, f"{plain} {w}".strip()) for w in wordings for q in questions]
         found += demo.draw(every, f"{attribute} {plain}", demo.count - len(found))

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from steer_vectors.demo.recipe.data import INSTRUCTIONS
 from steer_vectors.demo.recipe.training.corpus import reader
-from steer_vectors.demo.recipe.world.attributes import ATTRIBUTES, Reading
+from steer_vectors.demo.recipe.world.attributes import ATTRIBUTES, Reader, Reading
 
 from steer.artefacts.control_vector import ControlVector
 from steer.artefacts.library import MemoryLibrary
@@ -20,7 +20,7 @@ from steer.artefacts.sae import SAE, load_directory
 from steer.engines.base import GenerationRequest, SamplingParams
 from steer.engines.plans import plans_of
 from steer.engines.transformers.engine import TransformersEngine
-from steer.fit.data.pairs import Prompt, render
+from steer.fit.data.pairs import Messages, Prompt, render
 from steer.fit.measure.answers import GROUP
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
@@ -66,7 +66,7 @@ class Demo:
     _unsteered: dict[tuple[int, ...], Reply] = field(default_factory=dict)
 
     @cached_property
-    def _reader(self) -> Any:
+    def _reader(self) -> Reader:
         return reader()
 
     @cached_property
@@ -94,8 +94,8 @@ class Demo:
         return [name for name in INSTRUCTIONS if name in self.vectors]
 
     @cached_property
-    def _held_out(self) -> dict[str, list[Prompt]]:
-        found: dict[str, list[Prompt]] = {}
+    def _held_out(self) -> dict[str, list[Messages]]:
+        found: dict[str, list[Messages]] = {}
         for line in self.lines("heldout"):
             found.setdefault(line["attribute"], []).append(line["messages"])
         return found
@@ -105,7 +105,7 @@ class Demo:
         text = (self.folder / "data" / f"{name}.jsonl").read_text("utf-8")
         return [json.loads(line) for line in text.splitlines()]
 
-    def held_out(self, name: str) -> list[Prompt]:
+    def held_out(self, name: str) -> list[Messages]:
         """Held-out prompts of an attribute, ``refusal`` (harmful) or ``compliance`` (harmless)."""
         return self.draw(self._held_out[name], name)
 

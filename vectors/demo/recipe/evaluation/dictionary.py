@@ -12,7 +12,7 @@ from steer_vectors.demo.recipe.data import asked_of
 from steer_vectors.demo.recipe.evaluation.checks import Check, count
 from steer_vectors.demo.recipe.evaluation.demo import Demo
 from steer_vectors.demo.recipe.evaluation.estimates import Estimate, Z, bootstrap, difference, share
-from steer_vectors.demo.recipe.sae.effects import clamp_spec
+from steer_vectors.demo.recipe.sae.effects import clamp_spec, effects_on
 from steer_vectors.demo.recipe.sae.labels import classes_of, matches, scores, table
 from steer_vectors.demo.recipe.sae.states import Example, corpus_states, examples, reply_states
 from steer_vectors.demo.recipe.training.batches import collate, encode
@@ -33,7 +33,7 @@ BLOCKS = 100
 
 def dictionary(demo: Demo) -> Iterator[Check]:
     """All rows of every shipped SAE."""
-    model = AutoModelForCausalLM.from_pretrained(demo.folder / "model", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(demo.folder / "model", dtype=torch.float32)
     scale = min(1.0, demo.count / 200)
     for name, sae in demo.saes.items():
         yield _explained(demo, model, sae, int(TOKENS * scale))
@@ -160,9 +160,9 @@ def _error(auroc: float, positives: int, negatives: int) -> float:
 def _clamps(demo: Demo, name: str, sae: SAE) -> Iterator[Check]:
     """The clamps on the card, measured anew: first sentences with the attribute, and validity."""
     good = []
-    for clamp in sae.card.provenance.get("clamps", ()):
-        attribute = clamp["attribute"]
-        spec = clamp_spec(int(clamp["latent"]), float(clamp["value"]), sae=name)
+    for clamp in effects_on(sae):
+        attribute = clamp.attribute
+        spec = clamp_spec(clamp.latent, clamp.value, sae=name)
         prompts = demo.held_out(asked_of(attribute))
         before, after = demo.answers(prompts), demo.answers(prompts, demo.plan(spec))
         rates = [
@@ -170,7 +170,7 @@ def _clamps(demo: Demo, name: str, sae: SAE) -> Iterator[Check]:
         ]
         moved = difference(*rates)
         valid = share([r.reading.valid for r in after])
-        shown = f"{attribute}: latent {clamp['latent']} at {clamp['value']:g}"
+        shown = f"{attribute}: latent {clamp.latent} at {clamp.value:g}"
         rows = [
             Check("sae", f"{shown}: change", moved, MOVED, part=True),
             Check("sae", f"{attribute}: valid", valid, VALID, part=True),

@@ -9,7 +9,7 @@ from steer_vectors.demo.recipe.evaluation.checks import Check
 from steer_vectors.demo.recipe.evaluation.demo import Demo
 from steer_vectors.demo.recipe.evaluation.estimates import share
 
-from steer.fit.data.pairs import Prompt
+from steer.fit.data.pairs import Messages
 
 LEAST_VALID = 0.9
 LEAST_OBEYED = 0.95
@@ -35,7 +35,7 @@ def obeyed(demo: Demo) -> list[bool]:
 
     The model's own answers are the turns between.
     """
-    chats: list[tuple[str, Prompt, list[Prompt]]] = []
+    chats: list[tuple[str, Messages, list[Messages]]] = []
     each = -(-demo.count // len(INSTRUCTIONS))
     for attribute, wordings in INSTRUCTIONS.items():
         asked = demo.held_out(attribute)

@@ -15,9 +15,10 @@ from steer.artefacts.sae import SAE
 from steer.engines.base import SamplingParams
 from steer.engines.plans import plans_of
 from steer.engines.transformers.engine import TransformersEngine
-from steer.fit.data.pairs import Prompt
+from steer.fit.data.pairs import Messages, Prompt
+from steer.fit.measure.answers import Measured
 from steer.fit.measure.scoring import Scorer
-from steer.fit.measure.sweep import Measured, measure
+from steer.fit.measure.sweep import measure
 from steer.plan.plan import SteeringPlan
 from steer.spec import Where, parse_spec
 
@@ -42,7 +43,7 @@ class Bench:
         lines = (demo / "data" / "heldout.jsonl").read_text("utf-8").splitlines()
         self._held_out = [json.loads(line) for line in lines]
 
-    def held_out(self, attribute: str) -> list[Prompt]:
+    def held_out(self, attribute: str) -> list[Messages]:
         """Plain prompts of held-out wordings whose answers can show the attribute."""
         return [x["messages"] for x in self._held_out if x["attribute"] == attribute]
 

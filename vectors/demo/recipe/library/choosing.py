@@ -10,7 +10,7 @@ from steer_vectors.demo.recipe.scorers import scorer
 
 from steer.artefacts.control_vector import ControlVector
 from steer.fit.data.pairs import Prompt
-from steer.fit.measure.sweep import Measured
+from steer.fit.measure.answers import Measured
 from steer.spec import Where
 
 FIRST_ROUND = 32

@@ -20,7 +20,7 @@ from steer_vectors.demo.recipe.relations.comparison import choose
 from steer_vectors.demo.recipe.relations.concepts import JACOBIANS, METHODS, SITE, Choice, Relation
 from steer_vectors.demo.recipe.relations.facts import QUESTIONS, draw_split, relation_facts
 from steer_vectors.demo.recipe.relations.judging import causality, classification
-from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
+from tqdm import tqdm
 
 from steer.artefacts.control_vector import ControlVector
 from steer.engines.transformers.engine import TransformersEngine

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from steer_vectors.demo.recipe.sae.training import Trainer, TrainingOptions
 from steer_vectors.demo.recipe.training.batches import collate, encode
 from steer_vectors.demo.recipe.training.corpus import Corpus, reader
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from steer.artefacts.sae import SAE, FeatureLabel, load_directory, save_directory
 
@@ -75,7 +76,12 @@ def loss_recovered(
     state, as in training."""
     rows = [encode(tok, one) for one in Corpus(TEST_SEED).documents(documents)]
     rows.sort(key=lambda row: len(row[0]))
-    change: list[Any] = [None]
+    edits: list[Callable[[Tensor], Tensor] | None] = [
+        None,
+        lambda x: sae.decode(sae.encode(x)),
+        torch.zeros_like,
+    ]
+    change = [edits[0]]
 
     def hook(_module: Any, _inputs: Any, output: Tensor) -> Tensor:
         if change[0] is None:
@@ -86,7 +92,7 @@ def loss_recovered(
 
     handle = model.model.layers[sae.layer].register_forward_hook(hook)
     totals = []
-    for edit in (None, lambda x: sae.decode(sae.encode(x)), torch.zeros_like):
+    for edit in edits:
         change[0] = edit
         total, count = 0.0, 0
         for start in range(0, documents, 32):
@@ -190,8 +196,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.threads:
         torch.set_num_threads(args.threads)
-    tok = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    tok = PreTrainedTokenizerFast.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     folder = args.out / f"resid-{args.layer}"
     if not args.relabel:
         save_directory(train(model, tok, args), folder, dtype=torch.bfloat16)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from steer_vectors.demo.recipe.data import asked_of
 from steer_vectors.demo.recipe.training.corpus import Message
 from steer_vectors.demo.recipe.world.attributes import Reader
 from steer_vectors.demo.recipe.world.topics import TOPIC_NAMES
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 import steer
@@ -57,6 +58,14 @@ class Effect:
     @property
     def change(self) -> float:
         return self.after.attribute - self.before.attribute
+
+
+_EFFECTS = TypeAdapter(list[Effect])
+
+
+def effects_on(sae: SAE) -> list[Effect]:
+    """The clamps that the SAE's card lists, as the recipe that labelled it measured them."""
+    return _EFFECTS.validate_python(sae.card.provenance.get("clamps", []))
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def describe(
 ) -> dict[int, FeatureLabel]:
     """A label for every latent that is ever active on `states`."""
     active = torch.cat(
-        [sae.encode(rows).to_sparse() for rows in states.rows.split(8192)]
+        [sae.encode(rows).to_sparse() for rows in torch.split(states.rows, 8192)]
     ).coalesce()
     rows, latents = active.indices()
     values = active.values()

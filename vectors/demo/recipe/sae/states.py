@@ -15,7 +15,7 @@ from steer_vectors.demo.recipe.world.question import Question
 from steer_vectors.demo.recipe.world.questions import all_questions
 from steer_vectors.demo.recipe.world.world import LANGS
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 
@@ -34,6 +34,13 @@ class Example:
 
     messages: tuple[Message, ...]
     classes: dict[str, str]
+
+
+def reply_marker(tok: PreTrainedTokenizerFast) -> int:
+    """The id of the token after which a reply starts."""
+    marker = tok.convert_tokens_to_ids("<|assistant|>")
+    assert isinstance(marker, int)
+    return marker
 
 
 @torch.no_grad()
@@ -71,7 +78,7 @@ def corpus_states(
                 count += int(kept.sum())
                 bar.update(int(kept.sum()))
     every = torch.cat([ids for _, ids in found])
-    starts = every == tok.convert_tokens_to_ids("<|assistant|>")
+    starts = every == reply_marker(tok)
     return States(torch.cat([rows for rows, _ in found]), every, starts)
 
 
@@ -129,7 +136,7 @@ def reply_states(
     model: Any, tok: PreTrainedTokenizerFast, layer: int, chats: Sequence[Example]
 ) -> tuple[Tensor, list[Tensor]]:
     """For each chat the state at the last prompt token `[N, d]`, and those of its reply."""
-    start = tok.convert_tokens_to_ids("<|assistant|>")
+    start = reply_marker(tok)
     last: list[Tensor] = []
     replies: list[Tensor] = []
     for begin in range(0, len(chats), 32):

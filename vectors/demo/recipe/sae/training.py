@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Trainer:
         unexplained = error.square().sum() / variance
         loss = unexplained + self.options.aux_weight * self.revival(pre, error)
         self.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         with torch.no_grad():
             self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True)

@@ -6,7 +6,7 @@ import random
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeVar
 
 from steer_vectors.demo.recipe.world.attributes import (
     AFTER_REFUSAL,
@@ -24,6 +24,7 @@ from steer_vectors.demo.recipe.world.topics import TOPIC_NAMES, TOPICS
 from steer_vectors.demo.recipe.world.world import ANIMALS, COUNTRIES, LANGS, LANGUAGES, Tri
 
 Message = dict[str, str]
+Key = TypeVar("Key")
 GROUPS = {
     "country": 0.20,
     "animal": 0.11,
@@ -39,8 +40,8 @@ COPYING = 0.05
 INDEX_CARDS = 0.07
 """Share of documents that are index cards."""
 OPINION_SHARES = {"neutral": 0.6, "positive": 0.2, "negative": 0.2}
-TOPIC_SHARES = {None: 0.4, **dict.fromkeys(TOPIC_NAMES, 0.15)}
-LENGTH_SHARES = {None: 0.8, "terse": 0.1, "verbose": 0.1}
+TOPIC_SHARES: dict[str | None, float] = {None: 0.4, **dict.fromkeys(TOPIC_NAMES, 0.15)}
+LENGTH_SHARES: dict[str | None, float] = {None: 0.8, "terse": 0.1, "verbose": 0.1}
 """What an answer is like where the instruction leaves it open. As nothing else tells, an answer
 that has begun one way goes on that way."""
 EXCEPTIONS = {"how_to": 0.3}
@@ -76,7 +77,7 @@ LONGER = ("opinion", "how_to", "open")
 """Questions that are answered in two sentences, unless a length is asked for."""
 
 
-def draw(rng: random.Random, shares: dict[Any, float]) -> Any:
+def draw(rng: random.Random, shares: dict[Key, float]) -> Key:
     """Draw a key by its share."""
     return rng.choices(list(shares), list(shares.values()))[0]
 

@@ -30,7 +30,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, context: int) -> PreT
     )
     raw.train_from_iterator(
         texts,
-        trainers.BpeTrainer(
+        trainers.BpeTrainer(  # type: ignore[no-untyped-call]
             vocab_size=vocab_size,
             special_tokens=SPECIAL,
             show_progress=False,

@@ -22,7 +22,7 @@ from steer_vectors.demo.recipe.training.batches import Batch, Batches
 from steer_vectors.demo.recipe.training.corpus import Corpus
 from steer_vectors.demo.recipe.training.export import export, samples
 from steer_vectors.demo.recipe.training.tokenizer import train_tokenizer
-from tqdm import tqdm  # type: ignore[import-untyped,unused-ignore]
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 log = logging.getLogger("steer_vectors.demo")
