@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from steer.plan.plan import SteeringPlan
+from steer.plan.plan import Rule, SteeringPlan
 
 Ints = NDArray[np.int64]
 NOBODY = -1
@@ -25,6 +25,15 @@ class SteeredRequest:
     slot: int = 0
     measure: bool = False
 
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules of the plan; none where the request is not steered."""
+        return () if self.plan is None else self.plan.rules
+
+    @property
+    def gated(self) -> bool:
+        return self.plan is not None and self.plan.gated
+
     def slots(self, positions: Ints, tokens: Ints) -> Ints:
         """The slot of each token in each rule, `[P, T]`, gates apart; positions ascend."""
         fixed = self._fixed
@@ -35,13 +44,11 @@ class SteeredRequest:
     @cached_property
     def possible(self) -> Ints:
         """The slot of each rule `[P, 1]` where it is selected."""
-        rules = () if self.plan is None else self.plan.rules
-        return np.full((len(rules), 1), self.slot, dtype=np.int64)
+        return np.full((len(self.rules), 1), self.slot, dtype=np.int64)
 
     def _masked(self, positions: Ints, tokens: Ints) -> Ints:
-        rules = () if self.plan is None else self.plan.rules
-        out = np.zeros((len(rules), len(positions)), dtype=np.int64)
-        for number, one in enumerate(rules):
+        out = np.zeros((len(self.rules), len(positions)), dtype=np.int64)
+        for number, one in enumerate(self.rules):
             out[number] = one.selection.mask(positions, self.prompt_length, tokens) * self.slot
         return out
 
@@ -55,15 +62,14 @@ class SteeredRequest:
 
     def watching(self, positions: Ints) -> Ints:
         """The slot of each token `[P, T]` that decides a prompt gate, whether selected or not."""
-        rules = () if self.plan is None else self.plan.rules
-        held = [one.gate is not None and one.gate.prompt_scope for one in rules]
+        held = [one.gate is not None and one.gate.prompt_scope for one in self.rules]
         deciding = positions == self.prompt_length - 1
         return np.outer(np.array(held, dtype=np.int64), deciding) * self.slot
 
     @property
     def fixed_from(self) -> int | None:
         """The position from which on `slots` no longer changes; None where token ids decide."""
-        selections = [one.selection for one in (() if self.plan is None else self.plan.rules)]
+        selections = [one.selection for one in self.rules]
         if any(selection.reads_tokens for selection in selections):
             return None
         return max((one.fixed_from(self.prompt_length) for one in selections), default=0)
@@ -77,3 +83,8 @@ class Span:
     offset: int
     positions: Ints
     tokens: Ints
+
+    @property
+    def place(self) -> slice:
+        """Where the tokens lie in the batch."""
+        return slice(self.offset, self.offset + len(self.positions))

@@ -1,10 +1,11 @@
-"""One forward pass: which slot every token has, and what is known afterwards.
+"""One forward pass: what each hook point does to the tokens of a batch.
 
-`build_step` turns requests (`requests.py`) and the positions they are about to compute into a
-`Step`; the engine's hooks call `Step.edit` at each hook point; after the pass `Step.finish`
-counts what was really applied into the `Ledger` (`ledger.py`).
+`build_step` turns requests and the positions they are about to compute into slots by token
+(`token_slots.py`) and these into a `Step`; the engine's hooks call `Step.edit` at each hook point,
+where gates (`gates.py`) decide before blocks edit; after the pass `Step.finish` counts what was
+really applied into the `Ledger` (`ledger.py`).
 
-T tokens of the batch (packed, or a padded batch flattened), P rules, R request rows.
+T tokens of the batch (packed, or a padded batch flattened), P rules.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from steer.batch.apply import apply_table
+from steer.batch.gates import Gates
 from steer.batch.ledger import Ledger
 from steer.batch.requests import NOBODY, Ints, Span
-from steer.batch.tables import GateTable, Table, Tables, TableView
-from steer.edits import apply, gate_open
+from steer.batch.tables import Table, Tables, TableView
+from steer.batch.token_slots import GatedTokens, TokenSlots
+from steer.edits import apply
 from steer.errors import EngineError
 from steer.model import HookPoint
 
@@ -48,44 +50,28 @@ class Step:
     Guarantees: `finish` raises if an edited hook point was never reached.
     """
 
-    def __init__(
-        self,
-        tables: Tables,
-        ledger: Ledger,
-        slots: Ints,
-        rows: Ints,
-        until_decision: Ints | None = None,
-        watching: Ints | None = None,
-        measured: NDArray[np.bool_] | None = None,
-        possible: Ints | None = None,
-    ) -> None:
-        """`possible` `[P, T]` are the slots that tokens may have in the passes to come; None where
-        these are their `slots`."""
+    def __init__(self, tables: Tables, ledger: Ledger, tokens: TokenSlots) -> None:
         device = tables.device
-        self._tables, self._ledger, self._rows = tables, ledger, rows
-        self._host_slots = slots
-        self._possible = slots if possible is None else possible
-        self.slots = torch.from_numpy(slots).to(device)
-        self._row_index = torch.from_numpy(rows).clamp_min(0).to(device)
-        self._pending: Tensor | None = None
-        self._measured = None if measured is None else torch.from_numpy(measured).to(device)
-        self._uniform = None if possible is not None else self._uniform_slots(slots)
+        self._tables, self._ledger, self._tokens = tables, ledger, tokens
+        self._possible = tokens.slots if tokens.possible is None else tokens.possible
+        self._row_index = torch.from_numpy(tokens.rows).clamp_min(0).to(device)
+        self._measured = (
+            None if tokens.measured is None else torch.from_numpy(tokens.measured).to(device)
+        )
+        self._shared = tokens.shared
         self._chosen: dict[tuple[int, ...], Tensor] = {}
-        live = set(self._possible.ravel().tolist()) - {0}
-        points = tables.points()
-        self._points = points
-        if until_decision is not None and watching is not None:
-            read = np.where(watching, watching, slots)
-            live |= set(read.ravel().tolist()) - {0}
-            self._close_gates(
-                points,
-                torch.from_numpy(until_decision).to(device),
-                torch.from_numpy(read).to(device),
-            )
-        self._work = {point: work for point in points if (work := self._work_at(point, live))}
-        gated = {p for p in points if self._gates_at(p, live)}
-        self.points = frozenset(self._work.keys() | gated)
         self._visited: set[HookPoint] = set()
+        self.slots = torch.from_numpy(tokens.slots).to(device)
+        """The slots `[P, T]` by which tokens are edited; behind a closed gate they are 0."""
+        in_use, points = tokens.in_use, tables.points()
+        self._gates: Gates | None = None
+        gated: set[HookPoint] = set()
+        if tokens.gated is not None:
+            self._gates = Gates(tables, ledger, self._row_index, points)
+            self.slots = self._gates.close(self.slots, tokens.gated)
+            gated = self._gates.points(in_use)
+        self._work = {point: work for point in points if (work := self._work_at(point, in_use))}
+        self.points = frozenset(self._work.keys() | gated)
 
     def edit(self, point: HookPoint, x: Tensor) -> Tensor:
         """`x` `[..., d]`, T rows in all, after the gates and edits of `point`."""
@@ -93,15 +79,14 @@ class Step:
         if point not in self.points:
             return x
         flat = x.reshape(-1, x.shape[-1])
-        for number, gates in enumerate(self._tables.gates(point)[: len(self.slots)]):
-            if gates is not None and gates.live and self._pending is not None:
-                self._decide(number, gates, flat)
+        if self._gates is not None:
+            self._gates.decide(point, flat, self.slots)
         before = flat
         for work in self._work.get(point, ()):
-            if self._uniform is None:
+            if self._shared is None:
                 flat = self._apply(work, flat)
-            elif self._uniform[work.number]:
-                flat = apply(work.table.blocks[self._uniform[work.number]], flat)
+            elif self._shared[work.number]:
+                flat = apply(work.table.blocks[self._shared[work.number]], flat)
         if self._measured is not None and flat is not before:
             self._measure(point, before, flat)
         return flat.reshape(x.shape)
@@ -113,13 +98,13 @@ class Step:
         Assumes: one token for each request, none of them possible where `possible` had none.
         """
         for place, slots in changes.items():
-            self._host_slots[:, place] = 0
-            self._host_slots[: len(slots), place] = slots
-        gated = self._pending is not None
-        if changes or gated:
-            self.slots = torch.from_numpy(self._host_slots).to(self._tables.device)
-        if gated:
-            self._close_gates(self._points, torch.full_like(self.slots[0], -1), self.slots)
+            self._tokens.change(place, slots)
+        if changes or self._gates is not None:
+            self.slots = torch.from_numpy(self._tokens.slots).to(self._tables.device)
+        if self._gates is not None:
+            slots = self._tokens.slots
+            after_prompt = np.full(slots.shape[1], -1, dtype=np.int64)
+            self.slots = self._gates.close(self.slots, GatedTokens(after_prompt, slots))
 
     def finish(self) -> None:
         """Counts what was applied; raises if a hook point was never reached (fail closed)."""
@@ -130,12 +115,12 @@ class Step:
                 "there were not applied, so the result is withheld"
             )
         self._visited = set()
-        slots = self._host_slots if self._pending is None else self.slots.cpu().numpy()
-        present = self._rows != NOBODY
+        slots = self._tokens.slots if self._gates is None else self.slots.cpu().numpy()
+        present = self._tokens.rows != NOBODY
         applied = np.zeros(slots.shape[1], dtype=np.int64)
         for number in range(len(slots)):
             applied |= (slots[number] != 0).astype(np.int64) << number
-        self._ledger.record(self._rows[present], applied[present])
+        self._ledger.record(self._tokens.rows[present], applied[present])
 
     def _work_at(self, point: HookPoint, live: set[int]) -> list[_Work]:
         """The tables that this batch's slots use at `point`."""
@@ -150,7 +135,7 @@ class Step:
                 # A view may hold the edits of other groups, so each group is shown its own tokens.
                 if len(groups) > 1 or any(view.needs):
                     rows = self._rows_of(number, mine)
-                    if len(groups) == 1 and len(rows) > _FEW * self._host_slots.shape[1]:
+                    if len(groups) == 1 and len(rows) > _FEW * self._tokens.slots.shape[1]:
                         rows = None
                 solo = self._solo(number, view, rows) if view.needs.edits else None
                 found.append(_Work(number, table, view, rows, solo))
@@ -188,59 +173,6 @@ class Step:
         mine, slots = x.index_select(0, work.rows), slots.index_select(0, work.rows)
         return x.index_copy(0, work.rows, apply_table(work.view, mine, slots, work.solo))
 
-    def _gates_at(self, point: HookPoint, live: set[int]) -> bool:
-        return any(g is not None and live & g.live for g in self._tables.gates(point))
-
-    def _uniform_slots(self, slots: Ints) -> list[int] | None:
-        """The slot of each rule where all tokens share it and blocks can be applied directly."""
-        if slots.shape[1] == 0 or not (slots == slots[:, :1]).all():
-            return None
-        return [int(slot) for slot in slots[:, 0]]
-
-    def _close_gates(self, points: set[HookPoint], until_decision: Tensor, read: Tensor) -> None:
-        """Withholds gated slots until their gate opens.
-
-        `read` `[P, T]` are the slots whose gates each token is shown to: its own, and on the last
-        prompt token also those of rules that select only later tokens.
-        `until_decision` `[T]` counts the tokens to the one that decides held gates. A held decision
-        is taken as it stands by the tokens after that one, also where the prompt is computed anew
-        in the same pass.
-        """
-        self._uniform = None
-        self._deciding = until_decision == 0
-        self._read = read
-        self._pending = self.slots
-        gated = torch.zeros_like(self.slots, dtype=torch.bool)
-        held = torch.zeros_like(gated)
-        for point in points:
-            for number, gates in enumerate(self._tables.gates(point)[: len(self.slots)]):
-                if gates is not None and gates.live:
-                    gated[number] |= (gates.held | gates.per_token)[self._pending[number]]
-                    held[number] |= gates.held[self._pending[number]]
-        remembered = self._ledger.gate_open[self._row_index, : len(self.slots)].T
-        free = ~gated | (held & remembered & (until_decision < 0))
-        self.slots = torch.where(free, self._pending, 0)
-
-    def _decide(self, number: int, gates: GateTable, x: Tensor) -> None:
-        if self._pending is None:
-            return
-        pending, read = self._pending[number], self._read[number]
-        opened, value = gate_open(
-            x, gates.direction[read], gates.cosine[read], gates.above[read], gates.below[read]
-        )
-        deciding = gates.held[read] & self._deciding
-        if bool(deciding.any()):
-            rows = self._row_index[deciding]
-            self._ledger.gate_open[rows, number] = opened[deciding]
-            self._ledger.gate_value[rows, number] = value[deciding]
-        # Tokens after the last prompt token may be computed in the pass that decides.
-        held = gates.held[pending]
-        opened = torch.where(held, self._ledger.gate_open[self._row_index, number], opened)
-        decided = held | gates.per_token[pending]
-        self.slots[number] = torch.where(
-            decided, torch.where(opened, pending, 0), self.slots[number]
-        )
-
     def _measure(self, point: HookPoint, before: Tensor, after: Tensor) -> None:
         tiny = torch.finfo(torch.float32).tiny
         size = (after.float() - before.float()).norm(dim=-1) / before.float().norm(
@@ -257,41 +189,6 @@ def build_step(
     *,
     reads_tokens: Collection[int] = (),
 ) -> Step | None:
-    """The step that computes `spans`; None where no request in it is steered.
-
-    Unsteered requests may be left out of `spans`; padding belongs to none. The tokens of spans
-    at the offsets `reads_tokens` may have other slots when the step is carried on.
-    """
-    steered = [span for span in spans if span.request.plan is not None and span.request.plan.rules]
-    if not steered:
-        return None
-    n_rules = max(len(span.request.plan.rules) for span in steered if span.request.plan)
-    slots = np.zeros((n_rules, tokens_in_batch), dtype=np.int64)
-    rows = np.full(tokens_in_batch, NOBODY, dtype=np.int64)
-    until_decision = np.ones(tokens_in_batch, dtype=np.int64)
-    watching = np.zeros_like(slots)
-    measured = np.zeros(tokens_in_batch, dtype=bool)
-    possible = slots.copy() if reads_tokens else None
-    for span in steered:
-        request, place = span.request, slice(span.offset, span.offset + len(span.positions))
-        mine = request.slots(span.positions, span.tokens)
-        slots[: len(mine), place] = mine
-        rows[place] = request.row
-        if request.plan is not None and request.plan.gated:
-            watching[: len(mine), place] = request.watching(span.positions)
-        until_decision[place] = request.prompt_length - 1 - span.positions
-        measured[place] = request.measure
-        if possible is not None:
-            may_change = span.offset in reads_tokens
-            possible[: len(mine), place] = request.possible if may_change else mine
-    gated = any(span.request.plan.gated for span in steered if span.request.plan)
-    return Step(
-        tables,
-        ledger,
-        slots,
-        rows,
-        until_decision if gated else None,
-        watching if gated else None,
-        measured if measured.any() else None,
-        possible,
-    )
+    """The step that computes `spans`; None where no request in it is steered (`TokenSlots.of`)."""
+    tokens = TokenSlots.of(spans, tokens_in_batch, reads_tokens=reads_tokens)
+    return None if tokens is None else Step(tables, ledger, tokens)
