@@ -23,6 +23,7 @@ from benchmarks.vllm.shapes import SLOTS, Shape
 from steer.engines.vllm.taps.shifts import ShiftTables
 from steer.engines.vllm.taps.taps import CompiledTap, EagerTap, OpaqueTap
 from steer.engines.vllm.ticket import Ticket
+from steer.engines.vllm.worker.edits import TapEdits
 from steer.engines.vllm.worker.runner_v1 import RunnerV1
 from steer.engines.vllm.worker.steering import WorkerSteering
 from steer.plan.plan import SteeringPlan
@@ -97,11 +98,12 @@ def step_cost(shape: Shape, plans: Plans, *, compiled: bool, steps: int = 400) -
     """
     batch = len(plans)
     known = {_hash(plan): plan for plan in plans if plan is not None}
+    model = shape.info(MAX_LENGTH)
     steering = WorkerSteering(
-        shape.info(MAX_LENGTH),
+        model,
         known.__getitem__,
+        TapEdits(model, SLOTS, torch.device("cpu")),
         max_requests=SLOTS,
-        device=torch.device("cpu"),
         shifts=_shift_tables(shape) if compiled else None,
     )
     runner = _TapsAlone(shape, batch, compiled=compiled)

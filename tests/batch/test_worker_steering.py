@@ -18,6 +18,7 @@ from steer.artefacts.library import MemoryLibrary
 from steer.engines.vllm.taps.shifts import ShiftTables
 from steer.engines.vllm.taps.taps import SITES, CompiledTap, EagerTap, tap_of
 from steer.engines.vllm.ticket import Ticket
+from steer.engines.vllm.worker.edits import TapEdits
 from steer.engines.vllm.worker.prepared import Batch
 from steer.engines.vllm.worker.steering import WorkerSteering
 from steer.model import HookPoint
@@ -59,8 +60,8 @@ def test_every_token_gets_what_it_triggers(seed: int, compiled: bool, kind: str)
     steering = WorkerSteering(
         MODEL,
         {plan.fingerprint: plan for plan in plans.values()}.__getitem__,
+        TapEdits(MODEL, 4, torch.device("cpu")),
         max_requests=4,
-        device=torch.device("cpu"),
         shifts=shifts,
     )
     index = tap_of(POINT)

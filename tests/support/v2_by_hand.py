@@ -25,6 +25,7 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from steer.engines.vllm.taps import ops
 from steer.engines.vllm.ticket import Ticket
+from steer.engines.vllm.worker.edits import TapEdits
 from steer.engines.vllm.worker.requests import receipt
 from steer.engines.vllm.worker.runner_v2 import RunnerV2
 from steer.engines.vllm.worker.steering import WorkerSteering
@@ -114,7 +115,10 @@ class ByHand:
         self.buffers = InputBuffers(self.slots, TOKENS, CPU)
         self.ids = OnDevice(self.buffers.input_ids)
         self.steering = WorkerSteering(
-            self.info, self.plans.__getitem__, max_requests=self.slots, device=CPU, shifts=None
+            self.info,
+            self.plans.__getitem__,
+            TapEdits(self.info, self.slots, CPU),
+            max_requests=self.slots,
         )
         self.adapter = RunnerV2(self, self.steering)
 

@@ -13,7 +13,7 @@ T tokens of a pass, Q requests in it, P rules of a plan.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,6 +235,13 @@ class StaticPass:
             }
         )
         self._proved = False
+
+    def start(self) -> None:
+        """The kernels run it already: it was written into their buffers."""
+
+    def carry_on(self, changes: Mapping[int, Ints]) -> None:
+        """The same tokens' slots are edited again: there is nothing to change."""
+        assert not changes
 
     def finish(self) -> None:
         """Takes down what the pass did; without gates that is known already."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from steer.batch.requests import Ints
 from steer.batch.step import Step
+from steer.engines.vllm.taps import ops
 from steer.engines.vllm.taps.taps import ADDED, points_of, tap_of
 from steer.model import HookPoint
 
@@ -40,6 +41,10 @@ class ForwardPass:
             tap: [p for p in points_of(tap, n_layers) if p in edited or p in wanted]
             for tap in self.taps
         }
+
+    def start(self) -> None:
+        """Makes this the pass that the taps reach."""
+        ops.set_running(self)
 
     def carry_on(self, changes: Mapping[int, Ints]) -> None:
         """Takes the same requests on by a token (`Step.carry_on`)."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -75,6 +76,10 @@ class ShiftTables:
         self._held.move_to_end(key)
         return held.number
 
+    def carries(self, plan: SteeringPlan) -> bool:
+        """Whether the compiled graph can do all that `plan` asks for."""
+        return only_shifts(plan)
+
     def assign(self, variants: Tensor) -> None:
         """Names the variant of each token `[T]` of the next pass; the rest of the batch adds
         nothing."""
@@ -123,6 +128,34 @@ class ShiftTables:
         self._free.append(gone.number)
         self._free_rows.extend(gone.rows)
         return True
+
+
+class NoShifts:
+    """The shifts of an engine without a compiled graph: it carries no plan."""
+
+    def carries(self, plan: SteeringPlan) -> bool:  # noqa: ARG002
+        return False
+
+    def find(
+        self,
+        plan: SteeringPlan,  # noqa: ARG002
+        selected: int,  # noqa: ARG002
+        tap_of: Callable[[HookPoint], int],  # noqa: ARG002
+        keep: Set[Key],  # noqa: ARG002
+    ) -> int | None:
+        return None
+
+    def assign(self, variants: Tensor) -> None: ...
+
+    def change(self, place: int, variant: int) -> None: ...
+
+    def rest(self) -> None: ...
+
+    def clear(self) -> None: ...
+
+
+Shifts: TypeAlias = ShiftTables | NoShifts
+"""What a worker's compiled graph adds by itself."""
 
 
 def only_shifts(plan: SteeringPlan) -> bool:

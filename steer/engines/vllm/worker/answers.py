@@ -24,10 +24,10 @@ def info_answer(steering: WorkerSteering) -> dict[str, Any]:
     answer["sites"] = list(steering.model.sites)
     return {
         "model": answer,
-        "compiled": steering.shifts is not None,
-        "static": steering.form is not None,
-        "slots": steering.tables.slots,
-        "passes": steering.tables.max_rules,
+        "compiled": steering.compiled,
+        "static": steering.edits.static,
+        "slots": steering.edits.tables.slots,
+        "passes": steering.edits.tables.max_rules,
         "stages": steering.stages,
     }
 

@@ -15,6 +15,7 @@ from steer.engines.vllm.static.form import StaticForm, set_form
 from steer.engines.vllm.taps.layouts import find_stack
 from steer.engines.vllm.taps.shifts import ShiftTables
 from steer.engines.vllm.taps.taps import CompiledTap, EagerTap, OpaqueTap, install
+from steer.engines.vllm.worker.edits import Edits, StaticEdits, TapEdits
 from steer.engines.vllm.worker.steering import WorkerSteering
 from steer.model import ModelInfo
 from steer.plan.file import load_plan
@@ -35,7 +36,7 @@ def attach(model: nn.Module, vllm_config: Any, device: torch.device) -> WorkerSt
     scheduler = vllm_config.scheduler_config
     requests, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
     tokens = max(tokens, *(vllm_config.compilation_config.cudagraph_capture_sizes or [0]))
-    form = None
+    edits: Edits
     if static:
         form = StaticForm(
             info,
@@ -46,6 +47,9 @@ def attach(model: nn.Module, vllm_config: Any, device: torch.device) -> WorkerSt
             device=device,
         )
         set_form(form)
+        edits = StaticEdits(form)
+    else:
+        edits = TapEdits(info, requests, device)
     shifts = None
     if compiles(vllm_config):
         specs = min(requests, _SHIFT_SPECS)
@@ -63,10 +67,9 @@ def attach(model: nn.Module, vllm_config: Any, device: torch.device) -> WorkerSt
     return WorkerSteering(
         info,
         load if stages == 1 else (lambda sha256: own_part(load(sha256), stack.owns)),
+        edits,
         max_requests=requests,
-        device=device,
         shifts=shifts,
-        form=form,
         owns=stack.owns,
         stages=stages,
     )

@@ -7,16 +7,15 @@ carried on: what a carried step costs does not grow with what its requests ask f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
 from steer.batch.ledger import PositionLedger
 from steer.batch.requests import Ints
-from steer.engines.vllm.static.form import StaticPass
-from steer.engines.vllm.taps.forward_pass import ForwardPass
-from steer.engines.vllm.taps.shifts import ShiftTables
+from steer.engines.vllm.taps.shifts import Shifts
 from steer.engines.vllm.worker.requests import WorkerRequest
 
 
@@ -64,6 +63,19 @@ class ScheduledRequest:
         return not request.states and (request.plan is None or self.start >= request.fixed_from)
 
 
+class RunningPass(Protocol):
+    """A forward pass that steers or reads somebody."""
+
+    def start(self) -> None:
+        """Makes this the pass that the model's taps reach."""
+
+    def carry_on(self, changes: Mapping[int, Ints]) -> None:
+        """Takes the same requests a token further (`Step.carry_on`)."""
+
+    def finish(self) -> None:
+        """Counts what was done; raises `EngineError` if a hook point was never reached."""
+
+
 @dataclass
 class Prepared:
     """The step records the tokens of `rows` `[T]`; those of `inline` requests are recorded beside
@@ -76,7 +88,7 @@ class Prepared:
     inline_places: Ints
     inline_rows: Ints
     inline_selected: Ints
-    running: ForwardPass | StaticPass | None
+    running: RunningPass | None
 
     def __post_init__(self) -> None:
         self._offsets = np.array([one.offset for one in self.placed], dtype=np.int64)
@@ -84,7 +96,7 @@ class Prepared:
         self._reading_inline = [
             (number, one) for number, one in enumerate(self.inline) if one.request.reads_tokens
         ]
-        # Without a steered a request found no room: it is at fault, and nothing is edited for it.
+        # A request that is not steered found no room: it is at fault, and nothing is edited for it.
         self._reading = [
             one
             for one in self.placed
@@ -97,7 +109,7 @@ class Prepared:
             positions = self.positions[self.inline_places]
             ledger.write(self.inline_rows, positions, self.inline_selected)
 
-    def carry_on(self, batch: Batch, shifts: ShiftTables | None) -> bool:
+    def carry_on(self, batch: Batch, shifts: Shifts) -> bool:
         """Takes the same requests on by one token each; false where the pass must be built anew.
 
         Assumes: every request is `fixed`, and was one token in this pass.
@@ -107,7 +119,7 @@ class Prepared:
             selected = one.request.selected_by(int(batch.ids(one.index)[0]))
             if selected != one.selected:
                 variant = one.variants.get(selected)
-                if variant is None or shifts is None:
+                if variant is None:
                     return False
                 one.selected = self.inline_selected[number] = selected
                 shifts.change(one.offset, variant)
@@ -117,7 +129,7 @@ class Prepared:
             if selected != one.selected:
                 one.selected = selected
                 changes[one.offset] = _slots(one, selected)
-        if isinstance(self.running, ForwardPass):
+        if self.running is not None:
             self.running.carry_on(changes)
         return True
 

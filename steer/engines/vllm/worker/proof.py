@@ -42,7 +42,7 @@ def prove(steering: WorkerSteering, run: Run, largest: int, *, experts: bool) ->
         for site in steering.model.sites
         if steering.owns(HookPoint(layer, site))
     ]
-    group = max(min(largest, steering.tables.slots, _POINTS_AT_ONCE + 1) - 1, 1)
+    group = max(min(largest, steering.edits.tables.slots, _POINTS_AT_ONCE + 1) - 1, 1)
     for constant in (True, False):
         for first in range(0, len(points), group):
             _prove_points(steering, run, points[first : first + group], constant, experts)
@@ -75,27 +75,26 @@ def _rehearse(
 ) -> Tensor:
     """A dummy pass in which token i belongs to plan i − 1, with tables of its own; static buffers
     are the worker's, because the model's taps have no others."""
-    stage = WorkerSteering(
+    rehearsed = WorkerSteering(
         steering.model,
         plans.__getitem__,
+        steering.edits.rehearsal(len(plans)),
         max_requests=len(plans),
-        device=steering.tables.device,
         shifts=steering.shifts,
-        form=steering.form,
     )
     names = list(plans)
     for name in names:
         ticket = Ticket(
             name, fingerprint=plans[name].fingerprint, plan=name, selections=(EVERYWHERE,)
         )
-        stage.admit(name, [0], ticket)
+        rehearsed.admit(name, [0], ticket)
     each = np.zeros(tokens, dtype=np.int64)
     token = np.zeros(1, dtype=np.int64)
-    stage.begin(Batch(["nobody", *names], each, each + 1, lambda _: token))
+    rehearsed.begin(Batch(["nobody", *names], each, each + 1, lambda _: token))
     try:
         return run(tokens)
     finally:
-        stage.end()
+        rehearsed.end()
         for name in names:
-            stage.retire(name)
+            rehearsed.retire(name)
         steering.recover()

@@ -10,20 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from steer.batch.requests import NOBODY, Ints, Span
-from steer.batch.step import build_step
-from steer.batch.tables import Tables
 from steer.engines.base import EngineStats
-from steer.engines.vllm.static.form import StaticForm, StaticPass
-from steer.engines.vllm.static.tables import StaticTables
 from steer.engines.vllm.taps import ops
-from steer.engines.vllm.taps.forward_pass import ForwardPass
-from steer.engines.vllm.taps.shifts import Key, ShiftTables, only_shifts
-from steer.engines.vllm.taps.taps import tap_of
+from steer.engines.vllm.taps.shifts import NoShifts, Shifts, ShiftTables
 from steer.engines.vllm.ticket import Ticket
+from steer.engines.vllm.worker.edits import ComingPass, Edits
+from steer.engines.vllm.worker.inline import assign_shifts
 from steer.engines.vllm.worker.prepared import Batch, Prepared, ScheduledRequest
 from steer.engines.vllm.worker.requests import WorkerRequest, WorkerRequests
 from steer.errors import CapacityError, EngineError
@@ -42,42 +36,41 @@ class WorkerSteering:
         self,
         model: ModelInfo,
         load: Callable[[str], SteeringPlan],
+        edits: Edits,
         *,
         max_requests: int,
-        device: torch.device,
-        shifts: ShiftTables | None,
-        form: StaticForm | None = None,
+        shifts: Shifts | None = None,
         owns: Callable[[HookPoint], bool] = lambda _: True,
         stages: int = 1,
     ) -> None:
-        """`form` is given where edits run in the static form. `owns` says which hook points lie
-        on this worker, one of `stages` of a pipeline; plans that `load` gives edit these alone."""
-        self.model, self.shifts = model, shifts
+        """`shifts` are given where a compiled graph adds constants by itself. `owns` says which
+        hook points lie on this worker, one of `stages` of a pipeline; plans that `load` gives edit
+        these alone."""
+        self.model, self.edits, self.shifts = model, edits, shifts or NoShifts()
         self.owns, self.stages = owns, stages
-        self.form = form
-        self.tables: Tables | StaticTables = (
-            Tables(model, slots=max_requests, device=device) if form is None else form.tables
-        )
         self.requests = WorkerRequests(
-            self.tables,
+            edits.tables,
             load,
             rows=2 * max_requests,
             max_length=model.max_length,
-            inline=lambda plan: shifts is not None and only_shifts(plan),
+            inline=self.shifts.carries,
             owns=owns,
-            collect=lambda: None if form is None else form.collect(wait=True),
+            collect=edits.collect,
         )
         self.recover()
         self._carried: tuple[tuple[str, ...], Prepared] | None = None
         self._prepared: Prepared | None = None
 
+    @property
+    def compiled(self) -> bool:
+        """Whether a compiled graph adds constants by itself."""
+        return isinstance(self.shifts, ShiftTables)
+
     def recover(self) -> None:
         """Takes the static buffers back after others have used them."""
-        if self.form is not None:
-            self.form.bind(lambda: self.requests.ledger)
-            self.form.clear()
-        if self.shifts is not None:
-            self.shifts.clear()
+        self.edits.bind(lambda: self.requests.ledger)
+        self.edits.rest()
+        self.shifts.clear()
 
     def admit(self, req_id: str, prompt: Sequence[int] | None, ticket: Ticket | None) -> None:
         """A request is scheduled for the first time, or again after a preemption."""
@@ -100,10 +93,8 @@ class WorkerSteering:
     def rest(self) -> None:
         """The coming pass steers nobody."""
         ops.set_running(None)
-        if self.form is not None:
-            self.form.clear()
-        if self.shifts is not None:
-            self.shifts.rest()
+        self.edits.rest()
+        self.shifts.rest()
 
     def begin(self, batch: Batch) -> None:
         """Makes the pass over `batch` the one that the taps reach."""
@@ -112,12 +103,14 @@ class WorkerSteering:
         prepared = self._carried_on(order, batch) if decoding else None
         if prepared is None:
             prepared = self._prepare(batch)
-            lasting = decoding and all(self._lasts(placed) for placed in prepared.placed)
+            lasting = decoding and all(
+                one.fixed and self.edits.lasts(one) for one in prepared.placed
+            )
             self._carried = (order, prepared) if lasting else None
         self._prepared = prepared
         self.requests.ledger.expect(prepared.rows, prepared.positions)
-        if isinstance(prepared.running, ForwardPass):
-            ops.set_running(prepared.running)
+        if prepared.running is not None:
+            prepared.running.start()
 
     def abandon(self) -> None:
         """The pass failed: nothing is counted."""
@@ -139,10 +132,10 @@ class WorkerSteering:
         prepared.write_inline(self.requests.ledger)
 
     def stats(self) -> EngineStats:
-        """WorkerRequest figures: slots, and the requests that hold them."""
+        """Live figures: slots, and the requests that hold them."""
         return EngineStats(
-            slots=self.tables.slots,
-            slots_in_use=self.tables.in_use,
+            slots=self.edits.tables.slots,
+            slots_in_use=self.edits.tables.in_use,
             requests_running=len(self.requests),
         )
 
@@ -152,14 +145,6 @@ class WorkerSteering:
             return None
         prepared = self._carried[1]
         return prepared if prepared.carry_on(batch, self.shifts) else None
-
-    def _lasts(self, placed: ScheduledRequest) -> bool:
-        """Whether a pass with this request can be carried on. A pass of the static form can as long
-        as its tokens' slots stay the same."""
-        request = placed.request
-        if self.form is not None and request.plan is not None:
-            return placed.fixed and not request.reads_tokens and not request.plan.gated
-        return placed.fixed
 
     def _prepare(self, batch: Batch) -> Prepared:
         total = int(batch.counts.sum())
@@ -175,14 +160,17 @@ class WorkerSteering:
         positions = np.zeros(total, dtype=np.int64)
         for one in placed:
             positions[one.place] = np.arange(one.start, one.start + len(one.ids))
-        inline, inline_selected = self._assign_shifts(
-            [one for one in placed if one.request.inline], total
+        inline, inline_selected = assign_shifts(
+            self.shifts, [one for one in placed if one.request.inline], total
         )
         general = [one for one in placed if not one.variants and one.request.plan is not None]
         for one in general:
             rows[one.place] = one.request.row
         spans = self._spans(general, positions)
-        running = self._pass(spans, [one for one in placed if one.request.states], general, total)
+        reading = [one for one in placed if one.request.states]
+        running = self.edits.begin(
+            ComingPass(spans, general, reading, total, lambda why: self._at_fault(general, why))
+        )
         return Prepared(
             placed,
             rows,
@@ -195,7 +183,7 @@ class WorkerSteering:
         )
 
     def _spans(self, placed: Sequence[ScheduledRequest], positions: Ints) -> list[Span]:
-        """The tokens of requests that have a steered in the tables; one that finds no room is at
+        """The tokens of requests that have a place in the tables; one that finds no room is at
         fault, and its answer will be withheld."""
         requests = [one.request for one in placed]
         spans = []
@@ -208,63 +196,10 @@ class WorkerSteering:
                 spans.append(Span(steered, one.offset, positions[one.place], one.ids))
         return spans
 
-    def _pass(
-        self,
-        spans: Sequence[Span],
-        reading: Sequence[ScheduledRequest],
-        general: Sequence[ScheduledRequest],
-        total: int,
-    ) -> ForwardPass | StaticPass | None:
-        """The pass that steers `spans` and keeps the states that `reading` requests ask for."""
-        if self.form is not None:
-            return self.form.begin(spans, total, lambda why: self._at_fault(general, why))
-        assert isinstance(self.tables, Tables)
-        reads_tokens = {one.offset for one in general if one.request.reads_tokens}
-        step = build_step(
-            self.tables, self.requests.ledger, spans, total, reads_tokens=reads_tokens
-        )
-        wanted = frozenset(point for one in reading for point in one.request.states)
-        if step is None and not wanted:
-            return None
-        keep = (lambda point, x: _keep(reading, point, x)) if wanted else None
-        return ForwardPass(step, total, self.model.n_layers, wanted, keep)
-
     def _at_fault(self, placed: Sequence[ScheduledRequest], why: str) -> None:
         self._carried = None
         for one in placed:
             one.request.fault = why
-
-    def _assign_shifts(
-        self, placed: Sequence[ScheduledRequest], total: int
-    ) -> tuple[list[ScheduledRequest], list[Ints]]:
-        """Names the variants of the tokens that the compiled graph steers by itself; the requests
-        that found room, and for each the rules that select its tokens."""
-        if self.shifts is None:
-            return [], []
-        selected = [one.request.selected(one.start, one.ids).astype(np.int64) for one in placed]
-        wanted = [
-            {(one.request.ticket.fingerprint, chosen) for chosen in set(mine.tolist())}
-            for one, mine in zip(placed, selected, strict=True)
-        ]
-        keep: set[Key] = set().union(*wanted)
-        variants = np.zeros(total, dtype=np.int64)
-        inline, recorded = [], []
-        for one, mine, keys in zip(placed, selected, wanted, strict=True):
-            plan = one.request.plan
-            assert plan is not None
-            numbers = {0: 0}
-            for key in keys:
-                number = self.shifts.find(plan, key[1], tap_of, keep)
-                if number is None:
-                    break
-                numbers[key[1]] = number
-            else:
-                one.variants = numbers
-                variants[one.place] = [numbers[chosen] for chosen in mine.tolist()]
-                inline.append(one)
-                recorded.append(mine)
-        self.shifts.assign(torch.from_numpy(variants))
-        return inline, recorded
 
 
 def _ids(batch: Batch, index: int, request: WorkerRequest) -> Ints:
@@ -276,18 +211,6 @@ def _ids(batch: Batch, index: int, request: WorkerRequest) -> Ints:
 
 def _joined(parts: Sequence[Ints]) -> Ints:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-
-
-def _keep(reading: Sequence[ScheduledRequest], point: HookPoint, x: Tensor) -> None:
-    """Copies the states `[T, d]` that the requests in `reading` asked for at `point`."""
-    for one in reading:
-        kept = one.request.states.get(point)
-        if kept is None or one.request.ticket.capture is None:
-            continue
-        for row, position in enumerate(one.request.ticket.capture.positions):
-            place = position - one.start
-            if 0 <= place < len(one.ids):
-                kept[row] = x[one.offset + place].detach().float().cpu()
 
 
 def take_note(steering: WorkerSteering, output: Any) -> None:
