@@ -25,11 +25,11 @@ Relative: TypeAlias = KLStrength | EffectStrength | Literal["auto"]
 """A strength that only a calibration turns into a number."""
 
 
-class _Frozen(BaseModel):
+class _CalibrationPart(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class MeasuredDose(_Frozen):
+class MeasuredDose(_CalibrationPart):
     """What one strength did to the answers, strength 0 being the unsteered model.
 
     `score` is the mean attribute score and `valid` the share of sound answers (None where nothing
@@ -44,7 +44,7 @@ class MeasuredDose(_Frozen):
     kl: Annotated[Finite, Field(ge=0)]
 
 
-class SafeLimits(_Frozen):
+class SafeLimits(_CalibrationPart):
     """What a strength must keep to be safe. The calibrated range ends before the first strength
     whose perplexity ratio is above `perplexity_ratio`, whose validity is below `valid`, or whose
     score is more than `drop` below the best score of a smaller strength."""
@@ -54,7 +54,7 @@ class SafeLimits(_Frozen):
     drop: Annotated[Finite, Field(ge=0)] = 0.05
 
 
-class Calibration(_Frozen):
+class Calibration(_CalibrationPart):
     """The dose-response of a vector in one use, as it stands on the vector's card.
 
     `doses` holds every strength that was measured, from 0 up. The first `len(kl)` of them make the

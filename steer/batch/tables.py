@@ -239,11 +239,11 @@ class GateTable:
 
 
 @dataclass
-class _Written(Holding):
+class _PlanHolding(Holding):
     plan: SteeringPlan = field(kw_only=True)
 
 
-class Tables(SlotTables[_Written]):
+class Tables(SlotTables[_PlanHolding]):
     """Slots and their tables."""
 
     def __init__(
@@ -274,8 +274,8 @@ class Tables(SlotTables[_Written]):
         edited = {p for p, row in self._by_point.items() if any(s and s.blocks for s in row)}
         return edited | {p for p, row in self._gates.items() if any(g and g.live for g in row)}
 
-    def _take(self, plan: SteeringPlan) -> _Written:
-        held = _Written(self._free_slot(), plan=plan)
+    def _take(self, plan: SteeringPlan) -> _PlanHolding:
+        held = _PlanHolding(self._free_slot(), plan=plan)
         self._write(held.slot, plan)
         return held
 

@@ -22,7 +22,7 @@ FolderArtefact: TypeAlias = SAE | Lens | ControlVector
 
 
 @dataclass(frozen=True)
-class Layout:
+class FolderLayout:
     """A folder layout: a file that tells it, the one with the numbers, and its reader."""
 
     tells: str
@@ -31,9 +31,9 @@ class Layout:
 
 
 LAYOUTS = (
-    Layout(CONFIG, WEIGHTS, read_saelens),
-    Layout(METADATA, DIRECTION, read_refusal_direction),
-    Layout(PARAMETERS, LENS_CONFIG, read_tuned_lens),
+    FolderLayout(CONFIG, WEIGHTS, read_saelens),
+    FolderLayout(METADATA, DIRECTION, read_refusal_direction),
+    FolderLayout(PARAMETERS, LENS_CONFIG, read_tuned_lens),
 )
 _KNOWN = (
     f"a SAELens folder ({CONFIG}, {WEIGHTS}), a tuned lens ({LENS_CONFIG}, {PARAMETERS}) or a "
@@ -58,7 +58,7 @@ def unpacked(
     return folders[0]
 
 
-def layout_of(folder: Path) -> Layout:
+def layout_of(folder: Path) -> FolderLayout:
     """The layout of a folder; raises `FileFormatError` for an unknown or incomplete one."""
     for layout in LAYOUTS:
         if (folder / layout.tells).is_file():

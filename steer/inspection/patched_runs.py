@@ -38,7 +38,7 @@ class StatePatch:
 
 
 @dataclass(frozen=True)
-class Answer:
+class PatchedAnswer:
     """What one target run says: its likeliest next tokens, the expected token's chance, and what
     it generates."""
 
@@ -69,7 +69,7 @@ def run_patched(
     *,
     top: int,
     max_tokens: int,
-) -> list[Answer]:
+) -> list[PatchedAnswer]:
     """What the target prompt says under each patch (None: unpatched), in their order.
 
     Patches go to the absolute position `place`. A bounded number of runs shares a batch, each with
@@ -77,7 +77,7 @@ def run_patched(
     """
     cache = PlanCache(MemoryLibrary(), engine.info, engine.capabilities, size=1)
     at_once = min(_AT_ONCE, engine.capabilities.limits.get("slots", _AT_ONCE))
-    answers: list[Answer] = []
+    answers: list[PatchedAnswer] = []
     for start in range(0, len(patches), at_once):
         part = patches[start : start + at_once]
         plans = [None if patch is None else patch_plan(patch, cache, place) for patch in part]
@@ -88,7 +88,7 @@ def run_patched(
         tops = top_tokens(logits, engine.tokenizer, top)
         expected = _expected(engine, part, logits)
         texts = _generated(engine, target, plans, max_tokens)
-        answers += map(Answer, tops, expected, texts)
+        answers += map(PatchedAnswer, tops, expected, texts)
     return answers
 
 

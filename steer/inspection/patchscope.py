@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from steer.engines.base import CaptureRequest, Engine
 from steer.inspection.next_token import TokenChance
-from steer.inspection.patched_runs import Answer, StatePatch, run_patched
+from steer.inspection.patched_runs import PatchedAnswer, StatePatch, run_patched
 from steer.inspection.prompt import EncodedPrompt, PromptInput, encode_prompt
 from steer.inspection.selection import (
     LayerChoice,
@@ -214,7 +214,7 @@ def _read(
     ]
 
 
-def _cell(patch: StatePatch, answer: Answer) -> PatchscopeCell:
+def _cell(patch: StatePatch, answer: PatchedAnswer) -> PatchscopeCell:
     expected = answer.expected
     return PatchscopeCell(
         position=patch.position,

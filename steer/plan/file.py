@@ -58,7 +58,7 @@ def dump_plan(plan: SteeringPlan) -> bytes:
     Raises `SpecError` for an edit that is not finite in float32 and for positions or token ids
     outside 64 bits, `TooLarge` for more hook points and tokens than a header holds.
     """
-    rows = _Rows()
+    rows = _RowWriter()
     record = PlanRecord(
         version=VERSION,
         fingerprint=plan.fingerprint,
@@ -140,7 +140,7 @@ def edit_rows(plan: SteeringPlan) -> int:
 # Writing
 
 
-class _Rows:
+class _RowWriter:
     """Tensors by content, named in the order in which they are first met."""
 
     def __init__(self) -> None:
@@ -155,7 +155,7 @@ class _Rows:
         return name
 
 
-def _rule_record(one: Rule, rows: _Rows) -> RuleRecord:
+def _rule_record(one: Rule, rows: _RowWriter) -> RuleRecord:
     blocks = []
     for point in sorted(one.blocks, key=forward_order):
         block = one.blocks[point]
@@ -168,7 +168,7 @@ def _rule_record(one: Rule, rows: _Rows) -> RuleRecord:
     )
 
 
-def _block_record(point: HookPoint, block: Block, rows: _Rows) -> BlockRecord:
+def _block_record(point: HookPoint, block: Block, rows: _RowWriter) -> BlockRecord:
     edits = cutoff = None
     if block.read is not None and block.write is not None and block.laws is not None:
         edits = EditsRecord(
@@ -186,7 +186,7 @@ def _block_record(point: HookPoint, block: Block, rows: _Rows) -> BlockRecord:
     )
 
 
-def _gate_record(gate: Gate, rows: _Rows) -> GateRecord:
+def _gate_record(gate: Gate, rows: _RowWriter) -> GateRecord:
     check_gate(gate, SpecError)
     # JSON has no infinity: a bound that does not bind is left out.
     return GateRecord(

@@ -19,7 +19,7 @@ from steer.engines.vllm.taps.shifts import ShiftTables
 from steer.engines.vllm.taps.taps import SITES, CompiledTap, EagerTap, tap_of
 from steer.engines.vllm.ticket import Ticket
 from steer.engines.vllm.worker.edits import TapEdits
-from steer.engines.vllm.worker.prepared import Batch
+from steer.engines.vllm.worker.prepared import BatchTokens
 from steer.engines.vllm.worker.steering import WorkerSteering
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
@@ -83,7 +83,7 @@ def test_every_token_gets_what_it_triggers(seed: int, compiled: bool, kind: str)
     expected_bits: dict[str, list[int]] = {req_id: [] for req_id in plans}
     for step in range(STEPS):
         tokens = [draw.randrange(VOCABULARY) for _ in order]
-        batch = Batch(
+        batch = BatchTokens(
             order,
             np.full(len(order), PROMPT + step, dtype=np.int64),
             np.ones(len(order), dtype=np.int64),

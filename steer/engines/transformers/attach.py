@@ -43,7 +43,7 @@ class Attachment:
     """A model being steered; `receipts` says what was applied to each row of the last batch."""
 
     plan: SteeringPlan
-    _rows: _Rows
+    _rows: _AttachedBatch
 
     @property
     def receipts(self) -> list[Receipt]:
@@ -77,7 +77,7 @@ def attach(
         encode_text=_encode_text(hooked, tokenizer),
     )
     plan = plans.plan(parse_spec(spec))
-    rows = _Rows(hooked, plan)
+    rows = _AttachedBatch(hooked, plan)
     # Always first in and last out, whatever else is hooked to the model.
     before = model.register_forward_pre_hook(rows.begin, with_kwargs=True, prepend=True)
     after = model.register_forward_hook(rows.end)
@@ -89,7 +89,7 @@ def attach(
         hooked.remove()
 
 
-class _Rows:
+class _AttachedBatch:
     """Follows a model's own generation loop: which rows there are and how far each has come."""
 
     def __init__(self, hooked: HookedModel, plan: SteeringPlan) -> None:

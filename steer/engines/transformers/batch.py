@@ -20,7 +20,7 @@ from steer.engines.transformers.cache import RollingCache
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.prompts import run_prompts
 from steer.engines.transformers.proof import prove_steering
-from steer.engines.transformers.sequences import RequestRows, RunningSequence, take_tokens
+from steer.engines.transformers.sequences import BatchSequence, RequestRows, take_tokens
 
 
 class RollingBatch:
@@ -46,7 +46,7 @@ class RollingBatch:
         # Captures are seated beside a full batch.
         self._request_rows = RequestRows(tables, 2 * rows)
         self.ledger = self._request_rows.ledger
-        self.sequences: list[RunningSequence] = []
+        self.sequences: list[BatchSequence] = []
         self._cache = RollingCache(hooked.info.n_layers, hooked.device)
         self._carried: Step | None = None
         self._carried_known = False
@@ -64,14 +64,12 @@ class RollingBatch:
         """Gives back what `take` took."""
         self._request_rows.give_back(steered)
 
-    def join(
-        self, newcomers: Sequence[RunningSequence]
-    ) -> list[tuple[RunningSequence, TokenEvent]]:
+    def join(self, newcomers: Sequence[BatchSequence]) -> list[tuple[BatchSequence, TokenEvent]]:
         """Computes the prompts, samples their first tokens and adds the sequences to the batch.
 
         Prompts of like length are computed together, at most `prefill_tokens` at a time.
         """
-        events: list[tuple[RunningSequence, TokenEvent]] = []
+        events: list[tuple[BatchSequence, TokenEvent]] = []
         for group in self._groups(newcomers):
             done = run_prompts(
                 self.hooked,
@@ -89,13 +87,13 @@ class RollingBatch:
         self._changed()
         return events
 
-    def decode(self) -> list[tuple[RunningSequence, TokenEvent]]:
+    def decode(self) -> list[tuple[BatchSequence, TokenEvent]]:
         """One token for every sequence."""
         logits = self._forward()
         self._cache.advance()
         return self._take(self.sequences, logits)
 
-    def leave(self, sequence: RunningSequence) -> None:
+    def leave(self, sequence: BatchSequence) -> None:
         """Takes a sequence out of the batch."""
         row = next(n for n, s in enumerate(self.sequences) if s is sequence)
         self._cache.remove(row)
@@ -105,7 +103,7 @@ class RollingBatch:
         self.give_back(sequence.steered)
         self._changed()
 
-    def clear(self) -> list[RunningSequence]:
+    def clear(self) -> list[BatchSequence]:
         """Takes every sequence out, after a failure; returns them."""
         left, self.sequences = self.sequences, []
         # The failed pass may have left the cache half-written.
@@ -162,8 +160,8 @@ class RollingBatch:
         self._cache.trim()
 
     def _take(
-        self, sequences: Sequence[RunningSequence], logits: Tensor
-    ) -> list[tuple[RunningSequence, TokenEvent]]:
+        self, sequences: Sequence[BatchSequence], logits: Tensor
+    ) -> list[tuple[BatchSequence, TokenEvent]]:
         """Samples from each row; finished sequences leave the batch."""
         events = take_tokens(list(sequences), logits, self.ledger, self.eos)
         for sequence, event in events:
@@ -171,8 +169,8 @@ class RollingBatch:
                 self.leave(sequence)
         return events
 
-    def _groups(self, newcomers: Sequence[RunningSequence]) -> list[list[RunningSequence]]:
-        groups: list[list[RunningSequence]] = []
+    def _groups(self, newcomers: Sequence[BatchSequence]) -> list[list[BatchSequence]]:
+        groups: list[list[BatchSequence]] = []
         longest = 0
         for sequence in sorted(newcomers, key=lambda s: len(s.request.prompt)):
             length = len(sequence.request.prompt)

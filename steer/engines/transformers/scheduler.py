@@ -20,7 +20,7 @@ import torch
 
 from steer.engines.base import GenerationRequest, TokenEvent
 from steer.engines.transformers.sampling import Sampler
-from steer.engines.transformers.sequences import Batch, RunningSequence
+from steer.engines.transformers.sequences import Batch, BatchSequence
 from steer.errors import EngineError, SteerError
 
 Result = TypeVar("Result")
@@ -177,7 +177,7 @@ class Scheduler:
             self._waiting = deque(t for t in self._waiting if not t.cancelled)
 
     def _admit(self, touched: dict[int, Listener]) -> None:
-        newcomers: list[RunningSequence] = []
+        newcomers: list[BatchSequence] = []
         while self._waiting and len(newcomers) < self._batch.free and not self._stopping:
             submission = self._waiting[0]
             plan = submission.request.plan
@@ -200,7 +200,7 @@ class Scheduler:
                 raise
 
     def _fail_newcomers(
-        self, newcomers: list[RunningSequence], error: Exception, touched: dict[int, Listener]
+        self, newcomers: list[BatchSequence], error: Exception, touched: dict[int, Listener]
     ) -> None:
         """Fails those that the batch does not hold: not yet taken in, or already let go."""
         present = {id(s) for s in self._batch.sequences}
@@ -213,11 +213,11 @@ class Scheduler:
             listener.fail(_engine_error(error))
             touched[id(listener)] = listener
 
-    def _running(self, submission: Submission) -> RunningSequence:
+    def _running(self, submission: Submission) -> BatchSequence:
         request = submission.request
         room = self._batch.max_length - len(request.prompt)
         sampler = Sampler(request.sampling, self._batch.hooked.device)
-        sequence = RunningSequence(
+        sequence = BatchSequence(
             request,
             self._batch.take(request),
             sampler,
@@ -227,7 +227,7 @@ class Scheduler:
         return sequence
 
     def _hand_out(
-        self, events: list[tuple[RunningSequence, TokenEvent]], touched: dict[int, Listener]
+        self, events: list[tuple[BatchSequence, TokenEvent]], touched: dict[int, Listener]
     ) -> None:
         for sequence, event in events:
             submission = self._tickets[id(sequence)]

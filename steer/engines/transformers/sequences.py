@@ -22,7 +22,7 @@ from steer.engines.transformers.sampling import Sampler, choose, logprobs
 
 
 @dataclass
-class RunningSequence:
+class BatchSequence:
     """A request that runs, and what it has produced so far."""
 
     request: GenerationRequest
@@ -57,7 +57,7 @@ class Batch(Protocol):
     hooked: HookedModel
     tables: Tables
     ledger: Ledger
-    sequences: list[RunningSequence]
+    sequences: list[BatchSequence]
     rows: int
     max_length: int
     """The longest sequence, prompt and generated tokens together, that can run here."""
@@ -72,18 +72,16 @@ class Batch(Protocol):
     def give_back(self, steered: SteeredRequest) -> None:
         """Gives back what `take` took."""
 
-    def join(
-        self, newcomers: Sequence[RunningSequence]
-    ) -> list[tuple[RunningSequence, TokenEvent]]:
+    def join(self, newcomers: Sequence[BatchSequence]) -> list[tuple[BatchSequence, TokenEvent]]:
         """Takes sequences in; the tokens that this already gave."""
 
-    def decode(self) -> list[tuple[RunningSequence, TokenEvent]]:
+    def decode(self) -> list[tuple[BatchSequence, TokenEvent]]:
         """One forward pass; the tokens that it gave. Finished sequences have left."""
 
-    def leave(self, sequence: RunningSequence) -> None:
+    def leave(self, sequence: BatchSequence) -> None:
         """Takes a sequence out of the batch."""
 
-    def clear(self) -> list[RunningSequence]:
+    def clear(self) -> list[BatchSequence]:
         """Takes every sequence out, after a failure; returns them."""
 
     def lend(self) -> None:
@@ -115,8 +113,8 @@ class RequestRows:
 
 
 def take_tokens(
-    sequences: Sequence[RunningSequence], logits: Tensor, ledger: Ledger, eos: frozenset[int]
-) -> list[tuple[RunningSequence, TokenEvent]]:
+    sequences: Sequence[BatchSequence], logits: Tensor, ledger: Ledger, eos: frozenset[int]
+) -> list[tuple[BatchSequence, TokenEvent]]:
     """Chooses each sequence's next token from its row of float32 logits `[n, vocab]`.
 
     The event of a sequence that ends here carries the reason and the receipt.

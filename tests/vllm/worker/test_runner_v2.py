@@ -46,7 +46,7 @@ from steer.engines.transformers.engine import TransformersEngine  # noqa: E402
 from steer.engines.vllm.front.engine import VllmEngine  # noqa: E402
 from steer.engines.vllm.options import SteerOptions, is_static  # noqa: E402
 from steer.engines.vllm.taps import ops  # noqa: E402
-from steer.engines.vllm.worker.prepared import Batch  # noqa: E402
+from steer.engines.vllm.worker.prepared import BatchTokens  # noqa: E402
 from steer.engines.vllm.worker.runner_v1 import RunnerV1  # noqa: E402
 from steer.engines.vllm.worker.runner_v2 import RunnerV2  # noqa: E402
 from steer.engines.vllm.worker.steering import WorkerSteering  # noqa: E402
@@ -87,9 +87,9 @@ def worker(engine: VllmEngine) -> Any:
 
 
 @pytest.fixture
-def batches(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+def batches(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> list[BatchTokens]:
     """The passes that the adapter has begun, in their order."""
-    seen: list[Batch] = []
+    seen: list[BatchTokens] = []
     begin = steering(engine).begin
     monkeypatch.setattr(
         steering(engine), "begin", lambda batch: (seen.append(batch), begin(batch))[1]
@@ -101,7 +101,7 @@ def batches(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
 
 
 def test_mixed_requests_are_equal_on_both_engines(
-    engine: VllmEngine, reference: TransformersEngine, plans: Plans, batches: list[Batch]
+    engine: VllmEngine, reference: TransformersEngine, plans: Plans, batches: list[BatchTokens]
 ) -> None:
     requests = demo_specs.requests_for(plans, len(plans))
     mine, other = engine.complete(requests), reference.complete(requests)
@@ -160,7 +160,7 @@ def test_preempted_requests_go_on_as_they_were(
     slots: dict[str, set[int]] = defaultdict(set)
     begin, states = steering(engine).begin, worker(engine).model_runner.req_states
 
-    def begin_watched(batch: Batch) -> None:
+    def begin_watched(batch: BatchTokens) -> None:
         for req_id in batch.req_ids:
             slots[req_id].add(states.req_id_to_index[req_id])
         begin(batch)
@@ -195,7 +195,7 @@ def test_dummy_runs_between_steps_disturb_nothing(
     engine: VllmEngine,
     reference: TransformersEngine,
     plans: Plans,
-    batches: list[Batch],
+    batches: list[BatchTokens],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sampling = SamplingParams(max_tokens=5, temperature=0, logprobs=2, ignore_eos=True)

@@ -20,7 +20,7 @@ from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.packed.model import Chunk, PackedModel, PackedOptions
 from steer.engines.transformers.packed.proof import prove_packed
 from steer.engines.transformers.proof import prove_steering
-from steer.engines.transformers.sequences import RequestRows, RunningSequence, take_tokens
+from steer.engines.transformers.sequences import BatchSequence, RequestRows, take_tokens
 from steer.errors import EngineError
 
 
@@ -28,7 +28,7 @@ from steer.errors import EngineError
 class _Packed:
     """A sequence and how much of it the cache holds."""
 
-    sequence: RunningSequence
+    sequence: BatchSequence
     key: str
     computed: int = 0
 
@@ -62,7 +62,7 @@ class PackedBatch:
         # Captures are seated beside a full batch.
         self._request_rows = RequestRows(tables, 2 * rows)
         self.ledger = self._request_rows.ledger
-        self.sequences: list[RunningSequence] = []
+        self.sequences: list[BatchSequence] = []
         self.packed_model = PackedModel(hooked, rows=rows, options=options)
         self.max_length = min(hooked.info.max_length, self.packed_model.capacity)
         self._packed: dict[str, _Packed] = {}
@@ -85,9 +85,7 @@ class PackedBatch:
         self._carried = None
         self._request_rows.give_back(steered)
 
-    def join(
-        self, newcomers: Sequence[RunningSequence]
-    ) -> list[tuple[RunningSequence, TokenEvent]]:
+    def join(self, newcomers: Sequence[BatchSequence]) -> list[tuple[BatchSequence, TokenEvent]]:
         """Queues sequences; their first tokens come from `decode`."""
         for sequence in newcomers:
             self._joined += 1
@@ -97,7 +95,7 @@ class PackedBatch:
             self.packed_model.add(key, sequence.request.prompt)
         return []
 
-    def decode(self) -> list[tuple[RunningSequence, TokenEvent]]:
+    def decode(self) -> list[tuple[BatchSequence, TokenEvent]]:
         """One pass: a token for every sequence whose prompt is computed, and parts of prompts."""
         chunks = self.packed_model.next()
         logits = self.packed_model.forward(chunks, self._step(chunks))
@@ -111,7 +109,7 @@ class PackedBatch:
                 self.leave(sequence)
         return events
 
-    def leave(self, sequence: RunningSequence) -> None:
+    def leave(self, sequence: BatchSequence) -> None:
         """Takes a sequence out of the batch."""
         key = self._keys.pop(id(sequence))
         del self._packed[key]
@@ -119,7 +117,7 @@ class PackedBatch:
         self.packed_model.remove(key)
         self.give_back(sequence.steered)
 
-    def clear(self) -> list[RunningSequence]:
+    def clear(self) -> list[BatchSequence]:
         """Takes every sequence out, after a failure; returns them."""
         left, self.sequences = self.sequences, []
         self._packed.clear()

@@ -40,11 +40,11 @@ pass; its request measures how large the edits are."""
 
 
 @dataclass
-class _Written(Holding):
+class _StaticHolding(Holding):
     taken: dict[int, Taken] = field(kw_only=True)
 
 
-class StaticTables(SlotTables[_Written]):
+class StaticTables(SlotTables[_StaticHolding]):
     """Slots and their tables, of a fixed size and at fixed addresses.
 
     Assumes: what `acquire` writes reaches the device in the order of the steps (one stream).
@@ -147,7 +147,7 @@ class StaticTables(SlotTables[_Written]):
                 rows = rows.plus(holding.taken[width].count)
         return rows
 
-    def _take(self, plan: SteeringPlan) -> _Written:
+    def _take(self, plan: SteeringPlan) -> _StaticHolding:
         self._make_room(plan)
         return self._write(self._free.pop(), plan)
 
@@ -168,7 +168,7 @@ class StaticTables(SlotTables[_Written]):
             _, oldest = self._idle.popitem(last=False)
             self._clear(oldest)
 
-    def _write(self, slot: int, plan: SteeringPlan) -> _Written:
+    def _write(self, slot: int, plan: SteeringPlan) -> _StaticHolding:
         """Writes `plan` into `slot`: its rows, and then one copy for each table."""
         taken = {width: Taken() for width in self.banks}
         work = np.zeros(len(self.points), dtype=np.int32)
@@ -192,9 +192,9 @@ class StaticTables(SlotTables[_Written]):
         self.gate_rows[slot] = torch.from_numpy(gate_rows).to(self.device)
         self.work[slot] = torch.from_numpy(work).to(self.device)
         self.group_work[slot] = torch.from_numpy(group_work).to(self.device)
-        return _Written(slot, taken=taken)
+        return _StaticHolding(slot, taken=taken)
 
-    def _clear(self, holding: _Written) -> None:
+    def _clear(self, holding: _StaticHolding) -> None:
         """Makes a slot mean nothing again; its rows are unreachable then."""
         self.group_work[holding.slot] = 0
         self.work[holding.slot] = 0

@@ -20,7 +20,7 @@ from steer.engines.vllm.worker.requests import WorkerRequest
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchTokens:
     """The tokens of one forward pass: request i computes `counts[i]` tokens, the first of them at
     position `starts[i]`. Requests lie behind one another in this order. `ids(i)` gives the tokens
     of one and is asked only where a plan reads them, before the pass: they may be on a device."""
@@ -109,7 +109,7 @@ class Prepared:
             positions = self.positions[self.inline_places]
             ledger.write(self.inline_rows, positions, self.inline_selected)
 
-    def carry_on(self, batch: Batch, shifts: Shifts) -> bool:
+    def carry_on(self, batch: BatchTokens, shifts: Shifts) -> bool:
         """Takes the same requests on by one token each; false where the pass must be built anew.
 
         Assumes: every request is `fixed`, and was one token in this pass.

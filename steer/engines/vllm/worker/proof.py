@@ -16,7 +16,7 @@ from torch import Tensor
 
 from steer.engines.proof import probe_plan, unchanged
 from steer.engines.vllm.ticket import Ticket
-from steer.engines.vllm.worker.prepared import Batch
+from steer.engines.vllm.worker.prepared import BatchTokens
 from steer.engines.vllm.worker.steering import WorkerSteering
 from steer.errors import Unsupported
 from steer.model import HookPoint
@@ -90,7 +90,7 @@ def _rehearse(
         rehearsed.admit(name, [0], ticket)
     each = np.zeros(tokens, dtype=np.int64)
     token = np.zeros(1, dtype=np.int64)
-    rehearsed.begin(Batch(["nobody", *names], each, each + 1, lambda _: token))
+    rehearsed.begin(BatchTokens(["nobody", *names], each, each + 1, lambda _: token))
     try:
         return run(tokens)
     finally:

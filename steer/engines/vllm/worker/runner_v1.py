@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from steer.batch.requests import Ints
-from steer.engines.vllm.worker.prepared import Batch
+from steer.engines.vllm.worker.prepared import BatchTokens
 from steer.engines.vllm.worker.steering import WorkerSteering, take_note
 from steer.errors import Unsupported
 
@@ -66,7 +66,7 @@ class RunnerV1:
         self._steering.end()
         return output
 
-    def _batch(self, scheduled: dict[str, int]) -> Batch:
+    def _batch(self, scheduled: dict[str, int]) -> BatchTokens:
         batch = self._runner.input_batch
         req_ids = batch.req_ids
         starts = batch.num_computed_tokens_cpu[: len(req_ids)].astype(np.int64)
@@ -83,7 +83,7 @@ class RunnerV1:
                 tokens = self._runner.input_ids.gpu[end - count : end].cpu().numpy()
             return np.array(tokens, dtype=np.int64)
 
-        return Batch(req_ids, starts, counts, ids)
+        return BatchTokens(req_ids, starts, counts, ids)
 
 
 def _check(runner: Any) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from steer.batch.requests import Ints
 from steer.engines.vllm.seams import calls, known, version
-from steer.engines.vllm.worker.prepared import Batch
+from steer.engines.vllm.worker.prepared import BatchTokens
 from steer.engines.vllm.worker.steering import WorkerSteering, take_note
 from steer.errors import Unsupported
 
@@ -95,7 +95,7 @@ class RunnerV2:
         return self._model_inputs(input_batch, req_states)
 
 
-def _batch(batch: Any) -> Batch:
+def _batch(batch: Any) -> BatchTokens:
     """The tokens of a step, from vLLM's `InputBatch`."""
     bounds = batch.query_start_loc_np
 
@@ -105,7 +105,7 @@ def _batch(batch: Any) -> Batch:
         found: Ints = batch.input_ids[: batch.num_tokens].cpu().numpy().astype(np.int64)
         return found
 
-    return Batch(
+    return BatchTokens(
         batch.req_ids,
         batch.num_computed_tokens_np.astype(np.int64),
         batch.num_scheduled_tokens.astype(np.int64),

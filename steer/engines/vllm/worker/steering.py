@@ -18,7 +18,7 @@ from steer.engines.vllm.taps.shifts import NoShifts, Shifts, ShiftTables
 from steer.engines.vllm.ticket import Ticket
 from steer.engines.vllm.worker.edits import ComingPass, Edits
 from steer.engines.vllm.worker.inline import assign_shifts
-from steer.engines.vllm.worker.prepared import Batch, Prepared, ScheduledRequest
+from steer.engines.vllm.worker.prepared import BatchTokens, Prepared, ScheduledRequest
 from steer.engines.vllm.worker.requests import WorkerRequest, WorkerRequests
 from steer.errors import CapacityError, EngineError
 from steer.model import HookPoint, ModelInfo
@@ -96,7 +96,7 @@ class WorkerSteering:
         self.edits.rest()
         self.shifts.rest()
 
-    def begin(self, batch: Batch) -> None:
+    def begin(self, batch: BatchTokens) -> None:
         """Makes the pass over `batch` the one that the taps reach."""
         decoding = bool((batch.counts == 1).all())
         order = tuple(batch.req_ids)
@@ -139,14 +139,14 @@ class WorkerSteering:
             requests_running=len(self.requests),
         )
 
-    def _carried_on(self, order: tuple[str, ...], batch: Batch) -> Prepared | None:
+    def _carried_on(self, order: tuple[str, ...], batch: BatchTokens) -> Prepared | None:
         """The pass before, taken on by a token, where that is enough."""
         if self._carried is None or self._carried[0] != order:
             return None
         prepared = self._carried[1]
         return prepared if prepared.carry_on(batch, self.shifts) else None
 
-    def _prepare(self, batch: Batch) -> Prepared:
+    def _prepare(self, batch: BatchTokens) -> Prepared:
         total = int(batch.counts.sum())
         offsets = np.cumsum(batch.counts) - batch.counts
         placed = [
@@ -202,7 +202,7 @@ class WorkerSteering:
             one.request.fault = why
 
 
-def _ids(batch: Batch, index: int, request: WorkerRequest) -> Ints:
+def _ids(batch: BatchTokens, index: int, request: WorkerRequest) -> Ints:
     """The tokens of a request in `batch`; −1 for each where its plan does not read them."""
     if request.ticket.reads_tokens:
         return batch.ids(index)
