@@ -226,10 +226,10 @@ class _Reader:
         return Rule(selection_of(record.selection), gate, blocks)
 
     def _block(self, record: BlockRecord) -> Block:
-        edits, rivals = record.edits, record.competition
+        edits, cutoff_record = record.edits, record.competition
         cutoff = None
-        if rivals is not None:
-            cutoff = TopKCutoff(rivals.sae, *self._encoder(rivals.sae), rivals.k)
+        if cutoff_record is not None:
+            cutoff = TopKCutoff(cutoff_record.sae, *self._encoder(cutoff_record.sae), cutoff_record.k)
         return Block(
             shift=None if record.shift is None else self._row(record.shift),
             read=None if edits is None else self._row(edits.read),

@@ -83,7 +83,7 @@ class BlockRecord(_Record):
 
 
 class RuleRecord(_Record):
-    """A `Pass`, its blocks in forward order."""
+    """A `Rule`, its blocks in forward order."""
 
     selection: SelectionRecord
     gate: GateRecord | None = None
