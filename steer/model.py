@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from steer.errors import IncompatibleArtefact, Unsupported
-from steer.spec import Site
+from steer.errors import IncompatibleArtefact, SteerError, Unsupported
+from steer.spec import STRENGTH_UNITS, Site
+
+MAX_LAYERS = 1024
+"""More layers than any model has; what is written beyond them is a slip."""
+
+_LAYERS = re.compile(r"([0-9]+)(?:-([0-9]+))?")
+_DIGITS = 20
 
 
 class HookPoint(NamedTuple):
@@ -40,9 +47,59 @@ def forward_order(point: HookPoint) -> tuple[int, int]:
     return (point.layer, SITE_ORDER[point.site])
 
 
+def parse_layers(text: str, *, param: str = "/layers") -> tuple[int, ...]:
+    """0-based layers, sorted, from `3`, `1,3`, `2-5` (both ends included) or `0,4-6`.
+
+    Raises `SteerError` (`invalid_option`) for what is no such list and for a layer named twice,
+    `IncompatibleArtefact` (`layer_out_of_range`) for numbers that no model has.
+    """
+    found: set[int] = set()
+    for part in text.split(","):
+        match = _LAYERS.fullmatch(part.strip())
+        if match is None:
+            raise _no_layers(text, "write 3, or 1,3, or 2-5", param)
+        first, last = (_layer_number(number, param) for number in (match[1], match[2] or match[1]))
+        if last < first:
+            raise _no_layers(text, f"{first}-{last} counts down; write {last}-{first}", param)
+        layers = set(range(first, last + 1))
+        if twice := found & layers:
+            raise _no_layers(text, f"it names layer {min(twice)} twice; name it once", param)
+        found |= layers
+    return tuple(sorted(found))
+
+
+def _layer_number(digits: str, param: str) -> int:
+    # Python refuses to read thousands of digits.
+    if len(digits) > _DIGITS or int(digits) >= MAX_LAYERS:
+        shown = digits if len(digits) <= _DIGITS else digits[:_DIGITS] + "…"
+        raise IncompatibleArtefact(
+            f"layer {shown} is out of range: layers are numbered from 0, and no model has more "
+            f"than {MAX_LAYERS}",
+            code="layer_out_of_range",
+            param=param,
+        )
+    return int(digits)
+
+
+def _no_layers(text: str, why: str, param: str) -> SteerError:
+    shown = text if len(text) <= 60 else text[:59] + "…"
+    return SteerError(f"{shown!r} is no list of layers: {why}", code="invalid_option", param=param)
+
+
+def bare_name(model: str) -> str:
+    """A model's name without the folder or organisation: engines and tools differ in what they
+    keep."""
+    return model.rstrip("/").rpartition("/")[2]
+
+
 @dataclass(frozen=True)
 class ModelInfo:
-    """The shape of a decoder-only model, as plans and artefacts need it."""
+    """The shape of a decoder-only model, as plans and artefacts need it.
+
+    `name` is what the model is called in answers and errors. `origin` is where it comes from (a
+    folder, a hub name) where it is served under a name of its own: by it artefacts are known to be
+    for this model, and it stands in no answer, because it may be a path of the server.
+    """
 
     name: str
     architecture: str
@@ -55,6 +112,23 @@ class ModelInfo:
     d_mlp: int | None = None
     n_heads: int | None = None
     head_dim: int | None = None
+    origin: str | None = None
+
+    @property
+    def own_name(self) -> str:
+        """What cards and calibrations call the model: its own name, whatever it is served as,
+        without the folder or organisation."""
+        return bare_name(self.origin or self.name)
+
+    def served_as(self, name: str) -> ModelInfo:
+        """The same model under the name that clients use."""
+        if name == self.name:
+            return self
+        return replace(self, name=name, origin=self.origin or self.name)
+
+    def is_called(self, model: str) -> bool:
+        """Whether `model`, as a card or a client states it, is this model."""
+        return bare_name(model) in (bare_name(self.name), self.own_name)
 
     def width(self, site: Site) -> int:
         """The length of an activation row at `site`."""
@@ -89,7 +163,7 @@ class Capabilities:
     engine: str
     kinds: tuple[str, ...]
     sites: tuple[Site, ...]
-    strength_units: tuple[str, ...] = ("multiple", "norm")
+    strength_units: tuple[str, ...] = STRENGTH_UNITS
     gate_scopes: tuple[str, ...] = ("prompt", "token")
     sae_architectures: tuple[str, ...] = ()
     norm_preserving: bool = True

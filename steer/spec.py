@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeAlias, get_args
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -64,16 +64,18 @@ def check_name(value: str) -> str:
 
 
 def _check_strength(value: Any) -> Any:
-    if value == "auto":
+    if isinstance(value, str) and value in _STRENGTH_WORDS:
         return value
     if isinstance(value, bool) or not isinstance(value, int | float | dict | BaseModel):
+        objects = ", ".join(f'{{"{key}": x}}' for key in STRENGTH_KEYS)
         raise ValueError(
             f"{value!r} is not a strength: give a number (multiples of the stored vector), "
-            '{"norm": x}, {"kl": x}, {"effect": x} or "auto"'
+            + " or ".join([objects, *(f'"{word}"' for word in _STRENGTH_WORDS)])
         )
-    if isinstance(value, dict) and set(value) not in ({"norm"}, {"kl"}, {"effect"}):
+    if isinstance(value, dict) and set(value) not in [{key} for key in STRENGTH_KEYS]:
         raise ValueError(
-            f"a strength object has exactly one of the keys norm, kl, effect; got {sorted(value)}"
+            f"a strength object has exactly one of the keys {', '.join(STRENGTH_KEYS)}; "
+            f"got {sorted(value, key=str)}"
         )
     if isinstance(value, int | float) and not math.isfinite(value):
         raise ValueError(f"strength {value!r} is not a finite number")
@@ -140,6 +142,25 @@ Strength: TypeAlias = Annotated[
     Discriminator(_strength_tag),
     BeforeValidator(_check_strength),
 ]
+
+
+def _strength_forms() -> tuple[list[str], list[str]]:
+    """The keys and the words that state a strength, read off the union that parses them."""
+    keys: list[str] = []
+    words: list[str] = []
+    for member in get_args(get_args(Strength)[0]):
+        form = get_args(member)[0]
+        if isinstance(form, type) and issubclass(form, BaseModel):
+            keys.extend(form.model_fields)
+        elif get_origin(form) is Literal:
+            words.extend(get_args(form))
+    return keys, words
+
+
+STRENGTH_KEYS, _STRENGTH_WORDS = _strength_forms()
+STRENGTH_UNITS = ("multiple", *STRENGTH_KEYS, *_STRENGTH_WORDS)
+"""What a strength may be given in: multiples of the stored vector (a plain number), the key of an
+object, or a word."""
 
 
 class InlineVector(_Frozen):

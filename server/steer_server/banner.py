@@ -9,9 +9,16 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from steer.engines.plans import plans_of
+from steer.errors import SteerError
+from steer.plan.cache import PlanCache
+from steer.spec import Add, SteeringSpec
+from steer_server.generation.request_models import ChatRequest
+from steer_server.routes.chat import chat_prompt
 from steer_server.state import Serving
 
 _SHOWN = 12
+_LISTED = 999
 
 
 def banner(serving: Serving, url: str) -> Panel:
@@ -28,9 +35,9 @@ def banner(serving: Serving, url: str) -> Panel:
     )
     facts.add_row("Engine", serving.engine.capabilities.engine)
     facts.add_row(
-        "Vectors", _names([e.name for e in serving.registry.entries("vector", limit=999)])
+        "Vectors", _names([e.name for e in serving.registry.entries("vector", limit=_LISTED)])
     )
-    facts.add_row("SAEs", _names([e.name for e in serving.registry.entries("sae", limit=999)]))
+    facts.add_row("SAEs", _names([e.name for e in serving.registry.entries("sae", limit=_LISTED)]))
     facts.add_row("Profiles", _names([profile.name for profile in serving.registry.profiles()]))
     return Panel(
         Group(facts, Text("\nTry:"), Text(example(serving, url), style="green")),
@@ -40,19 +47,58 @@ def banner(serving: Serving, url: str) -> Panel:
 
 
 def example(serving: Serving, url: str) -> str:
-    """A curl command that works on this server."""
-    body: dict[str, object] = {
+    """A curl command that works on this server: a steered chat where a vector steers this model,
+    otherwise an upload."""
+    key = " -H 'authorization: Bearer <key>'" if serving.settings.api_key else ""
+    name = _suitable(serving)
+    if name is None:
+        return f"curl {url}/v1/steering/vectors{key} -F file=@vector-of-this-model.gguf"
+    steering = {"interventions": [{"kind": "add", "vector": name}]}
+    return (
+        f"curl {url}/v1/chat/completions -H 'content-type: application/json'{key} \\\n"
+        f"  -d '{json.dumps({**_chat(serving), 'steering': steering})}'"
+    )
+
+
+def _chat(serving: Serving) -> dict[str, object]:
+    return {
         "model": serving.model_name,
         "messages": [{"role": "user", "content": "Tell me about your day."}],
     }
-    vectors = serving.registry.entries("vector", limit=1)
-    if vectors:
-        body["steering"] = {"interventions": [{"kind": "add", "vector": vectors[0].name}]}
-    key = " -H 'authorization: Bearer <key>'" if serving.settings.api_key else ""
-    return (
-        f"curl {url}/v1/chat/completions -H 'content-type: application/json'{key} \\\n"
-        f"  -d '{json.dumps(body)}'"
+
+
+def _suitable(serving: Serving) -> str | None:
+    """A registered vector that steers the example as it is: first one that was made for this model
+    and measured on it."""
+    info = serving.engine.info
+    cards = [entry.card for entry in serving.registry.entries("vector", limit=_LISTED)]
+    fitting = [
+        card
+        for card in cards
+        if (card.model is None or info.is_called(card.model))
+        and card.site in info.sites
+        and card.width == info.width(card.site)
+        and max(card.layers) < info.n_layers
+    ]
+    fitting.sort(key=lambda card: (card.model is None, card.calibration is None))
+    # A cache of its own: what is tried here is none of the plans that the metrics count.
+    plans = plans_of(
+        serving.engine, serving.registry, strength_limit=serving.settings.strength_limit
     )
+    try:
+        prompt = tuple(chat_prompt(serving, ChatRequest.model_validate(_chat(serving))))
+    except SteerError:
+        return None  # a model that is not for chats
+    return next((card.name for card in fitting if _steers(plans, card.name, prompt)), None)
+
+
+def _steers(plans: PlanCache, name: str, prompt: tuple[int, ...]) -> bool:
+    try:
+        plan = plans.plan(SteeringSpec(interventions=(Add(vector=name),)))
+    except SteerError:
+        return False
+    # The first generated token is the first one that the answer's length cannot take away.
+    return plan.first_steered(prompt, len(prompt) + 1) is not None
 
 
 def _names(names: list[str]) -> str:

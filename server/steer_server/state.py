@@ -6,6 +6,7 @@ The routers know nothing else about the application they are mounted on: whoever
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from fastapi import Depends, Request
 from steer.engines.base import Engine
 from steer.engines.plans import plans_of
 from steer.jobs import HUB, JobRunner, builtin_kinds
+from steer.model import bare_name
 from steer.plan.cache import PlanCache
 from steer.registry.registry import Registry
 from steer_server.metrics import Metrics
@@ -37,8 +39,8 @@ class Serving:
 
     @property
     def model_name(self) -> str:
-        """The model's name in the API."""
-        return self.settings.served_name or self.engine.info.name
+        """The model's name in the API, as it stands in every answer."""
+        return self.engine.info.name
 
 
 def assemble(
@@ -50,8 +52,10 @@ def assemble(
 ) -> Serving:
     """Joins the parts: a plan cache over the registry, jobs, and metrics over all of them.
 
-    `load` counts the sequences that run or wait, where the engine's own figures do not.
+    The engine's model takes the name that it is served under. `load` counts the sequences that run
+    or wait, where the engine's own figures do not.
     """
+    engine.info = engine.info.served_as(_served_name(engine, settings))
     metrics = Metrics(name_limit=settings.metric_names)
     plans = plans_of(
         engine,
@@ -70,6 +74,12 @@ def assemble(
     )
     metrics.watch(engine, plans, registry)
     return Serving(engine, registry, settings, plans, metrics, jobs)
+
+
+def _served_name(engine: Engine, settings: ServerSettings) -> str:
+    """The name for clients: a model loaded from a folder of this machine goes by its last part."""
+    name = settings.served_name or engine.info.name
+    return bare_name(name) if settings.served_name is None and os.path.isdir(name) else name
 
 
 def _of_request(request: Request) -> Serving:

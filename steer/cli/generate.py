@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steer.cli.fit.contrast import parse_layers
 from steer.cli.fit.where import WhereChoice
 from steer.cli.local import (
     DEMO_MODEL,
@@ -22,6 +21,7 @@ from steer.cli.local import (
 )
 from steer.cli.reporting import table_out
 from steer.cli.steering import LayersOption, VectorOption, chosen_spec, parse_strength
+from steer.model import parse_layers
 
 if TYPE_CHECKING:
     from steer.engines.base import Completion

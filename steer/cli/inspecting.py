@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from steer.cli.fit.contrast import parse_layers, write_file
+from steer.cli.fit.contrast import write_file
 from steer.cli.local import (
     DEMO_MODEL,
     DeviceOption,
@@ -24,6 +24,7 @@ from steer.cli.local import (
 from steer.cli.reporting import out, table_out
 from steer.cli.steering import read_spec
 from steer.errors import Problem, SpecError, pointer
+from steer.model import parse_layers
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from steer.cli.fit.contrast import file_errors, parse_layers
+from steer.cli.fit.contrast import file_errors
 from steer.cli.local import RegistryOption, open_registry
 from steer.cli.reporting import err, nothing_yet, out, table_out
 from steer.errors import FileFormatError, SteerError
+from steer.model import parse_layers
 
 if TYPE_CHECKING:
     from steer.formats.options import ImportOptions

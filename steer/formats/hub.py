@@ -97,7 +97,9 @@ def fetch(
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise _unreachable(ref) from error
     except (errors.HfHubHTTPError, OSError) as error:
-        raise _unreachable(ref, f"{type(error).__name__}: {str(error)[:200]}") from error
+        # An error of this machine's disk names its files: only what it says of them is told.
+        reason = getattr(error, "strerror", None) or str(error)
+        raise _unreachable(ref, f"{type(error).__name__}: {reason[:200]}") from error
 
 
 def _fetched(ref: HubRef, cache: Path | None, max_bytes: int, offline: bool) -> Fetched:

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
-from steer.errors import FileFormatError, SteerError
+from steer.errors import FileFormatError, IncompatibleArtefact, SteerError
 from steer.formats.adapters.loreft import is_loreft, read_loreft
 from steer.formats.canonical import is_canonical, read_canonical
 from steer.formats.folders import layout_of, unpacked
@@ -22,6 +22,7 @@ from steer.formats.vectors.npz import read_npz
 from steer.formats.vectors.pt import read_torch
 from steer.formats.vectors.safetensors import read_vector
 from steer.formats.vectors.svec import read_svec
+from steer.model import ModelInfo
 
 Artefact: TypeAlias = ControlVector | LowRankAdapter | SAE | Lens
 
@@ -88,6 +89,38 @@ def _read_safetensors(path: Path, options: ImportOptions) -> Artefact:
             code="unknown_layout",
         )
     return _described(read_vector(file, options), options)
+
+
+def check_model(artefact: Artefact, model: ModelInfo) -> None:
+    """Raises `IncompatibleArtefact` for an artefact that can never be used on `model`.
+
+    Its width and every one of its layers must be the model's, and a lens must have all of them.
+    One whose card names another model is not for this one, and is let through. So is the width at
+    a site that this engine does not know.
+    """
+    card = artefact.card
+    if card.model and not model.is_called(card.model):
+        return
+    code, why = "", ""
+    if card.site in model.sites and card.width != model.width(card.site):
+        code = "wrong_width"
+        why = f"has width {card.width}; {card.site} of {model.name!r} has width "
+        why += str(model.width(card.site))
+    elif max(card.layers) >= model.n_layers:
+        code = "layer_out_of_range"
+        why = f"has layers up to {max(card.layers)}; {model.name!r} has layers 0 to "
+        why += str(model.n_layers - 1)
+    elif isinstance(artefact, Lens) and len(card.layers) < model.n_layers:
+        code = "layer_out_of_range"
+        why = f"has translators for layers 0 to {max(card.layers)}; {model.name!r} has layers 0 to "
+        why += f"{model.n_layers - 1}, and a lens needs one for each"
+    if code:
+        raise IncompatibleArtefact(
+            f"the file {why}: send one made for this model, or say in 'model' for which other "
+            "model it is",
+            code=code,
+            param="/file",
+        )
 
 
 def _described(artefact: Artefact, options: ImportOptions) -> Artefact:

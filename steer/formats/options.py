@@ -11,6 +11,9 @@ from steer.errors import SteerError
 from steer.formats.sources import SOURCES, Source
 from steer.spec import Where
 
+MAX_OFFSET = 1024
+MAX_POSITION = 1 << 20
+
 
 @dataclass(frozen=True)
 class ImportOptions:
@@ -36,6 +39,14 @@ class ImportOptions:
     origin: str | None = None
 
     def __post_init__(self) -> None:
+        for name, most in (("layer_offset", MAX_OFFSET), ("position", MAX_POSITION)):
+            number = getattr(self, name)
+            if number is not None and abs(number) > most:
+                raise SteerError(
+                    f"{name} is out of range: give {-most} to {most}",
+                    param=f"/{name}",
+                    code="invalid_option",
+                )
         if self.strength is not None and not math.isfinite(self.strength):
             raise SteerError(
                 f"strength {self.strength!r} is not a finite number",

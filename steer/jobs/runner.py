@@ -77,6 +77,11 @@ class JobRunner:
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
 
+    @property
+    def _model(self) -> str:
+        """What servers of the same model agree on, whatever each calls it and wherever it lies."""
+        return self._engine.info.own_name
+
     # Clients
 
     def submit(
@@ -93,7 +98,7 @@ class JobRunner:
             kind=kind.name,
             params=params.model_dump_json(by_alias=True, exclude_none=True),
             request=json.dumps(kind.described(params), ensure_ascii=False),
-            model=None if kind.any_model else self._engine.info.name,
+            model=None if kind.runs_anywhere(self._engine, params) else self._model,
             place=self._registry.job_files.place if files else None,
         )
         with self._registry.job_files.adding(draft.id, files or {}):
@@ -198,7 +203,7 @@ class JobRunner:
         return self.store.claim(
             self._owner,
             kinds=tuple(self.kinds),
-            model=self._engine.info.name,
+            model=self._model,
             place=self._registry.job_files.place,
             lease=self.limits.lease_seconds,
         )
@@ -238,7 +243,12 @@ class JobRunner:
             failure = JobFailure(error.code, error.message, error.param)
         except Exception as error:
             log.exception("job %s (%s) failed", claim.job_id, claim.kind)
-            failure = JobFailure("job_failed", f"the job failed: {type(error).__name__}: {error}")
+            # Not its text: that may hold paths of the server, and the log has it.
+            failure = JobFailure(
+                "job_failed",
+                f"the job failed by a fault of the server ({type(error).__name__}): its log says "
+                "more",
+            )
         return store.finish(claim, "failed", error=failure)
 
     def _result(self, run: _Run, kind: JobKind[Any]) -> dict[str, Any]:

@@ -229,7 +229,9 @@ class _Reader:
         edits, cutoff_record = record.edits, record.competition
         cutoff = None
         if cutoff_record is not None:
-            cutoff = TopKCutoff(cutoff_record.sae, *self._encoder(cutoff_record.sae), cutoff_record.k)
+            cutoff = TopKCutoff(
+                cutoff_record.sae, *self._encoder(cutoff_record.sae), cutoff_record.k
+            )
         return Block(
             shift=None if record.shift is None else self._row(record.shift),
             read=None if edits is None else self._row(edits.read),

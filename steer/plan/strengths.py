@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 from steer.artefacts.calibration import Calibration
 from steer.artefacts.control_vector import ControlVector
 from steer.errors import SteerError, Unsupported
+from steer.model import bare_name
 from steer.plan.kinds import Sources, vector_points
 from steer.plan.selection import Selection, resolve
 from steer.spec import Add, NormStrength
@@ -102,9 +103,10 @@ def _check_use(
     place = f"layers {list(calibration.layers)} at {calibration.site}"
     here = f"layers {list(layers)} at {points[0].site}"
     differs: tuple[str, str] | None = None
-    if _bare(calibration.model) != _bare(sources.model.name):
+    if not sources.model.is_called(calibration.model):
         here = f"{sources.model.name!r}"
-        differs = "/vector", f"on the model {calibration.model!r}, and this is {here}"
+        made = bare_name(calibration.model)
+        differs = "/vector", f"on the model {made!r}, and this is {here}"
     elif (layers, points[0].site) != (calibration.layers, calibration.site):
         param = "/layers" if item.layers else "/vector"
         differs = param, f"on {place}, and here it acts on {here}"
@@ -121,11 +123,6 @@ def _check_use(
             code="not_calibrated",
             param=differs[0],
         )
-
-
-def _bare(model: str) -> str:
-    """A model's name without the folder or organisation: engines differ in what they keep."""
-    return model.rstrip("/").rpartition("/")[2]
 
 
 def _unit(strength: Any) -> str:

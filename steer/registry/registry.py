@@ -16,8 +16,9 @@ from steer.artefacts.control_vector import ArtefactKind, ControlVector, LowRankA
 from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
 from steer.errors import FileFormatError, SteerError, StorageError
-from steer.formats.importing import Artefact, read_artefact
+from steer.formats.importing import Artefact, check_model, read_artefact
 from steer.formats.options import ImportOptions
+from steer.model import ModelInfo
 from steer.registry import naming
 from steer.registry.archive import transfer
 from steer.registry.archive.archive import Exported
@@ -182,11 +183,14 @@ class Registry:
         kind: ArtefactKind | None = None,
         name: str | None = None,
         options: ImportOptions = ImportOptions(),  # noqa: B008 - frozen
+        model: ModelInfo | None = None,
     ) -> tuple[Entry, bool]:
         """Registers the artefact in a file (or SAELens folder) of any known format.
 
-        `name` defaults to the file's stem. Raises `FileFormatError` for what cannot be read or is
-        not of `kind`, `TooLarge` for an archive that unpacks to too much.
+        `name` defaults to the file's stem. With `model`, the artefact must fit that model unless
+        its card names another (`check_model`). Raises `FileFormatError` for what cannot be read or
+        is not of `kind`, `TooLarge` for an archive that unpacks to too much,
+        `IncompatibleArtefact` for what does not fit.
         """
         chosen = _check_stored_name(name if name is not None else path.stem)
         self._count("import")
@@ -208,6 +212,8 @@ class Registry:
                 code="wrong_kind",
                 param="/file",
             )
+        if model is not None:
+            check_model(artefact, model)
         return self.add(chosen, artefact)
 
     def remove(self, kind: ArtefactKind, ref: str) -> Entry:

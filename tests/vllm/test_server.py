@@ -479,13 +479,41 @@ def test_metrics_are_vllms_and_ours(ask: Callable[..., Any], http: httpx.Client)
 
 def test_the_server_says_what_it_can(http: httpx.Client) -> None:
     able = http.get("/v1/steering/capabilities").json()
-    assert able["model"]["id"] == MODEL
+    assert able["model"]["id"] == able["model"]["name"] == MODEL
+    assert "origin" not in able["model"]
+    assert able["engine"]["strength_units"] == ["multiple", "norm", "kl", "effect", "auto"]
+    assert str(LIBRARY) not in str(able)
     assert able["engine"]["engine"] == "vllm"
     assert {"add", "clamp", "patch"} <= set(able["engine"]["kinds"])
     assert http.get("/health").content == b""
     assert http.get("/v1/steering/health").json()["status"] == "ok"
     paths = http.get("/openapi.json").json()["paths"]
     assert {"/v1/chat/completions", "/v1/steering/vectors", "/v1/inspect/logit-lens"} <= set(paths)
+
+
+def test_an_upload_has_to_fit_the_model_or_name_another(http: httpx.Client) -> None:
+    url, width = "/v1/steering/vectors", 192
+    misfits = {
+        "wrong_width": ControlVector.of({2: torch.ones(width + 1)}),
+        "layer_out_of_range": ControlVector.of({2: torch.ones(width), 6: torch.ones(width)}),
+    }
+    for code, vector in misfits.items():
+        files = {"file": ("misfit.safetensors", vector.to_bytes())}
+        refused = http.post(url, files=files)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, code)
+        taken = http.post(url, files=files, data={"model": "another"})
+        assert taken.status_code == 201, taken.text
+    assert http.delete(f"{url}/misfit").status_code == 200
+
+
+def test_some_layers_of_a_vector_can_be_had(http: httpx.Client) -> None:
+    url = "/v1/steering/vectors/french/content"
+    some = http.get(url, params={"format": "gguf", "layers": "1-3"})
+    assert some.status_code == 200, some.text
+    assert some.content.startswith(b"GGUF")
+    for layers, format in (("3-1", "gguf"), ("x", "safetensors"), ("0-2", "gguf")):
+        refused = http.get(url, params={"format": format, "layers": layers})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "/layers")
 
 
 def test_mixed_requests_answer_as_each_does_alone(http: httpx.Client) -> None:

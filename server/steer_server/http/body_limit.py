@@ -9,6 +9,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer_server.http.openai_errors import error_response
 
+_DIGITS = 20
+
 
 class BodyLimit:
     """ASGI middleware: answers 413 for bodies longer than `limit(path)` bytes.
@@ -25,7 +27,8 @@ class BodyLimit:
             return
         limit = self._limit(scope["path"])
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if not declared.isdigit() or int(declared) > limit:
+        # No more digits than Python reads: thousands of them are too large as well.
+        if not declared.isdigit() or len(declared) > _DIGITS or int(declared) > limit:
             response = error_response(_sentence(limit), status=413, code="request_too_large")
             await response(scope, receive, send)
             return

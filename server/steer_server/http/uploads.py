@@ -16,8 +16,15 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.exceptions import HTTPException
 
 from steer.errors import SteerError, TooLarge, pointer
+from steer.model import parse_layers
 from steer.registry.blobs.staging import Upload
 from steer.registry.registry import Registry
+
+LAYERS_FIELD = {"type": "string", "description": "4-6 or 4,5,6 or [4, 5, 6]"}
+MODEL_FIELD = {
+    "type": "string",
+    "description": "The model it is for; one that is not for the served model says so here",
+}
 
 MAX_FILES = 8
 MAX_FIELDS = 32
@@ -46,6 +53,14 @@ class Received:
             for name, upload in self.files:
                 shutil.move(upload.path, Path(folder) / name)
             yield Path(folder)
+
+
+def form_layers(text: str) -> tuple[int, ...]:
+    """The form's `layers`: as on the command line, or in the brackets of JSON."""
+    plain = text.strip()
+    if plain.startswith("[") and plain.endswith("]"):
+        plain = plain[1:-1]
+    return parse_layers(plain)
 
 
 async def receive(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,9 +21,10 @@ from steer.errors import SteerError, Unsupported, pointer
 from steer.formats.exporting import SUFFIXES, ExportFormat, export_vector
 from steer.formats.options import ImportOptions
 from steer.formats.sources import SOURCES
+from steer.model import bare_name, parse_layers
 from steer.registry.entry import Entry
 from steer_server.http.error_route import SteerRoute
-from steer_server.http.uploads import Received, receive
+from steer_server.http.uploads import LAYERS_FIELD, MODEL_FIELD, Received, form_layers, receive
 from steer_server.state import Serving, ServingDep
 
 _CHUNK = 1 << 20
@@ -40,11 +42,11 @@ _UPLOAD_BODY = {
                         "from": {"type": "string", "enum": list(SOURCES)},
                         "layer_offset": {"type": "integer"},
                         "position": {"type": "integer"},
-                        "layers": {"type": "string", "description": "4,5,6 or [4, 5, 6]"},
+                        "layers": LAYERS_FIELD,
                         "strength": {"type": "number"},
                         "description": {"type": "string"},
                         "licence": {"type": "string"},
-                        "model": {"type": "string"},
+                        "model": MODEL_FIELD,
                     },
                 }
             }
@@ -168,7 +170,7 @@ def artefact_router(kind: ArtefactKind, folder: str) -> APIRouter:
         serving: ServingDep,
         format: ExportFormat = "safetensors",
         layers: Annotated[
-            str | None, Query(pattern=r"\d{1,4}(,\d{1,4})*", description="Only these, such as 1,2")
+            str | None, Query(description="Only these, such as 1-5 or 2,3; GGUF has no block 0")
         ] = None,
     ) -> Response:
         """The canonical safetensors file, whose SHA-256 is the artefact's identity.
@@ -230,7 +232,7 @@ def _exported(serving: Serving, entry: Entry, format: ExportFormat, layers: str 
     vector = serving.registry.vector(entry.id)
     if layers is not None:
         try:
-            vector = vector.on_layers(map(int, layers.split(",")))
+            vector = vector.on_layers(parse_layers(layers))
         except SteerError as error:
             raise error.at("/layers") from None
     with tempfile.TemporaryDirectory(prefix="steer-export-") as folder:
@@ -250,7 +252,9 @@ def _imported(serving: Serving, kind: ArtefactKind, received: Received) -> tuple
     name = received.fields.get("name") or received.stem
     try:
         with received.path() as path:
-            return serving.registry.import_file(path, kind=kind, name=name, options=options)
+            return serving.registry.import_file(
+                path, kind=kind, name=name, options=options, model=serving.engine.info
+            )
     except SteerError as error:
         raise error.at("/file") from None
 
@@ -259,9 +263,7 @@ _FIELDS: Mapping[str, Callable[[str], Any]] = {
     "from": str,
     "layer_offset": int,
     "position": int,
-    "layers": lambda text: tuple(
-        int(part) for part in text.strip().removeprefix("[").removesuffix("]").split(",")
-    ),
+    "layers": form_layers,
     "strength": float,
     "description": str,
     "licence": str,
@@ -299,7 +301,7 @@ def _tagged(serving: Serving, kind: ArtefactKind, entry: Entry) -> ArtefactBody:
 
 
 def _body(entry: Entry, tags: Sequence[str]) -> ArtefactBody:
-    card = entry.card
+    card = _shown(entry.card)
     return ArtefactBody(
         id=entry.id,
         object=f"steering.{entry.kind}",
@@ -315,6 +317,20 @@ def _body(entry: Entry, tags: Sequence[str]) -> ArtefactBody:
         tags=list(tags),
         removed_at=entry.removed_at,
     )
+
+
+def _shown(card: Card) -> Card:
+    """`card` without paths of machines in the place of models' names, as older ones have them."""
+    changes: dict[str, Any] = {}
+    if card.model and os.path.isabs(card.model):
+        changes["model"] = bare_name(card.model)
+    held = card.calibration
+    if held is not None and os.path.isabs(held.model):
+        changes["calibration"] = held.model_copy(update={"model": bare_name(held.model)})
+    made_on = card.provenance.get("model")
+    if isinstance(made_on, str) and os.path.isabs(made_on):
+        changes["provenance"] = {**card.provenance, "model": bare_name(made_on)}
+    return card.model_copy(update=changes)
 
 
 def _json(body: BaseModel, status: int = 200) -> Response:

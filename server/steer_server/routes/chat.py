@@ -49,11 +49,11 @@ async def create_chat_completion(
 
 
 def _prepared(serving: Serving, body: ChatRequest) -> Generation:
-    prompt = tuple(_prompt(serving, body))
+    prompt = tuple(chat_prompt(serving, body))
     return prepare(serving, body, [prompt], prefix="chatcmpl", at="/messages")
 
 
-def _prompt(serving: Serving, body: ChatRequest) -> list[int]:
+def chat_prompt(serving: Serving, body: ChatRequest) -> list[int]:
     """The conversation in the model's own chat template, as tokens."""
     tokenizer = serving.engine.tokenizer
     # Chat templates know OpenAI's newer name for system messages only by its older one.

@@ -30,8 +30,10 @@ def health(serving: ServingDep) -> dict[str, Any]:
 def capabilities(serving: ServingDep) -> dict[str, Any]:
     """What this engine can really do with this model; anything else is refused by name."""
     settings = serving.settings
+    model = asdict(serving.engine.info)
+    del model["origin"]  # which may be a path of this machine
     return {
-        "model": {"id": serving.model_name, **asdict(serving.engine.info)},
+        "model": {"id": serving.model_name, **model},
         "engine": asdict(serving.engine.capabilities),
         "limits": {
             "max_body_bytes": settings.max_body_bytes,

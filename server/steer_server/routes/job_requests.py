@@ -22,7 +22,7 @@ from steer.registry.jobs.job_records import Job
 from steer_server.http.content_type import require_json
 from steer_server.http.error_route import SteerRoute
 from steer_server.http.openai_errors import invalid_field
-from steer_server.http.uploads import Received, receive
+from steer_server.http.uploads import LAYERS_FIELD, MODEL_FIELD, Received, form_layers, receive
 from steer_server.routes.jobs import JobBody, job_body, json_response
 from steer_server.state import Serving, ServingDep
 
@@ -70,7 +70,7 @@ _FIELDS = {
     "strength": {"type": "number"},
     "description": {"type": "string"},
     "licence": {"type": "string"},
-    "model": {"type": "string"},
+    "model": MODEL_FIELD,
 }
 _IMPORT_BODY = {
     "requestBody": {
@@ -95,7 +95,7 @@ _IMPORT_BODY = {
                     "properties": {
                         "file": {"type": "string", "format": "binary"},
                         **_FIELDS,
-                        "layers": {"type": "string", "description": "4,5,6 or [4, 5, 6]"},
+                        "layers": LAYERS_FIELD,
                     },
                 }
             },
@@ -144,8 +144,7 @@ def _fields(received: Received) -> dict[str, Any]:
     """The form's fields as parameters; numbers are read by their model."""
     fields: dict[str, Any] = {"name": received.stem, **received.fields}
     if "layers" in fields:
-        text = fields["layers"].strip().removeprefix("[").removesuffix("]")
-        fields["layers"] = text.split(",")
+        fields["layers"] = form_layers(fields["layers"])
     return fields
 
 

@@ -21,6 +21,9 @@ from steer_server.http.openai_errors import failure
 from steer_server.routes.job_events import follow
 from steer_server.state import Serving, ServingDep
 
+_DIGITS = 10
+"""Events are numbered from 1 in a column of 32 bits: longer numbers are none of ours."""
+
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=SteerRoute)
 
 
@@ -124,7 +127,8 @@ async def job_events(
     job_id: str,
     serving: ServingDep,
     after: Annotated[
-        int | None, Query(ge=0, description="Answer at once, with the events after this number")
+        int | None,
+        Query(ge=0, le=2**31, description="Answer at once, with the events after this number"),
     ] = None,
     last_event_id: Annotated[
         str | None, Header(description="The number of the last event that was received")
@@ -192,4 +196,5 @@ async def _lines(serving: Serving, job_id: str, seen: int) -> AsyncGenerator[str
 
 def _number(text: str | None) -> int:
     """The event that a client names as its last; the first of all where it names none of ours."""
-    return int(text) if text is not None and text.isascii() and text.isdigit() else 0
+    known = text is not None and text.isascii() and text.isdigit() and len(text) < _DIGITS
+    return int(text) if known and text is not None else 0

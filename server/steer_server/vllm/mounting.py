@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -93,6 +94,10 @@ async def serve(client: Any, state: Any, environment: Mapping[str, str]) -> None
         vllm_config=client.vllm_config,
     )
     engine = await VllmEngine.of_client(plain, copy.deepcopy(client.get_tokenizer()))
+    # Its workers know only the name that it is served under.
+    engine.info = replace(
+        engine.info, origin=shipped.shipped_model(settings.model) or settings.model
+    )
     # vLLM's requests are its own: Steer's figures count those that are steered or read.
     load = client.output_processor.get_num_unfinished_requests
     state.steer = assemble(engine, registry, settings, load=load)

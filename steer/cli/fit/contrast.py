@@ -23,7 +23,6 @@ from steer.cli.fit.saving import (
     given_prompt,
     keep,
     layers_or_all,
-    parse_layers,
     position,
     registered_vectors,
     site_named,
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
     from steer.artefacts.control_vector import ControlVector
     from steer.artefacts.library import Library
 
-__all__ = ["app", "file_errors", "parse_layers", "show_fit", "write_file"]
+__all__ = ["app", "file_errors", "show_fit", "write_file"]
 
 
 class PairsFirst(TyperGroup):

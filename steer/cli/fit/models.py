@@ -16,7 +16,6 @@ from steer.cli.fit.saving import (
     OutputOption,
     RegisterOption,
     keep,
-    parse_layers,
     position,
     site_named,
     stored_name,
@@ -32,6 +31,7 @@ from steer.cli.local import (
     running_engine,
 )
 from steer.cli.reporting import out, progress_bar
+from steer.model import parse_layers
 
 if TYPE_CHECKING:
     from steer.artefacts.library import MemoryLibrary

@@ -13,14 +13,13 @@ import typer
 from steer.cli.local import model_name, open_registry
 from steer.cli.reporting import out
 from steer.errors import SteerError
+from steer.model import bare_name, parse_layers
 from steer.spec import Site, check_name
 
 if TYPE_CHECKING:
     from steer.artefacts.control_vector import ControlVector, LowRankAdapter
     from steer.fit.data.prompt import Positions, Prompt
     from steer.registry.registry import Registry
-
-MAX_LAYERS = 1024
 
 NameOption = Annotated[
     str | None, typer.Option("--name", "-n", help="The result's name; by default the file's.")
@@ -120,29 +119,12 @@ def registered_vectors(folder: Registry, model: str) -> dict[str, ControlVector]
     return {
         entry.name: folder.vector(entry.name)
         for entry in folder.entries("vector", limit=10_000)
-        if entry.card.model in (None, model_name(model))
+        if entry.card.model is None or bare_name(entry.card.model) == model_name(model)
     }
 
 
 def layers_or_all(text: str | None) -> tuple[int, ...] | None:
     return None if text is None else parse_layers(text)
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
-    """`1,3` or `2-5` (both ends included) as layers; raises `SteerError`."""
-    found: list[int] = []
-    try:
-        for part in text.split(","):
-            first, dash, last = part.partition("-")
-            layers = range(int(first), int(last if dash else first) + 1)
-            found.extend(layers[:MAX_LAYERS])
-    except ValueError:
-        found = []
-    if not found:
-        raise SteerError(
-            f"{text!r} is no list of layers: write 3, or 1,3, or 2-5", code="invalid_option"
-        )
-    return tuple(sorted(set(found)))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from steer.cli.fit.contrast import parse_layers, write_file
+from steer.cli.fit.contrast import write_file
 from steer.cli.fit.where import WhereChoice
 from steer.cli.local import (
     DEMO_MODEL,
@@ -24,6 +24,7 @@ from steer.cli.measure.scoring import SCORER_HELP, scorer_of
 from steer.cli.reporting import out, progress_bar, table_out
 from steer.cli.steering import LayersOption, add_spec, named_vector
 from steer.errors import SteerError
+from steer.model import parse_layers
 
 if TYPE_CHECKING:
     from steer.fit.data.pairs import Prompt

@@ -120,7 +120,7 @@ def calibrate(
     calibration = _calibration(
         doses,
         limits or SafeLimits(),
-        model=engine.info.name,
+        model=engine.info.own_name,
         layers=used,
         site=vector.card.site,
         where=where if where is not None else vector.card.default_where,

@@ -65,7 +65,7 @@ def best_layers(measures: Mapping[int, LayerMeasure], count: int) -> tuple[int, 
 
 def made_on(engine: Engine) -> dict[str, Any]:
     """The model a vector was fitted on, for its provenance."""
-    return {"model": engine.info.name, "architecture": engine.info.architecture}
+    return {"model": engine.info.own_name, "architecture": engine.info.architecture}
 
 
 def cosines(

@@ -103,7 +103,7 @@ def fit(
     return ControlVector.of(
         directions,
         name=name,
-        model=engine.info.name,
+        model=engine.info.own_name,
         site=site,
         default_layers=best_layers(measures.separation, best),
         default_where=default_where,

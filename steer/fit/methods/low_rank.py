@@ -118,7 +118,7 @@ def fit_low_rank(
     return LowRankAdapter.of(
         {point.layer: edit.parts() for point, edit in edits.items()},
         name=name,
-        model=engine.info.name,
+        model=engine.info.own_name,
         site=site,
         default_where=default_where,
         description=description,

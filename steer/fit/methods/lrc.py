@@ -129,7 +129,7 @@ def fit_lrc(
         answer: ControlVector.of(
             {subject_at.layer: concept},
             name=f"{name}-{_slug(answer)}",
-            model=engine.info.name,
+            model=engine.info.own_name,
             site=subject_at.site,
             description=description,
             licence=licence,

@@ -61,7 +61,7 @@ def fit_labels(
         label: ControlVector.of(
             rows,
             name=f"{name}-{_slug(label)}",
-            model=engine.info.name,
+            model=engine.info.own_name,
             site=site,
             default_layers=best_layers(measures[label], best),
             default_where=default_where,

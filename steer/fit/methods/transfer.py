@@ -143,7 +143,7 @@ def transfer(
     return ControlVector.of(
         rows,
         name=name,
-        model=target.info.name,
+        model=target.info.own_name,
         site=site,
         default_layers=tuple(sorted(placed[n] for n in defaults or () if n in placed)) or None,
         default_strength=vector.card.default_strength,
@@ -153,7 +153,7 @@ def transfer(
         provenance={
             "method": f"transfer/{method}",
             "vector": {"name": vector.card.name, "sha256": vector.sha256},
-            "from": {"model": source.info.name, "architecture": source.info.architecture},
+            "from": {"model": source.info.own_name, "architecture": source.info.architecture},
             "layers": {str(layer): place for layer, place in placed.items()},
             "data_sha256": sha256_of([prompt_json(prompt) for prompt in prompts]),
             "anchors": len(fitted),

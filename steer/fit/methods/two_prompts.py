@@ -59,7 +59,7 @@ def fit_two_prompts(
     return ControlVector.of(
         rows,
         name=name,
-        model=engine.info.name,
+        model=engine.info.own_name,
         site=site,
         default_where=default_where,
         description=description,

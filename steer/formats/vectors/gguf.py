@@ -83,8 +83,8 @@ def write_gguf(vector: ControlVector, path: Path) -> None:
     chosen = tuple(vector.directions)
     if 0 in chosen:
         raise Unsupported(
-            "GGUF control vectors cannot hold block 0 (llama.cpp numbers them from 1): leave it "
-            "out by naming the other layers (--layers, or layers=1,2 over HTTP)",
+            "GGUF control vectors cannot hold block 0 (llama.cpp numbers them from 1), and this "
+            f"one has {'it alone' if len(chosen) == 1 else 'it'}: {_without_block_0(chosen)}",
             code="layer_not_exportable",
             param="/layers",
         )
@@ -101,6 +101,17 @@ def write_gguf(vector: ControlVector, path: Path) -> None:
         writer.write_tensors_to_file()
     finally:
         writer.close()
+
+
+def _without_block_0(layers: tuple[int, ...]) -> str:
+    """What to do with a vector on `layers`, 0 among them."""
+    others = ",".join(map(str, layers[1:]))
+    if not others:
+        return "export it as safetensors"
+    return (
+        f"to leave it out, name the others (--layers {others}, or layers={others} over HTTP); "
+        "safetensors holds all of them"
+    )
 
 
 def _layer(name: str, shape: list[int]) -> int:

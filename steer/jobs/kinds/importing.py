@@ -89,6 +89,7 @@ def import_kind(fetchers: Mapping[str, Fetch]) -> JobKind[ImportParams]:
             kind=params.artefact,
             name=params.name,
             options=replace(params.options, origin=found.origin),
+            model=context.engine.info,
         )
         context.progress(1, 1, "registered")
         return {
@@ -107,8 +108,13 @@ def import_kind(fetchers: Mapping[str, Fetch]) -> JobKind[ImportParams]:
         run=run,
         check=check,
         repeatable=True,  # the same content under the same name is no new version
-        any_model=True,
+        any_model=_for_another_model,
     )
+
+
+def _for_another_model(engine: Engine, params: ImportParams) -> bool:
+    """Whether the client says so; any other import has to fit the model of this server."""
+    return params.model is not None and not engine.info.is_called(params.model)
 
 
 def _fetcher(fetchers: Mapping[str, Fetch], source: str) -> Fetch:

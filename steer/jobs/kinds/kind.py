@@ -64,7 +64,8 @@ class JobKind(Generic[P]):
     shown with the job; `shown` adds something in their place.
 
     `repeatable` says that running it twice does no harm, so that it is run again after a crash.
-    `any_model` says that it does not use the engine, so that any server on the registry can run it.
+    `any_model` says that it does not use the engine, so that any server on the registry can run it;
+    a function says it of the engine where it was asked for and the parameters.
     """
 
     name: str
@@ -74,7 +75,11 @@ class JobKind(Generic[P]):
     data: frozenset[str] = frozenset()
     shown: Callable[[P], dict[str, Any]] = field(default=lambda _: {})
     repeatable: bool = False
-    any_model: bool = False
+    any_model: bool | Callable[[Engine, P], bool] = False
+
+    def runs_anywhere(self, engine: Engine, params: P) -> bool:
+        """Whether servers of other models than that of `engine` may run it."""
+        return self.any_model(engine, params) if callable(self.any_model) else self.any_model
 
     def described(self, params: P) -> dict[str, Any]:
         """The parameters without their data, as a JSON object."""

@@ -74,8 +74,8 @@ class BlobStore:
             self._fs.put_file(str(staged), target)
         if not self.holds(sha256, size):
             raise StorageError(
-                f"the blob {sha256[:12]} was sent to {self._root}, and what is there is not "
-                f"{size} bytes long: try again"
+                f"the blob {sha256[:12]} was sent to the registry's store, and what is there is "
+                f"not {size} bytes long: try again"
             )
         staged.unlink()
 
@@ -144,8 +144,8 @@ class BlobStore:
                 return cast(IO[bytes], self._fs.open(self._path(sha256), "rb"))
         except FileNotFoundError:
             raise StorageError(
-                f"the blob {sha256[:12]} is catalogued but not in {self._root}: upload the "
-                "artefact again to repair it",
+                f"the blob {sha256[:12]} is catalogued but not among the registry's blobs: "
+                "upload the artefact again to repair it",
                 code="missing_blob",
             ) from None
 

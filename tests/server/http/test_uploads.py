@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import full, ones, randn, stack, zeros
 from torch import save as torch_save
 
-from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.formats.options import ImportOptions
 from steer.formats.vectors.gguf import read_gguf
 
@@ -311,13 +311,195 @@ async def test_some_layers_alone_can_be_had(http: httpx.AsyncClient, tmp_path: P
     missing = await http.get(f"{URL}/mine/content?layers=7")
     assert (missing.status_code, missing.json()["error"]["param"]) == (400, "/layers")
     wrong = await http.get(f"{URL}/mine/content?layers=a")
-    assert wrong.status_code in (400, 422)
+    assert wrong.status_code == 400
+    span = await http.get(f"{URL}/mine/content?format=gguf&layers=1-2")
+    path.write_bytes(span.content)
+    assert list(read_gguf(path, ImportOptions()).directions) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("layers", "code"),
+    [
+        ("x", "invalid_option"),
+        ("3-1", "invalid_option"),
+        ("-1", "invalid_option"),
+        ("", "invalid_option"),
+        ("1,1", "invalid_option"),
+        ("0-2,1", "invalid_option"),
+        ("0-999999999999", "layer_out_of_range"),
+        ("9" * 6000, "layer_out_of_range"),
+        ("0-1023", "layer_not_in_vector"),
+        ("7", "layer_not_in_vector"),
+    ],
+)
+@pytest.mark.parametrize("format", ["safetensors", "gguf"])
+async def test_layers_that_make_no_sense_are_refused_by_field(
+    http: httpx.AsyncClient, layers: str, code: str, format: str
+) -> None:
+    await send(http, ControlVector.of({n: full((16,), n + 1.0) for n in range(3)}).to_bytes())
+    answer = await http.get(f"{URL}/mine/content", params={"format": format, "layers": layers})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert (error["param"], error["code"]) == ("/layers", code)
+
+
+@pytest.mark.parametrize(
+    ("layers", "param"),
+    [("1-2", None), ("[1, 2]", None), ("2,1", None), ("2-1", "/layers"), ("[1", "/layers")],
+)
+async def test_layers_in_a_form_are_written_in_the_same_way(
+    http: httpx.AsyncClient, layers: str, param: str | None
+) -> None:
+    data = ControlVector.of({n: full((16,), n + 1.0) for n in range(3)}).to_bytes()
+    answer = await send(http, data, layers=layers)
+    if param is None:
+        assert answer.json()["card"]["default_layers"] == [1, 2], answer.text
+    else:
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("field", ["layer_offset", "position"])
+@pytest.mark.parametrize("value", ["99999999999999999999", "-" + "9" * 30, "9" * 5000])
+async def test_numbers_beyond_all_measure_are_refused_by_field(
+    http: httpx.AsyncClient, field: str, value: str
+) -> None:
+    answer = await send(http, save({"layers.2": ones(16)}), **{field: value})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, f"/{field}"), answer.text
 
 
 async def test_what_gguf_cannot_hold_is_refused(http: httpx.AsyncClient) -> None:
     await send(http, save({"layers.0": ones(16)}))
     answer = await http.get(f"{URL}/mine/content?format=gguf")
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "layer_not_exportable")
+    assert "safetensors" in answer.json()["error"]["message"]
+    await send(http, save({f"layers.{n}": ones(16) for n in range(3)}), filename="more")
+    for query in ("format=gguf", "format=gguf&layers=0-1"):
+        whole = await http.get(f"{URL}/more/content?{query}")
+        assert whole.status_code == 400, query
+        error = whole.json()["error"]
+        assert (error["code"], error["param"]) == ("layer_not_exportable", "/layers")
+    named = "layers=1,2"
+    told = (await http.get(f"{URL}/more/content?format=gguf")).json()["error"]["message"]
+    assert named in told
+    assert (await http.get(f"{URL}/more/content?format=gguf&{named}")).status_code == 200
+
+
+def sae_files(width: int, layer: int, model: str | None = None) -> list[tuple[str, Any]]:
+    config = {
+        "architecture": "standard",
+        "d_in": width,
+        "d_sae": 4,
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "dtype": "float32",
+        "metadata": {"hook_name": f"blocks.{layer}.hook_resid_post", "model_name": model},
+    }
+    weights = {
+        "W_enc": randn(width, 4),
+        "b_enc": zeros(4),
+        "W_dec": randn(4, width),
+        "b_dec": zeros(width),
+    }
+    return [
+        ("file", ("cfg.json", json.dumps(config).encode())),
+        ("file", ("sae_weights.safetensors", save(weights))),
+    ]
+
+
+def lens_files(width: int, layers: int) -> list[tuple[str, Any]]:
+    stream = io.BytesIO()
+    state = {f"{n}.weight": ones(width, width) for n in range(layers)}
+    torch_save(state | {f"{n}.bias": ones(width) for n in range(layers)}, stream)
+    config = {"d_model": width, "num_hidden_layers": layers}
+    return [
+        ("file", ("config.json", json.dumps(config).encode())),
+        ("file", ("params.pt", stream.getvalue())),
+    ]
+
+
+def vector_file(width: int, *layers: int, **card: Any) -> list[tuple[str, Any]]:
+    vector = ControlVector.of({layer: ones(width) for layer in layers}, **card)
+    return [("file", ("v.safetensors", vector.to_bytes()))]
+
+
+def adapter_file(width: int, layer: int) -> list[tuple[str, Any]]:
+    part = (randn(2, width), randn(2, width), randn(2))
+    return [("file", ("a.safetensors", LowRankAdapter.of({layer: part}).to_bytes()))]
+
+
+MISFITS = [
+    ("vectors", vector_file(17, 2), "wrong_width", ("17", "16")),
+    ("vectors", vector_file(16, 6), "layer_out_of_range", ("6", "0 to 5")),
+    ("vectors", vector_file(16, 2, 99), "layer_out_of_range", ("99", "0 to 5")),
+    ("adapters", adapter_file(17, 2), "wrong_width", ("17", "16")),
+    ("adapters", adapter_file(16, 6), "layer_out_of_range", ("6", "0 to 5")),
+    ("saes", sae_files(17, 2), "wrong_width", ("17", "16")),
+    ("saes", sae_files(16, 6), "layer_out_of_range", ("6", "0 to 5")),
+    ("lenses", lens_files(17, 6), "wrong_width", ("17", "16")),
+    ("lenses", lens_files(16, 7), "layer_out_of_range", ("6", "0 to 5")),
+    ("lenses", lens_files(16, 5), "layer_out_of_range", ("0 to 4", "0 to 5")),
+]
+
+
+@pytest.mark.parametrize(("folder", "files", "code", "numbers"), MISFITS)
+async def test_what_cannot_fit_the_served_model_is_refused(
+    http: httpx.AsyncClient,
+    leftovers: Callable[[], list[Path]],
+    folder: str,
+    files: list[tuple[str, Any]],
+    code: str,
+    numbers: tuple[str, ...],
+) -> None:
+    url = f"/v1/steering/{folder}"
+    for fields in ({}, {"model": "fake-model"}, {"model": "org/fake-model"}, {"model": ""}):
+        refused = await http.post(url, files=files, data={"name": "mine", **fields})
+        assert refused.status_code == 400, refused.text
+        error = refused.json()["error"]
+        assert (error["code"], error["param"]) == (code, "/file")
+        assert all(number in error["message"] for number in (*numbers, "fake-model"))
+        assert (await http.get(f"{url}/mine")).status_code == 404
+        assert leftovers() == []
+    other = await http.post(url, files=files, data={"name": "mine", "model": "another"})
+    assert other.status_code == 201, other.text
+    assert other.json()["model"] == "another"
+    listed = (await http.get(url, params={"model": "another"})).json()["data"]
+    assert [row["name"] for row in listed] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "files"),
+    [
+        ("vectors", vector_file(16, 0, 5)),
+        ("adapters", adapter_file(16, 5)),
+        ("saes", sae_files(16, 5)),
+        ("lenses", lens_files(16, 6)),
+    ],
+)
+async def test_what_fits_the_served_model_is_taken(
+    http: httpx.AsyncClient, folder: str, files: list[tuple[str, Any]]
+) -> None:
+    answer = await http.post(f"/v1/steering/{folder}", files=files, data={"name": "mine"})
+    assert answer.status_code == 201, answer.text
+
+
+async def test_a_file_whose_own_card_names_another_model_is_for_that_one(
+    http: httpx.AsyncClient,
+) -> None:
+    files = vector_file(17, 99, model="/models/another")
+    taken = await http.post(URL, files=files)
+    assert taken.status_code == 201, taken.text
+    assert taken.json()["model"] == "another"  # no path, though the file has one
+    assert taken.json()["card"]["model"] == "another"
+    spec = {"interventions": [{"kind": "add", "vector": "v"}]}
+    used = (await http.post("/v1/steering/validate", json={"steering": spec})).json()
+    assert used["valid"] is False
+    # What the form says goes before what the card says.
+    ours = await http.post(URL, files=files, data={"model": "fake-model"})
+    assert ours.json()["error"]["code"] == "wrong_width"
+    sae = await http.post(
+        "/v1/steering/saes", files=sae_files(17, 40, "gpt2-small"), data={"name": "theirs"}
+    )
+    assert (sae.status_code, sae.json()["model"]) == (201, "gpt2-small"), sae.text
 
 
 async def test_a_tuned_lens_comes_as_its_two_files(http: httpx.AsyncClient) -> None:
@@ -330,7 +512,7 @@ async def test_a_tuned_lens_comes_as_its_two_files(http: httpx.AsyncClient) -> N
             ("file", ("config.json", b'{"d_model": 4, "num_hidden_layers": 2}')),
             ("file", ("params.pt", stream.getvalue())),
         ],
-        data={"name": "tuned"},
+        data={"name": "tuned", "model": "a-smaller-one"},
     )
     assert answer.status_code == 201, answer.text
     assert answer.json()["card"]["kind"] == "lens"

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 
 from steer.engines.base import SamplingParams
-from steer.engines.fake.engine import FakeEngine
+from steer.engines.fake.engine import FakeEngine, fake_model
 from steer.engines.plans import plans_of
 from steer.fit.measure.scoring import words_scorer
 from steer.fit.measure.sweep import dose_response
@@ -209,7 +209,7 @@ async def test_a_file_is_imported(
     response = await running.post(
         "/v1/steering/import",
         files={"file": ("delight.safetensors", data)},
-        data={"layers": "2,3", "strength": "0.5", "artefact": "vector"},
+        data={"layers": "2-3", "strength": "0.5", "artefact": "vector"},
     )
     assert response.status_code == 202, response.text
     assert response.json()["request"]["layers"] == [2, 3]
@@ -237,6 +237,47 @@ async def test_an_import_waits_on_disk_for_the_next_server(
         assert job.state == "succeeded", job.error
         serving.jobs.stop()
     assert registry.vector("late").sha256 == registry.vector("joy").sha256
+
+
+async def test_an_import_has_to_fit_the_model_or_name_another(
+    running: httpx.AsyncClient, registry: Registry
+) -> None:
+    sent = {
+        "wide": registry.content("vector", "wide").read(),
+        "deep": registry.content("vector", "deep").read(),
+    }
+    for name, code in (("wide", "wrong_width"), ("deep", "layer_out_of_range")):
+        for fields in ({}, {"model": "fake-model"}):
+            files = {"file": (f"my-{name}.safetensors", sent[name])}
+            response = await running.post("/v1/steering/import", files=files, data=fields)
+            job = await ended(running, response.json()["id"])
+            assert (job["state"], job["error"]["code"]) == ("failed", code)
+            assert job["error"]["param"] == "/file"
+        shown = await running.get(f"/v1/steering/vectors/my-{name}")
+        assert shown.status_code == 404
+        response = await running.post("/v1/steering/import", files=files, data={"model": "another"})
+        job = await ended(running, response.json()["id"])
+        assert job["state"] == "succeeded", job
+        assert registry.vector(f"my-{name}").card.model == "another"
+
+
+async def test_an_import_for_this_model_waits_for_a_server_of_it(
+    http: httpx.AsyncClient, registry: Registry, tmp_path: Path
+) -> None:
+    """A server of another model may run the import that names another model, and no other."""
+    data = registry.content("vector", "joy").read()
+    ours, theirs = [
+        (await http.post("/v1/steering/import", files={"file": (name, data)}, data=fields)).json()
+        for name, fields in (("ours", {}), ("theirs", {"model": "another"}))
+    ]
+    with Registry.open(tmp_path / "registry") as other:
+        engine = FakeEngine(fake_model(name="a-third"))
+        serving = create_app(engine, other, ServerSettings()).state.steer
+        serving.jobs.start()
+        job = await asyncio.to_thread(finished, serving.jobs, theirs["id"])
+        assert job.state == "succeeded", job.error
+        assert serving.jobs.store.get(ours["id"]).state == "queued"
+        await asyncio.to_thread(serving.jobs.stop)
 
 
 async def test_a_file_that_is_none_fails_the_job(running: httpx.AsyncClient) -> None:
@@ -357,6 +398,9 @@ async def test_bad_requests_say_where(
     ("fields", "param"),
     [
         ({"layers": "two"}, "/layers"),
+        ({"layers": "3-1"}, "/layers"),
+        ({"layers": "0-999999999999"}, "/layers"),
+        ({"layers": "1,1"}, "/layers"),
         ({"strength": "much"}, "/strength"),
         ({"name": "no spaces"}, "/name"),
         ({"source": "hf://a"}, "/source"),
@@ -472,7 +516,7 @@ async def test_events_are_replayed_and_end(
     assert events[-1]["data"]["result"] == {"counted": 3, "files": []}
     again = parsed((await http.get(url, headers={"last-event-id": "2"})).text)
     assert again == events[2:]
-    for unknown in ("x", "-1", "٣"):
+    for unknown in ("x", "-1", "٣", "9" * 12, "9" * 5000):
         headers = {"last-event-id": unknown.encode()}
         assert parsed((await http.get(url, headers=headers)).text) == events
     over = await http.get(url, headers={"last-event-id": str(numbers[-1])})
@@ -481,7 +525,8 @@ async def test_events_are_replayed_and_end(
     assert [event["number"] for event in polled["data"]] == numbers[2:]
     assert polled["job"]["state"] == "succeeded"
     assert (await http.get(url, params={"after": 999})).json()["data"] == []
-    assert (await http.get(url, params={"after": -1})).status_code == 400
+    for wrong in (-1, 10**12, 10**30, "9" * 5000):
+        assert (await http.get(url, params={"after": wrong})).status_code == 400
     await asyncio.to_thread(runner.stop)
 
 

@@ -18,6 +18,8 @@ from typer.testing import CliRunner, Result
 from steer.artefacts.control_vector import ControlVector
 from steer.cli import app
 from steer.cli.reference import reference
+from steer.formats.options import ImportOptions
+from steer.formats.vectors.gguf import read_gguf
 from steer.spec import EffectStrength
 
 ROOT = Path(__file__).parents[3]
@@ -317,3 +319,23 @@ def test_export_says_what_others_will_not_know(tmp_path: Path) -> None:
         assert "not only 2" in result.stderr
     assert steer("vectors", "export", "v", "--out", tmp_path / "v2", *place).stderr == ""
     assert (tmp_path / "v2").read_bytes() == file.read_bytes()
+
+
+def test_export_leaves_block_0_out_of_gguf_only_where_it_is_told_to(tmp_path: Path) -> None:
+    place = ["--registry", tmp_path / "registry"]
+    file, out = tmp_path / "v.safetensors", tmp_path / "out.gguf"
+    file.write_bytes(ControlVector.of({n: torch.ones(3) for n in range(3)}).to_bytes())
+    steer("vectors", "add", file, *place)
+    for layers in ([], ["--layers", "0-1"]):
+        refused = steer("vectors", "export", "v", "--out", out, *layers, *place, code=2)
+        assert "layer_not_exportable" in refused.stderr
+        assert not out.exists()
+    assert "--layers 1," in refused.stderr
+    steer("vectors", "export", "v", "--out", out, "--layers", "1-2", *place)
+    assert list(read_gguf(out, ImportOptions()).directions) == [1, 2]
+    for wrong in ("3-1", "1,1", "x", ""):
+        refused = steer(
+            "vectors", "export", "v", "--out", tmp_path / "no", "--layers", wrong, *place, code=2
+        )
+        assert "invalid_option" in refused.stderr, wrong
+    assert not (tmp_path / "no").exists()

@@ -68,6 +68,18 @@ def test_a_failure_says_why(
     assert finished(runner, runner.submit("count", CountParams()).id).state == "succeeded"
 
 
+def test_a_fault_of_the_server_is_told_without_its_paths(make: Make, gate: Gate) -> None:
+    def run(*_: Any) -> dict[str, Any]:
+        raise FileNotFoundError(2, "No such file", "/srv/secret-place/model")
+
+    runner = make(replace(counting(gate), run=run))
+    runner.start()
+    job = finished(runner, runner.submit("count", CountParams()).id)
+    assert (job.state, job.error.code) == ("failed", "job_failed")
+    assert "FileNotFoundError" in job.error.message
+    assert "secret-place" not in job.error.message
+
+
 def test_a_result_that_is_no_json_fails_the_job(make: Make, gate: Gate) -> None:
     runner = make(replace(counting(gate), run=lambda *_: {"value": float("nan")}))
     runner.start()

@@ -118,6 +118,21 @@ def test_another_use_is_refused(
     assert (caught.value.code, caught.value.param) == (code, "/interventions/0" + param)
 
 
+@pytest.mark.parametrize("served_as", ["prod", "org/prod"])
+def test_a_model_served_under_another_name_keeps_its_calibrations(served_as: str) -> None:
+    made_on = calibration().model
+    for origin in (made_on, f"/models/{made_on}", f"org/{made_on}"):
+        served = replace(shape_of(), name=origin).served_as(served_as)
+        library = MemoryLibrary({"v": vector()})
+        assert PlanCache(library, served, EVERYTHING).plan(parse_spec(spec({"kl": 0.1}))).passes
+    stranger = replace(shape_of(), name="/models/stranger").served_as(served_as)
+    with pytest.raises(SteerError) as caught:
+        PlanCache(MemoryLibrary({"v": vector()}), stranger, EVERYTHING).plan(
+            parse_spec(spec({"kl": 0.1}))
+        )
+    assert "/models/" not in caught.value.message
+
+
 @pytest.mark.parametrize("whole", [{"norm": "preserve"}, {"where": {"phases": ["generation"]}}])
 def test_what_the_whole_spec_says_counts_too(whole: dict[str, Any]) -> None:
     with pytest.raises(SteerError) as caught:
