@@ -124,7 +124,7 @@ def test_a_model_served_under_another_name_keeps_its_calibrations(served_as: str
     for origin in (made_on, f"/models/{made_on}", f"org/{made_on}"):
         served = replace(shape_of(), name=origin).served_as(served_as)
         library = MemoryLibrary({"v": vector()})
-        assert PlanCache(library, served, EVERYTHING).plan(parse_spec(spec({"kl": 0.1}))).passes
+        assert PlanCache(library, served, EVERYTHING).plan(parse_spec(spec({"kl": 0.1}))).rules
     stranger = replace(shape_of(), name="/models/stranger").served_as(served_as)
     with pytest.raises(SteerError) as caught:
         PlanCache(MemoryLibrary({"v": vector()}), stranger, EVERYTHING).plan(
