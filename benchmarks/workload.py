@@ -12,6 +12,7 @@ from steer.artefacts.library import Library, MemoryLibrary
 from steer.engines.base import GenerationRequest, SamplingParams
 from steer.engines.transformers.engine import TransformersEngine
 from steer.plan.cache import PlanCache
+from steer.prompts import chat_tokens
 from steer.spec import parse_spec
 
 CHATS, TOKENS = 64, 32
@@ -33,14 +34,7 @@ def prompts(engine: TransformersEngine) -> list[tuple[int, ...]]:
     lines = (LIBRARY / "demo" / "data" / "heldout.jsonl").read_text().splitlines()
     chats = [json.loads(line)["messages"] for line in lines]
     chosen = chats[:: max(1, len(chats) // CHATS)][:CHATS]
-    return [
-        tuple(
-            engine.tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        )
-        for chat in chosen
-    ]
+    return [tuple(chat_tokens(engine.tokenizer, chat, open_answer=True)) for chat in chosen]
 
 
 def specs(count: int) -> list[dict[str, object]]:

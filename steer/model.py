@@ -158,7 +158,12 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What an engine can really do; anything else is refused by name at admission."""
+    """What an engine can really do; anything else is refused by name at admission.
+
+    `captures` are the sites whose states can be read (none: `capture` is refused), `gradients`
+    whether the model can be differentiated (`steer.engines.gradients`). What can be inspected and
+    fitted follows from them: engines know no method by name.
+    """
 
     engine: str
     kinds: tuple[str, ...]
@@ -168,5 +173,6 @@ class Capabilities:
     sae_architectures: tuple[str, ...] = ()
     norm_preserving: bool = True
     sampling: tuple[str, ...] = ()
-    inspection: tuple[str, ...] = ()
+    captures: tuple[Site, ...] = ()
+    gradients: bool = False
     limits: dict[str, int] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from benchmarks.vllm.pair import Pair
 from benchmarks.vllm.report import Report, micro, rate, times, verdict
 from benchmarks.vllm.shapes import Shape
 from benchmarks.workload import CHATS, TOKENS
+from steer.prompts import chat_tokens
 from steer.registry.registry import Registry
 
 SPECS = 16
@@ -35,11 +36,7 @@ def prompts(model: Path) -> list[list[int]]:
     lines = (LIBRARY / "demo" / "data" / "heldout.jsonl").read_text().splitlines()
     found = [json.loads(line)["messages"] for line in lines]
     return [
-        list(
-            tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, tokenize=True, return_dict=False
-            )
-        )
+        chat_tokens(tokenizer, chat, open_answer=True)
         for chat in found[:: max(1, len(found) // CHATS)][:CHATS]
     ]
 

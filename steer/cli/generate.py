@@ -25,7 +25,7 @@ from steer.model import parse_layers
 
 if TYPE_CHECKING:
     from steer.engines.base import Completion
-    from steer.fit.data.pairs import Prompt
+    from steer.prompts import Prompt
 
 
 def generate(
@@ -64,7 +64,7 @@ def generate(
 ) -> None:
     """Answer a prompt twice, side by side: the model as it is, and steered."""
     from steer.engines.base import GenerationRequest, SamplingParams
-    from steer.fit.data.pairs import render
+    from steer.prompts import render
 
     sampling = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
@@ -121,11 +121,15 @@ def show_side_by_side(default: str, steered: str, receipt: dict[str, Any] | None
 
 
 def _prompt(tokenizer: Any, prompt: str, system: str | None, plain: bool) -> Prompt:
-    if plain or getattr(tokenizer, "chat_template", None) is None:
+    from steer.prompts import has_chat_template
+
+    if plain or not has_chat_template(tokenizer):
         return prompt
     head = [] if system is None else [{"role": "system", "content": system}]
     return [*head, {"role": "user", "content": prompt}]
 
 
 def _text(tokenizer: Any, completion: Completion) -> str:
-    return str(tokenizer.decode(list(completion.tokens), skip_special_tokens=True)).strip()
+    from steer.prompts import answer_text
+
+    return answer_text(tokenizer, completion.tokens).strip()

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from steer.engines.transformers.engine import TransformersEngine
     from steer.inspection.heatmap import HeatMap
+    from steer.inspection.method import Inspection
     from steer.plan.cache import PlanCache
     from steer.registry.registry import Registry
 
@@ -92,17 +93,13 @@ def logit_lens(
 ) -> None:
     """Read every layer by the final norm and the output matrix, or through a tuned lens."""
     from steer import inspection
-    from steer.inspection.heatmap import lens_heat_map
 
     fields: dict[str, Any] = {"layers": _layers(layers), "site": site, "top": top, "lens": lens}
     fields |= _steering(spec)
     with _bench(model, registry, device, dtype) as bench:
         fields |= {**_prompt(bench, prompt, plain), "positions": _positions(at, "all")}
-        request = _request(inspection.LogitLensRequest, fields)
-        result = inspection.logit_lens(
-            bench.engine, request, plans=bench.plans, library=bench.library
-        )
-    _show(result, lens_heat_map, png, as_json)
+        result = _result(bench, inspection.LOGIT_LENS, fields)
+    _show(result, inspection.LOGIT_LENS, png, as_json)
 
 
 @app.command("patchscope")
@@ -136,7 +133,6 @@ def patchscope(
 ) -> None:
     """Let the model itself read a hidden state, in another prompt."""
     from steer import inspection
-    from steer.inspection.heatmap import patchscope_heat_map
 
     fields: dict[str, Any] = {
         "layers": _layers(layers),
@@ -152,9 +148,8 @@ def patchscope(
         fields["target"] = {"text": target, "position": target_at}
     with _bench(model, registry, device, dtype) as bench:
         fields["source"] = {**_prompt(bench, prompt, plain), **_steering(spec)}
-        request = _request(inspection.PatchscopeRequest, fields)
-        result = inspection.patchscope(bench.engine, request, plans=bench.plans)
-    _show(result, patchscope_heat_map, png, as_json)
+        result = _result(bench, inspection.PATCHSCOPE, fields)
+    _show(result, inspection.PATCHSCOPE, png, as_json)
 
 
 @app.command("activations")
@@ -177,16 +172,12 @@ def activations(
 ) -> None:
     """Read the states along registered vectors: the cosine at each layer and token."""
     from steer import inspection
-    from steer.inspection.heatmap import activations_heat_map
 
     fields = {"layers": _layers(layers), "site": site, "vectors": vector, **_steering(spec)}
     with _bench(model, registry, device, dtype) as bench:
         fields |= {**_prompt(bench, prompt, plain), "positions": _positions(at, "all")}
-        request = _request(inspection.ActivationsRequest, fields)
-        result = inspection.activations(
-            bench.engine, request, library=bench.library, plans=bench.plans
-        )
-    _show(result, activations_heat_map, png, as_json)
+        result = _result(bench, inspection.ACTIVATIONS, fields)
+    _show(result, inspection.ACTIVATIONS, png, as_json)
 
 
 @contextmanager
@@ -200,11 +191,16 @@ def _bench(
         yield Bench(engine, library, plans(engine, library))
 
 
-def _show(result: Any, heat_map: Any, png: Path | None, as_json: bool) -> None:
+def _result(bench: Bench, method: Inspection, fields: dict[str, Any]) -> BaseModel:
+    request = _request(method.request, fields)
+    return method.run(bench.engine, request, plans=bench.plans, library=bench.library)
+
+
+def _show(result: BaseModel, method: Inspection, png: Path | None, as_json: bool) -> None:
     """JSON, a picture, or the heat map's texts as a table: layers down, positions across."""
     if as_json:
         typer.echo(result.model_dump_json(indent=2, exclude_none=True))
-    heat: HeatMap | None = None if as_json and png is None else heat_map(result)
+    heat: HeatMap | None = None if as_json and png is None else method.draw(result)
     if heat is not None and not as_json:
         _show_table(heat)
     if heat is not None and png is not None:
@@ -234,7 +230,9 @@ def _show_table(heat: HeatMap) -> None:
 
 
 def _prompt(bench: Bench, prompt: str, plain: bool) -> dict[str, Any]:
-    if plain or getattr(bench.engine.tokenizer, "chat_template", None) is None:
+    from steer.prompts import has_chat_template
+
+    if plain or not has_chat_template(bench.engine.tokenizer):
         return {"text": prompt}
     return {"messages": [{"role": "user", "content": prompt}]}
 

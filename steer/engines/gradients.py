@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -50,9 +50,8 @@ class DifferentiableModel(Protocol):
         """One forward pass over whole prompts; states are read after the edit at their point."""
 
 
-@runtime_checkable
 class DifferentiableEngine(Protocol):
-    """An engine that can run its model with autograd on."""
+    """An engine that can run its model with autograd on: its capabilities say `gradients`."""
 
     def differentiate(self, work: Callable[[DifferentiableModel], Result]) -> Result:
         """The result of `work`, run between two steps of the engine."""
@@ -60,8 +59,8 @@ class DifferentiableEngine(Protocol):
 
 def differentiable(engine: Engine) -> DifferentiableEngine:
     """`engine`, if it has gradients. Raises `Unsupported` (`no_gradients`)."""
-    if isinstance(engine, DifferentiableEngine):
-        return engine
+    if engine.capabilities.gradients:
+        return cast("DifferentiableEngine", engine)
     raise Unsupported(
         f"the {engine.capabilities.engine} engine cannot differentiate its model: fit on the "
         "transformers engine; the result serves on every engine",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from steer.artefacts.library import Library
 from steer.engines.base import CaptureRequest, Engine
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
+from steer.prompts import part_tokens, text_tokens
 
 
 def plans_of(engine: Engine, library: Library, **options: Any) -> PlanCache:
@@ -17,7 +19,7 @@ def plans_of(engine: Engine, library: Library, **options: Any) -> PlanCache:
     tokenizer = engine.tokenizer
 
     def encode_text(text: str, point: HookPoint) -> Tensor:
-        prompt = tuple(tokenizer.encode(text))
+        prompt = tuple(text_tokens(tokenizer, text))
         captured = engine.capture(CaptureRequest(prompts=[prompt], points=(point,)))
         return captured[0].states[point]
 
@@ -25,7 +27,7 @@ def plans_of(engine: Engine, library: Library, **options: Any) -> PlanCache:
         library,
         engine.info,
         engine.capabilities,
-        tokenize=lambda text: list(tokenizer.encode(text, add_special_tokens=False)),
+        tokenize=partial(part_tokens, tokenizer),
         encode_text=encode_text,
         **options,
     )

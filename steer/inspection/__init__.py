@@ -1,17 +1,56 @@
-"""Inspection: what a model's hidden states say. One method per file, on any engine."""
+"""Inspection: what a model's hidden states say. One method per file, on any engine.
 
-from steer.inspection.activations import ActivationsRequest, ActivationsResult, activations
-from steer.inspection.logit_lens import LogitLensRequest, LogitLensResult, logit_lens
-from steer.inspection.patchscope import PatchscopeRequest, PatchscopeResult, patchscope
+A new method is a file that ends with its `Inspection`, and a line in `METHODS`.
+"""
+
+from steer.inspection.activations import (
+    ACTIVATIONS,
+    ActivationsRequest,
+    ActivationsResult,
+    activations,
+    activations_heat_map,
+)
+from steer.inspection.logit_lens import (
+    LOGIT_LENS,
+    LogitLensRequest,
+    LogitLensResult,
+    lens_heat_map,
+    logit_lens,
+)
+from steer.inspection.method import Inspection
+from steer.inspection.patchscope import (
+    PATCHSCOPE,
+    PatchscopeRequest,
+    PatchscopeResult,
+    patchscope,
+    patchscope_heat_map,
+)
+from steer.model import Capabilities
 
 __all__ = [
+    "ACTIVATIONS",
+    "LOGIT_LENS",
+    "METHODS",
+    "PATCHSCOPE",
     "ActivationsRequest",
     "ActivationsResult",
+    "Inspection",
     "LogitLensRequest",
     "LogitLensResult",
     "PatchscopeRequest",
     "PatchscopeResult",
     "activations",
+    "activations_heat_map",
+    "lens_heat_map",
     "logit_lens",
+    "offered",
     "patchscope",
+    "patchscope_heat_map",
 ]
+
+METHODS: tuple[Inspection, ...] = (PATCHSCOPE, LOGIT_LENS, ACTIVATIONS)
+
+
+def offered(able: Capabilities) -> tuple[str, ...]:
+    """The names of the methods that an engine with these capabilities can carry out."""
+    return tuple(method.name for method in METHODS if method.possible(able))

@@ -14,7 +14,8 @@ from steer.artefacts.sae.base import SAE
 from steer.artefacts.sae.labels import FeatureLabel
 from steer.engines.base import Captured, CaptureRequest, Engine
 from steer.errors import IncompatibleArtefact, SpecError, SteerError, pointer
-from steer.inspection.prompt import PromptInput, encode_prompt
+from steer.inspection.heatmap import HeatMap
+from steer.inspection.method import Inspection, reads_states
 from steer.inspection.selection import (
     LayerChoice,
     PositionChoice,
@@ -22,11 +23,12 @@ from steer.inspection.selection import (
     chosen_points,
     chosen_positions,
     plan_for,
-    require,
 )
+from steer.inspection.token_labels import place_label
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.kinds import row
+from steer.prompts import PromptInput, encode_prompt
 from steer.spec import Name, Site, SteeringSpec
 
 
@@ -122,7 +124,7 @@ def activations(
     `library` knows the vectors and the SAE, `plans` what the steering names. Raises `SteerError`
     with a pointer into the request, `TooLarge` where the answer would pass `MAX_NUMBERS`.
     """
-    require(engine, "activations")
+    ACTIVATIONS.require(engine)
     known = library or MemoryLibrary()
     prompt = encode_prompt(engine, request)
     points = chosen_points(engine, request.layers, request.site)
@@ -278,3 +280,43 @@ def _features(sae: SAE, captured: Captured, request: ActivationsRequest) -> Feat
         active=tuple((activations > 0).sum(-1).tolist()),
         top=tuple(top),
     )
+
+
+def activations_heat_map(result: ActivationsResult) -> HeatMap:
+    """Layers × positions of the first vector's cosines.
+
+    Raises `SpecError` where the request read no vector.
+    """
+    name = result.vectors[0].vector if result.vectors else None
+    read = [reading for reading in result.vectors if reading.vector == name]
+    if not read:
+        raise SpecError(
+            "a heat map of activations shows the readings of a vector: name one in 'vectors'",
+            param="/vectors",
+            code="no_heat_map",
+        )
+    end = max(0.05, *(abs(cosine) for reading in read for cosine in reading.cosines))
+    return HeatMap(
+        title=f"Along {name}",
+        subtitle=f"{result.model} · {result.layers[0].site} · cosine with the vector",
+        row_label="layer",
+        column_label="prompt token",
+        rows=[str(reading.layer) for reading in read],
+        columns=[place_label(result.tokens, position) for position in result.positions],
+        values=[reading.cosines for reading in read],
+        texts=[[f"{cosine:+.2f}" for cosine in reading.cosines] for reading in read],
+        scale="cosine",
+        limits=(-end, end),
+        diverging=True,
+    )
+
+
+ACTIVATIONS = Inspection(
+    name="activations",
+    summary="Norms, states, readings along registered vectors, and the active features of an SAE.",
+    request=ActivationsRequest,
+    result=ActivationsResult,
+    run=activations,
+    draw=activations_heat_map,
+    possible=reads_states,
+)

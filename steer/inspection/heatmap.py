@@ -1,4 +1,4 @@
-"""Heat maps of inspection results, as PNG.
+"""Heat maps as PNG; each method says what its own shows.
 
 Drawn with matplotlib's Agg canvas directly: no display, no global state, safe in any thread, and
 the same bytes for the same input.
@@ -19,11 +19,8 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from steer.errors import SpecError, TooLarge
-from steer.inspection.activations import ActivationsResult
-from steer.inspection.logit_lens import LogitLensResult
-from steer.inspection.patchscope import PatchscopeResult
-from steer.inspection.token_labels import fonts, place_label, token_label
+from steer.errors import TooLarge
+from steer.inspection.token_labels import fonts, token_label
 
 MAX_CELLS = 4096
 COLUMNS_PER_PANEL = 16
@@ -75,95 +72,6 @@ class HeatMap:
         # Without the version of the library that drew it: the same input gives the same bytes.
         figure.savefig(buffer, format="png", dpi="figure", metadata={"Software": None})
         return buffer.getvalue()
-
-
-def lens_heat_map(result: LogitLensResult) -> HeatMap:
-    """Layers × positions; the text is the likeliest token, the colour its probability."""
-    rows = [result.row(layer) for layer in result.layers]
-    return HeatMap(
-        title=f"Tuned lens {result.lens}" if result.lens else "Logit lens",
-        subtitle=f"{result.model} · {result.site} · likeliest next token at each layer",
-        row_label="layer",
-        column_label="prompt token",
-        rows=[str(layer) for layer in result.layers],
-        columns=[place_label(result.tokens, position) for position in result.positions],
-        values=[[cell.top[0].probability for cell in row] for row in rows],
-        texts=[[cell.top[0].token for cell in row] for row in rows],
-        scale="probability",
-    )
-
-
-def patchscope_heat_map(result: PatchscopeResult) -> HeatMap:
-    """Source layers × positions where each state is patched at its own layer; source layers ×
-    target layers where one position is swept. The text is the first token; hits are framed.
-
-    Raises `SpecError` for a sweep over both.
-    """
-    if result.target_layers is not None and len(result.positions) > 1:
-        raise SpecError(
-            f"a sweep over {len(result.positions)} positions and {len(result.target_layers)} "
-            "target layers has three dimensions: choose one position, or target_layers 'same'",
-            param="/positions",
-            code="no_heat_map",
-        )
-    swept = result.target_layers is not None
-    if result.target_layers is not None:
-        columns = [str(layer) for layer in result.target_layers]
-        source = place_label(result.source_tokens, result.positions[0]).replace("\n", " at ")
-    else:
-        columns = [place_label(result.source_tokens, position) for position in result.positions]
-        source = "each token"
-    # Cells come with the position outermost: by source layer they are read across.
-    width, height = len(columns), len(result.layers)
-    order = [
-        [(row * width + column) if swept else (column * height + row) for column in range(width)]
-        for row in range(height)
-    ]
-    cells = result.cells
-    return HeatMap(
-        title=f"Patchscope · {result.preset}",
-        subtitle=f"{result.model} · state of {source} → "
-        f"{token_label(result.target_tokens[result.target_position])!r} of the target prompt",
-        row_label="source layer",
-        column_label="target layer" if swept else "source token",
-        rows=[str(layer) for layer in result.layers],
-        columns=columns,
-        values=[[cells[n].top[0].probability for n in row] for row in order],
-        texts=[[cells[n].top[0].token for n in row] for row in order],
-        scale="probability",
-        marked=frozenset(
-            (r, c) for r, row in enumerate(order) for c, n in enumerate(row) if cells[n].hit
-        ),
-    )
-
-
-def activations_heat_map(result: ActivationsResult) -> HeatMap:
-    """Layers × positions of the first vector's cosines.
-
-    Raises `SpecError` where the request read no vector.
-    """
-    name = result.vectors[0].vector if result.vectors else None
-    read = [reading for reading in result.vectors if reading.vector == name]
-    if not read:
-        raise SpecError(
-            "a heat map of activations shows the readings of a vector: name one in 'vectors'",
-            param="/vectors",
-            code="no_heat_map",
-        )
-    end = max(0.05, *(abs(cosine) for reading in read for cosine in reading.cosines))
-    return HeatMap(
-        title=f"Along {name}",
-        subtitle=f"{result.model} · {result.layers[0].site} · cosine with the vector",
-        row_label="layer",
-        column_label="prompt token",
-        rows=[str(reading.layer) for reading in read],
-        columns=[place_label(result.tokens, position) for position in result.positions],
-        values=[reading.cosines for reading in read],
-        texts=[[f"{cosine:+.2f}" for cosine in reading.cosines] for reading in read],
-        scale="cosine",
-        limits=(-end, end),
-        diverging=True,
-    )
 
 
 class _Drawing:

@@ -17,8 +17,9 @@ from steer.artefacts.lens import Lens
 from steer.artefacts.library import Library
 from steer.engines.base import CaptureRequest, Engine
 from steer.errors import SteerError, UnknownArtefact
+from steer.inspection.heatmap import HeatMap
+from steer.inspection.method import Inspection, reads_stream
 from steer.inspection.next_token import TokenChance, top_tokens
-from steer.inspection.prompt import PromptInput, encode_prompt
 from steer.inspection.selection import (
     LayerChoice,
     PositionChoice,
@@ -26,10 +27,11 @@ from steer.inspection.selection import (
     chosen_points,
     chosen_positions,
     plan_for,
-    require,
 )
+from steer.inspection.token_labels import place_label
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
+from steer.prompts import PromptInput, encode_prompt
 from steer.spec import SteeringSpec
 
 _LOGITS_AT_ONCE = 1 << 24
@@ -98,7 +100,7 @@ def logit_lens(
     `plans` knows the artefacts that the steering names, `library` the lens. Raises `SteerError`
     with a pointer into the request, `TooLarge` where the answer would pass `MAX_NUMBERS`.
     """
-    require(engine, "logit_lens")
+    LOGIT_LENS.require(engine)
     prompt = encode_prompt(engine, request)
     points = chosen_points(engine, request.layers, request.site)
     positions = chosen_positions(prompt, request.positions)
@@ -162,3 +164,30 @@ def _readings(
         entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
         readings += zip(top_tokens(logits, engine.tokenizer, count), entropy.tolist(), strict=True)
     return readings
+
+
+def lens_heat_map(result: LogitLensResult) -> HeatMap:
+    """Layers × positions; the text is the likeliest token, the colour its probability."""
+    rows = [result.row(layer) for layer in result.layers]
+    return HeatMap(
+        title=f"Tuned lens {result.lens}" if result.lens else "Logit lens",
+        subtitle=f"{result.model} · {result.site} · likeliest next token at each layer",
+        row_label="layer",
+        column_label="prompt token",
+        rows=[str(layer) for layer in result.layers],
+        columns=[place_label(result.tokens, position) for position in result.positions],
+        values=[[cell.top[0].probability for cell in row] for row in rows],
+        texts=[[cell.top[0].token for cell in row] for row in rows],
+        scale="probability",
+    )
+
+
+LOGIT_LENS = Inspection(
+    name="logit_lens",
+    summary="What each layer would say next, by the final norm and output matrix, or a tuned lens.",
+    request=LogitLensRequest,
+    result=LogitLensResult,
+    run=logit_lens,
+    draw=lens_heat_map,
+    possible=reads_stream,
+)

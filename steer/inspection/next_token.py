@@ -8,7 +8,7 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from steer.inspection.prompt import token_texts
+from steer.prompts import token_texts
 
 
 class TokenChance(BaseModel):

@@ -14,10 +14,10 @@ from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import CaptureRequest, Engine, GenerationRequest, SamplingParams
 from steer.errors import SteerError
 from steer.inspection.next_token import TokenChance, top_tokens
-from steer.inspection.prompt import token_texts
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
+from steer.prompts import answer_text, token_texts
 from steer.spec import Patch, SteeringSpec, Where
 
 _AT_ONCE = 64
@@ -124,4 +124,4 @@ def _generated(
         done = engine.complete(runs)
     except SteerError as error:
         raise error.at("/target") from None
-    return [engine.tokenizer.decode(one.tokens, skip_special_tokens=True) for one in done]
+    return [answer_text(engine.tokenizer, one.tokens) for one in done]

@@ -12,10 +12,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from steer.artefacts.library import Library
 from steer.engines.base import CaptureRequest, Engine
+from steer.errors import SpecError
+from steer.inspection.heatmap import HeatMap
+from steer.inspection.method import Inspection, reads_stream
 from steer.inspection.next_token import TokenChance
 from steer.inspection.patched_runs import PatchedAnswer, StatePatch, run_patched
-from steer.inspection.prompt import EncodedPrompt, PromptInput, encode_prompt
 from steer.inspection.selection import (
     LayerChoice,
     PositionChoice,
@@ -23,12 +26,13 @@ from steer.inspection.selection import (
     chosen_points,
     chosen_positions,
     plan_for,
-    require,
 )
 from steer.inspection.target import Preset, TargetPrompt, encode_target
-from steer.model import HookPoint
+from steer.inspection.token_labels import place_label, token_label
+from steer.model import Capabilities, HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
+from steer.prompts import EncodedPrompt, PromptInput, encode_prompt
 from steer.spec import SteeringSpec
 
 MAX_CELLS = 1024
@@ -137,7 +141,7 @@ def patchscope(
     `plans` knows the artefacts that `source.steering` names. Raises `SteerError` with a pointer
     into the request, `TooLarge` for more than `MAX_CELLS` cells.
     """
-    require(engine, "patchscope")
+    PATCHSCOPE.require(engine)
     source = encode_prompt(engine, request.source, at="/source")
     positions = chosen_positions(source, request.positions)
     points = chosen_points(engine, request.layers, request.site)
@@ -242,3 +246,70 @@ def _precision(cells: Sequence[PatchscopeCell]) -> tuple[LayerPrecision, ...]:
         )
         for (layer, target), found in hits.items()
     )
+
+
+def patchscope_heat_map(result: PatchscopeResult) -> HeatMap:
+    """Source layers × positions where each state is patched at its own layer; source layers ×
+    target layers where one position is swept. The text is the first token; hits are framed.
+
+    Raises `SpecError` for a sweep over both.
+    """
+    if result.target_layers is not None and len(result.positions) > 1:
+        raise SpecError(
+            f"a sweep over {len(result.positions)} positions and {len(result.target_layers)} "
+            "target layers has three dimensions: choose one position, or target_layers 'same'",
+            param="/positions",
+            code="no_heat_map",
+        )
+    swept = result.target_layers is not None
+    if result.target_layers is not None:
+        columns = [str(layer) for layer in result.target_layers]
+        source = place_label(result.source_tokens, result.positions[0]).replace("\n", " at ")
+    else:
+        columns = [place_label(result.source_tokens, position) for position in result.positions]
+        source = "each token"
+    # Cells come with the position outermost: by source layer they are read across.
+    width, height = len(columns), len(result.layers)
+    order = [
+        [(row * width + column) if swept else (column * height + row) for column in range(width)]
+        for row in range(height)
+    ]
+    cells = result.cells
+    return HeatMap(
+        title=f"Patchscope · {result.preset}",
+        subtitle=f"{result.model} · state of {source} → "
+        f"{token_label(result.target_tokens[result.target_position])!r} of the target prompt",
+        row_label="source layer",
+        column_label="target layer" if swept else "source token",
+        rows=[str(layer) for layer in result.layers],
+        columns=columns,
+        values=[[cells[n].top[0].probability for n in row] for row in order],
+        texts=[[cells[n].top[0].token for n in row] for row in order],
+        scale="probability",
+        marked=frozenset(
+            (r, c) for r, row in enumerate(order) for c, n in enumerate(row) if cells[n].hit
+        ),
+    )
+
+
+def _run(
+    engine: Engine, request: PatchscopeRequest, *, plans: PlanCache, library: Library
+) -> PatchscopeResult:
+    del library  # a patchscope names artefacts in its steering alone
+    return patchscope(engine, request, plans=plans)
+
+
+def _possible(able: Capabilities) -> bool:
+    return reads_stream(able) and "patch" in able.kinds
+
+
+PATCHSCOPE = Inspection(
+    name="patchscope",
+    summary="Puts hidden states of one prompt into another, and lets the model say what they mean.",
+    request=PatchscopeRequest,
+    result=PatchscopeResult,
+    run=_run,
+    draw=patchscope_heat_map,
+    possible=_possible,
+    steering="/source/steering",
+)

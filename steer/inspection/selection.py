@@ -10,11 +10,11 @@ from pydantic import Field
 from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import Engine
 from steer.engines.plans import plans_of
-from steer.errors import SteerError, TooLarge, Unsupported, pointer
-from steer.inspection.prompt import EncodedPrompt, Place
+from steer.errors import SteerError, TooLarge, pointer
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
+from steer.prompts import EncodedPrompt, Place
 from steer.spec import Index, Site, SteeringSpec
 
 MAX_NUMBERS = 1 << 16
@@ -26,17 +26,6 @@ LayerChoice: TypeAlias = (
 PositionChoice: TypeAlias = (
     Annotated[tuple[Place, ...], Field(min_length=1, max_length=1 << 16)] | Literal["all"]
 )
-
-
-def require(engine: Engine, method: str) -> None:
-    """Raises `Unsupported` unless the engine can carry out the inspection `method`."""
-    known = engine.capabilities.inspection
-    if method not in known:
-        raise Unsupported(
-            f"the {engine.capabilities.engine} engine has no {method!r} inspection; it has: "
-            f"{', '.join(known) or 'none'}",
-            code="unsupported_inspection",
-        )
 
 
 def chosen_points(

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from steer.engines.base import Engine
 from steer.errors import SteerError
-from steer.inspection.prompt import EncodedPrompt, Place, PromptInput, encode_prompt
+from steer.prompts import EncodedPrompt, Place, PromptInput, encode_prompt
 
 Preset: TypeAlias = Literal["identity", "attribute", "custom"]
 

@@ -19,6 +19,7 @@ from steer.engines.base import (
     GenerationRequest,
     TokenEvent,
 )
+from steer.engines.gradients import DifferentiableModel, differentiable
 from steer.jobs.limits import JobLimits
 from steer.jobs.pace import Pace
 from steer.jobs.tokenizing import PacedTokenizer
@@ -88,6 +89,11 @@ class BackgroundEngine:
 
     def unembed(self, states: Tensor) -> Tensor:
         return self._timed(lambda: self._engine.unembed(states))
+
+    def differentiate(self, work: Callable[[DifferentiableModel], T]) -> T:
+        """The result of `work`, which is one piece; raises `Unsupported` without gradients."""
+        engine = differentiable(self._engine)
+        return self._timed(lambda: engine.differentiate(work))
 
     def stats(self) -> EngineStats:
         return self._engine.stats()

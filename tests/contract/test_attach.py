@@ -10,11 +10,14 @@ import pytest
 import torch
 from artefacts import random_vector
 from tiny_models import ARCHITECTURES, LAYERS, VOCABULARY, WIDTH, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 
 import steer
 from steer.artefacts.library import MemoryLibrary
-from steer.engines.base import GenerationRequest, SamplingParams
+from steer.artefacts.sae.base import SAE
+from steer.engines.base import CaptureRequest, GenerationRequest, SamplingParams
+from steer.engines.plans import plans_of
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SpecError, SteerError
 from steer.plan.cache import PlanCache
@@ -182,3 +185,33 @@ def test_padding_on_the_right_is_refused(tiny_model: TinyModel) -> None:
     ):
         model(input_ids=torch.tensor([[5, 6, 0]]), attention_mask=torch.tensor([[1, 1, 0]]))
     assert hooks_on(model) == 0
+
+
+def test_a_concept_is_read_as_the_engine_reads_it(tiny_model: TinyModel) -> None:
+    """With the tokenizer's special tokens around the text: one spec, one vector."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    assert tokenizer.encode("w5 w6") == [1, 5, 6]
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randn(2, 12, WIDTH, generator=generator)
+    sae = SAE.of(
+        "standard",
+        W_enc=rows[0].T,
+        b_enc=torch.zeros(12),
+        W_dec=rows[1],
+        b_dec=torch.zeros(WIDTH),
+        layer=1,
+    )
+    model = tiny_model("llama")
+    concept = {"kind": "concept", "sae": "s", "text": "w5 w6", "contrast": "w9", "strength": 0.5}
+    spec, prompt = {"interventions": [concept]}, (7, 8, 9, 10)
+    with TransformersEngine(model, tokenizer, rows=1, slots=1) as engine:
+        plan = plans_of(engine, MemoryLibrary({}, {"s": sae})).plan(parse_spec(spec))
+        asked = CaptureRequest([prompt], plans=[plan], logits="all")
+        wanted = engine.capture(asked)[0].logits
+    with steer.attach(model, spec, saes={"s": sae}, tokenizer=tokenizer):
+        logits = model(input_ids=torch.tensor([prompt])).logits[0]
+    assert wanted is not None
+    torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)

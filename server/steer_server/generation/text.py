@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
-_BROKEN = "\ufffd"
+from steer.prompts.labels import BROKEN
+from steer.prompts.tokens import answer_text
 
 
 class Detokenizer:
@@ -37,14 +36,13 @@ class Detokenizer:
     def _new_text(self, *, hold: bool) -> str:
         before = self._decode(self._tokens[self._from : self._sent])
         text = self._decode(self._tokens[self._from :])
-        if len(text) <= len(before) or (hold and text.endswith(_BROKEN)):
+        if len(text) <= len(before) or (hold and text.endswith(BROKEN)):
             return ""
         self._from, self._sent = self._sent, len(self._tokens)
         return text[len(before) :]
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        return text
+        return answer_text(self._tokenizer, tokens)
 
 
 class TextStream:
@@ -100,36 +98,3 @@ def _overlap(text: str, stop: str) -> int:
     """The length of the longest end of `text` that is a beginning of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def token_text(tokenizer: Any, token: int) -> tuple[str, list[int] | None]:
-    """A single token as OpenAI reports it: its text and its bytes.
-
-    A part of a character has no text of its own; it is written `bytes:\\xe2\\x82`.
-    """
-    text: str = tokenizer.decode([token], skip_special_tokens=False)
-    if _BROKEN not in text:
-        return text, list(text.encode())
-    raw = _raw_bytes(tokenizer.convert_ids_to_tokens([token])[0])
-    if raw is None:
-        return text, None
-    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), list(raw)
-
-
-def _raw_bytes(piece: str) -> bytes | None:
-    """The bytes behind a vocabulary entry in SentencePiece's or in byte-level BPE's notation."""
-    if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):
-        return bytes.fromhex(match[1])
-    table = _byte_characters()
-    if all(character in table for character in piece):
-        return bytes(table[character] for character in piece)
-    return None
-
-
-@cache
-def _byte_characters() -> dict[str, int]:
-    """Byte-level BPE's alphabet: printable Latin-1 stands for itself, the rest from U+0100 on."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in plain]
-    table = {chr(byte): byte for byte in plain}
-    return table | {chr(0x100 + place): byte for place, byte in enumerate(others)}

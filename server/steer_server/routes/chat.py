@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jinja2
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Request, Response
 from openai.types.chat import ChatCompletion, ChatCompletionMessage, ChatCompletionTokenLogprob
@@ -12,12 +11,11 @@ from openai.types.chat.chat_completion import Choice, ChoiceLogprobs
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from starlette.responses import JSONResponse
 
-from steer.errors import SteerError
+from steer.prompts import chat_tokens, openai_token
 from steer_server.generation.added_fields import added_fields
 from steer_server.generation.generation import Answer, Generation, Logprobs, answers, prepare
 from steer_server.generation.request_models import ChatRequest
 from steer_server.generation.streaming import Chunk, ChunkForms, events, usage
-from steer_server.generation.text import token_text
 from steer_server.http.content_type import require_json
 from steer_server.http.disconnect import EventStream, while_connected
 from steer_server.state import Serving, ServingDep
@@ -55,21 +53,8 @@ def _prepared(serving: Serving, body: ChatRequest) -> Generation:
 
 def chat_prompt(serving: Serving, body: ChatRequest) -> list[int]:
     """The conversation in the model's own chat template, as tokens."""
-    tokenizer = serving.engine.tokenizer
-    # Chat templates know OpenAI's newer name for system messages only by its older one.
-    messages = [
-        {"role": "system" if turn.role == "developer" else turn.role, "content": turn.content}
-        for turn in body.messages
-    ]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (jinja2.TemplateError, ValueError) as error:
-        raise SteerError(
-            f"the model's chat template refuses these messages: {error}",
-            param="/messages",
-            code="invalid_messages",
-        ) from error
-    return list(tokenizer.encode(text, add_special_tokens=False))
+    turns = [turn.model_dump() for turn in body.messages]
+    return chat_tokens(serving.engine.tokenizer, turns, open_answer=True, param="/messages")
 
 
 async def _whole(serving: Serving, run: Generation, body: ChatRequest) -> Response:
@@ -110,9 +95,9 @@ def _logprobs(serving: Serving, logprobs: Logprobs) -> ChoiceLogprobs:
         top = [
             TopLogprob(token=text, bytes=raw, logprob=value)
             for other, value in found.top
-            for text, raw in [token_text(tokenizer, other)]
+            for text, raw in [openai_token(tokenizer, other)]
         ]
-        text, raw = token_text(tokenizer, token)
+        text, raw = openai_token(tokenizer, token)
         content.append(
             ChatCompletionTokenLogprob(
                 token=text, bytes=raw, logprob=found.logprob, top_logprobs=top

@@ -11,6 +11,7 @@ from openai.types.completion_choice import Logprobs as LogprobsBody
 from starlette.responses import JSONResponse
 
 from steer.engines.base import FinishReason
+from steer.prompts import openai_token, text_tokens
 from steer_server.generation.added_fields import added_fields
 from steer_server.generation.generation import (
     Answer,
@@ -22,7 +23,6 @@ from steer_server.generation.generation import (
 )
 from steer_server.generation.request_models import CompletionRequest
 from steer_server.generation.streaming import Chunk, ChunkForms, events, usage
-from steer_server.generation.text import token_text
 from steer_server.http.content_type import require_json
 from steer_server.http.disconnect import EventStream, while_connected
 from steer_server.state import Serving, ServingDep
@@ -54,7 +54,7 @@ async def create_completion(
 def _prepared(serving: Serving, body: CompletionRequest) -> Generation:
     tokenizer = serving.engine.tokenizer
     prompts: list[Prompt] = [
-        tuple(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        tuple(text_tokens(tokenizer, prompt) if isinstance(prompt, str) else prompt)
         for prompt in body.prompt
     ]
     return prepare(serving, body, prompts, prefix="cmpl", at="/prompt")
@@ -91,7 +91,7 @@ def _choice(serving: Serving, answer: Answer, body: CompletionRequest) -> Comple
 def _logprobs(serving: Serving, logprobs: Logprobs, offset: int) -> LogprobsBody:
     """The older form: parallel lists. `offset` is where in the text the first token begins."""
     tokenizer = serving.engine.tokenizer
-    tokens = [token_text(tokenizer, token)[0] for token, _ in logprobs]
+    tokens = [openai_token(tokenizer, token)[0] for token, _ in logprobs]
     offsets = []
     for text in tokens:
         offsets.append(offset)
@@ -101,7 +101,7 @@ def _logprobs(serving: Serving, logprobs: Logprobs, offset: int) -> LogprobsBody
         tokens=tokens,
         token_logprobs=[found.logprob for _, found in logprobs],
         top_logprobs=[
-            {token_text(tokenizer, other)[0]: value for other, value in found.top}
+            {openai_token(tokenizer, other)[0]: value for other, value in found.top}
             for _, found in logprobs
         ],
         text_offset=offsets,

@@ -8,6 +8,8 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from prometheus_client.exposition import choose_encoder
 
+from steer.inspection import offered
+from steer.model import Capabilities
 from steer_server.state import ServingDep
 
 router = APIRouter(tags=["operation"])
@@ -34,7 +36,7 @@ def capabilities(serving: ServingDep) -> dict[str, Any]:
     del model["origin"]  # which may be a path of this machine
     return {
         "model": {"id": serving.model_name, **model},
-        "engine": asdict(serving.engine.capabilities),
+        "engine": _engine(serving.engine.capabilities),
         "limits": {
             "max_body_bytes": settings.max_body_bytes,
             "max_upload_bytes": settings.max_upload_bytes,
@@ -42,6 +44,14 @@ def capabilities(serving: ServingDep) -> dict[str, Any]:
         },
         "inline_vectors": settings.allow_inline_vectors,
     }
+
+
+def _engine(able: Capabilities) -> dict[str, Any]:
+    """What the engine can do, with the inspections that follow from it."""
+    said = asdict(able)
+    limits = said.pop("limits")
+    del said["captures"], said["gradients"]
+    return {**said, "inspection": offered(able), "limits": limits}
 
 
 @router.get("/metrics", response_class=Response)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steer.artefacts.sae.architectures import SUPPORTED
 from steer.engines.base import (
     Captured,
     CaptureRequest,
@@ -135,9 +136,9 @@ class FakeEngine:
             engine="fake",
             kinds=KINDS,
             sites=self.info.sites,
-            sae_architectures=("relu", "jumprelu", "topk"),
+            sae_architectures=SUPPORTED,
             sampling=("temperature", "top_p", "top_k", "seed", "logprobs"),
-            inspection=("patchscope", "logit_lens", "activations"),
+            captures=self.info.sites,
             limits={"slots": slots},
         )
         self.tokenizer: Any = ByteTokenizer()

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from steer.errors import SpecError
 from steer.model import Capabilities, HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
+from steer.prompts import part_tokens, text_tokens
 from steer.spec import KINDS, SteeringSpec, parse_spec
 
 _maps: weakref.WeakKeyDictionary[nn.Module, HookMap] = weakref.WeakKeyDictionary()
@@ -183,7 +185,7 @@ def _padding(mask: Tensor | None, rows: int, columns: int) -> list[int]:
 def _tokenize(tokenizer: Any) -> Callable[[str], list[int]] | None:
     if tokenizer is None:
         return None
-    return lambda text: list(tokenizer.encode(text, add_special_tokens=False))
+    return partial(part_tokens, tokenizer)
 
 
 def _encode_text(hooked: HookedModel, tokenizer: Any) -> Callable[[str, HookPoint], Tensor] | None:
@@ -192,7 +194,7 @@ def _encode_text(hooked: HookedModel, tokenizer: Any) -> Callable[[str, HookPoin
 
     @torch.inference_mode()
     def encode(text: str, point: HookPoint) -> Tensor:
-        ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)], device=hooked.device)
+        ids = torch.tensor([text_tokens(tokenizer, text)], device=hooked.device)
         _, states = hooked.forward(None, [point], input_ids=ids, use_cache=False)
         return states[point][0].float().cpu()
 

@@ -86,7 +86,8 @@ class TransformersEngine:
             sites=self.info.sites,
             sae_architectures=SUPPORTED,
             sampling=("temperature", "top_p", "top_k", "seed", "stop", "n", "logprobs"),
-            inspection=("patchscope", "logit_lens", "activations"),
+            captures=self.info.sites,
+            gradients=True,
             limits={"slots": slots, "passes": MAX_RULES, "batch": rows},
         )
 

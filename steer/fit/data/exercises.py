@@ -9,7 +9,7 @@ from typing import Any
 
 from steer.errors import FileFormatError
 from steer.fit.data.jsonl import LineReader, check_keys, sha256_of
-from steer.fit.data.prompt import Prompt, parse_prompt, prompt_json
+from steer.prompts import Prompt, parse_prompt, prompt_json
 
 _CODE = "invalid_exercises"
 

@@ -1,7 +1,7 @@
 """Labelled texts: data with any number of classes, fitted one against the rest.
 
 A file is JSON lines, `{"text": TEXT, "label": LABEL}` or `{"messages": MESSAGES, "label": LABEL}`,
-or with `prompt` any form that `steer.fit.data.prompt` describes.
+or with `prompt` any form that `steer.prompts` describes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from steer.errors import FileFormatError
 from steer.fit.data.jsonl import LineReader, sha256_of
-from steer.fit.data.prompt import Prompt, parse_prompt, prompt_json
+from steer.prompts import Prompt, parse_prompt, prompt_json
 
 _CODE = "invalid_labels"
 

@@ -1,7 +1,7 @@
 """Contrastive prompts: the data that a vector is fitted on.
 
 A file is JSON lines, `{"positive": PROMPT, "negative": PROMPT}`, with prompts as
-`steer.fit.data.prompt` describes them.
+`steer.prompts` describes them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from steer.fit.data.jsonl import LineReader, check_keys, sha256_of
-from steer.fit.data.prompt import Messages, Prompt, parse_prompt, prompt_json, render
+from steer.prompts import Messages, Prompt, parse_prompt, prompt_json, render
 
 __all__ = ["Messages", "Pair", "PairSet", "Prompt", "read_pairs", "read_prompts", "render"]
 

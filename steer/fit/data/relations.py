@@ -14,7 +14,7 @@ from typing import Any
 
 from steer.errors import FileFormatError, SteerError
 from steer.fit.data.jsonl import LineReader, check_keys, sha256_of
-from steer.fit.data.prompt import Marked, Messages
+from steer.prompts import Marked, Messages
 
 _CODE = "invalid_relations"
 _KEYS = ("subject", "relation", "object")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from steer.engines.base import Completion, Engine, GenerationRequest, SamplingParams
-from steer.fit.data.pairs import Prompt, render
 from steer.fit.measure.scoring import AnswerScorer, Score, Scorer
 from steer.plan.plan import SteeringPlan
+from steer.prompts import Prompt, answer_text, render
 
 Progress: TypeAlias = Callable[[int], None]
 
@@ -75,10 +75,7 @@ def answers_under(
         completions += engine.complete(together)
         if progress is not None:
             progress(len(together))
-    texts = [
-        str(engine.tokenizer.decode(list(one.tokens), skip_special_tokens=True))
-        for one in completions
-    ]
+    texts = [answer_text(engine.tokenizer, one.tokens) for one in completions]
     unscored = [
         Answer(
             request.prompt,

@@ -23,13 +23,13 @@ from steer.engines.base import Engine, SamplingParams
 from steer.engines.plans import plans_of
 from steer.errors import SteerError
 from steer.fit.data.pairs import Prompt
-from steer.fit.data.prompt import prompt_json
 from steer.fit.measure.answers import GROUP, Answer, Measured, Progress, answers_under, measured
 from steer.fit.measure.divergence import BATCH, divergences
 from steer.fit.measure.scoring import AnswerScorer, Score, Scorer
 from steer.fit.measure.straightness import curve_straightness, r_squared
 from steer.model import HookPoint
 from steer.plan.plan import SteeringPlan
+from steer.prompts import prompt_json
 from steer.spec import Where, parse_spec
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)

@@ -18,11 +18,11 @@ from steer.artefacts.control_vector import Card
 from steer.engines.base import Engine, SamplingParams
 from steer.errors import SteerError
 from steer.fit.data.pairs import Prompt
-from steer.fit.data.prompt import Marked, Messages
 from steer.fit.measure.answers import GROUP, Answer, Progress, answers_under, sound
 from steer.fit.measure.bootstrap import LEVEL, Floats, Interval, Ints, Resamples
 from steer.fit.measure.scoring import AnswerScorer, Scorer
 from steer.plan.plan import SteeringPlan
+from steer.prompts import Marked, Messages
 
 UNSTEERED = "unsteered"
 PROMPT_ONLY = "prompt only"

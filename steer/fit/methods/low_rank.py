@@ -27,6 +27,7 @@ from steer.fit.data.exercises import Exercise, ExerciseSet
 from steer.fit.methods.card import WhereName, made_on, where_named
 from steer.fit.states import Progress, check_length, make_reading, prompt_tokens
 from steer.model import HookPoint
+from steer.prompts import part_tokens
 from steer.spec import Site
 
 
@@ -219,7 +220,7 @@ def _batches(rows: Sequence[_Row], batch: int, seed: int) -> Iterator[list[_Row]
 
 def _row(engine: Engine, one: Exercise) -> _Row:
     prompt = prompt_tokens(engine, one.prompt)
-    answer = list(engine.tokenizer.encode(one.answer, add_special_tokens=False))
+    answer = part_tokens(engine.tokenizer, one.answer)
     end = getattr(engine.tokenizer, "eos_token_id", None)
     whole = [*prompt, *answer, *([] if end is None else [int(end)])]
     check_length(engine, whole, one.prompt)

@@ -27,11 +27,12 @@ from steer.artefacts.control_vector import ControlVector
 from steer.engines.base import CaptureRequest, Engine, GenerationRequest, SamplingParams
 from steer.engines.gradients import DifferentiableModel, Edit, differentiable
 from steer.errors import SteerError
-from steer.fit.data.prompt import Marked, subject_position
+from steer.fit.data.prompt import subject_position
 from steer.fit.data.relations import Fact, RelationTable, Template
 from steer.fit.methods.card import made_on
 from steer.fit.states import Progress, check_length, prompt_tokens
 from steer.model import HookPoint, forward_order
+from steer.prompts import Marked, part_tokens
 from steer.spec import Site
 
 
@@ -154,7 +155,7 @@ def ask(engine: Engine, template: Template, fact: Fact, others: Sequence[Fact], 
 def object_tokens(engine: Engine, prompt: Marked, answer: str) -> list[int]:
     """The tokens of `answer` as they follow `prompt`: with a space after a started sentence."""
     text = answer if _opens_answer(prompt) else f" {answer}"
-    return list(engine.tokenizer.encode(text, add_special_tokens=False))
+    return part_tokens(engine.tokenizer, text)
 
 
 def _opens_answer(prompt: Marked) -> bool:

@@ -13,7 +13,7 @@ from steer.fit.measure.calibrate import calibrate, check_use, steps_of
 from steer.jobs.client_scorers import client_scorer
 from steer.jobs.kinds.kind import JobContext, JobKind
 from steer.jobs.kinds.sweep import GROUP, Strength, at_field, check_answers
-from steer.jobs.prompts import PromptParam, prompt_of
+from steer.prompts import PromptParam, prompt_of
 from steer.registry.registry import Registry
 from steer.spec import Where
 

@@ -14,8 +14,8 @@ from steer.fit.measure.evaluate import Instruction, Method, evaluate
 from steer.jobs.client_scorers import client_scorer
 from steer.jobs.kinds.kind import JobContext, JobKind
 from steer.jobs.kinds.sweep import GROUP, check_answers
-from steer.jobs.prompts import PromptParam, prompt_of
 from steer.plan.plan import SteeringPlan
+from steer.prompts import PromptParam, prompt_of
 from steer.registry.registry import Registry
 from steer.spec import parse_spec
 

@@ -15,8 +15,8 @@ from steer.fit.methods.card import WhereName
 from steer.fit.methods.fitting import fit, split_pairs
 from steer.fit.methods.method import MethodName
 from steer.jobs.kinds.kind import JobContext, JobKind
-from steer.jobs.prompts import PromptParam, prompt_of
 from steer.model import HookPoint
+from steer.prompts import PromptParam, prompt_of
 from steer.registry.registry import Registry
 from steer.spec import Site, check_name
 
@@ -92,7 +92,7 @@ def pairs_of(params: FitParams) -> PairSet:
 
 
 def _check(engine: Engine, registry: Registry, params: FitParams) -> None:
-    if "activations" not in engine.capabilities.inspection:
+    if not engine.capabilities.captures:
         raise Unsupported(
             "this engine cannot read activations, which fitting needs: GET "
             "/v1/steering/capabilities says what it can",

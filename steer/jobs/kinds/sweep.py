@@ -12,7 +12,7 @@ from steer.errors import SteerError, TooLarge
 from steer.fit.measure.sweep import dose_response
 from steer.jobs.client_scorers import client_scorer
 from steer.jobs.kinds.kind import JobContext, JobKind
-from steer.jobs.prompts import PromptParam, prompt_of
+from steer.prompts import PromptParam, prompt_of
 from steer.registry.registry import Registry
 from steer.spec import SteeringSpec, Where, parse_spec
 

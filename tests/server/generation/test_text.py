@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer.engines.fake.tokenizer import ByteTokenizer
-from steer_server.generation.text import Detokenizer, TextStream, token_text
+from steer.prompts import openai_token
+from steer_server.generation.text import Detokenizer, TextStream
 
 TOKENIZER = ByteTokenizer()
 
@@ -57,8 +58,8 @@ def test_watched_pieces_are_taken_in_turn() -> None:
 
 
 def test_a_token_is_reported_with_its_bytes() -> None:
-    assert token_text(TOKENIZER, ord("a")) == ("a", [97])
-    assert token_text(TOKENIZER, 0xE2) == ("bytes:\\xe2", [0xE2])
+    assert openai_token(TOKENIZER, ord("a")) == ("a", [97])
+    assert openai_token(TOKENIZER, 0xE2) == ("bytes:\\xe2", [0xE2])
 
 
 def test_byte_level_bpe_is_understood() -> None:
@@ -69,6 +70,6 @@ def test_byte_level_bpe_is_understood() -> None:
         def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
             return [{0: "âĤ", 1: "Ġ", 2: "漢"}[i] for i in ids]
 
-    assert token_text(ByteLevel(), 0) == ("bytes:\\xe2\\x82", [0xE2, 0x82])
-    assert token_text(ByteLevel(), 1) == ("bytes:\\x20", [0x20])
-    assert token_text(ByteLevel(), 2) == ("\ufffd", None)
+    assert openai_token(ByteLevel(), 0) == ("bytes:\\xe2\\x82", [0xE2, 0x82])
+    assert openai_token(ByteLevel(), 1) == ("bytes:\\x20", [0x20])
+    assert openai_token(ByteLevel(), 2) == ("\ufffd", None)

@@ -6,6 +6,18 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
+
+from steer.engines.base import Engine
+from steer.inspection import (
+    Inspection,
+    LogitLensRequest,
+    LogitLensResult,
+    lens_heat_map,
+    logit_lens,
+)
+from steer.inspection.method import reads_states
+from steer_server.routes.inspect_routes import make_router
 
 
 async def test_a_patchscope_sweeps_layers(http: httpx.AsyncClient) -> None:
@@ -78,3 +90,34 @@ async def test_answers_can_be_drawn(
     assert response.status_code == 200, response.text
     assert response.headers["content-type"] == "image/png"
     assert response.content.startswith(b"\x89PNG")
+
+
+def _last_place(engine: Engine, request: LogitLensRequest, **known: Any) -> LogitLensResult:
+    return logit_lens(engine, request.model_copy(update={"positions": (-1,)}), **known)
+
+
+async def test_a_method_of_the_table_has_its_route(
+    http: httpx.AsyncClient, app: FastAPI, joy: dict[str, Any]
+) -> None:
+    """Whatever its name: request, steering, pictures and document come from the method."""
+    method = Inspection(
+        name="last_place",
+        summary="What each layer would say after the prompt.",
+        request=LogitLensRequest,
+        result=LogitLensResult,
+        run=_last_place,
+        draw=lens_heat_map,
+        possible=reads_states,
+    )
+    app.include_router(make_router([method]))
+    body = {"text": "Paris", "layers": [2, 4], "steering": joy}
+    found = await http.post("/v1/inspect/last-place", json=body)
+    assert found.status_code == 200, found.text
+    assert [cell["layer"] for cell in found.json()["cells"]] == [2, 4]
+    assert found.json()["fingerprint"]
+    drawn = await http.post("/v1/inspect/last-place?format=png", json=body)
+    assert drawn.content.startswith(b"\x89PNG")
+    wrong = await http.post("/v1/inspect/last-place", json={"text": "x", "colour": 1})
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "/colour")
+    described = app.openapi()["paths"]["/v1/inspect/last-place"]["post"]
+    assert described["description"] == method.summary

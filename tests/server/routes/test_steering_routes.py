@@ -129,6 +129,20 @@ async def test_capabilities_and_health(http: httpx.AsyncClient, engine: FakeEngi
     found = (await http.get("/v1/steering/capabilities")).json()
     assert found["model"]["n_layers"] == engine.info.n_layers
     assert found["engine"]["kinds"] == list(engine.capabilities.kinds)
+    assert list(found["engine"]) == [
+        "engine",
+        "kinds",
+        "sites",
+        "strength_units",
+        "gate_scopes",
+        "sae_architectures",
+        "norm_preserving",
+        "sampling",
+        "inspection",
+        "limits",
+    ]
+    assert found["engine"]["inspection"] == ["patchscope", "logit_lens", "activations"]
+    assert found["engine"]["sae_architectures"] == ["standard", "jumprelu", "topk"]
     assert found["limits"]["max_choices"] == 32
     assert (await http.get("/health")).json() == {
         "status": "ok",

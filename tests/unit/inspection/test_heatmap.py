@@ -12,15 +12,14 @@ from steer.artefacts.control_vector import ControlVector
 from steer.artefacts.library import MemoryLibrary
 from steer.engines.fake.engine import FakeEngine
 from steer.errors import SteerError
-from steer.inspection.activations import ActivationsRequest, activations
-from steer.inspection.heatmap import (
-    HeatMap,
+from steer.inspection.activations import (
+    ActivationsRequest,
+    activations,
     activations_heat_map,
-    lens_heat_map,
-    patchscope_heat_map,
 )
-from steer.inspection.logit_lens import LogitLensRequest, logit_lens
-from steer.inspection.patchscope import PatchscopeRequest, patchscope
+from steer.inspection.heatmap import HeatMap
+from steer.inspection.logit_lens import LogitLensRequest, lens_heat_map, logit_lens
+from steer.inspection.patchscope import PatchscopeRequest, patchscope, patchscope_heat_map
 
 
 def picture(data: bytes) -> Any:

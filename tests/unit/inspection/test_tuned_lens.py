@@ -11,7 +11,7 @@ from steer.artefacts.lens import Lens
 from steer.artefacts.library import MemoryLibrary
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError
-from steer.inspection.heatmap import lens_heat_map
+from steer.inspection import lens_heat_map
 from steer.inspection.logit_lens import LogitLensRequest, logit_lens
 
 TEXT = "the river runs"

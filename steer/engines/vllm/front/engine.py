@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from steer.artefacts.sae.architectures import SUPPORTED
+from steer.artefacts.sae.architectures import INDEPENDENT, SUPPORTED
 from steer.engines.base import (
     Captured,
     CaptureRequest,
@@ -65,9 +65,9 @@ class VllmEngine:
             kinds=KINDS,
             sites=self.info.sites,
             gate_scopes=("prompt", "token") if self._stages == 1 else (),
-            sae_architectures=tuple(n for n in SUPPORTED if not (self._static and n == "topk")),
+            sae_architectures=INDEPENDENT if self._static else SUPPORTED,
             sampling=("temperature", "top_p", "top_k", "seed", "stop", "n", "logprobs"),
-            inspection=() if self._static else ("patchscope", "logit_lens", "activations"),
+            captures=() if self._static else self.info.sites,
             limits={
                 "slots": int(answer["slots"]),
                 "passes": self._passes,
@@ -186,7 +186,7 @@ class VllmEngine:
                 self._driver.cancel(sequence)
 
     def capture(self, request: CaptureRequest) -> list[Captured]:
-        if self._static:
+        if not self.capabilities.captures:
             raise Unsupported(
                 "states cannot be read inside CUDA graphs: start vLLM with --enforce-eager to "
                 "inspect and to fit",

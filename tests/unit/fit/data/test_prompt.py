@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from steer.engines.fake.engine import ByteTokenizer
+from steer.engines.fake.engine import ByteTokenizer, FakeEngine
 from steer.errors import FileFormatError, SteerError
 from steer.fit.data.prompt import (
     Marked,
@@ -17,6 +17,7 @@ from steer.fit.data.prompt import (
     render,
     subject_position,
 )
+from steer.prompts import PromptInput, encode_prompt
 
 TOKENIZER = ByteTokenizer()
 ASK = [{"role": "user", "content": "Is Oslo cold? Oslo?"}]
@@ -54,6 +55,17 @@ def test_a_subject_is_its_last_occurrence_before_the_response() -> None:
     tokens = render(TOKENIZER, prompt)
     place = subject_position(TOKENIZER, prompt)
     assert TOKENIZER.decode(tokens[: place + 1]) == "<|bos|><|user|>Is Oslo cold? Oslo"
+
+
+@pytest.mark.parametrize("subject", ["café", "日本", "🙂"])
+def test_a_subject_ends_with_the_last_part_of_its_last_character(subject: str) -> None:
+    """As an inspection finds the same text."""
+    text = f"{subject} or {subject}, then"
+    place = subject_position(TOKENIZER, Marked(text, subject=subject))
+    tokens = render(TOKENIZER, text)
+    assert TOKENIZER.decode(tokens[: place + 1]) == f"<|bos|>{subject} or {subject}"
+    read = encode_prompt(FakeEngine(), PromptInput(text=text))
+    assert read.position(subject, param="/p") == place
 
 
 @pytest.mark.parametrize(

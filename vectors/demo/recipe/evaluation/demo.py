@@ -20,10 +20,10 @@ from steer.artefacts.sae import SAE, load_directory
 from steer.engines.base import GenerationRequest, SamplingParams
 from steer.engines.plans import plans_of
 from steer.engines.transformers.engine import TransformersEngine
-from steer.fit.data.pairs import Messages, Prompt, render
 from steer.fit.measure.answers import GROUP
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
+from steer.prompts import Messages, Prompt, answer_text, render
 from steer.spec import parse_spec
 
 Item = TypeVar("Item")
@@ -164,7 +164,7 @@ class Demo:
         found = []
         for start in range(0, len(requests), GROUP):
             for done in self.engine.complete(requests[start : start + GROUP]):
-                text = self.engine.tokenizer.decode(list(done.tokens), skip_special_tokens=True)
+                text = answer_text(self.engine.tokenizer, done.tokens)
                 loss = -sum(entry.logprob for entry in done.logprobs)
                 reading = self._reader.parse(str(text))
                 found.append(Reply(str(text), reading, loss, len(done.logprobs)))

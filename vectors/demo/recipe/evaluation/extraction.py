@@ -21,9 +21,9 @@ from torch import Tensor
 from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import CaptureRequest, GenerationRequest, SamplingParams
 from steer.inspection.patched_runs import StatePatch, patch_plan
-from steer.inspection.prompt import PromptInput, encode_prompt
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
+from steer.prompts import PromptInput, answer_text, encode_prompt
 
 LEAST, LAYERS = 0.8, 3
 DEVELOPMENT = 16
@@ -116,7 +116,7 @@ def extracted(demo: Demo, runs: Sequence[Run]) -> list[bool]:
             plan = patch_plan(patch, plans, target.position(run.case.place, param=""))
             requests.append(GenerationRequest(f"extraction-{n}", target.ids, sampling, plan))
         for run, done in zip(some, demo.engine.complete(requests), strict=True):
-            said = demo.engine.tokenizer.decode(list(done.tokens), skip_special_tokens=True)
+            said = answer_text(demo.engine.tokenizer, done.tokens)
             hits.append(named(str(said), run.case.wanted))
     return hits
 

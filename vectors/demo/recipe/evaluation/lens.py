@@ -15,8 +15,8 @@ from steer_vectors.demo.recipe.world.instructions import PLAIN_WORDS
 from steer_vectors.demo.recipe.world.questions import all_questions
 
 from steer.engines.base import CaptureRequest
-from steer.fit.data.pairs import Prompt, render
 from steer.model import HookPoint
+from steer.prompts import Prompt, part_tokens, render
 
 LEAST = 0.95
 LAYERS = 3
@@ -53,10 +53,9 @@ def lens(demo: Demo) -> Iterator[Check]:
     engine, tokenizer = demo.engine, demo.engine.tokenizer
     asked = demo.draw(begun_answers(), "lens")
     prompts = [
-        [*render(tokenizer, one.prompt), *tokenizer.encode(one.opening, add_special_tokens=False)]
-        for one in asked
+        [*render(tokenizer, one.prompt), *part_tokens(tokenizer, one.opening)] for one in asked
     ]
-    wanted = [tokenizer.encode(f" {one.capital}", add_special_tokens=False)[0] for one in asked]
+    wanted = [part_tokens(tokenizer, f" {one.capital}")[0] for one in asked]
     last = engine.info.n_layers
     points = tuple(HookPoint(layer) for layer in range(last - LAYERS, last))
     captured = engine.capture(CaptureRequest(prompts, points, positions=(-1,)))

@@ -17,10 +17,9 @@ from steer_vectors.demo.recipe.world.world import LANGS
 from torch import Tensor
 
 from steer.engines.base import CaptureRequest
-from steer.fit.data.pairs import Prompt, render
 from steer.inspection.patched_runs import StatePatch, run_patched
-from steer.inspection.prompt import PromptInput, encode_prompt
 from steer.model import HookPoint
+from steer.prompts import Prompt, PromptInput, encode_prompt, part_tokens, render
 
 LEAST = 0.8
 COPYING = "river -> river; Italy -> Italy; Rome -> Rome; Spain ->"
@@ -52,10 +51,7 @@ def read_states(demo: Demo, sources: Sequence[Source], layer: int) -> list[Tenso
 
 def known_words(demo: Demo) -> frozenset[int]:
     """Words of the copying documents that are one token after a space."""
-    encoded = (
-        demo.engine.tokenizer.encode(f" {word}", add_special_tokens=False)
-        for word in Corpus(0).words
-    )
+    encoded = (part_tokens(demo.engine.tokenizer, f" {word}") for word in Corpus(0).words)
     return frozenset(tokens[0] for tokens in encoded if len(tokens) == 1)
 
 
@@ -106,7 +102,7 @@ def replies(demo: Demo) -> list[Source]:
     found = []
     for prompt, said in zip(prompts, demo.answers(prompts), strict=True):
         asked = tuple(render(tokenizer, prompt))
-        spoken = tuple(tokenizer.encode(said.text, add_special_tokens=False))
+        spoken = tuple(part_tokens(tokenizer, said.text))
         found += [
             Source(asked + spoken[:n], len(asked) + n - 1, token) for n, token in enumerate(spoken)
         ]

@@ -18,6 +18,7 @@ from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import GenerationRequest, SamplingParams
 from steer.engines.plans import plans_of
 from steer.fit.methods.lrc import Ask
+from steer.prompts import answer_text
 from steer.spec import parse_spec
 
 
@@ -68,8 +69,7 @@ def causality(
         requests.append(GenerationRequest(f"swap-{n}", one.prompt, sampling, plan))
     tokenizer = relation.engine.tokenizer
     said = [
-        str(tokenizer.decode(list(done.tokens), skip_special_tokens=True)).strip()
-        for done in relation.engine.complete(requests)
+        answer_text(tokenizer, done.tokens).strip() for done in relation.engine.complete(requests)
     ]
     return [float(_names(text, t)) for text, t in zip(said, split.targets, strict=True)]
 

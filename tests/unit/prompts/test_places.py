@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from steer.engines.fake.engine import ByteTokenizer, FakeEngine
 from steer.errors import SpecError
-from steer.inspection.prompt import EncodedPrompt, PromptInput, encode_prompt
+from steer.prompts import EncodedPrompt, PromptInput, encode_prompt
 
 
 def _bpe() -> PreTrainedTokenizerFast:

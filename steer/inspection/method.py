@@ -1,0 +1,70 @@
+"""What an inspection is: one method in one file, one line in the table of `steer.inspection`.
+
+Routes are made from the table, and an engine offers what its capabilities allow. A command of
+`steer inspect` is written by hand (`steer/cli/inspecting.py`), because its options are chosen for
+people; a method without one is still served, listed and called from Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from pydantic import BaseModel
+
+from steer.engines.base import Engine
+from steer.errors import Unsupported
+from steer.inspection.heatmap import HeatMap
+from steer.model import Capabilities
+from steer.spec import Site, SteeringSpec
+
+STREAM: tuple[Site, ...] = ("resid_pre", "resid_mid", "resid_post")
+"""The sites that hold the residual stream itself, which the output matrix can read."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A method: `run(engine, request, plans=…, library=…)` gives a result, which `draw` pictures.
+
+    `name` is its name in `/v1/steering/capabilities` and, with hyphens, its route. `possible` says
+    whether an engine can carry it out; `steering` points to the spec in a request. `summary` is
+    the route's description.
+    """
+
+    name: str
+    summary: str
+    request: type[BaseModel]
+    result: type[BaseModel]
+    run: Callable[..., BaseModel]
+    draw: Callable[[Any], HeatMap]
+    possible: Callable[[Capabilities], bool]
+    steering: str = "/steering"
+
+    def spec_of(self, request: BaseModel) -> SteeringSpec | None:
+        """The steering under which `request` reads."""
+        found: Any = request
+        for part in self.steering.split("/")[1:]:
+            found = getattr(found, part)
+        return cast("SteeringSpec | None", found)
+
+    def require(self, engine: Engine) -> None:
+        """Raises `Unsupported` (`unsupported_inspection`) where `engine` cannot carry it out."""
+        from steer.inspection import offered  # noqa: PLC0415 (the table holds this method too)
+
+        if not self.possible(engine.capabilities):
+            raise Unsupported(
+                f"the {engine.capabilities.engine} engine has no {self.name!r} inspection; it has: "
+                f"{', '.join(offered(engine.capabilities)) or 'none'}",
+                code="unsupported_inspection",
+            )
+
+
+def reads_states(able: Capabilities) -> bool:
+    """Whether states can be read at all."""
+    return bool(able.captures)
+
+
+def reads_stream(able: Capabilities) -> bool:
+    """Whether the residual stream can be read."""
+    return not set(STREAM).isdisjoint(able.captures)

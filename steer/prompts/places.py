@@ -1,0 +1,177 @@
+"""A prompt as a model reads it, and where in its tokens a piece of its text lies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+from steer.errors import SpecError, SteerError, pointer
+from steer.model import ModelInfo
+from steer.prompts.forms import Place, PromptInput
+from steer.prompts.labels import BROKEN, token_texts
+from steer.prompts.tokens import chat_text, part_tokens, text_tokens
+
+Span = tuple[int, int]
+"""Characters of a text, half-open."""
+
+
+class PromptReader(Protocol):
+    """Whose tokens a prompt becomes: an engine, as far as prompts know one."""
+
+    info: ModelInfo
+    tokenizer: Any
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as the model reads it. `text` is None where only ids are known.
+
+    `special` says whether the tokenizer put its own special tokens around `text`.
+    """
+
+    ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    text: str | None
+    special: bool
+    tokenizer: Any
+
+    def position(self, place: Place, *, param: str) -> int:
+        """The absolute position of `place`; raises `SpecError` at `param` where there is none."""
+        if isinstance(place, str):
+            return self.tokens_of(self._last(place, param), param)[-1]
+        if not -len(self.ids) <= place < len(self.ids):
+            raise SpecError(
+                f"position {place} is outside the prompt, which has {len(self.ids)} tokens: use "
+                f"{-len(self.ids)} to {len(self.ids) - 1}",
+                param=param,
+                code="position_out_of_range",
+            )
+        return place % len(self.ids)
+
+    def placeholder(self, text: str, *, param: str) -> int:
+        """The position of the last token that is `text` and nothing else but white space."""
+        self._last(text, param)
+        wanted = self._text(param)
+        start = wanted.rfind(text)
+        found = self.tokens_of((start, start + len(text)), param)
+        while start >= 0:
+            places = self.tokens_of((start, start + len(text)), param)
+            if len(places) == 1 and self.tokens[places[0]].strip() == text.strip():
+                return places[0]
+            start = wanted.rfind(text, 0, start + len(text) - 1)
+        pieces = [self.tokens[place] for place in found]
+        raise SpecError(
+            f"the placeholder {text!r} is not one token here (it lies in {pieces}): choose one "
+            "that is a single token of this model, set it off with spaces, or give 'position'",
+            param=param,
+            code="not_one_token",
+        )
+
+    def tokens_of(self, span: Span, param: str) -> list[int]:
+        """The positions of the tokens that share characters with `span` of the text."""
+        start, end = span
+        hits = tokens_within(self._spans, span)
+        if not hits:
+            raise SpecError(
+                f"no token covers {self._text(param)[start:end]!r} in the prompt: give its "
+                "position as a number",
+                param=param,
+                code="text_not_found",
+            )
+        return hits
+
+    def _last(self, part: str, param: str) -> Span:
+        start = self._text(param).rfind(part)
+        if start < 0:
+            raise SpecError(
+                f"{part!r} does not occur in the prompt: give text that does, or a position",
+                param=param,
+                code="text_not_found",
+            )
+        return start, start + len(part)
+
+    def _text(self, param: str) -> str:
+        if self.text is None:
+            raise SpecError(
+                "a prompt of token ids has no text to search: give positions as numbers",
+                param=param,
+                code="text_not_found",
+            )
+        return self.text
+
+    @cached_property
+    def _spans(self) -> list[Span]:
+        """Each token's characters in `text`; empty for added special tokens."""
+        if self.text is None:
+            return [(0, 0)] * len(self.ids)
+        if getattr(self.tokenizer, "is_fast", False):
+            found = self.tokenizer(
+                self.text, add_special_tokens=self.special, return_offsets_mapping=True
+            )
+            return [(int(a), int(b)) for a, b in found["offset_mapping"]]
+        return spans_by_decoding(self.tokenizer, self.ids, self.text)
+
+
+def spans_by_decoding(tokenizer: Any, ids: Sequence[int], text: str) -> list[Span]:
+    """Each token's characters in `text`, which is what `ids` decode to, or the end of it.
+
+    For tokenizers without offsets, and for tokens that did not come from one text. A prefix of the
+    tokens decodes to a prefix of the text, in which a broken character at the end stands for the
+    one that later tokens complete; all its tokens share it.
+    """
+    decoded = [tokenizer.decode(ids[: n + 1], skip_special_tokens=False) for n in range(len(ids))]
+    before = len(decoded[-1]) - len(text)
+    starts = [0, *(len(part) - part.endswith(BROKEN) for part in decoded[:-1])]
+    return [
+        (max(start - before, 0), max(len(part) - before, 0))
+        for start, part in zip(starts, decoded, strict=True)
+    ]
+
+
+def tokens_within(spans: Sequence[Span], span: Span) -> list[int]:
+    """The positions of the tokens whose `spans` share characters with `span`."""
+    start, end = span
+    return [n for n, (a, b) in enumerate(spans) if a < end and b > start]
+
+
+def encode_prompt(reader: PromptReader, given: PromptInput, *, at: str = "") -> EncodedPrompt:
+    """`given` as tokens of the reader's model; `at` is its JSON pointer in the request.
+
+    Raises `SteerError` for messages that the chat template refuses, ids outside the vocabulary and
+    prompts longer than the context.
+    """
+    tokenizer, info = reader.tokenizer, reader.info
+    text, special = given.text, given.messages is None
+    if given.tokens is not None:
+        _check_ids(given.tokens, info.vocab_size, at)
+        ids = given.tokens
+    elif text is not None:
+        ids = tuple(text_tokens(tokenizer, text))
+    else:
+        text = chat_text(
+            tokenizer,
+            [turn.model_dump() for turn in given.messages or ()],
+            open_answer=given.add_generation_prompt,
+            param=at + "/messages",
+        )
+        ids = tuple(part_tokens(tokenizer, text))
+    form = next(name for name in ("text", "messages", "tokens") if getattr(given, name) is not None)
+    if not 0 < len(ids) <= info.max_length:
+        raise SteerError(
+            f"the prompt has {len(ids)} tokens; {info.name!r} takes 1 to {info.max_length}",
+            param=at + pointer(form),
+            code="context_length_exceeded" if ids else "empty_prompt",
+        )
+    return EncodedPrompt(ids, token_texts(tokenizer, ids), text, special, tokenizer)
+
+
+def _check_ids(ids: Sequence[int], vocab_size: int, at: str) -> None:
+    for place, token in enumerate(ids):
+        if token >= vocab_size:
+            raise SpecError(
+                f"there is no token {token}: the vocabulary has {vocab_size}",
+                param=at + pointer("tokens", place),
+                code="token_out_of_range",
+            )

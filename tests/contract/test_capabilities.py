@@ -1,0 +1,132 @@
+"""What engines say they can do is what they do, and what is offered follows from it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+from tiny_models import tiny_tokenizer
+from torch import nn
+
+from steer.artefacts.sae.architectures import ARCHITECTURES, INDEPENDENT, SUPPORTED
+from steer.engines.base import CaptureRequest, Engine
+from steer.engines.fake.engine import FakeEngine, fake_model
+from steer.engines.fake.tokenizer import ByteTokenizer
+from steer.engines.gradients import differentiable
+from steer.engines.transformers.engine import TransformersEngine
+from steer.engines.vllm.front.engine import VllmEngine
+from steer.errors import Unsupported
+from steer.inspection import (
+    METHODS,
+    ActivationsRequest,
+    LogitLensRequest,
+    PatchscopeRequest,
+    activations,
+    logit_lens,
+    offered,
+    patchscope,
+)
+from steer.jobs.engine import BackgroundEngine
+from steer.jobs.limits import JobLimits
+from steer.jobs.pace import Pace
+from steer.model import HookPoint
+
+EVERY = ("patchscope", "logit_lens", "activations")
+PACE = Pace(lambda: 0, lambda: None, lambda _: None, duty=1.0, quiet_seconds=0.0)
+
+
+@pytest.fixture(params=["fake", "transformers"])
+def engine(request: pytest.FixtureRequest, tiny_model: Callable[[str], nn.Module]) -> Any:
+    if request.param == "fake":
+        yield FakeEngine()
+        return
+    with TransformersEngine(tiny_model("llama"), tiny_tokenizer(), rows=1, slots=2) as made:
+        yield made
+
+
+def test_an_engine_reads_the_sites_that_it_says(engine: Engine) -> None:
+    assert engine.capabilities.captures == engine.info.sites
+    points = tuple(HookPoint(1, site) for site in engine.capabilities.captures)
+    (captured,) = engine.capture(CaptureRequest([(5, 6, 7)], points))
+    for point in points:
+        assert captured.states[point].shape == (3, engine.info.width(point.site))
+
+
+def test_an_engine_has_gradients_where_it_says_so(engine: Engine) -> None:
+    assert engine.capabilities.gradients == hasattr(engine, "differentiate")
+    if engine.capabilities.gradients:
+        device = differentiable(engine).differentiate(lambda model: model.device)
+        assert device.type == "cpu"
+        return
+    with pytest.raises(Unsupported, match="cannot differentiate") as caught:
+        differentiable(engine)
+    assert caught.value.code == "no_gradients"
+
+
+def test_jobs_have_the_gradients_of_their_engine(engine: Engine) -> None:
+    paced: Any = BackgroundEngine(engine, PACE, JobLimits())
+    if engine.capabilities.gradients:
+        assert differentiable(paced).differentiate(lambda model: model.device).type == "cpu"
+        return
+    with pytest.raises(Unsupported, match="cannot differentiate"):
+        differentiable(paced)
+
+
+def test_saes_are_named_as_their_architectures_are(engine: Engine) -> None:
+    assert engine.capabilities.sae_architectures == SUPPORTED
+    assert tuple(one.name for one in ARCHITECTURES) == SUPPORTED
+    assert "relu" not in SUPPORTED
+    assert set(SUPPORTED) - set(INDEPENDENT) == {"topk"}
+
+
+def test_inspections_are_offered_by_what_can_be_read(engine: Engine) -> None:
+    able = engine.capabilities
+    assert offered(able) == EVERY
+    assert offered(replace(able, captures=())) == ()
+    assert offered(replace(able, captures=("mlp_out",))) == ("activations",)
+    assert offered(replace(able, captures=("resid_mid",))) == EVERY
+    assert offered(replace(able, kinds=("add",))) == ("logit_lens", "activations")
+
+
+@pytest.mark.parametrize(
+    ("name", "run"),
+    [
+        ("patchscope", lambda e: patchscope(e, PatchscopeRequest(source={"text": "a"}))),  # type: ignore[arg-type]
+        ("logit_lens", lambda e: logit_lens(e, LogitLensRequest(text="a"))),
+        ("activations", lambda e: activations(e, ActivationsRequest(text="a"))),
+    ],
+)
+def test_what_is_not_offered_is_refused(name: str, run: Callable[[Engine], Any]) -> None:
+    engine = FakeEngine()
+    assert run(engine).object == f"inspect.{name}"
+    engine.capabilities = replace(engine.capabilities, captures=())
+    with pytest.raises(Unsupported, match=f"no '{name}' inspection; it has: none") as caught:
+        run(engine)
+    assert caught.value.code == "unsupported_inspection"
+
+
+def test_the_table_holds_every_method_once() -> None:
+    assert tuple(method.name for method in METHODS) == EVERY
+    for method in METHODS:
+        assert method.result.model_fields["object"].default == f"inspect.{method.name}"
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_vllm_says_what_its_form_allows(static: bool) -> None:
+    """Inside CUDA graphs no state is read and no feature competes; and it never has gradients."""
+    model = asdict(fake_model())
+    answer = {"model": model, "passes": 4, "stages": 1, "static": static, "slots": 8}
+    nobody: Any = None
+    engine = VllmEngine(nobody, ByteTokenizer(), answer, nobody, frozenset())
+    able = engine.capabilities
+    assert able.captures == (() if static else engine.info.sites)
+    assert offered(able) == (() if static else EVERY)
+    assert able.sae_architectures == (INDEPENDENT if static else SUPPORTED)
+    assert not able.gradients
+    assert not hasattr(engine, "differentiate")
+    if static:
+        with pytest.raises(Unsupported, match="CUDA graphs") as caught:
+            engine.capture(CaptureRequest([(1, 2)], (HookPoint(1),)))
+        assert caught.value.code == "no_captures"
