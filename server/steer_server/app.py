@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from anyio import to_thread
 from fastapi import APIRouter, FastAPI
 
+from steer.artefacts.kinds import KINDS
 from steer.engines.base import Engine
 from steer.registry.registry import Registry
 from steer_server.http import openai_errors
@@ -27,17 +28,11 @@ from steer_server.routes import (
     profiles,
     validate,
 )
-from steer_server.routes.artefacts import artefact_router
+from steer_server.routes.artefacts import artefact_routers, upload_place
 from steer_server.settings import MIB, ServerSettings
 from steer_server.state import assemble
 
-_UPLOADS = (
-    "/v1/steering/vectors",
-    "/v1/steering/saes",
-    "/v1/steering/adapters",
-    "/v1/steering/lenses",
-    "/v1/steering/import",
-)
+_UPLOADS = (*map(upload_place, KINDS), "/v1/steering/import")
 
 
 def routers() -> list[APIRouter]:
@@ -47,11 +42,8 @@ def routers() -> list[APIRouter]:
         completions.router,
         models.router,
         features.router,
-        artefact_router("vector", "vectors"),
-        artefact_router("sae", "saes"),
-        artefact_router("low_rank", "adapters"),
+        *artefact_routers(),
         aliases.router,
-        artefact_router("lens", "lenses"),
         profiles.router,
         validate.router,
         inspect_routes.router,

@@ -9,6 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from steer.artefacts.kinds import KINDS
 from steer.engines.plans import plans_of
 from steer.errors import SteerError
 from steer.plan.cache import PlanCache
@@ -34,10 +35,9 @@ def banner(serving: Serving, url: str) -> Panel:
         f"({info.architecture}, {info.n_layers} layers, width {info.d_model})",
     )
     facts.add_row("Engine", serving.engine.capabilities.engine)
-    facts.add_row(
-        "Vectors", _names([e.name for e in serving.registry.entries("vector", limit=_LISTED)])
-    )
-    facts.add_row("SAEs", _names([e.name for e in serving.registry.entries("sae", limit=_LISTED)]))
+    for row in KINDS:
+        found = serving.registry.entries(row.name, limit=_LISTED)
+        facts.add_row(row.title, _names([entry.name for entry in found]))
     facts.add_row("Profiles", _names([profile.name for profile in serving.registry.profiles()]))
     return Panel(
         Group(facts, Text("\nTry:"), Text(example(serving, url), style="green")),

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -16,10 +16,9 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from steer.artefacts.calibration import Calibration
+from steer.artefacts.kinds import ArtefactKind
 from steer.errors import FileFormatError, IncompatibleArtefact
 from steer.spec import Site, Where
-
-ArtefactKind = Literal["vector", "low_rank", "sae", "lens"]
 
 
 class LayerMeasure(BaseModel):

@@ -11,7 +11,7 @@ from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
 from steer.errors import UnknownArtefact
 
-Artefact = TypeVar("Artefact")
+Held = TypeVar("Held")
 
 
 class Library(Protocol):
@@ -51,7 +51,7 @@ class MemoryLibrary:
         return _named(self.lenses, ref, "lens")
 
 
-def _named(held: Mapping[str, Artefact], ref: str, kind: str) -> Artefact:
+def _named(held: Mapping[str, Held], ref: str, kind: str) -> Held:
     if ref in held:
         return held[ref]
     known = ", ".join(sorted(held)) or "none"

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from steer.artefacts.kinds import ArtefactKind
 from steer.cli.local import RegistryOption, open_registry
 from steer.cli.reporting import out, table_out
-
-if TYPE_CHECKING:
-    from steer.artefacts.control_vector import ArtefactKind
 
 aliases = typer.Typer(help="List, set and remove aliases.", no_args_is_help=True)
 tags = typer.Typer(help="Show, set and unset tags.", no_args_is_help=True)
 
 
-class Kind(StrEnum):
-    """The kinds of artefacts, as options."""
-
-    vector = "vector"
-    sae = "sae"
-    low_rank = "low_rank"
-
-
-KindOption = Annotated[Kind, typer.Option("--kind", "-k", help="What kind of artefact.")]
+KindOption = Annotated[ArtefactKind, typer.Option("--kind", "-k", help="What kind of artefact.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -53,24 +42,24 @@ def set_alias(
     target: Annotated[
         str, typer.Argument(help="A name (its newest version, whichever that is) or name@hash.")
     ],
-    kind: KindOption = Kind.vector,
+    kind: KindOption = "vector",
     registry: RegistryOption = None,
 ) -> None:
     """Make a name stand for an artefact; an alias of that name is moved."""
     with open_registry(registry) as library:
-        alias = library.set_alias(as_kind(kind), name, target)
+        alias = library.set_alias(kind, name, target)
     out().print(f"{alias.name} -> {alias.ref}", highlight=False)
 
 
 @aliases.command("remove")
 def remove_alias(
     name: Annotated[str, typer.Argument(help="The alias.")],
-    kind: KindOption = Kind.vector,
+    kind: KindOption = "vector",
     registry: RegistryOption = None,
 ) -> None:
     """Remove an alias, and nothing else."""
     with open_registry(registry) as library:
-        library.unset_alias(as_kind(kind), name)
+        library.unset_alias(kind, name)
     out().print(f"removed the alias {name}", highlight=False)
 
 
@@ -80,40 +69,35 @@ TagArguments = Annotated[list[str], typer.Argument(help="One or more tags.")]
 
 @tags.command("show")
 def show_tags(
-    name: NameArgument, kind: KindOption = Kind.vector, registry: RegistryOption = None
+    name: NameArgument, kind: KindOption = "vector", registry: RegistryOption = None
 ) -> None:
     """Print a name's tags."""
     with open_registry(registry) as library:
-        _print_tags(library.change_tags(as_kind(kind), name))
+        _print_tags(library.change_tags(kind, name))
 
 
 @tags.command("set")
 def set_tags(
     name: NameArgument,
     words: TagArguments,
-    kind: KindOption = Kind.vector,
+    kind: KindOption = "vector",
     registry: RegistryOption = None,
 ) -> None:
     """Put tags on a name; prints all that it has then."""
     with open_registry(registry) as library:
-        _print_tags(library.change_tags(as_kind(kind), name, add=words))
+        _print_tags(library.change_tags(kind, name, add=words))
 
 
 @tags.command("unset")
 def unset_tags(
     name: NameArgument,
     words: TagArguments,
-    kind: KindOption = Kind.vector,
+    kind: KindOption = "vector",
     registry: RegistryOption = None,
 ) -> None:
     """Take tags off a name; prints those that it has left."""
     with open_registry(registry) as library:
-        _print_tags(library.change_tags(as_kind(kind), name, remove=words))
-
-
-def as_kind(kind: Kind) -> ArtefactKind:
-    """An option's value as the registry calls it."""
-    return kind.value
+        _print_tags(library.change_tags(kind, name, remove=words))
 
 
 def _print_tags(held: tuple[str, ...]) -> None:

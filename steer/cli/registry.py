@@ -13,8 +13,8 @@ from typing import Annotated, Any, BinaryIO
 
 import typer
 
+from steer.artefacts.kinds import KINDS, ArtefactKind
 from steer.cli.local import RegistryOption, open_registry
-from steer.cli.names import Kind, as_kind
 from steer.cli.reporting import err, out, progress_bar, table_out
 from steer.errors import FileFormatError, SteerError
 
@@ -24,7 +24,7 @@ app = typer.Typer(
 
 DAY = 86_400.0
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-KindOption = Annotated[Kind | None, typer.Option("--kind", "-k", help="Only this kind.")]
+KindOption = Annotated[ArtefactKind | None, typer.Option("--kind", "-k", help="Only this kind.")]
 
 
 @app.command("stats")
@@ -33,11 +33,9 @@ def stats(as_json: JsonOption = False, registry: RegistryOption = None) -> None:
     with open_registry(registry) as library:
         found = library.stats()
         aliases = len(library.aliases())
+    named: dict[str, int] = {row.plural: found.artefacts.get(row.name, 0) for row in KINDS}
     figures = {
-        "vectors": found.artefacts.get("vector", 0),
-        "saes": found.artefacts.get("sae", 0),
-        "adapters": found.artefacts.get("low_rank", 0),
-        "lenses": found.artefacts.get("lens", 0),
+        **named,
         "profiles": found.profiles,
         "aliases": aliases,
         "bytes": found.blob_bytes,
@@ -64,7 +62,7 @@ def search(
     """Find artefacts of all kinds; all that is given must fit."""
     with open_registry(registry) as library:
         entries = library.entries(
-            None if kind is None else as_kind(kind),
+            kind,
             query=text,
             model=model,
             width=width,
@@ -74,8 +72,8 @@ def search(
             offset=offset,
         )
         tags = {
-            one.value: library.tags(as_kind(one), [e.name for e in entries if e.kind == one.value])
-            for one in Kind
+            row.name: library.tags(row.name, [e.name for e in entries if e.kind == row.name])
+            for row in KINDS
         }
     rows: list[dict[str, Any]] = [
         {

@@ -33,10 +33,11 @@ def err() -> Console:
     return Console(stderr=True, soft_wrap=True)
 
 
-def nothing_yet(kind: str) -> None:
-    """One quiet line to stderr: where `kind`, such as vectors, come from."""
+def nothing_yet(what: str, command: str | None = None) -> None:
+    """One quiet line to stderr: where `what`, such as vectors, come from; `command` adds one."""
+    adding = command or f"steer {what} add"
     err().print(
-        f"[dim]No {kind} yet: `steer {kind} add` takes a file, and those of the demo model come "
+        f"[dim]No {what} yet: `{adding}` takes a file, and those of the demo model come "
         "with its first `steer generate` or `steer serve`.[/dim]",
         highlight=False,
     )

@@ -1,4 +1,4 @@
-"""`steer vectors`: the registry's control vectors."""
+"""`steer vectors`: the registry's control vectors and, with `--kind`, its other artefacts."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from steer.artefacts.kinds import NAMED
 from steer.cli.fit.contrast import file_errors
 from steer.cli.local import RegistryOption, open_registry
+from steer.cli.names import KindOption
 from steer.cli.reporting import err, nothing_yet, out, table_out
 from steer.errors import FileFormatError, SteerError
 from steer.model import parse_layers
 
 if TYPE_CHECKING:
+    from steer.formats.exporting import ExportFormat
     from steer.formats.options import ImportOptions
     from steer.registry.entry import Entry
+    from steer.registry.registry import Registry
 
 app = typer.Typer(
-    help="List, add, import, convert, show, remove, restore and export vectors.",
+    help="List, add, import, convert, show, remove, restore and export vectors, and, with --kind, "
+    "other artefacts.",
     no_args_is_help=True,
 )
 
@@ -57,12 +62,13 @@ def list_vectors(
     deleted: Annotated[
         bool, typer.Option("--deleted", help="What was removed and can be restored.")
     ] = False,
+    kind: KindOption = "vector",
     as_json: JsonOption = False,
     registry: RegistryOption = None,
 ) -> None:
-    """List the vectors, the newest version of each."""
+    """List the vectors, or artefacts of another kind, the newest version of each."""
     with open_registry(registry) as library:
-        entries = library.entries("vector", query=query, limit=limit, tag=tag, deleted=deleted)
+        entries = library.entries(kind, query=query, limit=limit, tag=tag, deleted=deleted)
     if as_json:
         typer.echo(json.dumps([described(entry) for entry in entries], indent=2))
         return
@@ -84,7 +90,8 @@ def list_vectors(
         )
     table_out().print(table)
     if not (entries or query or tag or deleted):
-        nothing_yet("vectors")
+        option = "" if kind == "vector" else f" --kind {kind}"
+        nothing_yet(NAMED[kind].plural, f"steer vectors add{option}")
 
 
 @app.command("add")
@@ -98,12 +105,13 @@ def add(
     strength: StrengthOption = None,
     description: DescriptionOption = None,
     licence: LicenceOption = None,
+    kind: KindOption = "vector",
     registry: RegistryOption = None,
 ) -> None:
     """Register the vector in a file; the same content again changes nothing."""
     options = _options(layers, layer_offset, source, position, strength, description, licence)
     with open_registry(registry) as library:
-        entry, created = library.import_file(file, kind="vector", name=name, options=options)
+        entry, created = library.import_file(file, kind=kind, name=name, options=options)
     _show_added(entry, created)
 
 
@@ -161,31 +169,31 @@ def convert(
 
 
 @app.command("show")
-def show(ref: RefArgument, registry: RegistryOption = None) -> None:
+def show(ref: RefArgument, kind: KindOption = "vector", registry: RegistryOption = None) -> None:
     """Print a vector's card, and all its versions, as JSON."""
     with open_registry(registry) as library:
-        entry = library.entry("vector", ref)
-        versions = library.versions("vector", entry.name)
+        entry = library.entry(kind, ref)
+        versions = library.versions(kind, entry.name)
     listed = [{"version": one.version, "id": one.id} for one in versions]
     typer.echo(json.dumps({**described(entry), "versions": listed}, indent=2, ensure_ascii=False))
 
 
 @app.command("remove")
-def remove(ref: RefArgument, registry: RegistryOption = None) -> None:
+def remove(ref: RefArgument, kind: KindOption = "vector", registry: RegistryOption = None) -> None:
     """Remove a vector with all its versions, or with name@hash that version.
 
     It can be restored until `steer registry gc`.
     """
     with open_registry(registry) as library:
-        entry = library.remove("vector", ref)
+        entry = library.remove(kind, ref)
     out().print(f"removed {entry.id if '@' in ref else entry.name}", highlight=False)
 
 
 @app.command("restore")
-def restore(ref: RefArgument, registry: RegistryOption = None) -> None:
+def restore(ref: RefArgument, kind: KindOption = "vector", registry: RegistryOption = None) -> None:
     """Bring back what was removed: a name with all its versions, or with name@hash that version."""
     with open_registry(registry) as library:
-        entry = library.restore("vector", ref)
+        entry = library.restore(kind, ref)
     out().print(f"restored {entry.id if '@' in ref else entry.name}", highlight=False)
 
 
@@ -208,10 +216,14 @@ def export(
     layers: Annotated[
         str | None, typer.Option(help="Only these, such as 1-5 or 2,3; GGUF has no block 0.")
     ] = None,
+    kind: KindOption = "vector",
     registry: RegistryOption = None,
 ) -> None:
-    """Write a vector to a file: safetensors with its card, or GGUF for llama.cpp and repeng."""
-    from steer.formats.exporting import SUFFIXES, export_vector
+    """Write a vector to a file: safetensors with its card, or GGUF for llama.cpp and repeng.
+
+    Other kinds of artefacts come as safetensors, with all their layers.
+    """
+    from steer.formats.exporting import SUFFIXES
 
     chosen = format or ("gguf" if output and output.suffix == ".gguf" else "safetensors")
     if chosen not in SUFFIXES:
@@ -221,16 +233,32 @@ def export(
             param="/format",
         )
     with open_registry(registry) as library:
-        entry = library.entry("vector", ref)
+        entry = library.entry(kind, ref)
         path = output or Path(f"{entry.name}{SUFFIXES[chosen]}")
-        with file_errors(path):
-            vector = library.vector(ref)
-            if layers is not None:
-                vector = vector.on_layers(parse_layers(layers))
-            warnings = export_vector(vector, path, chosen)
+        warnings = _exported(library, entry, path, chosen, layers)
     out().print(f"wrote {path}", highlight=False)
     for warning in warnings:
         err().print(f"[yellow]warning:[/yellow] {escape(warning)}", highlight=False)
+
+
+def _exported(
+    library: Registry, entry: Entry, path: Path, format: ExportFormat, layers: str | None
+) -> tuple[str, ...]:
+    """Writes the artefact to `path`; what readers of that file will not know of it."""
+    from steer.cli.fit.contrast import write_file
+    from steer.formats.exporting import check_exported, export_vector
+
+    if format == "safetensors" and layers is None:
+        # Loaded and not copied, so that a damaged file is noticed.
+        artefact = library.load(NAMED[entry.kind].artefact_class(), entry.id)
+        write_file(path, artefact.to_bytes())
+        return ()
+    check_exported(entry.kind)
+    vector = library.vector(entry.id)
+    if layers is not None:
+        vector = vector.on_layers(parse_layers(layers))
+    with file_errors(path):
+        return export_vector(vector, path, format)
 
 
 def _options(

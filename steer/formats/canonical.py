@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
+from steer.artefacts.artefact import Artefact
 from steer.artefacts.control_vector import Card, ControlVector, LowRankAdapter
+from steer.artefacts.kinds import ArtefactKind
 from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
 from steer.errors import FileFormatError
@@ -23,20 +26,14 @@ def is_canonical(file: SafetensorsFile) -> bool:
     return "steer" in file.metadata
 
 
-def read_canonical(file: SafetensorsFile) -> ControlVector | LowRankAdapter | SAE | Lens:
+def read_canonical(file: SafetensorsFile) -> Artefact:
     """The artefact in one of our own files, its card checked against its tensors."""
     about = _metadata(file.metadata["steer"])
     if "architecture" in about:
         # Its own reader checks everything; the header is known to be sound by now.
         return SAE.from_bytes(file.path.read_bytes())
     card = read_card(about)
-    if card.kind == "vector":
-        return _vector(file, card)
-    if card.kind == "low_rank":
-        return _low_rank(file, card)
-    if card.kind == "lens":
-        return _lens(file, card)
-    raise FileFormatError("the file's card says 'sae', but its metadata are not those of an SAE")
+    return READERS[card.kind](file, card)
 
 
 def read_card(about: dict[str, Any]) -> Card:
@@ -116,6 +113,22 @@ def _lens(file: SafetensorsFile, card: Card) -> Lens:
             f"the card says site {card.site!r}; a lens reads at resid_pre", code="invalid_card"
         )
     return Lens(lens.translators, card.model_copy(update={"name": ""}))
+
+
+def _sae(_: SafetensorsFile, card: Card) -> NoReturn:
+    # An SAE's card stands inside its configuration, by which its file was told from these.
+    raise FileFormatError(
+        f"the file's card says {card.kind!r}, but its metadata are not those of an SAE"
+    )
+
+
+READERS: Mapping[ArtefactKind, Callable[[SafetensorsFile, Card], Artefact]] = {
+    "vector": _vector,
+    "low_rank": _low_rank,
+    "sae": _sae,
+    "lens": _lens,
+}
+"""Reads the tensors beside a card of each kind, and checks them against it."""
 
 
 def complete_parts(file: SafetensorsFile) -> dict[int, tuple[Any, Any, Any]]:

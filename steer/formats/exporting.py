@@ -8,6 +8,8 @@ from typing import Literal, TypeAlias
 from safetensors.torch import save_file
 
 from steer.artefacts.control_vector import Card, ControlVector
+from steer.artefacts.kinds import NAMED, ArtefactKind
+from steer.errors import Unsupported
 from steer.formats.vectors.gguf import write_gguf
 
 ExportFormat: TypeAlias = Literal["safetensors", "safetensors-plain", "gguf"]
@@ -16,6 +18,17 @@ SUFFIXES: dict[ExportFormat, str] = {
     "safetensors-plain": ".safetensors",
     "gguf": ".gguf",
 }
+
+
+def check_exported(kind: ArtefactKind) -> None:
+    """Raises `Unsupported` for a kind that comes as its canonical file alone, with all layers."""
+    if not NAMED[kind].exported:
+        raise Unsupported(
+            f"a {kind} comes as safetensors only, with all its layers: leave out 'format' and "
+            "'layers'",
+            code="unsupported_format",
+            param="/format",
+        )
 
 
 def export_vector(vector: ControlVector, path: Path, format: ExportFormat) -> tuple[str, ...]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal
 
-from steer.artefacts.control_vector import ControlVector
-from steer.artefacts.lens import Lens
-from steer.artefacts.sae.base import SAE
+from steer.artefacts.artefact import Artefact
 from steer.artefacts.sae.saelens import CONFIG, WEIGHTS
 from steer.errors import FileFormatError
 from steer.formats.archive import unpack
@@ -18,8 +16,6 @@ from steer.formats.lenses.tuned_lens import PARAMETERS, read_tuned_lens
 from steer.formats.saes.saelens_folder import read_saelens
 from steer.formats.vectors.pt import DIRECTION, METADATA, read_refusal_direction
 
-FolderArtefact: TypeAlias = SAE | Lens | ControlVector
-
 
 @dataclass(frozen=True)
 class FolderLayout:
@@ -27,7 +23,7 @@ class FolderLayout:
 
     tells: str
     weights: str
-    read: Callable[[Path], FolderArtefact]
+    read: Callable[[Path], Artefact]
 
 
 LAYOUTS = (

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
 
-from steer.artefacts.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.artefact import Artefact
 from steer.artefacts.lens import Lens
-from steer.artefacts.sae.base import SAE
 from steer.errors import FileFormatError, IncompatibleArtefact, SteerError
 from steer.formats.adapters.loreft import is_loreft, read_loreft
 from steer.formats.canonical import is_canonical, read_canonical
@@ -23,8 +21,6 @@ from steer.formats.vectors.pt import read_torch
 from steer.formats.vectors.safetensors import read_vector
 from steer.formats.vectors.svec import read_svec
 from steer.model import ModelInfo
-
-Artefact: TypeAlias = ControlVector | LowRankAdapter | SAE | Lens
 
 READERS: Mapping[str, Callable[[Path, ImportOptions], Artefact]] = {
     "gguf": read_gguf,

@@ -50,12 +50,11 @@ class Inspection:
 
     def require(self, engine: Engine) -> None:
         """Raises `Unsupported` (`unsupported_inspection`) where `engine` cannot carry it out."""
-        from steer.inspection import offered  # noqa: PLC0415 (the table holds this method too)
-
         if not self.possible(engine.capabilities):
             raise Unsupported(
-                f"the {engine.capabilities.engine} engine has no {self.name!r} inspection; it has: "
-                f"{', '.join(offered(engine.capabilities)) or 'none'}",
+                f"the {engine.capabilities.engine} engine has no {self.name!r} inspection: it can "
+                f"capture {', '.join(engine.capabilities.captures) or 'no states'}, and that is not "
+                "enough for it; /v1/steering/capabilities lists the inspections there are",
                 code="unsupported_inspection",
             )
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple
 
-from steer.artefacts.control_vector import ArtefactKind, Card
+from steer.artefacts.control_vector import Card
+from steer.artefacts.kinds import ArtefactKind
 from steer.errors import UnknownArtefact
 
 _REF = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,127})(@(?P<hash>[0-9a-f]{6,64}))?")

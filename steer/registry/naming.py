@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from sqlalchemy import Connection
 
-from steer.artefacts.control_vector import ArtefactKind
+from steer.artefacts.kinds import ArtefactKind
 from steer.errors import Conflict, SteerError, StorageError, UnknownArtefact
 from steer.registry.blobs.blobs import BlobStore
 from steer.registry.catalogue.aliases import (

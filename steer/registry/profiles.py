@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, delete, select, update
 
-from steer.artefacts.control_vector import ArtefactKind
+from steer.artefacts.kinds import ArtefactKind
 from steer.errors import UnknownArtefact, pointer
 from steer.registry.catalogue.aliases import Alias, stored_aliases
 from steer.registry.catalogue.schema import profiles

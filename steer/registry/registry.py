@@ -12,11 +12,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, BinaryIO, TypeVar
 
-from steer.artefacts.control_vector import ArtefactKind, ControlVector, LowRankAdapter
+from steer.artefacts.artefact import Artefact
+from steer.artefacts.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.kinds import ArtefactKind, row_of
 from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
 from steer.errors import FileFormatError, SteerError, StorageError
-from steer.formats.importing import Artefact, check_model, read_artefact
+from steer.formats.importing import check_model, read_artefact
 from steer.formats.options import ImportOptions
 from steer.model import ModelInfo
 from steer.registry import naming
@@ -51,6 +53,7 @@ from steer.registry.profiles import (
 from steer.spec import check_name
 
 T = TypeVar("T")
+A = TypeVar("A", bound=Artefact)
 
 _MAX_UPLOAD = 512 << 20
 _CACHE_BYTES = 1 << 30
@@ -329,8 +332,7 @@ class Registry:
     def entry(self, kind: ArtefactKind, ref: str) -> Entry:
         """The newest entry that `ref` (`name`, or `name@` and at least 6 hex digits) names.
 
-        Raises `UnknownArtefact` (`unknown_vector`, `unknown_sae`, `unknown_low_rank`,
-        `unknown_lens`).
+        Raises `UnknownArtefact`, its code `unknown_` and the kind.
         """
         return self._entries.get(
             (kind, ref), self._catalogue.state(), lambda: self._catalogue.resolve(kind, ref)
@@ -366,19 +368,19 @@ class Registry:
 
     def vector(self, ref: str) -> ControlVector:
         """The vector that `ref` names; `card.name` is its registered name."""
-        return self._load("vector", ref, ControlVector.from_bytes)
+        return self.load(ControlVector, ref)
 
     def sae(self, ref: str) -> SAE:
         """The SAE that `ref` names."""
-        return self._load("sae", ref, SAE.from_bytes)
+        return self.load(SAE, ref)
 
     def low_rank(self, ref: str) -> LowRankAdapter:
         """The low-rank adapter that `ref` names."""
-        return self._load("low_rank", ref, LowRankAdapter.from_bytes)
+        return self.load(LowRankAdapter, ref)
 
     def lens(self, ref: str) -> Lens:
         """The tuned lens that `ref` names."""
-        return self._load("lens", ref, Lens.from_bytes)
+        return self.load(Lens, ref)
 
     def content(self, kind: ArtefactKind, ref: str) -> IO[bytes]:
         """The canonical file that `ref` names, open for reading; the caller closes it."""
@@ -387,19 +389,23 @@ class Registry:
         self._count("content")
         return self._present(entry, lambda: self._blobs.open(entry.sha256))
 
-    def _load(self, kind: ArtefactKind, ref: str, read: Callable[..., T]) -> T:
-        entry = self.entry(kind, ref)
+    def load(self, artefact: type[A], ref: str) -> A:
+        """The artefact of this class that `ref` names; `card.name` is its registered name.
+
+        Raises `UnknownArtefact`, and `StorageError` where its file is missing or damaged.
+        """
+        entry = self.entry(row_of(artefact).name, ref)
         # Also where it is loaded: a worker may read it by its hash while the request runs.
         self._leases.take(entry.sha256)
 
-        def load() -> T:
+        def read() -> A:
             self._count("load")
             data = self._present(entry, lambda: self._blobs.read(entry.sha256))
-            return read(data, name=entry.name)
+            return artefact.from_bytes(data, name=entry.name)
 
         # The name is part of the key because it is on the card of the loaded object.
         key = (entry.kind, entry.name, entry.sha256)
-        loaded: T = self._loaded.get(key, entry.size_bytes, load)
+        loaded: A = self._loaded.get(key, entry.size_bytes, read)
         return loaded
 
     def _present(self, entry: Entry, read: Callable[[], T]) -> T:

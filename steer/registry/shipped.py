@@ -7,22 +7,24 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from steer.artefacts.kinds import KINDS
 from steer.errors import FileFormatError, UnknownArtefact
+from steer.formats.folders import LAYOUTS
 from steer.formats.importing import read_artefact
 from steer.formats.options import ImportOptions
 from steer.registry.entry import Entry
 from steer.registry.profiles import Profile
 from steer.registry.registry import Registry
 
-PARTS = ("vectors", "relations", "low_ranks", "saes")
+PARTS = (*(row.shelf for row in KINDS), "relations")
 _UNPACKED_LIMIT = 1 << 30
 
 
 def add_library(registry: Registry, folder: Path) -> list[Entry]:
     """Registers every artefact under `folder`; the entries that are new.
 
-    `<part>/<name>.safetensors` are single files in each of `PARTS`; `saes/<name>/` are SAELens
-    folders; `profiles/<name>.json` hold a spec and its description.
+    `<part>/<name>.safetensors` are single files in each of `PARTS`, `<part>/<name>/` folders of a
+    known layout (SAELens, tuned lens); `profiles/<name>.json` hold a spec and its description.
     Content that has had its name before is left as it is now, so that users may replace or remove
     what was shipped. Profiles are stored where none of their name exists.
     """
@@ -41,7 +43,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.glob("*/cfg.json"))
+    return sorted({path.parent for layout in LAYOUTS for path in folder.glob(f"*/{layout.tells}")})
 
 
 def _add_artefact(registry: Registry, path: Path) -> Entry | None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from steer.artefacts.artefact import Artefact
 from steer.artefacts.calibration import Calibration, MeasuredDose
 from steer.artefacts.control_vector import ControlVector, LayerMeasure, LowRankAdapter
+from steer.artefacts.kinds import ArtefactKind
+from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
 from steer.model import Capabilities, ModelInfo
 from steer.spec import KINDS, SITES
@@ -82,6 +86,24 @@ def random_adapter(seed: int, *layers: int, width: int = 16, rank: int = 3) -> L
         weight = torch.randn(rank, width, generator=generator) / width**0.5
         parts[layer] = (rotation.contiguous(), weight, torch.randn(rank, generator=generator))
     return LowRankAdapter.of(parts)
+
+
+def random_lens(seed: int, layers: int, width: int = 16) -> Lens:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) / width**0.5
+
+    return Lens.of({layer: (draw(width, width), draw(width)) for layer in range(layers)})
+
+
+EXAMPLES: Mapping[ArtefactKind, Callable[[], Artefact]] = {
+    "vector": lambda: random_vector(1, 2, 3),
+    "low_rank": lambda: random_adapter(2, 2, 3),
+    "sae": lambda: random_sae("standard", seed=3, layer=2),
+    "lens": lambda: random_lens(4, 6),
+}
+"""One artefact of each kind, for a model of 6 layers and width 16, such as the fake engine's."""
 
 
 def artefacts(width: int = 16, layers: int = 4) -> dict[str, Any]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse
 
-from steer.artefacts.control_vector import ArtefactKind
+from steer.artefacts.kinds import NAMED, PLURALS, Plural
 from steer.registry.catalogue.aliases import Alias
 from steer_server.http.content_type import require_json
 from steer_server.http.error_route import SteerRoute
@@ -20,10 +20,6 @@ router = APIRouter(
     dependencies=[Depends(require_json)],
     route_class=SteerRoute,
 )
-
-Folder = Literal["vectors", "saes", "adapters"]
-_KINDS: dict[Folder, ArtefactKind] = {"vectors": "vector", "saes": "sae", "adapters": "low_rank"}
-_FOLDERS = {kind: folder for folder, kind in _KINDS.items()}
 
 
 class AliasRequest(BaseModel):
@@ -38,7 +34,7 @@ class AliasBody(BaseModel):
     """One alias; `target` is a name or `name@hash`."""
 
     object: str = "steering.alias"
-    artefacts: Folder
+    artefacts: Plural
     name: str
     target: str
 
@@ -59,27 +55,29 @@ class AliasDeleted(BaseModel):
 
 @router.get("", response_model=AliasList)
 def list_aliases(
-    serving: ServingDep, artefacts: Annotated[Folder | None, Query()] = None
+    serving: ServingDep, artefacts: Annotated[Plural | None, Query()] = None
 ) -> Response:
     """All aliases by kind and name, or those for one kind of artefacts."""
-    found = serving.registry.aliases(None if artefacts is None else _KINDS[artefacts])
+    found = serving.registry.aliases(None if artefacts is None else PLURALS[artefacts].name)
     return _json(AliasList(data=[_body(alias) for alias in found]))
 
 
 @router.put("/{artefacts}/{name}", response_model=AliasBody)
-def save_alias(artefacts: Folder, name: str, body: AliasRequest, serving: ServingDep) -> Response:
+def save_alias(artefacts: Plural, name: str, body: AliasRequest, serving: ServingDep) -> Response:
     """Makes `name` stand for `target`; an alias of that name is moved, in one step for all."""
-    return _json(_body(serving.registry.set_alias(_KINDS[artefacts], name, body.target)))
+    alias = serving.registry.set_alias(PLURALS[artefacts].name, name, body.target)
+    return _json(_body(alias))
 
 
 @router.delete("/{artefacts}/{name}", response_model=AliasDeleted)
-def delete_alias(artefacts: Folder, name: str, serving: ServingDep) -> Response:
+def delete_alias(artefacts: Plural, name: str, serving: ServingDep) -> Response:
     """Removes an alias, and nothing else."""
-    return _json(AliasDeleted(name=serving.registry.unset_alias(_KINDS[artefacts], name).name))
+    alias = serving.registry.unset_alias(PLURALS[artefacts].name, name)
+    return _json(AliasDeleted(name=alias.name))
 
 
 def _body(alias: Alias) -> AliasBody:
-    return AliasBody(artefacts=_FOLDERS[alias.kind], name=alias.name, target=alias.ref)
+    return AliasBody(artefacts=NAMED[alias.kind].plural, name=alias.name, target=alias.ref)
 
 
 def _json(body: BaseModel) -> Response:

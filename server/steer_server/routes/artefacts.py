@@ -1,4 +1,4 @@
-"""Upload, list, show, download and delete: the same routes for vectors, SAEs and adapters."""
+"""Upload, list, show, download and delete: the same routes for every kind of artefact."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, StreamingResponse
 
-from steer.artefacts.control_vector import ArtefactKind, Card
-from steer.errors import SteerError, Unsupported, pointer
-from steer.formats.exporting import SUFFIXES, ExportFormat, export_vector
+from steer.artefacts.control_vector import Card
+from steer.artefacts.kinds import KINDS, ArtefactKind, KindRow
+from steer.errors import SteerError, pointer
+from steer.formats.exporting import SUFFIXES, ExportFormat, check_exported, export_vector
 from steer.formats.options import ImportOptions
 from steer.formats.sources import SOURCES
 from steer.model import bare_name, parse_layers
@@ -101,9 +102,19 @@ class Tagged(BaseModel):
     tags: list[str]
 
 
-def artefact_router(kind: ArtefactKind, folder: str) -> APIRouter:
-    """The routes below `/v1/steering/<folder>` for artefacts of `kind`."""
-    router = APIRouter(prefix=f"/v1/steering/{folder}", tags=[folder], route_class=SteerRoute)
+def artefact_routers() -> list[APIRouter]:
+    """The routes of every kind of artefact."""
+    return [_artefact_router(row) for row in KINDS]
+
+
+def upload_place(row: KindRow) -> str:
+    """The path below which the artefacts of a kind are, and to which new ones are uploaded."""
+    return f"/v1/steering/{row.plural}"
+
+
+def _artefact_router(row: KindRow) -> APIRouter:
+    router = APIRouter(prefix=upload_place(row), tags=[row.plural], route_class=SteerRoute)
+    kind = row.name
 
     @router.post(
         "",
@@ -222,13 +233,7 @@ def artefact_router(kind: ArtefactKind, folder: str) -> APIRouter:
 
 
 def _exported(serving: Serving, entry: Entry, format: ExportFormat, layers: str | None) -> Response:
-    if entry.kind != "vector":
-        raise Unsupported(
-            f"a {entry.kind} comes as safetensors only, with all its layers: leave out 'format' "
-            "and 'layers'",
-            code="unsupported_format",
-            param="/format",
-        )
+    check_exported(entry.kind)
     vector = serving.registry.vector(entry.id)
     if layers is not None:
         try:

@@ -12,6 +12,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, ValidationError
 
+from steer.artefacts.kinds import KINDS
 from steer.errors import SteerError, TooLarge
 from steer.jobs.kinds.calibrate import CalibrateParams
 from steer.jobs.kinds.evaluate import EvaluateParams
@@ -63,7 +64,7 @@ def evaluate(body: EvaluateParams, serving: ServingDep) -> Response:
 
 _FIELDS = {
     "name": {"type": "string"},
-    "artefact": {"enum": ["vector", "sae", "low_rank", "lens"]},
+    "artefact": {"enum": [row.name for row in KINDS]},
     "from": {"type": "string"},
     "position": {"type": "integer"},
     "layer_offset": {"type": "integer"},

@@ -28,7 +28,7 @@ from steer_server.routes import (
     profiles,
     validate,
 )
-from steer_server.routes.artefacts import artefact_router
+from steer_server.routes.artefacts import artefact_routers
 from steer_server.settings import ServerSettings
 from steer_server.state import assemble
 from steer_server.vllm import generation, listing
@@ -45,10 +45,7 @@ def routers() -> list[APIRouter]:
         generation.router,
         listing.router,
         features.router,
-        artefact_router("vector", "vectors"),
-        artefact_router("sae", "saes"),
-        artefact_router("low_rank", "adapters"),
-        artefact_router("lens", "lenses"),
+        *artefact_routers(),
         aliases.router,
         profiles.router,
         validate.router,

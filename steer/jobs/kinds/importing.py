@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from steer.artefacts.control_vector import ArtefactKind
+from steer.artefacts.kinds import ArtefactKind
 from steer.engines.base import Engine
 from steer.errors import SteerError, StorageError, Unsupported
 from steer.formats.hub import SCHEME, parse_hub_ref

@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import Connection, select
 
-from steer.artefacts.control_vector import ArtefactKind, Card
+from steer.artefacts.control_vector import Card
+from steer.artefacts.kinds import ArtefactKind
 from steer.registry.archive.archive import damaged
 from steer.registry.catalogue.aliases import Alias, store_alias, stored_alias
 from steer.registry.catalogue.catalogue import Catalogue, row_of

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, delete, select
 
-from steer.artefacts.control_vector import ArtefactKind
+from steer.artefacts.kinds import ArtefactKind
 from steer.errors import UnknownArtefact
 from steer.registry.catalogue.schema import aliases
 from steer.registry.entry import Ref

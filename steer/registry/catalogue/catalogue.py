@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Engine, Select, func, select, update
 from sqlalchemy.exc import SQLAlchemyError
 
-from steer.artefacts.control_vector import ArtefactKind, Card
+from steer.artefacts.control_vector import Card
+from steer.artefacts.kinds import ArtefactKind
 from steer.errors import Conflict, StorageError, UnknownArtefact
 from steer.registry.catalogue.aliases import stored_alias
 from steer.registry.catalogue.database import WRITES, Database, identity_of

@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, FromClause, exists, or_, select
 
-from steer.artefacts.control_vector import ArtefactKind
+from steer.artefacts.kinds import ArtefactKind
 from steer.registry.catalogue.catalogue import entry_of
 from steer.registry.catalogue.schema import artefacts, tags
 from steer.registry.entry import Entry

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from sqlalchemy import Connection, delete, select
 
-from steer.artefacts.control_vector import ArtefactKind
+from steer.artefacts.kinds import ArtefactKind
 from steer.errors import SteerError
 from steer.registry.catalogue.batches import batched
 from steer.registry.catalogue.schema import tags

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from artefacts import EXAMPLES
 from safetensors.torch import save_file
 
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.kinds import KINDS, KindRow
 from steer.artefacts.sae.base import SAE
 from steer.artefacts.sae.saelens import save_directory
 from steer.errors import FileFormatError, StorageError, TooLarge, UnknownArtefact
@@ -116,6 +118,28 @@ def test_a_shipped_library(registry: Registry, tmp_path: Path) -> None:
     assert registry.profile("parlez").description == "answers in French"
     assert add_library(registry, folder) == []
     assert len(registry.versions("vector", "french")) == 1
+
+
+@pytest.mark.parametrize("row", KINDS, ids=lambda row: row.name)
+def test_a_shipped_library_holds_every_kind(
+    registry: Registry, tmp_path: Path, row: KindRow
+) -> None:
+    artefact = EXAMPLES[row.name]()
+    (tmp_path / row.shelf).mkdir()
+    (tmp_path / row.shelf / "one.safetensors").write_bytes(artefact.to_bytes())
+    (entry,) = add_library(registry, tmp_path)
+    assert (entry.kind, entry.name, entry.sha256) == (row.name, "one", artefact.sha256)
+
+
+def test_a_shipped_lens_may_be_a_folder(registry: Registry, tmp_path: Path) -> None:
+    """As the tuned-lens package saves it."""
+    folder = tmp_path / "lenses" / "tuned"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"d_model": 2, "num_hidden_layers": 1}))
+    torch.save({"0.weight": torch.eye(2), "0.bias": torch.ones(2)}, folder / "params.pt")
+    (entry,) = add_library(registry, tmp_path)
+    assert (entry.kind, entry.name) == ("lens", "tuned")
+    assert torch.equal(registry.lens("tuned").translators[0][0], torch.eye(2))
 
 
 def test_a_shipped_library_does_not_undo_what_users_did(registry: Registry, tmp_path: Path) -> None:
