@@ -7,10 +7,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
-settings.register_profile("steer", derandomize=True, deadline=None, max_examples=60)
+# The same examples on every run, however slow the machine.
+settings.register_profile(
+    "steer",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    max_examples=60,
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steer"))
 
 

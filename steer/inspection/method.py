@@ -53,8 +53,8 @@ class Inspection:
         if not self.possible(engine.capabilities):
             raise Unsupported(
                 f"the {engine.capabilities.engine} engine has no {self.name!r} inspection: it can "
-                f"capture {', '.join(engine.capabilities.captures) or 'no states'}, and that is not "
-                "enough for it; /v1/steering/capabilities lists the inspections there are",
+                f"capture {', '.join(engine.capabilities.captures) or 'no states'}, which is "
+                "not enough for it; /v1/steering/capabilities lists the inspections there are",
                 code="unsupported_inspection",
             )
 

@@ -102,7 +102,9 @@ def test_what_is_not_offered_is_refused(name: str, run: Callable[[Engine], Any])
     engine = FakeEngine()
     assert run(engine).object == f"inspect.{name}"
     engine.capabilities = replace(engine.capabilities, captures=())
-    with pytest.raises(Unsupported, match=f"no '{name}' inspection; it has: none") as caught:
+    with pytest.raises(
+        Unsupported, match=f"no '{name}' inspection: it can capture no states"
+    ) as caught:
         run(engine)
     assert caught.value.code == "unsupported_inspection"
 

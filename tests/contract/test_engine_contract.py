@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 import torch
 from artefacts import random_sae, random_vector
 from float64_reference import selected
+from liveness import LIVENESS_SECONDS
 from tiny_models import ARCHITECTURES, LAYERS, VOCABULARY, WIDTH
+from together import complete_together, submit_together
 
 from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import CaptureRequest, Completion, GenerationRequest, SamplingParams
-from steer.engines.listeners import BlockingListener
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import EngineError, SteerError
 from steer.model import HookPoint
@@ -160,7 +162,7 @@ def _close_gates(mine: Completion, other: Completion) -> bool:
 
 def test_a_mixed_batch_equals_one_at_a_time(engine: TransformersEngine) -> None:
     requests = requests_for(engine)
-    together = engine.complete(requests)
+    together = complete_together(engine, requests)
     assert engine.stats().slot_waits > 0, "no request had to wait: the test has too many slots"
     for request, mine in zip(requests, together, strict=True):
         assert len(mine.tokens) == request.sampling.max_tokens
@@ -314,22 +316,56 @@ async def test_cancelled_requests_free_what_they_held(llama: TransformersEngine)
     assert_all_free(llama)
 
 
-async def test_a_request_cancelled_while_it_waits_never_runs(llama: TransformersEngine) -> None:
-    long = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
+async def test_a_request_cancelled_while_it_waits_never_runs(
+    llama: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four plans on three slots. The engine stands still until all have come, and again, once the
+    last of them waits for a slot, until they have left."""
     names = ("everything", "a clamp", "prompt only", "a window")
+    all_come, waits, left = threading.Event(), threading.Event(), threading.Event()
+    scheduler, submit, begin = llama._scheduler, llama._scheduler.submit, llama._scheduler._running
+    submitted: list[str] = []
+    begun: list[str] = []
+
+    def counted(request: GenerationRequest, listener: Any) -> Any:
+        ticket = submit(request, listener)
+        submitted.append(request.id)
+        if len(submitted) == len(names):
+            all_come.set()
+        return ticket
+
+    def noted(ticket: Any) -> Any:
+        begun.append(ticket.request.id)
+        return begin(ticket)
+
+    def hold(module: torch.nn.Module, args: Any) -> None:
+        all_come.wait(LIVENESS_SECONDS)
+        if scheduler.figures.slot_waits:
+            waits.set()
+            left.wait(LIVENESS_SECONDS)
+
+    monkeypatch.setattr(scheduler, "submit", counted)
+    monkeypatch.setattr(scheduler, "_running", noted)
+    handle = llama._hooked.model.register_forward_pre_hook(hold)
+    long = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
     running = [
         asyncio.create_task(
             _drain(llama, GenerationRequest(n, (5, 6), long, plan(llama, SPECS[n])))
         )
         for n in names
     ]
-    await asyncio.sleep(0)
-    for task in running[1:]:
-        task.cancel()
-    done = await asyncio.gather(*running, return_exceptions=True)
-    assert done[0] == 60
-    assert all(isinstance(outcome, asyncio.CancelledError) for outcome in done[1:])
+    try:
+        assert await asyncio.to_thread(waits.wait, LIVENESS_SECONDS)
+        for task in running[1:]:
+            task.cancel()
+        cancelled = await asyncio.gather(*running[1:], return_exceptions=True)
+    finally:
+        left.set()
+    assert await running[0] == 60
+    assert all(isinstance(outcome, asyncio.CancelledError) for outcome in cancelled)
     await asyncio.to_thread(llama.complete, [GenerationRequest("after", (5,), long)])
+    handle.remove()
+    assert begun == [*names[:3], "after"]
     assert_all_free(llama)
 
 
@@ -390,14 +426,8 @@ def test_prompts_that_ended_before_their_neighbours_failed_are_given_back_once(
         if kwargs["input_ids"].shape[1] > 20:
             raise RuntimeError("too long")
 
-    listeners = [BlockingListener(), BlockingListener()]
-    scheduler = llama._scheduler
     handle = llama._hooked.model.register_forward_pre_hook(explode, with_kwargs=True)
-    # Submitted from the engine's own thread, so that both are admitted together.
-    scheduler.run(
-        lambda: [scheduler.submit(*pair) for pair in zip((short, long), listeners, strict=True)]
-    )
-    for listener in listeners:
+    for listener in submit_together(llama, (short, long)):
         with pytest.raises(EngineError, match="too long"):
             listener.result()
     handle.remove()

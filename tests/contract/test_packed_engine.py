@@ -18,6 +18,7 @@ import torch
 import transformers
 from artefacts import artefacts, random_spec
 from tiny_models import ARCHITECTURES, LAYERS, VOCABULARY, WIDTH
+from together import complete_together
 from transformers.generation.configuration_utils import CompileConfig
 from transformers.generation.continuous_batching import input_outputs
 
@@ -271,7 +272,7 @@ def test_half_precision_is_proved(make: Make, tiny_model: Callable[[str], Any]) 
 def test_requests_wait_for_slots(make: Make) -> None:
     packed = make("packed", slots=1)
     specs = [{"interventions": [{"kind": "add", "vector": f"v{n}"}]} for n in range(4)]
-    got = packed.complete([request(packed, spec, (5, 6, 7)) for spec in specs])
+    got = complete_together(packed, [request(packed, spec, (5, 6, 7)) for spec in specs])
     alone = [packed.complete([request(packed, spec, (5, 6, 7))])[0] for spec in specs]
     assert_same(got, alone)
     assert packed.stats().slot_waits > 0

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from liveness import LIVENESS_SECONDS
 from safetensors.torch import load_file, save_file
 from transformers import (
     GPT2Config,
@@ -101,7 +102,7 @@ def run_peer(tmp_path_factory: pytest.TempPathFactory) -> RunPeer:
             env=os.environ | threads,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=LIVENESS_SECONDS,
             check=False,
         )
         if done.returncode != 0:

@@ -13,6 +13,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from liveness import LIVENESS_SECONDS
 from object_store import ObjectStore
 from postgres_server import PostgresServer
 
@@ -224,7 +225,7 @@ def test_processes_open_an_empty_place_and_write_at_once(place: dict[str, str]) 
         subprocess.Popen([sys.executable, "-c", WRITER, first], env=environment)
         for first in ("0", "100")
     ]
-    assert [writer.wait() for writer in writers] == [0, 0]
+    assert [writer.wait(LIVENESS_SECONDS) for writer in writers] == [0, 0]
     with Registry.open(**place) as registry:
         assert registry.stats().artefacts == {"vector": 21}
         assert [e.version for e in registry.versions("vector", "shared")] == list(range(20, 0, -1))

@@ -13,6 +13,7 @@ import openai
 import pytest
 import torch
 from fastapi import FastAPI
+from liveness import LIVENESS_SECONDS
 
 from steer.artefacts.control_vector import ControlVector
 from steer.artefacts.sae.base import SAE
@@ -114,12 +115,12 @@ def live(app: FastAPI, settings: ServerSettings, engine: FakeEngine) -> Iterator
     server = Announced(app, settings)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    assert listening.wait(20)
+    assert listening.wait(LIVENESS_SECONDS)
     yield server.url
     server.should_exit = True
     if engine.stepper is not None:
         engine.stepper.allow(10_000)
-    thread.join(20)
+    thread.join(LIVENESS_SECONDS)
     assert not thread.is_alive()
 
 

@@ -14,6 +14,7 @@ import torch
 from anyio import to_thread
 from counting_jobs import finished
 from fastapi import FastAPI
+from liveness import LIVENESS_SECONDS
 from pydantic import ValidationError
 from rich.console import Console
 
@@ -158,5 +159,5 @@ async def _fitted(http: httpx.AsyncClient, app: FastAPI) -> dict[str, Any]:
 
 
 def test_the_engine_lives_as_long_as_the_server(live: str, engine: FakeEngine) -> None:
-    assert httpx.get(f"{live}/health").json()["status"] == "ok"
+    assert httpx.get(f"{live}/health", timeout=LIVENESS_SECONDS).json()["status"] == "ok"
     assert engine.running

@@ -7,13 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from liveness import LIVENESS_SECONDS
 from pydantic import BaseModel, ConfigDict
 
 from steer.errors import SteerError
 from steer.jobs import JobContext, JobKind, JobLimits, JobRunner
 from steer.registry.jobs.job_records import Job
 
-QUICK = JobLimits(progress_seconds=0, lease_seconds=3, poll_seconds=0.02)
+QUICK = JobLimits(progress_seconds=0, lease_seconds=LIVENESS_SECONDS, poll_seconds=0.02)
+"""Every report is written down, and work is looked for at once. No lease lapses because a thread
+that should have renewed it did not get to run; tests of that pass the time themselves."""
 
 
 class CountParams(BaseModel):
@@ -42,7 +45,11 @@ class Gate:
     def step(self) -> None:
         self.reached.release()
         if not self.open:
-            assert self._permits.acquire(timeout=20)
+            assert self._permits.acquire(timeout=LIVENESS_SECONDS)
+
+    def await_step(self) -> None:
+        """Returns once a job has come to one more step."""
+        assert self.reached.acquire(timeout=LIVENESS_SECONDS)
 
 
 def counting(gate: Gate, *, repeatable: bool = False, any_model: bool = False) -> JobKind[Any]:
@@ -80,13 +87,12 @@ def wait_for(runner: JobRunner, job_id: str, wanted: Callable[[Job], bool]) -> J
     """The job once it is as `wanted`; woken by its changes, not by time."""
     changed = threading.Event()
     with runner.changes.listening(job_id, changed.set):
-        for _ in range(2000):
+        while True:
             changed.clear()
             job = runner.store.get(job_id)
             if wanted(job):
                 return job
-            assert changed.wait(20), f"the job stays {job}"
-    raise AssertionError(job)
+            assert changed.wait(LIVENESS_SECONDS), f"the job stays {job}"
 
 
 def finished(runner: JobRunner, job_id: str) -> Job:

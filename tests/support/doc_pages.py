@@ -27,13 +27,13 @@ from typing import Annotated
 import torch
 import typer
 from live_server import live_server
+from liveness import LIVENESS_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = "http://127.0.0.1:8000"
 RUN = ("python", "bash")
 PYTHON_ONLY = (ROOT / "README.md",)
 """Pages whose shell commands set up or serve what the page then uses."""
-COMMAND_SECONDS = 600
 
 _FENCE = re.compile(
     r"(?:<!-- (?:not run: (?P<reason>[^>]*?)|run with: (?P<peer>[\w-]+)) -->\n+)?"
@@ -153,7 +153,7 @@ class Session:
             env=dict(environment),
             capture_output=True,
             text=True,
-            timeout=COMMAND_SECONDS,
+            timeout=LIVENESS_SECONDS,
             check=False,
         )
         if done.returncode:

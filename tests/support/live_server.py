@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from liveness import LIVENESS_SECONDS
+
 from steer_server.serve import Server, build
 from steer_server.settings import ServerSettings
-
-START_SECONDS = 120
 
 
 @contextmanager
@@ -29,8 +29,8 @@ def live_server(registry: Path) -> Iterator[str]:
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
-        if not started.wait(START_SECONDS):
-            raise RuntimeError(f"the server did not start within {START_SECONDS} seconds")
+        if not started.wait(LIVENESS_SECONDS):
+            raise RuntimeError(f"the server did not start within {LIVENESS_SECONDS} seconds")
         yield server.url
     finally:
         server.should_exit = True

@@ -34,7 +34,7 @@ from steer.plan.plan import SteeringPlan
 from steer.registry.blobs.plan_store import PlanStore
 from steer.spec import KINDS, parse_spec
 
-RUNNER = Path(__file__).parents[1] / "support" / "architecture_runner.py"
+RUNNER = Path(__file__).parents[1] / "support" / "vllm_side" / "architecture_runner.py"
 EVERY = "STEER_ALL_ARCHITECTURES"
 """An environment variable: set it to run every architecture, some minutes more."""
 USUAL = ("llama", "gemma2", "mixtral", "gpt2", "granite", "olmo2")

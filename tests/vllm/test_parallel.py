@@ -21,6 +21,7 @@ import parallel_runner
 import pytest
 import torch
 import vllm_engine
+from liveness import LIVENESS_SECONDS
 
 from steer.engines.base import Completion
 from steer.engines.transformers.engine import TransformersEngine
@@ -28,8 +29,8 @@ from steer.engines.vllm.pipeline import merged_answers
 from steer.plan.cache import PlanCache
 from steer.registry.registry import Registry
 
-LIMIT = 840
-"""Seconds for one job: starting takes most of them."""
+COMPARED = 200
+"""Tokens of a request without an end that are compared: the model's context holds no more."""
 
 RUNNER = Path(parallel_runner.__file__)
 
@@ -88,7 +89,7 @@ def run(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
             **os.environ,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
             "VLLM_PLUGINS": "steer",
-            "PYTHONPATH": str(RUNNER.parent),
+            "PYTHONPATH": os.pathsep.join(map(str, (RUNNER.parent, RUNNER.parents[1]))),
         }
         log = root / f"{name}.log"
         with log.open("w") as printed:
@@ -100,7 +101,7 @@ def run(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
                 start_new_session=True,
             )
             try:
-                code = child.wait(timeout=LIMIT)
+                code = child.wait(timeout=2 * LIVENESS_SECONDS)  # it starts vLLM twice
             finally:
                 _end(child.pid)
                 child.wait()
@@ -113,7 +114,14 @@ def run(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
 
 @pytest.fixture(scope="module")
 def tensor_parallel(run: Callable[..., Result]) -> Result:
-    return run("tensor", as_client=True, gates=True, tensor_parallel_size=2)
+    return run(
+        "tensor",
+        as_client=True,
+        gates=True,
+        tensor_parallel_size=2,
+        max_model_len=parallel_runner.CONTEXT,
+        hf_overrides={"max_position_embeddings": parallel_runner.CONTEXT},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -147,14 +155,17 @@ def test_a_vector_uploaded_while_requests_run_reaches_every_worker(
         [
             parallel_runner.same_request(plan, "late"),
             parallel_runner.same_request(None, "plain"),
-            parallel_runner.same_request(plans["every layer"], "long", tokens=parallel_runner.LONG),
+            parallel_runner.same_request(plans["every layer"], "long", tokens=COMPARED),
         ]
     )
     assert_same(late["done"], expected, "late")
     assert expected.tokens != plain.tokens
     assert late["others"] == 4
-    for tokens in late["long"]:
-        assert tokens == list(long.tokens)
+    for tokens, (finish, receipt) in zip(late["long"], late["ends"], strict=True):
+        assert finish == "stop"
+        assert tokens[:COMPARED] == list(long.tokens[: len(tokens)])
+        fed = len(parallel_runner.PROMPT) + len(tokens) - 1
+        assert receipt["tokens_steered"] + receipt["tokens_skipped"] == fed
 
 
 def test_an_engine_core_that_replaces_a_killed_one_serves_the_same_plan(

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import socket
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,6 +14,7 @@ import httpx
 import openai
 import pytest
 import torch
+from liveness import LIVENESS_SECONDS, eventually
 from prometheus_client.parser import text_string_to_metric_families
 from steer_vectors import LIBRARY
 from vllm_server import running_server
@@ -31,25 +31,32 @@ EVERYWHERE = {"interventions": [{"kind": "add", "vector": "french", "where": ALL
 GERMAN = {"interventions": [{"kind": "add", "vector": "german"}]}
 CLAMP = {"interventions": [{"kind": "clamp", "sae": "resid-3", "features": [1], "value": 6.0}]}
 WIDTH = 192
+CONTEXT = 1 << 16
+"""Tokens that a sequence may have: a request for most of them does not end by itself before its
+client has left it, which takes a few steps."""
+ENDLESS = {"max_tokens": CONTEXT - 1000, "ignore_eos": True}
+CANCELLED = "steer_requests_total{outcome=cancelled,profile=none}"
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     registry = tmp_path_factory.mktemp("server") / "registry"
-    with running_server(registry, STEER_MEASURED_SHARE="0") as found:
+    context = (f"max_model_len={CONTEXT}", f'hf_overrides={{"max_position_embeddings": {CONTEXT}}}')
+    options = [part for option in context for part in ("--engine-option", option)]
+    with running_server(registry, *options, STEER_MEASURED_SHARE="0") as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def http(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=120) as client:
+    with httpx.Client(base_url=url, timeout=LIVENESS_SECONDS) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def client(url: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(
-        base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120
+        base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=LIVENESS_SECONDS
     ) as connected:
         yield connected
 
@@ -111,13 +118,18 @@ def metrics(http: httpx.Client) -> dict[str, float]:
 
 def wait_until_idle(http: httpx.Client) -> None:
     """Asks until nothing runs and no slot is taken."""
-    until = time.monotonic() + 60
-    while True:
+
+    def busy() -> list[str]:
         now = metrics(http)
-        running = [v for k, v in now.items() if k.startswith("vllm:num_requests_running")]
-        if not any([*running, now["steer_slots_in_use"], now["steer_sequences_running"]]):
-            return
-        assert time.monotonic() < until, now
+        names = [name for name in now if name.startswith("vllm:num_requests_running")]
+        return [n for n in (*names, "steer_slots_in_use", "steer_sequences_running") if now[n]]
+
+    eventually(busy, lambda names: not names)
+
+
+def wait_until_cancelled(http: httpx.Client, before: float) -> None:
+    """Asks until one more client than `before` is known to have left."""
+    eventually(lambda: metrics(http).get(CANCELLED, 0), lambda now: now == before + 1)
 
 
 # What vLLM's routes answer
@@ -376,7 +388,8 @@ def test_other_routes_take_a_spec_as_an_argument_and_as_no_field(http: httpx.Cli
         "/v1/responses", json={**asked, "vllm_xargs": {"steering": json.dumps(FRENCH)}}
     ).json()
     assert answer["output"][0]["content"][0]["text"] == FRENCH_ANSWER
-    assert metrics(http)["steer_tokens_total{treatment=steered}"] > before
+    steered = "steer_tokens_total{treatment=steered}"
+    eventually(lambda: metrics(http)[steered], lambda now: now > before)
     unknown = json.dumps({"interventions": [{"kind": "add", "vector": "frnch"}]})
     refused = http.post("/v1/responses", json={**asked, "vllm_xargs": {"steering": unknown}})
     assert refused.status_code == 400
@@ -396,9 +409,19 @@ def vector_file() -> bytes:
 
 
 def test_an_upload_steers_the_next_request_while_a_stream_runs(http: httpx.Client) -> None:
+    """One stream is read to its end afterwards; the other runs until it is left, so that there is
+    one all the time."""
+    wait_until_idle(http)
+    before = metrics(http).get(CANCELLED, 0)
     long = body(steering=FRENCH, stream=True, max_tokens=200, ignore_eos=True)
-    with http.stream("POST", "/v1/chat/completions", json=long) as running:
-        lines = running.iter_lines()
+    endless = body(steering=GERMAN, stream=True, **ENDLESS)
+    with (
+        http.stream("POST", "/v1/chat/completions", json=endless) as other,
+        http.stream("POST", "/v1/chat/completions", json=long) as running,
+    ):
+        # Held: an iterator that is dropped closes its connection.
+        endlessly, lines = other.iter_lines(), running.iter_lines()
+        assert next(endlessly).startswith("data: ")
         assert next(lines).startswith("data: ")
         uploaded = http.post(
             "/v1/steering/vectors",
@@ -412,8 +435,12 @@ def test_an_upload_steers_the_next_request_while_a_stream_runs(http: httpx.Clien
         assert answer["steering"]["tokens_steered"] == answer["usage"]["total_tokens"] - 1
         assert len(answer["steering"]["hook_points"]) == 2
         rest = [line for line in lines if line]
+        eventually(lambda: metrics(http)["steer_sequences_running"], lambda now: now == 1)
+        assert metrics(http).get(CANCELLED, 0) == before
     assert rest[-1] == "data: [DONE]"
     assert "steering" in json.loads(rest[-2].removeprefix("data: "))
+    wait_until_cancelled(http, before)
+    wait_until_idle(http)
     valid = http.post("/v1/steering/validate", json={"steering": spec}).json()
     assert valid["valid"]
     assert http.delete("/v1/steering/vectors/noise").json()["deleted"]
@@ -459,22 +486,29 @@ def test_inspection_runs_on_the_served_engine(http: httpx.Client) -> None:
 
 
 def test_metrics_are_vllms_and_ours(ask: Callable[..., Any], http: httpx.Client) -> None:
+    wait_until_idle(http)
     before = metrics(http)
     answer = ask(steering=EVERYWHERE)
     ask()
-    after = metrics(http)
+
+    ours = "steer_requests_total{outcome=ok,profile=none}"
+
+    def counted(found: dict[str, float]) -> bool:
+        names = [name for name in found if name.startswith("vllm:request_success_total{")]
+        served = sum(found[name] - before.get(name, 0.0) for name in names)
+        return served == 2 and found[ours] > before.get(ours, 0.0)
+
+    after = eventually(lambda: metrics(http), counted)
 
     def grown(name: str) -> float:
         return after[name] - before.get(name, 0.0)
 
-    assert grown("steer_requests_total{outcome=ok,profile=none}") == 1
+    assert grown(ours) == 1
     assert grown("steer_vector_requests_total{outcome=ok,vector=french}") == 1
     assert grown("steer_tokens_total{treatment=steered}") == answer.usage.total_tokens - 1
     assert grown("steer_time_to_first_token_seconds_count{steered=true}") == 1
     assert after["steer_slots"] == 16
     assert after["steer_registry_artefacts{kind=vector}"] >= 7
-    requests = [name for name in after if name.startswith("vllm:request_success_total{")]
-    assert sum(map(grown, requests)) == 2
 
 
 def test_the_server_says_what_it_can(http: httpx.Client) -> None:
@@ -544,13 +578,14 @@ def test_mixed_requests_answer_as_each_does_alone(http: httpx.Client) -> None:
 
 def test_a_client_that_leaves_frees_its_slot(http: httpx.Client) -> None:
     wait_until_idle(http)
-    before = metrics(http)
-    long = body(steering=FRENCH, stream=True, max_tokens=220, ignore_eos=True)
+    before = metrics(http).get(CANCELLED, 0)
+    long = body(steering=FRENCH, stream=True, **ENDLESS)
     with http.stream("POST", "/v1/chat/completions", json=long) as running:
-        assert next(running.iter_lines()).startswith("data: ")
+        lines = running.iter_lines()  # held: dropped, it would close the connection
+        assert next(lines).startswith("data: ")
+        eventually(lambda: metrics(http)["steer_slots_in_use"], lambda taken: taken == 1)
+    wait_until_cancelled(http, before)
     wait_until_idle(http)
-    left = "steer_requests_total{outcome=cancelled,profile=none}"
-    assert metrics(http)[left] == before.get(left, 0) + 1
     answer = http.post("/v1/chat/completions", json=body(steering=FRENCH)).json()
     assert answer["choices"][0]["message"]["content"] == FRENCH_ANSWER
 
@@ -558,9 +593,8 @@ def test_a_client_that_leaves_frees_its_slot(http: httpx.Client) -> None:
 def test_a_client_that_hangs_up_at_once_is_counted_and_forgotten(
     http: httpx.Client, url: str
 ) -> None:
-    cancelled = "steer_requests_total{outcome=cancelled,profile=none}"
-    before = metrics(http).get(cancelled, 0)
-    content = json.dumps(body(steering=FRENCH, max_tokens=220, ignore_eos=True)).encode()
+    before = metrics(http).get(CANCELLED, 0)
+    content = json.dumps(body(steering=FRENCH, **ENDLESS)).encode()
     place = httpx.URL(url)
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nhost: {place.host}\r\n"
@@ -568,9 +602,7 @@ def test_a_client_that_hangs_up_at_once_is_counted_and_forgotten(
     )
     with socket.create_connection((place.host, place.port or 80)) as connection:
         connection.sendall(head.encode() + content)
-    until = time.monotonic() + 60
-    while metrics(http).get(cancelled, 0) != before + 1:
-        assert time.monotonic() < until
+    wait_until_cancelled(http, before)
     wait_until_idle(http)
 
 

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
+from liveness import LIVENESS_SECONDS
 from prometheus_client import CollectorRegistry, Gauge
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
@@ -56,10 +57,14 @@ class Workers:
         self.calls: list[list[tuple[str, dict[int, int]]]] = []
         self.fault: Exception | None = None
         self.forgets = False
+        self.asked, self.answers = asyncio.Event(), asyncio.Event()
+        """The first call has come; calls are answered."""
+        self.answers.set()
 
     async def ask(self, asked: list[tuple[str, dict[int, int]]]) -> list[Any]:
         self.calls.append(asked)
-        await asyncio.sleep(0)
+        self.asked.set()
+        await self.answers.wait()
         if self.fault is not None:
             raise self.fault
         if self.forgets:
@@ -99,11 +104,16 @@ async def test_a_receipt_that_cannot_be_had_raises() -> None:
 
 async def test_one_who_leaves_keeps_nobody_waiting() -> None:
     workers = Workers()
+    workers.answers.clear()
     calls = ReceiptFetcher(workers.ask)
     leaving = asyncio.create_task(calls.fetch("a", {0: 1}))
     staying = asyncio.create_task(calls.fetch("b", {0: 2}))
-    await asyncio.sleep(0)
+    await workers.asked.wait()
+    assert workers.calls == [[("a", {0: 1}), ("b", {0: 2})]]
     leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    workers.answers.set()
     assert (await staying)[0].tokens_steered == 2
 
 
@@ -432,7 +442,9 @@ async def test_figures_do_not_wait_on_the_event_loop() -> None:
     async def figure() -> float:
         return 7.0
 
-    gauge.set_function(lambda: asyncio.run_coroutine_threadsafe(figure(), loop).result(5))
+    gauge.set_function(
+        lambda: asyncio.run_coroutine_threadsafe(figure(), loop).result(LIVENESS_SECONDS)
+    )
     figures = Figures(own)
     assert not list(figures.collect())
     found = await asyncio.to_thread(lambda: list(figures.collect()))

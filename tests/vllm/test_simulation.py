@@ -7,6 +7,7 @@ turns build on turns; so requests are preempted, computed twice, and found in th
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -15,12 +16,14 @@ import numpy as np
 import pytest
 import torch
 import vllm_engine
+from liveness import LIVENESS_SECONDS
 from vllm_simulation import (
     Plans,
     assert_all_free,
     core,
     forget_cache,
     simulate,
+    submissions,
 )
 
 from steer.engines.base import GenerationRequest, SamplingParams
@@ -106,19 +109,39 @@ def test_seeded_samples_equal_those_of_the_request_alone(engine: VllmEngine, pla
     assert_all_free(engine)
 
 
+@pytest.mark.parametrize("steps", [0, 1])
 def test_a_request_that_is_left_before_its_first_token_leaves_nothing(
-    engine: VllmEngine, plans: Plans
+    engine: VllmEngine, plans: Plans, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
-    async def leave_at_once() -> None:
+    """While it waits, and with a part of its prompt computed: the engine stands still meanwhile."""
+    scheduler, scheduled = core(engine).scheduler, 0
+    schedule, left = scheduler.schedule, threading.Event()
+
+    def held(*args: object, **named: object) -> object:
+        nonlocal scheduled
+        if scheduled == steps:
+            left.wait(LIVENESS_SECONDS)
+        scheduled += 1
+        return schedule(*args, **named)
+
+    monkeypatch.setattr(scheduler, "schedule", held)
+
+    async def leave(come: threading.Semaphore) -> None:
         sampling = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
         request = GenerationRequest("gone", tuple(range(5, 95)), sampling, plans["everything"])
         tasks = [asyncio.ensure_future(anext(engine.generate(request))) for _ in range(8)]
-        await asyncio.sleep(0)  # each has submitted its request
+        for _ in tasks:
+            assert await asyncio.to_thread(come.acquire, timeout=LIVENESS_SECONDS)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(end, asyncio.CancelledError) for end in ends)
 
-    asyncio.run(leave_at_once())
+    with submissions(engine) as come:
+        try:
+            asyncio.run(leave(come))
+        finally:
+            left.set()
     engine.complete([GenerationRequest("after", (5, 6), SamplingParams(max_tokens=2))])
     assert core(engine).scheduler.get_num_unfinished_requests() == 0
     assert_all_free(engine)

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from liveness import LIVENESS_SECONDS
 
 from steer.engines.fake.engine import FakeEngine, FakeFailure, Stepper
 from steer.errors import EngineError
@@ -80,9 +81,10 @@ def test_plain_completions_work(client: openai.OpenAI, joy: dict[str, Any]) -> N
 
 
 def test_an_uploaded_vector_steers_the_next_request(client: openai.OpenAI, live: str) -> None:
-    content = httpx.get(f"{live}/v1/steering/vectors/joy/content").content
+    url = f"{live}/v1/steering/vectors"
+    content = httpx.get(f"{url}/joy/content", timeout=LIVENESS_SECONDS).content
     answer = httpx.post(
-        f"{live}/v1/steering/vectors", files={"file": ("mine.safetensors", content)}
+        url, files={"file": ("mine.safetensors", content)}, timeout=LIVENESS_SECONDS
     )
     assert answer.status_code == 201
     steered = ask(
@@ -125,7 +127,7 @@ def test_closing_a_stream_cancels_the_generation(
     assert next(read).choices[0].delta.content
     assert engine.stats().slots_in_use == 1
     stream.close()
-    assert engine.wait_for("cancelled")
+    assert engine.wait_for("cancelled", timeout=LIVENESS_SECONDS)
     assert engine.stats().slots_in_use == 0
 
 
@@ -141,15 +143,19 @@ def test_leaving_before_the_answer_cancels_the_generation(
             + f"content-length: {len(body)}\r\n\r\n".encode()
             + body
         )
-        assert engine.wait_for("started", 3)
-    assert engine.wait_for("cancelled", 3)
+        assert engine.wait_for("started", 3, LIVENESS_SECONDS)
+    assert engine.wait_for("cancelled", 3, LIVENESS_SECONDS)
     assert engine.counts["finished"] == 0
 
 
 def test_the_models_list_holds_profiles_which_can_be_used(
     client: openai.OpenAI, live: str, joy: dict[str, Any]
 ) -> None:
-    saved = httpx.post(f"{live}/v1/steering/profiles", json={"name": "cheerful", "spec": joy})
+    saved = httpx.post(
+        f"{live}/v1/steering/profiles",
+        json={"name": "cheerful", "spec": joy},
+        timeout=LIVENESS_SECONDS,
+    )
     assert saved.status_code == 200
     assert [model.id for model in client.models.list()] == ["fake-model", "fake-model:cheerful"]
     assert client.models.retrieve("fake-model:cheerful").owned_by == "steer"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import httpx
 import pytest
 from counting_jobs import QUICK, CountParams, Gate, counting, finished, wait_for
 from fastapi import FastAPI
+from liveness import LIVENESS_SECONDS
 from prometheus_client.parser import text_string_to_metric_families
 
 from steer.engines.base import SamplingParams
@@ -69,7 +72,7 @@ async def running(app: FastAPI, http: httpx.AsyncClient) -> AsyncIterator[httpx.
     jobs: JobRunner = app.state.steer.jobs
     jobs.start()
     yield http
-    await asyncio.to_thread(jobs.stop)
+    await asyncio.to_thread(jobs.stop, LIVENESS_SECONDS)
 
 
 def counter(app: FastAPI, gate: Gate) -> JobRunner:
@@ -219,7 +222,7 @@ async def test_a_file_is_imported(
     assert (card.default_strength, card.used_layers) == (0.5, (2, 3))
     assert job["result"]["id"] == registry.entry("vector", "delight").id
     folder = registry.job_files.folder(job["id"])
-    await asyncio.to_thread(app.state.steer.jobs.stop)
+    await asyncio.to_thread(app.state.steer.jobs.stop, LIVENESS_SECONDS)
     assert not folder.exists()
 
 
@@ -484,7 +487,7 @@ async def test_cancel_and_delete(http: httpx.AsyncClient, app: FastAPI, gate: Ga
     await asyncio.to_thread(finished, runner, done.id)
     late = await http.post(f"/v1/jobs/{done.id}/cancel")
     assert (late.status_code, late.json()["error"]["code"]) == (409, "job_finished")
-    await asyncio.to_thread(runner.stop)
+    await asyncio.to_thread(runner.stop, LIVENESS_SECONDS)
 
 
 async def test_a_full_queue_is_answered_with_503(
@@ -527,7 +530,7 @@ async def test_events_are_replayed_and_end(
     assert (await http.get(url, params={"after": 999})).json()["data"] == []
     for wrong in (-1, 10**12, 10**30, "9" * 5000):
         assert (await http.get(url, params={"after": wrong})).status_code == 400
-    await asyncio.to_thread(runner.stop)
+    await asyncio.to_thread(runner.stop, LIVENESS_SECONDS)
 
 
 async def test_events_come_while_the_job_runs(app: FastAPI, gate: Gate, live: str) -> None:
@@ -538,7 +541,7 @@ async def test_events_come_while_the_job_runs(app: FastAPI, gate: Gate, live: st
     job = runner.submit("count", CountParams(steps=3))
     seen = []
     async with (
-        httpx.AsyncClient(base_url=live, timeout=20) as client,
+        httpx.AsyncClient(base_url=live, timeout=LIVENESS_SECONDS) as client,
         client.stream("GET", f"/v1/jobs/{job.id}/events") as response,
     ):
         async for line in response.aiter_lines():
@@ -552,32 +555,44 @@ async def test_events_come_while_the_job_runs(app: FastAPI, gate: Gate, live: st
     done = [event["data"]["done"] for event in seen if event.get("type") == "progress"]
     assert done[:3] == [1, 2, 3]
     assert seen[-1]["state"] == "succeeded"
-    await asyncio.to_thread(runner.stop)
+    await asyncio.to_thread(runner.stop, LIVENESS_SECONDS)
 
 
-async def test_a_follower_who_leaves_leaves_nothing(app: FastAPI, gate: Gate, live: str) -> None:
+async def test_a_follower_who_leaves_leaves_nothing(
+    app: FastAPI, gate: Gate, live: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate.open = False
     runner = counter(app, gate)
+    left = threading.Semaphore(0)
+    real = runner.changes.listening
+
+    @contextmanager
+    def listening(*args: Any) -> Iterator[None]:
+        try:
+            with real(*args):
+                yield
+        finally:
+            left.release()
+
+    monkeypatch.setattr(runner.changes, "listening", listening)
     runner.start()
     job = runner.submit("count", CountParams(steps=100))
-    async with httpx.AsyncClient(base_url=live, timeout=20) as client:
+    async with httpx.AsyncClient(base_url=live, timeout=LIVENESS_SECONDS) as client:
         for _ in range(3):
             async with client.stream("GET", f"/v1/jobs/{job.id}/events") as response:
                 async for line in response.aiter_lines():
                     if line.startswith("event:"):
                         break
         assert (await client.get("/health")).status_code == 200
-    for _ in range(2000):
-        if runner.changes.count == 0:
-            break
-        await asyncio.sleep(0.005)
+    for _ in range(3):
+        assert await asyncio.to_thread(left.acquire, timeout=LIVENESS_SECONDS)
     assert runner.changes.count == 0
     gate.allow(1)
     await asyncio.to_thread(wait_for, runner, job.id, lambda one: one.progress.done == 1)
     runner.cancel(job.id)
     gate.allow(100)
     assert (await asyncio.to_thread(finished, runner, job.id)).state == "cancelled"
-    await asyncio.to_thread(runner.stop)
+    await asyncio.to_thread(runner.stop, LIVENESS_SECONDS)
 
 
 async def test_a_silence_is_filled_and_a_forgotten_job_ends_it(app: FastAPI, gate: Gate) -> None:
@@ -634,7 +649,7 @@ async def test_jobs_are_counted(app: FastAPI, gate: Gate, http: httpx.AsyncClien
     runner.start()
     for params in (CountParams(), CountParams(fail_at=0)):
         await asyncio.to_thread(finished, runner, runner.submit("count", params).id)
-    await asyncio.to_thread(runner.stop)
+    await asyncio.to_thread(runner.stop, LIVENESS_SECONDS)
     runner.submit("count", CountParams())
     found = {
         (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value

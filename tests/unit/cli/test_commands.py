@@ -6,7 +6,6 @@ import json
 import pickle
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +44,16 @@ def written(path: Path, value: Any) -> Path:
 
 
 def test_help_needs_no_torch() -> None:
-    started = time.perf_counter()
     code = (
         "import sys; from typer.testing import CliRunner; from steer.cli import app; "
         "result = CliRunner().invoke(app, ['--help']); assert result.exit_code == 0; "
         "heavy = {'torch', 'transformers', 'matplotlib', 'fastapi', 'sqlalchemy'}; "
-        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+        "print(len(sys.modules)); sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - started < 10
+    # Half of them Python's own; any of the packages above brings a thousand.
+    assert int(done.stdout) < 700
 
 
 def test_the_reference_is_up_to_date() -> None:

@@ -10,9 +10,11 @@ import threading
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 from counting_jobs import CountParams, Gate, Make, counting, finished
+from liveness import LIVENESS_SECONDS
 
 from steer.registry.jobs import job_store
 from steer.registry.jobs.job_records import Claim, JobFailure, JobProgress
@@ -66,7 +68,7 @@ def test_a_job_is_claimed_once(stores: tuple[JobStore, JobStore]) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(LIVENESS_SECONDS)
     assert sorted(taken[0] + taken[1]) == [f"job-{number:02}" for number in range(40)]
 
 
@@ -244,13 +246,16 @@ def test_two_servers_share_the_work(make: Make, gate: Gate, tmp_path: Path) -> N
     """Through their own connections; no job is begun twice."""
     kind = counting(gate)
     with Registry.open(tmp_path / "registry") as second:
-        runners = [make(kind), make(kind, over=second)]
+        ended: SimpleQueue[str] = SimpleQueue()
+        runners = [
+            make(kind, over=over, ended=lambda job, seconds: ended.put(job.id))
+            for over in (None, second)
+        ]
         for runner in runners:
             runner.start()
         jobs = [runners[n % 2].submit("count", CountParams(steps=2)) for n in range(12)]
-        for n, job in enumerate(jobs):
-            while not runners[n % 2].store.get(job.id).finished:
-                pass
+        told = [ended.get(timeout=LIVENESS_SECONDS) for _ in jobs]
+        assert sorted(told) == sorted(job.id for job in jobs)
         assert {runners[0].store.get(job.id).state for job in jobs} == {"succeeded"}
         assert gate.begun == 12
         for runner in runners:

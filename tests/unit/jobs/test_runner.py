@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from counting_jobs import QUICK, CountParams, Gate, Make, counting, finished, wait_for
+from liveness import LIVENESS_SECONDS
 
 from steer.engines.fake.engine import FakeEngine, fake_model
 from steer.errors import CapacityError, Conflict, StorageError, UnknownArtefact
 from steer.jobs.pace import bound_threads
 from steer.registry.jobs.job_records import Job
+from steer.registry.jobs.job_store import JobStore
 from steer.registry.registry import Registry
 
 
@@ -42,7 +45,7 @@ def test_a_job_runs_and_tells_how_far_it_is(make: Make, gate: Gate, registry: Re
     assert {1, 2, 3} <= set(done)
     _, later = runner.store.events(job.id, after=events[1].number)
     assert later == events[2:]
-    runner.stop()
+    runner.stop(LIVENESS_SECONDS)
     assert [(one.id, one.state) for one, seconds in ended if seconds >= 0] == [
         (job.id, "succeeded")
     ]
@@ -123,7 +126,7 @@ def test_a_job_is_cancelled_through_another_server(
     runner = make(counting(gate))
     runner.start()
     job = runner.submit("count", CountParams(steps=100))
-    assert gate.reached.acquire(timeout=20)
+    gate.await_step()
     with Registry.open(tmp_path / "registry") as other:
         make(counting(gate), over=other).cancel(job.id)
     gate.allow(100)
@@ -166,7 +169,7 @@ def test_so_many_run_at_a_time(make: Make, gate: Gate, workers: int) -> None:
     runner.start()
     jobs = [runner.submit("count", CountParams(steps=1)) for _ in range(4)]
     for _ in range(workers):
-        assert gate.reached.acquire(timeout=20)
+        gate.await_step()
     assert gate.running == workers
     gate.allow(4)
     for job in jobs:
@@ -189,7 +192,7 @@ def test_only_so_many_finished_jobs_are_kept(make: Make, gate: Gate) -> None:
     runner.start()
     jobs = [runner.submit("count", CountParams(steps=1)) for _ in range(4)]
     finished(runner, jobs[-1].id)
-    runner.stop()  # the last one is pruned after its end was told
+    runner.stop(LIVENESS_SECONDS)  # the last one is pruned after its end was told
     assert [job.id for job in runner.store.page()] == [jobs[3].id, jobs[2].id]
 
 
@@ -201,12 +204,12 @@ def test_stopping_puts_a_repeatable_job_back(make: Make, gate: Gate) -> None:
     job = runner.submit("count", CountParams(steps=100))
     gate.allow(1)
     wait_for(runner, job.id, lambda one: one.progress.done == 1)
-    stopping = threading.Thread(target=runner.stop)
+    stopping = threading.Thread(target=runner.stop, args=(LIVENESS_SECONDS,))
     stopping.start()
-    while not runner._stopping.is_set():
-        pass
+    assert runner._stopping.wait(LIVENESS_SECONDS)
     gate.allow(100)
-    stopping.join(20)
+    stopping.join(LIVENESS_SECONDS)
+    assert not stopping.is_alive()
     left = runner.store.get(job.id)
     assert (left.state, left.progress.done) == ("queued", 1)
     second = make(kind)
@@ -222,13 +225,13 @@ def test_stopping_interrupts_another_job(make: Make, gate: Gate) -> None:
     runner = make(counting(gate))
     runner.start()
     job = runner.submit("count", CountParams(steps=100))
-    assert gate.reached.acquire(timeout=20)
-    stopping = threading.Thread(target=runner.stop)
+    gate.await_step()
+    stopping = threading.Thread(target=runner.stop, args=(LIVENESS_SECONDS,))
     stopping.start()
-    while not runner._stopping.is_set():
-        pass
+    assert runner._stopping.wait(LIVENESS_SECONDS)
     gate.allow(100)
-    stopping.join(20)
+    stopping.join(LIVENESS_SECONDS)
+    assert not stopping.is_alive()
     left = runner.store.get(job.id)
     assert (left.state, left.error.code) == ("interrupted", "job_interrupted")
 
@@ -241,12 +244,13 @@ def test_a_job_that_does_not_report_holds_up_nobody(
     runner = make(counting(gate, repeatable=repeatable))
     runner.start()
     job = runner.submit("count", CountParams(steps=1))
-    assert gate.reached.acquire(timeout=20)
+    gate.await_step()
     thread = next(one for one in runner._threads if one.name == "steer-jobs-worker")
     runner.stop(patience=0)
     assert runner.store.get(job.id).state == state
     gate.allow(100)
-    thread.join(20)
+    thread.join(LIVENESS_SECONDS)
+    assert not thread.is_alive()
     assert runner.store.get(job.id).state == state
 
 
@@ -262,7 +266,7 @@ def test_files_come_with_the_job_and_go_with_it(
     registry.job_files.clean(runner.store.unfinished)
     runner.start()
     assert finished(runner, job.id).result["files"] == ["upload"]
-    runner.stop()
+    runner.stop(LIVENESS_SECONDS)
     assert not registry.job_files.folder(job.id).exists()
 
 
@@ -295,10 +299,15 @@ def test_a_server_of_another_model_leaves_the_job(make: Make, gate: Gate) -> Non
 
 
 def test_an_end_that_cannot_be_written_is_not_lost(
-    make: Make, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    make: Make, gate: Gate, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The catalogue fails just then: the lease lapses and the job is taken up again."""
+    """The catalogue fails just then: the lease lapses and the job is taken up again.
+
+    Leases are reckoned in the test's time; how often they are looked at, in the machine's.
+    """
+    now = datetime(2026, 1, 1)
     runner = make(counting(gate, repeatable=True), limits=replace(QUICK, lease_seconds=0.05))
+    runner.store = JobStore(registry._catalogue, lambda: now)
     real, failures = runner.store.finish, []
 
     def fails_once(*args: Any, **named: Any) -> Any:
@@ -309,10 +318,13 @@ def test_an_end_that_cannot_be_written_is_not_lost(
 
     monkeypatch.setattr(runner.store, "finish", fails_once)
     runner.start()
-    job = wait_for(
-        runner, runner.submit("count", CountParams()).id, lambda one: one.state == "succeeded"
-    )
-    assert job.attempt == 2
+    job = runner.submit("count", CountParams())
+    # Once nobody runs it any more, nobody renews its lease either.
+    wait_for(runner, job.id, lambda _: len(failures) == 2 and not runner._runs)
+    assert runner.store.get(job.id).state == "running"
+    now += timedelta(seconds=1)
+    done = wait_for(runner, job.id, lambda one: one.state == "succeeded")
+    assert done.attempt == 2
 
 
 def test_threads_are_bounded_for_one_thread_alone() -> None:

@@ -157,7 +157,10 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return archive(tmp_path_factory.mktemp("sound"))
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 @given(cut=st.integers(0, 1 << 20))
 def test_an_archive_that_ends_early_is_refused(sound: bytes, registry: Registry, cut: int) -> None:
     # Without its end marker, two empty blocks, everything is there.
@@ -167,7 +170,10 @@ def test_an_archive_that_ends_early_is_refused(sound: bytes, registry: Registry,
     assert registry.entries() == []
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 @given(place=st.integers(0, 1 << 20), bit=st.integers(0, 7))
 def test_a_flipped_bit_is_refused_or_changes_nothing(
     sound: bytes, registry: Registry, place: int, bit: int

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from artefacts import EVERYTHING, random_sae, random_vector, shape_of
+from liveness import LIVENESS_SECONDS
 
 from steer.artefacts.sae.base import SAE
 from steer.errors import FileFormatError, SteerError, StorageError, TooLarge, Unsupported
@@ -181,7 +182,7 @@ def test_processes_put_the_same_plans(tmp_path: Path) -> None:
         assert process.stdin is not None
         process.stdin.write(b"go\n")
         process.stdin.close()
-    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    assert [process.wait(LIVENESS_SECONDS) for process in running] == [0, 0]
     assert len(plans_in(tmp_path)) == 200
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from liveness import LIVENESS_SECONDS
 from sqlalchemy import event
 
 from steer.artefacts.control_vector import ControlVector
@@ -80,7 +81,7 @@ def test_two_processes_write_at_once(tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), first, "15"])
         for first in ("0", "100")
     ]
-    assert [writer.wait() for writer in writers] == [0, 0]
+    assert [writer.wait(LIVENESS_SECONDS) for writer in writers] == [0, 0]
     with Registry.open(tmp_path) as registry:
         assert registry.stats().artefacts == {"vector": 31}
         assert len(registry.versions("vector", "shared")) == 30

@@ -220,7 +220,10 @@ def test_an_empty_directory_is_refused(tmp_path):
         load_directory(tmp_path)
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=50,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 @given(cut=st.integers(0, 4300), junk=st.binary(max_size=30))
 def test_damaged_weights_are_refused(make_sae, tmp_path, cut, junk):
     path = write(tmp_path / "sae", NEW, tensors_of(make_sae()))

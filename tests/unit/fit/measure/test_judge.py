@@ -126,7 +126,7 @@ def test_a_busy_judge_is_asked_again(judge: Judge) -> None:
 
 
 def test_no_judge_at_all() -> None:
-    absent = JudgeScorer("http://127.0.0.1:9/v1", "judge", "?", retries=0, timeout=2)
+    absent = JudgeScorer("http://127.0.0.1:9/v1", "judge", "?", retries=0)
     with pytest.raises(SteerError) as caught:
         absent.judge(["a"])
     assert caught.value.code == "judge_failed"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 import demo_specs
 from float64_reference import selected
+from liveness import LIVENESS_SECONDS
 from vllm_engine import plain
 
 from steer.engines.base import (
@@ -275,7 +277,10 @@ def simulate(
     crowd = Crowd(plans, seed)
     with watched(engine) as watch:
         for _ in range(waves):
-            crowd.met += asyncio.run(serve(engine, crowd.wave(clients // waves)))
+            wave = crowd.wave(clients // waves)
+            # Those who do not stream share a call.
+            with together(engine, 1 + sum(client.streams for client in wave)):
+                crowd.met += asyncio.run(serve(engine, wave))
     assert_all_free(engine)
     # To their ends, so that a shorter one is a beginning of it.
     whole = [replace(one.client, leaves_after=None) for one in crowd.met]
@@ -311,6 +316,41 @@ def in_engine(engine: VllmEngine, work: Callable[[], T]) -> T:
 
     engine._driver._inbox.put(job)  # type: ignore[attr-defined]
     return future.result()
+
+
+@contextmanager
+def submissions(engine: VllmEngine) -> Iterator[threading.Semaphore]:
+    """Inside the block, the semaphore is released for every call that has reached the engine."""
+    driver: Any = engine._driver
+    submit, come = driver.submit, threading.Semaphore(0)
+
+    def counted(sequences: Any) -> None:
+        submit(sequences)
+        come.release()
+
+    driver.submit = counted
+    try:
+        yield come
+    finally:
+        del driver.submit
+
+
+@contextmanager
+def together(engine: VllmEngine, calls: int) -> Iterator[None]:
+    """Holds an idle engine until `calls` calls have reached it.
+
+    So a crowd is one, however slowly its clients come: who competes with whom for memory does not
+    depend on how long a thread waits for its turn.
+    """
+    with submissions(engine) as come:
+
+        def wait() -> None:
+            for _ in range(calls):
+                if not come.acquire(timeout=LIVENESS_SECONDS):
+                    return  # what is counted afterwards will say so
+
+        engine._driver._inbox.put(wait)  # type: ignore[attr-defined]
+        yield
 
 
 def forget_cache(engine: VllmEngine) -> None:

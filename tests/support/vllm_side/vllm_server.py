@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-START_SECONDS = 420
-STOP_SECONDS = 30
+from liveness import LIVENESS_SECONDS, VLLM_BOUNDS
 
 OPTIONS = (
     "enforce_eager=true",
@@ -42,6 +41,7 @@ def running_server(registry: Path, *arguments: str, **environment: str) -> Itera
         command,
         env={
             **os.environ,
+            **VLLM_BOUNDS,
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
@@ -55,7 +55,7 @@ def running_server(registry: Path, *arguments: str, **environment: str) -> Itera
     )
     log = _Log(process)
     try:
-        if not log.up.wait(START_SECONDS) or process.poll() is not None:
+        if not log.up.wait(LIVENESS_SECONDS) or process.poll() is not None:
             raise AssertionError("the server did not start:\n" + "".join(log.lines[-80:]))
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -85,7 +85,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
     """Asks first; whatever is left in the server's own session is ended."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
-        process.wait(STOP_SECONDS)
+        process.wait(LIVENESS_SECONDS)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -40,8 +41,9 @@ from steer.registry.blobs.plan_store import PlanStore
 from steer.registry.registry import Registry
 
 LATE = "late"
-LONG = 200
-"""Tokens of the requests that run while a vector is uploaded."""
+CONTEXT = 1 << 16
+"""Tokens that a sequence may have. A request that has all of them does not end by itself before it
+is told to: what it has to outlast takes a few dozen steps."""
 LATE_SPEC = demo_specs.one(demo_specs.add(LATE, strength=0.6))
 CAPTURED = ("unsteered", "everything", "a clamp that competes", "ablate at attn_out")
 PROMPT = tuple(random.Random(4).randrange(3, demo_specs.VOCABULARY) for _ in range(40))
@@ -178,8 +180,17 @@ def _refuse_put(self: PlanStore, data: bytes) -> str:
 
 
 async def _upload_while_running(engine: VllmEngine, plans: Plans, registry: str) -> dict[str, Any]:
-    """A vector is registered, and used, while other requests are in the middle of theirs."""
-    long = [same_request(plans["every layer"], f"long {n}", tokens=LONG) for n in range(4)]
+    """A vector is registered, and used, while other requests are in the middle of theirs; those
+    go on until they are told to stop."""
+    enough = threading.Event()
+    length = CONTEXT - len(PROMPT)
+    long = [
+        replace(
+            same_request(plans["every layer"], f"long {n}", tokens=length),
+            stop=lambda token: enough.is_set(),
+        )
+        for n in range(4)
+    ]
     streams = [engine.generate(one) for one in long]
     seen = [[(await anext(stream)).token for _ in range(3)] for stream in streams]
     with Registry.open(registry) as opened:
@@ -188,11 +199,14 @@ async def _upload_while_running(engine: VllmEngine, plans: Plans, registry: str)
         plan = late.plan(demo_specs.parse_spec(LATE_SPEC))
     request = same_request(plan, "late")
     done = (await asyncio.to_thread(engine.complete, [request]))[0]
-    running = engine.stats
-    others = (await asyncio.to_thread(running)).requests_running
+    others = (await asyncio.to_thread(engine.stats)).requests_running
+    enough.set()
+    ends = []
     for tokens, stream in zip(seen, streams, strict=True):
-        tokens += [event.token async for event in stream]
-    return {"done": as_json(done), "others": others, "long": seen}
+        async for event in stream:
+            tokens.append(event.token)
+        ends.append([event.finish, event.receipt is not None and event.receipt.as_json()])
+    return {"done": as_json(done), "others": others, "long": seen, "ends": ends}
 
 
 def main(path: Path) -> None:
