@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import uvicorn
 from fastapi import FastAPI
@@ -19,26 +21,38 @@ from steer_server.settings import ServerSettings
 from steer_server.state import Serving
 from steer_server.vllm.launch import launch
 
-ENGINES = ("transformers", "vllm", "fake")
+Loader = Callable[[ServerSettings], Engine]
+
+
+def _transformers(settings: ServerSettings) -> Engine:
+    # Imported where it is used: loading transformers takes seconds.
+    from steer.engines.transformers.engine import TransformersEngine  # noqa: PLC0415
+
+    location = shipped.model_location(settings.model)
+    options = {"name": settings.model, **settings.engine_options}
+    return TransformersEngine.load(location, **options)
+
+
+def _fake(settings: ServerSettings) -> Engine:
+    from steer.engines.fake.engine import FakeEngine, fake_model  # noqa: PLC0415
+
+    return FakeEngine(fake_model(name=settings.model), **settings.engine_options)
+
+
+LOADERS: Mapping[str, Loader] = MappingProxyType({"transformers": _transformers, "fake": _fake})
+"""The engines that this server runs itself. vLLM has a server of its own, which Steer joins."""
+
+ENGINES = (*LOADERS, "vllm")
 
 
 def load_engine(settings: ServerSettings) -> Engine:
     """The engine with its model; raises `Unsupported` for an engine that does not exist."""
-    if settings.engine == "transformers":
-        # Imported where it is used: loading transformers takes seconds.
-        from steer.engines.transformers.engine import TransformersEngine  # noqa: PLC0415
-
-        location = shipped.model_location(settings.model)
-        options = {"name": settings.model, **settings.engine_options}
-        return TransformersEngine.load(location, **options)
-    if settings.engine == "fake":
-        from steer.engines.fake.engine import FakeEngine, fake_model  # noqa: PLC0415
-
-        return FakeEngine(fake_model(name=settings.model), **settings.engine_options)
-    raise Unsupported(
-        f"there is no engine {settings.engine!r}: use one of {', '.join(ENGINES)}",
-        code="unknown_engine",
-    )
+    if settings.engine not in LOADERS:
+        raise Unsupported(
+            f"there is no engine {settings.engine!r}: use one of {', '.join(ENGINES)}",
+            code="unknown_engine",
+        )
+    return LOADERS[settings.engine](settings)
 
 
 def build(settings: ServerSettings) -> FastAPI:

@@ -27,9 +27,10 @@ _EXTENDED_HEADERS = (b"x", b"g", b"L", b"K")
 _PLAIN_TYPES = (b"0", b"\0", b"5", *_EXTENDED_HEADERS)
 
 
-def unpack(
-    archive: Path, into: Path, *, format: Literal["zip", "tar", "tar.gz"], limit: int
-) -> None:
+ArchiveFormat: TypeAlias = Literal["zip", "tar", "tar.gz"]
+
+
+def unpack(archive: Path, into: Path, *, format: ArchiveFormat, limit: int) -> None:
     """Writes the files of `archive` under the new folder `into`, at most `limit` bytes in all.
 
     Raises `FileFormatError` (`unsafe_archive`, `invalid_file`) or `TooLarge`

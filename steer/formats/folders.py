@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from steer.artefacts.artefact import Artefact
 from steer.artefacts.sae.saelens import CONFIG, WEIGHTS
 from steer.errors import FileFormatError
-from steer.formats.archive import unpack
+from steer.formats.archive import ArchiveFormat, unpack
 from steer.formats.lenses.tuned_lens import CONFIG as LENS_CONFIG
 from steer.formats.lenses.tuned_lens import PARAMETERS, read_tuned_lens
 from steer.formats.saes.saelens_folder import read_saelens
@@ -37,9 +36,7 @@ _KNOWN = (
 )
 
 
-def unpacked(
-    archive: Path, scratch: Path, *, format: Literal["zip", "tar", "tar.gz"], limit: int
-) -> Path:
+def unpacked(archive: Path, scratch: Path, *, format: ArchiveFormat, limit: int) -> Path:
     """The one folder with an artefact in an archive, unpacked to the new folder `scratch`."""
     unpack(archive, scratch, format=format, limit=limit)
     told = {layout.tells for layout in LAYOUTS}

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from steer.artefacts.artefact import Artefact
 from steer.artefacts.lens import Lens
 from steer.errors import FileFormatError, IncompatibleArtefact, SteerError
 from steer.formats.adapters.loreft import is_loreft, read_loreft
+from steer.formats.archive import ArchiveFormat
 from steer.formats.canonical import is_canonical, read_canonical
 from steer.formats.folders import layout_of, unpacked
 from steer.formats.guards.safetensors import SafetensorsFile
 from steer.formats.options import ImportOptions
 from steer.formats.sniff import sniff
-from steer.formats.vectors.gguf import read_gguf
-from steer.formats.vectors.npz import read_npz
-from steer.formats.vectors.pt import read_torch
+from steer.formats.table import FORMATS
 from steer.formats.vectors.safetensors import read_vector
-from steer.formats.vectors.svec import read_svec
 from steer.model import ModelInfo
-
-READERS: Mapping[str, Callable[[Path, ImportOptions], Artefact]] = {
-    "gguf": read_gguf,
-    "npz": read_npz,
-    "svec": read_svec,
-    "torch": read_torch,
-}
 
 
 def read_artefact(
@@ -46,12 +37,13 @@ def read_artefact(
     format = sniff(path)
     if format == "safetensors":
         return _read_safetensors(path, options)
-    if format in READERS:
-        return _described(READERS[format](path, options), options)
-    assert format in ("zip", "tar", "tar.gz")
+    for known in FORMATS:
+        if known.name == format:
+            return _described(known.read(path, options), options)
+    archive = cast("ArchiveFormat", format)
     if scratch is None:
         raise FileFormatError(f"a {format} archive cannot be read here: unpack it first")
-    folder = unpacked(path, scratch, format=format, limit=unpacked_limit)
+    folder = unpacked(path, scratch, format=archive, limit=unpacked_limit)
     return _read_folder(folder, options)
 
 

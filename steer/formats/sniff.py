@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from steer.errors import FileFormatError
-from steer.formats.guards.zip import member_names
-
-Format = Literal["safetensors", "gguf", "npz", "torch", "svec", "zip", "tar", "tar.gz"]
+from steer.formats.table import FORMATS, is_zip
 
 _FOREIGN = {
     b"\x93NUMPY": "a NumPy array: save it as .npz (numpy.savez)",
@@ -22,11 +19,11 @@ PICKLE = (
     "safetensors.torch.save_file; vectors of the steering-vectors package are turned into "
     "safetensors on your own machine by `steer vectors convert`"
 )
-_SPACE = b" \t\r\n"
 
 
-def sniff(path: Path) -> Format:
-    """The format of the file at `path`.
+def sniff(path: Path) -> str:
+    """The format of the file at `path`: one of `FORMATS`, "safetensors", or an archive ("zip",
+    "tar", "tar.gz").
 
     Raises `FileFormatError`: `empty_file`, `pickle_refused`, or `unknown_format` with what the
     file seems to be.
@@ -35,43 +32,27 @@ def sniff(path: Path) -> Format:
         start = stream.read(512)
     if not start:
         raise FileFormatError("the file is empty", code="empty_file")
-    if start.startswith(b"GGUF"):
-        return "gguf"
-    if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        return _zip_format(path)
+    for format in FORMATS:
+        if format.is_one(path, start):
+            return format.name
+    if is_zip(start):
+        return "zip"
     if start.startswith(b"\x1f\x8b"):
         return "tar.gz"
     if start[257:262] == b"ustar":
         return "tar"
     if _is_pickle(start):
         raise FileFormatError(PICKLE, code="pickle_refused")
-    # The length that a safetensors file begins with is far from being eight letters.
-    if start.lstrip(_SPACE).startswith(b"{") and _is_text(start):
-        return "svec"
     # A safetensors file is a length in 8 bytes and then a JSON object.
     if start[8:9] == b"{":
         return "safetensors"
     seems = next((what for magic, what in _FOREIGN.items() if start.startswith(magic)), None)
     raise FileFormatError(
-        f"the file is {seems or 'of no known format'}; known are safetensors, GGUF, .npz, "
-        ".pt with tensors alone, .svec (JSON), and folders of SAELens, tuned-lens or "
+        f"the file is {seems or 'of no known format'}; known are safetensors, "
+        f"{', '.join(format.title for format in FORMATS)}, and folders of SAELens, tuned-lens or "
         "refusal_direction as .zip, .tar or .tar.gz",
         code="unknown_format",
     )
-
-
-def _zip_format(path: Path) -> Format:
-    """What kind of zip: by the names of all members, because the first may be anything."""
-    names = member_names(path)
-    if any(name.count("/") == 1 and name.endswith("/data.pkl") for name in names):
-        return "torch"
-    if names and all(name.endswith(".npy") for name in names):
-        return "npz"
-    return "zip"
-
-
-def _is_text(start: bytes) -> bool:
-    return all(byte in _SPACE or byte >= 0x20 for byte in start[:8])
 
 
 def _is_pickle(start: bytes) -> bool:
