@@ -15,7 +15,7 @@ import tarfile
 import zipfile
 import zlib
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, TypeAlias
 
 from steer.errors import FileFormatError, TooLarge
 from steer.formats.guards.zip import MAX_DIRECTORY_BYTES, MAX_MEMBERS, check_directory
