@@ -25,9 +25,9 @@ from tqdm import tqdm
 from benchmarks.workload import MODEL, prompts, vectors
 from steer.engines.base import GenerationRequest, SamplingParams
 from steer.engines.transformers.engine import TransformersEngine
+from steer.fit.requests.measuring import SweepRequest
+from steer.fit.requests.pairs import PairsRequest
 from steer.jobs import JobLimits, JobRunner, builtin_kinds
-from steer.jobs.kinds.fit import FitParams
-from steer.jobs.kinds.sweep import SweepParams
 from steer.registry.registry import Registry
 
 CHATS, TOKENS = 8, 64
@@ -69,8 +69,8 @@ STATISTICS: dict[str, Callable[[Round], float]] = {
 def run(rounds: int) -> list[tuple[str, str, str, str]]:
     """Medians over turns, the quartiles in brackets; ratios are taken turn by turn."""
     pairs, questions = _data()
-    fit = FitParams(name="background", data=pairs, method="pca")
-    sweep = SweepParams(vector="french", prompts=questions, score="words:bonjour", max_tokens=32)
+    fit = PairsRequest(name="background", data=pairs, method="pca")
+    sweep = SweepRequest(vector="french", prompts=questions, score="words:bonjour", max_tokens=32)
     jobs: dict[str, tuple[BaseModel, str, float]] = {
         "fit, duty 0.03": (fit, "fit", 0.03),
         "fit, duty 0.2": (fit, "fit", 0.2),

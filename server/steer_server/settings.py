@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from steer.jobs.limits import JobLimits
+from steer.jobs.policy import SpecPolicy
 
 MIB = 1 << 20
 
@@ -60,6 +61,11 @@ class ServerSettings(BaseModel):
             keep=self.jobs_kept,
             duty=self.job_duty,
         )
+
+    @property
+    def spec_policy(self) -> SpecPolicy:
+        """What clients' specs may do here."""
+        return SpecPolicy(self.allow_inline_vectors, self.strength_limit)
 
     @property
     def catalogue_url(self) -> str | None:

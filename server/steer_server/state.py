@@ -15,7 +15,6 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from steer.engines.base import Engine
-from steer.engines.plans import plans_of
 from steer.jobs import HUB, JobRunner, builtin_kinds
 from steer.model import bare_name
 from steer.plan.cache import PlanCache
@@ -57,17 +56,17 @@ def assemble(
     """
     engine.info = engine.info.served_as(_served_name(engine, settings))
     metrics = Metrics(name_limit=settings.metric_names)
-    plans = plans_of(
+    policy = settings.spec_policy
+    plans = policy.plans(
         engine,
         registry,
         size=settings.plan_cache_size,
         observe_compile=metrics.plan_compile.observe,
-        strength_limit=settings.strength_limit,
     )
     jobs = JobRunner(
         engine,
         registry,
-        builtin_kinds(HUB if settings.hub_imports else {}),
+        builtin_kinds(HUB if settings.hub_imports else {}, policy),
         settings.job_limits,
         load=load,
         ended=metrics.job,

@@ -15,7 +15,7 @@ from steer.cli import (
     validate,
     vectors,
 )
-from steer.cli.fit import contrast as fit
+from steer.cli.fit import commands as fit
 from steer.cli.measure import calibrate, evaluate, sweep
 from steer.cli.reporting import ReportingGroup
 

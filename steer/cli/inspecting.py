@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steer.cli.fit.contrast import write_file
+from steer.cli.fit.saving import write_file
 from steer.cli.local import (
     DEMO_MODEL,
     DeviceOption,
@@ -21,9 +21,9 @@ from steer.cli.local import (
     plans,
     running_engine,
 )
+from steer.cli.options import checked
 from steer.cli.reporting import out, table_out
 from steer.cli.steering import read_spec
-from steer.errors import Problem, SpecError, pointer
 from steer.model import parse_layers
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from steer.inspection.method import Inspection
     from steer.plan.cache import PlanCache
     from steer.registry.registry import Registry
-
-    Request = TypeVar("Request", bound=BaseModel)
 
 app = typer.Typer(help="Read what the model's hidden states say.", no_args_is_help=True)
 
@@ -192,7 +190,7 @@ def _bench(
 
 
 def _result(bench: Bench, method: Inspection, fields: dict[str, Any]) -> BaseModel:
-    request = _request(method.request, fields)
+    request = checked(method.request, fields)
     return method.run(bench.engine, request, plans=bench.plans, library=bench.library)
 
 
@@ -254,21 +252,3 @@ def _place(text: str) -> int | str:
         return int(text)
     except ValueError:
         return text
-
-
-def _request(kind: type[Request], fields: dict[str, Any]) -> Request:
-    """The request; raises `SpecError` with every problem of its fields."""
-    from pydantic import ValidationError
-
-    try:
-        return kind.model_validate(fields)
-    except ValidationError as error:
-        problems = [
-            Problem(
-                f"{item['msg'].removeprefix('Value error, ')}; got {str(item['input'])[:60]!r}",
-                "invalid_option",
-                pointer(*item["loc"]),
-            )
-            for item in error.errors(include_url=False)
-        ]
-        raise SpecError(problems[0].message, problems=problems) from None

@@ -33,7 +33,10 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 @app.command("submit")
 def submit(
-    kind: Annotated[str, typer.Argument(help="fit, sweep, calibrate, evaluate or import.")],
+    kind: Annotated[
+        str,
+        typer.Argument(help="fit, fit/labels or another, sweep, calibrate, evaluate or import."),
+    ],
     params: Annotated[Path, typer.Argument(help="JSON: the body of POST /v1/steering/KIND.")],
     data: Annotated[
         Path | None, typer.Option(help="A file of JSON lines that goes into the field 'data'.")

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from steer.artefacts.kinds import NAMED
-from steer.cli.fit.contrast import file_errors
+from steer.cli.fit.saving import file_errors
 from steer.cli.local import RegistryOption, open_registry
 from steer.cli.names import KindOption
 from steer.cli.reporting import err, nothing_yet, out, table_out
@@ -154,7 +154,7 @@ def convert(
     ] = None,
 ) -> None:
     """Turn a pickled SteeringVector into safetensors, without unpickling it."""
-    from steer.cli.fit.contrast import write_file
+    from steer.cli.fit.saving import write_file
     from steer.formats.vectors.steering_vectors_pickle import read_steering_vector
 
     if not file.is_file():
@@ -245,7 +245,7 @@ def _exported(
     library: Registry, entry: Entry, path: Path, format: ExportFormat, layers: str | None
 ) -> tuple[str, ...]:
     """Writes the artefact to `path`; what readers of that file will not know of it."""
-    from steer.cli.fit.contrast import write_file
+    from steer.cli.fit.saving import write_file
     from steer.formats.exporting import check_exported, export_vector
 
     if format == "safetensors" and layers is None:

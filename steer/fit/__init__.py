@@ -1,18 +1,22 @@
 """Fitting vectors, adapters and dictionaries from data, and measuring what they do."""
 
-from steer.fit.data.exercises import Exercise, ExerciseSet, read_exercises
-from steer.fit.data.labels import Labelled, LabelledSet, read_labelled
-from steer.fit.data.pairs import Pair, PairSet, read_pairs
-from steer.fit.data.relations import Fact, RelationTable, Template, read_relations
-from steer.fit.methods.fitting import fit
-from steer.fit.methods.low_rank import fit_low_rank
-from steer.fit.methods.lrc import fit_lrc
-from steer.fit.methods.nmf import fit_nmf
-from steer.fit.methods.one_vs_rest import fit_labels
-from steer.fit.methods.snmf import fit_snmf
-from steer.fit.methods.transfer import transfer
-from steer.fit.methods.two_prompts import fit_two_prompts
-from steer.prompts import Marked
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from steer.fit.data.exercises import Exercise, ExerciseSet, read_exercises
+    from steer.fit.data.labels import Labelled, LabelledSet, read_labelled
+    from steer.fit.data.pairs import Pair, PairSet, read_pairs
+    from steer.fit.data.relations import Fact, RelationTable, Template, read_relations
+    from steer.fit.methods.dictionaries.nmf import fit_nmf
+    from steer.fit.methods.dictionaries.snmf import fit_snmf
+    from steer.fit.methods.fitting import fit
+    from steer.fit.methods.low_rank import fit_low_rank
+    from steer.fit.methods.lrc import fit_lrc
+    from steer.fit.methods.one_vs_rest import fit_labels
+    from steer.fit.methods.transfer import transfer
+    from steer.fit.methods.two_prompts import fit_two_prompts
+    from steer.prompts import Marked
 
 __all__ = [
     "Exercise",
@@ -38,3 +42,36 @@ __all__ = [
     "read_relations",
     "transfer",
 ]
+
+_HOMES = {
+    "Exercise": "steer.fit.data.exercises",
+    "ExerciseSet": "steer.fit.data.exercises",
+    "read_exercises": "steer.fit.data.exercises",
+    "Labelled": "steer.fit.data.labels",
+    "LabelledSet": "steer.fit.data.labels",
+    "read_labelled": "steer.fit.data.labels",
+    "Pair": "steer.fit.data.pairs",
+    "PairSet": "steer.fit.data.pairs",
+    "read_pairs": "steer.fit.data.pairs",
+    "Marked": "steer.fit.data.prompt",
+    "Fact": "steer.fit.data.relations",
+    "RelationTable": "steer.fit.data.relations",
+    "Template": "steer.fit.data.relations",
+    "read_relations": "steer.fit.data.relations",
+    "fit": "steer.fit.methods.fitting",
+    "fit_low_rank": "steer.fit.methods.low_rank",
+    "fit_lrc": "steer.fit.methods.lrc",
+    "fit_nmf": "steer.fit.methods.dictionaries.nmf",
+    "fit_labels": "steer.fit.methods.one_vs_rest",
+    "fit_snmf": "steer.fit.methods.dictionaries.snmf",
+    "transfer": "steer.fit.methods.transfer",
+    "fit_two_prompts": "steer.fit.methods.two_prompts",
+}
+
+
+def __getattr__(name: str) -> object:
+    # Imported on first use: torch takes seconds, and the requests, of which the command line makes
+    # its options, need none.
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'steer.fit' has no attribute {name!r}")

@@ -74,17 +74,22 @@ class MessageParam(BaseModel):
     content: str
 
 
-PromptParam: TypeAlias = (
-    Annotated[str, Field(min_length=1)] | Annotated[tuple[MessageParam, ...], Field(min_length=1)]
-)
+Text: TypeAlias = Annotated[str, Field(min_length=1)]
+Chat: TypeAlias = Annotated[tuple[MessageParam, ...], Field(min_length=1)]
+
+
+class MarkedParam(BaseModel):
+    """A prompt with the response that follows it, or with the phrase it is about."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt: Text | Chat
+    response: str = ""
+    subject: str = ""
+
+
+PromptParam: TypeAlias = Text | Chat | MarkedParam
 """A prompt as clients send it with a job."""
-
-
-def prompt_of(param: PromptParam) -> Prompt:
-    """The prompt as fitting takes it."""
-    if isinstance(param, str):
-        return param
-    return [message.model_dump() for message in param]
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,19 @@ class Marked:
 
 Prompt: TypeAlias = str | Messages | Marked
 """A text, taken as it is; a chat; or either with marks."""
+
+
+def prompt_of(param: PromptParam) -> Prompt:
+    """The prompt as fitting takes it."""
+    if isinstance(param, str):
+        return param
+    if isinstance(param, MarkedParam):
+        return Marked(_plain(param.prompt), param.response, param.subject)
+    return _plain(param)
+
+
+def _plain(param: str | tuple[MessageParam, ...]) -> str | Messages:
+    return param if isinstance(param, str) else [message.model_dump() for message in param]
 
 
 def parse_prompt(value: Any, at: str, what: str, code: str = "invalid_pairs") -> Prompt:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from steer.errors import SpecError, SteerError, UnknownArtefact, Unsupported, pointer
+from steer.errors import SpecError, SteerError, UnknownArtefact
+from steer.jobs.policy import vector_refs
 from steer.plan.plan import SteeringPlan
 from steer.registry.profiles import Profile
 from steer.spec import InlineVector, SteeringSpec
 from steer_server.state import Serving
-
-_VECTOR_FIELDS = ("vector", "remove", "add", "toward")
 
 
 @dataclass(frozen=True)
@@ -73,29 +71,7 @@ def compile_spec(serving: Serving, spec: SteeringSpec, *, at: str) -> SteeringPl
 
 def check_inline(serving: Serving, spec: SteeringSpec, *, at: str) -> None:
     """Raises `Unsupported` where the spec carries vectors and this server takes none."""
-    if serving.settings.allow_inline_vectors:
-        return
-    for where, ref in vector_refs(spec):
-        if isinstance(ref, InlineVector):
-            raise Unsupported(
-                "this server takes no vectors inside requests: upload it to "
-                "/v1/steering/vectors and give its name",
-                param=at + where,
-                code="inline_vectors_disabled",
-            )
-
-
-def vector_refs(spec: SteeringSpec) -> Iterator[tuple[str, str | InlineVector]]:
-    """Every vector the spec refers to, gates included, with its pointer in the spec."""
-    for place, item in enumerate(spec.interventions):
-        for name in _VECTOR_FIELDS:
-            ref = getattr(item, name, None)
-            if isinstance(ref, str | InlineVector):
-                yield pointer("interventions", place, name), ref
-        if item.when is not None:
-            yield pointer("interventions", place, "when", "vector"), item.when.vector
-    if spec.when is not None:
-        yield "/when/vector", spec.when.vector
+    serving.settings.spec_policy.check(spec, at)
 
 
 def profile_of(serving: Serving, model: str) -> Profile:

@@ -14,11 +14,8 @@ from pydantic import BaseModel, ValidationError
 
 from steer.artefacts.kinds import KINDS
 from steer.errors import SteerError, TooLarge
-from steer.jobs.kinds.calibrate import CalibrateParams
-from steer.jobs.kinds.evaluate import EvaluateParams
-from steer.jobs.kinds.fit import FitParams
+from steer.jobs import JobKind, builtin_kinds
 from steer.jobs.kinds.importing import UPLOAD, ImportParams
-from steer.jobs.kinds.sweep import SweepParams
 from steer.registry.jobs.job_records import Job
 from steer_server.http.content_type import require_json
 from steer_server.http.error_route import SteerRoute
@@ -38,28 +35,22 @@ _ACCEPTED: dict[int | str, dict[str, Any]] = {
 _JSON = [Depends(require_json)]
 
 
-@router.post("/fit", status_code=202, responses=_ACCEPTED, dependencies=_JSON)
-def fit(body: FitParams, serving: ServingDep) -> Response:
-    """Fits a vector from contrastive prompts on the serving engine, and registers it."""
-    return _accepted(serving.jobs.submit("fit", body))
+def _add_route(kind: JobKind[Any]) -> None:
+    """A route that asks for a job of `kind`, at its name."""
+
+    def ask(body: BaseModel, serving: ServingDep) -> Response:
+        return _accepted(serving.jobs.submit(kind.name, body))
+
+    # FastAPI reads the body's model from the annotation, and the rest from the name.
+    ask.__annotations__["body"] = kind.params
+    ask.__name__ = kind.name.replace("/", "_").replace("-", "_")
+    ask.__doc__ = kind.summary
+    router.post(f"/{kind.name}", status_code=202, responses=_ACCEPTED, dependencies=_JSON)(ask)
 
 
-@router.post("/sweep", status_code=202, responses=_ACCEPTED, dependencies=_JSON)
-def sweep(body: SweepParams, serving: ServingDep) -> Response:
-    """Measures what a vector does to the answers over a range of strengths."""
-    return _accepted(serving.jobs.submit("sweep", body))
-
-
-@router.post("/calibrate", status_code=202, responses=_ACCEPTED, dependencies=_JSON)
-def calibrate(body: CalibrateParams, serving: ServingDep) -> Response:
-    """Measures what each strength of a vector does, and registers the calibrated version."""
-    return _accepted(serving.jobs.submit("calibrate", body))
-
-
-@router.post("/evaluate", status_code=202, responses=_ACCEPTED, dependencies=_JSON)
-def evaluate(body: EvaluateParams, serving: ServingDep) -> Response:
-    """Compares ways to steer, with asking in words beside them."""
-    return _accepted(serving.jobs.submit("evaluate", body))
+for _kind in builtin_kinds().values():
+    if _kind.params is not ImportParams:  # which takes files as well
+        _add_route(_kind)
 
 
 _FIELDS = {

@@ -4,145 +4,96 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steer.cli.fit.contrast import write_file
-from steer.cli.fit.where import WhereChoice
-from steer.cli.local import (
-    DEMO_MODEL,
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
-    RegistryOption,
-    open_registry,
-    running_engine,
-)
-from steer.cli.measure.scoring import SCORER_HELP, scorer_of
-from steer.cli.measure.sweep import parse_strengths
+from steer.cli.fit.saving import write_file
+from steer.cli.local import open_registry, running_engine
+from steer.cli.measure.asking import AS_JSON, REPORT, asked, parameters
+from steer.cli.measure.scoring import scorer_of
+from steer.cli.options import checked, command, keyword, read_values
 from steer.cli.reporting import out, progress_bar, table_out
-from steer.cli.steering import WHERES, LayersOption, vector_of
-from steer.model import parse_layers
+from steer.cli.steering import vector_of
+from steer.fit.requests.measuring import CalibrateRequest
 
 if TYPE_CHECKING:
     from steer.fit.measure.calibrate import CalibratedVector
+    from steer.registry.registry import Registry
 
-LimitOption = Annotated[
-    float, typer.Option(help="The calibrated range ends before the ratio is greater.")
-]
+_OWN = (
+    keyword(
+        "register",
+        Annotated[
+            bool,
+            typer.Option(
+                "--register", help="Make it the newest version of its name in the registry."
+            ),
+        ],
+        False,
+    ),
+    keyword(
+        "output",
+        Annotated[
+            Path | None,
+            typer.Option("--out", "-o", help="The file to write; by default NAME.safetensors."),
+        ],
+        None,
+    ),
+    REPORT,
+    AS_JSON,
+)
 
 
-def calibrate(
-    vector: Annotated[
-        str, typer.Argument(help="A registered vector (name or name@hash), or a file.")
-    ],
-    prompts: Annotated[
-        Path,
-        typer.Option(
-            "--prompts",
-            "-p",
-            help="JSON lines: texts, messages, or objects with messages or prompt.",
-        ),
-    ],
-    score: Annotated[
-        str | None,
-        typer.Option(
-            "--score", "-s", help=SCORER_HELP + " Without it, only KL and perplexity are measured."
-        ),
-    ] = None,
-    strengths: Annotated[
-        str | None,
-        typer.Option(help="Comma-separated, above 0; by default 15, up to twice the card's own."),
-    ] = None,
-    model: ModelOption = DEMO_MODEL,
-    layers: LayersOption = None,
-    where: Annotated[
-        WhereChoice | None, typer.Option(help="Which tokens are steered; by default the card's.")
-    ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Use only the first so many prompts.")] = 200,
-    max_perplexity_ratio: LimitOption = 1.5,
-    min_valid: Annotated[
-        float, typer.Option(min=0, max=1, help="And before fewer answers are valid.")
-    ] = 0.8,
-    max_drop: Annotated[
-        float, typer.Option(min=0, help="And before the score falls by more than this.")
-    ] = 0.05,
-    max_tokens: Annotated[int, typer.Option(min=1, help="The length of an answer.")] = 48,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
-    register: Annotated[
-        bool,
-        typer.Option("--register", help="Make it the newest version of its name in the registry."),
-    ] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="The file to write; by default NAME.safetensors."),
-    ] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="A folder for report.json, a picture and a page.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    registry: RegistryOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-) -> None:
-    """Measure what each strength of a vector does, and write it onto the vector's card.
-
-    A calibrated vector takes strengths as {"kl": x}, {"effect": x} and "auto".
-    """
-    from steer.artefacts.calibration import SafeLimits
-    from steer.fit.data.pairs import read_prompts
-    from steer.fit.measure.calibrate import calibrate as calibrate_vector
-    from steer.fit.measure.calibrate import steps_of
+def _calibrate(values: dict[str, Any]) -> None:
     from steer.fit.measure.report import write_calibration_report
-    from steer.spec import Where
 
-    doses = None if strengths is None else parse_strengths(strengths)
-    chosen = None if layers is None else parse_layers(layers)
-    place = None if where is None else Where.model_validate(WHERES[where.value])
-    with open_registry(registry, model) as library:
-        plain = vector_of(library, vector)
-        scorer = None if score is None else scorer_of(score, library)
-        asked = read_prompts(prompts)[:limit]
-        with (
-            running_engine(model, device=device, dtype=dtype) as engine,
-            progress_bar("answers", steps_of(asked, doses)) as done,
-        ):
-            found = calibrate_vector(
-                engine,
-                plain,
-                asked,
-                scorer,
-                scorer_name=score,
-                strengths=doses,
-                layers=chosen,
-                where=place,
-                limits=SafeLimits(
-                    perplexity_ratio=max_perplexity_ratio, valid=min_valid, drop=max_drop
-                ),
-                max_tokens=max_tokens,
-                temperature=temperature,
-                seed=seed,
-                progress=done,
-            )
+    fields = read_values(CalibrateRequest, values)
+    score, report = values["score"], values["report"]
+    with open_registry(values["registry"], values["model"]) as library:
+        plain = vector_of(library, values["vector"])
         name = plain.card.name
+        scorer = None if score is None else scorer_of(score, library)
+        fields |= {"vector": name, "prompts": asked(values)}
+        request = checked(CalibrateRequest, fields)
+        with (
+            running_engine(
+                values["model"], device=values["device"], dtype=values["dtype"]
+            ) as engine,
+            progress_bar("answers", request.answers) as done,
+        ):
+            found = request.run(engine, plain, scorer, progress=done)
         if report is not None:
             write_calibration_report(report, found, title=f"{name}: {score or 'KL'}")
-        if register:
-            entry, created = library.add(name, found.vector)
-            kept = f"{'registered' if created else 'already registered'}: {entry.id}"
-        else:
-            path = output or Path(f"{name}.safetensors")
-            write_file(path, found.vector.to_bytes())
-            kept = f"wrote {path}"
-    if as_json:
+        kept = _kept(library, found, values["output"], values["register"])
+    if values["as_json"]:
         typer.echo(json.dumps(found.as_json(), indent=2, ensure_ascii=False))
         return
     show_calibration(found)
     if report is not None:
         out().print(f"wrote {report}", highlight=False)
     out().print(kept, highlight=False)
+
+
+def _kept(library: Registry, found: CalibratedVector, output: Path | None, register: bool) -> str:
+    """Registers or writes the calibrated vector; a line that says so."""
+    name = found.vector.card.name
+    if register:
+        entry, created = library.add(name, found.vector)
+        return f"{'registered' if created else 'already registered'}: {entry.id}"
+    path = output or Path(f"{name}.safetensors")
+    write_file(path, found.vector.to_bytes())
+    return f"wrote {path}"
+
+
+calibrate = command(
+    _calibrate,
+    tuple(parameters(CalibrateRequest, *_OWN)),
+    summary="""Measure what each strength of a vector does, and write it onto the vector's card.
+
+    A calibrated vector takes strengths as {"kl": x}, {"effect": x} and "auto".
+    """,
+)
 
 
 def show_calibration(found: CalibratedVector) -> None:

@@ -5,24 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steer.cli.local import (
-    DEMO_MODEL,
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
-    RegistryOption,
-    open_registry,
-    plans,
-    running_engine,
-)
-from steer.cli.measure.scoring import SCORER_HELP, scorer_of
+from steer.cli.local import open_registry, plans, running_engine
+from steer.cli.measure.asking import AS_JSON, REPORT, asked, parameters
+from steer.cli.measure.scoring import scorer_of
+from steer.cli.options import checked, command, keyword, read_values
 from steer.cli.reporting import out, progress_bar, table_out
 from steer.cli.steering import add_spec, named_vector, parse_strength, read_spec
 from steer.errors import SteerError
+from steer.fit.requests.measuring import EvaluateRequest
 
 if TYPE_CHECKING:
     from steer.artefacts.control_vector import ControlVector
@@ -30,9 +24,9 @@ if TYPE_CHECKING:
     from steer.registry.registry import Registry
     from steer.spec import SteeringSpec
 
-
-def evaluate(
-    methods: Annotated[
+_METHODS = keyword(
+    "methods",
+    Annotated[
         list[str],
         typer.Argument(
             help="What to compare: a vector (a name or a file), as its card says or with a "
@@ -40,74 +34,52 @@ def evaluate(
             "JSON file with a spec. LABEL=… in front names the row."
         ),
     ],
-    prompts: Annotated[
-        Path,
-        typer.Option(
-            "--prompts",
-            "-p",
-            help="JSON lines: texts, messages, or objects with messages or prompt.",
-        ),
-    ],
-    score: Annotated[str, typer.Option("--score", "-s", help=SCORER_HELP)],
-    instruction: Annotated[
-        str | None,
-        typer.Option(
-            "--instruction",
-            "-i",
-            help="What the prompt-only baseline is told; by default the first vector's card.",
-        ),
-    ] = None,
-    model: ModelOption = DEMO_MODEL,
-    limit: Annotated[int, typer.Option(min=1, help="Use only the first so many prompts.")] = 200,
-    max_tokens: Annotated[int, typer.Option(min=1, help="The length of an answer.")] = 48,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Draws the bootstrap, and samples above 0.")] = 0,
-    resamples: Annotated[int, typer.Option(min=100, help="Of the bootstrap over prompts.")] = 2000,
-    report: Annotated[
-        Path | None, typer.Option(help="A folder for report.json, a picture and a page.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    registry: RegistryOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-) -> None:
-    """Compare ways to steer on the same prompts, next to asking in words."""
-    from steer.fit.data.pairs import read_prompts
-    from steer.fit.measure.evaluate import Method
-    from steer.fit.measure.evaluate import evaluate as compare
+)
+
+
+def _evaluate(values: dict[str, Any]) -> None:
     from steer.fit.measure.report import write_evaluation_report
 
-    with open_registry(registry, model) as library:
+    score, report, texts = values["score"], values["report"], values.pop("methods")
+    fields = read_values(EvaluateRequest, values)
+    with open_registry(values["registry"], values["model"]) as library:
         scorer = scorer_of(score, library)
-        asked = read_prompts(prompts)[:limit]
-        named = [_method(library, text) for text in methods]
-        told = _instruction(library, instruction, named)
+        fields["prompts"] = asked(values)
+        named = [_method(library, text) for text in texts]
+        told = _instruction(library, values["instruction"], named)
+        fields["instruction"] = told.text
+        fields["methods"] = [
+            {"name": name, "steering": spec.model_dump(mode="json", by_alias=True)}
+            for name, spec, _ in named
+        ]
+        request = checked(EvaluateRequest, fields)
         with (
-            running_engine(model, device=device, dtype=dtype) as engine,
-            progress_bar("answers", len(asked) * (2 + len(named))) as done,
+            running_engine(
+                values["model"], device=values["device"], dtype=values["dtype"]
+            ) as engine,
+            progress_bar("answers", request.answers) as done,
         ):
             cache = plans(engine, library)
-            found = compare(
-                engine,
-                asked,
-                [Method(name, cache.plan(spec, vectors=own)) for name, spec, own in named],
-                scorer,
-                instruction=told,
-                scorer_name=score,
-                max_tokens=max_tokens,
-                temperature=temperature,
-                seed=seed,
-                resamples=resamples,
-                progress=done,
-            )
+            steered = [cache.plan(spec, vectors=own) for _, spec, own in named]
+            found = request.run(engine, steered, scorer, told=told, progress=done)
     if report is not None:
-        write_evaluation_report(report, found, title=f"{score} over {len(asked)} prompts")
-    if as_json:
+        title = f"{score} over {len(request.prompts)} prompts"
+        write_evaluation_report(report, found, title=title)
+    if values["as_json"]:
         typer.echo(json.dumps(found.as_json(), indent=2, ensure_ascii=False))
         return
     show_evaluation(found)
     if report is not None:
         out().print(f"wrote {report}", highlight=False)
+
+
+evaluate = command(
+    _evaluate,
+    tuple(
+        parameters(EvaluateRequest, REPORT, AS_JSON, first=(_METHODS,), optional=("instruction",))
+    ),
+    summary="Compare ways to steer on the same prompts, next to asking in words.",
+)
 
 
 def show_evaluation(found: Evaluation) -> None:

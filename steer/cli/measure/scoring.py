@@ -1,4 +1,4 @@
-"""The option that says what counts, as every command spells it."""
+"""What counts, as every command spells it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from steer.artefacts.library import Library
     from steer.fit.measure.scoring import AnswerScorer, Scorer
-
-SCORER_HELP = (
-    "What counts: regex:PATTERN, words:a,b,c, words:@FILE, python:module:function, probe:VECTOR, "
-    "judge:URL#model=NAME&question=TEXT (with the key in OPENAI_API_KEY), or for the demo model "
-    "demo:ATTRIBUTE."
-)
 
 
 def scorer_of(text: str, library: Library) -> Scorer | AnswerScorer:

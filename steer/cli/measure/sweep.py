@@ -4,101 +4,65 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steer.cli.fit.contrast import write_file
-from steer.cli.fit.where import WhereChoice
-from steer.cli.local import (
-    DEMO_MODEL,
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
-    RegistryOption,
-    open_registry,
-    plans,
-    running_engine,
-)
-from steer.cli.measure.scoring import SCORER_HELP, scorer_of
+from steer.cli.fit.saving import write_file
+from steer.cli.local import open_registry, plans, running_engine
+from steer.cli.measure.asking import asked, parameters
+from steer.cli.measure.scoring import scorer_of
+from steer.cli.options import checked, command, keyword, read_values
 from steer.cli.reporting import out, progress_bar, table_out
-from steer.cli.steering import LayersOption, add_spec, named_vector
-from steer.errors import SteerError
-from steer.model import parse_layers
+from steer.cli.steering import named_vector
+from steer.fit.requests.measuring import SweepRequest
 
 if TYPE_CHECKING:
-    from steer.fit.data.pairs import Prompt
     from steer.fit.measure.sweep import DoseResponse
-    from steer.plan.plan import SteeringPlan
+
+_OWN = (
+    keyword(
+        "plot",
+        Annotated[
+            Path | None, typer.Option(help="Where the picture goes; by default NAME-sweep.png.")
+        ],
+        None,
+    ),
+    keyword(
+        "json_out",
+        Annotated[
+            Path | None,
+            typer.Option("--json", help="Write the figures here as JSON; - is stdout."),
+        ],
+        None,
+    ),
+)
 
 
-def sweep(
-    vector: Annotated[
-        str, typer.Argument(help="A registered vector (name or name@hash), or a file.")
-    ],
-    prompts: Annotated[
-        Path,
-        typer.Option(
-            "--prompts",
-            "-p",
-            help="JSON lines: texts, messages, or objects with messages or prompt.",
-        ),
-    ],
-    score: Annotated[str, typer.Option("--score", "-s", help=SCORER_HELP)],
-    strengths: Annotated[
-        str, typer.Option(help="Comma-separated, in multiples of the stored vector.")
-    ] = "0.25,0.5,0.75,1,1.5,2",
-    model: ModelOption = DEMO_MODEL,
-    layers: LayersOption = None,
-    where: Annotated[
-        WhereChoice | None, typer.Option(help="Which tokens are steered; by default the card's.")
-    ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Use only the first so many prompts.")] = 200,
-    max_tokens: Annotated[int, typer.Option(min=1, help="The length of an answer.")] = 48,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
-    plot: Annotated[
-        Path | None, typer.Option(help="Where the picture goes; by default NAME-sweep.png.")
-    ] = None,
-    json_out: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here as JSON; - is stdout.")
-    ] = None,
-    registry: RegistryOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-) -> None:
-    """Measure what a vector does over a range of strengths: table, picture, JSON."""
-    from steer.engines.base import SamplingParams
-    from steer.fit.data.pairs import read_prompts
+def _sweep(values: dict[str, Any]) -> None:
     from steer.fit.measure.plot import plot_dose_response
-    from steer.fit.measure.sweep import dose_response
 
-    doses = parse_strengths(strengths)
-    chosen = None if layers is None else parse_layers(layers)
-    place = None if where is None else where.value
-    name, overlay = named_vector(vector)
-    sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, logprobs=0)
-    with open_registry(registry, model) as library:
+    fields = read_values(SweepRequest, values)
+    score, json_out = values["score"], values["json_out"]
+    fields["vector"], overlay = named_vector(values["vector"])
+    with open_registry(values["registry"], values["model"]) as library:
         scorer = scorer_of(score, library)
-        asked: list[Prompt] = read_prompts(prompts)[:limit]
+        request = checked(SweepRequest, {**fields, "prompts": asked(values)})
         with (
-            running_engine(model, device=device, dtype=dtype) as engine,
-            progress_bar("answers", len(asked) * (len(doses) + 1)) as done,
+            running_engine(
+                values["model"], device=values["device"], dtype=values["dtype"]
+            ) as engine,
+            progress_bar("answers", request.answers) as done,
         ):
             cache = plans(engine, library)
-
-            def plan_at(strength: float) -> SteeringPlan:
-                return cache.plan(add_spec(name, strength, chosen, place), vectors=overlay)
-
-            response = dose_response(
-                engine, asked, plan_at, doses, scorer, sampling=sampling, examples=3, progress=done
-            )
-    title = f"{name}: {score} over {len(asked)} prompts"
+            response = request.run(engine, cache, scorer, vectors=overlay, progress=done)
+    title = f"{request.vector}: {score} over {len(request.prompts)} prompts"
     to_stdout = json_out is not None and str(json_out) == "-"
     if not to_stdout:
         show_doses(response, title)
-    text = json.dumps({"vector": name, "score": score, **response.as_json()}, indent=2)
-    picture = plot or Path(f"{name.split('@')[0]}-sweep.png")
+    found = {"vector": request.vector, "score": score, **response.as_json()}
+    text = json.dumps(found, indent=2)
+    picture = values["plot"] or Path(f"{request.vector.split('@')[0]}-sweep.png")
     plot_dose_response(response, picture, title=title)
     if to_stdout:
         typer.echo(text)
@@ -107,6 +71,13 @@ def sweep(
     if json_out is not None:
         write_file(json_out, text.encode() + b"\n")
         out().print(f"wrote {json_out}", highlight=False)
+
+
+sweep = command(
+    _sweep,
+    tuple(parameters(SweepRequest, *_OWN)),
+    summary="Measure what a vector does over a range of strengths: table, picture, JSON.",
+)
 
 
 def show_doses(response: DoseResponse, title: str) -> None:
@@ -133,17 +104,3 @@ def show_doses(response: DoseResponse, title: str) -> None:
             Text(one.examples[0] if one.examples else ""),
         )
     table_out().print(table)
-
-
-def parse_strengths(text: str) -> list[float]:
-    """Comma-separated numbers; raises `SteerError`."""
-    try:
-        found = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        found = []
-    if not found or not all(abs(value) < float("inf") for value in found):
-        raise SteerError(
-            f"{text!r} is no list of strengths: write numbers such as 0.5,1,2",
-            code="invalid_option",
-        )
-    return found

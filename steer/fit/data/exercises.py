@@ -41,8 +41,18 @@ class ExerciseSet:
 
 def read_exercises(path: Path) -> ExerciseSet:
     """The exercises of a JSON lines file. Raises `FileFormatError` that names the line."""
-    found = LineReader(path, "exercise", '{"prompt": …, "answer": …}', _CODE).read(_exercise)
+    found = _reader(path).read(_exercise)
     return ExerciseSet(found.items, found.sha256)
+
+
+def parse_exercises(data: bytes, source: str) -> ExerciseSet:
+    """Those of JSON lines that are called `source` in errors. Raises `FileFormatError`."""
+    found = _reader(Path(source)).read_bytes(data, _exercise)
+    return ExerciseSet(found.items, found.sha256)
+
+
+def _reader(path: Path) -> LineReader:
+    return LineReader(path, "exercise", '{"prompt": …, "answer": …}', _CODE)
 
 
 def _exercise(value: Any, at: str) -> Exercise:

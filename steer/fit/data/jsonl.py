@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -68,6 +69,10 @@ class LineReader:
                 code=f"no_{self.what}s",
             )
         return DataSet(tuple(items), self._hash.hexdigest())
+
+    def read_bytes(self, data: bytes, parse: Callable[[Any, str], Item]) -> DataSet[Item]:
+        """The lines of `data`."""
+        return self.read_lines(io.BytesIO(data), parse)
 
     def _json(self, line: bytes, at: str) -> Any:
         try:

@@ -50,8 +50,18 @@ class LabelledSet:
 
 def read_labelled(path: Path) -> LabelledSet:
     """The labelled prompts of a JSON lines file. Raises `FileFormatError` that names the line."""
-    found = LineReader(path, "labelled text", '{"text": …, "label": …}', _CODE).read(_labelled)
+    found = _reader(path).read(_labelled)
     return LabelledSet(found.items, found.sha256)
+
+
+def parse_labelled(data: bytes, source: str) -> LabelledSet:
+    """Those of JSON lines that are called `source` in errors. Raises `FileFormatError`."""
+    found = _reader(Path(source)).read_bytes(data, _labelled)
+    return LabelledSet(found.items, found.sha256)
+
+
+def _reader(path: Path) -> LineReader:
+    return LineReader(path, "labelled text", '{"text": …, "label": …}', _CODE)
 
 
 def _labelled(value: Any, at: str) -> Labelled:

@@ -6,7 +6,6 @@ A file is JSON lines, `{"positive": PROMPT, "negative": PROMPT}`, with prompts a
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +54,7 @@ def read_pairs(path: Path) -> PairSet:
 
 def parse_pairs(data: bytes, source: str) -> PairSet:
     """The pairs of JSON lines that are called `source` in errors. Raises `FileFormatError`."""
-    found = _reader(Path(source)).read_lines(io.BytesIO(data), _pair)
+    found = _reader(Path(source)).read_bytes(data, _pair)
     return PairSet(found.items, found.sha256)
 
 
@@ -66,8 +65,16 @@ def _reader(path: Path) -> LineReader:
 def read_prompts(path: Path) -> list[Prompt]:
     """Prompts to generate from: JSON lines, each a text, messages, or an object with `messages`
     (or `prompt`). Raises `FileFormatError` that names the line."""
-    reader = LineReader(path, "prompt", "text or list of messages", "invalid_pairs")
-    return list(reader.read(_loose_prompt).items)
+    return list(_prompt_reader(path).read(_loose_prompt).items)
+
+
+def parse_prompts(data: bytes, source: str) -> list[Prompt]:
+    """The prompts of JSON lines that are called `source` in errors. Raises `FileFormatError`."""
+    return list(_prompt_reader(Path(source)).read_bytes(data, _loose_prompt).items)
+
+
+def _prompt_reader(path: Path) -> LineReader:
+    return LineReader(path, "prompt", "text or list of messages", "invalid_pairs")
 
 
 def _pair(value: Any, at: str) -> Pair:

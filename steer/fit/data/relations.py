@@ -59,9 +59,18 @@ class RelationTable:
 
 def read_relations(path: Path) -> RelationTable:
     """The facts of a JSON lines file. Raises `FileFormatError` that names the line."""
-    shape = '{"subject": …, "relation": …, "object": …}'
-    found = LineReader(path, "fact", shape, _CODE).read(_fact)
+    found = _reader(path).read(_fact)
     return RelationTable(found.items, found.sha256)
+
+
+def parse_relations(data: bytes, source: str) -> RelationTable:
+    """Those of JSON lines that are called `source` in errors. Raises `FileFormatError`."""
+    found = _reader(Path(source)).read_bytes(data, _fact)
+    return RelationTable(found.items, found.sha256)
+
+
+def _reader(path: Path) -> LineReader:
+    return LineReader(path, "fact", '{"subject": …, "relation": …, "object": …}', _CODE)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ PROMPT_ONLY = "prompt only"
 
 
 @dataclass(frozen=True)
-class Method:
+class ComparedMethod:
     """A way to steer, under the name it has in the table."""
 
     name: str
@@ -83,7 +83,7 @@ class Evaluation:
 def evaluate(
     engine: Engine,
     prompts: Sequence[Prompt],
-    methods: Sequence[Method],
+    methods: Sequence[ComparedMethod],
     scorer: AnswerScorer | Scorer,
     *,
     instruction: Instruction,
@@ -209,7 +209,7 @@ def _losses(answers: Sequence[Answer]) -> Floats:
     return np.array([[sum(a.losses) for a in answers], [len(a.losses) for a in answers]], float)
 
 
-def _check(prompts: Sequence[Prompt], methods: Sequence[Method]) -> None:
+def _check(prompts: Sequence[Prompt], methods: Sequence[ComparedMethod]) -> None:
     if not prompts:
         raise SteerError("there is nothing to compare on: give prompts", code="no_prompts")
     names = [UNSTEERED, PROMPT_ONLY, *(method.name for method in methods)]

@@ -4,40 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from steer.artefacts.control_vector import ControlVector, LayerMeasure
 from steer.engines.base import Engine
 from steer.errors import SteerError
-from steer.spec import Site, Where
+from steer.spec import Site
 
 Item = TypeVar("Item")
-WhereName: TypeAlias = Literal["last", "onward", "generation", "all"]
-
-WHERES: Mapping[str, Where | None] = MappingProxyType(
-    {
-        "last": Where(positions=((-1, None),), phases=("prompt",)),
-        "onward": Where(positions=((-1, None),)),
-        "generation": Where(phases=("generation",)),
-        "all": None,
-    }
-)
-"""Where a fitted vector acts unless a request says otherwise: on the last prompt token, on that
-and what is generated, on what is generated, or on every token."""
-
 MIN_HELD_OUT = 4
-
-
-def where_named(name: str) -> Where | None:
-    """The place of `WHERES` called `name`; raises `SteerError`."""
-    if name not in WHERES:
-        raise SteerError(
-            f"there is no place {name!r}: use one of {', '.join(WHERES)}", code="invalid_option"
-        )
-    return WHERES[name]
 
 
 def split(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
@@ -77,7 +54,8 @@ def cosines(
     """
     mine = ControlVector.of(directions, site=site)
     found: dict[str, dict[str, float]] = {}
-    for name, other in sorted(beside.items()):
+    for name in sorted(beside):
+        other = beside[name]  # one at a time: a registry's may be many
         if (other.card.site, other.card.width) != (site, mine.card.width):
             continue
         shared = {str(layer): round(value, 4) for layer, value in mine.cosine(other).items()}

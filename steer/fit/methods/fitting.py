@@ -22,7 +22,8 @@ from steer.engines.base import Engine
 from steer.errors import SpecError, SteerError
 from steer.fit.data.pairs import Pair, PairSet
 from steer.fit.data.prompt import Positions
-from steer.fit.methods.card import WhereName, best_layers, cosines, made_on, split, where_named
+from steer.fit.data.where import WhereName, where_named
+from steer.fit.methods.card import best_layers, cosines, made_on, split
 from steer.fit.methods.linearity import Parallelism
 from steer.fit.methods.method import METHODS, MakeMethod, Method
 from steer.fit.methods.sae_refined import SAERefined

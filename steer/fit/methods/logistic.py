@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from steer.fit.methods.reservoir import Reservoir
+from steer.fit.methods.dictionaries.reservoir import Reservoir
 
 MAX_ROWS = 4096
 

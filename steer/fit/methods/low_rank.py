@@ -24,7 +24,8 @@ from steer.engines.base import Engine
 from steer.engines.gradients import DifferentiableModel, Edit, differentiable
 from steer.errors import SteerError
 from steer.fit.data.exercises import Exercise, ExerciseSet
-from steer.fit.methods.card import WhereName, made_on, where_named
+from steer.fit.data.where import WhereName, where_named
+from steer.fit.methods.card import made_on
 from steer.fit.states import Progress, check_length, make_reading, prompt_tokens
 from steer.model import HookPoint
 from steer.prompts import part_tokens

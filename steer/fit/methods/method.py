@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
 from steer.fit.methods.diffmean import DifferenceOfMeans
 from steer.fit.methods.logistic import LogisticDirection
 from steer.fit.methods.pca import UncentredPCA
-
-MethodName: TypeAlias = Literal["diffmean", "pca", "logistic"]
 
 
 class Method(Protocol):

@@ -16,7 +16,8 @@ from steer.engines.base import Engine
 from steer.errors import SteerError
 from steer.fit.data.labels import Labelled, LabelledSet
 from steer.fit.data.prompt import Positions
-from steer.fit.methods.card import WhereName, best_layers, cosines, made_on, split, where_named
+from steer.fit.data.where import WhereName, where_named
+from steer.fit.methods.card import best_layers, cosines, made_on, split
 from steer.fit.methods.fitting import usable_directions
 from steer.fit.methods.method import METHODS, UNPAIRED, Method
 from steer.fit.methods.separation import Separation
@@ -53,7 +54,7 @@ def fit_labels(
     _check(texts, wanted, method, best)
     reading = make_reading(engine, site=site, layers=layers, positions=positions, batch=batch)
     default_where = where_named(where)
-    fitted, measured = _split(texts, held_out, seed)
+    fitted, measured = split_labels(texts, held_out, seed)
     directions = _directions(engine, reading, fitted, wanted, method, progress)
     measures = _measures(engine, reading, measured, directions, progress)
     counts = {label: sum(one.label == label for one in texts.items) for label in texts.labels}
@@ -84,7 +85,11 @@ def fit_labels(
     }
 
 
-def _split(texts: LabelledSet, share: float, seed: int) -> tuple[list[Labelled], list[Labelled]]:
+def split_labels(
+    texts: LabelledSet, share: float, seed: int
+) -> tuple[list[Labelled], list[Labelled]]:
+    """Texts to fit on and texts to measure on, `share` of every class; all of them do both where
+    one class has too few."""
     fitted: list[Labelled] = []
     measured: list[Labelled] = []
     for label in texts.labels:
@@ -167,6 +172,14 @@ def _check(texts: LabelledSet, wanted: Sequence[str], method: str, best: int) ->
             f"the method {method!r} {reason}: for labelled texts use one of {', '.join(UNPAIRED)}",
             code="unknown_method",
         )
+    check_labels(texts, wanted)
+    if best < 1:
+        raise SteerError(f"best ({best!r}) must be at least 1", code="invalid_option")
+
+
+def check_labels(texts: LabelledSet, wanted: Sequence[str]) -> None:
+    """Raises `SteerError` unless the texts have several classes, `wanted` among them, whose names
+    stay distinct."""
     unknown = [label for label in wanted if label not in texts.labels]
     if unknown or len(texts.labels) < 2:
         raise SteerError(
@@ -181,5 +194,3 @@ def _check(texts: LabelledSet, wanted: Sequence[str], method: str, best: int) ->
             "rename them",
             code="invalid_labels",
         )
-    if best < 1:
-        raise SteerError(f"best ({best!r}) must be at least 1", code="invalid_option")

@@ -12,7 +12,8 @@ from steer.engines.base import Engine
 from steer.errors import SteerError
 from steer.fit.data.jsonl import sha256_of
 from steer.fit.data.prompt import Positions, Prompt, prompt_json
-from steer.fit.methods.card import WhereName, made_on, where_named
+from steer.fit.data.where import WhereName, where_named
+from steer.fit.methods.card import made_on
 from steer.fit.states import Progress, make_reading, read_rows
 from steer.spec import Site
 

@@ -61,7 +61,8 @@ class JobKind(Generic[P]):
     `params` is a frozen pydantic model with `extra="forbid"`. `run` returns a JSON object, or
     raises a `SteerError` that a client can understand. `check` raises what is wrong with the
     parameters before the job is queued. `data` names the parameters that are too large to be
-    shown with the job; `shown` adds something in their place.
+    shown with the job; `shown` adds something in their place. `summary` says in a line what it
+    does. The name is also the end of its route.
 
     `repeatable` says that running it twice does no harm, so that it is run again after a crash.
     `any_model` says that it does not use the engine, so that any server on the registry can run it;
@@ -73,6 +74,7 @@ class JobKind(Generic[P]):
     run: Callable[[JobContext, P], dict[str, Any]]
     check: Callable[[Engine, Registry, P], None] = _nothing
     data: frozenset[str] = frozenset()
+    summary: str = ""
     shown: Callable[[P], dict[str, Any]] = field(default=lambda _: {})
     repeatable: bool = False
     any_model: bool | Callable[[Engine, P], bool] = False

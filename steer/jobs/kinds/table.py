@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
+from steer.fit.requests.table import FIT_REQUESTS
 from steer.formats.hub import fetch, parse_hub_ref
 from steer.jobs.kinds.calibrate import CALIBRATE
-from steer.jobs.kinds.evaluate import EVALUATE
-from steer.jobs.kinds.fit import FIT
+from steer.jobs.kinds.evaluate import evaluate_kind
+from steer.jobs.kinds.fit import fit_kind
 from steer.jobs.kinds.importing import Download, Fetch, import_kind
-from steer.jobs.kinds.kind import JobKinds, Report
-from steer.jobs.kinds.sweep import SWEEP
+from steer.jobs.kinds.kind import JobKind, JobKinds, Report
+from steer.jobs.kinds.sweep import sweep_kind
+from steer.jobs.policy import SpecPolicy
 
 
 def _from_hub(source: str, _folder: Path, _progress: Report) -> Download:
@@ -24,7 +27,17 @@ HUB: Mapping[str, Fetch] = MappingProxyType({"hf": _from_hub})
 """Imports from the Hugging Face hub."""
 
 
-def builtin_kinds(fetchers: Mapping[str, Fetch] = MappingProxyType({})) -> JobKinds:
-    """Every kind by name; `fetchers` are the URL schemes that imports may come from."""
-    kinds = (FIT, SWEEP, CALIBRATE, EVALUATE, import_kind(fetchers))
+def builtin_kinds(
+    fetchers: Mapping[str, Fetch] = MappingProxyType({}),
+    policy: SpecPolicy = SpecPolicy(),  # noqa: B008 - frozen
+) -> JobKinds:
+    """Every kind by name; `fetchers` are the URL schemes that imports may come from, `policy` what
+    clients' specs may do."""
+    kinds: tuple[JobKind[Any], ...] = (
+        *(fit_kind(request) for request in FIT_REQUESTS),
+        sweep_kind(policy),
+        CALIBRATE,
+        evaluate_kind(policy),
+        import_kind(fetchers),
+    )
     return MappingProxyType({kind.name: kind for kind in kinds})

@@ -22,9 +22,10 @@ from steer.engines.fake.engine import ByteTokenizer, FakeEngine
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError
 from steer.fit import Pair, PairSet, fit
+from steer.fit.requests.pairs import PairsRequest
 from steer.jobs import JobContext, JobLimits
 from steer.jobs.engine import BackgroundEngine
-from steer.jobs.kinds.fit import FIT, FitParams
+from steer.jobs.kinds.fit import fit_kind
 from steer.jobs.pace import Pace
 from steer.jobs.signals import JobCancelled
 from steer.model import HookPoint
@@ -236,7 +237,7 @@ def test_a_vector_fitted_in_pieces_is_the_same(
 ) -> None:
     pairs = [Pair(f"a happy day {n}", f"a sad {n * n} day") for n in range(12)]
     lines = [{"positive": one.positive, "negative": one.negative} for one in pairs]
-    params = FitParams.model_validate({"name": "v", "pairs": lines, "method": method})
+    params = PairsRequest.model_validate({"name": "v", "pairs": lines, "method": method})
     time = Time()
     time.load = 1
     reports = []
@@ -249,7 +250,7 @@ def test_a_vector_fitted_in_pieces_is_the_same(
             lambda done, total=None, note="": reports.append((done, total)),
         )
         before = tiny.stats().extra["interlude_seconds"]
-        result = FIT.run(context, params)
+        result = fit_kind(PairsRequest).run(context, params)
         taken = tiny.stats().extra["interlude_seconds"] - before
         found = registry.vector(result["vector"])
     whole = fit(tiny, PairSet.of(pairs), name="v", method=method)

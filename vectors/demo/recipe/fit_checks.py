@@ -35,7 +35,7 @@ from steer.artefacts.sae.saelens import load_directory
 from steer.engines.transformers.engine import TransformersEngine
 from steer.fit import Pair, PairSet, fit, fit_nmf, read_pairs
 from steer.fit.data.pairs import Messages, Prompt
-from steer.fit.methods.dictionary import Dictionary
+from steer.fit.methods.dictionaries.dictionary import Dictionary
 from steer.fit.states import make_reading, read_rows
 
 log = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError
 from steer.fit.measure.bootstrap import Resamples
 from steer.fit.measure.evaluate import (
+    ComparedMethod,
     Evaluation,
     Instruction,
-    Method,
     card_instruction,
     evaluate,
     instructed,
@@ -36,19 +36,19 @@ def letters(text: str) -> Score:
 
 
 @pytest.fixture(scope="module")
-def methods(engine: TransformersEngine) -> list[Method]:
+def methods(engine: TransformersEngine) -> list[ComparedMethod]:
     row = engine._hooked.map.output.weight[ord("e")].detach()  # type: ignore[index]
     vector = ControlVector.of({2: row / row.norm()}, name="e")
     cache = plans_of(engine, MemoryLibrary({"e": vector}))
 
-    def method(strength: float) -> Method:
+    def method(strength: float) -> ComparedMethod:
         item = {"kind": "add", "vector": "e", "strength": strength}
-        return Method(f"e:{strength:g}", cache.plan(parse_spec({"interventions": [item]})))
+        return ComparedMethod(f"e:{strength:g}", cache.plan(parse_spec({"interventions": [item]})))
 
     return [method(0.0), method(50.0)]
 
 
-def run(engine: TransformersEngine, methods: list[Method], **fields: Any) -> Evaluation:
+def run(engine: TransformersEngine, methods: list[ComparedMethod], **fields: Any) -> Evaluation:
     told = Instruction("Say e.")
     return evaluate(
         engine, PROMPTS, methods, letters, instruction=told, max_tokens=6, resamples=400, **fields
@@ -56,7 +56,7 @@ def run(engine: TransformersEngine, methods: list[Method], **fields: Any) -> Eva
 
 
 def test_the_prompt_only_baseline_is_always_there(
-    engine: TransformersEngine, methods: list[Method]
+    engine: TransformersEngine, methods: list[ComparedMethod]
 ) -> None:
     steps: list[int] = []
     found = run(engine, methods, progress=steps.append)
@@ -75,19 +75,19 @@ def test_the_prompt_only_baseline_is_always_there(
     assert told == prompt.examples
 
 
-def test_seeds_repeat(engine: TransformersEngine, methods: list[Method]) -> None:
+def test_seeds_repeat(engine: TransformersEngine, methods: list[ComparedMethod]) -> None:
     assert run(engine, methods, seed=3) == run(engine, methods, seed=3)
 
 
-def test_names_must_differ(engine: TransformersEngine, methods: list[Method]) -> None:
-    for given in ([methods[0], methods[0]], [Method("unsteered", methods[0].plan)], []):
+def test_names_must_differ(engine: TransformersEngine, methods: list[ComparedMethod]) -> None:
+    for given in ([methods[0], methods[0]], [ComparedMethod("unsteered", methods[0].plan)], []):
         with pytest.raises(SteerError) as caught:
             run(engine, given)
         assert caught.value.code == "invalid_option"
 
 
 def test_the_report_is_a_folder(
-    engine: TransformersEngine, methods: list[Method], tmp_path: Path
+    engine: TransformersEngine, methods: list[ComparedMethod], tmp_path: Path
 ) -> None:
     found = run(engine, methods)
     write_evaluation_report(tmp_path, found, title="letters")

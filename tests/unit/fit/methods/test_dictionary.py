@@ -14,7 +14,7 @@ from steer.engines.plans import plans_of
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError
 from steer.fit import Marked, fit_nmf, fit_snmf
-from steer.fit.methods.dictionary import Dictionary
+from steer.fit.methods.dictionaries.dictionary import Dictionary
 from steer.model import HookPoint
 from steer.spec import parse_spec
 

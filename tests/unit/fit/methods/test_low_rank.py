@@ -19,7 +19,7 @@ from steer.engines.plans import plans_of
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError, Unsupported
 from steer.fit.data.exercises import Exercise, ExerciseSet
-from steer.fit.methods.card import WHERES, WhereName, where_named
+from steer.fit.data.where import WHERES, WhereName, where_named
 from steer.fit.methods.low_rank import LoReFT, _Row, answer_loss, fit_low_rank
 from steer.model import HookPoint
 from steer.spec import parse_spec

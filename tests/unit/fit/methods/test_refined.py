@@ -18,9 +18,9 @@ from steer.errors import SteerError
 from steer.fit import Pair, PairSet, fit, fit_labels, fit_two_prompts
 from steer.fit.data.labels import Labelled, LabelledSet
 from steer.fit.data.prompt import Marked
+from steer.fit.methods.dictionaries.reservoir import Reservoir
 from steer.fit.methods.fitting import split_pairs
 from steer.fit.methods.logistic import MAX_ROWS, LogisticDirection
-from steer.fit.methods.reservoir import Reservoir
 from steer.fit.methods.sae_refined import REFINABLE, SAERefined
 from steer.fit.states import make_reading, read_rows
 from steer.model import HookPoint

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import SteerError
-from steer.fit.methods.semi_nmf import (
+from steer.fit.methods.dictionaries.semi_nmf import (
     fitted_components,
     semi_nmf,
     sparse,

@@ -21,9 +21,10 @@ from steer.engines.base import Engine
 from steer.errors import SteerError
 from steer.fit.data.jsonl import sha256_of
 from steer.fit.data.prompt import Positions, Prompt, prompt_json
-from steer.fit.methods.card import WhereName, made_on, where_named
-from steer.fit.methods.reservoir import Reservoir
-from steer.fit.methods.semi_nmf import Factors
+from steer.fit.data.where import WhereName, where_named
+from steer.fit.methods.card import made_on
+from steer.fit.methods.dictionaries.reservoir import Reservoir
+from steer.fit.methods.dictionaries.semi_nmf import Factors
 from steer.fit.states import Progress, make_reading, read_rows, read_tokens
 from steer.model import HookPoint
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from steer.engines.base import Engine
 from steer.fit.data.prompt import Positions, Prompt
-from steer.fit.methods.dictionary import Dictionary, fit_dictionary
-from steer.fit.methods.semi_nmf import semi_nmf
+from steer.fit.methods.dictionaries.dictionary import Dictionary, fit_dictionary
+from steer.fit.methods.dictionaries.semi_nmf import semi_nmf
 from steer.fit.states import Progress
 from steer.model import HookPoint
 from steer.spec import Site
@@ -37,7 +37,7 @@ def fit_nmf(
 
     `penalty` is the price of weights, relative to the states' mean squared length. `progress` is
     told of every prompt read and every iteration. Raises `SteerError`; memory as
-    `steer.fit.methods.dictionary` says.
+    `steer.fit.methods.dictionaries.dictionary` says.
     """
     return fit_dictionary(
         engine,

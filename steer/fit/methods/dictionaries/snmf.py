@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from steer.engines.base import Engine
 from steer.fit.data.prompt import Positions, Prompt
-from steer.fit.methods.dictionary import Dictionary, fit_dictionary
-from steer.fit.methods.semi_nmf import semi_nmf
+from steer.fit.methods.dictionaries.dictionary import Dictionary, fit_dictionary
+from steer.fit.methods.dictionaries.semi_nmf import semi_nmf
 from steer.fit.states import Progress
 from steer.model import HookPoint
 
@@ -35,7 +35,7 @@ def fit_snmf(
     (`positions="mean"`), those of the responses, or one token of each.
 
     `keep` is the share of neurons that a component keeps. `progress` is told of every prompt read
-    and every iteration. Raises `SteerError`; memory as `steer.fit.methods.dictionary` says.
+    and every iteration. Raises `SteerError`; memory as `dictionary.py` says.
     """
     return fit_dictionary(
         engine,

@@ -1,0 +1,127 @@
+"""Fields that several requests share, and how the command line spells those it cannot guess."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from steer.fit.data.prompt import Positions
+from steer.fit.data.where import WhereName
+from steer.spec import Site, Where, check_name
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """A field on the command line, where its type and description do not say enough.
+
+    `reads` names how its text is read, `flags` replace the option's name, `argument` makes it a
+    positional argument, `hidden` leaves it to jobs. `help` replaces the description.
+    """
+
+    reads: Literal["layers", "position", "strengths", "sae", "prompt", "names", "where"] | None = (
+        None
+    )
+    help: str | None = None
+    flags: tuple[str, ...] = ()
+    argument: bool = False
+    hidden: bool = False
+
+
+class RefineParam(BaseModel):
+    """The SAE in whose latents the differences are compared (Words in Motion, 2406.11624)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sae: Annotated[str, Field(min_length=1, max_length=256)]
+
+
+Ref: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
+LayerList: TypeAlias = Annotated[tuple[int, ...], Field(min_length=1, max_length=1024)]
+
+NameField: TypeAlias = Annotated[
+    str,
+    AfterValidator(check_name),
+    Spelled(flags=("--name", "-n"), help="The result's name; by default the file's."),
+    Field(description="The name to register the result under; of several, how their names begin."),
+]
+DescriptionField: TypeAlias = Annotated[
+    str, Field(max_length=4096, description="A sentence for the card.")
+]
+LicenceField: TypeAlias = Annotated[
+    str, Field(max_length=256, description="The licence for the card.")
+]
+SiteField: TypeAlias = Annotated[
+    Site, Field(description="Where in each block the states are read.")
+]
+LayersField: TypeAlias = Annotated[
+    LayerList | None,
+    Spelled("layers", "Such as 2-5 or 1,3; by default all layers."),
+    Field(description="The layers to read; by default all."),
+]
+PositionsField: TypeAlias = Annotated[
+    Positions,
+    Spelled("position"),
+    Field(
+        description="Read the last token, the mean over all, the mean over the response, the "
+        "subject's last token, or an index: last, mean, response, subject, -2."
+    ),
+]
+WhereField: TypeAlias = Annotated[
+    WhereName,
+    Field(
+        description="Where the vector acts unless a request says otherwise: on the last prompt "
+        "token, on that and what is generated (onward), on what is generated, or on every token."
+    ),
+]
+HeldOutField: TypeAlias = Annotated[
+    float, Field(ge=0, le=0.9, description="The share of the data kept for measuring.")
+]
+BestField: TypeAlias = Annotated[
+    int, Field(ge=1, le=1024, description="How many of the best layers become the default.")
+]
+Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
+SeedField: TypeAlias = Annotated[Seed, Field(description="Draws the held-out share.")]
+DataField: TypeAlias = Annotated[
+    Annotated[str, Field(min_length=1)] | None,
+    Field(description="The data as the text of a JSON lines file, instead of an array."),
+]
+
+# Of what measures answers
+
+VectorField: TypeAlias = Annotated[
+    Ref,
+    Spelled(argument=True, help="A registered vector (name or name@hash), or a file."),
+    Field(description="A registered vector: name or name@hash."),
+]
+Score: TypeAlias = Annotated[str, Field(min_length=1, max_length=4096)]
+SCORES = "What counts: regex:PATTERN, words:a,b,c or probe:VECTOR."
+SCORES_HERE = (
+    "What counts: regex:PATTERN, words:a,b,c, words:@FILE, python:module:function, probe:VECTOR, "
+    "judge:URL#model=NAME&question=TEXT (with the key in OPENAI_API_KEY), or for the demo model "
+    "demo:ATTRIBUTE."
+)
+ScoreField: TypeAlias = Annotated[
+    Score, Spelled(flags=("--score", "-s"), help=SCORES_HERE), Field(description=SCORES)
+]
+Strength: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
+Strengths: TypeAlias = Annotated[tuple[Strength, ...], Field(min_length=1, max_length=64)]
+UsedLayersField: TypeAlias = Annotated[
+    LayerList | None,
+    Spelled("layers", "Such as 2-5 or 1,3; by default the card's."),
+    Field(description="The layers to steer; by default the card's."),
+]
+UsedWhereField: TypeAlias = Annotated[
+    Where | None,
+    Spelled("where"),
+    Field(description="Which tokens are steered; by default the card's."),
+]
+MaxTokensField: TypeAlias = Annotated[
+    int, Field(ge=1, le=4096, description="The length of an answer.")
+]
+TemperatureField: TypeAlias = Annotated[float, Field(ge=0, le=2, description="0 is greedy.")]
+SampleSeedField: TypeAlias = Annotated[Seed, Field(description="For temperatures above 0.")]
+ExamplesField: TypeAlias = Annotated[
+    int, Spelled(hidden=True), Field(ge=0, le=16, description="Answers to show of each.")
+]

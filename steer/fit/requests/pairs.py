@@ -1,0 +1,122 @@
+"""A vector from contrastive prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from steer.errors import SteerError
+from steer.fit.requests.fields import (
+    BestField,
+    DataField,
+    HeldOutField,
+    RefineParam,
+    SeedField,
+    Spelled,
+)
+from steer.fit.requests.inline import PAIRS, PairParam
+from steer.fit.requests.request import FitPlace, Fitted, ReadingFields
+
+if TYPE_CHECKING:
+    from steer.artefacts.control_vector import ControlVector
+    from steer.engines.base import Engine
+    from steer.fit.data.pairs import PairSet
+    from steer.registry.registry import Registry
+
+
+class PairsRequest(ReadingFields):
+    """What to fit: pairs as an array, or as the text of a JSON lines file in `data`."""
+
+    command: ClassVar = "pairs"
+    summary: ClassVar = "Fit a control vector from contrastive prompts."
+    form: ClassVar = PAIRS
+    doing: ClassVar = "reading pairs"
+
+    pairs: Annotated[tuple[PairParam, ...], Field(min_length=2)] | None = None
+    data: DataField = None
+    method: Annotated[
+        Literal["diffmean", "pca", "logistic"],
+        Field(
+            description="Difference of means, uncentred PCA of the differences, or logistic "
+            "regression."
+        ),
+    ] = "diffmean"
+    refine: Annotated[
+        RefineParam | None,
+        Spelled("sae", "Fit among the latents of this registered SAE (not logistic)."),
+        Field(description="Fit among the latents of a registered SAE (not logistic)."),
+    ] = None
+    held_out: HeldOutField = 0.2
+    best: BestField = 1
+    seed: SeedField = 0
+    beside: Annotated[
+        bool,
+        Spelled(flags=("--beside/--no-beside",)),
+        Field(description="Note the cosine to the registry's vectors for this model."),
+    ] = False
+
+    @property
+    def needs_registry(self) -> bool:
+        return self.beside or self.refine is not None
+
+    def check(self, engine: Engine, registry: Registry, data: Any) -> None:
+        if self.refine is not None:
+            try:
+                registry.sae(self.refine.sae)
+            except SteerError as error:
+                raise error.at("/refine/sae") from None
+
+    def work(self, data: PairSet) -> int:
+        from steer.fit.methods.fitting import split_pairs
+
+        split = split_pairs(data.items, self.held_out, self.seed)
+        return len(split.fitted) + len(split.measured)
+
+    def run(self, place: FitPlace, data: PairSet) -> Fitted:
+        from steer.fit.methods.fitting import fit
+
+        vector = fit(
+            place.engine,
+            data,
+            name=self.name,
+            method=self.method,
+            refine=None if self.refine is None else {"sae": self.refine.sae},
+            library=place.registry,
+            site=self.site,
+            layers=self.layers,
+            positions=self.positions,
+            where=self.where,
+            held_out=self.held_out,
+            seed=self.seed,
+            best=self.best,
+            batch=self.at_once(place),
+            description=self.description,
+            licence=self.licence,
+            beside=RegisteredVectors(place.lookup(), place.engine.info.name)
+            if self.beside
+            else None,
+            progress=place.progress,
+        )
+        return Fitted({self.name: vector})
+
+
+@dataclass(frozen=True)
+class RegisteredVectors(Mapping[str, "ControlVector"]):
+    """A registry's vectors for `model`, each read when it is looked at: they may be many."""
+
+    registry: Registry
+    model: str
+
+    def __getitem__(self, name: str) -> ControlVector:
+        return self.registry.vector(name)
+
+    def __iter__(self) -> Iterator[str]:
+        for entry in self.registry.entries("vector", limit=10_000):
+            if entry.card.model in (None, self.model):
+                yield entry.name
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

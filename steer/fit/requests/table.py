@@ -1,0 +1,23 @@
+"""Every way to fit: each is a command `steer fit NAME`, a kind of job and a route."""
+
+from __future__ import annotations
+
+from steer.fit.requests.dictionaries import NmfRequest, SnmfRequest
+from steer.fit.requests.labels import LabelsRequest
+from steer.fit.requests.low_rank import LowRankRequest
+from steer.fit.requests.lrc import LrcRequest
+from steer.fit.requests.pairs import PairsRequest
+from steer.fit.requests.request import FitRequest
+from steer.fit.requests.transfer import TransferRequest
+from steer.fit.requests.two_prompts import TwoPromptsRequest
+
+FIT_REQUESTS: tuple[type[FitRequest], ...] = (
+    LrcRequest,
+    LowRankRequest,
+    TransferRequest,
+    SnmfRequest,
+    NmfRequest,
+    PairsRequest,
+    LabelsRequest,
+    TwoPromptsRequest,
+)

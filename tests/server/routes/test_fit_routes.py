@@ -1,0 +1,367 @@
+"""Every way to fit is a route: a job with its data, its progress and its registered result."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, get_args
+
+import httpx
+import pytest
+import torch
+from fastapi import FastAPI
+from liveness import LIVENESS_SECONDS, eventually
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from steer.artefacts.control_vector import ControlVector
+from steer.cli import app as command_line
+from steer.cli.fit import commands
+from steer.cli.local import DEMO_MODEL, running_engine
+from steer.engines.fake.tokenizer import ByteTokenizer
+from steer.engines.transformers.engine import TransformersEngine
+from steer.fit import (
+    fit,
+    fit_labels,
+    fit_low_rank,
+    fit_lrc,
+    fit_nmf,
+    fit_snmf,
+    fit_two_prompts,
+    transfer,
+)
+from steer.fit.measure.calibrate import calibrate
+from steer.fit.measure.evaluate import evaluate
+from steer.fit.methods.method import METHODS, UNPAIRED
+from steer.fit.methods.transfer import MAPS
+from steer.fit.requests.dictionaries import NmfRequest, SnmfRequest
+from steer.fit.requests.labels import LabelsRequest
+from steer.fit.requests.low_rank import LowRankRequest
+from steer.fit.requests.lrc import LrcRequest
+from steer.fit.requests.measuring import CalibrateRequest, EvaluateRequest, MeasureRequest
+from steer.fit.requests.pairs import PairsRequest
+from steer.fit.requests.request import FitRequest
+from steer.fit.requests.table import FIT_REQUESTS
+from steer.fit.requests.transfer import TransferRequest
+from steer.fit.requests.two_prompts import TwoPromptsRequest
+from steer.registry.registry import Registry
+from steer_server.app import create_app
+from steer_server.settings import ServerSettings
+
+ASKS = [f"where is the {n} fox" for n in ("red", "old", "tall", "wise", "shy", "big", "odd", "wet")]
+PAIRS = [{"positive": f"a happy day {n}", "negative": f"a sad day {n}"} for n in range(8)]
+TEXTS = [
+    {"text": f"{word} day {n}", "label": label}
+    for n in range(8)
+    for word, label in (("a happy", "joy"), ("such a sad", "grief"), ("one", "plain"))
+]
+EXERCISES = [{"prompt": ask, "answer": "No."} for ask in ASKS[:4]]
+FACTS = [
+    {"subject": s, "relation": "home", "object": o}
+    for s, o in (("fox", "a"), ("owl", "a"), ("cod", "b"), ("eel", "b"))
+]
+LRC = {"name": "in", "relation": "home", "prompt": "Where does the {subject} live?", "plain": True}
+
+BODIES: dict[str, tuple[dict[str, Any], str, list[dict[str, Any]] | list[str]]] = {
+    "fit": ({"name": "happy"}, "pairs", PAIRS),
+    "fit/labels": ({"name": "mood"}, "texts", TEXTS),
+    "fit/snmf": ({"name": "group", "layer": 1, "components": 2, "iterations": 3}, "prompts", ASKS),
+    "fit/nmf": ({"name": "part", "layer": 1, "components": 2, "iterations": 3}, "prompts", ASKS),
+    "fit/low-rank": (
+        {"name": "no", "layers": [1], "steps": 3, "batch": 2, "rank": 2},
+        "exercises",
+        EXERCISES,
+    ),
+    "fit/transfer": (
+        {"vector": "glad", "from": "tiny", "name": "moved"},
+        "prompts",
+        [*ASKS, *ASKS],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[TransformersEngine]:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=ByteTokenizer.vocab_size,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        eos_token_id=ByteTokenizer.eos_token_id,
+    )
+    with TransformersEngine(LlamaForCausalLM(config), ByteTokenizer(), name="tiny") as running:
+        yield running
+
+
+@pytest.fixture
+async def running(
+    tiny: TransformersEngine, registry: Registry, settings: ServerSettings
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a server with gradients, whose jobs run."""
+    rows = {1: torch.randn(16, generator=torch.Generator().manual_seed(5))}
+    registry.add("glad", ControlVector.of(rows, model="tiny"))
+    async for client in served(create_app(tiny, registry, settings)):
+        yield client
+
+
+async def served(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    app.state.steer.jobs.start()
+    async with httpx.AsyncClient(transport=transport, base_url="http://steer") as client:
+        yield client
+    await asyncio.to_thread(app.state.steer.jobs.stop, LIVENESS_SECONDS)
+
+
+async def done(client: httpx.AsyncClient, route: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The job that the route answers with, at its end."""
+    response = await client.post(f"/v1/steering/{route}", json=body)
+    assert response.status_code == 202, response.text
+    job = response.json()
+    assert (await client.get(f"/v1/jobs/{job['id']}/events")).is_success
+    return (await client.get(f"/v1/jobs/{job['id']}")).json()
+
+
+def made(job: dict[str, Any]) -> list[dict[str, Any]]:
+    result = job["result"]
+    return result.get("artefacts", [result])
+
+
+@pytest.mark.parametrize("route", BODIES)
+async def test_a_fit_is_a_job(running: httpx.AsyncClient, registry: Registry, route: str) -> None:
+    fields, field, items = BODIES[route]
+    job = await done(running, route, {**fields, field: items})
+    assert job["state"] == "succeeded", job
+    assert job["kind"] == route
+    assert job["request"][field] == len(items)
+    assert job["progress"]["done"] == job["progress"]["total"] > 0
+    kind = "low_rank" if route == "fit/low-rank" else "vector"
+    for one in made(job):
+        assert registry.entry(kind, one[kind]).sha256 == one["sha256"]
+        assert one["created"]
+        assert one["name"].startswith(fields["name"])
+
+
+async def test_a_fit_notes_the_cosines_to_what_is_registered(
+    running: httpx.AsyncClient, registry: Registry
+) -> None:
+    body = {"name": "happy", "pairs": PAIRS, "beside": True, "layers": [1]}
+    job = await done(running, "fit", body)
+    assert job["state"] == "succeeded", job
+    noted = registry.vector("happy").card.provenance["cosines"]
+    own = registry.vector("happy").cosine(registry.vector("glad"))[1]
+    # Neither those of other widths nor those without the layer are comparable.
+    assert noted == {"glad": {"1": pytest.approx(own, abs=1e-4)}}
+
+
+async def test_two_prompts_are_a_job(running: httpx.AsyncClient) -> None:
+    body = {"name": "toward", "toward": "a happy day", "away": [{"role": "user", "content": "x"}]}
+    refused = await running.post("/v1/steering/fit/prompts", json=body)
+    assert refused.status_code == 202  # a model without a template shows only while it runs
+    job = await done(running, "fit/prompts", {**body, "away": "a sad day"})
+    assert job["state"] == "succeeded", job
+    assert job["result"]["layers"] == [0, 1, 2]
+
+
+async def test_relations_that_the_model_does_not_know_say_so(running: httpx.AsyncClient) -> None:
+    job = await done(running, "fit/lrc", {**LRC, "facts": FACTS})
+    assert (job["state"], job["error"]["code"]) == ("failed", "not_known")
+
+
+async def test_relations_that_the_model_knows_become_concepts(
+    registry: Registry, settings: ServerSettings
+) -> None:
+    known = {"France": "Europe", "Italy": "Europe", "Kenya": "Africa", "Ghana": "Africa"}
+    body = {
+        "name": "in",
+        "relation": "continent",
+        "prompt": "Where is {subject}?",
+        "opening": "It is in",
+        "subject_layer": 0,
+        "site": "resid_pre",
+        "jacobians": 2,
+        "facts": [{"subject": s, "relation": "continent", "object": o} for s, o in known.items()],
+    }
+    with running_engine(DEMO_MODEL) as demo:
+        async for client in served(create_app(demo, registry, settings)):
+            job = await done(client, "fit/lrc", body)
+    assert job["state"] == "succeeded", job
+    assert [one["name"] for one in job["result"]["artefacts"]] == ["in-Africa", "in-Europe"]
+    assert job["progress"]["done"] == job["progress"]["total"] == 6
+    assert "4 of 4 facts" in job["result"]["notes"][0]
+
+
+def option(name: str, value: Any) -> list[str]:
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return [f"--{name.replace('_', '-')}", text]
+
+
+@pytest.mark.parametrize("route", BODIES)
+async def test_a_command_makes_what_its_job_makes(
+    running: httpx.AsyncClient,
+    registry: Registry,
+    tiny: TransformersEngine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    route: str,
+) -> None:
+    """The same request, the same content: one model of the parameters, one function."""
+    monkeypatch.setattr(commands, "running_engine", lambda *_, **__: nullcontext(tiny))
+    fields, _, items = BODIES[route]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(item) + "\n" for item in items))
+    moves = route == "fit/transfer"
+    given = ["glad", "--prompts", str(data)] if moves else [str(data)]
+    for name, value in fields.items():
+        given += [] if name == "vector" else option(name, value)
+    place = tmp_path / "commands"
+    with Registry.open(place) as other:
+        other.add("glad", registry.vector("glad"))
+    command = route.partition("/")[2] or "pairs"
+    arguments = ["fit", command, *given, "--register", "--registry", str(place)]
+    shown = await asyncio.to_thread(CliRunner().invoke, command_line, arguments)
+    assert shown.exit_code == 0, shown.output
+    job = await done(running, route, {**fields, "data": data.read_text()})
+    with Registry.open(place) as other:
+        for one in made(job):
+            kind = "low_rank" if "low_rank" in one else "vector"
+            assert other.entry(kind, one["name"]).sha256 == one["sha256"]
+
+
+FAKE = {
+    "fit/labels": {"name": "x", "texts": TEXTS},
+    "fit/lrc": {**LRC, "facts": FACTS},
+    "fit/low-rank": {"name": "x", "layers": [1], "exercises": EXERCISES},
+    "fit/snmf": {"name": "x", "layer": 1, "prompts": ASKS},
+    "fit/nmf": {"name": "x", "layer": 1, "prompts": ASKS},
+    "fit/prompts": {"name": "x", "toward": "a", "away": "b"},
+    "fit/transfer": {"vector": "joy", "from": "fake-model", "prompts": ASKS},
+}
+
+
+@pytest.mark.parametrize(
+    ("route", "changed", "param", "code"),
+    [
+        ("fit/labels", {"texts": None}, None, "invalid_value"),
+        ("fit/labels", {"data": "no json", "texts": None}, "/data", "invalid_labels"),
+        ("fit/labels", {"texts": [{"text": "a"}, TEXTS[0]]}, "/texts/0/label", "missing_field"),
+        ("fit/labels", {"only": ["nobody"]}, "/only", "unknown_label"),
+        ("fit/labels", {"texts": TEXTS[::3]}, "/texts", "unknown_label"),
+        ("fit/labels", {"method": "pca"}, "/method", "invalid_value"),
+        ("fit/labels", {"layers": [0, 9]}, "/layers/1", "layer_out_of_range"),
+        ("fit/labels", {"batch": 4}, "/batch", "unknown_field"),
+        ("fit/prompts", {"toward": ""}, "/toward", "invalid_value"),
+        ("fit/prompts", {"positions": "first"}, "/positions", "invalid_value"),
+        ("fit/prompts", {"site": "attic"}, "/site", "invalid_value"),
+        ("fit/snmf", {"layer": 77}, "/layer", "layer_out_of_range"),
+        ("fit/snmf", {"keep": 2}, "/keep", "invalid_value"),
+        ("fit/snmf", {"prompts": []}, "/prompts", "invalid_value"),
+        ("fit/nmf", {"components": 0}, "/components", "invalid_value"),
+        ("fit/nmf", {"sample": 1_000_000, "components": 4096}, "/sample", "too_large"),
+        ("fit/nmf", {"penalty": -1}, "/penalty", "invalid_value"),
+        ("fit/nmf", {"data": "3", "prompts": None}, "/data", "invalid_pairs"),
+        ("fit/low-rank", {"rate": 0}, "/rate", "invalid_value"),
+        ("fit/low-rank", {}, None, "no_gradients"),
+        ("fit/lrc", {}, None, "no_gradients"),
+        ("fit/lrc", {"relation": None}, "/relation", "invalid_value"),
+        ("fit/transfer", {"from": "another"}, "/from", "no_second_model"),
+        ("fit/transfer", {"vector": "joi"}, "/vector", "unknown_vector"),
+        ("fit/transfer", {"held_out": 0.95}, "/held_out", "invalid_value"),
+    ],
+)
+async def test_what_is_wrong_is_said_at_its_field(
+    http: httpx.AsyncClient, route: str, changed: dict[str, Any], param: str | None, code: str
+) -> None:
+    body: dict[str, Any] = {**FAKE[route], **changed}
+    for name in ("texts", "prompts"):
+        if name in body and body[name] is None:
+            del body[name]
+    error = (await http.post(f"/v1/steering/{route}", json=body)).json()["error"]
+    assert (error["code"], error["param"]) == (code, param), error
+    assert (await http.get("/v1/jobs")).json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("route", "changed", "param", "code"),
+    [
+        ("fit/low-rank", {"rank": 99}, "/rank", "invalid_option"),
+        ("fit/low-rank", {"batch": 65}, "/batch", "too_large"),
+        ("fit/low-rank", {"layers": [1, 8]}, "/layers/1", "layer_out_of_range"),
+        ("fit/lrc", {"relation": "none"}, "/relation", "unknown_relation"),
+        ("fit/lrc", {"prompt": "Where?"}, "/prompt", "invalid_template"),
+        ("fit/lrc", {"object_layer": 9}, "/object_layer", "layer_out_of_range"),
+    ],
+)
+async def test_so_it_is_with_gradients(
+    running: httpx.AsyncClient, route: str, changed: dict[str, Any], param: str, code: str
+) -> None:
+    body = {**FAKE[route], **changed}
+    error = (await running.post(f"/v1/steering/{route}", json=body)).json()["error"]
+    assert (error["code"], error["param"]) == (code, param), error
+
+
+async def test_training_can_be_cancelled(running: httpx.AsyncClient, registry: Registry) -> None:
+    body = {**FAKE["fit/low-rank"], "steps": 100_000}
+    job = (await running.post("/v1/steering/fit/low-rank", json=body)).json()
+    state = lambda: registry.jobs.get(job["id"]).state  # noqa: E731
+    assert await asyncio.to_thread(eventually, state, lambda now: now != "queued") == "running"
+    assert (await running.post(f"/v1/jobs/{job['id']}/cancel")).is_success
+    assert (await running.get(f"/v1/jobs/{job['id']}/events")).is_success
+    assert (await running.get(f"/v1/jobs/{job['id']}")).json()["state"] == "cancelled"
+
+
+FUNCTIONS: dict[type[FitRequest], Any] = {
+    PairsRequest: fit,
+    LabelsRequest: fit_labels,
+    TwoPromptsRequest: fit_two_prompts,
+    LrcRequest: fit_lrc,
+    LowRankRequest: fit_low_rank,
+    SnmfRequest: fit_snmf,
+    NmfRequest: fit_nmf,
+    TransferRequest: transfer,
+}
+
+
+@pytest.mark.parametrize("request_type", FIT_REQUESTS)
+def test_a_function_and_its_request_have_the_same_defaults(request_type: type[FitRequest]) -> None:
+    signature = inspect.signature(FUNCTIONS[request_type]).parameters
+    # What has one name and is another thing: the data, and vectors where a request says whether.
+    form = request_type.form
+    others = {"name", "beside", *(() if form is None else (form.field,))}
+    shared = (set(signature) & set(request_type.model_fields)) - others
+    assert shared
+    for name in shared:
+        field = request_type.model_fields[name]
+        if not field.is_required():
+            assert signature[name].default == field.default, name
+    if request_type.batch_size is not None:
+        assert signature["batch"].default == request_type.batch_size
+
+
+@pytest.mark.parametrize(
+    ("request_type", "function"), [(CalibrateRequest, calibrate), (EvaluateRequest, evaluate)]
+)
+def test_so_have_those_that_measure(request_type: type[MeasureRequest], function: Any) -> None:
+    signature = inspect.signature(function).parameters
+    for name in set(signature) & set(request_type.model_fields):
+        field = request_type.model_fields[name]
+        if not field.is_required():
+            assert signature[name].default == field.default, name
+
+
+def test_every_method_is_described() -> None:
+    assert set(FUNCTIONS) == set(FIT_REQUESTS)
+    assert set(METHODS) == set(get_args(PairsRequest.model_fields["method"].annotation))
+    assert set(UNPAIRED) == set(get_args(LabelsRequest.model_fields["method"].annotation))
+    assert set(MAPS) == set(get_args(TransferRequest.model_fields["method"].annotation))
+    for request in FIT_REQUESTS:
+        for name, field in request.model_fields.items():
+            data = request.form is not None and name == request.form.field
+            assert field.description or data, (request, name)
