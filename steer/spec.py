@@ -11,8 +11,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from steer.errors import Problem, SpecError, pointer
+from steer.references import Names, Reference, references_in
 
 MAX_INTERVENTIONS = 64
 MAX_FEATURES = 256
@@ -176,7 +177,10 @@ class InlineVector(_Frozen):
 VectorRef: TypeAlias = Annotated[
     Annotated[Name, Tag("a name")] | Annotated[InlineVector, Tag("inline")],
     Discriminator(lambda value: "inline" if isinstance(value, dict | InlineVector) else "a name"),
+    Names("vector"),
 ]
+SAERef: TypeAlias = Annotated[Name, Names("sae")]
+AdapterRef: TypeAlias = Annotated[Name, Names("low_rank")]
 
 
 class Where(_Frozen):
@@ -248,6 +252,9 @@ class When(_Frozen):
 
 
 class _Intervention(_Frozen):
+    takes_card_where: ClassVar[bool] = True
+    """Whether the card of what the first field names says which tokens, where the spec does not."""
+
     layers: Layers | Literal["all"] | None = None
     site: Site | None = None
     where: Where | None = None
@@ -291,7 +298,7 @@ class Clamp(_Intervention):
     """
 
     kind: Literal["clamp"] = "clamp"
-    sae: Name
+    sae: SAERef
     features: Annotated[tuple[Index, ...], Field(min_length=1, max_length=MAX_FEATURES)]
     value: Number | Annotated[tuple[Number, ...], Field(min_length=1, max_length=MAX_FEATURES)]
     mode: Literal["set", "at_least", "at_most", "scale"] = "set"
@@ -316,7 +323,7 @@ class Concept(_Intervention):
     """
 
     kind: Literal["concept"] = "concept"
-    sae: Name
+    sae: SAERef
     text: Annotated[str, Field(min_length=1, max_length=4096)]
     contrast: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     strength: Number = 1.0
@@ -324,6 +331,8 @@ class Concept(_Intervention):
 
 class Swap(_Intervention):
     """x + β·‖x‖·(v̂_add − v̂_remove): exchange one concept for another (LRC, 2311.08968)."""
+
+    takes_card_where: ClassVar[bool] = False
 
     kind: Literal["swap"] = "swap"
     remove: VectorRef
@@ -335,7 +344,7 @@ class LowRank(_Intervention):
     """x + Rᵀ(Wx + b − Rx): a trained low-rank intervention (LoReFT, 2404.03592)."""
 
     kind: Literal["low_rank"] = "low_rank"
-    adapter: Name
+    adapter: AdapterRef
 
 
 class Rotate(_Intervention):
@@ -349,6 +358,8 @@ class Rotate(_Intervention):
 
 class Patch(_Intervention):
     """Replace the state by a given one (Patchscopes, 2401.06102)."""
+
+    takes_card_where: ClassVar[bool] = False
 
     kind: Literal["patch"] = "patch"
     vector: VectorRef
@@ -388,6 +399,10 @@ class SteeringSpec(_Frozen):
             ensure_ascii=False,
         )
         return hashlib.sha256(b"steer/spec/1\n" + canonical.encode()).hexdigest()[:32]
+
+    def references(self) -> Iterator[Reference]:
+        """Every artefact that the spec refers to, vectors that it carries included."""
+        return references_in(self)
 
 
 def parse_spec(value: Mapping[str, Any] | SteeringSpec, *, at: str = "") -> SteeringSpec:

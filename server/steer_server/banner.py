@@ -82,9 +82,7 @@ def _suitable(serving: Serving) -> str | None:
     ]
     fitting.sort(key=lambda card: (card.model is None, card.calibration is None))
     # A cache of its own: what is tried here is none of the plans that the metrics count.
-    plans = plans_of(
-        serving.engine, serving.registry, strength_limit=serving.settings.strength_limit
-    )
+    plans = plans_of(serving.engine, serving.registry, policy=serving.settings.spec_policy)
     try:
         prompt = tuple(chat_prompt(serving, ChatRequest.model_validate(_chat(serving))))
     except SteerError:

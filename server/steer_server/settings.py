@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from steer.jobs.limits import JobLimits
-from steer.jobs.policy import SpecPolicy
+from steer.plan.resolve import Policy, StrengthLimit
 
 MIB = 1 << 20
 
@@ -44,7 +44,7 @@ class ServerSettings(BaseModel):
     measured_share: float = Field(default=0.01, ge=0, le=1)
     metric_names: int = Field(default=200, ge=1)
     plan_cache_size: int = Field(default=1024, ge=1)
-    strength_limit: Literal["off", "refuse", "cap"] = "off"
+    strength_limit: StrengthLimit = "off"
     drain_seconds: int = Field(default=10, ge=0)
     job_workers: int = Field(default=1, ge=0, le=64)
     job_queue: int = Field(default=16, ge=1)
@@ -63,9 +63,9 @@ class ServerSettings(BaseModel):
         )
 
     @property
-    def spec_policy(self) -> SpecPolicy:
+    def spec_policy(self) -> Policy:
         """What clients' specs may do here."""
-        return SpecPolicy(self.allow_inline_vectors, self.strength_limit)
+        return Policy(self.allow_inline_vectors, self.strength_limit)
 
     @property
     def catalogue_url(self) -> str | None:

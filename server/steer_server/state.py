@@ -15,6 +15,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from steer.engines.base import Engine
+from steer.engines.plans import plans_of
 from steer.jobs import HUB, JobRunner, builtin_kinds
 from steer.model import bare_name
 from steer.plan.cache import PlanCache
@@ -57,11 +58,12 @@ def assemble(
     engine.info = engine.info.served_as(_served_name(engine, settings))
     metrics = Metrics(name_limit=settings.metric_names)
     policy = settings.spec_policy
-    plans = policy.plans(
+    plans = plans_of(
         engine,
         registry,
         size=settings.plan_cache_size,
         observe_compile=metrics.plan_compile.observe,
+        policy=policy,
     )
     jobs = JobRunner(
         engine,

@@ -20,6 +20,7 @@ from steer.cli.local import (
 )
 from steer.cli.reporting import FAILED, out, show_problems
 from steer.cli.steering import read_spec
+from steer.references import own_references, value_at
 
 
 def validate(
@@ -52,7 +53,8 @@ def validate(
         typer.echo(json.dumps(described, indent=2, ensure_ascii=False))
         return
     out().print(f"{spec}: valid, fingerprint {described['fingerprint']}", highlight=False)
-    for place, item in enumerate(described["interventions"]):
-        points = ", ".join(item["hook_points"])
-        name = item.get("vector") or item.get("sae") or item.get("adapter") or ""
-        out().print(f"  {place}. {item['kind']} {name} at {points}", highlight=False)
+    for place, entry in enumerate(described["interventions"]):
+        points = ", ".join(entry["hook_points"])
+        named = own_references(wanted.interventions[place])
+        names = ", ".join(value_at(entry, reference.param) for reference in named)
+        out().print(f"  {place}. {entry['kind']} {names} at {points}", highlight=False)

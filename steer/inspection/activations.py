@@ -27,7 +27,7 @@ from steer.inspection.selection import (
 from steer.inspection.token_labels import place_label
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
-from steer.plan.kinds import row
+from steer.plan.points import row
 from steer.prompts import PromptInput, encode_prompt
 from steer.spec import Name, Site, SteeringSpec
 

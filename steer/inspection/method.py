@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -17,7 +17,7 @@ from steer.engines.base import Engine
 from steer.errors import Unsupported
 from steer.inspection.heatmap import HeatMap
 from steer.model import Capabilities
-from steer.spec import Site, SteeringSpec
+from steer.spec import Site
 
 STREAM: tuple[Site, ...] = ("resid_pre", "resid_mid", "resid_post")
 """The sites that hold the residual stream itself, which the output matrix can read."""
@@ -28,8 +28,7 @@ class Inspection:
     """A method: `run(engine, request, plans=…, library=…)` gives a result, which `draw` pictures.
 
     `name` is its name in `/v1/steering/capabilities` and, with hyphens, its route. `possible` says
-    whether an engine can carry it out; `steering` points to the spec in a request. `summary` is
-    the route's description.
+    whether an engine can carry it out. `summary` is the route's description.
     """
 
     name: str
@@ -39,14 +38,6 @@ class Inspection:
     run: Callable[..., BaseModel]
     draw: Callable[[Any], HeatMap]
     possible: Callable[[Capabilities], bool]
-    steering: str = "/steering"
-
-    def spec_of(self, request: BaseModel) -> SteeringSpec | None:
-        """The steering under which `request` reads."""
-        found: Any = request
-        for part in self.steering.split("/")[1:]:
-            found = getattr(found, part)
-        return cast("SteeringSpec | None", found)
 
     def require(self, engine: Engine) -> None:
         """Raises `Unsupported` (`unsupported_inspection`) where `engine` cannot carry it out."""

@@ -311,5 +311,4 @@ PATCHSCOPE = Inspection(
     run=_run,
     draw=patchscope_heat_map,
     possible=_possible,
-    steering="/source/steering",
 )

@@ -12,10 +12,11 @@ from steer.artefacts.control_vector import ControlVector
 from steer.artefacts.library import Library
 from steer.errors import Problem, SteerError
 from steer.model import Capabilities, ModelInfo
-from steer.plan.compiler import Tokenize, compile_plan
-from steer.plan.kinds import EncodeText, Sources, StrengthLimit
+from steer.plan.compiler import compile_plan
 from steer.plan.plan import SteeringPlan
-from steer.spec import Clamp, Concept, LowRank, SteeringSpec
+from steer.plan.resolve import OPEN, Policy, Tokenize
+from steer.plan.sources import EncodeText, Snapshot, Sources
+from steer.spec import SteeringSpec
 
 
 @dataclass
@@ -28,7 +29,8 @@ class PlanStats:
 
 
 class PlanCache:
-    """Compiles specs for one model, and remembers the plans of the newest artefacts.
+    """Compiles specs for one model, as far as `policy` allows them, and remembers the plans of the
+    newest artefacts.
 
     Assumes: `library` and `encode_text` may be called from any thread.
     Guarantees: equal meaning gives equal fingerprints; a name that comes to mean another version
@@ -45,9 +47,10 @@ class PlanCache:
         encode_text: EncodeText | None = None,
         size: int = 1024,
         observe_compile: Callable[[float], None] | None = None,
-        strength_limit: StrengthLimit = "off",
+        policy: Policy = OPEN,
     ) -> None:
-        self._sources = Sources(library, model, encode_text, strength_limit=strength_limit)
+        self._sources = Sources(library, model, encode_text)
+        self._policy = policy
         self._capabilities = capabilities
         self._tokenize = tokenize
         self._size = size
@@ -63,7 +66,7 @@ class PlanCache:
 
         Raises `SteerError` with a pointer relative to the spec; `SpecError.problems` lists all.
         """
-        sources = replace(self._sources, overlay=vectors)
+        sources = replace(self._sources, library=Snapshot(self._sources.library, vectors))
         key = self._key(spec, sources)
         with self._lock:
             if key is not None and key in self._plans:
@@ -71,7 +74,7 @@ class PlanCache:
                 self._plans.move_to_end(key)
                 return self._plans[key]
         started = time.perf_counter()
-        plan = compile_plan(spec, sources, self._capabilities, self._tokenize)
+        plan = compile_plan(spec, sources, self._capabilities, self._tokenize, policy=self._policy)
         seconds = time.perf_counter() - started
         with self._lock:
             self.stats.misses += 1
@@ -96,30 +99,9 @@ class PlanCache:
         """Identifies the spec together with what its names mean now; None where one is unknown."""
         key = [spec.fingerprint()]
         try:
-            for kind, ref in _named_artefacts(spec):
-                if kind == "vector":
-                    key.append(sources.vector(ref, kind).sha256)
-                elif kind == "sae":
-                    key.append(sources.library.sae(ref).sha256)
-                else:
-                    key.append(sources.library.low_rank(ref).sha256)
+            for reference in spec.references():
+                if reference.name is not None:
+                    key.append(sources.named(reference).sha256)
         except SteerError:
             return None
         return tuple(key)
-
-
-def _named_artefacts(spec: SteeringSpec) -> list[tuple[str, str]]:
-    """Every artefact that the spec names, with its kind."""
-    found: list[tuple[str, str]] = []
-    gates = [spec.when, *(item.when for item in spec.interventions)]
-    found += [("vector", gate.vector) for gate in gates if gate and isinstance(gate.vector, str)]
-    for item in spec.interventions:
-        for name in ("vector", "remove", "add", "toward"):
-            ref = getattr(item, name, None)
-            if isinstance(ref, str):
-                found.append(("vector", ref))
-        if isinstance(item, Clamp | Concept):
-            found.append(("sae", item.sae))
-        if isinstance(item, LowRank):
-            found.append(("low_rank", item.adapter))
-    return found

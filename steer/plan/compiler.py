@@ -1,34 +1,29 @@
-"""Specs to plans: every intervention resolved, checked, compiled and packed into rules."""
+"""Specs to plans, in a straight line.
+
+Every intervention is resolved, its strength becomes a number, added vectors are composed; then
+each becomes blocks, the blocks are packed into rules, and what was done is described.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from steer.errors import IncompatibleArtefact, SpecError, SteerError, Unsupported, pointer
-from steer.model import Capabilities, HookPoint, forward_order
-from steer.plan import kinds
+from steer.errors import SpecError, SteerError, pointer
+from steer.model import Capabilities, forward_order
 from steer.plan.composition import compose
-from steer.plan.kinds import Blocks, Sources
+from steer.plan.kinds import Blocks, blocks_of
 from steer.plan.plan import AS_REQUESTED, Gate, Rule, SteeringPlan, check_rules
-from steer.plan.selection import Selection, resolve
-from steer.plan.strengths import ResolvedStrength, Use, resolve_strength
-from steer.spec import (
-    Add,
-    Clamp,
-    Concept,
-    InlineVector,
-    Intervention,
-    LowRank,
-    SteeringSpec,
-    VectorRef,
-    When,
-)
-
-Tokenize = Callable[[str], list[int]]
+from steer.plan.resolve import OPEN, Compilation, Policy, Resolved, Resolver, Tokenize
+from steer.plan.selection import Selection
+from steer.plan.sources import Sources
+from steer.plan.strengths import resolve_strength
+from steer.references import put_at
+from steer.spec import SteeringSpec
 
 
 def compile_plan(
@@ -36,36 +31,105 @@ def compile_plan(
     sources: Sources,
     capabilities: Capabilities,
     tokenize: Tokenize | None = None,
+    *,
+    policy: Policy = OPEN,
 ) -> SteeringPlan:
-    """Compiles every intervention; raises all problems at once, as one `SteerError`."""
-    draft = _Draft(spec, sources, capabilities, tokenize)
-    errors: list[SteerError] = []
-    try:
-        draft.sources = replace(sources, composed=compose(spec, sources))
-    except SteerError as error:
-        errors.append(error)
+    """Compiles every intervention; raises all problems at once, as one `SteerError`.
+
+    What `policy` does not allow in any place is refused before anything is looked up.
+    """
+    policy.check(spec)
+    asked = Compilation(spec, sources, capabilities, tokenize, policy)
+    problems = _Problems()
+    resolver, resolved = Resolver(asked), list[Resolved]()
     for place, item in enumerate(spec.interventions):
+        with problems.of(place):
+            resolved.append(resolve_strength(resolver.resolved(place, item), asked))
+    if spec.compose is not None:
+        with problems.of_the_whole():
+            resolved = compose(resolved)
+    compiled: list[_Compiled] = []
+    for one in resolved:
+        with problems.of(one.place):
+            compiled.append(_Compiled(one, _blocks(one, spec)))
+    problems.raise_any()
+    rules = _packed(compiled)
+    limit = capabilities.limits.get("passes")
+    if limit is not None:
+        check_rules(len(rules), limit)
+    return _plan(spec, rules, compiled)
+
+
+_OF_THE_SPEC = ("/interventions", "/where", "/when")
+"""How pointers begin that are already relative to the spec."""
+
+
+class _Problems:
+    """Errors by the intervention they were found in; a step that fails does not stop the others."""
+
+    def __init__(self) -> None:
+        self._errors: list[tuple[int, SteerError]] = []
+
+    @contextmanager
+    def of(self, place: int) -> Iterator[None]:
+        """Keeps what is raised about the intervention at `place`, with a pointer into the spec."""
         try:
-            draft.append(place, item)
+            yield
         except SteerError as error:
-            errors.append(error)
-            at = pointer("interventions", place)
-            if not str(error.param).startswith(("/interventions", "/where", "/when")):
-                error.param = at + (error.param or "")
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
+            if not str(error.param).startswith(_OF_THE_SPEC):
+                error.param = pointer("interventions", place) + (error.param or "")
+            self._errors.append((place, error))
+
+    @contextmanager
+    def of_the_whole(self) -> Iterator[None]:
+        """Keeps what is raised about the spec as a whole; it is told first."""
+        try:
+            yield
+        except SteerError as error:
+            self._errors.append((-1, error))
+
+    def raise_any(self) -> None:
+        """Raises what was found, in the order of the interventions: as it is if it is one thing,
+        otherwise as a `SpecError` that lists all."""
+        errors = [error for _, error in sorted(self._errors, key=lambda found: found[0])]
         # What is wrong with the spec's own 'where' or 'when' is found once for each intervention.
         problems = list(dict.fromkeys(p for error in errors for p in error.problems))
-        if len(problems) == 1:
+        if len(errors) == 1 or len(problems) == 1:
             raise errors[0]
-        raise SpecError(
-            f"{problems[0].message} (and {len(problems) - 1} more problems)",
-            param=problems[0].param,
-            code=problems[0].code,
-            problems=problems,
-        )
-    return draft.finished()
+        if errors:
+            raise SpecError(
+                f"{problems[0].message} (and {len(problems) - 1} more problems)",
+                param=problems[0].param,
+                code=problems[0].code,
+                problems=problems,
+            )
+
+
+class _Compiled(NamedTuple):
+    one: Resolved
+    blocks: Blocks
+
+
+def _blocks(one: Resolved, spec: SteeringSpec) -> Blocks:
+    blocks = blocks_of(one)
+    if spec.norm == "preserve":
+        blocks = {p: replace(block, preserve_norm=True) for p, block in blocks.items()}
+    if one.fault is not None:
+        raise one.fault
+    if one.gate is not None:
+        read = one.gate.gate.point
+        early = [p for p in blocks if forward_order(p) < forward_order(read)]
+        if early:
+            raise SpecError(
+                f"the gate reads {read}, after the edit at {early[0]}: gate on an earlier layer "
+                "or edit later ones",
+                param=one.gate.param,
+                code="gate_after_edit",
+            )
+    return blocks
+
+
+# Packing
 
 
 @dataclass
@@ -78,214 +142,99 @@ class _OpenRule:
         mine = None if self.gate is None else self.gate.identity
         return self.selection == selection and mine == (None if gate is None else gate.identity)
 
-
-class _Draft:
-    """A plan in the making: resolves, compiles and packs one intervention after another."""
-
-    def __init__(
-        self,
-        spec: SteeringSpec,
-        sources: Sources,
-        capabilities: Capabilities,
-        tokenize: Tokenize | None,
-    ) -> None:
-        self.spec, self.sources = spec, sources
-        self.capabilities, self.tokenize = capabilities, tokenize
-        self.rules: list[_OpenRule] = []
-        self.artefacts: list[str] = []
-        self.strengths: list[float] = []
-        self.summary: list[dict[str, Any]] = []
-
-    def append(self, place: int, item: Intervention) -> None:
-        """Compiles the intervention at `place` and packs its blocks."""
-        if item.kind not in self.capabilities.kinds:
-            raise Unsupported(
-                f"the {self.capabilities.engine} engine does not support the kind {item.kind!r}: "
-                f"use one of {', '.join(self.capabilities.kinds)}",
-                param="/kind",
-                code="unsupported_kind",
-            )
-        resolved = self._resolved_strength(place, item) if isinstance(item, Add) else None
-        if resolved is not None:
-            item = item.model_copy(update={"strength": resolved.strength})
-        blocks = self._blocks(item)
-        if self.spec.norm == "preserve":
-            blocks = {p: replace(block, preserve_norm=True) for p, block in blocks.items()}
-        selection, where = self._selection(place, item)
-        when, when_at = (item.when, "/when") if item.when else (self.spec.when, "/when")
-        gate = None
-        if when is not None:
-            at = pointer("interventions", place) + when_at if item.when else when_at
-            gate = self._gate(when, at, blocks)
-            selection = replace(selection, from_last_prompt_token=gate.prompt_scope)
-        self._pack(blocks, selection, gate)
-        self._describe(item, blocks, where, when)
-        if resolved is not None:
-            self.summary[-1]["requested"] = resolved.requested
-            if resolved.capped:
-                self.summary[-1]["capped"] = True
-
-    def finished(self) -> SteeringPlan:
-        """The plan; its fingerprint covers what was resolved, not how it was written."""
-        self._check_rules()
-        # A strength that was asked for in another way, but is the same, means the same.
-        summary = [
-            {key: value for key, value in entry.items() if key not in AS_REQUESTED}
-            for entry in self.summary
-        ]
-        meaning = [summary, self.artefacts]
-        text = json.dumps(meaning, sort_keys=True, separators=(",", ":"))
-        ways = str(self.spec.norm) + (f"+{self.spec.compose}" if self.spec.compose else "")
-        digest = hashlib.sha256(f"steer/plan/1\n{ways}\n{text}".encode()).hexdigest()
-        rules = tuple(Rule(p.selection, p.gate, p.blocks) for p in self.rules)
-        return SteeringPlan(
-            fingerprint=digest[:32],
-            spec=self.spec,
-            rules=rules,
-            artefacts=tuple(dict.fromkeys(self.artefacts)),
-            strengths=tuple(self.strengths),
-            summary=tuple(self.summary),
-        )
-
-    def _check_rules(self) -> None:
-        limit = self.capabilities.limits.get("passes")
-        if limit is not None:
-            check_rules(len(self.rules), limit)
-
-    def _resolved_strength(self, place: int, item: Add) -> ResolvedStrength | None:
-        selection, _ = self._selection(place, item)
-        use = Use(selection, self.spec.norm == "preserve", self.tokenize)
-        return resolve_strength(item, use, self.sources)
-
-    def _blocks(self, item: Intervention) -> Blocks:
-        compile_kind: Callable[[Any, Sources], Blocks] = getattr(kinds, item.kind)
-        return compile_kind(item, self.sources)
-
-    def _selection(self, place: int, item: Intervention) -> tuple[Selection, Any]:
-        if item.where is not None:
-            where, at = item.where, pointer("interventions", place, "where")
-        elif self.spec.where is not None:
-            where, at = self.spec.where, "/where"
-        else:
-            where, at = self._card_where(item), pointer("interventions", place, "vector")
-        return resolve(where, self.tokenize, param=at), where
-
-    def _card_where(self, item: Intervention) -> Any:
-        if isinstance(item, Clamp | Concept):
-            return self.sources.sae(item.sae).card.default_where
-        if isinstance(item, LowRank):
-            return self.sources.library.low_rank(item.adapter).card.default_where
-        vector = getattr(item, "vector", None)
-        if vector is None or item.kind == "patch":
-            return None
-        return self.sources.vector(vector, "vector").card.default_where
-
-    def _gate(self, when: When, at: str, blocks: Blocks) -> Gate:
-        if when.scope not in self.capabilities.gate_scopes:
-            known = " or ".join(map(repr, self.capabilities.gate_scopes))
-            raise Unsupported(
-                f"this engine has no gates of scope {when.scope!r}: "
-                + (f"use {known}" if known else "send the spec without 'when'"),
-                param=at,
-                code="unsupported_gate",
-            )
-        vector = self.sources.vector(when.vector, at.removeprefix("/") + "/vector")
-        layer = vector.card.used_layers[0] if when.layer is None else when.layer
-        point = HookPoint(layer, vector.card.site)
-        layer_at = at + ("/vector" if when.layer is None else "/layer")
-        self.sources.model.check_point(point, param=layer_at)
-        if vector.card.width != self.sources.model.width(point.site):
-            raise IncompatibleArtefact(
-                f"the gate's vector {vector.card.name!r} has width {vector.card.width}; {point} "
-                f"has width {self.sources.model.width(point.site)}",
-                code="wrong_width",
-                param=at + "/vector",
-            )
-        early = [p for p in blocks if forward_order(p) < forward_order(point)]
-        if early:
-            raise SpecError(
-                f"the gate reads {point}, after the edit at {early[0]}: gate on an earlier layer "
-                "or edit later ones",
-                param=at,
-                code="gate_after_edit",
-            )
-        try:
-            direction = kinds.row(vector, layer)
-        except SteerError as error:
-            raise error.at(layer_at) from None
-        self.artefacts.append(vector.sha256)
-        return Gate(
-            name=vector.card.name if isinstance(when.vector, str) else "inline",
-            point=point,
-            direction=direction / direction.norm(),
-            above=-float("inf") if when.above is None else when.above,
-            below=float("inf") if when.below is None else when.below,
-            cosine=when.measure == "cosine",
-            prompt_scope=when.scope == "prompt",
-        )
-
-    def _pack(self, blocks: Blocks, selection: Selection, gate: Gate | None) -> None:
-        """Puts `blocks` into the earliest rule after every rule that touches their points."""
-        if not blocks:
-            return
-        last = max(
-            (n for n, one in enumerate(self.rules) if not blocks.keys().isdisjoint(one.blocks)),
-            default=-1,
-        )
-        if last >= 0 and self.rules[last].fits(selection, gate) and self._fuse(last, blocks):
-            return
-        for one in self.rules[last + 1 :]:
-            if one.fits(selection, gate):
-                one.blocks.update(blocks)
-                return
-        self.rules.append(_OpenRule(selection, gate, dict(blocks)))
-
-    def _fuse(self, last: int, blocks: Blocks) -> bool:
-        """Adds constants into rule `last`; False where one of the blocks is not a constant."""
-        target = self.rules[last].blocks
-        shared = target.keys() & blocks.keys()
-        if not all(target[p].is_shift and blocks[p].is_shift for p in shared):
+    def fuse(self, blocks: Blocks) -> bool:
+        """Adds constants; False where one of the blocks is not a constant."""
+        shared = self.blocks.keys() & blocks.keys()
+        if not all(self.blocks[p].is_shift and blocks[p].is_shift for p in shared):
             return False
         for point, block in blocks.items():
-            target[point] = target[point].fused_with(block) if point in shared else block
+            self.blocks[point] = self.blocks[point].fused_with(block) if point in shared else block
         return True
 
-    def _describe(self, item: Intervention, blocks: Blocks, where: Any, when: When | None) -> None:
-        entry: dict[str, Any] = item.model_dump(
-            mode="json",
-            by_alias=True,
-            exclude_none=True,
-            exclude={"layers", "site", "where", "when"},
-        )
-        for name in ("vector", "remove", "add", "toward"):
-            ref: VectorRef | None = getattr(item, name, None)
-            if isinstance(ref, str | InlineVector):
-                vector = self.sources.vector(ref, name)
-                entry[name] = f"{vector.card.name or 'inline'}@{vector.sha256[:12]}"
-                self.artefacts.append(vector.sha256)
-        if item.kind == "add" and item.strength is None:
-            entry["strength"] = self.sources.vector(item.vector, "vector").card.default_strength
-        if hasattr(item, "sae"):
-            sae = self.sources.sae(item.sae)
-            entry["sae"] = f"{_bare(item.sae)}@{sae.sha256[:12]}"
-            self.artefacts.append(sae.sha256)
-        if item.kind == "low_rank":
-            adapter = self.sources.library.low_rank(item.adapter)
-            entry["adapter"] = f"{_bare(item.adapter)}@{adapter.sha256[:12]}"
-            self.artefacts.append(adapter.sha256)
-        strength = entry.get("strength")
-        if isinstance(strength, int | float):
-            self.strengths.append(float(strength))
-        entry["hook_points"] = [str(p) for p in sorted(blocks, key=forward_order)]
-        if where is not None:
-            entry["where"] = where.model_dump(mode="json", by_alias=True, exclude_none=True)
-        if when is not None:
-            entry["when"] = when.model_dump(mode="json", exclude_none=True, exclude={"vector"})
-            gate = self.sources.vector(when.vector, "when")
-            entry["when"]["vector"] = f"{gate.card.name or 'inline'}@{gate.sha256[:12]}"
-        self.summary.append(entry)
+
+def _packed(compiled: Iterable[_Compiled]) -> list[_OpenRule]:
+    rules: list[_OpenRule] = []
+    for one, blocks in compiled:
+        if blocks:
+            gate = None if one.gate is None else one.gate.gate
+            _pack(rules, blocks, one.rule_selection, gate)
+    return rules
 
 
-def _bare(ref: str) -> str:
-    """A reference without its hash: `name` and `name@hash` may mean the same."""
-    return ref.partition("@")[0]
+def _pack(rules: list[_OpenRule], blocks: Blocks, selection: Selection, gate: Gate | None) -> None:
+    """Puts `blocks` into the earliest rule after every rule that touches their points."""
+    last = max(
+        (n for n, one in enumerate(rules) if not blocks.keys().isdisjoint(one.blocks)),
+        default=-1,
+    )
+    if last >= 0 and rules[last].fits(selection, gate) and rules[last].fuse(blocks):
+        return
+    for one in rules[last + 1 :]:
+        if one.fits(selection, gate):
+            one.blocks.update(blocks)
+            return
+    rules.append(_OpenRule(selection, gate, dict(blocks)))
+
+
+# Describing
+
+
+def _plan(
+    spec: SteeringSpec, rules: Sequence[_OpenRule], compiled: Sequence[_Compiled]
+) -> SteeringPlan:
+    """The plan; its fingerprint covers what was resolved, not how it was written."""
+    summary = [_described(*one) for one in compiled]
+    artefacts = [sha256 for one, _ in compiled for sha256 in _hashes(one)]
+    strengths = [entry.get("strength") for entry in summary]
+    return SteeringPlan(
+        fingerprint=_fingerprint(spec, summary, artefacts),
+        spec=spec,
+        rules=tuple(Rule(one.selection, one.gate, one.blocks) for one in rules),
+        artefacts=tuple(dict.fromkeys(artefacts)),
+        strengths=tuple(float(one) for one in strengths if isinstance(one, int | float)),
+        summary=tuple(summary),
+    )
+
+
+def _fingerprint(
+    spec: SteeringSpec, summary: Sequence[dict[str, Any]], artefacts: Sequence[str]
+) -> str:
+    # A strength that was asked for in another way, but is the same, means the same.
+    kept = [
+        {key: value for key, value in entry.items() if key not in AS_REQUESTED} for entry in summary
+    ]
+    text = json.dumps([kept, artefacts], sort_keys=True, separators=(",", ":"))
+    ways = str(spec.norm) + (f"+{spec.compose}" if spec.compose else "")
+    return hashlib.sha256(f"steer/plan/1\n{ways}\n{text}".encode()).hexdigest()[:32]
+
+
+def _hashes(one: Resolved) -> list[str]:
+    gate = [] if one.gate is None else [one.gate.vector.sha256]
+    return gate + [found.sha256 for _, found in one.named]
+
+
+def _described(one: Resolved, blocks: Blocks) -> dict[str, Any]:
+    """The intervention as JSON, with what its references stood for and where it acts."""
+    entry: dict[str, Any] = one.item.model_dump(
+        mode="json", by_alias=True, exclude_none=True, exclude={"layers", "site", "where", "when"}
+    )
+    for reference, found in one.named:
+        # A name may be another one for the same vector; SAEs and adapters are called as written.
+        name = found.card.name if reference.kind == "vector" else (reference.name or "")
+        put_at(entry, reference.param, _versioned(name.partition("@")[0], found.sha256))
+    entry["hook_points"] = [str(p) for p in sorted(blocks, key=forward_order)]
+    if one.where is not None:
+        entry["where"] = one.where.model_dump(mode="json", by_alias=True, exclude_none=True)
+    if one.gate is not None:
+        when = one.gate.when.model_dump(mode="json", exclude_none=True, exclude={"vector"})
+        vector = one.gate.vector
+        entry["when"] = {**when, "vector": _versioned(vector.card.name, vector.sha256)}
+    if one.strength is not None:
+        entry["requested"] = one.strength.requested
+        if one.strength.capped:
+            entry["capped"] = True
+    return entry
+
+
+def _versioned(name: str, sha256: str) -> str:
+    return f"{name or 'inline'}@{sha256[:12]}"

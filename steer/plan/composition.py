@@ -9,21 +9,17 @@ state along the others (subspaces per concept: 2406.18534).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from steer.artefacts.control_vector import ControlVector
-from steer.errors import SpecError, SteerError
+from steer.errors import SpecError
 from steer.model import HookPoint
-from steer.plan.kinds import Sources, row, vector_points
-from steer.spec import Add, Site, SteeringSpec
-
-Composed: TypeAlias = Mapping[tuple[str, Site], ControlVector]
-"""The form in which a vector, by its hash, is added at a site."""
+from steer.plan.points import row
+from steer.plan.resolve import Resolved
+from steer.spec import Add, Site
 
 MOST_PARALLEL = 0.99
 _ORTHOGONAL = 1e-6
@@ -52,30 +48,31 @@ def orthogonalised(rows: Tensor) -> Tensor:
     return found
 
 
-def compose(spec: SteeringSpec, sources: Sources) -> Composed:
-    """The composed form of every vector that `spec` adds; nothing unless it says `compose`.
+def compose(resolved: Sequence[Resolved]) -> list[Resolved]:
+    """`resolved` with the composed form of every vector that is added.
 
     All additions count, whichever tokens they act on; a vector that is added twice counts once.
-    What does not resolve is left out: compiling it says why.
+    Raises `SpecError` (`not_composable`).
     """
-    if spec.compose is None:
-        return {}
     rows: dict[HookPoint, dict[str, Tensor]] = {}
-    vectors: dict[str, ControlVector] = {}
-    for item in spec.interventions:
-        if not isinstance(item, Add):
-            continue
-        try:
-            vector = sources.vector(item.vector, "vector")
-            points = vector_points(item, [("vector", vector)], sources.model)
-        except SteerError:
-            continue
-        vectors[vector.sha256] = vector
-        for point in points:
-            rows.setdefault(point, {})[vector.sha256] = row(vector, point.layer)
+    for one in resolved:
+        if isinstance(one.item, Add):
+            vector = one.vector("vector")
+            for point in one.points:
+                rows.setdefault(point, {})[vector.sha256] = row(vector, point.layer)
     directions: dict[tuple[str, Site], dict[int, Tensor]] = {}
     for point, mine in rows.items():
         found = orthogonalised(torch.stack(list(mine.values())))
         for sha256, direction in zip(mine, found, strict=True):
             directions.setdefault((sha256, point.site), {})[point.layer] = direction
-    return {key: replace(vectors[key[0]], directions=by) for key, by in directions.items()}
+    return [_composed(one, directions) for one in resolved]
+
+
+def _composed(
+    one: Resolved, directions: Mapping[tuple[str, Site], Mapping[int, Tensor]]
+) -> Resolved:
+    if not isinstance(one.item, Add):
+        return one
+    vector = one.vector("vector")
+    mine = directions[vector.sha256, one.points[0].site]
+    return replace(one, composed=replace(vector, directions=mine))

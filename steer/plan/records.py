@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, Valida
 
 from steer.errors import FileFormatError, SpecError, SteerError
 from steer.plan.selection import Selection
-from steer.spec import Index, Phase, Site, SteeringSpec
+from steer.references import put_at
+from steer.spec import Index, InlineVector, Phase, Site, SteeringSpec
 
 VERSION = 1
 
@@ -131,22 +132,19 @@ def selection_of(value: object) -> Selection:
 
 
 def spec_to_json(spec: SteeringSpec) -> dict[str, Any]:
-    """`spec` as JSON, without the payload of its inline vectors."""
+    """`spec` as JSON, with a digest in place of the payload of every inline vector."""
     fields = spec.model_dump(mode="json", by_alias=True, exclude_none=True)
-    return {key: _without_payloads(value) for key, value in fields.items()}
+    for reference in spec.references():
+        if isinstance(reference.ref, InlineVector):
+            put_at(fields, reference.param + "/data", _digest(reference.ref.data))
+    return fields
 
 
-def _without_payloads(value: Any) -> Any:
-    """`value` with a digest in place of every inline vector, the only objects with 'data'."""
-    if isinstance(value, list):
-        return [_without_payloads(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    kept = {key: _without_payloads(item) for key, item in value.items()}
-    # A digest is not base64: nobody takes it for a vector, and it is known when met again.
-    if "data" in kept and not kept["data"].startswith(_DIGEST):
-        kept["data"] = _DIGEST + hashlib.sha256(value["data"].encode()).hexdigest()
-    return kept
+def _digest(payload: str) -> str:
+    """A digest is not base64: nobody takes it for a vector, and it is known when met again."""
+    if payload.startswith(_DIGEST):
+        return payload
+    return _DIGEST + hashlib.sha256(payload.encode()).hexdigest()
 
 
 def _tokens(selection: Selection) -> dict[str, Any]:

@@ -6,50 +6,43 @@ use (other layers, other tokens, another model) is refused, because the number w
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from dataclasses import replace
+from typing import Any
 
 from steer.artefacts.calibration import Calibration
 from steer.artefacts.control_vector import ControlVector
 from steer.errors import SteerError, Unsupported
 from steer.model import bare_name
-from steer.plan.kinds import Sources, vector_points
-from steer.plan.selection import Selection, resolve
-from steer.spec import Add, NormStrength
-
-Tokenize: TypeAlias = Callable[[str], list[int]]
+from steer.plan.resolve import Compilation, Resolved, ResolvedStrength, StrengthLimit
+from steer.plan.selection import resolve
+from steer.spec import Add, NormStrength, Strength
 
 
-@dataclass(frozen=True)
-class ResolvedStrength:
-    """The number a strength became, and what was asked for, as JSON."""
+def resolve_strength(one: Resolved, asked: Compilation) -> Resolved:
+    """`one` with the number that its strength stands for; as it is where it adds no vector.
 
-    strength: float
-    requested: Any
-    capped: bool = False
-
-
-@dataclass(frozen=True)
-class Use:
-    """How a spec uses a vector, besides its strength."""
-
-    selection: Selection
-    preserve_norm: bool
-    tokenize: Tokenize | None
-
-
-def resolve_strength(item: Add, use: Use, sources: Sources) -> ResolvedStrength | None:
-    """The number that `item.strength` stands for; None where it stands for itself.
-
-    With a `sources.strength_limit`, a calibrated vector is held to its calibrated range and use.
+    With a limit of strengths, a calibrated vector is held to its calibrated range and use.
     Raises `SteerError`: `not_calibrated`, `outside_calibration`.
     """
-    vector = sources.vector(item.vector, "vector")
-    strength = vector.card.default_strength if item.strength is None else item.strength
-    calibration = vector.card.calibration
+    if not isinstance(one.item, Add):
+        return one
+    vector, strength = one.vector("vector"), one.item.strength
+    if strength is None:
+        strength = vector.card.default_strength
+    found = _resolved(strength, vector, one, asked)
+    if found is None and strength is one.item.strength:
+        return one
+    number = strength if found is None else found.strength
+    return replace(one, item=one.item.model_copy(update={"strength": number}), strength=found)
+
+
+def _resolved(
+    strength: Strength, vector: ControlVector, one: Resolved, asked: Compilation
+) -> ResolvedStrength | None:
+    """What `strength` becomes; None where it stands for itself."""
+    calibration, limit = vector.card.calibration, asked.policy.strength_limit
     plain = isinstance(strength, float | int | NormStrength)
-    if plain and (calibration is None or sources.strength_limit == "off"):
+    if plain and (calibration is None or limit == "off"):
         return None
     if calibration is None:
         raise Unsupported(
@@ -59,7 +52,7 @@ def resolve_strength(item: Add, use: Use, sources: Sources) -> ResolvedStrength 
             code="not_calibrated",
             param="/strength",
         )
-    _check_use(item, vector, calibration, use, sources)
+    _check_use(vector, calibration, one, asked)
     if isinstance(strength, NormStrength):
         raise Unsupported(
             f"this server holds {vector.card.name!r} to its calibrated strengths, 0 to "
@@ -69,17 +62,17 @@ def resolve_strength(item: Add, use: Use, sources: Sources) -> ResolvedStrength 
             param="/strength",
         )
     if isinstance(strength, float | int):
-        return _limited(float(strength), vector, calibration, sources.strength_limit)
+        return _limited(float(strength), vector, calibration, limit)
     number = calibration.strength_for(strength)
-    asked = strength if isinstance(strength, str) else strength.model_dump(mode="json")
-    return ResolvedStrength(number, asked)
+    requested = strength if isinstance(strength, str) else strength.model_dump(mode="json")
+    return ResolvedStrength(number, requested)
 
 
 def _limited(
     strength: float,
     vector: ControlVector,
     calibration: Calibration,
-    limit: Literal["off", "refuse", "cap"],
+    limit: StrengthLimit,
 ) -> ResolvedStrength | None:
     nearest = min(max(strength, 0.0), calibration.safe_strength)
     if nearest == strength:
@@ -95,26 +88,27 @@ def _limited(
 
 
 def _check_use(
-    item: Add, vector: ControlVector, calibration: Calibration, use: Use, sources: Sources
+    vector: ControlVector, calibration: Calibration, one: Resolved, asked: Compilation
 ) -> None:
-    """Raises `Unsupported` (`not_calibrated`) unless `item` uses the vector as calibrated."""
-    points = vector_points(item, [("vector", vector)], sources.model)
-    layers = tuple(point.layer for point in points)
-    place = f"layers {list(calibration.layers)} at {calibration.site}"
-    here = f"layers {list(layers)} at {points[0].site}"
+    """Raises `Unsupported` (`not_calibrated`) unless `one` uses the vector as calibrated."""
+    model, site = asked.sources.model.name, one.points[0].site
+    layers = tuple(point.layer for point in one.points)
     differs: tuple[str, str] | None = None
-    if not sources.model.is_called(calibration.model):
-        here = f"{sources.model.name!r}"
+    if not asked.sources.model.is_called(calibration.model):
         made = bare_name(calibration.model)
-        differs = "/vector", f"on the model {made!r}, and this is {here}"
-    elif (layers, points[0].site) != (calibration.layers, calibration.site):
-        param = "/layers" if item.layers else "/vector"
+        differs = "/vector", f"on the model {made!r}, and this is {model!r}"
+    elif (layers, site) != (calibration.layers, calibration.site):
+        place = f"layers {list(calibration.layers)} at {calibration.site}"
+        here = f"layers {list(layers)} at {site}"
+        param = "/layers" if one.item.layers else "/vector"
         differs = param, f"on {place}, and here it acts on {here}"
-    elif use.selection != resolve(calibration.where, use.tokenize, param="/vector"):
+    elif one.fault is None and one.selection != resolve(
+        calibration.where, asked.tokenize, param="/vector"
+    ):
         differs = "/strength", "on other tokens than 'where' selects here"
-    elif use.preserve_norm:
+    elif asked.spec.norm == "preserve":
         differs = "/strength", 'without "norm": "preserve"'
-    elif (vector.sha256, points[0].site) in (sources.composed or {}):
+    elif asked.spec.compose is not None:
         differs = "/strength", "as it is, and 'compose' changes it here"
     if differs is not None:
         raise Unsupported(

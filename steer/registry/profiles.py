@@ -5,17 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, delete, select, update
 
 from steer.artefacts.kinds import ArtefactKind
-from steer.errors import UnknownArtefact, pointer
+from steer.errors import UnknownArtefact
+from steer.references import Reference, put_at
 from steer.registry.catalogue.aliases import Alias, stored_aliases
 from steer.registry.catalogue.schema import profiles
 from steer.registry.entry import Ref, parse_ref
-from steer.spec import Clamp, Concept, LowRank, SteeringSpec, check_name, parse_spec
+from steer.spec import SteeringSpec, check_name, parse_spec
 
 
 class Profile(BaseModel):
@@ -28,41 +29,16 @@ class Profile(BaseModel):
     description: Annotated[str, Field(max_length=4096)] = ""
 
 
-class Reference(NamedTuple):
-    """An artefact that a spec names, and where (a JSON pointer relative to the spec)."""
-
-    kind: ArtefactKind
-    ref: str
-    param: str
-
-
 def references(spec: SteeringSpec) -> Iterator[Reference]:
     """Every registered artefact that `spec` names; inline vectors are not registered."""
-    if spec.when is not None and isinstance(spec.when.vector, str):
-        yield Reference("vector", spec.when.vector, pointer("when", "vector"))
-    for place, item in enumerate(spec.interventions):
-        at = pointer("interventions", place)
-        if isinstance(item, Clamp | Concept):
-            yield Reference("sae", item.sae, at + "/sae")
-        if isinstance(item, LowRank):
-            yield Reference("low_rank", item.adapter, at + "/adapter")
-        for field in ("vector", "toward", "remove", "add"):
-            value = getattr(item, field, None)
-            if isinstance(value, str):
-                yield Reference("vector", value, f"{at}/{field}")
-        if item.when is not None and isinstance(item.when.vector, str):
-            yield Reference("vector", item.when.vector, at + "/when/vector")
+    return (reference for reference in spec.references() if reference.name is not None)
 
 
 def pinned(spec: SteeringSpec, exact: Callable[[Reference], str]) -> SteeringSpec:
     """`spec` with every reference replaced by `exact` of it, such as `name@hash`."""
     document = spec.model_dump(mode="json", by_alias=True, exclude_none=True)
     for reference in references(spec):
-        *path, last = reference.param.removeprefix("/").split("/")
-        place: Any = document
-        for part in path:
-            place = place[int(part)] if isinstance(place, list) else place[part]
-        place[last] = exact(reference)
+        put_at(document, reference.param, exact(reference))
     return parse_spec(document)
 
 

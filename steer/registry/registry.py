@@ -21,6 +21,7 @@ from steer.errors import FileFormatError, SteerError, StorageError
 from steer.formats.importing import check_model, read_artefact
 from steer.formats.options import ImportOptions
 from steer.model import ModelInfo
+from steer.references import Reference
 from steer.registry import naming
 from steer.registry.archive import transfer
 from steer.registry.archive.archive import Exported
@@ -41,7 +42,6 @@ from steer.registry.location import locate
 from steer.registry.opening import Parts, open_parts
 from steer.registry.profiles import (
     Profile,
-    Reference,
     delete_profile,
     pinned,
     references,

@@ -23,8 +23,8 @@ from steer.batch.tables import Needs, Tables
 from steer.edits import apply
 from steer.model import HookPoint
 from steer.plan.compiler import compile_plan
-from steer.plan.kinds import Sources
 from steer.plan.plan import SteeringPlan
+from steer.plan.sources import Sources
 from steer.spec import parse_spec
 
 LAYER = 1

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from steer.errors import SpecError, SteerError, UnknownArtefact
-from steer.jobs.policy import vector_refs
 from steer.plan.plan import SteeringPlan
 from steer.registry.profiles import Profile
-from steer.spec import InlineVector, SteeringSpec
+from steer.spec import SteeringSpec
 from steer_server.state import Serving
 
 
@@ -24,8 +23,11 @@ class Steering:
         """The names of the vectors used, without hashes; `inline` for those in the request."""
         if self.plan is None:
             return ()
-        refs = [ref for _, ref in vector_refs(self.plan.spec)]
-        names = ["inline" if isinstance(ref, InlineVector) else ref.split("@")[0] for ref in refs]
+        names = [
+            (reference.name or "inline").split("@")[0]
+            for reference in self.plan.spec.references()
+            if reference.kind == "vector"
+        ]
         return tuple(dict.fromkeys(names))
 
     @property
@@ -60,18 +62,12 @@ def resolve(serving: Serving, model: str, spec: SteeringSpec | None) -> Steering
 
 def compile_spec(serving: Serving, spec: SteeringSpec, *, at: str) -> SteeringPlan:
     """The plan of `spec`, which stands at the pointer `at` of the request."""
-    check_inline(serving, spec, at=at)
     try:
         return serving.plans.plan(spec)
     except SteerError as error:
         # A profile's spec is not in the request: there the pointer ends at the model's name.
         error.param = at if at == "/model" else at + (error.param or "")
         raise
-
-
-def check_inline(serving: Serving, spec: SteeringSpec, *, at: str) -> None:
-    """Raises `Unsupported` where the spec carries vectors and this server takes none."""
-    serving.settings.spec_policy.check(spec, at)
 
 
 def profile_of(serving: Serving, model: str) -> Profile:

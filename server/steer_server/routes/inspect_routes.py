@@ -12,7 +12,6 @@ from pydantic import BaseModel
 
 from steer.inspection import METHODS, Inspection
 from steer.inspection.heatmap import HeatMap
-from steer_server.generation.steering import check_inline
 from steer_server.http.content_type import require_json
 from steer_server.http.error_route import SteerRoute
 from steer_server.state import ServingDep
@@ -43,9 +42,6 @@ def _add_route(router: APIRouter, method: Inspection) -> None:
     async def run(
         body: Any, request: Request, serving: ServingDep, format: Format = None
     ) -> Response:
-        spec = method.spec_of(body)
-        if spec is not None:
-            check_inline(serving, spec, at=method.steering)
         call = partial(
             method.run, serving.engine, body, plans=serving.plans, library=serving.registry
         )

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from steer.errors import Problem, SteerError, UnknownArtefact
 from steer.spec import parse_spec
-from steer_server.generation.steering import check_inline, profile_of
+from steer_server.generation.steering import profile_of
 from steer_server.http.content_type import require_json
 from steer_server.http.error_route import SteerRoute
 from steer_server.state import Serving, ServingDep
@@ -43,7 +43,6 @@ def validate(
     problems = list(_model_problems(serving, model))
     try:
         spec = parse_spec(steering, at="/steering")
-        check_inline(serving, spec, at="/steering")
     except SteerError as error:
         return _invalid([*problems, *error.problems])
     problems += [

@@ -6,22 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 from steer.engines.base import Engine
+from steer.engines.plans import plans_of
 from steer.errors import SteerError, pointer
 from steer.fit.requests.measuring import EvaluateRequest, MethodParam
 from steer.jobs.client_scorers import client_scorer
 from steer.jobs.kinds.kind import JobContext, JobKind
 from steer.jobs.kinds.sweep import check_answers, shown
-from steer.jobs.policy import SpecPolicy
 from steer.plan.plan import SteeringPlan
+from steer.plan.resolve import Policy
 from steer.registry.registry import Registry
 from steer.spec import parse_spec
 
 
 def _plans(
-    engine: Engine, registry: Registry, methods: Sequence[MethodParam], policy: SpecPolicy
+    engine: Engine, registry: Registry, methods: Sequence[MethodParam], policy: Policy
 ) -> list[SteeringPlan]:
     """The plan of each method, as a chat would get it; errors point at the method."""
-    plans = policy.plans(engine, registry)
+    plans = plans_of(engine, registry, policy=policy)
     found = []
     for place, method in enumerate(methods):
         at = pointer("methods", place, "profile" if method.steering is None else "steering")
@@ -30,7 +31,6 @@ def _plans(
                 spec = parse_spec(method.steering)
             else:
                 spec = registry.profile(str(method.profile)).spec
-            policy.check(spec)
             found.append(plans.plan(spec))
         except SteerError as error:
             error.param = at + (error.param or "") if method.steering is not None else at
@@ -38,7 +38,7 @@ def _plans(
     return found
 
 
-def evaluate_kind(policy: SpecPolicy) -> JobKind[EvaluateRequest]:
+def evaluate_kind(policy: Policy) -> JobKind[EvaluateRequest]:
     """Comparisons of what `policy` allows."""
 
     def check(engine: Engine, registry: Registry, request: EvaluateRequest) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from steer.engines.base import Engine
+from steer.engines.plans import plans_of
 from steer.errors import SteerError, TooLarge
 from steer.fit.requests.measuring import MeasureRequest, SweepRequest
 from steer.jobs.client_scorers import client_scorer
 from steer.jobs.kinds.kind import JobContext, JobKind
-from steer.jobs.policy import SpecPolicy
+from steer.plan.resolve import Policy
 from steer.registry.registry import Registry
 
 MAX_ANSWERS = 20_000
@@ -38,14 +39,14 @@ def shown(request: MeasureRequest) -> dict[str, Any]:
     return {"prompts": len(request.prompts)}
 
 
-def sweep_kind(policy: SpecPolicy) -> JobKind[SweepRequest]:
+def sweep_kind(policy: Policy) -> JobKind[SweepRequest]:
     """Sweeps over the strengths that `policy` allows."""
     measuring = policy.measuring
 
     def check(engine: Engine, registry: Registry, request: SweepRequest) -> None:
         client_scorer(request.score, registry.vector)
         check_answers(request.answers, len(request.prompts))
-        plans = measuring.plans(engine, registry)
+        plans = plans_of(engine, registry, policy=measuring)
         try:
             for strength in request.strengths:
                 plans.plan(request.spec(strength))
@@ -55,7 +56,7 @@ def sweep_kind(policy: SpecPolicy) -> JobKind[SweepRequest]:
     def run(context: JobContext, request: SweepRequest) -> dict[str, Any]:
         response = request.run(
             context.engine,
-            measuring.plans(context.engine, context.registry),
+            plans_of(context.engine, context.registry, policy=measuring),
             client_scorer(request.score, context.registry.vector),
             progress=context.counter(request.answers, "answers"),
         )

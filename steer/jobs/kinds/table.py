@@ -15,7 +15,7 @@ from steer.jobs.kinds.fit import fit_kind
 from steer.jobs.kinds.importing import Download, Fetch, import_kind
 from steer.jobs.kinds.kind import JobKind, JobKinds, Report
 from steer.jobs.kinds.sweep import sweep_kind
-from steer.jobs.policy import SpecPolicy
+from steer.plan.resolve import Policy
 
 
 def _from_hub(source: str, _folder: Path, _progress: Report) -> Download:
@@ -29,7 +29,7 @@ HUB: Mapping[str, Fetch] = MappingProxyType({"hf": _from_hub})
 
 def builtin_kinds(
     fetchers: Mapping[str, Fetch] = MappingProxyType({}),
-    policy: SpecPolicy = SpecPolicy(),  # noqa: B008 - frozen
+    policy: Policy = Policy(),  # noqa: B008 - frozen
 ) -> JobKinds:
     """Every kind by name; `fetchers` are the URL schemes that imports may come from, `policy` what
     clients' specs may do."""

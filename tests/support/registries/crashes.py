@@ -103,14 +103,14 @@ def bury(registry: Registry) -> None:
 
 def observed(registry: Registry) -> dict[str, Any]:
     """Everything that a user can see; every blob is read and checked on the way."""
-    request = registry.entries(limit=10_000)
+    live = registry.entries(limit=10_000)
     removed = registry.entries(limit=10_000, deleted=True)
-    seen: dict[str, Any] = {"request": [], "removed": []}
-    for entry in request:
+    seen: dict[str, Any] = {"live": [], "removed": []}
+    for entry in live:
         for one in registry.versions(entry.kind, entry.name):
             data = registry._blobs.read(one.sha256)
             assert hashlib.sha256(data).hexdigest() == one.sha256
-            seen["request"].append((one.kind, one.name, one.version, one.sha256))
+            seen["live"].append((one.kind, one.name, one.version, one.sha256))
     with registry._catalogue.reading() as connection:
         for entry in removed:
             for one in registry._catalogue.removed(connection, entry.kind, Ref(entry.name)):
@@ -118,6 +118,6 @@ def observed(registry: Registry) -> dict[str, Any]:
                 seen["removed"].append((one.kind, one.name, one.version, one.sha256))
     seen["profiles"] = registry.profiles()
     seen["aliases"] = registry.aliases()
-    names = [entry.name for entry in (*request, *removed)]
+    names = [entry.name for entry in (*live, *removed)]
     seen["tags"] = {kind: registry.tags(kind, names) for kind in ("vector", "sae", "low_rank")}
     return seen

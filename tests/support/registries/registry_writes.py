@@ -24,7 +24,7 @@ def using(ref: str) -> dict[str, object]:
 
 
 def prepare(registry: Registry) -> None:
-    """WorkerRequest and removed names, an alias, tags, a profile."""
+    """Live and removed names, an alias, tags, a profile."""
     registry.add("v", a_vector(1))
     registry.add("v", a_vector(2))
     registry.add("w", a_vector(3))

@@ -17,8 +17,8 @@ from steer.errors import SpecError
 from steer.model import HookPoint
 from steer.plan.compiler import compile_plan
 from steer.plan.composition import orthogonalised
-from steer.plan.kinds import Sources
 from steer.plan.plan import SteeringPlan
+from steer.plan.sources import Sources
 from steer.spec import Where, parse_spec
 
 D = 16

@@ -17,6 +17,7 @@ from steer.engines.vllm.front.ticket_issuer import TicketIssuer
 from steer.errors import SteerError
 from steer.plan.cache import PlanCache
 from steer.plan.file import dump_plan, load_plan
+from steer.plan.resolve import Policy
 from steer.plan.selection import Selection, resolve
 from steer.spec import Where, parse_spec
 
@@ -32,7 +33,7 @@ def vector(**fields: Any) -> ControlVector:
 
 def cache(limit: Any = "off", **fields: Any) -> PlanCache:
     library = MemoryLibrary({"v": vector(**fields), "plain": random_vector(1, 1, name="plain")})
-    return PlanCache(library, shape_of(), EVERYTHING, strength_limit=limit)
+    return PlanCache(library, shape_of(), EVERYTHING, policy=Policy(strength_limit=limit))
 
 
 def spec(strength: Any, **fields: Any) -> dict[str, Any]:

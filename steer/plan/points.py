@@ -1,0 +1,111 @@
+"""Where an intervention acts: at the hook points of what its first field names.
+
+Vectors go where the spec or the first one's card says, an SAE acts at its own hook point, an
+adapter on its own layers. Errors carry a pointer relative to the intervention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from torch import Tensor
+
+from steer.artefacts.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.sae.base import SAE
+from steer.errors import IncompatibleArtefact, SpecError, SteerError
+from steer.model import HookPoint, ModelInfo
+from steer.plan.sources import Named
+from steer.references import Reference
+from steer.spec import Intervention
+
+Found: TypeAlias = tuple[Reference, Named]
+
+
+def hook_points(
+    item: Intervention, named: Sequence[Found], model: ModelInfo
+) -> tuple[HookPoint, ...]:
+    """The hook points of `item`, which names `named` (at least one), checked against the model."""
+    reference, first = named[0]
+    if isinstance(first, SAE):
+        return (_sae_point(item, reference, first, model),)
+    if isinstance(first, LowRankAdapter):
+        return _adapter_points(item, reference, first, model)
+    vectors = [(one.param, found) for one, found in named if isinstance(found, ControlVector)]
+    return _vector_points(item, vectors, model)
+
+
+def row(vector: ControlVector, layer: int) -> Tensor:
+    """The direction for `layer`; the only row of a one-row vector serves every layer."""
+    if len(vector.directions) == 1:
+        return next(iter(vector.directions.values()))
+    return vector[layer]
+
+
+def _vector_points(
+    item: Intervention, vectors: Sequence[tuple[str, ControlVector]], model: ModelInfo
+) -> tuple[HookPoint, ...]:
+    """A vector of one row may be used on any layer; a vector of several only on its own."""
+    param, first = vectors[0][0], vectors[0][1].card
+    site = item.site or first.site
+    if item.layers == "all":
+        layers = tuple(range(model.n_layers)) if len(first.layers) == 1 else first.layers
+    else:
+        layers = item.layers or first.used_layers
+    points = tuple(HookPoint(layer, site) for layer in layers)
+    for point in points:
+        model.check_point(point, param="/layers" if item.layers else param)
+    for param, vector in vectors:
+        if vector.card.width != model.width(site):
+            raise IncompatibleArtefact(
+                f"the vector {vector.card.name!r} has width {vector.card.width}; "
+                f"{site} of {model.name!r} has width {model.width(site)}: "
+                "use a vector made for this model and site",
+                code="wrong_width",
+                param=param,
+            )
+        try:
+            for layer in layers:
+                row(vector, layer)
+        except SteerError as error:
+            raise error.at("/layers") from None
+    return points
+
+
+def _sae_point(item: Intervention, named: Reference, sae: SAE, model: ModelInfo) -> HookPoint:
+    point = HookPoint(sae.layer, sae.site)
+    if item.layers not in (None, "all", (sae.layer,)) or item.site not in (None, sae.site):
+        raise SpecError(
+            f"the SAE {named.ref!r} reads {point.site} of layer {point.layer} and acts only there: "
+            "leave out 'layers' and 'site'",
+            param="/layers" if item.site in (None, sae.site) else "/site",
+            code="not_the_saes_layer",
+        )
+    model.check_point(point, param=named.param)
+    if sae.d_in != model.width(point.site):
+        raise IncompatibleArtefact(
+            f"the SAE {named.ref!r} has width {sae.d_in}; {point.site} of {model.name!r} has width "
+            f"{model.width(point.site)}",
+            code="wrong_width",
+            param=named.param,
+        )
+    return point
+
+
+def _adapter_points(
+    item: Intervention, named: Reference, adapter: LowRankAdapter, model: ModelInfo
+) -> tuple[HookPoint, ...]:
+    site = item.site or adapter.card.site
+    layers = item.layers if isinstance(item.layers, tuple) else None
+    points = tuple(HookPoint(layer, site) for layer in layers or adapter.card.layers)
+    for point in points:
+        model.check_point(point, param="/layers" if layers else named.param)
+        if point.layer not in adapter.parts or adapter.card.width != model.width(site):
+            raise IncompatibleArtefact(
+                f"the adapter {named.ref!r} has layers {list(adapter.parts)} of width "
+                f"{adapter.card.width}; layer {point.layer} at {site} needs width "
+                f"{model.width(site)}",
+                code="wrong_width",
+                param=named.param,
+            )
+    return points

@@ -1,0 +1,256 @@
+"""Interventions with all that they name: looked up, checked and allowed, once each.
+
+What compiling needs to know of an intervention stands in a `Resolved`: the artefacts of its marked
+fields, its hook points, its tokens and its gate. Later steps ask nobody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias, TypeVar
+
+from torch import Tensor
+
+from steer.artefacts.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.sae.base import SAE
+from steer.errors import IncompatibleArtefact, SteerError, Unsupported, pointer
+from steer.model import Capabilities, HookPoint
+from steer.plan import selection
+from steer.plan.plan import Gate
+from steer.plan.points import Found, hook_points, row
+from steer.plan.selection import Selection
+from steer.plan.sources import EncodeText, Named, Sources
+from steer.references import Reference, own_references
+from steer.spec import Intervention, SteeringSpec, When, Where
+
+Kind = TypeVar("Kind", ControlVector, SAE, LowRankAdapter)
+Tokenize: TypeAlias = Callable[[str], list[int]]
+StrengthLimit: TypeAlias = Literal["off", "refuse", "cap"]
+"""What happens to a strength outside the calibrated range of its vector."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What whoever serves allows in a spec: vectors that it carries, and which strengths."""
+
+    inline_vectors: bool = True
+    strength_limit: StrengthLimit = "off"
+
+    @property
+    def measuring(self) -> Policy:
+        """For what reports a strength as it was asked for: one that is capped would be reported
+        falsely, so it is refused."""
+        limit = self.strength_limit
+        return replace(self, strength_limit="refuse" if limit == "cap" else limit)
+
+    def check(self, spec: SteeringSpec) -> None:
+        """Raises `Unsupported` (`inline_vectors_disabled`) where `spec` carries what it may not."""
+        if self.inline_vectors:
+            return
+        for reference in spec.references():
+            if reference.name is None:
+                raise Unsupported(
+                    "this server takes no vectors inside requests: upload it to "
+                    "/v1/steering/vectors and give its name",
+                    param=reference.param,
+                    code="inline_vectors_disabled",
+                )
+
+
+OPEN = Policy()
+"""Everything that the engine can do."""
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """A spec to be compiled, what it is compiled from, and what for."""
+
+    spec: SteeringSpec
+    sources: Sources
+    capabilities: Capabilities
+    tokenize: Tokenize | None = None
+    policy: Policy = OPEN
+
+
+@dataclass(frozen=True)
+class ResolvedGate:
+    """A gate as the spec has it (at the pointer `param`) and as a plan does, and its vector."""
+
+    when: When
+    gate: Gate
+    vector: ControlVector
+    param: str
+
+
+@dataclass(frozen=True)
+class ResolvedStrength:
+    """The number a strength became, and what was asked for, as JSON."""
+
+    strength: float
+    requested: Any
+    capped: bool = False
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """An intervention and everything it needs, checked against the model.
+
+    `named` are the artefacts of its own fields, in their order. `fault` is what is wrong with its
+    tokens or its gate, which is told where nothing else is: one wrong 'where' or 'when' of the
+    whole spec does not hide what is wrong with the interventions. Later steps put a number for the
+    strength into `item` (`strength` says what became of it) and the vector without the overlap
+    with others into `composed`.
+    """
+
+    place: int
+    item: Intervention
+    named: tuple[Found, ...]
+    points: tuple[HookPoint, ...]
+    where: Where | None
+    selection: Selection
+    gate: ResolvedGate | None
+    encode_text: EncodeText | None
+    fault: SteerError | None = None
+    strength: ResolvedStrength | None = None
+    composed: ControlVector | None = None
+
+    @property
+    def rule_selection(self) -> Selection:
+        """The tokens as a rule selects them: a gate on the prompt is decided at its last token."""
+        if self.gate is None:
+            return self.selection
+        return replace(self.selection, from_last_prompt_token=self.gate.gate.prompt_scope)
+
+    def vector(self, field: str) -> ControlVector:
+        """The vector that the field names."""
+        return self._artefact(field, ControlVector)
+
+    def sae(self, field: str) -> SAE:
+        """The SAE that the field names."""
+        return self._artefact(field, SAE)
+
+    def adapter(self, field: str) -> LowRankAdapter:
+        """The adapter that the field names."""
+        return self._artefact(field, LowRankAdapter)
+
+    def _artefact(self, field: str, kind: type[Kind]) -> Kind:
+        (found,) = [one for reference, one in self.named if reference.param == f"/{field}"]
+        assert isinstance(found, kind), f"{field!r} names a {type(found).__name__}"
+        return found
+
+
+class Resolver:
+    """Resolves one intervention after another; the spec's own tokens and gate once."""
+
+    def __init__(self, asked: Compilation) -> None:
+        self._asked = asked
+        self._selections: dict[str, Selection] = {}
+        self._gates: dict[str, ResolvedGate] = {}
+
+    def resolved(self, place: int, item: Intervention) -> Resolved:
+        """The intervention at `place`; raises what is wrong with what it names or where it acts."""
+        self._check_kind(item)
+        named = tuple((reference, self._named(reference)) for reference in own_references(item))
+        points = hook_points(item, named, self._asked.sources.model)
+        where, at = self._where(place, item, named)
+        tokens, gate, fault = selection.EVERYWHERE, None, None
+        try:
+            tokens = self._selection(where, at)
+            gate = self._gate(place, item)
+        except SteerError as error:
+            fault = error
+        encode_text = self._asked.sources.encode_text
+        return Resolved(place, item, named, points, where, tokens, gate, encode_text, fault)
+
+    def _check_kind(self, item: Intervention) -> None:
+        able = self._asked.capabilities
+        if item.kind not in able.kinds:
+            raise Unsupported(
+                f"the {able.engine} engine does not support the kind {item.kind!r}: "
+                f"use one of {', '.join(able.kinds)}",
+                param="/kind",
+                code="unsupported_kind",
+            )
+
+    def _named(self, reference: Reference) -> Named:
+        try:
+            return self._asked.sources.named(reference)
+        except SteerError as error:
+            raise error.at(reference.param) from None
+
+    def _where(
+        self, place: int, item: Intervention, named: Sequence[Found]
+    ) -> tuple[Where | None, str]:
+        """The intervention's tokens, else the spec's, else those of the card of what it names."""
+        if item.where is not None:
+            return item.where, pointer("interventions", place, "where")
+        if self._asked.spec.where is not None:
+            return self._asked.spec.where, "/where"
+        if not item.takes_card_where:
+            return None, ""
+        reference, found = named[0]
+        return found.card.default_where, pointer("interventions", place) + reference.param
+
+    def _selection(self, where: Where | None, at: str) -> Selection:
+        if at not in self._selections:
+            self._selections[at] = selection.resolve(where, self._asked.tokenize, param=at)
+        return self._selections[at]
+
+    def _gate(self, place: int, item: Intervention) -> ResolvedGate | None:
+        if item.when is not None:
+            when, at = item.when, pointer("interventions", place, "when")
+        elif self._asked.spec.when is not None:
+            when, at = self._asked.spec.when, "/when"
+        else:
+            return None
+        if at not in self._gates:
+            self._gates[at] = self._resolved_gate(when, at)
+        return self._gates[at]
+
+    def _resolved_gate(self, when: When, at: str) -> ResolvedGate:
+        self._check_scope(when, at)
+        (reference,) = own_references(when, at)
+        vector = self._named(reference)
+        assert isinstance(vector, ControlVector)
+        layer = vector.card.used_layers[0] if when.layer is None else when.layer
+        layer_at = reference.param if when.layer is None else at + "/layer"
+        point = HookPoint(layer, vector.card.site)
+        direction = self._direction(vector, point, reference.param, layer_at)
+        gate = Gate(
+            name="inline" if reference.name is None else vector.card.name,
+            point=point,
+            direction=direction / direction.norm(),
+            above=-float("inf") if when.above is None else when.above,
+            below=float("inf") if when.below is None else when.below,
+            cosine=when.measure == "cosine",
+            prompt_scope=when.scope == "prompt",
+        )
+        return ResolvedGate(when, gate, vector, at)
+
+    def _check_scope(self, when: When, at: str) -> None:
+        scopes = self._asked.capabilities.gate_scopes
+        if when.scope not in scopes:
+            known = " or ".join(map(repr, scopes))
+            raise Unsupported(
+                f"this engine has no gates of scope {when.scope!r}: "
+                + (f"use {known}" if known else "send the spec without 'when'"),
+                param=at,
+                code="unsupported_gate",
+            )
+
+    def _direction(self, vector: ControlVector, point: HookPoint, at: str, layer_at: str) -> Tensor:
+        """The row `[width]` of a gate's vector; `at` and `layer_at` point at vector and layer."""
+        model = self._asked.sources.model
+        model.check_point(point, param=layer_at)
+        if vector.card.width != model.width(point.site):
+            raise IncompatibleArtefact(
+                f"the gate's vector {vector.card.name!r} has width {vector.card.width}; {point} "
+                f"has width {model.width(point.site)}",
+                code="wrong_width",
+                param=at,
+            )
+        try:
+            return row(vector, point.layer)
+        except SteerError as error:
+            raise error.at(layer_at) from None
