@@ -16,7 +16,7 @@ from steer.plan.plan import SteeringPlan
 
 
 def make_receipt(steered: SteeredRequest, ledger: Ledger, fed: int) -> Receipt:
-    """The receipt of a steered whose sequence fed `fed` tokens, from what the steps counted."""
+    """The receipt of a request whose sequence fed `fed` tokens, from what the steps counted."""
     if steered.plan is None:
         raise AssertionError("an unsteered request has no receipt")
     return receipt_of(steered, steered.plan, ledger, ledger.tokens[steered.row], fed)
