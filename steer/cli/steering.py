@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import typer
 
 from steer.errors import FileFormatError, SpecError
+from steer.fit.data.where import WHERES as PLACES
 from steer.spec import SteeringSpec, parse_spec
 
 if TYPE_CHECKING:
@@ -24,12 +25,13 @@ LayersOption = Annotated[
     str | None, typer.Option("--layers", help="Such as 2-5 or 1,3; by default the card's.")
 ]
 StrengthValue: TypeAlias = float | Literal["auto"] | dict[str, float]
-WHERES: Mapping[str, dict[str, Any] | None] = {
-    "last": {"positions": [[-1, None]], "phases": ["prompt"]},
-    "onward": {"positions": [[-1, None]]},
-    "generation": {"phases": ["generation"]},
-    "all": {"phases": ["prompt", "generation"]},
+EVERY_TOKEN: dict[str, Any] = {"phases": ["prompt", "generation"]}
+WHERES: Mapping[str, dict[str, Any]] = {
+    name: EVERY_TOKEN if where is None else where.model_dump(mode="json", exclude_none=True)
+    for name, where in PLACES.items()
 }
+"""The places of fitted vectors as a spec says them; on every token is said too, because a spec that
+says nothing leaves it to the card."""
 
 
 def read_json(path: Path) -> Any:

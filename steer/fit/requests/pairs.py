@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from steer.artefacts.control_vector import ControlVector
     from steer.engines.base import Engine
     from steer.fit.data.pairs import PairSet
+    from steer.model import ModelInfo
     from steer.registry.registry import Registry
 
 
@@ -95,9 +96,7 @@ class PairsRequest(ReadingFields):
             batch=self.at_once(place),
             description=self.description,
             licence=self.licence,
-            beside=RegisteredVectors(place.lookup(), place.engine.info.name)
-            if self.beside
-            else None,
+            beside=RegisteredVectors(place.lookup(), place.engine.info) if self.beside else None,
             progress=place.progress,
         )
         return Fitted({self.name: vector})
@@ -105,17 +104,18 @@ class PairsRequest(ReadingFields):
 
 @dataclass(frozen=True)
 class RegisteredVectors(Mapping[str, "ControlVector"]):
-    """A registry's vectors for `model`, each read when it is looked at: they may be many."""
+    """A registry's vectors for `model`, by whichever of its names their cards call it; each is read
+    when it is looked at: they may be many."""
 
     registry: Registry
-    model: str
+    model: ModelInfo
 
     def __getitem__(self, name: str) -> ControlVector:
         return self.registry.vector(name)
 
     def __iter__(self) -> Iterator[str]:
         for entry in self.registry.entries("vector", limit=10_000):
-            if entry.card.model in (None, self.model):
+            if entry.card.model is None or self.model.is_called(entry.card.model):
                 yield entry.name
 
     def __len__(self) -> int:

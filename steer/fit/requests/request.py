@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -113,13 +114,13 @@ class FitRequest(BaseModel):
         """How many prompts are read in one batch."""
         return place.batch or self.batch_size or 1
 
+    @abstractmethod
     def work(self, data: Any) -> int:
         """How many items `run` will tell `progress` of."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, place: FitPlace, data: Any) -> Fitted:
         """Fits. Raises `SteerError`."""
-        raise NotImplementedError
 
 
 def check_request(request: FitRequest, engine: Engine, registry: Registry) -> None:

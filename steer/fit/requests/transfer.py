@@ -81,7 +81,7 @@ class TransferRequest(FitRequest):
         return self.source
 
     def check(self, engine: Engine, registry: Registry, data: list[Prompt]) -> None:
-        if self.source != engine.info.name:
+        if not engine.info.is_called(self.source):
             raise Unsupported(
                 f"this server has one model, {engine.info.name!r}, and a transfer reads the "
                 f"prompts with {self.source!r} as well: use 'steer fit transfer' where both can "

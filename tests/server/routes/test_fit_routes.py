@@ -22,8 +22,10 @@ from steer.artefacts.control_vector import ControlVector
 from steer.cli import app as command_line
 from steer.cli.fit import commands
 from steer.cli.local import DEMO_MODEL, running_engine
+from steer.engines.fake.engine import FakeEngine, fake_model
 from steer.engines.fake.tokenizer import ByteTokenizer
 from steer.engines.transformers.engine import TransformersEngine
+from steer.errors import Unsupported
 from steer.fit import (
     fit,
     fit_labels,
@@ -43,7 +45,7 @@ from steer.fit.requests.labels import LabelsRequest
 from steer.fit.requests.low_rank import LowRankRequest
 from steer.fit.requests.lrc import LrcRequest
 from steer.fit.requests.measuring import CalibrateRequest, EvaluateRequest, MeasureRequest
-from steer.fit.requests.pairs import PairsRequest
+from steer.fit.requests.pairs import PairsRequest, RegisteredVectors
 from steer.fit.requests.request import FitRequest
 from steer.fit.requests.table import FIT_REQUESTS
 from steer.fit.requests.transfer import TransferRequest
@@ -159,6 +161,26 @@ async def test_a_fit_notes_the_cosines_to_what_is_registered(
     own = registry.vector("happy").cosine(registry.vector("glad"))[1]
     # Neither those of other widths nor those without the layer are comparable.
     assert noted == {"glad": {"1": pytest.approx(own, abs=1e-4)}}
+
+
+def test_a_model_served_under_another_name_keeps_what_was_made_for_it(registry: Registry) -> None:
+    served = FakeEngine(fake_model(name="org/tiny"))
+    served.info = served.info.served_as("prod")
+    rows = {1: torch.ones(16)}
+    for name, made_for in (("own", "tiny"), ("under", "prod"), ("far", "other"), ("any", None)):
+        registry.add(name, ControlVector.of(rows, model=made_for))
+    known = set(RegisteredVectors(registry, served.info))
+    assert known & {"own", "under", "far", "any"} == {"own", "under", "any"}
+
+    def checked(source: str) -> None:
+        fields = {"vector": "own", "from": source, "prompts": ["a", "b"]}
+        TransferRequest.model_validate(fields).check(served, registry, ["a", "b"])
+
+    checked("tiny")
+    checked("prod")
+    with pytest.raises(Unsupported, match="'prod'") as caught:
+        checked("other")
+    assert caught.value.code == "no_second_model"
 
 
 async def test_two_prompts_are_a_job(running: httpx.AsyncClient) -> None:

@@ -109,9 +109,7 @@ class StaticForm:
         The same pass may be run again as long as no token's rules change and no plan is gated.
         """
         self.collect()
-        steered = [
-            span for span in spans if span.request.plan is not None and span.request.plan.rules
-        ]
+        steered = [span for span in spans if span.request.rules]
         if not steered:
             self.clear()
             return None
@@ -119,7 +117,7 @@ class StaticForm:
         records = np.zeros((tokens_in_batch, TOKEN_FIELDS), dtype=np.int32)
         opened = np.zeros(tokens_in_batch, dtype=np.int32)
         for row, span in enumerate(steered):
-            place = slice(span.offset, span.offset + len(span.positions))
+            place = span.place
             records[place] = _records(span, row)
             token_gates, held_gates = _gates(_plan(span))
             selected = records[place, SELECTED] & (1 << MAX_RULES) - 1
