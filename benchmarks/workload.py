@@ -34,7 +34,7 @@ def prompts(engine: TransformersEngine) -> list[tuple[int, ...]]:
     lines = (LIBRARY / "demo" / "data" / "heldout.jsonl").read_text().splitlines()
     chats = [json.loads(line)["messages"] for line in lines]
     chosen = chats[:: max(1, len(chats) // CHATS)][:CHATS]
-    return [tuple(chat_tokens(engine.tokenizer, chat, open_answer=True)) for chat in chosen]
+    return [tuple(chat_tokens(engine.tokenizer, chat)) for chat in chosen]
 
 
 def specs(count: int) -> list[dict[str, object]]:

@@ -35,10 +35,7 @@ def prompts(model: Path) -> list[list[int]]:
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     lines = (LIBRARY / "demo" / "data" / "heldout.jsonl").read_text().splitlines()
     found = [json.loads(line)["messages"] for line in lines]
-    return [
-        chat_tokens(tokenizer, chat, open_answer=True)
-        for chat in found[:: max(1, len(found) // CHATS)][:CHATS]
-    ]
+    return [chat_tokens(tokenizer, chat) for chat in found[:: max(1, len(found) // CHATS)][:CHATS]]
 
 
 def against_peers(

@@ -14,8 +14,8 @@ from steer.engines.plans import plans_of
 from steer.errors import SteerError
 from steer.plan.cache import PlanCache
 from steer.spec import Add, SteeringSpec
+from steer_server.generation.chat_prompt import chat_prompt
 from steer_server.generation.request_models import ChatRequest
-from steer_server.routes.chat import chat_prompt
 from steer_server.state import Serving
 
 _SHOWN = 12

@@ -23,7 +23,10 @@ FinishReason = Literal["stop", "length"]
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen. `temperature` 0 is greedy; `logprobs` is the number of alternatives
-    to report beside the chosen token (0: only the chosen one, None: nothing)."""
+    to report beside the chosen token (0: only the chosen one, None: nothing).
+
+    An answer ends with any of the model's own end tokens, unless `ignore_eos` is set, and with any
+    of `stop_token_ids`."""
 
     max_tokens: int = 16
     temperature: float = 1.0
@@ -32,6 +35,7 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     ignore_eos: bool = False
+    stop_token_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)

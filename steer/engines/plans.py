@@ -11,7 +11,7 @@ from steer.artefacts.library import Library
 from steer.engines.base import CaptureRequest, Engine
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
-from steer.prompts import part_tokens, text_tokens
+from steer.prompts import text_tokens, trigger_tokens
 
 
 def plans_of(engine: Engine, library: Library, **options: Any) -> PlanCache:
@@ -27,7 +27,7 @@ def plans_of(engine: Engine, library: Library, **options: Any) -> PlanCache:
         library,
         engine.info,
         engine.capabilities,
-        tokenize=partial(part_tokens, tokenizer),
+        tokenize=partial(trigger_tokens, tokenizer),
         encode_text=encode_text,
         **options,
     )

@@ -19,6 +19,9 @@ class PacedTokenizer:
     def __init__(self, tokenizer: Any, pace: Pace) -> None:
         self._tokenizer, self._pace = copy.deepcopy(tokenizer), pace
 
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return self._rested(self._tokenizer(*args, **named))
+
     def encode(self, *args: Any, **named: Any) -> Any:
         return self._rested(self._tokenizer.encode(*args, **named))
 

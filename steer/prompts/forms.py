@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from steer.errors import FileFormatError
 from steer.spec import Index
@@ -44,7 +44,8 @@ class PromptInput(BaseModel):
     """A prompt, in exactly one of three forms.
 
     `text` is encoded as it stands, with the tokenizer's own special tokens; `messages` go through
-    the model's chat template; `tokens` are ids.
+    the model's chat template, which is told the variables of `chat_template_kwargs`; `tokens` are
+    ids.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,6 +54,7 @@ class PromptInput(BaseModel):
     messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=4096)] | None = None
     tokens: Annotated[tuple[Index, ...], Field(min_length=1, max_length=1 << 20)] | None = None
     add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, JsonValue] | None = None
 
     @model_validator(mode="after")
     def _one_form(self) -> PromptInput:
@@ -62,6 +64,8 @@ class PromptInput(BaseModel):
                 "a prompt is given as exactly one of 'text', 'messages' and 'tokens'; "
                 f"got {' and '.join(given) or 'none of them'}"
             )
+        if self.chat_template_kwargs and self.messages is None:
+            raise ValueError("'chat_template_kwargs' are for a prompt that is given as 'messages'")
         return self
 
 

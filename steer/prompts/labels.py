@@ -16,15 +16,17 @@ BROKEN = "\ufffd"
 """What decoding leaves of a character whose other parts are missing."""
 
 
+SPACE = "\u2581"
+"""SentencePiece's sign for a space."""
+
+
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     """The text of each token by itself; a part of a character is given in the tokenizer's own
     notation."""
     texts = []
     for token in ids:
-        text = _decoded(tokenizer, token)
-        if BROKEN in text:
-            text = str(tokenizer.convert_ids_to_tokens([token])[0])
-        texts.append(text)
+        text = _text(tokenizer, token)
+        texts.append(_piece(tokenizer, token) if BROKEN in text else text)
     return tuple(texts)
 
 
@@ -33,21 +35,31 @@ def openai_token(tokenizer: Any, token: int) -> tuple[str, list[int] | None]:
 
     A part of a character has no text of its own; it is written `bytes:\\xe2\\x82`.
     """
-    text = _decoded(tokenizer, token)
+    text = _text(tokenizer, token)
     if BROKEN not in text:
         return text, list(text.encode())
-    raw = _raw_bytes(tokenizer.convert_ids_to_tokens([token])[0])
+    raw = piece_bytes(_piece(tokenizer, token))
     if raw is None:
         return text, None
     return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), list(raw)
 
 
-def _decoded(tokenizer: Any, token: int) -> str:
-    return str(tokenizer.decode([token], skip_special_tokens=False))
+def _text(tokenizer: Any, token: int) -> str:
+    """What the token alone decodes to, with the space that SentencePiece leaves off there because
+    nothing stands before it."""
+    text = str(tokenizer.decode([token], skip_special_tokens=False))
+    if not text.startswith((" ", SPACE)) and _piece(tokenizer, token).startswith(SPACE):
+        return " " + text
+    return text
 
 
-def _raw_bytes(piece: str) -> bytes | None:
-    """The bytes behind a vocabulary entry in SentencePiece's or in byte-level BPE's notation."""
+def _piece(tokenizer: Any, token: int) -> str:
+    return str(tokenizer.convert_ids_to_tokens([token])[0])
+
+
+def piece_bytes(piece: str) -> bytes | None:
+    """The bytes behind a vocabulary entry in SentencePiece's or in byte-level BPE's notation, if
+    that is what it is."""
     if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):
         return bytes.fromhex(match[1])
     table = _byte_characters()

@@ -9,12 +9,11 @@ from typing import Any, Protocol
 
 from steer.errors import SpecError, SteerError, pointer
 from steer.model import ModelInfo
+from steer.prompts.chat import ChatForm, check_variables, read_chat
 from steer.prompts.forms import Place, PromptInput
-from steer.prompts.labels import BROKEN, token_texts
-from steer.prompts.tokens import chat_text, part_tokens, text_tokens
-
-Span = tuple[int, int]
-"""Characters of a text, half-open."""
+from steer.prompts.labels import token_texts
+from steer.prompts.spans import Span, token_spans, tokens_within
+from steer.prompts.tokens import text_tokens
 
 
 class PromptReader(Protocol):
@@ -26,16 +25,16 @@ class PromptReader(Protocol):
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as the model reads it. `text` is None where only ids are known.
-
-    `special` says whether the tokenizer put its own special tokens around `text`.
-    """
+    """A prompt as the model reads it. `text` is None where only ids are known."""
 
     ids: tuple[int, ...]
-    tokens: tuple[str, ...]
     text: str | None
-    special: bool
     tokenizer: Any
+
+    @cached_property
+    def tokens(self) -> tuple[str, ...]:
+        """The text of each token by itself."""
+        return token_texts(self.tokenizer, self.ids)
 
     def position(self, place: Place, *, param: str) -> int:
         """The absolute position of `place`; raises `SpecError` at `param` where there is none."""
@@ -49,6 +48,13 @@ class EncodedPrompt:
                 code="position_out_of_range",
             )
         return place % len(self.ids)
+
+    def last_token_of(self, part: str) -> int | None:
+        """The position of the last token of the last `part` of the text; None without one."""
+        text, spans = self._read
+        start = text.rfind(part)
+        hits = [] if start < 0 else tokens_within(spans, (start, start + len(part)))
+        return hits[-1] if hits else None
 
     def placeholder(self, text: str, *, param: str) -> int:
         """The position of the last token that is `text` and nothing else but white space."""
@@ -72,7 +78,7 @@ class EncodedPrompt:
     def tokens_of(self, span: Span, param: str) -> list[int]:
         """The positions of the tokens that share characters with `span` of the text."""
         start, end = span
-        hits = tokens_within(self._spans, span)
+        hits = tokens_within(self._read[1], span)
         if not hits:
             raise SpecError(
                 f"no token covers {self._text(param)[start:end]!r} in the prompt: give its "
@@ -99,72 +105,45 @@ class EncodedPrompt:
                 param=param,
                 code="text_not_found",
             )
-        return self.text
+        return self._read[0]
 
     @cached_property
-    def _spans(self) -> list[Span]:
-        """Each token's characters in `text`; empty for added special tokens."""
+    def _read(self) -> tuple[str, list[Span]]:
+        """The text as it is searched, and each token's characters in it."""
         if self.text is None:
-            return [(0, 0)] * len(self.ids)
-        if getattr(self.tokenizer, "is_fast", False):
-            found = self.tokenizer(
-                self.text, add_special_tokens=self.special, return_offsets_mapping=True
-            )
-            return [(int(a), int(b)) for a, b in found["offset_mapping"]]
-        return spans_by_decoding(self.tokenizer, self.ids, self.text)
-
-
-def spans_by_decoding(tokenizer: Any, ids: Sequence[int], text: str) -> list[Span]:
-    """Each token's characters in `text`, which is what `ids` decode to, or the end of it.
-
-    For tokenizers without offsets, and for tokens that did not come from one text. A prefix of the
-    tokens decodes to a prefix of the text, in which a broken character at the end stands for the
-    one that later tokens complete; all its tokens share it.
-    """
-    decoded = [tokenizer.decode(ids[: n + 1], skip_special_tokens=False) for n in range(len(ids))]
-    before = len(decoded[-1]) - len(text)
-    starts = [0, *(len(part) - part.endswith(BROKEN) for part in decoded[:-1])]
-    return [
-        (max(start - before, 0), max(len(part) - before, 0))
-        for start, part in zip(starts, decoded, strict=True)
-    ]
-
-
-def tokens_within(spans: Sequence[Span], span: Span) -> list[int]:
-    """The positions of the tokens whose `spans` share characters with `span`."""
-    start, end = span
-    return [n for n, (a, b) in enumerate(spans) if a < end and b > start]
+            return "", [(0, 0)] * len(self.ids)
+        return token_spans(self.tokenizer, self.ids, self.text)
 
 
 def encode_prompt(reader: PromptReader, given: PromptInput, *, at: str = "") -> EncodedPrompt:
     """`given` as tokens of the reader's model; `at` is its JSON pointer in the request.
 
-    Raises `SteerError` for messages that the chat template refuses, ids outside the vocabulary and
-    prompts longer than the context.
+    Raises `SteerError` for messages that the chat template refuses, variables that it does not
+    read, ids outside the vocabulary and prompts longer than the context.
     """
-    tokenizer, info = reader.tokenizer, reader.info
-    text, special = given.text, given.messages is None
+    tokenizer, info, text = reader.tokenizer, reader.info, given.text
     if given.tokens is not None:
         _check_ids(given.tokens, info.vocab_size, at)
         ids = given.tokens
     elif text is not None:
         ids = tuple(text_tokens(tokenizer, text))
     else:
-        text = chat_text(
-            tokenizer,
-            [turn.model_dump() for turn in given.messages or ()],
-            open_answer=given.add_generation_prompt,
-            param=at + "/messages",
-        )
-        ids = tuple(part_tokens(tokenizer, text))
-    form = next(name for name in ("text", "messages", "tokens") if getattr(given, name) is not None)
+        turns = [turn.model_dump() for turn in given.messages or ()]
+        variables = given.chat_template_kwargs or {}
+        check_variables(tokenizer, variables, param=at + "/chat_template_kwargs")
+        form = ChatForm(open_answer=given.add_generation_prompt, variables=variables)
+        read, text = read_chat(tokenizer, turns, form, param=at + "/messages")
+        ids = tuple(read)
+    field = next(
+        name for name in ("text", "messages", "tokens") if getattr(given, name) is not None
+    )
     if not 0 < len(ids) <= info.max_length:
         raise SteerError(
             f"the prompt has {len(ids)} tokens; {info.name!r} takes 1 to {info.max_length}",
-            param=at + pointer(form),
+            param=at + pointer(field),
             code="context_length_exceeded" if ids else "empty_prompt",
         )
-    return EncodedPrompt(ids, token_texts(tokenizer, ids), text, special, tokenizer)
+    return EncodedPrompt(ids, text, tokenizer)
 
 
 def _check_ids(ids: Sequence[int], vocab_size: int, at: str) -> None:

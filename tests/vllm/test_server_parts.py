@@ -22,6 +22,7 @@ from vllm.sampling_params import RequestOutputKind
 
 from steer.engines.base import PointReceipt, Receipt
 from steer.engines.vllm.core.admission import check_request
+from steer.engines.vllm.front.ends import known_ends, model_ends
 from steer.engines.vllm.ticket import Ticket
 from steer.errors import EngineError, SpecError, Unsupported
 from steer.model import HookPoint
@@ -189,6 +190,42 @@ async def test_a_plain_request_passes_as_it_is() -> None:
         assert [one async for one in client.generate("p", plain, "id")] == list(client.outputs)
         assert client.seen[-1] is plain.extra_args
     assert not client.workers.calls
+
+
+@pytest.mark.parametrize(
+    ("asked", "ends"),
+    [({}, [7, 9]), ({"stop_token_ids": [9, 3]}, [9, 3, 7]), ({"ignore_eos": True}, [])],
+)
+async def test_what_ends_an_answer_is_told_to_vllm(asked: dict[str, Any], ends: list[int]) -> None:
+    """On every route, steered or not, and once for requests that share their parameters."""
+    client = Client(output((0, 1), finished=True))
+    ReceiptGuard(client, Metrics(name_limit=5), lambda text: 1 / 0, frozenset([7, 9]))
+    plain = SamplingParams(**asked)
+    for _ in range(2):
+        assert [one async for one in client.generate("p", plain, "id")]
+        assert plain.stop_token_ids == ends
+        assert plain.all_stop_token_ids == set(ends)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "known", "all_ends"),
+    [
+        ({"eos_token_id": [2, 5]}, 2, {2, 4, 5}, {2, 4, 5}),
+        ({"eos_token_id": 5}, 2, {4, 5}, {4, 5}),
+        ({}, [2], {4}, {2, 4}),
+    ],
+)
+def test_the_ends_that_vllm_does_not_know(
+    generation: Any, config: Any, known: set[int], all_ends: set[int]
+) -> None:
+    model = SimpleNamespace(
+        try_get_generation_config=lambda: generation,
+        hf_text_config=SimpleNamespace(eos_token_id=config),
+    )
+    found: Any = SimpleNamespace(model_config=model)
+    tokenizer = SimpleNamespace(eos_token_id=4)
+    assert known_ends(found, tokenizer) == known
+    assert model_ends(found, tokenizer) == all_ends
 
 
 async def test_prompts_of_one_claim_have_keys_of_their_own() -> None:

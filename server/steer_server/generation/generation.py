@@ -251,13 +251,8 @@ def _sampling(
             param=at,
             code="context_length_exceeded",
         )
-    if outside := [token for token in prompt if token >= info.vocab_size]:
-        raise SteerError(
-            f"{outside[0]} is not a token of {serving.model_name!r}: its vocabulary has "
-            f"{info.vocab_size}",
-            param=at,
-            code="unknown_token",
-        )
+    _check_tokens(serving, prompt, at)
+    _check_tokens(serving, body.stop_token_ids or (), "/stop_token_ids")
     return SamplingParams(
         max_tokens=min(body.limit or room, room),
         temperature=1.0 if body.temperature is None else body.temperature,
@@ -265,7 +260,19 @@ def _sampling(
         top_k=body.top_k,
         seed=body.seed,
         logprobs=body.alternatives,
+        ignore_eos=body.ignore_eos,
+        stop_token_ids=frozenset(body.stop_token_ids or ()),
     )
+
+
+def _check_tokens(serving: Serving, tokens: Sequence[int], at: str) -> None:
+    known = serving.engine.info.vocab_size
+    if outside := [token for token in tokens if token >= known]:
+        raise SteerError(
+            f"{outside[0]} is not a token of {serving.model_name!r}: its vocabulary has {known}",
+            param=at,
+            code="unknown_token",
+        )
 
 
 def _check_sampling(serving: Serving, body: ChatRequest | CompletionRequest) -> None:

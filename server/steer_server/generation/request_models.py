@@ -26,6 +26,7 @@ from steer_server.generation.inspect_spec import InspectSpec
 
 MAX_SEED = 2**63 - 1
 MAX_STOPS = 4
+MAX_STOP_TOKENS = 256
 MAX_PROMPTS = 64
 
 
@@ -87,7 +88,9 @@ Stops = Annotated[
     BeforeValidator(_stops, json_schema_input_type=str | list[str] | None),
     Field(max_length=MAX_STOPS),
 ]
-TokenIds = Annotated[tuple[Annotated[int, Field(strict=True, ge=0)], ...], Field(min_length=1)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+TokenId = Annotated[int, Field(strict=True, ge=0)]
+TokenIds = Annotated[tuple[TokenId, ...], Field(min_length=1)]
 
 
 class StreamOptions(BaseModel):
@@ -139,6 +142,8 @@ class GenerationFields(AddedFields):
     seed: Annotated[Count, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
     n: Annotated[Count, Field(ge=1)] | None = None
     stop: Stops = ()
+    stop_token_ids: Annotated[tuple[TokenId, ...], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    ignore_eos: bool = False
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -195,7 +200,10 @@ class ChatMessage(BaseModel):
     @classmethod
     def _drop_empty(cls, data: Any) -> Any:
         # An assistant message of an earlier response comes back with its unused fields.
-        unused = ("refusal", "audio", "tool_calls", "function_call", "annotations", "name")
+        unused = (
+            *("refusal", "audio", "tool_calls", "function_call", "annotations", "name"),
+            *("reasoning", "reasoning_content"),
+        )
         if not isinstance(data, dict):
             return data
         for name in unused:
@@ -223,7 +231,6 @@ class ChatRequest(GenerationFields):
         "audio": (),
         "prediction": (),
         "moderation": (),
-        "reasoning_effort": ("none",),
         "service_tier": ("auto", "default"),
         "verbosity": ("medium",),
         "web_search_options": (),
@@ -233,6 +240,11 @@ class ChatRequest(GenerationFields):
 
     messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1, max_length=4096)]
     max_completion_tokens: Annotated[Count, Field(ge=1)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template_kwargs: dict[str, JsonValue] | None = None
+    reasoning_effort: Effort | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Count, Field(ge=0, le=20)] | None = None
 
@@ -272,6 +284,7 @@ class CompletionRequest(GenerationFields):
         ),
         Field(min_length=1, max_length=MAX_PROMPTS),
     ]
+    add_special_tokens: bool = True
     logprobs: Annotated[Count, Field(ge=0, le=5)] | None = None
 
     @property

@@ -11,8 +11,9 @@ from openai.types.chat.chat_completion import Choice, ChoiceLogprobs
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from starlette.responses import JSONResponse
 
-from steer.prompts import chat_tokens, openai_token
+from steer.prompts import openai_token
 from steer_server.generation.added_fields import added_fields
+from steer_server.generation.chat_prompt import chat_prompt
 from steer_server.generation.generation import Answer, Generation, Logprobs, answers, prepare
 from steer_server.generation.request_models import ChatRequest
 from steer_server.generation.streaming import Chunk, ChunkForms, events, usage
@@ -49,12 +50,6 @@ async def create_chat_completion(
 def _prepared(serving: Serving, body: ChatRequest) -> Generation:
     prompt = tuple(chat_prompt(serving, body))
     return prepare(serving, body, [prompt], prefix="chatcmpl", at="/messages")
-
-
-def chat_prompt(serving: Serving, body: ChatRequest) -> list[int]:
-    """The conversation in the model's own chat template, as tokens."""
-    turns = [turn.model_dump() for turn in body.messages]
-    return chat_tokens(serving.engine.tokenizer, turns, open_answer=True, param="/messages")
 
 
 async def _whole(serving: Serving, run: Generation, body: ChatRequest) -> Response:

@@ -11,7 +11,7 @@ from openai.types.completion_choice import Logprobs as LogprobsBody
 from starlette.responses import JSONResponse
 
 from steer.engines.base import FinishReason
-from steer.prompts import openai_token, text_tokens
+from steer.prompts import openai_token, part_tokens, text_tokens
 from steer_server.generation.added_fields import added_fields
 from steer_server.generation.generation import (
     Answer,
@@ -53,8 +53,9 @@ async def create_completion(
 
 def _prepared(serving: Serving, body: CompletionRequest) -> Generation:
     tokenizer = serving.engine.tokenizer
+    encode = text_tokens if body.add_special_tokens else part_tokens
     prompts: list[Prompt] = [
-        tuple(text_tokens(tokenizer, prompt) if isinstance(prompt, str) else prompt)
+        tuple(encode(tokenizer, prompt) if isinstance(prompt, str) else prompt)
         for prompt in body.prompt
     ]
     return prepare(serving, body, prompts, prefix="cmpl", at="/prompt")

@@ -15,6 +15,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute
 
+from steer.engines.vllm.front.ends import known_ends
 from steer.engines.vllm.front.engine import VllmEngine
 from steer.errors import Unsupported
 from steer.registry.registry import Registry
@@ -99,7 +100,10 @@ async def serve(client: Any, state: Any, environment: Mapping[str, str]) -> None
     load = client.output_processor.get_num_unfinished_requests
     state.steer = assemble(engine, registry, settings, load=load)
     state.steer_guard = ReceiptGuard(
-        client, state.steer.metrics, partial(fields_of_text, state.steer, engine.tickets)
+        client,
+        state.steer.metrics,
+        partial(fields_of_text, state.steer, engine.tickets),
+        engine.ends - known_ends(client.vllm_config, engine.tokenizer),
     )
     expose(state.steer.metrics.registry)
     # A worker's first call waits for this loop, so that it is started from another thread.

@@ -1,7 +1,8 @@
 """vLLM's `generate`, watched: no steered answer passes without its receipt.
 
 Every route of vLLM that generates ends in `EngineClient.generate`. Requests that carry nothing of
-Steer's go straight through. A ticket is taken from this process's routes alone; a spec, which the
+Steer's go through with nothing changed but the tokens that end an answer, which are those of the
+model's files on any engine. A ticket is taken from this process's routes alone; a spec, which the
 client of any route may send as `vllm_xargs: {"steering": "<JSON>"}`, is compiled here.
 """
 
@@ -41,8 +42,16 @@ class ReceiptGuard:
     with an error; what is kept for one goes with it.
     """
 
-    def __init__(self, client: Any, metrics: Metrics, read_text: ReadText) -> None:
-        """Puts itself in the place of `client.generate`."""
+    def __init__(
+        self,
+        client: Any,
+        metrics: Metrics,
+        read_text: ReadText,
+        ends: frozenset[int] = frozenset(),
+    ) -> None:
+        """Puts itself in the place of `client.generate`. `ends` are the tokens that end an answer
+        by the model's files, beside those that vLLM knows."""
+        self._ends = ends
         self._generate: Callable[..., Outputs] = client.generate
         self._metrics, self._read_text = metrics, read_text
         self._calls = ReceiptFetcher(
@@ -59,6 +68,7 @@ class ReceiptGuard:
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, **named: Any) -> Outputs:
         """In the place of `EngineClient.generate`; refuses tickets that were not made here."""
+        _end_with(sampling_params, self._ends)
         extra = sampling_params.extra_args
         if not extra or (EXTRA_ARG not in extra and SPEC_ARG not in extra):
             return self._generate(prompt, sampling_params, request_id, **named)
@@ -129,6 +139,15 @@ class ReceiptGuard:
             self._metrics.receipt(receipt)
         if clock is not None:
             clock.stop(generated)
+
+
+def _end_with(params: Any, ends: frozenset[int]) -> None:
+    """Adds `ends` to the tokens that end this request, unless it ignores them."""
+    missing = ends.difference(params.stop_token_ids or ())
+    if missing and not params.ignore_eos:
+        params.stop_token_ids = [*(params.stop_token_ids or ()), *sorted(missing)]
+        # What `min_tokens` keeps away for a while; vLLM gathers it when it makes the parameters.
+        params.all_stop_token_ids.update(missing)
 
 
 class _Clock:

@@ -276,7 +276,9 @@ def _events(
         if failure is not None and len(generated) == failure.after:
             raise failure.error
         generated.append(token)
-        ends = token == ByteTokenizer.eos_token_id and not request.sampling.ignore_eos
+        ends = token in request.sampling.stop_token_ids or (
+            token == ByteTokenizer.eos_token_id and not request.sampling.ignore_eos
+        )
         stopped = not ends and request.stop is not None and request.stop(token)
         logprob = _logprob(request, len(generated), token)
         if ends or stopped:

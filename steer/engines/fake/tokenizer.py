@@ -15,7 +15,7 @@ class ByteTokenizer:
     vocab_size = 256 + len(_SPECIAL)
     bos_token_id = 256
     eos_token_id = 257
-    chat_template = (
+    chat_template: str | None = (
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
     )
 
@@ -53,12 +53,18 @@ class ByteTokenizer:
         *,
         tokenize: bool = False,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **_: Any,
     ) -> str | list[int]:
-        """`<|role|>content` for each message; raises ValueError unless system comes first."""
+        """`<|role|>content` for each message; nothing closes one, so that the last can always be
+        continued. Raises ValueError unless system comes first."""
+        if self.chat_template is None:
+            raise ValueError("there is no chat template")
         if any(m["role"] == "system" for m in messages[1:]):
             raise ValueError("a system message must come first")
         text = "<|bos|>" + "".join(f"<|{m['role']}|>{m['content']}" for m in messages)
+        if add_generation_prompt and continue_final_message:
+            raise ValueError("an answer is either opened or continued")
         if add_generation_prompt:
             text += "<|assistant|>"
         return self.encode(text, add_special_tokens=False) if tokenize else text

@@ -33,7 +33,7 @@ from steer.errors import SpecError
 from steer.model import Capabilities, HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
-from steer.prompts import part_tokens, text_tokens
+from steer.prompts import text_tokens, trigger_tokens
 from steer.spec import KINDS, SteeringSpec, parse_spec
 
 _maps: weakref.WeakKeyDictionary[nn.Module, HookMap] = weakref.WeakKeyDictionary()
@@ -185,7 +185,7 @@ def _padding(mask: Tensor | None, rows: int, columns: int) -> list[int]:
 def _tokenize(tokenizer: Any) -> Callable[[str], list[int]] | None:
     if tokenizer is None:
         return None
-    return partial(part_tokens, tokenizer)
+    return partial(trigger_tokens, tokenizer)
 
 
 def _encode_text(hooked: HookedModel, tokenizer: Any) -> Callable[[str, HookPoint], Tensor] | None:

@@ -33,6 +33,7 @@ from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.scheduler import Scheduler
 from steer.errors import SteerError
 from steer.model import Capabilities, ModelInfo
+from steer.prompts import ends
 from steer.spec import KINDS
 
 Result = TypeVar("Result")
@@ -215,11 +216,14 @@ class TransformersEngine:
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
-    """The ids that end a sequence, by the model's generation config or the tokenizer."""
-    config = getattr(model, "generation_config", None)
-    found = getattr(config, "eos_token_id", None)
-    if found is None and tokenizer is not None:
-        found = tokenizer.eos_token_id
-    if found is None:
-        return frozenset()
-    return frozenset([found] if isinstance(found, int) else found)
+    """The ids that end an answer, by all that the model's files say of it."""
+    config = getattr(model, "config", None)
+    return ends.end_tokens(
+        tokenizer,
+        declared=[_eos(getattr(model, "generation_config", None))],
+        supposed=[_eos(config), _eos(getattr(config, "text_config", None))],
+    )
+
+
+def _eos(config: Any) -> Any:
+    return getattr(config, "eos_token_id", None)

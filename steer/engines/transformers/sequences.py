@@ -141,4 +141,6 @@ def take_tokens(
 def _ends(request: GenerationRequest, token: int, eos: frozenset[int]) -> bool:
     if token in eos and not request.sampling.ignore_eos:
         return True
+    if token in request.sampling.stop_token_ids:
+        return True
     return request.stop is not None and request.stop(token)

@@ -7,8 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from steer.errors import SteerError
 from steer.prompts.forms import Marked, Messages, Prompt, parse_prompt, prompt_json
-from steer.prompts.places import spans_by_decoding, tokens_within
-from steer.prompts.tokens import render
+from steer.prompts.rendering import answer_range, encoded, render
 
 __all__ = [
     "POSITION_NAMES",
@@ -20,6 +19,7 @@ __all__ = [
     "prompt_json",
     "read_positions",
     "render",
+    "response_positions",
     "subject_position",
 ]
 
@@ -37,7 +37,7 @@ def read_positions(tokenizer: Any, prompt: Prompt, tokens: Sequence[int], at: Po
     if at == "mean":
         return range(len(tokens))
     if at == "response":
-        return range(_first_response(tokenizer, prompt, tokens), len(tokens))
+        return response_positions(tokenizer, prompt)
     if at == "subject":
         place = subject_position(tokenizer, prompt)
         return range(place, place + 1)
@@ -60,25 +60,20 @@ def subject_position(tokenizer: Any, prompt: Prompt) -> int:
             '{"prompt": …, "subject": "a phrase in it"}',
             code="no_subject",
         )
-    tokens = render(tokenizer, prompt.prompt)
-    text = str(tokenizer.decode(tokens, skip_special_tokens=False))
-    start = text.rfind(prompt.subject)
-    if start < 0:
+    asked = encoded(tokenizer, prompt.prompt)
+    place = asked.last_token_of(prompt.subject)
+    if place is None:
         raise SteerError(
             f"the subject {prompt.subject!r} does not occur in its prompt", code="no_subject"
         )
-    spans = spans_by_decoding(tokenizer, tokens, text)
-    return tokens_within(spans, (start, start + len(prompt.subject)))[-1]
+    return place
 
 
-def _first_response(tokenizer: Any, prompt: Prompt, tokens: Sequence[int]) -> int:
-    if isinstance(prompt, Marked) and prompt.response:
-        return len(render(tokenizer, prompt.prompt))
-    messages = prompt.prompt if isinstance(prompt, Marked) else prompt
-    if not isinstance(messages, str) and len(messages) > 1 and messages[-1]["role"] == "assistant":
-        asked = render(tokenizer, messages[:-1])
-        if list(tokens[: len(asked)]) == asked and len(asked) < len(tokens):
-            return len(asked)
+def response_positions(tokenizer: Any, prompt: Prompt) -> range:
+    """The tokens of the response: of what the assistant said last, without marks and thoughts."""
+    found = answer_range(tokenizer, prompt)
+    if found:
+        return found
     raise SteerError(
         "the state of a response was asked for and a prompt has none: end the messages with the "
         'assistant\'s, or give {"prompt": …, "response": …}',

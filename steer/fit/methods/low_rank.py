@@ -28,7 +28,7 @@ from steer.fit.data.where import WhereName, where_named
 from steer.fit.methods.card import made_on
 from steer.fit.states import Progress, check_length, make_reading, prompt_tokens
 from steer.model import HookPoint
-from steer.prompts import part_tokens
+from steer.prompts import Marked, answer_end, part_tokens
 from steer.spec import Site
 
 
@@ -222,8 +222,9 @@ def _batches(rows: Sequence[_Row], batch: int, seed: int) -> Iterator[list[_Row]
 def _row(engine: Engine, one: Exercise) -> _Row:
     prompt = prompt_tokens(engine, one.prompt)
     answer = part_tokens(engine.tokenizer, one.answer)
-    end = getattr(engine.tokenizer, "eos_token_id", None)
-    whole = [*prompt, *answer, *([] if end is None else [int(end)])]
+    asked = one.prompt.prompt if isinstance(one.prompt, Marked) else one.prompt
+    end = answer_end(engine.tokenizer, chat=not isinstance(asked, str))
+    whole = [*prompt, *answer, *([] if end is None else [end])]
     check_length(engine, whole, one.prompt)
     return _Row(tuple(whole), len(prompt))
 

@@ -32,7 +32,7 @@ from steer.fit.data.relations import Fact, RelationTable, Template
 from steer.fit.methods.card import made_on
 from steer.fit.states import Progress, check_length, prompt_tokens
 from steer.model import HookPoint, forward_order
-from steer.prompts import Marked, part_tokens
+from steer.prompts import Marked, inner_tokens, part_tokens
 from steer.spec import Site
 
 
@@ -154,8 +154,9 @@ def ask(engine: Engine, template: Template, fact: Fact, others: Sequence[Fact], 
 
 def object_tokens(engine: Engine, prompt: Marked, answer: str) -> list[int]:
     """The tokens of `answer` as they follow `prompt`: with a space after a started sentence."""
-    text = answer if _opens_answer(prompt) else f" {answer}"
-    return part_tokens(engine.tokenizer, text)
+    if _opens_answer(prompt):
+        return part_tokens(engine.tokenizer, answer)
+    return inner_tokens(engine.tokenizer, f" {answer}")
 
 
 def _opens_answer(prompt: Marked) -> bool:

@@ -69,13 +69,10 @@ def test_text_is_found_at_the_last_token_of_its_last_occurrence(
 
 @given(st.text(alphabet="abc é日🙂", min_size=1, max_size=12), st.data())
 def test_both_ways_of_placing_tokens_agree(text: str, data: Any) -> None:
-    """A tokenizer's own offsets, and the lengths of decoded prefixes."""
-    plain = text.replace("é", "e").replace("日", "b").replace("🙂", "c")
-    with_offsets = Encoder(BPE)(text=plain)
-    without = EncodedPrompt(
-        with_offsets.ids, with_offsets.tokens, plain, special=True, tokenizer=_NoOffsets()
-    )
-    place = data.draw(st.integers(0, len(plain) - 1))
+    """A tokenizer's own offsets, and what prefixes of the tokens decode to."""
+    with_offsets = Encoder(BPE)(text=text)
+    without = EncodedPrompt(with_offsets.ids, text, _NoOffsets())
+    place = data.draw(st.integers(0, len(text) - 1))
     span = (place, place + 1)
     assert with_offsets.tokens_of(span, "/p") == without.tokens_of(span, "/p")
 

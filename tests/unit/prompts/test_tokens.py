@@ -41,7 +41,7 @@ def test_a_chat_is_the_same_tokens_for_a_client_a_fit_and_an_inspection() -> Non
     read = encode_prompt(FakeEngine(), asked)
     assert read.text == "<|bos|><|system|>be kind<|user|>né?<|assistant|>"
     assert list(read.ids) == render(TOKENIZER, CHAT)
-    assert list(read.ids) == chat_tokens(TOKENIZER, CHAT, open_answer=True)
+    assert list(read.ids) == chat_tokens(TOKENIZER, CHAT)
     # The template writes the only special tokens there are.
     assert read.ids.count(BOS) == 1
 
@@ -70,7 +70,7 @@ def test_data_needs_a_chat_template() -> None:
 
 def test_whatever_a_template_raises_is_about_the_messages() -> None:
     with pytest.raises(SteerError, match="only concatenate") as caught:
-        chat_tokens(_BadTemplate(), CHAT, open_answer=True, param="/messages")
+        chat_tokens(_BadTemplate(), CHAT, param="/messages")
     assert (caught.value.code, caught.value.param) == ("invalid_messages", "/messages")
 
 
@@ -80,7 +80,7 @@ def test_answers_are_without_special_tokens() -> None:
 
 def test_nobody_else_tokenises() -> None:
     """The rules hold everywhere because they are applied in one place."""
-    rules = re.compile(r"apply_chat_template\(|add_special_tokens|skip_special_tokens=True")
+    rules = re.compile(r"apply_chat_template\(|add_special_tokens=|skip_special_tokens=True")
     roots = [Path(module.__file__ or "").parent for module in (steer, steer_server)]
     found = {
         path.relative_to(root).as_posix()
@@ -89,4 +89,4 @@ def test_nobody_else_tokenises() -> None:
         if rules.search(path.read_text(encoding="utf-8"))
     }
     tokenizers = {"engines/fake/tokenizer.py", "jobs/tokenizing.py"}
-    assert found - tokenizers == {"prompts/tokens.py", "prompts/places.py"}
+    assert found - tokenizers == {"prompts/chat.py", "prompts/tokens.py", "prompts/spans.py"}

@@ -53,7 +53,7 @@ class _Stepper:
     def add(self, sequences: Iterable[RunningSequence]) -> None:
         for sequence in sequences:
             prompt = {"prompt_token_ids": list(sequence.request.prompt)}
-            params = vllm_sampling(sequence.request.sampling, sequence.ticket)
+            params = vllm_sampling(sequence)
             try:
                 self.engine.add_request(sequence.key, prompt, params)
             except Exception as error:
@@ -245,7 +245,7 @@ class ClientDriver:
 
     async def _serve(self, sequence: RunningSequence) -> None:
         prompt = {"prompt_token_ids": list(sequence.request.prompt)}
-        params = vllm_sampling(sequence.request.sampling, sequence.ticket)
+        params = vllm_sampling(sequence)
         try:
             outputs = self._generate(prompt, params, sequence.key)
             async for output in outputs:

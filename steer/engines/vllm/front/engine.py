@@ -30,6 +30,7 @@ from steer.engines.checks import check_request
 from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
 from steer.engines.vllm import plugin
 from steer.engines.vllm.front.drivers import ClientDriver, Driver, InlineDriver, LocalDriver
+from steer.engines.vllm.front.ends import model_ends
 from steer.engines.vllm.front.sequences import RunningSequence
 from steer.engines.vllm.front.ticket_issuer import TicketIssuer
 from steer.engines.vllm.messages import pack, read_info, unpack
@@ -53,10 +54,16 @@ class VllmEngine:
     tokenizer: Any
 
     def __init__(
-        self, driver: Driver, tokenizer: Any, answer: Any, issuer: TicketIssuer, eos: frozenset[int]
+        self,
+        driver: Driver,
+        tokenizer: Any,
+        answer: Any,
+        issuer: TicketIssuer,
+        ends: frozenset[int],
     ) -> None:
-        """`answer` is what the first worker says to `steer_info`."""
-        self._driver, self.tokenizer, self.tickets, self._eos = driver, tokenizer, issuer, eos
+        """`answer` is what the first worker says to `steer_info`; `ends` are the tokens that end an
+        answer."""
+        self._driver, self.tokenizer, self.tickets, self.ends = driver, tokenizer, issuer, ends
         self.info = read_info(answer)
         self._passes, self._stages = int(answer["passes"]), int(answer["stages"])
         self._static = bool(answer["static"])
@@ -103,7 +110,7 @@ class VllmEngine:
             driver.llm.get_tokenizer(),
             driver.rpc("steer_info")[0],
             TicketIssuer(PlanStore(registry_location())),
-            _eos(driver.llm.llm_engine.vllm_config),
+            model_ends(driver.llm.llm_engine.vllm_config, driver.llm.get_tokenizer()),
         )
 
     @classmethod
@@ -115,7 +122,7 @@ class VllmEngine:
             llm.get_tokenizer(),
             driver.rpc("steer_info")[0],
             TicketIssuer(PlanStore(registry_location())),
-            _eos(llm.llm_engine.vllm_config),
+            model_ends(llm.llm_engine.vllm_config, llm.get_tokenizer()),
         )
 
     @classmethod
@@ -128,7 +135,7 @@ class VllmEngine:
             tokenizer,
             answers[0],
             TicketIssuer(PlanStore(registry_location())),
-            _eos(client.vllm_config),
+            model_ends(client.vllm_config, tokenizer),
         )
 
     def start(self) -> None:
@@ -205,7 +212,7 @@ class VllmEngine:
             tickets.append(self.tickets.issue(plan, capture=order))
             listeners.append(BlockingListener())
             running.append(
-                RunningSequence(generation, tickets[-1], listeners[-1], self._eos, quiet=True)
+                RunningSequence(generation, tickets[-1], listeners[-1], self.ends, quiet=True)
             )
         self._driver.submit(running)
         try:
@@ -234,7 +241,7 @@ class VllmEngine:
         ticket = None
         if request.plan is not None:
             ticket = self.tickets.issue(request.plan, measure=request.measure)
-        return RunningSequence(request, ticket, listener, self._eos)
+        return RunningSequence(request, ticket, listener, self.ends)
 
     def _order(self, request: CaptureRequest, prompt: Sequence[int]) -> CaptureOrder:
         positions = _positions(request.positions, len(prompt))
@@ -298,13 +305,3 @@ def _positions(positions: tuple[int, ...] | None, length: int) -> tuple[int, ...
                 param="/positions",
             )
     return tuple(position % length for position in positions)
-
-
-def _eos(vllm_config: Any) -> frozenset[int]:
-    """The ids that end a sequence in vLLM."""
-    found = vllm_config.model_config.try_get_generation_config().get("eos_token_id")
-    if found is None:
-        found = getattr(vllm_config.model_config.hf_text_config, "eos_token_id", None)
-    if found is None:
-        return frozenset()
-    return frozenset([found] if isinstance(found, int) else found)

@@ -10,7 +10,6 @@ from steer.engines.base import (
     FinishReason,
     GenerationRequest,
     Receipt,
-    SamplingParams,
     TokenEvent,
     TokenLogprob,
 )
@@ -43,7 +42,10 @@ class RunningSequence:
         self.key = f"steer-{uuid.uuid4().hex}"
         """vLLM's id of the request: callers' ids need not be unique."""
         self.finish: FinishReason | None = None
-        self._eos = frozenset() if request.sampling.ignore_eos else eos
+        self.ends = request.sampling.stop_token_ids
+        """The tokens that end it."""
+        if not request.sampling.ignore_eos:
+            self.ends |= eos
         self._quiet = quiet
         self._tokens = 0
         self._last: tuple[int, TokenLogprob | None] | None = None
@@ -69,7 +71,7 @@ class RunningSequence:
             self._flush_last()
             self._tokens += 1
             self._last = (token, _logprob(token, places, self.request.sampling.logprobs))
-            if token in self._eos or (self.request.stop is not None and self.request.stop(token)):
+            if token in self.ends or (self.request.stop is not None and self.request.stop(token)):
                 self.finish = "stop"
         if made.finish_reason is not None and self.finish is None:
             self.finish = "stop" if made.finish_reason == "stop" else "length"
@@ -115,11 +117,13 @@ def _logprob(
     return TokenLogprob(float(places[token].logprob), top)
 
 
-def vllm_sampling(params: SamplingParams, ticket: Ticket | None) -> Any:
-    """`params` in vLLM's form; outputs come as deltas, text is left to the caller."""
+def vllm_sampling(sequence: RunningSequence) -> Any:
+    """How `sequence` is sampled, in vLLM's form; outputs come as deltas, text is left to the
+    caller."""
     from vllm import SamplingParams as VllmParams  # noqa: PLC0415
     from vllm.sampling_params import RequestOutputKind  # noqa: PLC0415
 
+    params, ticket = sequence.request.sampling, sequence.ticket
     return VllmParams(
         max_tokens=params.max_tokens,
         temperature=params.temperature,
@@ -128,6 +132,7 @@ def vllm_sampling(params: SamplingParams, ticket: Ticket | None) -> Any:
         seed=params.seed,
         logprobs=params.logprobs,
         ignore_eos=params.ignore_eos,
+        stop_token_ids=sorted(sequence.ends),
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
         skip_reading_prefix_cache=True if ticket is not None and ticket.capture else None,
