@@ -281,14 +281,20 @@ class Ablate(_Intervention):
 class Project(_Intervention):
     """Move the projection on v̂ to `value`, or keep it on one side of it.
 
-    `value` is in units of the residual stream, or the name of a class whose mean projection the
-    card records.
+    `value` is in units of the residual stream, or the name of what the card records for each layer:
+    the mean projection of a class, or the "cap" that the vector was made for (2601.10387).
     """
 
     kind: Literal["project"] = "project"
     vector: VectorRef
-    value: Number | Literal["positive", "negative"]
+    value: Number | Literal["positive", "negative", "cap"]
     mode: Literal["set", "at_least", "at_most"] = "set"
+
+    @model_validator(mode="after")
+    def _check(self) -> Project:
+        if self.value == "cap" and self.mode != "at_most":
+            raise ValueError(f"a cap bounds from above: give mode 'at_most', not {self.mode!r}")
+        return self
 
 
 class Clamp(_Intervention):
@@ -341,10 +347,14 @@ class Swap(_Intervention):
 
 
 class LowRank(_Intervention):
-    """x + Rᵀ(Wx + b − Rx): a trained low-rank intervention (LoReFT, 2404.03592)."""
+    """x + α·Rᵀ(Wx + b − Rx): a trained low-rank intervention (LoReFT, 2404.03592).
+
+    `strength` is α and defaults to the card's, which is 1 unless the adapter's file says more.
+    """
 
     kind: Literal["low_rank"] = "low_rank"
     adapter: AdapterRef
+    strength: Number | None = None
 
 
 class Rotate(_Intervention):

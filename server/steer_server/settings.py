@@ -23,7 +23,8 @@ class ServerSettings(BaseModel):
     `strength_limit` says what happens to a strength outside its vector's calibrated range.
     `job_workers` jobs run at a time (0: this server only queues them), `job_queue` more may wait,
     `jobs_kept` finished ones are remembered; while requests run, jobs take the share `job_duty` of
-    the engine's time. `hub_imports` is whether clients may have artefacts fetched from the hub.
+    the engine's time. `hub_imports` is whether clients may have artefacts fetched from the hub, of
+    up to `max_hub_bytes` each.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,6 +52,7 @@ class ServerSettings(BaseModel):
     jobs_kept: int = Field(default=200, ge=1)
     job_duty: float = Field(default=0.03, gt=0, le=1)
     hub_imports: bool = True
+    max_hub_bytes: int = Field(default=512 * MIB, ge=1)
 
     @property
     def job_limits(self) -> JobLimits:

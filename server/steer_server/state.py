@@ -16,7 +16,7 @@ from fastapi import Depends, Request
 
 from steer.engines.base import Engine
 from steer.engines.plans import plans_of
-from steer.jobs import HUB, JobRunner, builtin_kinds
+from steer.jobs import JobRunner, builtin_kinds, hub
 from steer.model import bare_name
 from steer.plan.cache import PlanCache
 from steer.registry.registry import Registry
@@ -68,7 +68,7 @@ def assemble(
     jobs = JobRunner(
         engine,
         registry,
-        builtin_kinds(HUB if settings.hub_imports else {}, policy),
+        builtin_kinds(hub(settings.max_hub_bytes) if settings.hub_imports else {}, policy),
         settings.job_limits,
         load=load,
         ended=metrics.job,

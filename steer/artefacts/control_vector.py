@@ -26,7 +26,8 @@ class LayerMeasure(BaseModel):
 
     `positive` and `negative` are the class means of the projection on the unit direction;
     `separation` is their distance in pooled standard deviations (d′); `residual_norm` is the mean
-    norm of the states. All in units of the residual stream except `separation`.
+    norm of the states. `cap` is the bound on the projection that the vector was made for. All in
+    units of the residual stream except `separation`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -35,6 +36,8 @@ class LayerMeasure(BaseModel):
     positive: float | None = None
     negative: float | None = None
     residual_norm: float | None = None
+    # Written only where there is one, so that older cards keep their hash.
+    cap: float | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class Card(BaseModel):

@@ -55,6 +55,9 @@ def serve(
     max_upload_mib: Annotated[
         int, typer.Option(min=1, help="The largest file that may be uploaded, in MiB.")
     ] = 512,
+    max_hub_mib: Annotated[
+        int, typer.Option(min=1, help="The largest artefact fetched from the hub, in MiB.")
+    ] = 512,
     rows: Annotated[
         int | None,
         typer.Option(
@@ -111,6 +114,7 @@ def serve(
         catalogue=None if catalogue is None else SecretStr(catalogue),
         api_key=None if key is None else SecretStr(key),
         max_upload_bytes=max_upload_mib << 20,
+        max_hub_bytes=max_hub_mib << 20,
         allow_inline_vectors=inline_vectors,
         strength_limit=strength_limit.value,
         job_workers=job_workers,

@@ -42,12 +42,19 @@ SourceOption = Annotated[
     typer.Option(
         "--from",
         help="Who wrote the file, and so how it counts layers: repeng, llama-cpp, "
-        "llama-cpp-generator (one late), easysteer, blocks, hidden-states, persona-vectors or "
-        "refusal-direction.",
+        "llama-cpp-generator (one late), easysteer, blocks, hidden-states, persona-vectors, "
+        "refusal-direction or assistant-axis; of a pyreft folder loreft or direft.",
     ),
 ]
 PositionOption = Annotated[
     int | None, typer.Option(help="Which token position of mean_diffs.pt, such as -1.")
+]
+SiteOption = Annotated[
+    str | None,
+    typer.Option(help="Where the rows were read and belong, such as resid_pre or mlp_out."),
+]
+ExperimentOption = Annotated[
+    str | None, typer.Option(help="Which experiment of a capping configuration.")
 ]
 StrengthOption = Annotated[float | None, typer.Option(help="The default strength.")]
 DescriptionOption = Annotated[str | None, typer.Option(help="A sentence for the card.")]
@@ -102,6 +109,8 @@ def add(
     layer_offset: OffsetOption = None,
     source: SourceOption = None,
     position: PositionOption = None,
+    site: SiteOption = None,
+    experiment: ExperimentOption = None,
     strength: StrengthOption = None,
     description: DescriptionOption = None,
     licence: LicenceOption = None,
@@ -109,7 +118,17 @@ def add(
     registry: RegistryOption = None,
 ) -> None:
     """Register the vector in a file; the same content again changes nothing."""
-    options = _options(layers, layer_offset, source, position, strength, description, licence)
+    options = _options(
+        layers,
+        layer_offset=layer_offset,
+        source=source,
+        position=position,
+        site=site,
+        experiment=experiment,
+        strength=strength,
+        description=description,
+        licence=licence,
+    )
     with open_registry(registry) as library:
         entry, created = library.import_file(file, kind=kind, name=name, options=options)
     _show_added(entry, created)
@@ -129,17 +148,32 @@ def import_(
     layer_offset: OffsetOption = None,
     source: SourceOption = None,
     position: PositionOption = None,
+    site: SiteOption = None,
+    experiment: ExperimentOption = None,
     strength: StrengthOption = None,
     description: DescriptionOption = None,
     licence: LicenceOption = None,
     offline: Annotated[
         bool, typer.Option("--offline", help="Take what is on the hub from the local cache only.")
     ] = False,
+    max_hub_mib: Annotated[
+        int, typer.Option(min=1, help="The most that is downloaded from the hub, in MiB.")
+    ] = 512,
     registry: RegistryOption = None,
 ) -> None:
     """Register a vector, adapter, SAE or tuned lens from a file, a folder or the hub."""
-    options = _options(layers, layer_offset, source, position, strength, description, licence)
-    path, name, origin = _located(place, name, offline)
+    options = _options(
+        layers,
+        layer_offset=layer_offset,
+        source=source,
+        position=position,
+        site=site,
+        experiment=experiment,
+        strength=strength,
+        description=description,
+        licence=licence,
+    )
+    path, name, origin = _located(place, name, offline, max_hub_mib << 20)
     options = replace(options, origin=origin)
     with open_registry(registry) as library:
         entry, created = library.import_file(path, name=name, options=options)
@@ -148,18 +182,34 @@ def import_(
 
 @app.command("convert")
 def convert(
-    file: Annotated[Path, typer.Argument(help="A pickle of the steering-vectors package.")],
+    file: Annotated[
+        Path, typer.Argument(help="A pickle: of steering-vectors, or of tensors and NumPy arrays.")
+    ],
     output: Annotated[
         Path | None, typer.Option("--out", "-o", help="By default FILE with .safetensors.")
     ] = None,
+    layers: LayersOption = None,
+    layer_offset: OffsetOption = None,
+    source: SourceOption = None,
+    position: PositionOption = None,
+    site: SiteOption = None,
+    experiment: ExperimentOption = None,
 ) -> None:
-    """Turn a pickled SteeringVector into safetensors, without unpickling it."""
+    """Turn a pickled vector, or NumPy arrays in a .pt file, into safetensors without unpickling."""
     from steer.cli.fit.saving import write_file
-    from steer.formats.vectors.steering_vectors_pickle import read_steering_vector
+    from steer.formats.vectors.pickles import convert_pickle
 
     if not file.is_file():
         raise FileFormatError(f"there is no file {str(file)!r}", code="no_such_file")
-    vector = read_steering_vector(file)
+    options = _options(
+        layers,
+        layer_offset=layer_offset,
+        source=source,
+        position=position,
+        site=site,
+        experiment=experiment,
+    )
+    vector = convert_pickle(file, options)
     path = output or file.with_suffix(".safetensors")
     write_file(path, vector.to_bytes())
     out().print(
@@ -261,36 +311,22 @@ def _exported(
         return export_vector(vector, path, format)
 
 
-def _options(
-    layers: str | None,
-    layer_offset: int | None,
-    source: str | None,
-    position: int | None,
-    strength: float | None,
-    description: str | None,
-    licence: str | None,
-) -> ImportOptions:
+def _options(layers: str | None, **given: Any) -> ImportOptions:
     from steer.formats.options import ImportOptions
 
-    return ImportOptions(
-        layer_offset=layer_offset,
-        layers=None if layers is None else parse_layers(layers),
-        source=source,
-        position=position,
-        strength=strength,
-        description=description,
-        licence=licence,
-    )
+    return ImportOptions(layers=None if layers is None else parse_layers(layers), **given)
 
 
-def _located(place: str, name: str | None, offline: bool) -> tuple[Path, str | None, str | None]:
+def _located(
+    place: str, name: str | None, offline: bool, max_bytes: int
+) -> tuple[Path, str | None, str | None]:
     """The path that SOURCE leads to, the name to register it by, and what the card says of it."""
     from steer.formats.hub import SCHEME, fetch, parse_hub_ref
 
     if not place.startswith(SCHEME):
         return Path(place), name, None
     ref = parse_hub_ref(place)
-    fetched = fetch(ref, offline=offline)
+    fetched = fetch(ref, offline=offline, max_bytes=max_bytes)
     return fetched.path, name or ref.stem, fetched.origin
 
 

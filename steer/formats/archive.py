@@ -112,7 +112,7 @@ def _unpack_zip(archive: Path, into: Path, budget: _Budget) -> None:
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise _unsafe(member.filename, "is not stored or deflated")
             place = places.of(member.filename)
-            if not member.is_dir():
+            if not member.filename.endswith(("/", "\\")):
                 with file.open(member) as source:
                     budget.copy(source, place)
 
@@ -190,10 +190,11 @@ class _Places:
         self._into = into
 
     def of(self, name: str) -> Path:
-        parts = name.rstrip("/").split("/")
+        # Some programs on Windows write their own separators.
+        parts = name.replace("\\", "/").rstrip("/").split("/")
         while parts and parts[0] == ".":
             parts = parts[1:]
-        wrong = name.startswith("/") or "\\" in name or ":" in name or "\0" in name
+        wrong = name.startswith(("/", "\\")) or ":" in name or "\0" in name
         if wrong or any(part in ("", ".", "..") for part in parts):
             raise _unsafe(name, "has a path that leads out of the archive")
         if len(name) > MAX_NAME or len(parts) > 16 or max(map(len, parts), default=0) > 200:

@@ -9,38 +9,57 @@ from pathlib import Path
 from steer.artefacts.artefact import Artefact
 from steer.artefacts.sae.saelens import CONFIG, WEIGHTS
 from steer.errors import FileFormatError
+from steer.formats.adapters.pyreft import PREFIX, is_pyreft, read_pyreft
 from steer.formats.archive import ArchiveFormat, unpack
+from steer.formats.arrays import foreign_weights
+from steer.formats.guards.stand_ins import check_present
 from steer.formats.lenses.tuned_lens import CONFIG as LENS_CONFIG
 from steer.formats.lenses.tuned_lens import PARAMETERS, read_tuned_lens
+from steer.formats.options import ImportOptions
 from steer.formats.saes.saelens_folder import read_saelens
 from steer.formats.vectors.pt import DIRECTION, METADATA, read_refusal_direction
 
 
 @dataclass(frozen=True)
 class FolderLayout:
-    """A folder layout: a file that tells it, the one with the numbers, and its reader."""
+    """A folder layout: what tells it, the files it must have, and its reader.
 
-    tells: str
-    weights: str
-    read: Callable[[Path], Artefact]
+    `sources` are what a sender may say with `from` of such a folder.
+    """
+
+    is_one: Callable[[Path], bool]
+    needs: tuple[str, ...]
+    read: Callable[[Path, ImportOptions], Artefact]
+    sources: tuple[str, ...] = ()
 
 
 LAYOUTS = (
-    FolderLayout(CONFIG, WEIGHTS, read_saelens),
-    FolderLayout(METADATA, DIRECTION, read_refusal_direction),
-    FolderLayout(PARAMETERS, LENS_CONFIG, read_tuned_lens),
+    FolderLayout(
+        lambda folder: (folder / CONFIG).is_file(), (WEIGHTS,), lambda path, _: read_saelens(path)
+    ),
+    FolderLayout(
+        lambda folder: (folder / METADATA).is_file(),
+        (DIRECTION,),
+        read_refusal_direction,
+        ("refusal-direction",),
+    ),
+    FolderLayout(lambda folder: (folder / PARAMETERS).is_file(), (LENS_CONFIG,), read_tuned_lens),
+    FolderLayout(is_pyreft, (), read_pyreft, ("loreft", "direft")),
 )
 _KNOWN = (
-    f"a SAELens folder ({CONFIG}, {WEIGHTS}), a tuned lens ({LENS_CONFIG}, {PARAMETERS}) or a "
-    f"refusal direction ({DIRECTION}, {METADATA})"
+    f"a SAELens folder ({CONFIG}, {WEIGHTS}), a tuned lens ({LENS_CONFIG}, {PARAMETERS}), a "
+    f"refusal direction ({DIRECTION}, {METADATA}) or a pyreft folder ({PREFIX}….bin, config.json)"
 )
+_PEFT = "adapter_config.json"
 
 
 def unpacked(archive: Path, scratch: Path, *, format: ArchiveFormat, limit: int) -> Path:
     """The one folder with an artefact in an archive, unpacked to the new folder `scratch`."""
     unpack(archive, scratch, format=format, limit=limit)
-    told = {layout.tells for layout in LAYOUTS}
-    folders = sorted({path.parent for path in scratch.rglob("*") if path.name in told})
+    every = [scratch, *(path for path in sorted(scratch.rglob("*")) if path.is_dir())]
+    folders = [folder for folder in every if is_artefact(folder)]
+    if not folders and (peft := next(iter(scratch.rglob(_PEFT)), None)) is not None:
+        raise foreign_weights(peft.name)
     if len(folders) != 1:
         held = ", ".join(str(folder.relative_to(scratch)) for folder in folders[:5])
         raise FileFormatError(
@@ -52,12 +71,25 @@ def unpacked(archive: Path, scratch: Path, *, format: ArchiveFormat, limit: int)
 
 
 def layout_of(folder: Path) -> FolderLayout:
-    """The layout of a folder; raises `FileFormatError` for an unknown or incomplete one."""
+    """The layout of a folder; raises `FileFormatError` for an unknown or incomplete one, and for
+    files that only stand where others should."""
     for layout in LAYOUTS:
-        if (folder / layout.tells).is_file():
-            if not (folder / layout.weights).is_file():
+        if not layout.is_one(folder):
+            continue
+        for name in layout.needs:
+            if not (folder / name).is_file():
                 raise FileFormatError(
-                    f"there is no {layout.weights} beside {layout.tells}", code="unknown_layout"
+                    f"there is no {name} in the folder, which such a one has", code="unknown_layout"
                 )
-            return layout
+        for path in sorted(folder.iterdir()):
+            if path.is_file():
+                check_present(path)
+        return layout
+    if (folder / _PEFT).is_file():
+        raise foreign_weights(_PEFT)
     raise FileFormatError(f"the folder is none of: {_KNOWN}", code="unknown_layout")
+
+
+def is_artefact(folder: Path) -> bool:
+    """Whether a folder is of a known layout, complete or not."""
+    return any(layout.is_one(folder) for layout in LAYOUTS)

@@ -133,7 +133,9 @@ def _check_size(ref: HubRef, where: Mapping[str, Any], max_bytes: int) -> bool:
     total = sum(file.file_size or 0 for file in listed)
     if total > max_bytes:
         raise TooLarge(
-            f"{ref} has {total} bytes; at most {max_bytes} are downloaded: name one file",
+            f"{ref} has {total} bytes; at most {max_bytes} are downloaded: name one file, or raise "
+            "the limit (--max-hub-mib of `steer vectors import` and `steer serve`, "
+            "STEER_MAX_HUB_BYTES with vLLM)",
             code="download_too_large",
         )
     return True

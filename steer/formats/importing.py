@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from steer.artefacts.artefact import Artefact
+from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.lens import Lens
 from steer.errors import FileFormatError, IncompatibleArtefact, SteerError
 from steer.formats.adapters.loreft import is_loreft, read_loreft
@@ -49,21 +50,22 @@ def read_artefact(
 
 def _read_folder(folder: Path, options: ImportOptions) -> Artefact:
     layout = layout_of(folder)
-    if options.layer_offset or options.source not in (None, "refusal-direction"):
+    if options.layer_offset or options.source not in (None, *layout.sources):
         raise SteerError(
             "the folder itself says which layers it has: leave out 'layer_offset' and 'from'",
             code="invalid_option",
             param="/layer_offset",
         )
-    return _described(layout.read(folder), options)
+    return _described(layout.read(folder, options), options)
 
 
 def _read_safetensors(path: Path, options: ImportOptions) -> Artefact:
     file = SafetensorsFile.open(path)
     if is_canonical(file):
-        if options.offset("safetensors"):
+        if options.offset("safetensors") or options.site is not None:
             raise SteerError(
-                "the file's own card says which layers it has: leave out 'layer_offset'",
+                "the file's own card says which layers and site it has: leave out 'layer_offset' "
+                "and 'site'",
                 code="invalid_option",
                 param="/layer_offset",
             )
@@ -112,4 +114,16 @@ def check_model(artefact: Artefact, model: ModelInfo) -> None:
 
 
 def _described(artefact: Artefact, options: ImportOptions) -> Artefact:
+    if options.site not in (None, artefact.card.site):
+        raise SteerError(
+            f"the file itself says that it belongs at {artefact.card.site}: leave out 'site'",
+            code="invalid_option",
+            param="/site",
+        )
+    if options.strength is not None and not isinstance(artefact, ControlVector | LowRankAdapter):
+        raise SteerError(
+            f"a {artefact.card.kind} has no strength of its own: leave out 'strength'",
+            code="invalid_option",
+            param="/strength",
+        )
     return replace(artefact, card=options.described(artefact.card))

@@ -9,7 +9,7 @@ from typing import Any
 from steer.artefacts.control_vector import Card
 from steer.errors import SteerError
 from steer.formats.sources import SOURCES, Source
-from steer.spec import Where
+from steer.spec import SITES, Site, Where
 
 MAX_OFFSET = 1024
 MAX_POSITION = 1 << 20
@@ -23,8 +23,9 @@ class ImportOptions:
     convention); `source` names the writer, whose convention then holds (a key of `SOURCES`), so the
     two exclude each other. `position` chooses from an array that has token positions (negative from
     its end). `layers` become the card's default layers; for a file with a single direction
-    without a layer, they say where it belongs. `origin` is where a foreign file was had from, for
-    the card's provenance. `strength` is the card's default strength.
+    without a layer, they say where it belongs. `site` is where the rows were read and belong.
+    `experiment` chooses from a file that describes several. `origin` is where a foreign file was
+    had from, for the card's provenance. `strength` is the card's default strength.
     """
 
     layer_offset: int | None = None
@@ -36,6 +37,8 @@ class ImportOptions:
     where: Where | None = None
     source: str | None = None
     position: int | None = None
+    site: Site | None = None
+    experiment: str | None = None
     origin: str | None = None
 
     def __post_init__(self) -> None:
@@ -59,7 +62,6 @@ class ImportOptions:
                 param="/layers",
                 code="invalid_option",
             )
-
         if self.source is not None and self.source not in SOURCES:
             raise SteerError(
                 f"from {self.source!r} is not known; known are {', '.join(SOURCES)}",
@@ -71,6 +73,26 @@ class ImportOptions:
                 f"from {self.source!r} says how layers are counted already: leave out "
                 "'layer_offset', or 'from'",
                 param="/layer_offset",
+                code="invalid_option",
+            )
+
+        self._check_site()
+
+    def _check_site(self) -> None:
+        if self.site is None:
+            return
+        if self.site not in SITES:
+            raise SteerError(
+                f"site {self.site!r} is not known; known are {', '.join(SITES)}",
+                param="/site",
+                code="invalid_option",
+            )
+        said = None if self.source is None else SOURCES[self.source].site
+        if said not in (None, self.site):
+            raise SteerError(
+                f"from {self.source!r} says that the rows belong at {said}: leave out 'site', or "
+                "'from'",
+                param="/site",
                 code="invalid_option",
             )
 

@@ -14,6 +14,7 @@ from steer.artefacts.control_vector import ControlVector
 from steer.errors import FileFormatError, SteerError
 from steer.formats.options import ImportOptions
 from steer.formats.sources import Source
+from steer.spec import Site
 
 T = TypeVar("T")
 _BLOCK = 1 << 20
@@ -47,14 +48,16 @@ def placed(
     options: ImportOptions,
     *,
     tool: str | None = None,
+    site: Site | None = None,
     zero_rows: bool = False,
     **kept: Any,
 ) -> ControlVector:
     """The vector of a foreign file from its rows by the file's own layer numbers.
 
     Without a word from the sender, layer N is block N. The card records the format, the tool where
-    it is known, the offset, the file's own names and its hash. `zero_rows` leaves out the
-    zeros that some tools write for layers without a direction. Raises `FileFormatError`.
+    it is known, the offset, the file's own names and its hash. `site` is what the file says, which
+    the sender may overrule. `zero_rows` leaves out the zeros that some tools write for
+    layers without a direction. Raises `FileFormatError`.
     """
     source = options.writer(format) or Source(frozenset())
     offset = source.layer_offset if options.layer_offset is None else options.layer_offset
@@ -66,9 +69,14 @@ def placed(
     provenance = origin(path, format, offset, blocks, tool or options.source) | kept
     return ControlVector.owning(
         {layer: named.row for layer, named in blocks.items()},
-        site=source.site,
+        site=_site(options, source, site),
         provenance=provenance,
     )
+
+
+def _site(options: ImportOptions, source: Source | None, said: Site | None) -> Site:
+    """Where rows belong: what the sender says, else the file, else its writer's convention."""
+    return options.site or said or (source and source.site) or "resid_post"
 
 
 def matrix_rows(name: str, matrix: Tensor) -> dict[int, NamedRow]:
@@ -88,31 +96,59 @@ def require_offset(format: str, options: ImportOptions, shape: list[int]) -> Non
         )
 
 
-def single_row(name: str, row: Tensor, options: ImportOptions) -> dict[int, NamedRow]:
-    """A direction without a layer, on the layers that the sender says.
+def single_row(
+    name: str,
+    row: Tensor,
+    path: Path,
+    format: str,
+    options: ImportOptions,
+    *,
+    layer: int | None = None,
+    site: Site | None = None,
+    ask_site: bool = True,
+) -> ControlVector:
+    """The vector from one direction, on the layers that the sender says, else the file (`layer`).
 
-    Those are 0-based blocks already, so no offset applies: the result is for `on_blocks`.
+    Those are 0-based blocks, so no offset applies. A layer's number alone does not say whether the
+    row was read before that block or after it, so with `ask_site` somebody must have: the file
+    (`site`), or the sender.
     """
-    if options.layers is None:
+    source = options.writer(format)
+    if source is not None and source.layer_offset:
         raise SteerError(
-            f"the file holds a single direction, {name!r}, without a layer: say in 'layers' where "
-            "it belongs",
+            f"from {options.source!r} says how the rows of an array are counted, and this file has "
+            "one row: state from 'blocks', and in 'layers' the 0-based block whose output it is "
+            "(hidden_states[k] is the output of block k - 1)",
+            code="invalid_option",
+            param="/from",
+        )
+    layers = options.layers or (None if layer is None else (layer,))
+    if layers is None:
+        raise SteerError(
+            f"the file holds a single direction, {name!r}, without a layer: state in 'layers' the "
+            f"0-based block where it belongs, and {_WHICH_SIDE}",
             code="layer_required",
             param="/layers",
         )
-    return dict.fromkeys(options.layers, NamedRow(name, row))
-
-
-def on_blocks(
-    rows: Mapping[int, NamedRow], path: Path, format: str, options: ImportOptions, **kept: Any
-) -> ControlVector:
-    """The vector from rows that are numbered by block already."""
-    source = options.writer(format)
+    if ask_site and source is None and options.site is None and site is None:
+        raise SteerError(
+            f"layer {layers[0]} does not say which side of that block the direction {name!r} was "
+            f"read at: state {_WHICH_SIDE}",
+            code="site_required",
+            param="/site",
+        )
+    rows = dict.fromkeys(layers, NamedRow(name, row))
     return ControlVector.of(
-        {layer: named.row for layer, named in rows.items()},
-        site=source.site if source else "resid_post",
-        provenance=origin(path, format, 0, rows, options.source) | kept,
+        dict.fromkeys(layers, row),
+        site=_site(options, source, site),
+        provenance=origin(path, format, 0, rows, options.source),
     )
+
+
+_WHICH_SIDE = (
+    "'from' blocks for a row read at the block's output, from refusal-direction for one read at "
+    "its input (as the 'layer' of direction_metadata.json counts), or the 'site' itself"
+)
 
 
 def origin(

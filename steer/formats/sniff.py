@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from steer.errors import FileFormatError
+from steer.formats.guards.stand_ins import START_BYTES, check_start
 from steer.formats.table import FORMATS, is_zip
 
 _FOREIGN = {
@@ -16,8 +17,8 @@ _FOREIGN = {
 PICKLE = (
     "the file is a Python pickle, which can run code when it is opened and is never read: save its "
     "tensors with torch.save (a dictionary of tensors, in the zip form) or with "
-    "safetensors.torch.save_file; vectors of the steering-vectors package are turned into "
-    "safetensors on your own machine by `steer vectors convert`"
+    "safetensors.torch.save_file; pickles of the steering-vectors package, of tensors and of NumPy "
+    "arrays are turned into safetensors on your own machine by `steer vectors convert`"
 )
 
 
@@ -25,13 +26,14 @@ def sniff(path: Path) -> str:
     """The format of the file at `path`: one of `FORMATS`, "safetensors", or an archive ("zip",
     "tar", "tar.gz").
 
-    Raises `FileFormatError`: `empty_file`, `pickle_refused`, or `unknown_format` with what the
-    file seems to be.
+    Raises `FileFormatError`: `empty_file`, `lfs_pointer`, `web_page`, `pickle_refused`, or
+    `unknown_format` with what the file seems to be.
     """
     with path.open("rb") as stream:
-        start = stream.read(512)
+        start = stream.read(START_BYTES)
     if not start:
-        raise FileFormatError("the file is empty", code="empty_file")
+        raise FileFormatError("the file is empty: download or write it again", code="empty_file")
+    check_start(start)
     for format in FORMATS:
         if format.is_one(path, start):
             return format.name
@@ -49,8 +51,8 @@ def sniff(path: Path) -> str:
     seems = next((what for magic, what in _FOREIGN.items() if start.startswith(magic)), None)
     raise FileFormatError(
         f"the file is {seems or 'of no known format'}; known are safetensors, "
-        f"{', '.join(format.title for format in FORMATS)}, and folders of SAELens, tuned-lens or "
-        "refusal_direction as .zip, .tar or .tar.gz",
+        f"{', '.join(format.title for format in FORMATS)}, and folders of SAELens, tuned-lens, "
+        "refusal_direction or pyreft as .zip, .tar or .tar.gz",
         code="unknown_format",
     )
 

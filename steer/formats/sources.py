@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from steer.spec import Site
 
-ARRAYS = frozenset({"safetensors", "npz", "torch"})
+ARRAYS = frozenset({"safetensors", "npz", "torch", "json"})
 
 
 @dataclass(frozen=True)
@@ -16,13 +16,14 @@ class Source:
 
     `layer_offset` is added to its layer numbers, or to the row numbers of its arrays, to get
     0-based blocks; what comes before block 0 then is the embeddings and is left out if
-    `counts_embeddings`. `site` is where its states were read. `formats` are those it writes.
+    `counts_embeddings`. `site` is where its states were read, where that is not the output of
+    blocks. `formats` are those it writes.
     """
 
     formats: frozenset[str]
     layer_offset: int = 0
     counts_embeddings: bool = False
-    site: Site = "resid_post"
+    site: Site | None = None
 
 
 SOURCES: Mapping[str, Source] = {
@@ -35,5 +36,10 @@ SOURCES: Mapping[str, Source] = {
     # Row k is transformers' hidden_states[k]: the embeddings, then the outputs of the blocks.
     "hidden-states": Source(ARRAYS, layer_offset=-1, counts_embeddings=True),
     "persona-vectors": Source(frozenset({"torch"}), layer_offset=-1, counts_embeddings=True),
-    "refusal-direction": Source(frozenset({"torch"}), site="resid_pre"),
+    "refusal-direction": Source(frozenset({"torch", "npz", "safetensors"}), site="resid_pre"),
+    # Row k is the output of block k, whatever of the package's files holds it.
+    "assistant-axis": Source(frozenset({"torch", "npz", "safetensors"})),
+    # The two whose tensors have the same names, for a folder without its configuration.
+    "loreft": Source(frozenset({"pyreft"})),
+    "direft": Source(frozenset({"pyreft"})),
 }

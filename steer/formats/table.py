@@ -52,12 +52,13 @@ def _is_torch(path: Path, start: bytes) -> bool:
 def _is_svec(_path: Path, start: bytes) -> bool:
     # The length that a safetensors file begins with is far from being eight letters.
     text = all(byte in _SPACE or byte >= 0x20 for byte in start[:8])
-    return start.lstrip(_SPACE).startswith(b"{") and text
+    plain = start.removeprefix(b"\xef\xbb\xbf").lstrip(_SPACE)
+    return plain.startswith((b"{", b"[")) and text
 
 
 FORMATS: tuple[FileFormat, ...] = (
     FileFormat("gguf", "GGUF", lambda _, start: start.startswith(b"GGUF"), read_gguf),
     FileFormat("torch", ".pt with tensors alone", _is_torch, read_torch),
     FileFormat("npz", ".npz", _is_npz, read_npz),
-    FileFormat("svec", ".svec (JSON)", _is_svec, read_svec),
+    FileFormat("svec", ".svec and other JSON", _is_svec, read_svec),
 )

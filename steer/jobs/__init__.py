@@ -5,8 +5,8 @@ jobs from the registry's catalogue and runs them in threads of this process; see
 """
 
 from steer.jobs.kinds.kind import JobContext, JobKind
-from steer.jobs.kinds.table import HUB, builtin_kinds
+from steer.jobs.kinds.table import builtin_kinds, hub
 from steer.jobs.limits import JobLimits
 from steer.jobs.runner import JobRunner
 
-__all__ = ["HUB", "JobContext", "JobKind", "JobLimits", "JobRunner", "builtin_kinds"]
+__all__ = ["JobContext", "JobKind", "JobLimits", "JobRunner", "builtin_kinds", "hub"]

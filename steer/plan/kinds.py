@@ -77,14 +77,14 @@ def project(item: Project, one: Resolved) -> Blocks:
 
 
 def _projection(item: Project, vector: ControlVector, layer: int) -> float:
-    """The target projection: a number, or the class mean on the vector's card."""
+    """The target projection: a number, or the class mean or cap on the vector's card."""
     if isinstance(item.value, float | int):
         return item.value
     measure = vector.card.measures.get(layer)
     mean = None if measure is None else getattr(measure, item.value)
     if mean is None:
         raise SpecError(
-            f"the card of {vector.card.name!r} records no {item.value!r} class mean for layer "
+            f"the card of {vector.card.name!r} records no {item.value!r} projection for layer "
             f"{layer}: give 'value' as a number, or fit the vector with `steer fit`",
             param="/value",
             code="not_measured",
@@ -143,12 +143,16 @@ def swap(item: Swap, one: Resolved) -> Blocks:
     }
 
 
-def low_rank(_: LowRank, one: Resolved) -> Blocks:
-    """x + Rᵀ(Wx + b − Rx) (LoReFT, 2404.03592)."""
+def low_rank(item: LowRank, one: Resolved) -> Blocks:
+    """x + α·Rᵀ(Wx + b − Rx) (LoReFT, 2404.03592)."""
+    adapter = one.adapter("adapter")
+    strength = adapter.card.default_strength if item.strength is None else item.strength
+    if strength == 0:
+        return {}
     blocks: Blocks = {}
     for point in one.points:
-        rotation, weight, bias = one.adapter("adapter").parts[point.layer]
-        laws = [Law(bias=value) for value in bias.tolist()]
+        rotation, weight, bias = adapter.parts[point.layer]
+        laws = [Law(bias=value, slope=strength) for value in bias.tolist()]
         blocks[point] = Block.of_edits(weight - rotation, rotation, laws)
     return blocks
 

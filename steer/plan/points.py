@@ -97,7 +97,7 @@ def _adapter_points(
 ) -> tuple[HookPoint, ...]:
     site = item.site or adapter.card.site
     layers = item.layers if isinstance(item.layers, tuple) else None
-    points = tuple(HookPoint(layer, site) for layer in layers or adapter.card.layers)
+    points = tuple(HookPoint(layer, site) for layer in layers or adapter.card.used_layers)
     for point in points:
         model.check_point(point, param="/layers" if layers else named.param)
         if point.layer not in adapter.parts or adapter.card.width != model.width(site):

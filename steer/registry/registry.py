@@ -14,7 +14,7 @@ from typing import IO, Any, BinaryIO, TypeVar
 
 from steer.artefacts.artefact import Artefact
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
-from steer.artefacts.kinds import ArtefactKind, row_of
+from steer.artefacts.kinds import NAMED, ArtefactKind, row_of
 from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
 from steer.errors import FileFormatError, SteerError, StorageError
@@ -211,7 +211,8 @@ class Registry:
         if kind is not None and artefact.card.kind != kind:
             raise FileFormatError(
                 f"the file holds a {artefact.card.kind}, not a {kind}: upload it as a "
-                f"{artefact.card.kind}",
+                f"{artefact.card.kind} (to /v1/steering/{NAMED[artefact.card.kind].plural}; "
+                f"`steer vectors import` takes every kind)",
                 code="wrong_kind",
                 param="/file",
             )

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from steer.artefacts.kinds import KINDS
 from steer.errors import FileFormatError, UnknownArtefact
-from steer.formats.folders import LAYOUTS
+from steer.formats.folders import is_artefact
 from steer.formats.importing import read_artefact
 from steer.formats.options import ImportOptions
 from steer.registry.entry import Entry
@@ -43,7 +43,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return sorted({path.parent for layout in LAYOUTS for path in folder.glob(f"*/{layout.tells}")})
+    return sorted(path for path in folder.glob("*/") if is_artefact(path))
 
 
 def _add_artefact(registry: Registry, path: Path) -> Entry | None:

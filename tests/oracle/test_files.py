@@ -17,8 +17,10 @@ from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError
 from steer.formats.importing import read_artefact
 from steer.formats.options import ImportOptions
-from steer.formats.vectors.steering_vectors_pickle import read_steering_vector
+from steer.formats.vectors.pickles import convert_pickle
 from steer.inspection.logit_lens import LogitLensRequest, logit_lens
+
+PLAIN = ImportOptions()
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +42,7 @@ def theirs(run_peer: Any, tiny_models: Mapping[str, Path], inputs: Any, folder: 
 def test_pickled_vectors_have_equal_rows(
     theirs: Any, inputs: Any, folder: Path, layer_type: str, suffix: str
 ) -> None:
-    vector = read_steering_vector(folder / f"{layer_type}.{suffix}")
+    vector = convert_pickle(folder / f"{layer_type}.{suffix}", PLAIN)
     assert vector.card.site == SITES[layer_type]
     assert vector.card.layers == (1, 2)
     for layer in (1, 2):
@@ -53,12 +55,12 @@ def test_vectors_on_norms_are_refused(
     theirs: Any, folder: Path, layer_type: str, suffix: str
 ) -> None:
     with pytest.raises(SteerError, match=layer_type):
-        read_steering_vector(folder / f"{layer_type}.{suffix}")
+        convert_pickle(folder / f"{layer_type}.{suffix}", PLAIN)
 
 
 @pytest.fixture(scope="module")
 def lens(theirs: Any, folder: Path) -> Lens:
-    found = read_artefact(folder / "lens", ImportOptions(), scratch=None, unpacked_limit=0)
+    found = read_artefact(folder / "lens", PLAIN, scratch=None, unpacked_limit=0)
     assert isinstance(found, Lens)
     return found
 

@@ -30,7 +30,7 @@ from steer.formats.importing import read_artefact
 from steer.formats.inline import decode_inline
 from steer.formats.options import ImportOptions
 from steer.formats.vectors.gguf import write_gguf
-from steer.formats.vectors.steering_vectors_pickle import read_steering_vector
+from steer.formats.vectors.pickles import convert_pickle
 from steer.spec import InlineVector
 
 Parse = Callable[[Path, ImportOptions], Any]
@@ -62,7 +62,7 @@ def parse_folder(path: Path, options: ImportOptions) -> Any:
 
 
 def parse_pickle(path: Path, options: ImportOptions) -> Any:
-    return read_steering_vector(path)
+    return convert_pickle(path, options)
 
 
 def parse_inline(path: Path, options: ImportOptions) -> Any:
@@ -138,6 +138,25 @@ def _gguf() -> Iterator[Seed]:
     ):
         data = _written(lambda path, first=first, keys=keys: _foreign_gguf(path, first, keys))
         yield Seed(f"gguf {name}", data, parse_file, options)
+    yield Seed("gguf projection", _written(_projection_gguf), parse_file)
+
+
+def _projection_gguf(path: Path) -> None:
+    """GLP of version 2: two unit rows for each of two layers."""
+    writer = GGUFWriter(path, "controlvector")
+    writer.add_uint32("glp.spec_version", 2)
+    writer.add_string("glp.mode", "project")
+    writer.add_uint32("glp.rank", 2)
+    writer.add_bool("glp.orthonormal", True)
+    writer.add_float32("glp.alpha_default", 2.0)
+    writer.add_string("glp.dir_scales", "1,0.5")
+    for layer in (1, 3):
+        for place, row in enumerate(np.eye(2, WIDTH, dtype=np.float32)):
+            writer.add_tensor(f"direction.{layer}" + (f".{place}" if place else ""), row)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _foreign_gguf(path: Path, first: int, keys: Mapping[str, str]) -> None:
@@ -168,6 +187,8 @@ def _arrays() -> Iterator[Seed]:
         "explained_variances": {"1": 0.5, "2": 0.25},
     }
     yield Seed("svec", json.dumps(svec).encode(), parse_file)
+    lists = {f"layers.{n}": torch.randn(WIDTH).tolist() for n in (1, 2)}
+    yield Seed("json lists", json.dumps(lists).encode(), parse_file)
 
 
 def _torch() -> Iterator[Seed]:
@@ -187,6 +208,12 @@ def _torch() -> Iterator[Seed]:
     )
     parameter = torch.nn.Parameter(torch.randn(WIDTH))
     yield Seed("torch row", _saved({"3": parameter}), parse_file)
+    yield Seed("torch axis", _saved({"axis": torch.randn(4, WIDTH), "n_roles": 2}), parse_file)
+    capping = {
+        "vectors": {"a": {"layer": 2, "vector": torch.randn(WIDTH)}},
+        "experiments": [{"id": "x", "interventions": [{"vector": "a", "cap": 1.5}]}],
+    }
+    yield Seed("torch capping", _saved(capping), parse_file)
 
 
 def _folders() -> Iterator[Seed]:
@@ -196,6 +223,17 @@ def _folders() -> Iterator[Seed]:
             "direction_metadata.json": b'{"pos": -1, "layer": 2}',
         },
         "lens": _lens_folder(_translators(3, 8)),
+        "pyreft": {
+            "intkey_layer_2_comp_block_output_unit_pos_nunit_1#0.bin": _saved(
+                {
+                    "weight": torch.randn(2, WIDTH),
+                    "bias": torch.randn(2),
+                    "rotate_layer": torch.eye(WIDTH)[:, :2].contiguous(),
+                }
+            ),
+            "config.json": b'{"representations": [[2, "block_output", "pos", 1]], '
+            b'"intervention_types": ["pyreft.interventions.LoreftIntervention"]}',
+        },
         "saelens": _saelens_folder(),
     }
     for name, members in folders.items():
@@ -218,6 +256,11 @@ def _pickles() -> Iterator[Seed]:
         for protocol in (2, 4):
             data = pickle.dumps(vector, protocol=protocol)
             yield Seed(f"pickle {protocol}", data, parse_pickle)
+    arrays = {layer: row.numpy() for layer, row in rows.items()}
+    yield Seed("pickle arrays torch", _saved(arrays), parse_pickle)
+    for protocol in (2, 4, 5):
+        data = pickle.dumps(arrays, protocol=protocol)
+        yield Seed(f"pickle arrays {protocol}", data, parse_pickle)
 
 
 @contextmanager

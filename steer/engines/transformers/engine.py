@@ -32,6 +32,7 @@ from steer.engines.transformers.gradients import differentiating
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.scheduler import Scheduler
 from steer.errors import SteerError
+from steer.formats.guards.stand_ins import check_model_folder
 from steer.model import Capabilities, ModelInfo
 from steer.prompts import ends
 from steer.spec import KINDS
@@ -104,12 +105,14 @@ class TransformersEngine:
     ) -> TransformersEngine:
         """Loads a model folder or hub name; float32 on a CPU, the model's own dtype on a GPU.
 
-        Raises `SteerError` (`model_not_loaded`) for what transformers cannot load.
+        Raises `SteerError` (`model_not_loaded`) for what transformers cannot load, and for a folder
+        whose files are Git LFS pointers (`lfs_pointer`).
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 (slow import)
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         chosen = dtype or ("float32" if device == "cpu" else "auto")
+        check_model_folder(model)
         try:
             loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model, dtype=chosen)
             loaded.to(device)

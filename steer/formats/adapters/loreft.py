@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from steer.artefacts.control_vector import LowRankAdapter
 from steer.formats.canonical import complete_parts
+from steer.formats.claims import check_claims
 from steer.formats.guards.safetensors import SafetensorsFile
 from steer.formats.options import ImportOptions
 from steer.formats.placement import file_hash, shift
@@ -23,4 +24,5 @@ def read_loreft(file: SafetensorsFile, options: ImportOptions) -> LowRankAdapter
         "layer_names": {str(layer): f"layers.{layer - offset}" for layer in parts},
         "file_sha256": file_hash(file.path),
     }
-    return LowRankAdapter.of(parts, provenance=provenance)
+    site = options.site or check_claims(file.metadata, options) or "resid_post"
+    return LowRankAdapter.of(parts, site=site, provenance=provenance)

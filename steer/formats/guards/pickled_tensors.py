@@ -12,7 +12,7 @@ from __future__ import annotations
 import pickletools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -27,6 +27,13 @@ DTYPES: Mapping[str, torch.dtype] = {
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16,
+    # Of no use as rows, and of none to an attacker: readers refuse or heed them by name.
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
 }
 Call: TypeAlias = Callable[[tuple[Any, ...]], Any]
 
@@ -49,6 +56,14 @@ class Instance:
 
     kind: str
     state: dict[Any, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An object, made by a name of the caller's, that its pickle gives a state."""
+
+    def set_state(self, state: Any) -> None:
+        """Raises `FileFormatError` for a state that it cannot have."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +100,23 @@ def refused(what: str) -> FileFormatError:
         "of tensors, or safetensors.torch.save_file)",
         code="pickle_refused",
     )
+
+
+def _unread(name: str) -> FileFormatError:
+    """The error for a name that is not known: some are harmless, and have a way of their own."""
+    if name == "torch._utils._rebuild_tensor_v3":
+        return FileFormatError(
+            "the file has a tensor of a type that is not read (float8, unsigned 16 bits and wider):"
+            " save it as float32 (tensor.float())"
+        )
+    if name.startswith("numpy."):
+        return FileFormatError(
+            "the file is a pickle with NumPy arrays, which are not read as they are: `steer vectors"
+            " convert` on your own machine makes safetensors of them, or save them as tensors "
+            "(torch.from_numpy) or with numpy.savez",
+            code="pickle_refused",
+        )
+    return refused(f"names {name[:120]!r}")
 
 
 def read_pickle(
@@ -196,7 +228,7 @@ class _Machine:
             raise refused("names what is no text")
         text = f"{module}.{name}"
         if text not in self._known:
-            raise refused(f"names {text[:120]!r}")
+            raise _unread(text)
         return self._known[text]
 
     def _call(self, name: Any, arguments: Any) -> Any:
@@ -226,7 +258,9 @@ class _Machine:
     def _build(self, state: Any) -> None:
         """State is kept for the classes that the caller expects; a state_dict's is of no use."""
         target = self._stack[-1]
-        if isinstance(target, Instance) and type(state) is dict:
+        if isinstance(target, Stateful):
+            target.set_state(state)
+        elif isinstance(target, Instance) and type(state) is dict:
             target.state.update(state)
         elif not (type(target) is dict and type(state) is dict):
             raise refused("sets the state of what is no plain object")
@@ -234,7 +268,7 @@ class _Machine:
 
 _PUSHED = frozenset(
     {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
-    | {"BINUNICODE", "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES"}
+    | {"BINUNICODE", "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
 )
 _MEMO = frozenset({"BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET"})
 _FILLS = frozenset({"SETITEM", "SETITEMS", "APPEND", "APPENDS"})

@@ -62,7 +62,7 @@ class SafetensorsFile:
             if self.tensors[key].dtype not in FLOATS:
                 raise FileFormatError(
                     f"the tensor {key!r} is of type {self.tensors[key].dtype}; a float type is "
-                    f"needed, one of {', '.join(FLOATS)}"
+                    f"needed, one of {', '.join(FLOATS)}: save it as one (tensor.float())"
                 )
         with safe_open(self.path, framework="pt") as file:
             # Copied, because a loaded tensor may go on reading the file.

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from steer.artefacts.lens import Lens
 from steer.errors import FileFormatError
+from steer.formats.claims import check_claims
 from steer.formats.guards.torch import load_tensors
+from steer.formats.options import ImportOptions
 from steer.formats.placement import file_hash
 
 CONFIG, PARAMETERS = "config.json", "params.pt"
@@ -24,9 +26,10 @@ MAX_CONFIG_BYTES = 1 << 20
 _KEY = re.compile(r"(0|[1-9]\d{0,3})\.(weight|bias)")
 
 
-def read_tuned_lens(folder: Path) -> Lens:
+def read_tuned_lens(folder: Path, options: ImportOptions) -> Lens:
     """The lens in a folder that the tuned-lens package saved. Raises `FileFormatError`."""
     config = _config(folder / CONFIG)
+    check_claims(config, options)
     kind = config.get("lens_type", "linear_tuned_lens")
     if kind != "linear_tuned_lens":
         raise FileFormatError(

@@ -18,25 +18,31 @@ import torch
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from torch import Tensor
 
-from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.errors import FileFormatError, SteerError, Unsupported
+from steer.formats.adapters.glp import is_glp, read_glp
 from steer.formats.canonical import check_card, read_card
+from steer.formats.claims import check_claims
 from steer.formats.guards.gguf import check_gguf
 from steer.formats.options import ImportOptions
 from steer.formats.placement import NamedRow, placed
 
 ARCHITECTURE = "controlvector"
 _CARD = "steer.card"
+_COUNT = f"{ARCHITECTURE}.layer_count"
+# The format's own keys, and those that say what a file is of, not what is done with it.
+_DESCRIBING = ("general.", "GGUF.")
 _DIRECTION = re.compile(r"direction\.(0|[1-9]\d{0,5})")
 # EasySteer's own keys; its directions are numbered from 0.
 _ZERO_BASED = ("controlvector.method", "controlvector.normalize", "controlvector.token_pos")
 
 
-def read_gguf(path: Path, options: ImportOptions) -> ControlVector:
-    """The control vector in a GGUF file.
+def read_gguf(path: Path, options: ImportOptions) -> ControlVector | LowRankAdapter:
+    """The control vector in a GGUF file, or the adapter that a projection of GLP is.
 
-    Raises `FileFormatError` for a file that is no control vector or lies about itself, and for
-    `direction.0` unless its writer is known to count from 0 or a `layer_offset` is given.
+    Raises `FileFormatError` for a file that is no control vector, lies about itself or says what
+    is not honoured, and for `direction.0` unless its writer is known to count from 0 or a
+    `layer_offset` is given.
     """
     check_gguf(path)
     try:
@@ -51,23 +57,19 @@ def read_gguf(path: Path, options: ImportOptions) -> ControlVector:
             "control vector",
             code="not_a_control_vector",
         )
-    rows = {
-        _layer(tensor.name, tensor.shape.tolist()): torch.from_numpy(tensor.data.copy())
-        for tensor in reader.tensors
-    }
+    tensors = {one.name: torch.from_numpy(one.data.copy()) for one in reader.tensors}
+    if is_glp(fields):
+        return read_glp(fields, tensors, path, options)
+    rows = {_layer(name, row): row for name, row in tensors.items()}
     if isinstance(fields.get(_CARD), str):
-        if options.offset("gguf"):
-            raise SteerError(
-                "the file's own card says which layers it has: leave out 'layer_offset' and 'from'",
-                code="invalid_option",
-                param="/layer_offset",
-            )
-        return _with_card(rows, fields[_CARD])
+        return _with_card(rows, fields[_CARD], options)
     tool = "easysteer" if any(key in fields for key in _ZERO_BASED) else None
+    beside = {key: value for key, value in fields.items() if not key.startswith(_DESCRIBING)}
+    site = check_claims({key: beside[key] for key in beside if key not in _ZERO_BASED}, options)
     if options.offset("gguf") is None and tool is None:
         _check_counting(rows, reader)
     named = {layer: NamedRow(f"direction.{layer}", row) for layer, row in rows.items()}
-    return placed(named, path, "gguf", options, tool=tool, **_kept(fields))
+    return placed(named, path, "gguf", options, tool=tool, site=site, **_kept(fields))
 
 
 def write_gguf(vector: ControlVector, path: Path) -> None:
@@ -92,7 +94,7 @@ def write_gguf(vector: ControlVector, path: Path) -> None:
     writer = GGUFWriter(path, ARCHITECTURE)
     try:
         writer.add_string(f"{ARCHITECTURE}.model_hint", vector.card.model or "")
-        writer.add_int32(f"{ARCHITECTURE}.layer_count", len(chosen))
+        writer.add_int32(_COUNT, len(chosen))
         writer.add_string(_CARD, json.dumps(card, sort_keys=True))
         for layer in chosen:
             writer.add_tensor(f"direction.{layer}", vector[layer].numpy())
@@ -114,26 +116,38 @@ def _without_block_0(layers: tuple[int, ...]) -> str:
     )
 
 
-def _layer(name: str, shape: list[int]) -> int:
+def _layer(name: str, row: Tensor) -> int:
     match = _DIRECTION.fullmatch(name)
     if match is None:
         raise FileFormatError(
             f"the tensor {name!r} is not a direction: control vectors hold direction.N only",
             code="unknown_layout",
         )
-    if len(shape) != 1:
-        raise FileFormatError(f"the tensor {name!r} has the shape {shape}; a direction is one row")
+    if row.ndim != 1:
+        raise FileFormatError(
+            f"the tensor {name!r} has the shape {list(row.shape)}; a direction is one row"
+        )
     return int(match[1])
 
 
 def _check_counting(rows: dict[int, Tensor], reader: GGUFReader) -> None:
-    """Raises where the file bears a mark of writers that count layers in another way."""
+    """Raises where the file bears a mark of writers that count layers in another way.
+
+    repeng's mark is a uint32 `layer_count` that is the number of its directions.
+    """
+    count = reader.fields.get(_COUNT)
     if 0 in rows:
         why = "it holds direction.0, which llama.cpp and repeng never write"
-    elif _is_int32(reader, f"{ARCHITECTURE}.layer_count"):
+    elif count is not None and list(count.types) == [GGUFValueType.INT32]:
         why = (
             "its layer_count is an int32, as llama.cpp's cvector-generator writes it, which names "
             "the output of block i direction.{i+1}"
+        )
+    elif count is not None and count.contents() != len(rows):
+        why = (
+            f"its layer_count is {count.contents()!r} and it has {len(rows)} directions, so it is "
+            "not repeng's; a writer that counts the model's layers may name the output of block i "
+            "direction.{i+1}, as llama.cpp's cvector-generator does"
         )
     else:
         return
@@ -144,11 +158,6 @@ def _check_counting(rows: dict[int, Tensor], reader: GGUFReader) -> None:
         code="layer_offset_required",
         param="/layer_offset",
     )
-
-
-def _is_int32(reader: GGUFReader, key: str) -> bool:
-    field = reader.fields.get(key)
-    return field is not None and list(field.types) == [GGUFValueType.INT32]
 
 
 def _kept(fields: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +176,14 @@ def _is_short(value: Any) -> bool:
     return isinstance(value, int) or (isinstance(value, str) and len(value) <= 1024)
 
 
-def _with_card(rows: dict[int, Tensor], text: str) -> ControlVector:
+def _with_card(rows: dict[int, Tensor], text: str, options: ImportOptions) -> ControlVector:
+    if options.offset("gguf") or options.site is not None:
+        raise SteerError(
+            "the file's own card says which layers and site it has: leave out 'layer_offset', "
+            "'from' and 'site'",
+            code="invalid_option",
+            param="/layer_offset",
+        )
     try:
         about = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -6,7 +6,6 @@ array of whatever shape a header declares. Nothing pickled is read.
 
 from __future__ import annotations
 
-import re
 import tokenize
 import zipfile
 import zlib
@@ -19,18 +18,10 @@ from numpy.lib import format as npy
 
 from steer.artefacts.control_vector import ControlVector
 from steer.errors import FileFormatError, TooLarge
+from steer.formats.arrays import vector_of_arrays
 from steer.formats.guards.zip import MAX_MEMBERS, UNREADABLE, check_directory
 from steer.formats.options import ImportOptions
-from steer.formats.placement import (
-    NamedRow,
-    matrix_rows,
-    on_blocks,
-    placed,
-    require_offset,
-    single_row,
-)
 
-_ROW = re.compile(r"(?:(?:layers?|directions?|blocks?)[._])?(0|[1-9]\d{0,5})")
 _FLOATS = (2, 4, 8)
 # Floats barely compress: a file that inflates to much more is no honest one.
 _MOST_INFLATED = 4
@@ -40,24 +31,7 @@ _ALWAYS_READ = 8 << 20
 def read_npz(path: Path, options: ImportOptions) -> ControlVector:
     """The vector in an `.npz` file. Raises `FileFormatError`, `TooLarge` or `SteerError`."""
     arrays = {name: torch.from_numpy(array) for name, array in _arrays(path).items()}
-    numbered = {name: match for name in arrays if (match := _ROW.fullmatch(name))}
-    if arrays and len(numbered) == len(arrays):
-        rows = {int(match[1]): NamedRow(name, arrays[name]) for name, match in numbered.items()}
-        if len(rows) != len(arrays):
-            raise FileFormatError("the file has two arrays for a layer", code="duplicate_layer")
-        return placed(rows, path, "npz", options)
-    if len(arrays) != 1:
-        raise FileFormatError(
-            "the file is not a control vector: its arrays must be named by layer (0, 1, … or "
-            f"layer_0, …); got {', '.join(map(repr, sorted(arrays)[:5])) or 'none'}",
-            code="unknown_layout",
-        )
-    ((name, array),) = arrays.items()
-    if array.ndim == 2 and len(array) > 1:
-        require_offset("npz", options, list(array.shape))
-        return placed(matrix_rows(name, array), path, "npz", options)
-    row = array.reshape(-1) if array.ndim == 2 else array
-    return on_blocks(single_row(name, row, options), path, "npz", options)
+    return vector_of_arrays(arrays, lambda: arrays, path, "npz", options, about={})
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

@@ -1,17 +1,18 @@
-"""Control vectors in `.pt` files: persona vectors, refusal directions, and plain dictionaries.
+"""Control vectors in `.pt` files: persona vectors, refusal directions, and dictionaries.
 
-- a dictionary of rows by layer (`3`, `"layer_3"`, …);
+- a dictionary of rows by layer (`3`, `"layer_3"`, `"model.layers.3"`, …), also inside another one;
 - an array [L, d], about which the sender must say what its row 0 is: `from` persona-vectors
   (`{trait}_response_avg_diff.pt`, [L+1, d]: row k is `hidden_states[k]`) or blocks;
 - an array [pos, L, d], `mean_diffs.pt` of refusal_direction (2406.11717): means of the *inputs* of
   layers at the last positions of the prompt, of which the sender chooses one;
-- one row [d], whose layer the sender or a `direction_metadata.json` beside it says.
+- one row [d], whose layer and side of it the sender or a `direction_metadata.json` beside it says;
+- the files of assistant-axis (2601.10387): `axis.pt`, those of roles, and capping configurations.
 """
 
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,53 +21,66 @@ from torch import Tensor
 
 from steer.artefacts.control_vector import ControlVector
 from steer.errors import FileFormatError, SteerError
+from steer.formats.arrays import layer_beside, vector_of_arrays
+from steer.formats.claims import check_claims, unhonoured
 from steer.formats.guards.torch import load_tensors
 from steer.formats.options import ImportOptions
-from steer.formats.placement import (
-    NamedRow,
-    matrix_rows,
-    on_blocks,
-    placed,
-    require_offset,
-    single_row,
+from steer.formats.placement import matrix_rows, placed, single_row
+from steer.formats.vectors.assistant_axis import (
+    is_capping,
+    measured_rows,
+    read_capping,
 )
 
 DIRECTION, METADATA = "direction.pt", "direction_metadata.json"
 MAX_METADATA_BYTES = 1 << 20
-_ROW = re.compile(r"(?:(?:layers?|directions?|blocks?)[._])?(0|[1-9]\d{0,5})")
+_MEAN_DIFFERENCES = 3
+# A dictionary of a pickle may even hold itself.
+_MOST_WRAPPERS = 4
 
 
 def read_torch(path: Path, options: ImportOptions) -> ControlVector:
     """The vector in a `.pt` file. Raises `FileFormatError` or `SteerError`."""
-    held = load_tensors(path)
+    return vector_of_held(load_tensors(path), path, options)
+
+
+def vector_of_held(held: Any, path: Path, options: ImportOptions) -> ControlVector:
+    """The vector in what a `.pt` file held. Raises `FileFormatError` or `SteerError`."""
     if isinstance(held, dict):
-        return _by_layer(path, held, options)
+        return _of_dictionary(held, path, options)
     if not isinstance(held, Tensor):
         raise FileFormatError(
             f"the file holds a {type(held).__name__}: a control vector is a tensor, or a "
             "dictionary of rows by layer",
             code="unknown_layout",
         )
-    tensor = _float(path.name, held)
-    shape = list(tensor.shape)
-    if tensor.ndim == 3:
+    return _of_tensor("tensor", held, path, options)
+
+
+def _of_tensor(
+    name: str,
+    held: Tensor,
+    path: Path,
+    options: ImportOptions,
+    *,
+    about: Mapping[str, Any] | None = None,
+    layer: int | None = None,
+) -> ControlVector:
+    tensor = _float(name, held)
+    several = tensor.ndim == _MEAN_DIFFERENCES and 1 not in tensor.shape[:2]
+    if several or (tensor.ndim == _MEAN_DIFFERENCES and options.source == "refusal-direction"):
+        check_claims(about or {}, options)
         return _mean_differences(path, tensor, options)
-    if tensor.ndim == 2 and shape[0] > 1:
-        if options.source == "refusal-direction":
-            raise FileFormatError(f"mean_diffs.pt has three dimensions; this one has {shape}")
-        require_offset("torch", options, shape)
-        return placed(matrix_rows("tensor", tensor), path, "torch", options)
-    if tensor.ndim not in (1, 2):
+    if options.source == "refusal-direction" and tensor.ndim > 1 and len(tensor) > 1:
         raise FileFormatError(
-            f"the file's tensor has the shape {shape}; read are [d], [layers, d] and "
-            "[positions, layers, d]",
-            code="unknown_layout",
+            f"mean_diffs.pt has three dimensions; this array has the shape {list(tensor.shape)}"
         )
-    row = tensor.reshape(-1)
-    return on_blocks(single_row("tensor", row, options), path, "torch", options)
+    return vector_of_arrays(
+        [name], lambda: {name: tensor}, path, "torch", options, about=about or {}, layer=layer
+    )
 
 
-def read_refusal_direction(folder: Path) -> ControlVector:
+def read_refusal_direction(folder: Path, options: ImportOptions) -> ControlVector:
     """The direction in a folder with `direction.pt` and `direction_metadata.json`.
 
     It was read at the input of a layer, so it lies on that layer's resid_pre.
@@ -75,34 +89,97 @@ def read_refusal_direction(folder: Path) -> ControlVector:
     if not isinstance(held, Tensor) or held.ndim != 1:
         raise FileFormatError(f"{DIRECTION} holds no single row [d]", code="unknown_layout")
     about = _metadata(folder / METADATA)
-    layer, position = about.get("layer"), about.get("pos")
+    layer, position = about.pop("layer", None), about.pop("pos", None)
     if type(layer) is not int or layer < 0:
         raise FileFormatError(f"{METADATA} has the layer {str(layer)[:60]!r}, not a block's number")
+    check_claims(about, options)
+    vector = single_row(
+        "direction",
+        _float(DIRECTION, held),
+        folder / DIRECTION,
+        "torch",
+        ImportOptions(source="refusal-direction"),
+        layer=layer,
+    )
     kept = {"position": position} if type(position) is int else {}
-    rows = {layer: NamedRow("direction", _float(DIRECTION, held))}
-    options = ImportOptions(source="refusal-direction")
-    return on_blocks(rows, folder / DIRECTION, "torch", options, **kept)
+    provenance = vector.card.provenance | kept
+    card = vector.card.model_copy(update={"provenance": provenance})
+    return ControlVector(vector.directions, card)
 
 
-def _by_layer(path: Path, held: dict[Any, Any], options: ImportOptions) -> ControlVector:
-    rows: dict[int, NamedRow] = {}
-    for key, value in held.items():
-        match = _ROW.fullmatch(str(key))
-        if match is None or not isinstance(value, Tensor):
-            raise FileFormatError(
-                "the file is not a control vector: its dictionary must hold a row for each layer "
-                f"(0, 1, … or layer_0, …); it has {str(key)[:80]!r}",
-                code="unknown_layout",
+def _of_dictionary(
+    held: Mapping[Any, Any], path: Path, options: ImportOptions, wrappers: int = _MOST_WRAPPERS
+) -> ControlVector:
+    if is_capping(held):
+        return read_capping(held, path, options)
+    if (axis := measured_rows(held)) is not None:
+        beside = {str(key): one for key, one in held.items() if not isinstance(one, Tensor)}
+        check_claims(beside, options)
+        return placed(
+            matrix_rows(axis, _float(axis, held[axis])),
+            path,
+            "torch",
+            options,
+            tool="assistant-axis",
+        )
+    named = {str(key): _plain(value) for key, value in held.items()}
+    if len(named) != len(held):
+        raise FileFormatError("the file has two tensors for a layer", code="duplicate_layer")
+    arrays = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    inner = {name: value for name, value in named.items() if isinstance(value, dict)}
+    about = {name: value for name, value in named.items() if name not in {*arrays, *inner}}
+    if not arrays and len(inner) == 1 and wrappers:
+        # As under "state_dict" or "directions".
+        (rows,) = inner.values()
+        if not any(str(key) in about for key in rows):
+            return _of_dictionary({**rows, **about}, path, options, wrappers - 1)
+    _check_beside(arrays, inner, about)
+    layer = layer_beside(about)
+    if len(arrays) == 1:
+        ((name, tensor),) = arrays.items()
+        if not name.isdigit():
+            return _of_tensor(name, tensor, path, options, about=about, layer=layer)
+    return vector_of_arrays(
+        arrays,
+        lambda: {name: _float(name, tensor) for name, tensor in arrays.items()},
+        path,
+        "torch",
+        options,
+        about=about,
+    )
+
+
+def _check_beside(
+    arrays: Mapping[str, Tensor], inner: Mapping[str, Any], about: Mapping[str, Any]
+) -> None:
+    """Raises for what a dictionary holds beside rows that has a reader of its own, or none."""
+    if {"rotate_layer", "bias"} <= set(arrays) or set(arrays) == {"bias"}:
+        raise FileFormatError(
+            "the file holds one layer of a pyreft adapter, and its name and config.json say which "
+            "and of what kind: send the folder, as .zip, .tar or .tar.gz",
+            code="unknown_layout",
+        )
+    if inner and arrays:
+        raise FileFormatError(
+            f"the file's dictionary holds rows and further dictionaries, {next(iter(inner))[:80]!r}"
+            ": send the rows of one vector alone",
+            code="unknown_layout",
+        )
+    if not arrays:
+        held = ", ".join(repr(key[:80]) for key in [*inner, *about][:5])
+        raise FileFormatError(
+            "the file is not a control vector: its dictionary must hold a row for each layer "
+            f"(0, 1, … or layer_0, …); it has {held or 'nothing'}",
+            code="unknown_layout",
+        )
+    for key in ("layers", "layer_indices", "layer_ids"):
+        if key in about:
+            raise unhonoured(
+                key,
+                about[key],
+                "which rows that are not named by layer may follow or not",
+                "name each row by its layer",
             )
-        if int(match[1]) in rows:
-            raise FileFormatError(
-                f"the file has two tensors for layer {match[1]}", code="duplicate_layer"
-            )
-        row = _float(str(key), value)
-        # Some writers keep a row as [1, d].
-        row = row.reshape(-1) if row.ndim == 2 and len(row) == 1 else row
-        rows[int(match[1])] = NamedRow(str(key), row)
-    return placed(rows, path, "torch", options)
 
 
 def _mean_differences(path: Path, tensor: Tensor, options: ImportOptions) -> ControlVector:
@@ -125,6 +202,11 @@ def _mean_differences(path: Path, tensor: Tensor, options: ImportOptions) -> Con
     rows = matrix_rows(f"mean_diffs[{position}]", tensor[position])
     # At a position whose token is the template's, all prompts agree before the first block.
     return placed(rows, path, "torch", options, zero_rows=True, position=position)
+
+
+def _plain(value: Any) -> Any:
+    """The number of a tensor without dimensions, which is said beside rows and is no row."""
+    return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
 
 
 def _float(name: str, tensor: Tensor) -> Tensor:

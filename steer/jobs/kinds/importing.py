@@ -17,7 +17,7 @@ from steer.formats.hub import SCHEME, parse_hub_ref
 from steer.formats.options import ImportOptions
 from steer.jobs.kinds.kind import JobContext, JobKind, Report
 from steer.registry.registry import Registry
-from steer.spec import check_name
+from steer.spec import Site, check_name
 
 
 class Download(NamedTuple):
@@ -53,6 +53,8 @@ class ImportParams(BaseModel):
     ) = None
     writer: Annotated[str | None, Field(alias="from", max_length=64)] = None
     position: Annotated[int, Field(ge=-(1 << 20), lt=1 << 20)] | None = None
+    site: Site | None = None
+    experiment: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     strength: Annotated[float, Field(allow_inf_nan=False)] | None = None
     description: Annotated[str, Field(max_length=4096)] | None = None
     licence: Annotated[str, Field(max_length=256)] | None = None

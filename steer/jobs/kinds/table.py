@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from steer.fit.requests.table import FIT_REQUESTS
-from steer.formats.hub import fetch, parse_hub_ref
+from steer.formats.hub import MAX_BYTES, fetch, parse_hub_ref
 from steer.jobs.kinds.calibrate import CALIBRATE
 from steer.jobs.kinds.evaluate import evaluate_kind
 from steer.jobs.kinds.fit import fit_kind
@@ -18,13 +18,14 @@ from steer.jobs.kinds.sweep import sweep_kind
 from steer.plan.resolve import Policy
 
 
-def _from_hub(source: str, _folder: Path, _progress: Report) -> Download:
-    fetched = fetch(parse_hub_ref(source))
-    return Download(fetched.path, fetched.origin)
+def hub(max_bytes: int = MAX_BYTES) -> Mapping[str, Fetch]:
+    """Imports from the Hugging Face hub, of up to `max_bytes` each."""
 
+    def from_hub(source: str, _folder: Path, _progress: Report) -> Download:
+        fetched = fetch(parse_hub_ref(source), max_bytes=max_bytes)
+        return Download(fetched.path, fetched.origin)
 
-HUB: Mapping[str, Fetch] = MappingProxyType({"hf": _from_hub})
-"""Imports from the Hugging Face hub."""
+    return MappingProxyType({"hf": from_hub})
 
 
 def builtin_kinds(

@@ -282,6 +282,33 @@ async def test_rows_are_numbered_as_the_sender_says(http: httpx.AsyncClient) -> 
     assert wrong.json()["error"]["param"] == "/from"
 
 
+async def test_a_single_row_is_placed_on_the_side_that_the_sender_says(
+    http: httpx.AsyncClient,
+) -> None:
+    """direction.pt of refusal_direction counts inputs: a layer alone is not enough."""
+    stream = io.BytesIO()
+    torch_save(ones(16), stream)
+    content = stream.getvalue()
+    asked = await send(http, content)
+    assert asked.json()["error"]["code"] == "layer_required"
+    again = await send(http, content, layers="3")
+    assert again.status_code == 400
+    assert (again.json()["error"]["code"], again.json()["error"]["param"]) == (
+        "site_required",
+        "/site",
+    )
+    for said, site in (
+        ({"from": "refusal-direction"}, "resid_pre"),
+        ({"from": "blocks"}, "resid_post"),
+        ({"site": "mlp_out"}, "mlp_out"),
+    ):
+        answer = await send(http, content, layers="3", **said)
+        assert answer.status_code == 201, answer.text
+        assert (answer.json()["layers"], answer.json()["card"]["site"]) == ([3], site)
+    wrong = await send(http, content, layers="3", site="nowhere")
+    assert wrong.json()["error"]["param"] == "/site"
+
+
 async def test_a_vector_can_be_had_as_gguf(http: httpx.AsyncClient, tmp_path: Path) -> None:
     content = save({"layers.2": ones(16), "layers.3": 2 * ones(16)})
     uploaded = (await send(http, content, strength="0.5")).json()

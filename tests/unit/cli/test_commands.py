@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from steer.artefacts.control_vector import ControlVector
 from steer.cli import app
 from steer.cli.reference import reference
+from steer.errors import SteerError
 from steer.formats.options import ImportOptions
 from steer.formats.vectors.gguf import read_gguf
 from steer.spec import EffectStrength
@@ -274,6 +275,31 @@ def test_foreign_files_are_imported_as_their_writer_counts(tmp_path: Path) -> No
     assert card["provenance"]["layer_names"]["0"] == "tensor[1]"
 
 
+def test_a_single_row_goes_where_the_advice_puts_it(tmp_path: Path) -> None:
+    place = ["--registry", tmp_path / "registry"]
+    file = tmp_path / "direction.pt"
+    torch.save(torch.ones(3), file)
+    assert "layer_required" in steer("vectors", "add", file, *place, code=2).output
+    options = ["--layers", "2"]
+    assert "site_required" in steer("vectors", "add", file, *options, *place, code=2).output
+    steer("vectors", "add", file, *options, "--from", "refusal-direction", *place)
+    card = json.loads(steer("vectors", "show", "direction", *place).output)["card"]
+    assert (card["site"], card["layers"]) == ("resid_pre", [2])
+
+
+def test_a_hub_download_is_as_large_as_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def fetch(ref: object, *, offline: bool, max_bytes: int) -> None:
+        asked.append(max_bytes)
+        raise SteerError("too large", code="download_too_large")
+
+    monkeypatch.setattr("steer.formats.hub.fetch", fetch)
+    for options in ([], ["--max-hub-mib", "2048"]):
+        steer("vectors", "import", "hf://org/repo/v.gguf", *options, code=2)
+    assert asked == [512 << 20, 2048 << 20]
+
+
 def test_a_tuned_lens_is_imported_and_read_through(tmp_path: Path) -> None:
     place = ["--registry", tmp_path / "registry"]
     folder = tmp_path / "lens"
@@ -290,6 +316,15 @@ def test_a_tuned_lens_is_imported_and_read_through(tmp_path: Path) -> None:
     # A lens of zeros translates nothing.
     assert through["cells"] == json.loads(steer(*arguments).output)["cells"]
     assert "unknown_lens" in steer(*arguments, "--lens", "other", code=2).output
+
+
+def test_arrays_in_a_pickle_are_converted_as_told(tmp_path: Path) -> None:
+    file = tmp_path / "mean.pkl"
+    file.write_bytes(pickle.dumps(torch.ones(5, 3).numpy()))
+    assert "layer_offset_required" in steer("vectors", "convert", file, code=2).output
+    steer("vectors", "convert", file, "--from", "hidden-states")
+    vector = ControlVector.from_bytes((tmp_path / "mean.safetensors").read_bytes())
+    assert vector.card.layers == (0, 1, 2, 3)
 
 
 def test_a_pickled_vector_is_converted(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from steer.errors import SteerError
 from steer.formats.hub import HubRef, fetch, parse_hub_ref
 from steer.formats.importing import read_artefact
 from steer.formats.options import ImportOptions
+from steer.jobs import hub as hub_imports
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -120,10 +121,13 @@ def test_a_download_is_limited_before_it_begins(
     with pytest.raises(SteerError) as raised:
         fetch(ref, max_bytes=999)
     assert raised.value.code == "download_too_large"
+    assert "STEER_MAX_HUB_BYTES" in raised.value.message
     assert [call.get("dry_run") for call in hub.calls] == [True]
     assert fetch(ref, max_bytes=1000).path == tmp_path / "v.safetensors"
     assert hub.calls[-1]["revision"] == "main"
     assert hub.calls[-1]["allow_patterns"] == ["v.safetensors", "v.safetensors/*"]
+    with pytest.raises(SteerError, match="999"):
+        hub_imports(999)["hf"](str(ref), tmp_path, lambda *_: None)
     with pytest.raises(SteerError, match="it has no 'w'"):
         fetch(parse_hub_ref("hf://org/repo/w"))
 

@@ -344,3 +344,57 @@ def test_a_card_of_ours_is_not_moved(tmp_path: Path) -> None:
     write_gguf(ControlVector.of({1: torch.ones(4)}), tmp_path / "v")
     for options in (ImportOptions(layer_offset=1), ImportOptions(source="llama-cpp-generator")):
         assert refused(tmp_path / "v", options).code == "invalid_option"
+
+
+@pytest.mark.parametrize("kind", ["add_uint32", "add_uint64", "add_int64"])
+def test_a_count_of_the_models_layers_is_not_repengs_and_is_asked_about(
+    tmp_path: Path, kind: str
+) -> None:
+    """Such a writer may name block i's output direction.{i+1}, one late."""
+
+    def recount(writer: GGUFWriter) -> None:
+        writer.kv_data[0].pop("controlvector.layer_count")
+        getattr(writer, kind)("controlvector.layer_count", 4)
+
+    path = write_file(tmp_path / "v", some_rows(1, 2, 3), more=recount)
+    error = refused(path)
+    assert (error.code, error.param) == ("layer_offset_required", "/layer_offset")
+    assert "direction.{i+1}" in error.message
+    late = read_gguf(path, ImportOptions(source="llama-cpp-generator"))
+    assert late.card.layers == (0, 1, 2)
+    assert read_gguf(path, ImportOptions(source="llama-cpp")).card.layers == (1, 2, 3)
+
+
+UNHONOURED = {
+    "dspark.mode": "project",
+    "controlvector.operation": "ablate",
+    "controlvector.hook_point": "router",
+    "controlvector.scale": 2.0,
+    "controlvector.normalize_hidden": True,
+    "my.signs": "-1,1",
+    "my.config": '{"mode": "project"}',
+}
+
+
+@pytest.mark.parametrize("key", UNHONOURED)
+def test_a_key_that_changes_what_the_rows_mean_is_refused_by_name(tmp_path: Path, key: str) -> None:
+    def add(writer: GGUFWriter) -> None:
+        value = UNHONOURED[key]
+        adders = {str: writer.add_string, float: writer.add_float32, bool: writer.add_bool}
+        adders[type(value)](key, value)
+
+    error = refused(write_file(tmp_path / "v", some_rows(1, 2), more=add))
+    assert error.code == "unhonoured_metadata"
+    assert key in error.message
+
+
+def test_a_key_that_says_what_steer_does_or_knows_is_kept(tmp_path: Path) -> None:
+    def add(writer: GGUFWriter) -> None:
+        writer.add_string("controlvector.mode", "add")
+        writer.add_float32("controlvector.scale", 1.0)
+        writer.add_string("controlvector.hook_point", "ffn_out_pre_residual")
+        writer.add_string("general.description", "scale 2, mode project")
+
+    vector = read_gguf(write_file(tmp_path / "v", some_rows(1, 2), more=add), PLAIN)
+    assert vector.card.site == "mlp_out"
+    assert vector.card.provenance["mode"] == "add"

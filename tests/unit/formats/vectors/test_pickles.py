@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,8 +21,9 @@ from steer.errors import SteerError
 from steer.formats.importing import read_artefact
 from steer.formats.options import ImportOptions
 from steer.formats.placement import file_hash
-from steer.formats.vectors.steering_vectors_pickle import read_steering_vector
+from steer.formats.vectors.pickles import convert_pickle
 
+PLAIN = ImportOptions()
 MODULE = "steering_vectors.steering_vector"
 
 
@@ -64,7 +66,7 @@ def test_rows_are_equal(
     tmp_path: Path, steering_vector: Callable[..., Any], how: str, dtype: torch.dtype
 ) -> None:
     path = written(tmp_path / "v", steering_vector(rows(dtype)), how)
-    vector = read_steering_vector(path)
+    vector = convert_pickle(path, PLAIN)
     assert {n: row.tolist() for n, row in vector.directions.items()} == {
         n: row.tolist() for n, row in rows(dtype).items()
     }
@@ -85,7 +87,7 @@ def test_layer_types_are_sites(
     tmp_path: Path, steering_vector: Callable[..., Any], layer_type: str, site: str
 ) -> None:
     path = written(tmp_path / "v", steering_vector(rows(), layer_type), "4")
-    assert read_steering_vector(path).card.site == site
+    assert convert_pickle(path, PLAIN).card.site == site
 
 
 @pytest.mark.parametrize("layer_type", ["input_layernorm", "post_attention_layernorm"])
@@ -94,7 +96,7 @@ def test_norms_are_refused_by_name(
 ) -> None:
     path = written(tmp_path / "v", steering_vector(rows(), layer_type), "torch")
     with pytest.raises(SteerError, match=layer_type) as raised:
-        read_steering_vector(path)
+        convert_pickle(path, PLAIN)
     assert raised.value.code == "unsupported_site"
     assert "decoder_block" in raised.value.message
 
@@ -105,7 +107,7 @@ def test_the_server_goes_on_refusing_them(
 ) -> None:
     path = written(tmp_path / "v", steering_vector(rows()), how)
     with pytest.raises(SteerError) as raised:
-        read_artefact(path, ImportOptions(), scratch=tmp_path / "s", unpacked_limit=1 << 20)
+        read_artefact(path, PLAIN, scratch=tmp_path / "s", unpacked_limit=1 << 20)
     assert raised.value.code == "pickle_refused"
     assert "steer vectors convert" in raised.value.message or "SteeringVector" in str(raised.value)
 
@@ -133,7 +135,7 @@ def test_anything_else_is_refused_by_name_and_never_called(
     }[place]
     path = written(tmp_path / "v", value, how)
     with pytest.raises(SteerError, match=r"(posix|nt)\.mkdir") as raised:
-        read_steering_vector(path)
+        convert_pickle(path, PLAIN)
     assert raised.value.code == "pickle_refused"
     assert not trace.exists()
 
@@ -144,7 +146,7 @@ def test_other_classes_of_the_package_are_refused(
     other = type("Other", (), {"__module__": MODULE})
     sys.modules[MODULE].Other = other  # type: ignore[attr-defined]
     with pytest.raises(SteerError, match=r"steering_vector\.Other"):
-        read_steering_vector(written(tmp_path / "v", other(), "4"))
+        convert_pickle(written(tmp_path / "v", other(), "4"), PLAIN)
 
 
 def test_a_storage_that_lies_about_its_length(
@@ -155,17 +157,15 @@ def test_a_storage_that_lies_about_its_length(
     assert data.count(inner) == 1
     (tmp_path / "v").write_bytes(data.replace(inner, (6).to_bytes(8, "little") + inner[8:]))
     with pytest.raises(SteerError) as raised:
-        read_steering_vector(tmp_path / "v")
+        convert_pickle(tmp_path / "v", PLAIN)
     assert raised.value.code == "truncated_file"
 
 
-@pytest.mark.parametrize(
-    "value", [{"0": torch.ones(3)}, torch.ones(3), 5, {"layer_activations": {}}]
-)
-def test_tensors_alone_are_not_converted(tmp_path: Path, value: Any) -> None:
+@pytest.mark.parametrize("value", [5, {"layer_activations": {}}, {"a": {1, 2}}, [torch.ones(3)]])
+def test_what_holds_no_vector_is_not_converted(tmp_path: Path, value: Any) -> None:
     with pytest.raises(SteerError) as raised:
-        read_steering_vector(written(tmp_path / "v", value, "torch"))
-    assert raised.value.code == "unknown_layout"
+        convert_pickle(written(tmp_path / "v", value, "torch"), PLAIN)
+    assert raised.value.code in ("unknown_layout", "pickle_refused")
 
 
 def test_state_that_is_no_vector(tmp_path: Path, steering_vector: Callable[..., Any]) -> None:
@@ -178,7 +178,7 @@ def test_state_that_is_no_vector(tmp_path: Path, steering_vector: Callable[..., 
         steering_vector({0: torch.full((3,), torch.inf)}),
     ):
         with pytest.raises(SteerError) as raised:
-            read_steering_vector(written(tmp_path / "v", made, "4"))
+            convert_pickle(written(tmp_path / "v", made, "4"), PLAIN)
         assert 400 <= raised.value.status < 500
 
 
@@ -189,4 +189,80 @@ def test_every_truncation_is_refused(tmp_path: Path, steering_vector: Callable[.
         for length in range(0, len(whole) - 1, 5):
             path.write_bytes(whole[:length])
             with pytest.raises(SteerError):
-                read_steering_vector(path)
+                convert_pickle(path, PLAIN)
+
+
+def arrays(dtype: str = "<f4") -> dict[int, np.ndarray]:
+    return {2: np.arange(1, 5).astype(dtype), 5: np.arange(8).reshape(2, 4)[1].astype(dtype)}
+
+
+HELD: dict[str, tuple[Callable[[], Any], ImportOptions]] = {
+    "arrays by layer": (arrays, PLAIN),
+    "half precision": (lambda: arrays("<f2"), PLAIN),
+    "float64": (lambda: arrays("<f8"), PLAIN),
+    "tensors by layer": (
+        lambda: {layer: torch.from_numpy(row) for layer, row in arrays().items()},
+        PLAIN,
+    ),
+    "under a name": (lambda: {"directions": arrays(), "note": "x"}, PLAIN),
+    "a matrix by columns": (
+        lambda: np.asfortranarray(np.stack([*[np.ones(4)] * 2, *arrays("<f8").values()])),
+        ImportOptions(layer_offset=0),
+    ),
+    "a row": (lambda: arrays()[2], ImportOptions(layers=(2,), source="blocks")),
+}
+
+
+@pytest.mark.parametrize("what", HELD)
+@pytest.mark.parametrize("how", HOW)
+def test_arrays_in_pickles_are_converted_as_tensors_are_read(
+    tmp_path: Path, how: str, what: str
+) -> None:
+    make, options = HELD[what]
+    vector = convert_pickle(written(tmp_path / "v", make(), how), options)
+    assert torch.equal(vector[2], torch.tensor([1.0, 2.0, 3.0, 4.0]))
+
+
+def test_arrays_are_asked_about_as_tensors_are(tmp_path: Path) -> None:
+    matrix = written(tmp_path / "m", np.ones((3, 4), np.float32), "4")
+    row = written(tmp_path / "r", np.ones(4, np.float32), "4")
+    for path, options, code in (
+        (matrix, PLAIN, "layer_offset_required"),
+        (row, PLAIN, "layer_required"),
+        (row, ImportOptions(layers=(2,)), "site_required"),
+    ):
+        with pytest.raises(SteerError) as raised:
+            convert_pickle(path, options)
+        assert raised.value.code == code
+
+
+def test_an_upload_with_arrays_says_to_convert_it(tmp_path: Path) -> None:
+    path = written(tmp_path / "v", arrays(), "torch")
+    with pytest.raises(SteerError, match="steer vectors convert") as raised:
+        read_artefact(path, PLAIN, scratch=None, unpacked_limit=0)
+    assert raised.value.code == "pickle_refused"
+
+
+ODD_ARRAYS: dict[str, Any] = {
+    "objects": np.array([{"a": 1}], dtype=object),
+    "a record": np.zeros(2, dtype=[("a", "<f4")]),
+    "big-endian": np.ones(4, ">f4"),
+    "complex": np.ones(4, np.complex64),
+    "texts": np.array(["a"]),
+}
+
+
+@pytest.mark.parametrize("what", ODD_ARRAYS)
+@pytest.mark.parametrize("how", ["2", "5"])
+def test_other_arrays_are_refused(tmp_path: Path, how: str, what: str) -> None:
+    with pytest.raises(SteerError) as raised:
+        convert_pickle(written(tmp_path / "v", {2: ODD_ARRAYS[what]}, how), PLAIN)
+    assert raised.value.code == "pickle_refused"
+
+
+def test_an_array_that_lies_about_its_shape(tmp_path: Path) -> None:
+    whole = pickle.dumps({2: np.ones(4, np.float32)}, protocol=4)
+    (tmp_path / "v").write_bytes(whole.replace(b"K\x04\x85", b"K\x05\x85"))
+    with pytest.raises(SteerError) as raised:
+        convert_pickle(tmp_path / "v", PLAIN)
+    assert raised.value.code == "truncated_file"

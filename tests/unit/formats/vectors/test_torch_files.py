@@ -131,10 +131,35 @@ def test_views_and_types_keep_their_numbers(tmp_path: Path, dtype: torch.dtype) 
         assert torch.equal(vector[layer], row.detach().float())
 
 
-def test_one_row_needs_a_layer(tmp_path: Path) -> None:
+ONE_SIDE: list[tuple[dict[str, Any], str]] = [
+    ({"source": "blocks"}, "resid_post"),
+    ({"source": "refusal-direction"}, "resid_pre"),
+    ({"site": "resid_mid"}, "resid_mid"),
+]
+
+
+@pytest.mark.parametrize(("said", "site"), ONE_SIDE)
+def test_one_row_needs_a_layer_and_a_side_of_it(tmp_path: Path, said: dict, site: str) -> None:
+    """A refusal direction.pt counts inputs: a layer alone would put it one site late."""
     path = saved(tmp_path, torch.ones(WIDTH))
-    assert refused(path).code == "layer_required"
-    assert list(read(path, ImportOptions(layers=(2, 3))).directions) == [2, 3]
+    asked = refused(path)
+    assert (asked.code, asked.param) == ("layer_required", "/layers")
+    asked_again = refused(path, ImportOptions(layers=(2, 3)))
+    assert (asked_again.code, asked_again.param) == ("site_required", "/site")
+    for error in (asked, asked_again):
+        assert "refusal-direction" in error.message
+        assert "blocks" in error.message
+        assert "site" in error.message
+    vector = read(path, ImportOptions(layers=(2, 3), **said))
+    assert (list(vector.directions), vector.card.site) == ([2, 3], site)
+
+
+@pytest.mark.parametrize("source", ["hidden-states", "persona-vectors"])
+def test_one_row_is_not_counted_as_the_rows_of_an_array(tmp_path: Path, source: str) -> None:
+    path = saved(tmp_path, torch.ones(WIDTH))
+    error = refused(path, ImportOptions(layers=(2,), source=source))
+    assert (error.code, error.param) == ("invalid_option", "/from")
+    assert "hidden_states[k] is the output of block k - 1" in error.message
 
 
 def test_sources_that_do_not_fit_the_file(tmp_path: Path) -> None:
@@ -162,12 +187,18 @@ MORE_THAN_TENSORS: dict[str, Any] = {
     "a module": lambda path: torch.nn.Linear(2, 2),
     "code": Harmful,
     "a set": lambda path: {1, 2},
-    "integers": lambda path: torch.ones(4, dtype=torch.int64),
     "sparse": lambda path: torch.ones(2, 2).to_sparse(),
     "a dtype": lambda path: {"0": torch.ones(3), "dtype": torch.float32},
     "a tuple for a key": lambda path: {(1, 2): torch.ones(3)},
     "complex": lambda path: torch.ones(3, dtype=torch.complex64),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
+def test_whole_numbers_are_refused_as_such(tmp_path: Path, dtype: torch.dtype) -> None:
+    error = refused(saved(tmp_path, torch.ones(4, dtype=dtype)), ImportOptions(layers=(1,)))
+    assert error.code == "invalid_file"
+    assert str(dtype) in error.message
 
 
 @pytest.mark.parametrize("what", MORE_THAN_TENSORS)
@@ -328,3 +359,9 @@ def test_a_state_dict_with_its_metadata_is_tensors_alone() -> None:
     stream = io.BytesIO()
     torch.save(torch.nn.Linear(3, 2).state_dict(), stream)
     assert b"_metadata" in stream.getvalue()
+
+
+def test_a_dictionary_in_itself_is_refused(tmp_path: Path) -> None:
+    held: dict[str, Any] = {}
+    held["a"] = held
+    refused(saved(tmp_path, held))

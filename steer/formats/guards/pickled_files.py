@@ -1,9 +1,9 @@
-"""Pickled vectors of the steering-vectors package, for `steer vectors convert` alone.
+"""Pickles of tensors and arrays in any form, for `steer vectors convert` alone.
 
-`pickle.dump(vector)` and `torch.save(vector)` both write the dataclass by its name. The pickle is
-read by `steer.formats.guards.pickled_tensors`, which calls nothing; here the one class and the
-functions around CPU tensors that such a file needs are added to what it knows. A server never comes
-here.
+`torch.save` writes a zip with a pickle in it, `pickle.dump` the pickle itself, with each storage as
+a `torch.save` of the old form inside. The pickle is read by `pickled_tensors`, which calls nothing;
+the functions around CPU tensors and NumPy arrays that such files need are added to what it knows.
+A server never comes here.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from torch import Tensor
+import torch
 
-from steer.artefacts.control_vector import ControlVector
-from steer.errors import FileFormatError, TooLarge, Unsupported
+from steer.errors import FileFormatError, TooLarge
+from steer.formats.guards import pickled_arrays
+from steer.formats.guards.pickled_arrays import PickledArray
 from steer.formats.guards.pickled_tensors import (
     Instance,
     Storage,
@@ -28,73 +29,68 @@ from steer.formats.guards.pickled_tensors import (
     refused,
     storage_id,
 )
+from steer.formats.guards.stand_ins import check_present
 from steer.formats.guards.zip import UNREADABLE, stored_members
-from steer.formats.placement import NamedRow, origin
-from steer.spec import Site
 
 MAX_BYTES = 256 << 20
-_CLASS = "steering_vectors.steering_vector.SteeringVector"
-_SITES: dict[str, Site] = {
-    "decoder_block": "resid_post",
-    "self_attn": "attn_out",
-    "mlp": "mlp_out",
-}
-_NORMS = ("input_layernorm", "post_attention_layernorm")
+_MAX_DEPTH = 64
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PICKLES = 5
 Read: TypeAlias = Callable[[Storage], bytes | memoryview]
 
 
-def read_steering_vector(path: Path) -> ControlVector:
-    """The vector in a file that `pickle.dump` or `torch.save` made of a SteeringVector.
+def load_pickle(path: Path, classes: frozenset[str] = frozenset()) -> Any:
+    """What `pickle.dump` or `torch.save` wrote to `path`: its tensors and arrays as tensors,
+    instances of `classes` as `Instance`.
 
-    Its layers are 0-based already. Raises `FileFormatError` (`pickle_refused` for whatever else is
-    in the file, by name), or `Unsupported` for vectors that act on a norm's output.
+    Raises `FileFormatError` (`pickle_refused` for whatever else is in the file, by name), or
+    `TooLarge`.
     """
     size = path.stat().st_size
     if size > MAX_BYTES:
         raise TooLarge(f"the file has {size} bytes; at most {MAX_BYTES} are converted")
+    check_present(path)
     with path.open("rb") as stream:
         start = stream.read(4)
-    found, read = _zipped(path) if start == b"PK\x03\x04" else _plain(path.read_bytes())
-    if not isinstance(found, Instance) or set(found.state) != {"layer_activations", "layer_type"}:
-        raise FileFormatError(
-            "the file holds no SteeringVector of the steering-vectors package: a .pt file with "
-            "tensors alone can be uploaded as it is",
-            code="unknown_layout",
-        )
-    site = _site(found.state["layer_type"])
-    rows = _rows(found.state["layer_activations"], read)
-    tool = origin(path, "pickle", 0, rows, "steering-vectors")
-    return ControlVector.of(
-        {layer: named.row for layer, named in rows.items()}, site=site, provenance=tool
-    )
+    zipped = start == b"PK\x03\x04"
+    found, read = _zipped(path, classes) if zipped else _plain(path.read_bytes(), classes)
+    return _Materialised(read).of(found)
 
 
-def _site(layer_type: Any) -> Site:
-    if layer_type in _NORMS:
-        raise Unsupported(
-            f"the vector acts on the output of {layer_type}, inside the block and scaled by the "
-            "norm's weights, where Steer has no site: train it with layer_type='decoder_block' "
-            "(or 'self_attn', 'mlp')",
-            code="unsupported_site",
-        )
-    if not isinstance(layer_type, str) or layer_type not in _SITES:
-        raise FileFormatError(f"the vector's layer_type {str(layer_type)[:60]!r} is not known")
-    return _SITES[layer_type]
+class _Materialised:
+    """Copies of pickled objects with tensors in the place of what stands for them.
+
+    Guarantees: each object is copied once, however often it occurs.
+    """
+
+    def __init__(self, read: Read) -> None:
+        self._read = read
+        self._known: dict[int, Any] = {}
+
+    def of(self, value: Any, depth: int = _MAX_DEPTH) -> Any:
+        if depth == 0:
+            raise FileFormatError(f"the file nests more than {_MAX_DEPTH} deep")
+        if id(value) not in self._known:
+            self._known[id(value)] = self._copied(value, depth - 1)
+        return self._known[id(value)]
+
+    def _copied(self, value: Any, depth: int) -> Any:
+        if isinstance(value, StoredTensor):
+            return value.read(self._read(value.storage))
+        if isinstance(value, PickledArray):
+            if value.array is None:
+                raise FileFormatError("an array in the pickle has no numbers")
+            return torch.from_numpy(value.array)
+        if isinstance(value, Instance):
+            return Instance(value.kind, self.of(value.state, depth))
+        if isinstance(value, dict):
+            return {key: self.of(one, depth) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self.of(one, depth) for one in value)
+        return value
 
 
-def _rows(activations: Any, read: Read) -> dict[int, NamedRow]:
-    rows: dict[int, NamedRow] = {}
-    for layer, tensor in activations.items() if isinstance(activations, dict) else ():
-        if type(layer) is not int or layer < 0 or not isinstance(tensor, StoredTensor):
-            raise FileFormatError("layer_activations does not map layers to tensors")
-        row: Tensor = tensor.read(read(tensor.storage))
-        rows[layer] = NamedRow(str(layer), row)
-    return rows
-
-
-def _zipped(path: Path) -> tuple[Any, Read]:
+def _zipped(path: Path, classes: frozenset[str]) -> tuple[Any, Read]:
     """As torch.save writes: the pickle and each storage are members of a zip that only stores."""
     members = stored_members(path)
     programs = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -112,7 +108,7 @@ def _zipped(path: Path) -> tuple[Any, Read]:
     def read(storage: Storage) -> bytes:
         return _member(path, storage.source)
 
-    return _program(_member(path, programs[0]), storage), read
+    return _program(_member(path, programs[0]), storage, classes), read
 
 
 def _member(path: Path, name: str) -> bytes:
@@ -123,21 +119,20 @@ def _member(path: Path, name: str) -> bytes:
         raise FileFormatError(f"the file cannot be read: {error}") from error
 
 
-def _plain(data: bytes) -> tuple[Any, Read]:
+def _plain(data: bytes, classes: frozenset[str]) -> tuple[Any, Read]:
     """As pickle.dump writes: each storage is a torch.save of the old form, inside the pickle."""
 
     def no_ids(_: Any) -> Storage:
         raise refused("refers to something outside of it")
 
-    return _program(data, no_ids), lambda storage: storage.source
+    return _program(data, no_ids, classes), lambda storage: storage.source
 
 
-def _program(data: bytes, persistent: Callable[[Any], Storage]) -> Any:
+def _program(data: bytes, persistent: Callable[[Any], Storage], classes: frozenset[str]) -> Any:
     # Protocol 2 has no bytes: it writes them as a text and the call that encodes it.
     calls = {"torch.storage._load_from_bytes": _storage_from_bytes, "_codecs.encode": _encoded}
-    return read_pickle(
-        data, persistent=persistent, names=calls, classes=frozenset({_CLASS}), limit=MAX_BYTES
-    )
+    names = {**pickled_arrays.NAMES, **calls}
+    return read_pickle(data, persistent=persistent, names=names, classes=classes, limit=MAX_BYTES)
 
 
 def _encoded(arguments: tuple[Any, ...]) -> bytes:

@@ -70,10 +70,13 @@ def test_a_matrix_needs_a_word_about_its_first_row(tmp_path: Path, order: str) -
     assert states.card.provenance["layer_offset"] == -1
 
 
-def test_one_row_needs_a_layer(tmp_path: Path) -> None:
-    path = saved(tmp_path, direction=np.ones((1, 4)))
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (4, 1), (1, 1, 4)])
+def test_one_row_needs_a_layer_and_a_side_of_it(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    path = saved(tmp_path, direction=np.ones(shape))
     assert refused(path).code == "layer_required"
-    assert list(read(path, ImportOptions(layers=(7,))).directions) == [7]
+    assert refused(path, ImportOptions(layers=(7,))).code == "site_required"
+    vector = read(path, ImportOptions(layers=(7,), source="blocks"))
+    assert (list(vector.directions), vector.card.site) == ([7], "resid_post")
 
 
 def member(name: str, data: bytes, method: int = zipfile.ZIP_STORED) -> Callable[[Path], None]:
@@ -103,7 +106,7 @@ LYING = {
     "archive_too_large": member(
         "0.npy", array((16 << 20,), b"\0" * (64 << 20)), zipfile.ZIP_DEFLATED
     ),
-    "unknown_layout": member("mean.npy", array((1, 2, 2), b"\0\0\x80\x3f" * 4)),
+    "unknown_layout": member("mean.npy", array((2, 2, 2), b"\0\0\x80\x3f" * 8)),
     "zero_vector": member("0.npy", array((4,), b"\0" * 16)),
     "not_finite": member("0.npy", array((1,), b"\0\0\x80\x7f")),
 }
