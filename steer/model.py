@@ -161,8 +161,9 @@ class Capabilities:
     """What an engine can really do; anything else is refused by name at admission.
 
     `captures` are the sites whose states can be read (none: `capture` is refused), `gradients`
-    whether the model can be differentiated (`steer.engines.gradients`). What can be inspected and
-    fitted follows from them: engines know no method by name.
+    whether the model can be differentiated (`steer.engines.gradients`); `no_unembedding` says why
+    states cannot be read as logits, where they cannot. What can be inspected and fitted follows
+    from them: engines know no method by name.
     """
 
     engine: str
@@ -175,4 +176,5 @@ class Capabilities:
     sampling: tuple[str, ...] = ()
     captures: tuple[Site, ...] = ()
     gradients: bool = False
+    no_unembedding: str | None = None
     limits: dict[str, int] = field(default_factory=dict)

@@ -217,7 +217,11 @@ class Engine(Protocol):
         """Activations of each prompt, in order, batched internally."""
 
     def unembed(self, states: Tensor) -> Tensor:
-        """Final norm and output matrix: `[..., d_model]` residuals to `[..., vocab]` logits."""
+        """What the model makes of states after its last block: `[..., d_model]` residuals to
+        float32 logits `[..., vocab]`, normed, projected, scaled and capped as the model's own.
+
+        Raises `Unsupported` (`no_unembedding`) where the capabilities say that it cannot.
+        """
 
     def stats(self) -> EngineStats:
         """Live figures for metrics."""

@@ -10,13 +10,20 @@ from steer.edits import Block, Law
 from steer.model import HookPoint, ModelInfo
 from steer.plan.plan import Rule, SteeringPlan
 from steer.plan.selection import EVERYWHERE
-from steer.spec import Patch, SteeringSpec
+from steer.spec import Patch, Site, SteeringSpec
 
 
-def probe_plan(model: ModelInfo, point: HookPoint, *, constant: bool = True) -> SteeringPlan:
-    """An edit that no model can miss: another direction for each coordinate, of a large size; as a
-    constant, or as an edit that reads the state."""
-    direction = torch.cos(torch.arange(model.width(point.site), dtype=torch.float32)) * 10.0
+def probe_shift(model: ModelInfo, site: Site, size: float = 10.0) -> Tensor:
+    """What a probe adds at `site`: another number for each coordinate, up to `size`."""
+    return torch.cos(torch.arange(model.width(site), dtype=torch.float32)) * size
+
+
+def probe_plan(
+    model: ModelInfo, point: HookPoint, *, constant: bool = True, size: float = 10.0
+) -> SteeringPlan:
+    """An edit that no model can miss, `probe_shift`; as a constant, or as an edit that reads the
+    state."""
+    direction = probe_shift(model, point.site, size)
     block = Block(shift=direction)
     if not constant:
         block = Block.of_edits(

@@ -18,7 +18,7 @@ from steer.artefacts.library import Library
 from steer.engines.base import CaptureRequest, Engine
 from steer.errors import SteerError, UnknownArtefact
 from steer.inspection.heatmap import HeatMap
-from steer.inspection.method import Inspection, reads_stream
+from steer.inspection.method import Inspection, reads_logits
 from steer.inspection.next_token import TokenChance, top_tokens
 from steer.inspection.selection import (
     LayerChoice,
@@ -189,5 +189,5 @@ LOGIT_LENS = Inspection(
     result=LogitLensResult,
     run=logit_lens,
     draw=lens_heat_map,
-    possible=reads_stream,
+    possible=reads_logits,
 )

@@ -8,7 +8,7 @@ people; a method without one is still served, listed and called from Python.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel
@@ -43,11 +43,17 @@ class Inspection:
         """Raises `Unsupported` (`unsupported_inspection`) where `engine` cannot carry it out."""
         if not self.possible(engine.capabilities):
             raise Unsupported(
-                f"the {engine.capabilities.engine} engine has no {self.name!r} inspection: it can "
-                f"capture {', '.join(engine.capabilities.captures) or 'no states'}, which is "
-                "not enough for it; /v1/steering/capabilities lists the inspections there are",
+                f"the {engine.capabilities.engine} engine has no {self.name!r} inspection: "
+                f"{self._lacks(engine.capabilities)}; /v1/steering/capabilities lists the "
+                "inspections there are",
                 code="unsupported_inspection",
             )
+
+    def _lacks(self, able: Capabilities) -> str:
+        if able.no_unembedding and self.possible(replace(able, no_unembedding=None)):
+            return able.no_unembedding
+        states = ", ".join(able.captures) or "no states"
+        return f"it can capture {states}, which is not enough for it"
 
 
 def reads_states(able: Capabilities) -> bool:
@@ -58,3 +64,8 @@ def reads_states(able: Capabilities) -> bool:
 def reads_stream(able: Capabilities) -> bool:
     """Whether the residual stream can be read."""
     return not set(STREAM).isdisjoint(able.captures)
+
+
+def reads_logits(able: Capabilities) -> bool:
+    """Whether the residual stream can be read, and read as next-token logits."""
+    return reads_stream(able) and able.no_unembedding is None

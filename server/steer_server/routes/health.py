@@ -50,7 +50,7 @@ def _engine(able: Capabilities) -> dict[str, Any]:
     """What the engine can do, with the inspections that follow from it."""
     said = asdict(able)
     limits = said.pop("limits")
-    del said["captures"], said["gradients"]
+    del said["captures"], said["gradients"], said["no_unembedding"]
     return {**said, "inspection": offered(able), "limits": limits}
 
 

@@ -82,6 +82,7 @@ class TransformersEngine:
         self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
         self._proved = False
         self._proving = threading.Lock()
+        refusal = self._hooked.map.head.refusal
         self.capabilities = Capabilities(
             engine="transformers",
             kinds=KINDS,
@@ -90,6 +91,7 @@ class TransformersEngine:
             sampling=("temperature", "top_p", "top_k", "seed", "stop", "n", "logprobs"),
             captures=self.info.sites,
             gradients=True,
+            no_unembedding=refusal.message if refusal is not None else None,
             limits={"slots": slots, "passes": MAX_RULES, "batch": rows},
         )
 

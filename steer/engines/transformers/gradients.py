@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from steer.engines.gradients import Edit, Traced
-from steer.engines.transformers.blocks import HookTarget, first_tensor
 from steer.engines.transformers.hooks import HookedModel
+from steer.engines.transformers.structure.calls import first_tensor, with_tensor
+from steer.engines.transformers.structure.sites import HookTarget
 from steer.model import HookPoint
 
 
@@ -84,9 +85,7 @@ def _installed(target: HookTarget, visit: Callable[[Tensor], Tensor]) -> Iterato
         # Where the block reads the same tensor again beside this module, it is written to; the edit
         # then reads a copy, which the way back still needs as it was.
         edited = x.copy_(visit(x.clone())) if target.in_place else visit(x)
-        if args:
-            return (edited, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": edited}
+        return with_tensor(args, kwargs, edited)
 
     if target.side == "output":
         handle = target.module.register_forward_hook(after)

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from steer.batch.step import Step
-from steer.engines.transformers.blocks import HookMap, HookTarget, first_tensor
+from steer.engines.transformers.blocks import HookMap
 from steer.engines.transformers.cache import cache_keyword
+from steer.engines.transformers.structure.calls import first_tensor, with_tensor
+from steer.engines.transformers.structure.sites import HookTarget
 from steer.errors import EngineError
 from steer.model import HookPoint
 
@@ -83,13 +85,9 @@ class HookedModel:
         self._step, self._wanted = None, frozenset()
 
     def unembed(self, states: Tensor) -> Tensor:
-        """Final norm and output matrix: `[..., d_model]` to float32 logits `[..., vocab]`."""
-        dtype = next(self.model.parameters()).dtype
-        with torch.inference_mode():
-            normed = self.map.final_norm(states.to(self.device, dtype))
-            logits: Tensor = self.map.output(normed).float()
-        soft_cap = getattr(self.model.config, "final_logit_softcapping", None)
-        return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
+        """What the model makes of states after its last block: `[..., d_model]` to float32 logits
+        `[..., vocab]`. Raises `Unsupported` (`no_unembedding`) where that cannot be replayed."""
+        return self.map.head(self.model, states)
 
     def _visit(self, point: HookPoint, x: Tensor) -> Tensor:
         if self._step is not None:
@@ -129,8 +127,6 @@ class HookedModel:
             if in_place:
                 x.copy_(edited)
                 return None
-            if args:
-                return (edited, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": edited}
+            return with_tensor(args, kwargs, edited)
 
         return hook

@@ -1,62 +1,149 @@
 """The start-up proof: at every hook point steering acts, and doing nothing changes nothing.
 
-For each site one batch is run in which row i is steered at layer i and the last row is not. Each
-steered row must differ from the model without hooks, the last must equal it to the bit.
+For each site a batch is run in which row i is steered at layer i and the last row is not. Each
+steered row must differ from the model without hooks, the last must equal it to the bit. And each
+site must be what its name says: the edit arrives there as it is, and the streams of its block move
+by as much as what is added to them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from steer.batch.ledger import Ledger
 from steer.batch.requests import Span, SteeredRequest
 from steer.batch.step import build_step
 from steer.batch.tables import Tables
-from steer.engines.proof import probe_plan, unchanged
+from steer.engines.proof import probe_plan, probe_shift, unchanged
 from steer.engines.transformers.hooks import HookedModel
 from steer.errors import Unsupported
 from steer.model import HookPoint
 from steer.spec import Site
 
 _PROBE_LENGTH = 4
+_LAYERS_AT_ONCE = 16
+"""Layers proven by one batch, whose states are all held."""
+
+_TIMES = 4.0
+"""Size of an edit against the numbers around it: above what half precision rounds away."""
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+_HALF_TOLERANCE = 5e-2
+"""Relative to the larger of a stream and its change."""
+
+_PARTS: dict[Site, Site] = {"head_out": "attn_out", "mlp_act": "mlp_out"}
+
+States = Mapping[HookPoint, Tensor]
 
 
 @torch.inference_mode()
 def prove_steering(hooked: HookedModel) -> None:
     """Raises `Unsupported` naming the first hook point at which an edit does not act."""
-    rows = hooked.info.n_layers + 1
-    ids = torch.arange(1, _PROBE_LENGTH + 1, device=hooked.device).repeat(rows, 1)
-    plain, _ = hooked.forward(None, input_ids=ids, use_cache=False)
-    # A mixture of experts is known by what it has no hook point for.
-    experts = "mlp_act" not in hooked.info.sites
-    for site in hooked.info.sites:
-        steered = _probe(hooked, site, ids)
-        for layer in range(hooked.info.n_layers):
-            if torch.equal(steered[layer], plain.logits[layer]):
-                raise Unsupported(
-                    f"an edit at {HookPoint(layer, site)} of {hooked.info.architecture} changes "
-                    "nothing: this model is not supported",
-                    code="steering_does_not_act",
-                )
-        if not unchanged(steered[-1], plain.logits[-1], experts=experts):
-            raise Unsupported(
-                f"an unsteered row next to edits at {site} is not what the model computes without "
-                "hooks: this model is not supported",
-                code="neighbour_changed",
+    for first in range(0, hooked.info.n_layers, _LAYERS_AT_ONCE):
+        layers = range(first, min(first + _LAYERS_AT_ONCE, hooked.info.n_layers))
+        ids = torch.arange(1, _PROBE_LENGTH + 1, device=hooked.device).repeat(len(layers) + 1, 1)
+        plain, _ = hooked.forward(None, input_ids=ids, use_cache=False)
+        if not plain.logits.isfinite().all():
+            raise _unsupported(hooked, "gives logits that are not finite")
+        points = [HookPoint(layer, site) for layer in layers for site in hooked.info.sites]
+        _, before = hooked.forward(None, points, input_ids=ids, use_cache=False)
+        for site in hooked.info.sites:
+            _prove_site(hooked, site, layers, ids, plain.logits, before)
+
+
+def _prove_site(
+    hooked: HookedModel, site: Site, layers: range, ids: Tensor, plain: Tensor, before: States
+) -> None:
+    size = edit_size(site, before)
+    logits, after = _probe(hooked, site, layers, size, ids)
+    shift = probe_shift(hooked.info, site, size).to(hooked.device)
+    for row, layer in enumerate(layers):
+        point = HookPoint(layer, site)
+        if torch.equal(logits[row], plain[row]) and not is_idle(point, before):
+            raise _unsupported(hooked, f"is not changed by an edit at {point}")
+        here = [at for at in before if at.layer == layer]
+        unmoved = {at: before[at][row].float() for at in here}
+        moved = {at: after[at][row].float() - unmoved[at] for at in here}
+        tolerance = _TOLERANCE.get(before[point].dtype, _HALF_TOLERANCE)
+        wrong = _misplaced(point, shift, moved, unmoved, tolerance)
+        if wrong is not None:
+            raise _unsupported(
+                hooked, f"does not move at {wrong} by what an edit at {point} adds there"
             )
+    # A mixture of experts is known by what it has no hook point for.
+    if not unchanged(logits[-1], plain[-1], experts="mlp_act" not in hooked.info.sites):
+        raise _unsupported(
+            hooked,
+            f"gives other logits for an unsteered row next to edits at {site} than without hooks",
+            code="neighbour_changed",
+        )
 
 
-def _probe(hooked: HookedModel, site: Site, ids: torch.Tensor) -> torch.Tensor:
-    tables = Tables(hooked.info, slots=hooked.info.n_layers, device=hooked.device)
+def _unsupported(
+    hooked: HookedModel, what: str, code: str = "steering_does_not_act"
+) -> Unsupported:
+    return Unsupported(f"{hooked.info.architecture} {what}: this model is not supported", code=code)
+
+
+def edit_size(site: Site, states: States) -> float:
+    """A size that shows at `site`: of what passes there, or of the stream that it is added to."""
+    around = {site} if site in _PARTS else {"resid_pre", "resid_post"}
+    sizes = [s.float().square().mean().sqrt() for at, s in states.items() if at.site in around]
+    return max(10.0, _TIMES * float(torch.stack(sizes).max()))
+
+
+def is_idle(point: HookPoint, states: States) -> bool:
+    """Whether the part around `point` adds the same to every token, whatever it reads: a block
+    with weights of zero."""
+    if point.site not in _PARTS:
+        return False
+    added = states.get(HookPoint(point.layer, _PARTS[point.site]))
+    return added is not None and bool((added == added[:, :1]).all())
+
+
+def _misplaced(
+    point: HookPoint, shift: Tensor, moved: States, unmoved: States, tolerance: float
+) -> HookPoint | None:
+    """The first point of the block that an edit at `point` did not move by what it adds."""
+    wanted = {point: shift.expand_as(moved[point])}
+    if point.site != "resid_post":  # after which comes nothing of the block
+        wanted |= _sums(point, {at.site: change for at, change in moved.items()})
+    for at, change in wanted.items():
+        size = max(float(unmoved[at].norm()), float(change.norm()))
+        if float((moved[at] - change).norm()) > tolerance * size:
+            return at
+    return None
+
+
+def _sums(point: HookPoint, moved: Mapping[Site, Tensor]) -> dict[HookPoint, Tensor]:
+    """By what the streams after `point` move: the stream before them, and what is added to it."""
+    sums: dict[HookPoint, Tensor] = {}
+    base: Site = "resid_mid" if "resid_mid" in moved else "resid_pre"
+    parts: list[Site] = ["mlp_out"] if base == "resid_mid" else ["attn_out", "mlp_out"]
+    if moved.keys() >= {*parts}:
+        sums[HookPoint(point.layer, "resid_post")] = sum((moved[p] for p in parts), moved[base])
+    if moved.keys() >= {"attn_out", "resid_mid"} and point.site != "resid_mid":
+        sums[HookPoint(point.layer, "resid_mid")] = moved["resid_pre"] + moved["attn_out"]
+    return sums
+
+
+def _probe(
+    hooked: HookedModel, site: Site, layers: range, size: float, ids: Tensor
+) -> tuple[Tensor, dict[HookPoint, Tensor]]:
+    """Logits, and the states of `layers`, of a batch whose row i is edited at the i-th of them."""
+    tables = Tables(hooked.info, slots=len(layers), device=hooked.device)
     spans = []
     positions = np.arange(_PROBE_LENGTH, dtype=np.int64)
-    for layer in range(hooked.info.n_layers):
-        plan = probe_plan(hooked.info, HookPoint(layer, site))
-        steered = SteeredRequest(layer, _PROBE_LENGTH, plan, tables.acquire(plan))
-        spans.append(Span(steered, layer * _PROBE_LENGTH, positions, positions + 1))
-    ledger = Ledger(hooked.info.n_layers + 1, hooked.device)
+    for row, layer in enumerate(layers):
+        plan = probe_plan(hooked.info, HookPoint(layer, site), size=size)
+        steered = SteeredRequest(row, _PROBE_LENGTH, plan, tables.acquire(plan))
+        spans.append(Span(steered, row * _PROBE_LENGTH, positions, positions + 1))
+    ledger = Ledger(len(layers) + 1, hooked.device)
     step = build_step(tables, ledger, spans, ids.numel())
-    outputs, _ = hooked.forward(step, input_ids=ids, use_cache=False)
-    logits: torch.Tensor = outputs.logits
-    return logits
+    points = [HookPoint(layer, each) for layer in layers for each in hooked.info.sites]
+    outputs, states = hooked.forward(step, points, input_ids=ids, use_cache=False)
+    return outputs.logits, states

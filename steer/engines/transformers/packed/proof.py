@@ -8,6 +8,8 @@ experts: there an edit changes how many tokens share an expert's matrix product.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from steer.batch.step import Step, build_step
 from steer.batch.tables import Tables
 from steer.engines.proof import probe_plan
 from steer.engines.transformers.packed.model import PackedModel
+from steer.engines.transformers.proof import edit_size, is_idle
 from steer.errors import Unsupported
 from steer.model import HookPoint
 
@@ -34,9 +37,11 @@ def prove_packed(model: PackedModel) -> None:
     try:
         _prove_agreement(model)
         layers = sorted({0, model.hooked.info.n_layers - 1})
-        for site in model.hooked.info.sites:
-            for layer in layers:
-                _prove_edit(model, HookPoint(layer, site))
+        points = [HookPoint(layer, site) for site in model.hooked.info.sites for layer in layers]
+        states = _plain_states(model, points)
+        for point in points:
+            if not is_idle(point, states):
+                _prove_edit(model, point, edit_size(point.site, states))
     finally:
         model.reset()
         model.lend()
@@ -58,9 +63,16 @@ def _prove_agreement(model: PackedModel) -> None:
                 )
 
 
-def _prove_edit(model: PackedModel, point: HookPoint) -> None:
+def _plain_states(model: PackedModel, points: Sequence[HookPoint]) -> dict[HookPoint, Tensor]:
+    model.lend()
+    ids = torch.tensor([_PROMPTS[0]], device=model.hooked.device)
+    _, states = model.hooked.forward(None, points, input_ids=ids, use_cache=False)
+    return states
+
+
+def _prove_edit(model: PackedModel, point: HookPoint, size: float) -> None:
     tables = Tables(model.hooked.info, slots=1, device=model.hooked.device)
-    plan = probe_plan(model.hooked.info, point)
+    plan = probe_plan(model.hooked.info, point, size=size)
     length = len(_PROMPTS[0])
     positions = np.arange(length, dtype=np.int64)
     steered = SteeredRequest(0, length, plan, tables.acquire(plan))

@@ -36,7 +36,7 @@ STRENGTHS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 @pytest.fixture(scope="module")
 def vector(engine: TransformersEngine) -> ControlVector:
     # The output row of "e": far along it, every answer is made of that letter.
-    row = engine._hooked.map.output.weight[ord("e")].detach()  # type: ignore[index]
+    row = engine._hooked.model.get_output_embeddings().weight[ord("e")].detach()  # type: ignore[index]
     return ControlVector.of({1: row, 2: row / row.norm()}, name="e", default_layers=(2,))
 
 

@@ -37,7 +37,7 @@ def letters(text: str) -> Score:
 
 @pytest.fixture(scope="module")
 def methods(engine: TransformersEngine) -> list[ComparedMethod]:
-    row = engine._hooked.map.output.weight[ord("e")].detach()  # type: ignore[index]
+    row = engine._hooked.model.get_output_embeddings().weight[ord("e")].detach()  # type: ignore[index]
     vector = ControlVector.of({2: row / row.norm()}, name="e")
     cache = plans_of(engine, MemoryLibrary({"e": vector}))
 

@@ -27,7 +27,7 @@ SAMPLING = SamplingParams(max_tokens=6, temperature=0, logprobs=0, ignore_eos=Tr
 @pytest.fixture(scope="module")
 def cache(engine: TransformersEngine) -> PlanCache:
     # The output row of "e": far along it, every answer is made of that letter.
-    row = engine._hooked.map.output.weight[ord("e")].detach()  # type: ignore[index]
+    row = engine._hooked.model.get_output_embeddings().weight[ord("e")].detach()  # type: ignore[index]
     vector = ControlVector.of({2: row / row.norm()}, name="e")
     return PlanCache(MemoryLibrary({"e": vector}), engine.info, engine.capabilities)
 
