@@ -189,6 +189,10 @@ class Where(_Frozen):
     `positions` are half-open ranges of absolute positions; a negative bound counts from the end
     of the prompt, and an end of null is open: `[[-1, null]]` is the last prompt token and
     everything generated. `tokens` are ids, or strings that are one token of the model.
+
+    One that has only `except` takes these tokens away from what would be selected without it: an
+    intervention's from the spec's, the spec's from those that a card says. With `phases`,
+    `positions` or `tokens` it stands in their place.
     """
 
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] | None = None
@@ -224,6 +228,34 @@ class Where(_Frozen):
         if self.except_ is not None and self.except_.except_ is not None:
             raise ValueError("'except' may not contain another 'except'")
         return self
+
+    def over(self, default: Where | None) -> Where:
+        """What this selects where `default` would hold without it.
+
+        Raises `SpecError` (`two_exceptions`) where both take tokens away in ways that no single
+        `except` can say.
+        """
+        selects = (self.phases, self.positions, self.tokens) != (None, None, None)
+        if default is None or selects:
+            return self
+        return default.model_copy(update={"except_": _either(self.except_, default.except_)})
+
+
+def _either(one: Where | None, other: Where | None) -> Where | None:
+    """What selects the tokens of both."""
+    if one is None or other is None or one == other:
+        return other if one is None else one
+    mine, theirs = (where.model_dump(exclude_none=True) for where in (one, other))
+    if len(mine) > 1 or mine.keys() != theirs.keys():
+        raise SpecError(
+            "'except' alone narrows a selection that has an 'except' of its own, "
+            f"{other.model_dump_json(exclude_none=True)}, and the two do not make one: say the "
+            "whole 'where'",
+            param="/except",
+            code="two_exceptions",
+        )
+    ((field, values),) = mine.items()
+    return Where.model_validate({field: tuple(dict.fromkeys((*values, *theirs[field])))})
 
 
 class When(_Frozen):
@@ -389,7 +421,8 @@ class SteeringSpec(_Frozen):
 
     `where` and `when` given here are the default of every intervention. `norm: "preserve"`
     rescales each token to its norm before the edit. `compose: "orthogonal"` removes the overlap
-    between the vectors that are added at the same hook point.
+    between the vectors that are added at the same hook point, and of those that are ablated there
+    removes all that they span; what else meets there is refused.
     """
 
     interventions: Annotated[

@@ -97,6 +97,17 @@ class PositionLedger(Ledger):
         alone.relative = {p: sums[row : row + 1].clone() for p, sums in self.relative.items()}
         return alone
 
+    def forget(self, row: int, first: int) -> None:
+        """Positions of `row` from `first` on, which its sequence has not kept."""
+        self.applied[row, first:] = UNSEEN
+
+    def widen(self, length: int) -> None:
+        """Makes room for positions up to `length`."""
+        rows, had = self.applied.shape
+        if length > had:
+            more = np.full((rows, max(length, 2 * had) - had), UNSEEN, dtype=np.uint16)
+            self.applied = np.concatenate([self.applied, more], axis=1)
+
     def grow(self) -> None:
         """Doubles the number of rows."""
         rows, length = self.applied.shape

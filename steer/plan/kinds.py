@@ -44,8 +44,7 @@ def blocks_of(one: Resolved) -> Blocks:
 
 
 def add(item: Add, one: Resolved) -> Blocks:
-    vector = one.vector("vector") if one.composed is None else one.composed
-    strength = item.strength
+    vector, strength = one.direction, item.strength
     if isinstance(strength, float | int):
         if strength == 0:
             return {}
@@ -59,7 +58,7 @@ def add(item: Add, one: Resolved) -> Blocks:
 
 
 def ablate(item: Ablate, one: Resolved) -> Blocks:
-    vector = one.vector("vector")
+    vector = one.direction
     if item.strength == 0:
         return {}
     law = Law(slope=-item.strength)

@@ -100,7 +100,7 @@ class Resolved:
     tokens or its gate, which is told where nothing else is: one wrong 'where' or 'when' of the
     whole spec does not hide what is wrong with the interventions. Later steps put a number for the
     strength into `item` (`strength` says what became of it) and the vector without the overlap
-    with others into `composed`.
+    with others into `composed`, which `direction` then is.
     """
 
     place: int
@@ -126,6 +126,11 @@ class Resolved:
         """The vector that the field names."""
         return self._artefact(field, ControlVector)
 
+    @property
+    def direction(self) -> ControlVector:
+        """The vector of an intervention that has one: its composed form where there is one."""
+        return self.vector("vector") if self.composed is None else self.composed
+
     def sae(self, field: str) -> SAE:
         """The SAE that the field names."""
         return self._artefact(field, SAE)
@@ -145,7 +150,7 @@ class Resolver:
 
     def __init__(self, asked: Compilation) -> None:
         self._asked = asked
-        self._selections: dict[str, Selection] = {}
+        self._selections: dict[tuple[Where | None, str], Selection] = {}
         self._gates: dict[str, ResolvedGate] = {}
 
     def resolved(self, place: int, item: Intervention) -> Resolved:
@@ -153,9 +158,9 @@ class Resolver:
         self._check_kind(item)
         named = tuple((reference, self._named(reference)) for reference in own_references(item))
         points = hook_points(item, named, self._asked.sources.model)
-        where, at = self._where(place, item, named)
-        tokens, gate, fault = selection.EVERYWHERE, None, None
+        where, tokens, gate, fault = None, selection.EVERYWHERE, None, None
         try:
+            where, at = self._where(place, item, named)
             tokens = self._selection(where, at)
             gate = self._gate(place, item)
         except SteerError as error:
@@ -182,20 +187,30 @@ class Resolver:
     def _where(
         self, place: int, item: Intervention, named: Sequence[Found]
     ) -> tuple[Where | None, str]:
-        """The intervention's tokens, else the spec's, else those of the card of what it names."""
-        if item.where is not None:
-            return item.where, pointer("interventions", place, "where")
-        if self._asked.spec.where is not None:
-            return self._asked.spec.where, "/where"
-        if not item.takes_card_where:
-            return None, ""
-        reference, found = named[0]
-        return found.card.default_where, pointer("interventions", place) + reference.param
+        """The intervention's tokens, else the spec's, else those of the card of what it names; one
+        that only excepts is taken over the next."""
+        where, at = None, ""
+        if item.takes_card_where:
+            reference, found = named[0]
+            where = found.card.default_where
+            at = pointer("interventions", place) + reference.param
+        for given, its in (
+            (self._asked.spec.where, "/where"),
+            (item.where, pointer("interventions", place, "where")),
+        ):
+            if given is not None:
+                try:
+                    where, at = given.over(where), its
+                except SteerError as error:
+                    error.param = its + (error.param or "")
+                    raise
+        return where, at
 
     def _selection(self, where: Where | None, at: str) -> Selection:
-        if at not in self._selections:
-            self._selections[at] = selection.resolve(where, self._asked.tokenize, param=at)
-        return self._selections[at]
+        key = (where, at)
+        if key not in self._selections:
+            self._selections[key] = selection.resolve(where, self._asked.tokenize, param=at)
+        return self._selections[key]
 
     def _gate(self, place: int, item: Intervention) -> ResolvedGate | None:
         if item.when is not None:

@@ -85,6 +85,16 @@ class Selection:
         """Whether the mask depends on token ids, and so cannot be known in advance."""
         return self.tokens is not None or (self.excluded is not None and self.excluded.reads_tokens)
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the mask depends on where the prompt ends."""
+        return (
+            (self.phases is not None and len(self.phases) == 1)
+            or any(bound is not None and bound < 0 for one in self.ranges or () for bound in one)
+            or self.from_last_prompt_token
+            or (self.excluded is not None and self.excluded.reads_prompt)
+        )
+
     def fixed_from(self, prompt_length: int) -> int:
         """The position from which on the mask depends on the tokens alone."""
         bounds = [prompt_length]

@@ -134,11 +134,11 @@ class _Counted:
         prompt_length: int,
         token: int,
     ) -> bool:
-        from float64_reference import selected
+        from float64_reference import chosen
 
         return any(
             point in reference.points(item)
-            and selected(item.where or spec.where, position, prompt_length, token)
+            and chosen(spec, item, position, prompt_length, token)
             and ((item.when or spec.when) is None or self(item.when or spec.when))
             for item in spec.interventions
         )

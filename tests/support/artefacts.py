@@ -172,6 +172,10 @@ def random_spec(draw: random.Random, *, layers: int = 4, longest: int = 5) -> di
     spec: dict[str, Any] = {"interventions": items}
     if draw.random() < 0.4 and (where := random_where(draw)):
         spec["where"] = where
+        for item in items:  # two exceptions make one only where they are of one form
+            own = item.get("where", {})
+            if own.keys() == {"except"} and where.get("except", own["except"]) != own["except"]:
+                del item["where"]
     if draw.random() < 0.25:
         spec["norm"] = "preserve"
     return spec

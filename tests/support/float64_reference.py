@@ -17,7 +17,7 @@ from torch import Tensor
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.sae.base import SAE
 from steer.model import HookPoint
-from steer.spec import Clamp, Concept, SteeringSpec, Where
+from steer.spec import Clamp, Concept, Intervention, SteeringSpec, Where
 
 Array = NDArray[np.float64]
 
@@ -42,6 +42,17 @@ def selected(where: Where | None, position: int, prompt_length: int, token: int)
     if where.tokens is not None and token not in where.tokens:
         return False
     return where.except_ is None or not selected(where.except_, position, prompt_length, token)
+
+
+def chosen(
+    spec: SteeringSpec, item: Intervention, position: int, prompt_length: int, token: int
+) -> bool:
+    """Whether `item` acts on one token, by its own `where` and the spec's."""
+    own, token_at = item.where, (position, prompt_length, token)
+    if own is None or own.phases is own.positions is own.tokens is None:
+        excepted = own is not None and own.except_ is not None and selected(own.except_, *token_at)
+        return selected(spec.where, *token_at) and not excepted
+    return selected(own, *token_at)
 
 
 def _bound(bound: int, prompt_length: int) -> int:
@@ -76,10 +87,9 @@ class Float64Reference:
     ) -> Array:
         """One token's row at `point` after every intervention of `spec` that acts there."""
         for item in spec.interventions:
-            where = spec.where if item.where is None else item.where
             when = spec.when if item.when is None else item.when
-            if point not in self.points(item) or not selected(
-                where, position, prompt_length, token
+            if point not in self.points(item) or not chosen(
+                spec, item, position, prompt_length, token
             ):
                 continue
             if when is not None and not gate_open(when):

@@ -13,31 +13,29 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.library import MemoryLibrary
 from steer.artefacts.sae.base import SAE
-from steer.batch.ledger import Ledger
-from steer.batch.requests import Span, SteeredRequest
-from steer.batch.step import Step, build_step
-from steer.batch.tables import Tables
 from steer.engines.base import Receipt
-from steer.engines.receipts import make_receipt
 from steer.engines.transformers.blocks import HookMap, find_hook_points
-from steer.engines.transformers.cache import given_cache
 from steer.engines.transformers.hooks import HookedModel
-from steer.errors import SpecError
+from steer.engines.transformers.passes.batch import AttachedBatch
+from steer.engines.transformers.passes.watch import PassWatch
+from steer.engines.transformers.passes.wrappers import modules_of_a_pass, wrapped_model
+from steer.errors import EngineError
 from steer.model import Capabilities, HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
 from steer.prompts import text_tokens, trigger_tokens
 from steer.spec import KINDS, SteeringSpec, parse_spec
 
-_maps: weakref.WeakKeyDictionary[nn.Module, HookMap] = weakref.WeakKeyDictionary()
-"""Hook points found so far: finding them runs the model once."""
+_maps: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], HookMap]] = (
+    weakref.WeakKeyDictionary()
+)
+"""Hook points found so far, and the modules among which: finding them runs the model once."""
 
 
 @dataclass
@@ -45,7 +43,7 @@ class Attachment:
     """A model being steered; `receipts` says what was applied to each row of the last batch."""
 
     plan: SteeringPlan
-    _rows: _AttachedBatch
+    _rows: AttachedBatch
 
     @property
     def receipts(self) -> list[Receipt]:
@@ -64,122 +62,74 @@ def attach(
 ) -> Iterator[Attachment]:
     """Steers every forward pass of `model` inside the `with` block, then unhooks it.
 
-    A pass without past key values starts a new batch, and its tokens are the prompt; what follows
-    is generated. Rows may be padded on the left, as `generate` does. Raises `SteerError` where the
-    spec does not fit the model.
+    `model` is a decoder-only model of transformers, or anything that wraps one and runs it (PEFT,
+    `torch.compile`, a module of one's own). A call of `generate` begins a new batch, and so does a
+    pass without past key values or with those of another one; what that first pass feeds is the
+    prompt, what follows is generated. Rows may be padded on the left. With beams or several
+    sequences for a prompt, rows are what the model is fed. Compiled code runs uncompiled inside the
+    block, where hooks reach it.
+
+    Raises `SteerError` where the spec does not fit the model, where it is not clear at which
+    position a pass feeds a token, and at the end of a block in which the model never ran.
     """
-    if model not in _maps:
-        _maps[model] = find_hook_points(model, type(model).__name__)
-    hooked = HookedModel(model, _maps[model])
-    plans = PlanCache(
+    # A graph that was compiled before runs without the hooks.
+    with torch.compiler.set_stance("force_eager"):
+        model = wrapped_model(model)
+        hooked = HookedModel(model, _hook_map(model))
+        plan = _plans(hooked, vectors, saes, low_ranks, tokenizer).plan(parse_spec(spec))
+        batch = AttachedBatch(hooked, plan)
+        block = hooked.map.targets[HookPoint(0, "resid_post")].module
+        watch = PassWatch(
+            modules_of_a_pass(model, block),
+            {hooked.map.targets[point].module for point in plan.points},
+            batch,
+        )
+        try:
+            with watch.installed():
+                yield Attachment(plan, batch)
+                if watch.generating or watch.passes == 0:
+                    raise _not_steered(watch.generating)
+        finally:
+            hooked.remove()
+
+
+def _hook_map(model: nn.Module) -> HookMap:
+    """The hook points of `model`, found again where its modules are others than before."""
+    modules = tuple(map(id, model.modules()))
+    known = _maps.get(model)
+    if known is None or known[0] != modules:
+        training = {module: module.training for module in model.modules()}
+        known = _maps[model] = modules, find_hook_points(model, type(model).__name__)
+        for module, was in training.items():
+            module.training = was
+    return known[1]
+
+
+def _plans(
+    hooked: HookedModel,
+    vectors: Mapping[str, ControlVector] | None,
+    saes: Mapping[str, SAE] | None,
+    low_ranks: Mapping[str, LowRankAdapter] | None,
+    tokenizer: Any,
+) -> PlanCache:
+    return PlanCache(
         MemoryLibrary(vectors or {}, saes or {}, low_ranks or {}),
         hooked.info,
         Capabilities("transformers", KINDS, hooked.info.sites),
         tokenize=_tokenize(tokenizer),
         encode_text=_encode_text(hooked, tokenizer),
     )
-    plan = plans.plan(parse_spec(spec))
-    rows = _AttachedBatch(hooked, plan)
-    # Always first in and last out, whatever else is hooked to the model.
-    before = model.register_forward_pre_hook(rows.begin, with_kwargs=True, prepend=True)
-    after = model.register_forward_hook(rows.end)
-    try:
-        yield Attachment(plan, rows)
-    finally:
-        before.remove()
-        after.remove()
-        hooked.remove()
 
 
-class _AttachedBatch:
-    """Follows a model's own generation loop: which rows there are and how far each has come."""
-
-    def __init__(self, hooked: HookedModel, plan: SteeringPlan) -> None:
-        self._hooked, self._plan = hooked, plan
-        self._tables = Tables(hooked.info, slots=1, device=hooked.device)
-        self._slot = self._tables.acquire(plan)
-        self._steered: list[SteeredRequest] = []
-        self._fed: list[int] = []
-        self._ledger = Ledger(1, hooked.device)
-        self._carried: tuple[int, Step | None] | None = None
-
-    def receipts(self) -> list[Receipt]:
-        return [
-            make_receipt(steered, self._ledger, fed)
-            for steered, fed in zip(self._steered, self._fed, strict=True)
-        ]
-
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = args[0] if args else kwargs.get("input_ids")
-        shape = ids if ids is not None else kwargs.get("inputs_embeds")
-        if shape is None:
-            raise SpecError("the steered model was called without input_ids or inputs_embeds")
-        cache = given_cache(kwargs)
-        past = 0 if cache is None else int(cache.get_seq_length())
-        self._hooked.begin(self._step(ids, shape, past, kwargs.get("attention_mask")))
-
-    def end(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._hooked.end()
-
-    def _step(
-        self, ids: Tensor | None, shape: Tensor, past: int, mask: Tensor | None
-    ) -> Step | None:
-        count, columns = shape.shape[:2]
-        if past and columns == 1 and self._carried is not None and self._carried[0] == count:
-            self._fed = [fed + 1 for fed in self._fed]
-            return self._carried[1]
-        padding = _padding(mask, count, past + columns)
-        if past == 0:
-            self._restart(count, [columns - p for p in padding])
-        spans = []
-        for row, steered in enumerate(self._steered):
-            first = max(padding[row] - past, 0)
-            places = np.arange(
-                past + first - padding[row], past + columns - padding[row], dtype=np.int64
-            )
-            tokens = np.full(len(places), -1, dtype=np.int64)
-            if ids is not None and self._reads_tokens:
-                tokens = ids[row, first:].cpu().numpy().astype(np.int64)
-            spans.append(Span(steered, row * columns + first, places, tokens))
-            self._fed[row] += len(places)
-        step = build_step(self._tables, self._ledger, spans, count * columns)
-        if past and columns == 1 and self._is_fixed():
-            self._carried = (count, step)
-        return step
-
-    @property
-    def _reads_tokens(self) -> bool:
-        return any(one.selection.reads_tokens for one in self._plan.rules)
-
-    def _is_fixed(self) -> bool:
-        """Whether the step just built, for the tokens at `fed` − 1, holds for all that follow."""
-        bounds = [steered.fixed_from for steered in self._steered]
-        return not self._plan.gated and all(
-            bound is not None and fed > bound for bound, fed in zip(bounds, self._fed, strict=True)
-        )
-
-    def _restart(self, count: int, lengths: list[int]) -> None:
-        self._ledger = Ledger(count, self._hooked.device)
-        self._steered = [
-            SteeredRequest(row, length, self._plan, self._slot)
-            for row, length in enumerate(lengths)
-        ]
-        self._fed = [0] * count
-        self._carried = None
-
-
-def _padding(mask: Tensor | None, rows: int, columns: int) -> list[int]:
-    """Padding tokens on the left of each row; padding elsewhere is refused."""
-    if mask is None or mask.ndim != 2:
-        return [0] * rows
-    kept = mask[:, :columns].to(torch.long)
-    padding: list[int] = kept.argmax(1).tolist()
-    if not bool((kept.sum(1) == columns - kept.argmax(1)).all()):
-        raise SpecError(
-            "the batch is padded on the right: set tokenizer.padding_side = 'left', so that "
-            "positions are counted from the prompt's end"
-        )
-    return padding
+def _not_steered(generating: bool) -> EngineError:
+    return EngineError(
+        "the block ends while the model is still generating (in another thread?), and what follows "
+        "would not be steered: wait for it inside the block"
+        if generating
+        else "no forward pass of the model ran inside the block, so nothing was steered: run the "
+        "model that was attached to, in this process",
+        code="not_steered",
+    )
 
 
 def _tokenize(tokenizer: Any) -> Callable[[str], list[int]] | None:

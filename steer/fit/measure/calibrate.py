@@ -102,6 +102,7 @@ def calibrate(
     grid = _grid(vector, strengths)
     if not prompts:
         raise SteerError("there is nothing to measure on: give prompts", code="no_prompts")
+    where = vector.card.default_where if where is None else where.over(vector.card.default_where)
     plans = _plans(engine, vector, grid, layers, where)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, logprobs=0)
     everything = answers_under(
@@ -123,7 +124,7 @@ def calibrate(
         model=engine.info.own_name,
         layers=used,
         site=vector.card.site,
-        where=where if where is not None else vector.card.default_where,
+        where=where,
         scorer=scorer_name if scorer is not None else None,
         data_sha256=prompts_sha256(prompts),
         prompts=len(prompts),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import demo_specs
-from float64_reference import selected
+from float64_reference import chosen
 from liveness import LIVENESS_SECONDS
 from vllm_engine import plain
 
@@ -221,14 +221,14 @@ class Judge:
         if receipt.tokens_cached:
             self.counts["steered and cached"] += 1
         spec = request.plan.spec
-        chosen = [
-            any(selected(item.where or spec.where, n, length, token) for item in spec.interventions)
+        touched = [
+            any(chosen(spec, item, n, length, token) for item in spec.interventions)
             for n, token in enumerate(fed)
         ]
         if request.plan.gated:
-            assert receipt.tokens_steered <= sum(chosen), name
+            assert receipt.tokens_steered <= sum(touched), name
         else:
-            assert receipt.tokens_steered == sum(chosen), name
+            assert receipt.tokens_steered == sum(touched), name
 
     def _check_same(self, outcome: Outcome, mine: Receipt, other: Receipt) -> None:
         """The receipt against the reference's, which has no prefix cache."""

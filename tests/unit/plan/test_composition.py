@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from artefacts import random_sae
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.library import MemoryLibrary
+from steer.edits import apply
 from steer.engines.fake.engine import FakeEngine, fake_model
 from steer.errors import SpecError
 from steer.model import HookPoint
@@ -19,7 +21,7 @@ from steer.plan.compiler import compile_plan
 from steer.plan.composition import orthogonalised
 from steer.plan.plan import SteeringPlan
 from steer.plan.sources import Sources
-from steer.spec import Where, parse_spec
+from steer.spec import KINDS, Where, parse_spec
 
 D = 16
 CAPABILITIES = FakeEngine().capabilities
@@ -148,6 +150,85 @@ def test_the_same_vector_twice_counts_once() -> None:
     assert relative is not None
     assert abs(float(torch.cosine_similarity(first, relative[0], dim=0))) <= 1e-5
     assert float(relative[0].norm()) == pytest.approx(1.0, abs=1e-5)
+
+
+def ablate(name: str, **more: Any) -> dict[str, Any]:
+    return {"kind": "ablate", "vector": name, **more}
+
+
+def run(found: SteeringPlan, point: HookPoint, x: Tensor) -> Tensor:
+    for one in found.rules:
+        x = apply(one.blocks[point], x)
+    return x
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_what_the_ablated_directions_span_is_taken_away(count: int) -> None:
+    common = draw(D, seed=99)
+    vectors = {n: vector(n, draw(D, seed=i) + common) for i, n in enumerate("abc"[:count])}
+    x = draw(7, D, seed=50)
+    rows = torch.stack([one[1] for one in vectors.values()])
+    basis = torch.linalg.qr(rows.T.double()).Q
+    wanted = (x.double() - x.double() @ basis @ basis.T).float()
+    items = [ablate(name) for name in vectors]
+    for order in (items, items[::-1]):
+        found = plan(*order, vectors=vectors, compose="orthogonal")
+        torch.testing.assert_close(run(found, HookPoint(1), x), wanted, rtol=1e-4, atol=1e-5)
+    plain = run(plan(*items, vectors=vectors), HookPoint(1), x)
+    assert float((plain - wanted).norm()) > 0.1
+
+
+def test_ablations_of_one_point_need_the_same_tokens_where_they_overlap() -> None:
+    turned = torch.linalg.qr(draw(D, D)).Q
+    vectors = {"a": vector("a", draw(D)), "b": vector("b", draw(D, seed=2))}
+    items = ablate("a", where={"phases": ["prompt"]}), ablate("b")
+    with pytest.raises(SpecError, match="one 'where'") as caught:
+        plan(*items, vectors=vectors, compose="orthogonal")
+    assert (caught.value.code, caught.value.param) == ("not_composable", "/compose")
+    apart = {"a": vector("a", turned[0]), "b": vector("b", turned[1])}
+    assert len(plan(*items, vectors=apart, compose="orthogonal").rules) == 2
+
+
+OTHER: dict[str, dict[str, Any]] = {
+    "project": {"kind": "project", "vector": "b", "value": 1.0},
+    "swap": {"kind": "swap", "remove": "b", "add": "a"},
+    "rotate": {"kind": "rotate", "vector": "b", "toward": "a", "degrees": 20},
+    "patch": {"kind": "patch", "vector": "b"},
+    "low_rank": {"kind": "low_rank", "adapter": "reft"},
+    "clamp": {"kind": "clamp", "sae": "sae", "features": [0], "value": 1.0},
+    "concept": {"kind": "concept", "sae": "sae", "text": "sea"},
+}
+
+
+def compiled(*interventions: dict[str, Any]) -> SteeringPlan:
+    """With vectors on layer 1 and everything else of the kinds in `OTHER` too."""
+    vectors = {"a": vector("a", draw(D)), "b": vector("b", draw(D, seed=2))}
+    reft = LowRankAdapter.of({1: (torch.eye(2, D), draw(2, D), torch.zeros(2))})
+    library = MemoryLibrary(
+        vectors, {"sae": random_sae("standard", width=D, layer=1)}, {"reft": reft}
+    )
+    sources = Sources(library, fake_model(d_model=D), encode_text=lambda text, point: draw(2, D))
+    spec = {"interventions": list(interventions), "compose": "orthogonal"}
+    return compile_plan(parse_spec(spec), sources, CAPABILITIES)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("add", "ablate")])
+def test_a_kind_that_is_not_composed_is_refused_where_it_meets_another(kind: str) -> None:
+    for items in (
+        [OTHER[kind]] * 2,
+        [add("a", strength=1.0), OTHER[kind]],
+        [OTHER[kind], ablate("a")],
+    ):
+        with pytest.raises(SpecError, match=kind) as caught:
+            compiled(*items)
+        assert (caught.value.code, caught.value.param) == ("not_composable", "/compose")
+    assert compiled(OTHER[kind]).rules
+
+
+def test_what_is_added_is_not_parted_from_what_is_ablated() -> None:
+    with pytest.raises(SpecError, match="added that overlaps") as caught:
+        compiled(add("a", strength=1.0), ablate("b"))
+    assert caught.value.code == "not_composable"
 
 
 def test_problems_of_the_vectors_and_of_their_composition_are_told_together() -> None:

@@ -29,7 +29,8 @@ from steer.plan.cache import PlanCache
 from steer.plan.kinds import Blocks
 from steer.plan.points import row
 from steer.plan.resolve import Policy, Resolved
-from steer.spec import KINDS, SAERef, SteeringSpec, VectorRef, _Intervention, parse_spec
+from steer.plan.selection import resolve
+from steer.spec import KINDS, SAERef, SteeringSpec, VectorRef, Where, _Intervention, parse_spec
 
 INLINE = {"data": base64.b64encode(random_vector(7, 1).to_bytes()).decode(), "layer": 1}
 
@@ -73,7 +74,6 @@ EVERY_WAY = {
         {**ADD, "when": {"vector": "a", "below": 0.5, "layer": 0}},
     ],
     "when": {"vector": "gate", "above": 0.1, "layer": 0},
-    "compose": "orthogonal",
 }
 
 
@@ -83,6 +83,10 @@ def test_a_name_is_looked_up_once_and_means_one_thing_in_one_plan() -> None:
     assert library.asked == dict.fromkeys(("a", "b", "s", "lora", "gate"), 1)
     assert version("a", 1).sha256 in plan.artefacts
     assert version("a", 2).sha256 not in plan.artefacts
+    composed = {"interventions": [ADD, {**ADD, "vector": "b"}], "compose": "orthogonal"}
+    again = Restless()
+    PlanCache(again, shape_of(), EVERYTHING).plan(parse_spec(composed))
+    assert again.asked == dict.fromkeys(("a", "b"), 1)
 
 
 def test_a_plan_is_kept_under_what_it_was_made_of() -> None:
@@ -204,3 +208,63 @@ def test_a_kind_is_its_model_and_its_function(monkeypatch: pytest.MonkeyPatch) -
     assert caught.value.param == "/interventions/0/onto"
     missing = Garden.model_validate({"interventions": [{**item, "basis": "nobody"}]})
     assert [p.param for p in plans.check(missing)] == ["/interventions/0/basis"]
+
+
+LAST: dict[str, Any] = {"phases": ["prompt"], "positions": [[-1, None]]}
+
+
+@pytest.mark.parametrize(
+    ("card", "of_spec", "own", "means"),
+    [
+        (LAST, None, {"except": {"tokens": [7]}}, {**LAST, "except": {"tokens": [7]}}),
+        (LAST, {"except": {"tokens": [7]}}, None, {**LAST, "except": {"tokens": [7]}}),
+        (LAST, {"except": {"tokens": [7]}}, {}, {**LAST, "except": {"tokens": [7]}}),
+        (LAST, {}, {}, LAST),
+        (LAST, {"phases": ["generation"]}, None, {"phases": ["generation"]}),
+        (LAST, {"positions": [[0, 4]]}, {"except": {"tokens": [7]}},
+         {"positions": [[0, 4]], "except": {"tokens": [7]}}),
+        (LAST, {"except": {"tokens": [7]}}, {"except": {"tokens": [8, 7]}},
+         {**LAST, "except": {"tokens": [8, 7]}}),
+        (LAST, {"except": {"tokens": [7]}}, {"tokens": [8]}, {"tokens": [8]}),
+        ({**LAST, "except": {"positions": [[0, 1]]}}, None, {"except": {"positions": [[4, 5]]}},
+         {**LAST, "except": {"positions": [[4, 5], [0, 1]]}}),
+        (None, None, {"except": {"tokens": [7]}}, {"except": {"tokens": [7]}}),
+    ],
+)  # fmt: skip
+def test_a_where_that_only_excepts_narrows_what_holds_without_it(
+    card: Any, of_spec: Any, own: Any, means: Any
+) -> None:
+    where = None if card is None else Where.model_validate(card)
+    library = MemoryLibrary({"v": random_vector(0, 1, name="v", default_where=where)})
+    item = {"kind": "add", "vector": "v", "strength": 1.0, "where": own}
+    plans = PlanCache(library, shape_of(), EVERYTHING)
+    plan = plans.plan(parse_spec({"interventions": [item], "where": of_spec}))
+    assert plan.rules[0].selection == resolve(Where.model_validate(means), None)
+    assert plan.summary[0]["where"] == Where.model_validate(means).model_dump(
+        mode="json", by_alias=True, exclude_none=True
+    )
+
+
+def test_cards_are_narrowed_each_for_itself() -> None:
+    """One spec, two cards, and an `except` for both."""
+    cards = {"a": Where(phases=("prompt",)), "b": Where(phases=("generation",))}
+    library = MemoryLibrary(
+        {name: random_vector(0, 1, name=name, default_where=where) for name, where in cards.items()}
+    )
+    items = [{"kind": "add", "vector": name, "strength": 1.0} for name in cards]
+    spec = parse_spec({"interventions": items, "where": {"except": {"tokens": [7]}}})
+    plan = PlanCache(library, shape_of(), EVERYTHING).plan(spec)
+    assert [one.selection.phases for one in plan.rules] == [{"prompt"}, {"generation"}]
+    assert all(one.selection.excluded is not None for one in plan.rules)
+
+
+def test_two_exceptions_that_do_not_make_one_are_refused() -> None:
+    where = Where(phases=("prompt",), except_=Where(tokens=(1,)))
+    library = MemoryLibrary({"v": random_vector(0, 1, name="v", default_where=where)})
+    item = {"kind": "add", "vector": "v", "where": {"except": {"positions": [[0, 1]]}}}
+    with pytest.raises(SteerError, match="whole 'where'") as caught:
+        PlanCache(library, shape_of(), EVERYTHING).plan(parse_spec({"interventions": [item]}))
+    assert (caught.value.code, caught.value.param) == (
+        "two_exceptions",
+        "/interventions/0/where/except",
+    )
