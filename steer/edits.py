@@ -198,6 +198,16 @@ def rescaled(x: Float[Tensor, "T d"], norms: Float[Tensor, "T 1"]) -> Float[Tens
     return x * factors.masked_fill(factors.isinf(), 0.0)
 
 
+def overflow_shown(x: Float[Tensor, "T d"]) -> Float[Tensor, "T d"]:
+    """x with NaN in the rows whose norm float32 cannot hold.
+
+    A model's own norm would make zeros of such a row, and the answer would look like one; NaN
+    reaches the logits of that row's request, where it is found. Constants need no such look: they
+    are bounded when they are compiled (`steer.plan.checks`).
+    """
+    return x.masked_fill(~x.norm(dim=-1, keepdim=True).isfinite(), math.nan)
+
+
 def apply(block: Block, x: Tensor) -> Tensor:
     """`block` applied to every row of `x` `[..., d]`; the result has the dtype of `x`."""
     if block.is_shift and block.shift is not None:
@@ -213,7 +223,7 @@ def apply(block: Block, x: Tensor) -> Tensor:
         after = after + c @ block.write
     if block.preserve_norm:
         after = rescaled(after, before.norm(dim=-1, keepdim=True))
-    return after.to(x.dtype).reshape(x.shape)
+    return overflow_shown(after).to(x.dtype).reshape(x.shape)
 
 
 def gate_open(

@@ -5,6 +5,7 @@
     ├── UnknownArtefact        a name or hash that the registry does not hold
     ├── IncompatibleArtefact   an artefact that does not fit this model (width, layer, model)
     ├── Unsupported            a correct request that this engine cannot honour
+    ├── NotFinite              steering drove the model's numbers beyond what they can hold
     ├── FileFormatError        bytes that are not what they claim to be
     ├── TooLarge               over a configured limit
     ├── Conflict               would overwrite something that must not change
@@ -94,6 +95,12 @@ class Unsupported(SteerError):
     """A valid request that this engine, model or version cannot honour."""
 
     code = "unsupported"
+
+
+class NotFinite(SteerError):
+    """Edits that, alone or in the model, overflow: there is nothing left to answer from."""
+
+    code = "not_finite"
 
 
 class FileFormatError(SteerError):

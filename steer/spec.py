@@ -31,6 +31,8 @@ from steer.references import Names, Reference, references_in
 
 MAX_INTERVENTIONS = 64
 MAX_FEATURES = 256
+MAX_INTEGER = 2**53 - 1
+"""The largest integer of a spec: the last that all readers of JSON agree on (RFC 8259, 6)."""
 
 Phase: TypeAlias = Literal["prompt", "generation"]
 Site: TypeAlias = Literal[
@@ -104,7 +106,8 @@ def _sorted_layers(value: tuple[int, ...]) -> tuple[int, ...]:
 Number: TypeAlias = Annotated[
     float, Field(strict=True, allow_inf_nan=False), AfterValidator(_no_negative_zero)
 ]
-Index: TypeAlias = Annotated[int, Field(strict=True, ge=0)]
+Index: TypeAlias = Annotated[int, Field(strict=True, ge=0, le=MAX_INTEGER)]
+Bound: TypeAlias = Annotated[int, Field(strict=True, ge=-MAX_INTEGER, le=MAX_INTEGER)]
 Name: TypeAlias = Annotated[str, AfterValidator(_check_name)]
 Layers: TypeAlias = Annotated[
     tuple[Index, ...], Field(min_length=1, max_length=1024), AfterValidator(_sorted_layers)
@@ -198,12 +201,7 @@ class Where(_Frozen):
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)] | None = None
     positions: (
         Annotated[
-            tuple[
-                tuple[
-                    Annotated[int, Field(strict=True)], Annotated[int, Field(strict=True)] | None
-                ],
-                ...,
-            ],
+            tuple[tuple[Bound, Bound | None], ...],
             Field(min_length=1, max_length=256),
         ]
         | None

@@ -21,6 +21,15 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steer"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--requests",
+        type=int,
+        default=320,
+        help="how many requests the fuzz in tests/contract/test_isolation.py sends",
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_transformers() -> None:
     from transformers.utils import logging

@@ -282,6 +282,11 @@ def _own(row: Tensor) -> Tensor:
     return row.detach().to(torch.float32, copy=True).cpu().contiguous()
 
 
+_FLOAT32 = torch.finfo(torch.float32)
+_SHORTEST, _LONGEST = _FLOAT32.tiny**0.5, _FLOAT32.max**0.5
+"""Outside of them the square of a norm under- or overflows: the direction would be lost."""
+
+
 def check_rows(rows: Iterable[tuple[int, Tensor]], *, source: str = "the vector") -> int:
     """The common width of `rows`; raises `FileFormatError` unless they make a usable vector."""
     width: int | None = None
@@ -297,10 +302,18 @@ def check_rows(rows: Iterable[tuple[int, Tensor]], *, source: str = "the vector"
             )
         if not bool(torch.isfinite(row).all()):
             raise FileFormatError(f"{source}: layer {layer} contains NaN or Inf", code="not_finite")
+        length = float(row.double().norm())
         if not bool(row.any()):
             raise FileFormatError(
                 f"{source}: layer {layer} is all zeros, which steers nothing: leave the layer out",
                 code="zero_vector",
+            )
+        if not _SHORTEST <= length <= _LONGEST:
+            raise FileFormatError(
+                f"{source}: layer {layer} has the norm {length:.3g}, and float32 computes norms "
+                f"from {_SHORTEST:.3g} to {_LONGEST:.3g}: scale the row, and steer with another "
+                "strength",
+                code="norm_out_of_range",
             )
         width = row.numel()
     if width is None:

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from steer.batch.tables import TableView
-from steer.edits import coefficients, rescaled
+from steer.edits import coefficients, overflow_shown, rescaled
 
 
 def apply_table(
@@ -40,7 +40,7 @@ def apply_table(
     if needs.preserving and norms is not None:
         preserved = view.preserve.index_select(0, slots)[:, None]
         after = torch.where(preserved, rescaled(after, norms), after)
-    return torch.where((slots != 0)[:, None], after.to(x.dtype), x)
+    return torch.where((slots != 0)[:, None], overflow_shown(after).to(x.dtype), x)
 
 
 def _bank(

@@ -47,6 +47,10 @@ class Ledger:
         for sums in self.relative.values():
             sums[row] = 0.0
 
+    def contained(self, rows: Tensor, before: Tensor, after: Tensor) -> Tensor:  # noqa: ARG002
+        """States `[T, d]` of `rows` as the model goes on with them after an edit."""
+        return after
+
     def add_relative(self, point: HookPoint, rows: Tensor, sizes: Tensor) -> None:
         """Adds ‖Δx‖/‖x‖ of each token `[T]` to the sum of its row."""
         if point not in self.relative:
@@ -67,8 +71,20 @@ class PositionLedger(Ledger):
     def __init__(self, rows: int, max_length: int, device: torch.device) -> None:
         super().__init__(rows, device)
         self.applied = np.full((rows, max_length), UNSEEN, dtype=np.uint16)
+        self.not_finite = torch.zeros(rows, dtype=torch.bool, device=device)
+        """Rows of which a state, or the logits, once were not finite."""
         self._positions: Ints = np.zeros(0, dtype=np.int64)
         self._present: NDArray[np.bool_] = np.zeros(0, dtype=bool)
+
+    def contained(self, rows: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        """`after`, and `before` for tokens that the edit drove beyond all numbers: their requests
+        are known by it and get no answer, and the cache holds nothing by which attention over a
+        block's unused end (0 · NaN) would harm others."""
+        sound = after.float().norm(dim=-1).isfinite()
+        lost = ~sound & before.float().norm(dim=-1).isfinite()
+        counts = torch.zeros(len(self.not_finite), device=after.device)
+        self.not_finite |= counts.index_add_(0, rows, lost.float()) > 0
+        return torch.where(lost[:, None], before, after)
 
     def expect(self, rows: Ints, positions: Ints) -> None:
         """The row and the position of each token of the pass that comes; `NOBODY` is nobody's."""
@@ -78,6 +94,7 @@ class PositionLedger(Ledger):
     def reset(self, row: int) -> None:
         super().reset(row)
         self.applied[row] = UNSEEN
+        self.not_finite[row] = False
 
     def record(self, rows: Ints, applied: Ints) -> None:
         """Writes the applied of the present tokens; `rows` holds these alone."""
@@ -94,6 +111,7 @@ class PositionLedger(Ledger):
         alone = PositionLedger(1, length, self.gate_open.device)
         alone.tokens[0], alone.applied[0] = self.tokens[row], self.applied[row, :length]
         alone.gate_open[0], alone.gate_value[0] = self.gate_open[row], self.gate_value[row]
+        alone.not_finite[0] = self.not_finite[row]
         alone.relative = {p: sums[row : row + 1].clone() for p, sums in self.relative.items()}
         return alone
 
@@ -114,7 +132,9 @@ class PositionLedger(Ledger):
         bigger = PositionLedger(2 * rows, length, self.gate_open.device)
         bigger.tokens[:rows], bigger.applied[:rows] = self.tokens, self.applied
         bigger.gate_open[:rows], bigger.gate_value[:rows] = self.gate_open, self.gate_value
+        bigger.not_finite[:rows] = self.not_finite
         for point, sums in self.relative.items():
             bigger.relative[point] = torch.cat([sums, torch.zeros_like(sums)])
         self.tokens, self.applied, self.relative = bigger.tokens, bigger.applied, bigger.relative
         self.gate_open, self.gate_value = bigger.gate_open, bigger.gate_value
+        self.not_finite = bigger.not_finite

@@ -87,8 +87,10 @@ class Step:
                 flat = self._apply(work, flat)
             elif self._shared[work.number]:
                 flat = apply(work.table.blocks[self._shared[work.number]], flat)
-        if self._measured is not None and flat is not before:
-            self._measure(point, before, flat)
+        if flat is not before:
+            flat = self._ledger.contained(self._row_index, before, flat)
+            if self._measured is not None:
+                self._measure(point, before, flat, self._measured)
         return flat.reshape(x.shape)
 
     def carry_on(self, changes: Mapping[int, Ints]) -> None:
@@ -173,12 +175,13 @@ class Step:
         mine, slots = x.index_select(0, work.rows), slots.index_select(0, work.rows)
         return x.index_copy(0, work.rows, apply_table(work.view, mine, slots, work.solo))
 
-    def _measure(self, point: HookPoint, before: Tensor, after: Tensor) -> None:
+    def _measure(self, point: HookPoint, before: Tensor, after: Tensor, measured: Tensor) -> None:
         tiny = torch.finfo(torch.float32).tiny
         size = (after.float() - before.float()).norm(dim=-1) / before.float().norm(
             dim=-1
         ).clamp_min(tiny)
-        self._ledger.add_relative(point, self._row_index, size * self._measured)
+        # Tokens that nobody measures count as 0, whatever became of them.
+        self._ledger.add_relative(point, self._row_index, size.masked_fill(~measured, 0.0))
 
 
 def build_step(

@@ -276,7 +276,12 @@ class Tables(SlotTables[_PlanHolding]):
 
     def _take(self, plan: SteeringPlan) -> _PlanHolding:
         held = _PlanHolding(self._free_slot(), plan=plan)
-        self._write(held.slot, plan)
+        try:
+            self._write(held.slot, plan)
+        except Exception:
+            self._clear(held.slot, plan)
+            self._free.append(held.slot)
+            raise
         return held
 
     def _free_slot(self) -> int:
@@ -313,10 +318,9 @@ class Tables(SlotTables[_PlanHolding]):
     def _clear(self, slot: int, plan: SteeringPlan) -> None:
         for number, one in enumerate(plan.rules):
             for point in one.blocks:
-                table = self._by_point[point][number]
-                if table is not None:
+                if (tables := self.at(point)) and (table := tables[number]) is not None:
                     table.clear(slot)
             if one.gate is not None:
-                rows = self._gates[one.gate.point][number]
-                if rows is not None:
+                gates = self.gates(one.gate.point)
+                if gates and (rows := gates[number]) is not None:
                     rows.clear(slot)

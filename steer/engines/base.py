@@ -22,8 +22,9 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen. `temperature` 0 is greedy; `logprobs` is the number of alternatives
-    to report beside the chosen token (0: only the chosen one, None: nothing).
+    """How tokens are chosen. A `temperature` of 0 is greedy, and so is one below 1e-5; `logprobs`
+    is the number of alternatives to report beside the chosen token (0: only the chosen one, None:
+    nothing).
 
     An answer ends with any of the model's own end tokens, unless `ignore_eos` is set, and with any
     of `stop_token_ids`."""
@@ -189,8 +190,9 @@ class Engine(Protocol):
     """Runs requests with their plans, many in one batch.
 
     Guarantees: a request's tokens do not depend on its neighbours; a plan is applied to exactly
-    the tokens its selections name, or the request is refused; slots are freed however a request
-    ends (finished, cancelled by closing the iterator, failed).
+    the tokens its selections name, or the request is refused; one whose numbers stop being finite
+    ends with `NotFinite` and alone, and a capture of such states raises it; slots are freed however
+    a request ends (finished, cancelled by closing the iterator, failed).
     """
 
     info: ModelInfo

@@ -1,11 +1,11 @@
-"""What makes a request impossible on any engine, found before it is queued."""
+"""What makes a request impossible on any engine: found before it is queued, or in what it gave."""
 
 from __future__ import annotations
 
 from math import inf
 
-from steer.engines.base import GenerationRequest, SamplingParams
-from steer.errors import SpecError, SteerError
+from steer.engines.base import Captured, GenerationRequest, SamplingParams
+from steer.errors import EngineError, NotFinite, SpecError, SteerError
 from steer.model import ModelInfo
 
 
@@ -45,3 +45,28 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
                 code="invalid_sampling",
                 param=f"/{name}",
             )
+
+
+def not_finite(what: str, *, steered: bool) -> SteerError:
+    """Why there is no answer where `what` of a request holds NaN or infinity: its steering, or, in
+    a request without, the model itself."""
+    if steered:
+        return NotFinite(
+            f"with this steering {what} are not finite: use a smaller strength or value, and look "
+            "at the states with a small one first"
+        )
+    return EngineError(
+        f"{what} are not finite, without any steering: load the model in a wider dtype",
+        code="not_finite",
+    )
+
+
+def check_captured(captured: Captured, *, steered: bool) -> None:
+    """Raises what `not_finite` says for states without a finite norm in float32, of which no
+    reading makes sense, and for logits that name no likeliest token."""
+    for point, rows in captured.states.items():
+        if not bool(rows.norm(dim=-1).isfinite().all()):
+            raise not_finite(f"the states at {point}", steered=steered)
+    logits = captured.logits
+    if logits is not None and not bool(logits.amax(-1).isfinite().all()):
+        raise not_finite("the model's logits", steered=steered)

@@ -15,7 +15,7 @@ from steer.artefacts.sae.labels import FeatureLabel
 from steer.engines.base import Captured, CaptureRequest, Engine
 from steer.errors import IncompatibleArtefact, SpecError, SteerError, pointer
 from steer.inspection.heatmap import HeatMap
-from steer.inspection.method import Inspection, reads_states
+from steer.inspection.method import Finite, Inspection, reads_states
 from steer.inspection.selection import (
     LayerChoice,
     PositionChoice,
@@ -80,7 +80,7 @@ class ActiveFeature(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     feature: int
-    activation: float
+    activation: Finite
     label: FeatureLabel | None = None
 
 

@@ -18,7 +18,7 @@ from steer.artefacts.library import Library
 from steer.engines.base import CaptureRequest, Engine
 from steer.errors import SteerError, UnknownArtefact
 from steer.inspection.heatmap import HeatMap
-from steer.inspection.method import Inspection, reads_logits
+from steer.inspection.method import Finite, Inspection, reads_logits
 from steer.inspection.next_token import TokenChance, top_tokens
 from steer.inspection.selection import (
     LayerChoice,
@@ -60,7 +60,7 @@ class LensCell(BaseModel):
     layer: int
     position: int
     top: tuple[TokenChance, ...]
-    entropy: float
+    entropy: Finite
 
 
 class LogitLensResult(BaseModel):

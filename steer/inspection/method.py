@@ -7,20 +7,34 @@ people; a method without one is still served, listed and called from Python.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel
 
 from steer.engines.base import Engine
-from steer.errors import Unsupported
+from steer.errors import NotFinite, Unsupported
 from steer.inspection.heatmap import HeatMap
 from steer.model import Capabilities
 from steer.spec import Site
 
 STREAM: tuple[Site, ...] = ("resid_pre", "resid_mid", "resid_post")
 """The sites that hold the residual stream itself, which the output matrix can read."""
+
+
+def _finite(number: float) -> float:
+    if not math.isfinite(number):
+        raise NotFinite(
+            f"a reading is {number!r}: the states are too large for what reads them; use a smaller "
+            "strength, or another artefact to read with"
+        )
+    return number
+
+
+Finite: TypeAlias = Annotated[float, AfterValidator(_finite)]
+"""A number in an answer: JSON has neither NaN nor infinity, and neither says anything."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from steer.inspection.method import Finite
 from steer.prompts import token_texts
 
 
@@ -18,7 +19,7 @@ class TokenChance(BaseModel):
 
     token: str
     id: int
-    probability: float
+    probability: Finite
 
 
 def top_tokens(

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
 from steer.edits import BIAS, INTERCEPT, LAW_FIELDS, RELATIVE, SLOPE, Block, TopKCutoff
-from steer.errors import IncompatibleArtefact, SteerError
+from steer.errors import IncompatibleArtefact, NotFinite, SteerError
 from steer.model import HookPoint, ModelInfo
 from steer.plan.plan import Gate, Rule
+
+LONGEST_EDIT = 2.0**50
+"""The longest row that may be added: about 1.1e15, where the states of models have norms up to
+about 1e6. However many edits add up, float32 then holds the square of the norm, which every model
+computes; one that overflows would make zeros of the state."""
 
 
 def check_block(point: HookPoint, block: Block, error: type[SteerError]) -> None:
@@ -13,6 +23,15 @@ def check_block(point: HookPoint, block: Block, error: type[SteerError]) -> None
     fault = _shape_fault(block) or _value_fault(block)
     if fault is not None:
         raise error(f"the edit at {point} {fault}", code="invalid_edit")
+
+
+def check_size(blocks: Mapping[HookPoint, Block], model: ModelInfo) -> None:
+    """Raises `NotFinite` for edits that would overflow, whatever the state they meet."""
+    largest = torch.finfo(getattr(torch, model.dtype)).max
+    for point, block in blocks.items():
+        fault = _value_fault(block) or _size_fault(block, largest, model.dtype)
+        if fault is not None:
+            raise NotFinite(f"the edit at {point} {fault}")
 
 
 def check_gate(gate: Gate, error: type[SteerError]) -> None:
@@ -80,6 +99,36 @@ def _value_fault(block: Block) -> str | None:
             return "contains NaN"
     if not all(bool(row.isfinite().all()) for row in rows):
         return "is not finite in float32: use a smaller strength or value"
+    return None
+
+
+def _size_fault(block: Block, largest: float, dtype: str) -> str | None:
+    """What is wrong with the rows that a block adds or, in place of others, writes."""
+    if block.shift is not None:
+        fault = _row_fault(block.shift[None], largest, dtype)
+        if fault is not None:
+            return fault
+    if block.write is None or block.laws is None:
+        return None
+    written = block.laws[:, INTERCEPT, None] * block.write
+    # What a relative law adds depends on the state.
+    absolute = written[block.laws[:, RELATIVE] == 0]
+    return _row_fault(written, torch.inf, dtype) or _row_fault(absolute, largest, dtype)
+
+
+def _row_fault(rows: Tensor, largest: float, dtype: str) -> str | None:
+    number = float(rows.abs().max()) if rows.numel() else 0.0
+    if number > largest:
+        return (
+            f"adds {number:.3g} to a coordinate, and {dtype} ends at {largest:.3g}: use a smaller "
+            "strength or value, or load the model in a wider dtype"
+        )
+    length = float(rows.double().norm(dim=-1).max()) if rows.numel() else 0.0
+    if length > LONGEST_EDIT:
+        return (
+            f"has a length of {length:.3g}, and models cannot compute with more than "
+            f"{LONGEST_EDIT:.3g}: use a smaller strength or value"
+        )
     return None
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from steer.errors import SpecError, SteerError, pointer
 from steer.model import Capabilities, forward_order
+from steer.plan.checks import check_size
 from steer.plan.composition import compose
 from steer.plan.kinds import Blocks, blocks_of
 from steer.plan.plan import AS_REQUESTED, Gate, Rule, SteeringPlan, check_rules
@@ -51,7 +52,7 @@ def compile_plan(
     compiled: list[_Compiled] = []
     for one in resolved:
         with problems.of(one.place):
-            compiled.append(_Compiled(one, _blocks(one, spec)))
+            compiled.append(_Compiled(one, _blocks(one, asked)))
     problems.raise_any()
     rules = _packed(compiled)
     limit = capabilities.limits.get("passes")
@@ -110,9 +111,13 @@ class _Compiled(NamedTuple):
     blocks: Blocks
 
 
-def _blocks(one: Resolved, spec: SteeringSpec) -> Blocks:
+def _blocks(one: Resolved, asked: Compilation) -> Blocks:
     blocks = blocks_of(one)
-    if spec.norm == "preserve":
+    try:
+        check_size(blocks, asked.sources.model)
+    except SteerError as error:
+        raise error.at(_size_param(one, asked.spec)) from None
+    if asked.spec.norm == "preserve":
         blocks = {p: replace(block, preserve_norm=True) for p, block in blocks.items()}
     if one.fault is not None:
         raise one.fault
@@ -127,6 +132,15 @@ def _blocks(one: Resolved, spec: SteeringSpec) -> Blocks:
                 code="gate_after_edit",
             )
     return blocks
+
+
+def _size_param(one: Resolved, spec: SteeringSpec) -> str:
+    """The field that says how large an edit is; what it names, where that is left to the card."""
+    asked = spec.interventions[one.place]
+    for name in ("strength", "value"):
+        if getattr(asked, name, None) is not None:
+            return pointer(name)
+    return one.named[0][0].param
 
 
 # Packing

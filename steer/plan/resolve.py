@@ -6,10 +6,12 @@ fields, its hook points, its tokens and its gate. Later steps ask nobody else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor
 
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
@@ -236,8 +238,8 @@ class Resolver:
             name="inline" if reference.name is None else vector.card.name,
             point=point,
             direction=direction / direction.norm(),
-            above=-float("inf") if when.above is None else when.above,
-            below=float("inf") if when.below is None else when.below,
+            above=-math.inf if when.above is None else _bound(when.above),
+            below=math.inf if when.below is None else _bound(when.below),
             cosine=when.measure == "cosine",
             prompt_scope=when.scope == "prompt",
         )
@@ -269,3 +271,9 @@ class Resolver:
             return row(vector, point.layer)
         except SteerError as error:
             raise error.at(layer_at) from None
+
+
+def _bound(value: float) -> float:
+    """A gate's bound as far as float32, in which gates read, has numbers: none is beyond."""
+    largest = torch.finfo(torch.float32).max
+    return min(max(value, -largest), largest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +61,7 @@ def compiled_blocks(model: Any) -> Any:
 
 
 def with_lora(model: Any) -> Any:
-    peft = pytest.importorskip("peft")
+    peft = importlib.import_module("peft")
     config = peft.LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False)
     return peft.get_peft_model(model, config).eval()
 
@@ -195,7 +196,7 @@ def _bart() -> Any:
 
 
 def _virtual_tokens() -> Any:
-    peft = pytest.importorskip("peft")
+    peft = importlib.import_module("peft")
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     return peft.get_peft_model(build("llama"), config)
 

@@ -384,7 +384,8 @@ def test_a_failing_pass_fails_its_requests_and_no_others(
     def explode(module: torch.nn.Module, args: Any) -> None:
         nonlocal passes
         passes += 1
-        if passes == fail_at + 1:
+        # Twice: prompts whose pass failed are tried again, each in a pass of its own.
+        if passes in (fail_at + 1, fail_at + 2):
             raise RuntimeError("the accelerator fell off")
 
     handle = llama._hooked.model.register_forward_pre_hook(explode)
@@ -413,23 +414,28 @@ async def _outcomes(
     return await asyncio.gather(*map(follow, requests))
 
 
-def test_prompts_that_ended_before_their_neighbours_failed_are_given_back_once(
-    llama: TransformersEngine,
-) -> None:
-    """One join computes prompts of unlike length apart: the first ends, then the second fails."""
-    short = GenerationRequest(
-        "a", (5,), SamplingParams(max_tokens=1, temperature=0), plan(llama, SPECS["everything"])
-    )
-    long = GenerationRequest("b", tuple(range(3, 60)), SamplingParams(max_tokens=1, temperature=0))
+@pytest.mark.parametrize("length", [3, 60], ids=["in one pass", "in passes apart"])
+def test_a_prompt_whose_pass_fails_fails_alone(llama: TransformersEngine, length: int) -> None:
+    """Its neighbours are those computed with it, before it, and those that run already."""
+    sampling = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+    steered = plan(llama, SPECS["everything"])
+    others = [
+        GenerationRequest("a", (5, 6), sampling, steered),
+        GenerationRequest("b", (7,), sampling),
+    ]
+    wanted = llama.complete(others)
+    bad = GenerationRequest("c", tuple(range(30, 30 + length)), sampling, steered)
 
     def explode(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if kwargs["input_ids"].shape[1] > 20:
-            raise RuntimeError("too long")
+        if 30 in kwargs["input_ids"]:
+            raise RuntimeError("no such token")
 
     handle = llama._hooked.model.register_forward_pre_hook(explode, with_kwargs=True)
-    for listener in submit_together(llama, (short, long)):
-        with pytest.raises(EngineError, match="too long"):
-            listener.result()
+    first, last, second = submit_together(llama, (others[0], bad, others[1]))
+    with pytest.raises(EngineError, match="no such token"):
+        last.result()
+    for listener, completion in zip((first, second), wanted, strict=True):
+        assert_same(listener.result(), completion)
     handle.remove()
     assert_all_free(llama)
 

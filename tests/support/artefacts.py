@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +45,11 @@ def random_vector(seed: int, *layers: int, width: int = 16, **card: Any) -> Cont
     rows = {layer: torch.randn(width, generator=generator) for layer in layers}
     measures = {layer: LayerMeasure(positive=1.5, negative=-0.5) for layer in layers}
     return ControlVector.of(rows, **{"measures": measures, **card})
+
+
+def has_direction(row: Sequence[float]) -> bool:
+    """Whether a row of numbers may be a vector's: float32 must be able to compute its norm."""
+    return 1.1e-19 < math.hypot(*row) < 1.8e19
 
 
 def calibration(

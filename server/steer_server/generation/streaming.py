@@ -64,8 +64,9 @@ async def events(
                     yield _event(chunk)
     except Exception as error:
         # The status line is long gone: OpenAI's clients raise on an event with an error in it.
-        log.exception("request %s failed while streaming", run.id)
-        _, body = failure(error)
+        status, body = failure(error)
+        if status >= 500:
+            log.exception("request %s failed while streaming", run.id)
         serving.metrics.rejects.labels(code=body["error"]["code"]).inc()
         yield _event(body)
     yield "data: [DONE]\n\n"

@@ -61,7 +61,7 @@ async def with_receipt(
                 async for event in events:
                     failed |= event.startswith(_ERROR)
                     if failed:
-                        passing, held = [held, event], ""
+                        passing, held = [held, _told(event, pending)], ""
                     elif event.startswith(_DONE):
                         passing, held = [_last(held, pending), event], ""
                     elif event.startswith(_DATA) and pending.complete:
@@ -78,6 +78,13 @@ async def with_receipt(
 
 class _Failed(Exception):
     """vLLM has told the client of an error; the metrics are to know."""
+
+
+def _told(event: str, pending: PendingReceipts) -> str:
+    """vLLM's error event; with our own code where the steering is the reason."""
+    if pending.refused is None or not event.startswith(_ERROR):
+        return event
+    return f"{_DATA}{json.dumps(failure(pending.refused)[1])}\n\n"
 
 
 def _last(held: str, pending: PendingReceipts) -> str:

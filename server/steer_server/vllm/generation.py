@@ -128,6 +128,8 @@ async def _whole(
                 beside.cancel()
         if response is None or (beside is not None and default is None):
             raise ClientDisconnect
+        if pending.refused is not None:
+            raise pending.refused
         for answer in (response, default):
             if answer is not None and answer.status_code >= 400:
                 raise _Refused(answer)

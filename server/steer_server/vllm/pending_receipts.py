@@ -7,6 +7,7 @@ from typing import Any
 
 from steer.engines.base import Receipt
 from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
+from steer.errors import SteerError
 
 
 @dataclass(eq=False)
@@ -19,6 +20,8 @@ class PendingReceipts:
     ticket: Ticket
     prompts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """The tokens of each prompt, once the engine has begun with it."""
+    refused: SteerError | None = None
+    """What the client is told where its steering left nothing to answer from."""
     _receipts: dict[int, list[Receipt] | None] = field(default_factory=dict)
 
     def begin(self) -> int:

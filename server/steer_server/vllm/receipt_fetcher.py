@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from steer.engines.base import Receipt
-from steer.engines.vllm.messages import read_receipt
+from steer.engines.vllm.messages import leaves_unsteered, read_receipt
 from steer.engines.vllm.pipeline import merged_answers
 from steer.errors import EngineError
 
@@ -42,7 +42,8 @@ class ReceiptFetcher:
     async def fetch(self, key: str, fed: Mapping[int, int]) -> list[Receipt]:
         """The receipts of the choices in `fed` (tokens fed by each), in order.
 
-        Raises `EngineError` where one of them cannot be had.
+        Raises `EngineError` where one of them cannot be had, `NotFinite` where the steering of one
+        ran over.
         """
         future: asyncio.Future[Mapping[int, Any]] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(key, dict(fed), future))
@@ -73,8 +74,8 @@ class ReceiptFetcher:
         try:
             workers = await self._ask([*asked, *((key, {}) for key in dropped)])
             answers = merged_answers(workers)
-            faults = [one for answer in answers for one in answer.values() if "error" in one]
-            if faults and self._cleanse is not None:
+            unsteered = any(leaves_unsteered(one) for found in answers for one in found.values())
+            if unsteered and self._cleanse is not None:
                 await self._cleanse()
             for one, answer in zip(batch, answers, strict=False):
                 if not one.future.done():

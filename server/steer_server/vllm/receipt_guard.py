@@ -20,8 +20,9 @@ from anyio import to_thread
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 
+from steer.engines.base import Receipt
 from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
-from steer.errors import SpecError, SteerError
+from steer.errors import NotFinite, SpecError, SteerError
 from steer_server.generation.steering import Steering
 from steer_server.metrics import Metrics
 from steer_server.vllm.pending_receipts import Count, PendingReceipts, renewed, with_ticket
@@ -125,7 +126,7 @@ class ReceiptGuard:
                     if output.finished and not count.failed:
                         receipts = []
                         if ticket is not None:
-                            receipts = await self._calls.fetch(ticket.key, count.fed)
+                            receipts = await self._fetch(ticket.key, count.fed, pending)
                             fetched = True
                         pending.close(number, receipts)
                         self._finished(receipts, clock, max(count.generated.values()))
@@ -133,6 +134,15 @@ class ReceiptGuard:
         finally:
             if ticket is not None and not fetched:
                 self._calls.drop(ticket.key)
+
+    async def _fetch(
+        self, key: str, fed: dict[int, int], pending: PendingReceipts
+    ) -> list[Receipt]:
+        try:
+            return await self._calls.fetch(key, fed)
+        except NotFinite as error:
+            pending.refused = error
+            raise refusal(error) from error
 
     def _finished(self, receipts: list[Any], clock: _Clock | None, generated: int) -> None:
         for receipt in receipts:

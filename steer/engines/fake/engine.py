@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,8 +32,9 @@ from steer.engines.base import (
     TokenEvent,
     TokenLogprob,
 )
+from steer.engines.checks import check_request
 from steer.engines.fake.tokenizer import ByteTokenizer
-from steer.errors import CapacityError, EngineError, SteerError
+from steer.errors import CapacityError, EngineError
 from steer.model import Capabilities, HookPoint, ModelInfo, forward_order
 from steer.plan.plan import SteeringPlan
 from steer.spec import KINDS, SITES
@@ -89,14 +90,19 @@ def _wake(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
+def _everybody(_: GenerationRequest) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class FakeFailure:
-    """What goes wrong: raise `error` after `after` tokens."""
+    """What goes wrong: raise `error` after `after` tokens of the requests that `of` is true for."""
 
     after: int = 0
     error: Exception = field(
         default_factory=lambda: EngineError("the fake engine was told to fail")
     )
+    of: Callable[[GenerationRequest], bool] = _everybody
 
 
 def fake_model(**changes: Any) -> ModelInfo:
@@ -157,12 +163,7 @@ class FakeEngine:
         self.running = False
 
     def admit(self, request: GenerationRequest) -> None:
-        if not request.prompt or len(request.prompt) >= self.info.max_length:
-            raise SteerError(
-                f"the prompt has {len(request.prompt)} tokens; {self.info.name!r} takes 1 to "
-                f"{self.info.max_length - 1}",
-                code="context_length_exceeded",
-            )
+        check_request(request, self.info, self.info.max_length)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
         self.admit(request)
@@ -186,8 +187,12 @@ class FakeEngine:
         for request in requests:
             self.admit(request)
             self._begin(request)
-            events = list(_events(request, self.info.max_length, self.failure))
-            self._end(request, "finished")
+            outcome = "failed"
+            try:
+                events = list(_events(request, self.info.max_length, self.failure))
+                outcome = "finished"
+            finally:
+                self._end(request, outcome)
             done.append(_completion(events))
         return done
 
@@ -273,7 +278,7 @@ def _events(
     limit = min(request.sampling.max_tokens, max_length - len(request.prompt))
     generated: list[int] = []
     for token in _script(request):
-        if failure is not None and len(generated) == failure.after:
+        if failure is not None and len(generated) == failure.after and failure.of(request):
             raise failure.error
         generated.append(token)
         ends = token in request.sampling.stop_token_ids or (

@@ -15,12 +15,19 @@ from torch import Tensor
 from steer.batch.requests import Span, SteeredRequest
 from steer.batch.step import Step, build_step
 from steer.batch.tables import Tables
-from steer.engines.base import GenerationRequest, TokenEvent
+from steer.engines.base import GenerationRequest
+from steer.engines.listeners import Item
 from steer.engines.transformers.cache import RollingCache
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.prompts import run_prompts
 from steer.engines.transformers.proof import prove_steering
-from steer.engines.transformers.sequences import BatchSequence, RequestRows, take_tokens
+from steer.engines.transformers.sequences import (
+    BatchSequence,
+    RequestRows,
+    failure_of,
+    is_last,
+    take_tokens,
+)
 
 
 class RollingBatch:
@@ -64,13 +71,20 @@ class RollingBatch:
         """Gives back what `take` took."""
         self._request_rows.give_back(steered)
 
-    def join(self, newcomers: Sequence[BatchSequence]) -> list[tuple[BatchSequence, TokenEvent]]:
+    def join(self, newcomers: Sequence[BatchSequence]) -> list[tuple[BatchSequence, Item]]:
         """Computes the prompts, samples their first tokens and adds the sequences to the batch.
 
         Prompts of like length are computed together, at most `prefill_tokens` at a time.
         """
-        events: list[tuple[BatchSequence, TokenEvent]] = []
+        items: list[tuple[BatchSequence, Item]] = []
         for group in self._groups(newcomers):
+            items += self._join(group)
+        self._changed()
+        return items
+
+    def _join(self, group: Sequence[BatchSequence]) -> list[tuple[BatchSequence, Item]]:
+        """One group in one pass; where that fails, each of its prompts in a pass of its own."""
+        try:
             done = run_prompts(
                 self.hooked,
                 self.tables,
@@ -79,15 +93,28 @@ class RollingBatch:
                 [s.request.prompt for s in group],
                 chunk=self._chunk,
             )
-            if done.logits is None:
-                raise AssertionError("the last chunk computes logits")
-            self._cache.adopt(done.cache, done.mask)
-            self.sequences.extend(group)
-            events += self._take(group, done.logits[:, -1])
-        self._changed()
-        return events
+        except Exception as error:
+            return self._join_apart(group, error)
+        if done.logits is None:
+            raise AssertionError("the last chunk computes logits")
+        self._cache.adopt(done.cache, done.mask)
+        self.sequences.extend(group)
+        return self._take(group, done.logits[:, -1])
 
-    def decode(self) -> list[tuple[BatchSequence, TokenEvent]]:
+    def _join_apart(
+        self, group: Sequence[BatchSequence], error: Exception
+    ) -> list[tuple[BatchSequence, Item]]:
+        """The batch has no part in a prompt's pass, so that it goes on without who made it fail."""
+        if len(group) == 1:
+            self.give_back(group[0].steered)
+            return [(group[0], failure_of(error))]
+        items: list[tuple[BatchSequence, Item]] = []
+        for sequence in group:
+            self.ledger.recount(sequence.steered.row)
+            items += self._join([sequence])
+        return items
+
+    def decode(self) -> list[tuple[BatchSequence, Item]]:
         """One token for every sequence."""
         logits = self._forward()
         self._cache.advance()
@@ -161,13 +188,13 @@ class RollingBatch:
 
     def _take(
         self, sequences: Sequence[BatchSequence], logits: Tensor
-    ) -> list[tuple[BatchSequence, TokenEvent]]:
-        """Samples from each row; finished sequences leave the batch."""
-        events = take_tokens(list(sequences), logits, self.ledger, self.eos)
-        for sequence, event in events:
-            if event.finish:
+    ) -> list[tuple[BatchSequence, Item]]:
+        """Samples from each row; ended sequences leave the batch."""
+        items = take_tokens(list(sequences), logits, self.ledger, self.eos)
+        for sequence, item in items:
+            if is_last(item):
                 self.leave(sequence)
-        return events
+        return items
 
     def _groups(self, newcomers: Sequence[BatchSequence]) -> list[list[BatchSequence]]:
         groups: list[list[BatchSequence]] = []

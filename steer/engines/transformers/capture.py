@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from steer.batch.requests import SteeredRequest
 from steer.engines.base import Captured, CaptureRequest, GenerationRequest
+from steer.engines.checks import check_captured
 from steer.engines.transformers.prompts import run_prompts
 from steer.engines.transformers.sequences import Batch
 from steer.errors import SpecError
@@ -65,7 +66,9 @@ def _capture_group(
                 else done.logits[row]
             )
             logits = kept.cpu().clone()
-        results.append(Captured(states, logits))
+        captured = Captured(states, logits)
+        check_captured(captured, steered=plans[row] is not None)
+        results.append(captured)
     return results
 
 

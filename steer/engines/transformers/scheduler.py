@@ -19,8 +19,9 @@ from typing import Protocol, TypeVar
 import torch
 
 from steer.engines.base import GenerationRequest, TokenEvent
+from steer.engines.listeners import Item
 from steer.engines.transformers.sampling import Sampler
-from steer.engines.transformers.sequences import Batch, BatchSequence
+from steer.engines.transformers.sequences import Batch, BatchSequence, failure_of, is_last
 from steer.errors import EngineError, SteerError
 
 Result = TypeVar("Result")
@@ -65,8 +66,9 @@ class Figures:
 class Scheduler:
     """Assumes: `batch` is used by nobody else.
 
-    Guarantees: first come, first served; a request that finds no slot waits; when a step fails,
-    the requests in it fail with `EngineError` and the engine goes on.
+    Guarantees: first come, first served; a request that finds no slot waits; what is wrong with
+    one request ends that one alone; when a step fails, the requests in it fail with `EngineError`
+    and the engine goes on.
     """
 
     def __init__(self, batch: Batch) -> None:
@@ -188,10 +190,8 @@ class Scheduler:
             self._waiting.popleft()
             try:
                 newcomers.append(self._running(submission))
-            except SteerError as error:
-                _refuse(submission, error)
             except Exception as error:
-                _refuse(submission, _engine_error(error))
+                _refuse(submission, failure_of(error))
         if newcomers:
             try:
                 self._hand_out(self._batch.join(newcomers), touched)
@@ -210,7 +210,7 @@ class Scheduler:
             if not sequence.tokens:
                 self._batch.give_back(sequence.steered)
             listener = self._tickets.pop(id(sequence)).listener
-            listener.fail(_engine_error(error))
+            listener.fail(failure_of(error))
             touched[id(listener)] = listener
 
     def _running(self, submission: Submission) -> BatchSequence:
@@ -227,28 +227,25 @@ class Scheduler:
         return sequence
 
     def _hand_out(
-        self, events: list[tuple[BatchSequence, TokenEvent]], touched: dict[int, Listener]
+        self, items: list[tuple[BatchSequence, Item]], touched: dict[int, Listener]
     ) -> None:
-        for sequence, event in events:
+        for sequence, item in items:
             submission = self._tickets[id(sequence)]
-            if event.finish:
+            if is_last(item):
                 del self._tickets[id(sequence)]
-            if not submission.cancelled:
-                submission.listener.put(event)
-                touched[id(submission.listener)] = submission.listener
+            if submission.cancelled:
+                continue
+            if isinstance(item, SteerError):
+                submission.listener.fail(item)
+            else:
+                submission.listener.put(item)
+            touched[id(submission.listener)] = submission.listener
 
     def _fail_batch(self, error: Exception, touched: dict[int, Listener]) -> None:
         for sequence in self._batch.clear():
             submission = self._tickets.pop(id(sequence))
-            submission.listener.fail(_engine_error(error))
+            submission.listener.fail(failure_of(error))
             touched[id(submission.listener)] = submission.listener
-
-
-def _engine_error(error: Exception) -> SteerError:
-    # A new one for each request: an exception that is raised in two threads mixes their traces.
-    if isinstance(error, EngineError):
-        return EngineError(error.message, param=error.param, code=error.code)
-    return EngineError(f"the engine failed: {type(error).__name__}: {error}")
 
 
 def _refuse(submission: Submission, error: SteerError) -> None:

@@ -11,14 +11,13 @@ from torch import Tensor
 from steer.batch.ledger import Ledger
 from steer.batch.requests import SteeredRequest
 from steer.batch.tables import Tables
-from steer.engines.base import (
-    FinishReason,
-    GenerationRequest,
-    TokenEvent,
-)
+from steer.engines.base import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
+from steer.engines.checks import not_finite
+from steer.engines.listeners import Item
 from steer.engines.receipts import make_receipt
 from steer.engines.transformers.hooks import HookedModel
-from steer.engines.transformers.sampling import Sampler, choose, logprobs
+from steer.engines.transformers.sampling import NO_TOKEN, Sampler, choose, logprobs
+from steer.errors import EngineError, SteerError
 
 
 @dataclass
@@ -50,8 +49,9 @@ class Batch(Protocol):
     """A running batch, as the scheduler and captures use it.
 
     Assumes: one thread.
-    Guarantees: a sequence's tokens do not depend on its neighbours; slots and ledger rows are
-    given back when it leaves, for whatever reason.
+    Guarantees: a sequence's tokens do not depend on its neighbours, nor does its life: what is
+    wrong with one is handed out as its error; slots and ledger rows are given back when it leaves,
+    for whatever reason.
     """
 
     hooked: HookedModel
@@ -72,11 +72,11 @@ class Batch(Protocol):
     def give_back(self, steered: SteeredRequest) -> None:
         """Gives back what `take` took."""
 
-    def join(self, newcomers: Sequence[BatchSequence]) -> list[tuple[BatchSequence, TokenEvent]]:
-        """Takes sequences in; the tokens that this already gave."""
+    def join(self, newcomers: Sequence[BatchSequence]) -> list[tuple[BatchSequence, Item]]:
+        """Takes sequences in; the tokens that this already gave. Ended sequences have left."""
 
-    def decode(self) -> list[tuple[BatchSequence, TokenEvent]]:
-        """One forward pass; the tokens that it gave. Finished sequences have left."""
+    def decode(self) -> list[tuple[BatchSequence, Item]]:
+        """One forward pass; the tokens that it gave. Ended sequences have left."""
 
     def leave(self, sequence: BatchSequence) -> None:
         """Takes a sequence out of the batch."""
@@ -114,28 +114,48 @@ class RequestRows:
 
 def take_tokens(
     sequences: Sequence[BatchSequence], logits: Tensor, ledger: Ledger, eos: frozenset[int]
-) -> list[tuple[BatchSequence, TokenEvent]]:
-    """Chooses each sequence's next token from its row of float32 logits `[n, vocab]`.
+) -> list[tuple[BatchSequence, Item]]:
+    """Each sequence's next token, chosen from its row of float32 logits `[n, vocab]`, or the error
+    that it ends with, of which its neighbours hear nothing.
 
     The event of a sequence that ends here carries the reason and the receipt.
     """
     samplers = [s.sampler for s in sequences]
-    tokens = choose(logits, samplers)
-    events = []
-    for sequence, token, logprob in zip(
-        sequences, tokens, logprobs(logits, tokens, samplers), strict=True
+    chosen = choose(logits, samplers)
+    tokens = [one if isinstance(one, int) else NO_TOKEN for one in chosen]
+    items: list[Item] = []
+    for sequence, one, logprob in zip(
+        sequences, chosen, logprobs(logits, tokens, samplers), strict=True
     ):
-        sequence.tokens.append(token)
-        finish: FinishReason | None = None
-        if _ends(sequence.request, token, eos):
-            finish = "stop"
-        elif len(sequence.tokens) >= sequence.limit:
-            finish = "length"
-        receipt = None
-        if finish and sequence.steered.plan is not None:
-            receipt = make_receipt(sequence.steered, ledger, sequence.fed)
-        events.append((sequence, TokenEvent(token, logprob, finish, receipt)))
-    return events
+        try:
+            if isinstance(one, Exception):
+                raise one
+            items.append(_taken(sequence, one, logprob, ledger, eos))
+        except Exception as error:
+            items.append(failure_of(error))
+    return list(zip(sequences, items, strict=True))
+
+
+def _taken(
+    sequence: BatchSequence,
+    token: int,
+    logprob: TokenLogprob | None,
+    ledger: Ledger,
+    eos: frozenset[int],
+) -> TokenEvent:
+    plan = sequence.steered.plan
+    if token == NO_TOKEN:
+        raise not_finite("the model's logits", steered=plan is not None)
+    sequence.tokens.append(token)
+    finish: FinishReason | None = None
+    if _ends(sequence.request, token, eos):
+        finish = "stop"
+    elif len(sequence.tokens) >= sequence.limit:
+        finish = "length"
+    receipt = None
+    if finish and plan is not None:
+        receipt = make_receipt(sequence.steered, ledger, sequence.fed)
+    return TokenEvent(token, logprob, finish, receipt)
 
 
 def _ends(request: GenerationRequest, token: int, eos: frozenset[int]) -> bool:
@@ -144,3 +164,18 @@ def _ends(request: GenerationRequest, token: int, eos: frozenset[int]) -> bool:
     if token in request.sampling.stop_token_ids:
         return True
     return request.stop is not None and request.stop(token)
+
+
+def is_last(item: Item) -> bool:
+    """Whether its sequence ends with `item`."""
+    return isinstance(item, SteerError) or item.finish is not None
+
+
+def failure_of(error: Exception) -> SteerError:
+    """`error` as what one request ends with."""
+    # A new one for each request: an exception that is raised in two threads mixes their traces.
+    if isinstance(error, EngineError):
+        return EngineError(error.message, param=error.param, code=error.code)
+    if isinstance(error, SteerError):
+        return error
+    return EngineError(f"the engine failed: {type(error).__name__}: {error}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from steer.engines.base import GateReceipt, PointReceipt, Receipt
-from steer.errors import EngineError
+from steer.errors import EngineError, NotFinite
 from steer.model import HookPoint, ModelInfo
 
 
@@ -24,9 +24,13 @@ def read_info(answer: Mapping[str, Any]) -> ModelInfo:
 
 
 def read_receipt(answer: Mapping[str, Any]) -> Receipt:
-    """The receipt in a worker's answer. Raises `EngineError` where there is none."""
+    """The receipt in a worker's answer. Raises `EngineError` where there is none, and `NotFinite`
+    where the request's own steering is the reason."""
     if "error" in answer:
-        raise EngineError(str(answer["error"]), code=str(answer.get("code", "not_steered")))
+        message, code = str(answer["error"]), str(answer.get("code", "not_steered"))
+        if code == NotFinite.code:
+            raise NotFinite(message)
+        raise EngineError(message, code=code)
     return Receipt(
         fingerprint=answer["fingerprint"],
         tokens_steered=answer["tokens_steered"],
@@ -45,6 +49,12 @@ def read_receipt(answer: Mapping[str, Any]) -> Receipt:
         ),
         strengths=tuple(answer.get("strengths", ())),
     )
+
+
+def leaves_unsteered(answer: Mapping[str, Any]) -> bool:
+    """Whether states of a request that was not steered may lie in the prefix cache under its plan's
+    name. What ran over was steered: its states are what whoever asks for them again must get."""
+    return "error" in answer and answer.get("code") != NotFinite.code
 
 
 def pack(x: Tensor) -> bytes:

@@ -5,7 +5,7 @@ A test file imports everything from here and gives the fixture `engine`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import demo_specs
 import pytest
@@ -13,11 +13,14 @@ import torch
 import vllm_engine
 
 from steer.engines.base import CaptureRequest, Completion, Engine, GenerationRequest
+from steer.engines.listeners import BlockingListener
 from steer.engines.transformers.engine import TransformersEngine
 from steer.engines.vllm.front.engine import VllmEngine
+from steer.errors import NotFinite, SteerError
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
+from steer.spec import parse_spec
 
 Plans = dict[str, SteeringPlan | None]
 
@@ -103,6 +106,56 @@ def test_unsteered_tokens_keep_their_bits(engine: VllmEngine, plans: Plans) -> N
     with_steering = engine.complete([plain, steered])[0]
     assert without.tokens == with_steering.tokens
     assert without.logprobs == with_steering.logprobs
+
+
+RUNS_OVER = {
+    "everywhere": {},
+    "in the first token alone": {"where": {"positions": [[0, 1]]}},
+    "in what is generated alone": {"where": {"phases": ["generation"]}},
+}
+
+
+@pytest.mark.parametrize("name", RUNS_OVER)
+def test_a_request_whose_numbers_run_over_ends_alone(engine: VllmEngine, name: str) -> None:
+    """Twice, so that the cache holds what the first left; then its blocks are others'."""
+    item = demo_specs.add("v0", strength={"norm": 1e14}, layers="all")
+    spec = parse_spec({"interventions": [item] * 6, **RUNS_OVER[name]})
+    over = PlanCache(demo_specs.LIBRARY, engine.info, engine.capabilities).plan(spec)
+    greedy = demo_specs.SamplingParams(max_tokens=8, temperature=0, logprobs=1, ignore_eos=True)
+    drawn = demo_specs.SamplingParams(max_tokens=8, seed=1, logprobs=1, ignore_eos=True)
+    neighbours = [
+        GenerationRequest("greedy", tuple(range(50, 90)), greedy),
+        GenerationRequest("drawn", tuple(range(90, 130)), drawn),
+    ]
+    _outcomes(engine, neighbours)
+    prompt = tuple(range(150, 190))
+    harmless = [GenerationRequest("harmless", tuple(range(240, 280)), greedy), *neighbours]
+    wanted = [_outcomes(engine, harmless)[1:] for _ in range(2)]
+    for sampling, others in zip((greedy, drawn), wanted, strict=True):
+        refused, *found = _outcomes(
+            engine, [GenerationRequest("over", prompt, sampling, over), *neighbours]
+        )
+        assert isinstance(refused, NotFinite)
+        assert found == others
+    assert _outcomes(engine, harmless)[1:] == wanted[1]
+    if engine.capabilities.captures and name != "in what is generated alone":
+        with pytest.raises(NotFinite):
+            engine.capture(CaptureRequest([prompt], (HookPoint(5),), plans=[over]))
+
+
+def _outcomes(
+    engine: VllmEngine, requests: Sequence[GenerationRequest]
+) -> list[Completion | SteerError]:
+    """What becomes of requests that begin in the same step."""
+    listeners = [BlockingListener() for _ in requests]
+    engine._driver.submit(list(map(engine._sequence, requests, listeners)))
+    outcomes: list[Completion | SteerError] = []
+    for listener in listeners:
+        try:
+            outcomes.append(listener.result())
+        except SteerError as error:
+            outcomes.append(error)
+    return outcomes
 
 
 def test_engines_say_what_they_can_do(engine: Engine) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from artefacts import has_direction
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
@@ -42,7 +43,7 @@ def written(tmp_path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -
 
 rows = st.lists(
     st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=5, max_size=5
-).filter(any)
+).filter(has_direction)
 vectors = st.dictionaries(st.integers(0, 200), rows, min_size=1, max_size=6).map(
     lambda found: {layer: torch.tensor(row) for layer, row in found.items()}
 )
@@ -165,6 +166,10 @@ WRONG_TENSORS = {
     "not_finite": {"layers.0": ROW * float("nan")},
     "not_finite ": {"layers.0": ROW * float("inf")},
     "not_finite  ": {"layers.0": ROW.double() * 1e300},
+    "norm_out_of_range": {"layers.0": ROW, "layers.1": ROW * 1e-30},
+    "norm_out_of_range ": {"layers.0": ROW * 1e-45},
+    "norm_out_of_range  ": {"layers.0": ROW * 1e30},
+    "norm_out_of_range   ": {"layers.0": torch.tensor([3e38, -3e38])},
     "zero_vector": {"layers.0": ROW, "layers.1": ROW * 0},
     "mixed_widths": {"layers.0": ROW, "layers.1": torch.ones(5)},
     "duplicate_layer": {"layers.1": ROW, "layer_1": ROW},

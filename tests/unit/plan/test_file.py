@@ -228,9 +228,13 @@ def test_edit_rows_counts_every_pass_and_point() -> None:
 
 
 def test_an_edit_that_overflows_is_refused_where_it_is_written() -> None:
-    plans = PlanCache(LIBRARY, shape_of(), EVERYTHING)
+    plan = compiled("everything")
+    (rule,) = plan.rules
+    blocks = {
+        point: replace(block, shift=block.shift * 1e300) for point, block in rule.blocks.items()
+    }
     with pytest.raises(SpecError, match=r"the edit at 0\.resid_post is not finite"):
-        dump_plan(plans.plan(parse_spec(one(add(strength=1e300)))))
+        dump_plan(replace(plan, rules=(replace(rule, blocks=blocks),)))
 
 
 def test_a_header_that_no_reader_takes_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,13 +15,19 @@ import numpy as np
 from steer.batch.requests import Span, SteeredRequest
 from steer.batch.step import Step, build_step
 from steer.batch.tables import Tables
-from steer.engines.base import GenerationRequest, TokenEvent
+from steer.engines.base import GenerationRequest
+from steer.engines.listeners import Item
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.packed.model import Chunk, PackedModel, PackedOptions
 from steer.engines.transformers.packed.proof import prove_packed
 from steer.engines.transformers.proof import prove_steering
-from steer.engines.transformers.sequences import BatchSequence, RequestRows, take_tokens
-from steer.errors import EngineError
+from steer.engines.transformers.sequences import (
+    BatchSequence,
+    RequestRows,
+    is_last,
+    take_tokens,
+)
+from steer.errors import EngineError, SteerError
 
 
 @dataclass
@@ -85,7 +91,7 @@ class PackedBatch:
         self._carried = None
         self._request_rows.give_back(steered)
 
-    def join(self, newcomers: Sequence[BatchSequence]) -> list[tuple[BatchSequence, TokenEvent]]:
+    def join(self, newcomers: Sequence[BatchSequence]) -> list[tuple[BatchSequence, Item]]:
         """Queues sequences; their first tokens come from `decode`."""
         for sequence in newcomers:
             self._joined += 1
@@ -95,19 +101,22 @@ class PackedBatch:
             self.packed_model.add(key, sequence.request.prompt)
         return []
 
-    def decode(self) -> list[tuple[BatchSequence, TokenEvent]]:
+    def decode(self) -> list[tuple[BatchSequence, Item]]:
         """One pass: a token for every sequence whose prompt is computed, and parts of prompts."""
         chunks = self.packed_model.next()
         logits = self.packed_model.forward(chunks, self._step(chunks))
         for chunk in chunks:
             self._packed[chunk.key].computed = chunk.start + chunk.length
         final = [self._packed[chunk.key].sequence for chunk in chunks if chunk.final]
-        events = take_tokens(final, logits, self.ledger, self.eos)
-        self.packed_model.accept([event.token for _, event in events])
-        for sequence, event in events:
-            if event.finish:
+        items = take_tokens(final, logits, self.ledger, self.eos)
+        # Of a sequence that ends in an error, any token: it is never computed.
+        self.packed_model.accept(
+            [0 if isinstance(item, SteerError) else item.token for _, item in items]
+        )
+        for sequence, item in items:
+            if is_last(item):
                 self.leave(sequence)
-        return events
+        return items
 
     def leave(self, sequence: BatchSequence) -> None:
         """Takes a sequence out of the batch."""

@@ -28,6 +28,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_
 
 from steer.batch.step import Step
 from steer.engines.transformers.hooks import HookedModel
+from steer.engines.transformers.packed.containment import Containment
 from steer.errors import EngineError, Unsupported
 
 KNOWN_SERIES = ("5.19", "5.20", "5.21", "5.22", "5.23")
@@ -134,6 +135,8 @@ class PackedModel:
         self.capacity = _longest(self._processor.cache)
         """Tokens of the longest sequence that the cache can hold when it is alone."""
         self.batch_tokens = int(self._processor.max_batch_tokens)
+        dense = "flash" not in self._packed_attention
+        self._containment = Containment(self._processor.cache) if dense else None
 
     def add(self, key: str, tokens: Sequence[int]) -> None:
         """Queues a sequence; its key-value states are computed as the cache has room."""
@@ -147,6 +150,8 @@ class PackedModel:
         """Drops a sequence, wherever it stands, and frees its cache."""
         self._scheduler.set_request_cancellation(key)
         self._scheduler.clear_cancelled_requests()
+        if self._containment is not None:
+            self._containment.forget(key)
         # Set by a preemption, until something leaves.
         self._scheduler.block_new_requests = False
 
@@ -178,9 +183,14 @@ class PackedModel:
         sliced = bool(self._model._supports_logits_to_keep())
         if sliced:
             inputs["logits_to_keep"] = wanted
+        if self._containment is not None:
+            self._containment.begin()
         outputs, _ = self.hooked.forward(step, **inputs)
-        logits = outputs.logits[0] if sliced else outputs.logits[0, wanted]
-        return logits.float()  # type: ignore[no-any-return]
+        logits: Tensor = (outputs.logits[0] if sliced else outputs.logits[0, wanted]).float()
+        if self._containment is None:
+            return logits
+        self._containment.end([chunk.key for chunk in chunks], [chunk.length for chunk in chunks])
+        return self._containment.shown(logits, [chunk.key for chunk in chunks if chunk.final])
 
     def accept(self, tokens: Sequence[int]) -> None:
         """The tokens chosen for the final chunks, in their order: they are computed next."""
@@ -190,6 +200,8 @@ class PackedModel:
     def reset(self) -> None:
         """Forgets every sequence."""
         self._processor.reset()
+        if self._containment is not None:
+            self._containment.reset()
 
     def lend(self) -> None:
         """Gives the model its own attention back, for passes that are not packed."""

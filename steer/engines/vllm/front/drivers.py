@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from steer.engines.vllm.front.sequences import RunningSequence, vllm_sampling
+from steer.engines.vllm.messages import leaves_unsteered
 from steer.engines.vllm.pipeline import merged_answers
 from steer.errors import EngineError, SteerError
 
@@ -114,8 +115,7 @@ class _Stepper:
             asked = [sequence.asked for sequence in steered]
             found = merged_answers(self.engine.collective_rpc("steer_receipts", args=(asked,)))
             answers = {id(one): answer[0] for one, answer in zip(steered, found, strict=True)}
-        if any("error" in answer for answer in answers.values()):
-            # States of a request that was not steered may lie in the cache under its plan's name.
+        if any(map(leaves_unsteered, answers.values())):
             self.engine.reset_prefix_cache()
         for sequence in ended:
             sequence.close(answers.get(id(sequence)))

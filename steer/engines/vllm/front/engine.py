@@ -26,7 +26,7 @@ from steer.engines.base import (
     SamplingParams,
     TokenEvent,
 )
-from steer.engines.checks import check_request
+from steer.engines.checks import check_captured, check_request, not_finite
 from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
 from steer.engines.vllm import plugin
 from steer.engines.vllm.front.drivers import ClientDriver, Driver, InlineDriver, LocalDriver
@@ -37,7 +37,7 @@ from steer.engines.vllm.messages import pack, read_info, unpack
 from steer.engines.vllm.options import REGISTRY_VARIABLE, registry_location
 from steer.engines.vllm.pipeline import check_gates
 from steer.engines.vllm.ticket import CaptureOrder, Ticket
-from steer.errors import SpecError, SteerError, TooLarge, Unsupported
+from steer.errors import NotFinite, SpecError, SteerError, TooLarge, Unsupported
 from steer.model import Capabilities, HookPoint, ModelInfo
 from steer.plan.plan import check_rules
 from steer.registry.blobs.plan_store import PlanStore
@@ -268,11 +268,13 @@ class VllmEngine:
         found: dict[str, bytes] = {}
         for answer in self._driver.rpc("steer_captured", ticket.key):
             found |= answer
+        if NotFinite.code in found:
+            raise not_finite("the states", steered=ticket.plan is not None)
         states = {
             point: unpack(found[str(point)], self.info.width(point.site)) for point in order.points
         }
         for point, rows in states.items():
-            if torch.isnan(rows).all(-1).any():
+            if torch.isneginf(rows).all(-1).any():
                 raise SteerError(f"no state passed {point} at some of the positions asked for")
         place = {position: row for row, position in enumerate(order.positions)}
         kept = [place[position] for position in _positions(request.positions, length)]
@@ -280,7 +282,9 @@ class VllmEngine:
         if request.logits != "none":
             wanted = range(length) if request.logits == "all" else [length - 1]
             logits = self.unembed(states[self._last][[place[position] for position in wanted]])
-        return Captured({point: states[point][kept] for point in request.points}, logits)
+        captured = Captured({point: states[point][kept] for point in request.points}, logits)
+        check_captured(captured, steered=ticket.plan is not None)
+        return captured
 
     @property
     def _last(self) -> HookPoint:

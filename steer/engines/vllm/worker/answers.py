@@ -12,7 +12,7 @@ from torch import Tensor
 from steer.engines.vllm.messages import pack, unpack
 from steer.engines.vllm.worker.requests import WorkerRequests, receipt
 from steer.engines.vllm.worker.steering import WorkerSteering
-from steer.errors import SteerError
+from steer.errors import NotFinite, SteerError
 from steer.model import ModelInfo
 
 _ROWS_AT_ONCE = 256
@@ -43,20 +43,25 @@ def receipt_answer(requests: WorkerRequests, key: str, fed: Mapping[int, int]) -
             answer[choice] = {"error": "this worker knows nothing of the request"}
             continue
         try:
-            answer[choice] = receipt(record, tokens).as_json()
+            found = receipt(record, tokens)
+            requests.check_cached(found)
+            answer[choice] = found.as_json()
         except SteerError as error:
+            requests.remember(record, error)
             answer[choice] = {"error": error.message, "code": error.code}
     return answer
 
 
 def capture_answer(requests: WorkerRequests, key: str) -> dict[str, bytes]:
-    """The captured states under a ticket's key: float32 bytes by hook point."""
+    """The captured states under a ticket's key: float32 bytes by hook point, and an entry
+    `not_finite` where the prompt's numbers ran over."""
     records = requests.records(key)
     requests.forget(key)
     record = records.get(0)
     if record is None:
         return {}
-    return {str(point): pack(states) for point, states in record.request.states.items()}
+    states = {str(point): pack(states) for point, states in record.request.states.items()}
+    return {**states, NotFinite.code: b""} if bool(record.ledger.not_finite[0]) else states
 
 
 @torch.inference_mode()

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from steer.batch.ledger import PositionLedger
 from steer.batch.requests import Ints
@@ -93,6 +95,7 @@ class Prepared:
     def __post_init__(self) -> None:
         self._offsets = np.array([one.offset for one in self.placed], dtype=np.int64)
         self._indices = np.array([one.index for one in self.placed], dtype=np.int64)
+        self._logit_rows: tuple[Tensor, Tensor] | None = None
         self._reading_inline = [
             (number, one) for number, one in enumerate(self.inline) if one.request.reads_tokens
         ]
@@ -102,6 +105,16 @@ class Prepared:
             for one in self.placed
             if one.request.reads_tokens and not one.variants and one.request.steered is not None
         ]
+
+    def logit_rows(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The ledger rows of `placed`, and their rows in the logits of the batch."""
+        if self._logit_rows is None:
+            ledger = np.array([one.request.row for one in self.placed], dtype=np.int64)
+            self._logit_rows = (
+                torch.from_numpy(ledger).to(device),
+                torch.from_numpy(self._indices).to(device),
+            )
+        return self._logit_rows
 
     def write_inline(self, ledger: PositionLedger) -> None:
         """Records the tokens that the compiled graph steered by itself."""

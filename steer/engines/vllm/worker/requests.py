@@ -16,9 +16,10 @@ from steer.batch.ledger import UNSEEN, PositionLedger
 from steer.batch.requests import Ints, SteeredRequest
 from steer.batch.slots import SlotTables
 from steer.engines.base import Receipt
+from steer.engines.checks import not_finite
 from steer.engines.receipts import receipt_of
 from steer.engines.vllm.ticket import Ticket
-from steer.errors import EngineError
+from steer.errors import EngineError, NotFinite, SteerError
 from steer.model import HookPoint
 from steer.plan.plan import SteeringPlan
 
@@ -48,7 +49,8 @@ class WorkerRequest:
     reads_tokens: bool = False
     """Whether they do depend on it."""
     states: dict[HookPoint, Tensor] = field(default_factory=dict)
-    """Captured states by point, float32 `[positions, d]`; rows not reached yet are NaN."""
+    """Captured states by point, float32 `[positions, d]`; rows not reached yet are −inf, which no
+    model computes throughout, while steering may make NaN."""
     _selected_by: dict[int, int] = field(default_factory=dict)
 
     def selected(self, start: int, ids: Ints) -> NDArray[np.uint8]:
@@ -105,6 +107,7 @@ class WorkerRequests:
         self._free = list(range(rows - 1, -1, -1))
         self._running: dict[str, WorkerRequest] = {}
         self._records: OrderedDict[str, dict[int, Record]] = OrderedDict()
+        self._ran_over: OrderedDict[str, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._running)
@@ -138,7 +141,7 @@ class WorkerRequests:
             count = len(ticket.capture.positions)
             for point in filter(self._owns, ticket.capture.points):
                 width = self._tables.model.width(point.site)
-                request.states[point] = torch.full((count, width), float("nan"))
+                request.states[point] = torch.full((count, width), -float("inf"))
         self.ledger.reset(request.row)
         self._running[req_id] = request
 
@@ -191,6 +194,18 @@ class WorkerRequests:
                 found[_child(req_id, request.ticket)] = Record(request, self._row_of(request))
         return found
 
+    def remember(self, record: Record, error: SteerError) -> None:
+        """Takes note of a plan that ran over: what it left in the cache is not what it asks for."""
+        if isinstance(error, NotFinite) and record.request.plan is not None:
+            self._ran_over[record.request.plan.fingerprint] = None
+            while len(self._ran_over) > _KEPT_RECORDS:
+                self._ran_over.popitem(last=False)
+
+    def check_cached(self, receipt: Receipt) -> None:
+        """Raises `NotFinite` for steered states from the cache whose plan once ran over."""
+        if receipt.tokens_cached and receipt.fingerprint in self._ran_over:
+            raise not_finite("the cached states", steered=True)
+
     def forget(self, key: str) -> None:
         """Drops what finished requests left under `key`."""
         self._records.pop(key, None)
@@ -213,13 +228,16 @@ class WorkerRequests:
 
 def receipt(record: Record, fed: int) -> Receipt:
     """The receipt of a request that fed `fed` tokens. Raises `EngineError` where its plan could
-    not be carried out, or where a token that it fed was neither computed nor cached."""
+    not be carried out, or where a token that it fed was neither computed nor cached; `NotFinite`
+    where its numbers ran over."""
     request, ledger = record.request, record.ledger
     if request.fault is not None or request.plan is None:
         raise EngineError(
             f"the request was not steered, so its answer is withheld: {request.fault}",
             code="not_steered",
         )
+    if bool(ledger.not_finite[0]):
+        raise not_finite("the states or logits", steered=True)
     bits = ledger.applied[0, :fed].astype(np.int64)
     cached = bits == UNSEEN
     unseen = int(cached.sum())

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from steer.batch.requests import NOBODY, Ints, Span
 from steer.engines.base import EngineStats
@@ -60,6 +61,8 @@ class WorkerSteering:
         self.recover()
         self._carried: tuple[tuple[str, ...], Prepared] | None = None
         self._prepared: Prepared | None = None
+        self._unread: Prepared | None = None
+        """The last pass, until its logits have been looked at."""
 
     @property
     def compiled(self) -> bool:
@@ -92,6 +95,7 @@ class WorkerSteering:
 
     def rest(self) -> None:
         """The coming pass steers nobody."""
+        self._unread = None
         ops.set_running(None)
         self.edits.rest()
         self.shifts.rest()
@@ -107,7 +111,7 @@ class WorkerSteering:
                 one.fixed and self.edits.lasts(one) for one in prepared.placed
             )
             self._carried = (order, prepared) if lasting else None
-        self._prepared = prepared
+        self._prepared = self._unread = prepared
         self.requests.ledger.expect(prepared.rows, prepared.positions)
         if prepared.running is not None:
             prepared.running.start()
@@ -115,7 +119,7 @@ class WorkerSteering:
     def abandon(self) -> None:
         """The pass failed: nothing is counted."""
         ops.set_running(None)
-        self._prepared = self._carried = None
+        self._prepared = self._carried = self._unread = None
 
     def end(self) -> None:
         """The pass is over: counts what it did. A request whose edits were not all reached is at
@@ -130,6 +134,16 @@ class WorkerSteering:
             except EngineError as error:
                 self._at_fault(prepared.placed, error.message)
         prepared.write_inline(self.requests.ledger)
+
+    def look(self, logits: Tensor) -> None:
+        """Takes note of the requests of the last pass whose row of `logits` `[n, vocab]` holds NaN,
+        or nothing finite; whoever samples would choose any token for them. Waits for no device."""
+        prepared, self._unread = self._unread, None
+        if prepared is None or not prepared.placed:
+            return
+        rows, indices = prepared.logit_rows(logits.device)
+        found = ~logits.index_select(0, indices).amax(-1).isfinite()
+        self.requests.ledger.not_finite[rows] |= found.to(self.requests.ledger.not_finite.device)
 
     def stats(self) -> EngineStats:
         """Live figures: slots, and the requests that hold them."""

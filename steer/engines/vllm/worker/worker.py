@@ -42,6 +42,20 @@ def adapter(runner: Any) -> type[RunnerV1] | type[RunnerV2]:
     )
 
 
+def look_at_logits(model: Any, steering: WorkerSteering) -> None:
+    """Shows `steering` the first logits after each pass: a row for each request of the batch, on
+    the workers that compute them."""
+    compute = model.compute_logits
+
+    def compute_logits(*args: Any, **named: Any) -> Any:
+        logits = compute(*args, **named)
+        if logits is not None:
+            steering.look(logits)
+        return logits
+
+    model.compute_logits = compute_logits
+
+
 class SteerWorker:
     """A mixin in front of one of vLLM's worker classes.
 
@@ -59,6 +73,7 @@ class SteerWorker:
         self._unembed = find_unembedding(runner.get_model())
         self.steering = attach(runner.get_model(), worker.vllm_config, worker.device)
         self._runner = adapter(runner)(runner, self.steering)
+        look_at_logits(runner.get_model(), self.steering)
 
     def compile_or_warm_up_model(self) -> Any:
         """Warms up, then proves that steering acts."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from artefacts import has_direction
 from gguf import GGUFReader, GGUFWriter
 from hypothesis import given
 from hypothesis import strategies as st
@@ -97,7 +98,7 @@ def test_direction_0_needs_a_known_writer_or_an_offset(tmp_path: Path) -> None:
 
 rows = st.lists(
     st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=3, max_size=3
-).filter(any)
+).filter(has_direction)
 
 
 @given(st.dictionaries(st.integers(1, 99), rows, min_size=1, max_size=5), st.text(max_size=20))

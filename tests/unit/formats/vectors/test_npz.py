@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from artefacts import has_direction
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.lib import format as npy
@@ -135,7 +136,7 @@ def test_keys_that_are_no_layers(tmp_path: Path) -> None:
         st.integers(0, 99),
         st.lists(
             st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=3, max_size=3
-        ).filter(any),
+        ).filter(has_direction),
         min_size=1,
         max_size=5,
     )
