@@ -3,6 +3,7 @@
     SteerError
     ├── SpecError              the steering spec itself is wrong
     ├── UnknownArtefact        a name or hash that the registry does not hold
+    ├── UnknownModel           a model or profile that is not served
     ├── IncompatibleArtefact   an artefact that does not fit this model (width, layer, model)
     ├── Unsupported            a correct request that this engine cannot honour
     ├── NotFinite              steering drove the model's numbers beyond what they can hold
@@ -22,6 +23,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+LONGEST_MESSAGE = 2000
+LONGEST_PARAM = 300
+"""Characters of an error that quotes what a caller sent, however long that was."""
+
+
+def clipped(text: str, limit: int = LONGEST_MESSAGE) -> str:
+    """`text`, without its middle where it is longer than `limit`: what it says, and what to do."""
+    if len(text) <= limit:
+        return text
+    tail = limit // 4
+    return f"{text[: limit - tail - 1]}…{text[-tail:]}"
+
+
+def clipped_pointer(param: str | None) -> str | None:
+    """A JSON pointer no longer than an error has room for."""
+    return None if param is None else clipped(param, LONGEST_PARAM)
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -31,6 +49,10 @@ class Problem:
     code: str
     param: str | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", clipped(self.message))
+        object.__setattr__(self, "param", clipped_pointer(self.param))
+
 
 class SteerError(Exception):
     """Root of the tree; `str(error)` is a sentence that says what to do."""
@@ -39,9 +61,10 @@ class SteerError(Exception):
     status = 400
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        message = clipped(message)
         super().__init__(message)
         self.message = message
-        self.param = param
+        self.param = clipped_pointer(param)
         if code is not None:
             self.code = code
 
@@ -53,7 +76,7 @@ class SteerError(Exception):
     def at(self, pointer: str) -> SteerError:
         """The same error, its `param` set to `pointer` where it had none."""
         if self.param is None:
-            self.param = pointer
+            self.param = clipped_pointer(pointer)
         return self
 
 
@@ -79,9 +102,23 @@ class SpecError(SteerError):
 
 
 class UnknownArtefact(SteerError):
-    """A vector, SAE, adapter or profile that is not registered."""
+    """A vector, SAE, adapter or profile that is not registered.
+
+    What an address names is not found, 404; what a request's body names is a wrong field, 400. A
+    proxy takes a 404 for a missing deployment, and would send everybody else's requests elsewhere.
+    """
 
     code = "unknown_artefact"
+
+    @property
+    def status(self) -> int:  # type: ignore[override]
+        return 404 if self.param is None else 400
+
+
+class UnknownModel(SteerError):
+    """The model that a request asks for is none of this server's: OpenAI's clients know the 404."""
+
+    code = "model_not_found"
     status = 404
 
 

@@ -8,13 +8,17 @@ from importlib.metadata import PackageNotFoundError, version
 
 from anyio import to_thread
 from fastapi import APIRouter, FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from steer.artefacts.kinds import KINDS
 from steer.engines.base import Engine
 from steer.registry.registry import Registry
 from steer_server.http import openai_errors
-from steer_server.http.api_key import ApiKey
+from steer_server.http.access_log import AccessLog
+from steer_server.http.api_key import ApiKey, below_v1
 from steer_server.http.body_limit import BodyLimit
+from steer_server.http.origin import OwnPagesOnly
+from steer_server.http.patience import StalledBody
 from steer_server.routes import (
     aliases,
     chat,
@@ -78,9 +82,31 @@ def create_app(engine: Engine, registry: Registry, settings: ServerSettings) -> 
         app.include_router(router)
     openai_errors.install(app)
     app.add_middleware(BodyLimit, limit=lambda path: _body_limit(settings, path))
-    if settings.api_key is not None:
-        app.add_middleware(ApiKey, key=settings.api_key.get_secret_value())
+    _add_doors(app, settings)
     return app
+
+
+def _add_doors(app: FastAPI, settings: ServerSettings) -> None:
+    """What a request passes before it is read; the last that is added is the first it meets."""
+    if settings.api_key is not None:
+        keys = (settings.api_key.get_secret_value(),)
+        app.add_middleware(ApiKey, keys=lambda _: keys, guarded=below_v1)
+    else:
+        app.add_middleware(
+            OwnPagesOnly,
+            hosts=(*settings.allowed_hosts, settings.host),
+            origins=settings.allowed_origins,
+        )
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+        )
+    app.add_middleware(StalledBody, seconds=settings.patience_seconds)
+    if settings.access_log:
+        app.add_middleware(AccessLog)
 
 
 def _body_limit(settings: ServerSettings, path: str) -> int:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 
-from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table
-from rich.text import Text
 
 from steer.artefacts.kinds import KINDS
 from steer.engines.plans import plans_of
@@ -16,6 +14,8 @@ from steer.plan.cache import PlanCache
 from steer.spec import Add, SteeringSpec
 from steer_server.generation.chat_prompt import chat_prompt
 from steer_server.generation.request_models import ChatRequest
+from steer_server.http.origin import is_loopback
+from steer_server.settings import ServerSettings
 from steer_server.state import Serving
 
 _SHOWN = 12
@@ -39,11 +39,16 @@ def banner(serving: Serving, url: str) -> Panel:
         found = serving.registry.entries(row.name, limit=_LISTED)
         facts.add_row(row.title, _names([entry.name for entry in found]))
     facts.add_row("Profiles", _names([profile.name for profile in serving.registry.profiles()]))
-    return Panel(
-        Group(facts, Text("\nTry:"), Text(example(serving, url), style="green")),
-        title="Steer",
-        expand=False,
-    )
+    facts.add_row("Open to", _open_to(serving.settings))
+    return Panel(facts, title="Steer", subtitle="try the command below", expand=False)
+
+
+def _open_to(settings: ServerSettings) -> str:
+    """Who may use the server."""
+    where = "this machine" if is_loopback(settings.host) else f"every machine ({settings.host})"
+    if settings.api_key is not None:
+        return f"{where}, with the key"
+    return f"{where}, without a key"
 
 
 def example(serving: Serving, url: str) -> str:

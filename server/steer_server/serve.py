@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -12,11 +13,13 @@ from fastapi import FastAPI
 from rich.console import Console
 
 from steer.engines.base import Engine
-from steer.errors import Unsupported
+from steer.errors import SteerError, Unsupported
 from steer.registry.registry import Registry
 from steer_server import shipped
 from steer_server.app import create_app
-from steer_server.banner import banner
+from steer_server.banner import banner, example
+from steer_server.http.origin import is_loopback
+from steer_server.http.patience import patient_protocol
 from steer_server.settings import ServerSettings
 from steer_server.state import Serving
 from steer_server.vllm.launch import launch
@@ -69,8 +72,10 @@ def build(settings: ServerSettings) -> FastAPI:
 def run(settings: ServerSettings, *, console: Console | None = None) -> None:
     """Serves until interrupted; running requests get `drain_seconds` to finish.
 
-    vLLM has a server of its own, which takes the place of this process.
+    vLLM has a server of its own, which takes the place of this process. Raises `SteerError` for
+    what would serve other machines without a key.
     """
+    refuse_open_door(settings, os.environ)
     if settings.engine == "vllm":
         launch(settings)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
@@ -79,6 +84,20 @@ def run(settings: ServerSettings, *, console: Console | None = None) -> None:
         Server(app, settings, console=console or Console()).run()
     finally:
         app.state.steer.registry.close()
+
+
+def refuse_open_door(settings: ServerSettings, environment: Mapping[str, str]) -> None:
+    """Raises `SteerError` where whoever reaches this machine's `host` could steer and upload."""
+    has_key = settings.api_key is not None
+    if settings.engine == "vllm":
+        has_key |= bool(environment.get("VLLM_API_KEY"))
+    if has_key or settings.insecure or is_loopback(settings.host):
+        return
+    raise SteerError(
+        f"--host {settings.host} would serve every machine that reaches this one, without a key: "
+        "give --api-key-file, or --insecure where something else keeps strangers out",
+        code="no_key",
+    )
 
 
 class Server(uvicorn.Server):
@@ -93,6 +112,7 @@ class Server(uvicorn.Server):
                 host=settings.host,
                 port=settings.port,
                 log_level="warning",
+                http=patient_protocol(settings.patience_seconds),
                 timeout_graceful_shutdown=settings.drain_seconds,
             )
         )
@@ -103,6 +123,10 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started and self._console is not None:
             self._console.print(banner(self._serving, self.url))
+            # Outside the frame and on lines of its own, to be copied.
+            self._console.print(
+                example(self._serving, self.url), style="green", soft_wrap=True, highlight=False
+            )
 
     @property
     def url(self) -> str:

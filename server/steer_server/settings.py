@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
+from steer.errors import SpecError
 from steer.jobs.limits import JobLimits
 from steer.plan.resolve import Policy, StrengthLimit
 
 MIB = 1 << 20
+
+
+def _several(value: Any) -> Any:
+    return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
+
+
+Several = Annotated[tuple[str, ...], BeforeValidator(_several)]
+"""Names; in an environment variable with commas between them."""
 
 
 class ServerSettings(BaseModel):
@@ -25,6 +35,10 @@ class ServerSettings(BaseModel):
     `jobs_kept` finished ones are remembered; while requests run, jobs take the share `job_duty` of
     the engine's time. `hub_imports` is whether clients may have artefacts fetched from the hub, of
     up to `max_hub_bytes` each.
+    Without a key, `insecure` is needed to listen on more than loopback, the server answers to its
+    addresses and to `allowed_hosts`, and takes requests from its own pages and from those of
+    `allowed_origins`, which browsers are told as well. A connection that has sent no whole request
+    for `patience_seconds` is closed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,6 +67,11 @@ class ServerSettings(BaseModel):
     job_duty: float = Field(default=0.03, gt=0, le=1)
     hub_imports: bool = True
     max_hub_bytes: int = Field(default=512 * MIB, ge=1)
+    insecure: bool = False
+    allowed_hosts: Several = ()
+    allowed_origins: Several = ()
+    access_log: bool = True
+    patience_seconds: float = Field(default=60.0, gt=0)
 
     @property
     def job_limits(self) -> JobLimits:
@@ -77,3 +96,48 @@ class ServerSettings(BaseModel):
     def measures(self, name: str) -> bool:
         """Whether a request belongs to the share that is measured; `name` ends in random hex."""
         return int(name[-8:], 16) < self.measured_share * 0x1_0000_0000
+
+
+_FROM_ENVIRONMENT = (
+    "max_upload_bytes",
+    "allow_inline_vectors",
+    "measured_share",
+    "metric_names",
+    "plan_cache_size",
+    "strength_limit",
+    "job_workers",
+    "job_queue",
+    "jobs_kept",
+    "job_duty",
+    "hub_imports",
+    "max_hub_bytes",
+    "insecure",
+    "allowed_hosts",
+    "allowed_origins",
+    "access_log",
+    "patience_seconds",
+)
+VARIABLES = {name: "STEER_" + name.upper() for name in _FROM_ENVIRONMENT}
+"""The environment variable of each setting that has one, on every engine's server."""
+
+
+def settings_from(environment: Mapping[str, str], **given: Any) -> ServerSettings:
+    """The settings `given`, and what else the environment's variables say.
+
+    Raises `SpecError` naming a variable that is wrong.
+    """
+    read = {  # pydantic reads the texts
+        name: environment[variable]
+        for name, variable in VARIABLES.items()
+        if variable in environment and name not in given
+    }
+    try:
+        return ServerSettings(**read, **given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        source = VARIABLES[name] if name in read else name
+        raise SpecError(
+            f"{source}={first['input']!r}: {first['msg']}; set it to another value, or not at all",
+            code="invalid_option",
+        ) from None

@@ -28,7 +28,7 @@ def shipped_model(location: str) -> str | None:
 
 def register(registry: Registry, model: str) -> int:
     """Registers what is shipped for `model`, profiles included, unless it has been replaced or
-    removed; how many artefacts are new."""
-    if model != DEMO_MODEL:
+    removed; how many artefacts are new. A registry that cannot be written stays as it is."""
+    if model != DEMO_MODEL or registry.read_only:
         return 0
     return len(add_library(registry, LIBRARY / "demo"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 from steer.cli import (
@@ -19,6 +22,13 @@ from steer.cli.fit import commands as fit
 from steer.cli.measure import calibrate, evaluate, sweep
 from steer.cli.reporting import ReportingGroup
 
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"steer {version('steer-llm')}")
+        raise typer.Exit
+
+
 app = typer.Typer(
     name="steer",
     cls=ReportingGroup,
@@ -27,6 +37,20 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version, and exit."
+        ),
+    ] = False,
+) -> None:
+    """Steer language models: per-request control vectors, SAE clamps and inspection."""
+
+
 app.command("serve")(serve.serve)
 app.command("generate")(generate.generate)
 app.add_typer(fit.app, name="fit")

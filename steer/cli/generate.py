@@ -25,7 +25,6 @@ from steer.model import parse_layers
 
 if TYPE_CHECKING:
     from steer.engines.base import Completion
-    from steer.prompts import Prompt
 
 
 def generate(
@@ -64,7 +63,7 @@ def generate(
 ) -> None:
     """Answer a prompt twice, side by side: the model as it is, and steered."""
     from steer.engines.base import GenerationRequest, SamplingParams
-    from steer.prompts import render
+    from steer.prompts import as_chat, render
 
     sampling = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
@@ -81,9 +80,8 @@ def generate(
         )
         with running_engine(model, device=device, dtype=dtype) as engine:
             plan = plans(engine, library).plan(wanted, vectors=overlay)
-            tokens = tuple(
-                render(engine.tokenizer, _prompt(engine.tokenizer, prompt, system, plain))
-            )
+            asked = prompt if plain else as_chat(engine.tokenizer, prompt, system)
+            tokens = tuple(render(engine.tokenizer, asked))
             completions = engine.complete(
                 [
                     GenerationRequest("default", tokens, sampling),
@@ -118,15 +116,6 @@ def show_side_by_side(default: str, steered: str, receipt: dict[str, Any] | None
         Panel(Text(steered), title="steered", subtitle=subtitle, border_style="green"),
     )
     table_out().print(table)
-
-
-def _prompt(tokenizer: Any, prompt: str, system: str | None, plain: bool) -> Prompt:
-    from steer.prompts import has_chat_template
-
-    if plain or not has_chat_template(tokenizer):
-        return prompt
-    head = [] if system is None else [{"role": "system", "content": system}]
-    return [*head, {"role": "user", "content": prompt}]
 
 
 def _text(tokenizer: Any, completion: Completion) -> str:

@@ -88,7 +88,7 @@ def open_registry(chosen: str | None, model: str | None = None) -> Iterator[Regi
 
     catalogue = chosen_catalogue(os.environ)
     with Registry.open(registry_folder(chosen), catalogue=catalogue) as registry:
-        if model == DEMO_MODEL:
+        if model == DEMO_MODEL and not registry.read_only:
             add_library(registry, shipped_library())
         yield registry
 

@@ -165,7 +165,7 @@ def _prompt(text: str) -> Any:
     """A prompt: JSON where it is JSON, else a text."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return value if isinstance(value, list | dict) else text
 

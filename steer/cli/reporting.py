@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 from rich.console import Console
@@ -16,6 +19,11 @@ from steer.errors import Problem, SteerError
 
 FAILED = 2
 """The exit code for whatever was wrong with the request."""
+
+CRASHED = 1
+"""The exit code for what is wrong with Steer."""
+
+TRACEBACK_VARIABLE = "STEER_TRACEBACK"
 
 
 def out() -> Console:
@@ -44,14 +52,41 @@ def nothing_yet(what: str, command: str | None = None) -> None:
 
 
 class ReportingGroup(TyperGroup):
-    """Turns a `SteerError` from any command below into red lines and exit code 2."""
+    """Turns a `SteerError` from any command below into red lines and exit code 2.
+
+    Anything else is a fault of Steer's own: one red line with exit code 1, and the traceback for
+    who asks for it.
+    """
 
     def invoke(self, ctx: Any) -> Any:
+        print_anything(sys.stdout, sys.stderr)
         try:
             return super().invoke(ctx)
         except SteerError as error:
             show_problems(error.problems)
             raise typer.Exit(FAILED) from None
+        except (typer.TyperException, typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if os.environ.get(TRACEBACK_VARIABLE):
+                raise
+            show_problems([Problem(_unexpected(error), "internal_error")])
+            raise typer.Exit(CRASHED) from None
+
+
+def print_anything(*streams: TextIO) -> None:
+    """Has terminals and pipes without Unicode show `?` for what they cannot, and not fail."""
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
+def _unexpected(error: Exception) -> str:
+    first = next(iter(str(error).splitlines()), "")
+    return (
+        f"{type(error).__name__}: {first} — a fault of Steer, please report it; the same command "
+        f"with {TRACEBACK_VARIABLE}=1 shows where it happened"
+    )
 
 
 def show_problems(problems: Sequence[Problem]) -> None:

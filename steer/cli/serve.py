@@ -50,14 +50,44 @@ def serve(
     ] = None,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(help="A file that holds the key which clients must send; without it, none."),
+        typer.Option(
+            envvar="STEER_API_KEY_FILE",
+            help="A file that holds the key which clients must send; without it, none.",
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool | None,
+        typer.Option(
+            "--insecure/--secure",
+            help="Whether to serve other machines without a key.",
+            show_default="secure",
+        ),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="A name that a server without a key answers to; may be repeated."
+        ),
+    ] = None,
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL",
+            help="A web page's origin that may use a server without a key; may be repeated.",
+        ),
     ] = None,
     max_upload_mib: Annotated[
-        int, typer.Option(min=1, help="The largest file that may be uploaded, in MiB.")
-    ] = 512,
+        int | None,
+        typer.Option(
+            min=1, help="The largest file that may be uploaded, in MiB.", show_default="512"
+        ),
+    ] = None,
     max_hub_mib: Annotated[
-        int, typer.Option(min=1, help="The largest artefact fetched from the hub, in MiB.")
-    ] = 512,
+        int | None,
+        typer.Option(
+            min=1, help="The largest artefact fetched from the hub, in MiB.", show_default="512"
+        ),
+    ] = None,
     rows: Annotated[
         int | None,
         typer.Option(
@@ -72,38 +102,82 @@ def serve(
         ),
     ] = None,
     inline_vectors: Annotated[
-        bool, typer.Option(help="Whether requests may carry vectors of their own.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--inline-vectors/--no-inline-vectors",
+            help="Whether requests may carry vectors of their own.",
+            show_default="inline-vectors",
+        ),
+    ] = None,
+    hub_imports: Annotated[
+        bool | None,
+        typer.Option(
+            "--hub-imports/--no-hub-imports",
+            help="Whether clients may have artefacts fetched from the hub.",
+            show_default="hub-imports",
+        ),
+    ] = None,
     strength_limit: Annotated[
-        StrengthLimitChoice,
+        StrengthLimitChoice | None,
         typer.Option(
-            envvar="STEER_STRENGTH_LIMIT",
             help="What happens to strengths outside a vector's calibrated range.",
+            show_default="off",
         ),
-    ] = StrengthLimitChoice.off,
+    ] = None,
     job_workers: Annotated[
-        int, typer.Option(min=0, max=64, help="Jobs that run at a time; 0 only queues them.")
-    ] = 1,
-    job_duty: Annotated[
-        float,
+        int | None,
         typer.Option(
-            min=0.001, max=1.0, help="The share of the engine's time for jobs while requests run."
+            min=0, max=64, help="Jobs that run at a time; 0 only queues them.", show_default="1"
         ),
-    ] = 0.03,
+    ] = None,
+    job_duty: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            max=1.0,
+            help="The share of the engine's time for jobs while requests run.",
+            show_default="0.03",
+        ),
+    ] = None,
+    access_log: Annotated[
+        bool | None,
+        typer.Option(
+            "--access-log/--no-access-log",
+            help="Whether each request is logged.",
+            show_default="access-log",
+        ),
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
-    """Serve a model over HTTP: OpenAI's routes, with steering."""
+    """Serve a model over HTTP: OpenAI's routes, with steering.
+
+    Every setting also has an environment variable (docs/http.md), which an option overrides.
+    """
     if engine == "transformers":
         quiet()
     from pydantic import SecretStr
 
     from steer.registry.location import chosen_catalogue
     from steer_server.serve import run
-    from steer_server.settings import ServerSettings
+    from steer_server.settings import settings_from
 
     key, catalogue = read_key(api_key_file), chosen_catalogue(os.environ)
-    settings = ServerSettings(
+    chosen = {
+        "insecure": insecure,
+        "allowed_hosts": allowed_host and tuple(allowed_host),
+        "allowed_origins": allowed_origin and tuple(allowed_origin),
+        "max_upload_bytes": None if max_upload_mib is None else max_upload_mib << 20,
+        "max_hub_bytes": None if max_hub_mib is None else max_hub_mib << 20,
+        "allow_inline_vectors": inline_vectors,
+        "hub_imports": hub_imports,
+        "strength_limit": None if strength_limit is None else strength_limit.value,
+        "job_workers": job_workers,
+        "job_duty": job_duty,
+        "access_log": access_log,
+    }
+    settings = settings_from(
+        os.environ,
         host=host,
         port=port,
         model=model,
@@ -113,12 +187,7 @@ def serve(
         registry=registry_folder(registry),
         catalogue=None if catalogue is None else SecretStr(catalogue),
         api_key=None if key is None else SecretStr(key),
-        max_upload_bytes=max_upload_mib << 20,
-        max_hub_bytes=max_hub_mib << 20,
-        allow_inline_vectors=inline_vectors,
-        strength_limit=strength_limit.value,
-        job_workers=job_workers,
-        job_duty=job_duty,
+        **_set(chosen),
     )
     run(settings)
 
@@ -168,11 +237,19 @@ def read_key(path: Path | None) -> str | None:
     if path is None:
         return None
     try:
-        key = path.read_text().strip()
+        key = path.read_text(encoding="ascii").strip()
     except OSError as error:
         raise SteerError(
             f"the key file {str(path)!r} cannot be read: {error.strerror}", code="no_such_file"
         ) from error
+    except UnicodeDecodeError:
+        key = "\0"
     if not key:
         raise SteerError(f"the key file {str(path)!r} is empty", code="empty_key")
+    if not key.isprintable() or " " in key:
+        raise SteerError(
+            f"the key file {str(path)!r} does not hold a key: it is one line of printable ASCII "
+            "characters without spaces, as a header can carry it",
+            code="invalid_key",
+        )
     return key

@@ -42,7 +42,7 @@ def read_json(path: Path) -> Any:
         raise FileFormatError(
             f"{str(path)!r} cannot be read: {error.strerror or error}", code="no_such_file"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{str(path)!r} is not JSON: {error}", code="invalid_json") from error
 
 

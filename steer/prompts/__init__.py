@@ -15,7 +15,7 @@ servers. So it knows no engine and no web framework, only a tokenizer (Hugging F
 with its `encode`, `decode`, `convert_ids_to_tokens` and `apply_chat_template`) and a model's shape.
 """
 
-from steer.prompts.chat import ChatForm, chat_tokens, has_chat_template
+from steer.prompts.chat import ChatForm, as_chat, chat_tokens, has_chat_template
 from steer.prompts.ends import answer_end, end_tokens, turn_end
 from steer.prompts.forms import (
     Marked,
@@ -55,6 +55,7 @@ __all__ = [
     "PromptReader",
     "answer_end",
     "answer_text",
+    "as_chat",
     "chat_tokens",
     "encode_prompt",
     "end_tokens",

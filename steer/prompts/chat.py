@@ -21,7 +21,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from steer.errors import SteerError, Unsupported, pointer
-from steer.prompts.forms import Messages
+from steer.prompts.forms import Messages, Prompt
 
 MAX_REASON = 400
 """Characters of a template's own complaint that are passed on: it may quote the whole chat."""
@@ -55,6 +55,14 @@ def has_chat_template(tokenizer: Any) -> bool:
         return bool(tokenizer.apply_chat_template([{"role": "user", "content": "a"}]))
     except Exception:
         return False
+
+
+def as_chat(tokenizer: Any, prompt: Prompt, system: str | None = None) -> Prompt:
+    """A text as a user's message, where the model has a way to write chats; all else as it is."""
+    if not isinstance(prompt, str) or not has_chat_template(tokenizer):
+        return prompt
+    head = [] if system is None else [{"role": "system", "content": system}]
+    return [*head, {"role": "user", "content": prompt}]
 
 
 def require_chat_template(tokenizer: Any, *, param: str | None = None) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from sqlalchemy import select
 from sqlalchemy.engine import URL, make_url
@@ -41,11 +43,15 @@ class Parts:
     blobs: BlobStore
     leases: Leases
     staging: Staging
+    temporary: Path | None = None
+    """A folder that is theirs alone."""
 
     def close(self) -> None:
         """Releases files, locks and connections."""
         self.staging.close()
         self.catalogue.close()
+        if self.temporary is not None:
+            shutil.rmtree(self.temporary, ignore_errors=True)
 
 
 def open_parts(location: Location) -> Parts:

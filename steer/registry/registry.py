@@ -50,6 +50,7 @@ from steer.registry.profiles import (
     stored_profiles,
     unknown_profile,
 )
+from steer.registry.read_only import is_read_only, open_read_only
 from steer.spec import check_name
 
 T = TypeVar("T")
@@ -113,7 +114,14 @@ class Registry:
         for a place that cannot be used, `Unsupported` for one of an unknown kind and for a URL
         without a catalogue.
         """
-        return cls(open_parts(locate(location, catalogue)), max_upload_bytes, cache_bytes)
+        place = locate(location, catalogue)
+        parts = open_read_only(place) if is_read_only(place) else open_parts(place)
+        return cls(parts, max_upload_bytes, cache_bytes)
+
+    @property
+    def read_only(self) -> bool:
+        """Whether it lies on a disk that cannot be written, and every change is refused."""
+        return self._catalogue.read_only is not None
 
     def close(self) -> None:
         """Releases files, locks and connections."""
@@ -143,6 +151,7 @@ class Registry:
         card = artefact.card
         draft = Draft(card.kind, name, hashlib.sha256(data).hexdigest(), len(data), card)
         self._count("add")
+        self._catalogue.check_writable()
         with disk_errors(f"storing {name!r}"):
             # First the blob, then the row: a row whose blob is missing must never be seen.
             self._publish(data, draft.sha256)

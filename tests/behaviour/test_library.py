@@ -311,7 +311,7 @@ async def test_the_server_lists_profiles_as_models_and_filters_by_tag(tmp_path: 
     app = build(settings)
     try:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://steer") as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
             models = {one["id"] for one in (await http.get("/v1/models")).json()["data"]}
             found = await http.get("/v1/steering/vectors", params={"tag": "relation"})
     finally:

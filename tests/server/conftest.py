@@ -89,7 +89,7 @@ def in_process() -> Callable[[FastAPI], httpx.AsyncClient]:
 
     def connect(app: FastAPI) -> httpx.AsyncClient:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        return httpx.AsyncClient(transport=transport, base_url="http://steer")
+        return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
     return connect
 

@@ -48,7 +48,8 @@ def test_the_banner_says_where_what_and_how(app: FastAPI) -> None:
     out = io.StringIO()
     serving = app.state.steer
     Console(file=out, width=300).print(banner(serving, "http://127.0.0.1:8000"))
-    for part in ("http://127.0.0.1:8000/v1", "fake-model", "calm, deep, joy, wide", "curl"):
+    own = "this machine, without a key"
+    for part in ("http://127.0.0.1:8000/v1", "fake-model", "calm, deep, joy, wide", own):
         assert part in out.getvalue()
     assert '\'{"model": "fake-model"' in example(serving, "http://x")
 

@@ -32,8 +32,6 @@ from liveness import LIVENESS_SECONDS
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = "http://127.0.0.1:8000"
 RUN = ("python", "bash")
-PYTHON_ONLY = (ROOT / "README.md",)
-"""Pages whose shell commands set up or serve what the page then uses."""
 
 _FENCE = re.compile(
     r"(?:<!-- (?:not run: (?P<reason>[^>]*?)|run with: (?P<peer>[\w-]+)) -->\n+)?"
@@ -79,11 +77,10 @@ class Page:
     def read(cls, path: Path) -> Page:
         """The page in a file."""
         text = path.read_text("utf-8")
-        languages = RUN[:1] if path.resolve() in PYTHON_ONLY else RUN
         found = list(_FENCE.finditer(text))
         blocks = []
         for place, match in enumerate(found):
-            if match["language"] not in languages:
+            if match["language"] not in RUN:
                 continue
             after = found[place + 1] if place + 1 < len(found) else None
             adjacent = after is not None and not text[match.end() : after.start()].strip()
@@ -179,6 +176,8 @@ def session(page: Page, folder: Path) -> Iterator[Session]:
     """A folder, a registry and a server for one page."""
     registry, work = folder / "registry", folder / "work"
     work.mkdir(parents=True)
+    # As in a clone, where a page's commands are typed.
+    (work / "vectors").symlink_to(ROOT / "vectors", target_is_directory=True)
     with live_server(registry) as url:
         yield Session(page, work, url, _environment(registry))
 

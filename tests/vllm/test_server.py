@@ -349,7 +349,7 @@ def test_mistakes_are_named(http: httpx.Client) -> None:
         return response.status_code, found["code"], found["param"]
 
     unknown = {"interventions": [{"kind": "add", "vector": "frnch"}]}
-    assert error(steering=unknown) == (404, "unknown_vector", "/steering/interventions/0/vector")
+    assert error(steering=unknown) == (400, "unknown_vector", "/steering/interventions/0/vector")
     assert error(steering={"interventions": []})[0] == 400
     assert error(model=f"{MODEL}:nobody") == (404, "model_not_found", "/model")
     assert error(model=f"{MODEL}:french", steering=FRENCH)[1] == "steering_conflict"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from steer.errors import SpecError, SteerError, UnknownArtefact
+from steer.errors import SpecError, SteerError, UnknownArtefact, UnknownModel
 from steer.plan.plan import SteeringPlan
 from steer.registry.profiles import Profile
 from steer.spec import SteeringSpec
@@ -39,7 +39,7 @@ class Steering:
 def resolve(serving: Serving, model: str, spec: SteeringSpec | None) -> Steering:
     """The steering of a request for `model` with `spec`.
 
-    Raises `UnknownArtefact` (`model_not_found`) for a model that is not served, and whatever is
+    Raises `UnknownModel` for a model that is not served, and whatever is
     wrong with the spec, its pointers below `/steering`.
     """
     profile = None
@@ -79,9 +79,8 @@ def profile_of(serving: Serving, model: str) -> Profile:
             return serving.registry.profile(name)
     except UnknownArtefact:
         pass  # what is missing is the model that the caller named
-    raise UnknownArtefact(
+    raise UnknownModel(
         f"the model {model!r} does not exist: this server has {served!r}, and "
         f"'{served}:<profile>' for each saved profile (GET /v1/models lists them)",
         param="/model",
-        code="model_not_found",
     )

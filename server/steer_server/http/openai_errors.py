@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.types import Scope
 
-from steer.errors import SteerError, pointer
+from steer.errors import SteerError, clipped, clipped_pointer, pointer
 
 log = logging.getLogger("steer.server")
 
@@ -23,6 +24,7 @@ _CODES = {
     401: "invalid_api_key",
     404: "not_found",
     405: "method_not_allowed",
+    408: "request_timeout",
     413: "request_too_large",
     415: "unsupported_media_type",
 }
@@ -31,7 +33,8 @@ _CODES = {
 def error_body(message: str, *, status: int, code: str, param: str | None = None) -> dict[str, Any]:
     """OpenAI's error object; its `type` follows from the HTTP status."""
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "code": code, "param": param}}
+    said, at = clipped(message), clipped_pointer(param)
+    return {"error": {"message": said, "type": kind, "code": code, "param": at}}
 
 
 def error_response(
@@ -45,6 +48,25 @@ def error_response(
     """An error as a response. ASCII JSON, so that any string a client sent can be quoted."""
     body = error_body(message, status=status, code=code, param=param)
     return Response(json.dumps(body), status, headers, media_type="application/json")
+
+
+def refuse(scope: Scope, message: str, *, status: int, code: str, **headers: str) -> Response:
+    """An error that a middleware answers, counted like those of routes."""
+    note(scope, code)
+    return error_response(
+        message,
+        status=status,
+        code=code,
+        headers={name.replace("_", "-"): value for name, value in headers.items()},
+    )
+
+
+def note(scope: Scope, code: str) -> None:
+    """Counts an error, and leaves its code to the access log."""
+    scope.setdefault("state", {})["error_code"] = code
+    serving = getattr(scope["app"].state, "steer", None)
+    if serving is not None:
+        serving.metrics.rejects.labels(code=code).inc()
 
 
 def failure(error: Exception) -> tuple[int, dict[str, Any]]:
@@ -91,7 +113,7 @@ def invalid_field(error: ValidationError, body: Mapping[str, Any]) -> SteerError
 
 async def _on_failure(request: Request, error: Exception) -> Response:
     status, body = failure(error)
-    _count(request, body["error"]["code"])
+    note(request.scope, body["error"]["code"])
     if status >= 500 and isinstance(error, SteerError):
         log.error("%s %s: %s", request.method, request.url.path, error.code, exc_info=error)
     headers = {"retry-after": "1"} if status == 503 else None
@@ -109,7 +131,7 @@ async def _on_http(request: Request, error: Exception) -> Response:
     message = str(error.detail)
     if error.status_code in (404, 405) and error.detail in ("Not Found", "Method Not Allowed"):
         message = f"there is no route {request.method} {request.url.path!r}: see /docs"
-    _count(request, code)
+    note(request.scope, code)
     return error_response(message, status=error.status_code, code=code, headers=error.headers)
 
 
@@ -119,12 +141,8 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
     message, code = _sentence(first)
     if others:
         message += f" (and {len(others)} more problems)"
-    _count(request, code)
+    note(request.scope, code)
     return error_response(message, status=400, code=code, param=_param(first, error.body))
-
-
-def _count(request: Request, code: str) -> None:
-    request.app.state.steer.metrics.rejects.labels(code=code).inc()
 
 
 def _sentence(item: Mapping[str, Any]) -> tuple[str, str]:

@@ -16,6 +16,7 @@ router = APIRouter(tags=["operation"])
 
 
 @router.get("/health")
+@router.head("/health", include_in_schema=False)
 def health(serving: ServingDep) -> dict[str, Any]:
     """200 while the server answers; says what it serves and how busy it is."""
     stats = serving.engine.stats()
@@ -55,6 +56,7 @@ def _engine(able: Capabilities) -> dict[str, Any]:
 
 
 @router.get("/metrics", response_class=Response)
+@router.head("/metrics", include_in_schema=False)
 def metrics(request: Request, serving: ServingDep) -> Response:
     """Figures for Prometheus; docs/metrics.md lists them."""
     encode, content_type = choose_encoder(request.headers.get("accept", ""))

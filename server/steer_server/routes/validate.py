@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Body, Depends
 from pydantic import BaseModel
 
-from steer.errors import Problem, SteerError, UnknownArtefact
+from steer.errors import Problem, SteerError, UnknownModel
 from steer.spec import parse_spec
 from steer_server.generation.steering import profile_of
 from steer_server.http.content_type import require_json
@@ -64,7 +64,7 @@ def _model_problems(serving: Serving, model: str | None) -> tuple[Problem, ...]:
         return ()
     try:
         profile = profile_of(serving, model)
-    except UnknownArtefact as error:
+    except UnknownModel as error:
         return error.problems
     message = f"the model {model!r} is already steered by the profile {profile.name!r}"
     return (Problem(message, "steering_conflict", "/model"),)

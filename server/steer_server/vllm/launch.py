@@ -15,8 +15,7 @@ from steer.errors import SpecError, Unsupported
 from steer.formats.guards.stand_ins import check_model_folder
 from steer.registry.location import CATALOGUE_VARIABLE
 from steer_server import shipped
-from steer_server.settings import ServerSettings
-from steer_server.vllm.settings import VARIABLES
+from steer_server.settings import VARIABLES, ServerSettings
 
 MODULE = "vllm.entrypoints.openai.api_server"
 _OWN = {
@@ -70,11 +69,15 @@ def environment(settings: ServerSettings, inherited: Mapping[str, str]) -> dict[
     if settings.catalogue_url is not None:
         found[CATALOGUE_VARIABLE] = settings.catalogue_url
     for name in settings.model_fields_set & VARIABLES.keys():
-        found[VARIABLES[name]] = str(getattr(settings, name))
+        found[VARIABLES[name]] = _text(getattr(settings, name))
     if settings.api_key is not None:
         # Not an argument, which every user of the machine can read.
         found["VLLM_API_KEY"] = settings.api_key.get_secret_value()
     return found
+
+
+def _text(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def _flag(name: str, value: Any) -> list[str]:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 from vllm.entrypoints.openai.models import api_router as theirs
 
-from steer.errors import UnknownArtefact
+from steer.errors import UnknownModel
 from steer_server.http.error_route import SteerRoute
 from steer_server.routes import health
 from steer_server.state import Serving, ServingDep
@@ -33,10 +33,9 @@ async def show_model(model: str, raw_request: Request, serving: ServingDep) -> R
     for card in listed["data"]:
         if card["id"] == model:
             return JSONResponse(card)
-    raise UnknownArtefact(
+    raise UnknownModel(
         f"the model {model!r} does not exist: GET /v1/models lists those that do",
         param="/model",
-        code="model_not_found",
     )
 
 

@@ -19,15 +19,19 @@ class SteerEndpoints:
 
     def attach_router(self, app: Any) -> None:
         """Adds Steer's routes, in place of vLLM's where both have one."""
+        from steer_server.vllm.doors import add_doors  # noqa: PLC0415
         from steer_server.vllm.ignored_field import RefuseIgnoredField  # noqa: PLC0415
         from steer_server.vllm.mounting import mount, routers  # noqa: PLC0415
 
         for router in routers():
             mount(app, router)
         app.add_middleware(RefuseIgnoredField)
+        add_doors(app)
 
-    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:  # noqa: ARG002
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Opens the registry, and takes its place before the engine."""
+        from steer_server.vllm.doors import keys_of  # noqa: PLC0415
         from steer_server.vllm.mounting import serve  # noqa: PLC0415
 
+        state.steer_keys = keys_of(args, os.environ)
         await serve(engine_client, state, os.environ)

@@ -20,58 +20,26 @@ cache; what concerns HTTP alone does not belong there.
 | `STEER_JOB_DUTY` | The share of the engine's time that jobs take while requests run | 0.03 |
 | `STEER_HUB_IMPORTS` | Whether clients may have artefacts fetched from the hub | `true` |
 | `STEER_MAX_HUB_BYTES` | The largest artefact that is fetched from the hub | 512 MiB |
+| `STEER_ALLOWED_HOSTS` | Names that a server without a key answers to, commas between them | |
+| `STEER_ALLOWED_ORIGINS` | Pages that may use a server without a key | |
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-from pydantic import ValidationError
 
 from steer.engines.vllm.options import DEFAULT_REGISTRY, REGISTRY_VARIABLE
-from steer.errors import SpecError
 from steer.registry.location import chosen_catalogue
-from steer_server.settings import ServerSettings
-
-PREFIX = "STEER_"
-_FIELDS = (
-    "max_upload_bytes",
-    "allow_inline_vectors",
-    "measured_share",
-    "metric_names",
-    "plan_cache_size",
-    "strength_limit",
-    "job_workers",
-    "job_queue",
-    "jobs_kept",
-    "job_duty",
-    "hub_imports",
-    "max_hub_bytes",
-)
-VARIABLES = {name: PREFIX + name.upper() for name in _FIELDS}
-"""The environment variable of each setting."""
+from steer_server.settings import ServerSettings, settings_from
 
 
 def settings_of(environment: Mapping[str, str], *, model: str, served_name: str) -> ServerSettings:
     """The settings in `environment`. Raises `SpecError` naming a variable that is wrong."""
-    given: dict[str, Any] = {  # pydantic reads the texts
-        name: environment[variable]
-        for name, variable in VARIABLES.items()
-        if variable in environment
-    }
-    try:
-        return ServerSettings(
-            engine="vllm",
-            model=model,
-            served_name=served_name,
-            registry=environment.get(REGISTRY_VARIABLE, DEFAULT_REGISTRY),
-            catalogue=chosen_catalogue(environment),
-            **given,
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        variable = VARIABLES[str(first["loc"][0])]
-        raise SpecError(
-            f"{variable}={first['input']!r}: {first['msg']}; set it to another value, or not at all"
-        ) from None
+    return settings_from(
+        environment,
+        engine="vllm",
+        model=model,
+        served_name=served_name,
+        registry=environment.get(REGISTRY_VARIABLE, DEFAULT_REGISTRY),
+        catalogue=chosen_catalogue(environment),
+    )

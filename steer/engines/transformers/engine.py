@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from steer.artefacts.sae.architectures import SUPPORTED
@@ -30,6 +29,7 @@ from steer.engines.transformers.blocks import find_hook_points
 from steer.engines.transformers.capture import capture_batch
 from steer.engines.transformers.gradients import differentiating
 from steer.engines.transformers.hooks import HookedModel
+from steer.engines.transformers.placing import chosen_device, chosen_dtype
 from steer.engines.transformers.scheduler import Scheduler
 from steer.errors import SteerError
 from steer.formats.guards.stand_ins import check_model_folder
@@ -112,8 +112,8 @@ class TransformersEngine:
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 (slow import)
 
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        chosen = dtype or ("float32" if device == "cpu" else "auto")
+        device = chosen_device(device)
+        chosen = chosen_dtype(dtype, device)
         check_model_folder(model)
         try:
             loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model, dtype=chosen)

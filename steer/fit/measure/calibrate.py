@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -157,7 +157,7 @@ def check_use(
     _plans(engine, vector, _grid(vector, strengths)[:1], layers, where)
 
 
-def steps_of(prompts: Sequence[Prompt], strengths: Sequence[float] | None = None) -> int:
+def steps_of(prompts: Sized, strengths: Sequence[float] | None = None) -> int:
     """How much `calibrate` tells `progress` of: every answer, and every answer read again."""
     return len(prompts) * (2 + len(GRID if strengths is None else set(strengths)))
 

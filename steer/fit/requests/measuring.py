@@ -25,7 +25,7 @@ from steer.fit.requests.fields import (
     VectorField,
 )
 from steer.fit.requests.inline import PROMPTS
-from steer.prompts import PromptParam, prompt_of
+from steer.prompts import PromptParam, as_chat, prompt_of
 from steer.spec import SteeringSpec, parse_spec
 
 if TYPE_CHECKING:
@@ -54,13 +54,23 @@ class MeasureRequest(BaseModel):
         Spelled(flags=("--prompts", "-p"), help=PROMPTS.line),
         Field(min_length=1, description="What is asked: texts, or lists of messages."),
     ]
+    plain: Annotated[
+        bool,
+        Field(
+            description="Continue texts as they are; else a model with a chat template is asked "
+            "them as a user's messages."
+        ),
+    ] = False
     max_tokens: MaxTokensField = 48
     temperature: TemperatureField = 0.0
 
-    @property
-    def asked(self) -> list[Prompt]:
-        """The prompts as measuring takes them."""
-        return [prompt_of(prompt) for prompt in self.prompts]
+    def asked(self, engine: Engine) -> list[Prompt]:
+        """The prompts as measuring takes them: a model for chats is not given bare texts unless
+        they are to be continued, which would measure something that no user meets."""
+        prompts = [prompt_of(prompt) for prompt in self.prompts]
+        if self.plain:
+            return prompts
+        return [as_chat(engine.tokenizer, prompt) for prompt in prompts]
 
 
 class SweepRequest(MeasureRequest):
@@ -118,7 +128,7 @@ class SweepRequest(MeasureRequest):
 
         return dose_response(
             engine,
-            self.asked,
+            self.asked(engine),
             lambda strength: plans.plan(self.spec(strength), vectors=vectors),
             sorted(self.strengths),
             scorer,
@@ -185,7 +195,7 @@ class CalibrateRequest(MeasureRequest):
         """Every answer, and every answer read again."""
         from steer.fit.measure.calibrate import steps_of
 
-        return steps_of(self.asked, self.strengths)
+        return steps_of(self.prompts, self.strengths)
 
     def check(self, engine: Engine, vector: ControlVector) -> None:
         """Raises what is wrong with this use of `vector`, before anything is measured."""
@@ -208,7 +218,7 @@ class CalibrateRequest(MeasureRequest):
         return calibrate(
             engine,
             vector,
-            self.asked,
+            self.asked(engine),
             scorer,
             scorer_name=self.score,
             strengths=self.strengths,
@@ -295,7 +305,7 @@ class EvaluateRequest(MeasureRequest):
 
         return evaluate(
             engine,
-            self.asked,
+            self.asked(engine),
             [ComparedMethod(one.name, plan) for one, plan in zip(self.methods, plans, strict=True)],
             scorer,
             instruction=told or Instruction(self.instruction),

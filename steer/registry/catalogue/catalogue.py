@@ -44,8 +44,10 @@ class Catalogue:
     artefacts there are; safe from many threads and processes.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, read_only: str | None = None) -> None:
         self._database = database
+        self.read_only = read_only
+        """Why nothing may be changed, and what to do; None where changes are welcome."""
 
     @property
     def engine(self) -> Engine:
@@ -74,9 +76,18 @@ class Catalogue:
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        """A transaction that holds the write lock from its beginning."""
+        """A transaction that holds the write lock from its beginning.
+
+        Raises `StorageError` (`read_only`) where nothing may be changed.
+        """
+        self.check_writable()
         with self._transaction(writes=True) as connection:
             yield connection
+
+    def check_writable(self) -> None:
+        """Raises `StorageError` (`read_only`) where nothing may be changed."""
+        if self.read_only is not None:
+            raise StorageError(self.read_only, code="read_only")
 
     @contextmanager
     def _transaction(self, *, writes: bool) -> Iterator[Connection]:

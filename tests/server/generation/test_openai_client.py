@@ -95,7 +95,7 @@ def test_an_uploaded_vector_steers_the_next_request(client: openai.OpenAI, live:
 
 def test_the_clients_exceptions_carry_code_and_param(client: openai.OpenAI) -> None:
     wrong = {"interventions": [{"kind": "add", "vector": "missing"}]}
-    with pytest.raises(openai.NotFoundError) as caught:
+    with pytest.raises(openai.BadRequestError) as caught:
         ask(client, extra_body={"steering": wrong})
     assert caught.value.code == "unknown_vector"
     assert caught.value.param == "/steering/interventions/0/vector"
@@ -138,7 +138,7 @@ def test_leaving_before_the_answer_cancels_the_generation(
     address = httpx.URL(live)
     with socket.create_connection((address.host, address.port or 80)) as connection:
         connection.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nhost: steer\r\n"
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n"
             b"content-type: application/json\r\n"
             + f"content-length: {len(body)}\r\n\r\n".encode()
             + body

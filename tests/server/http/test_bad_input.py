@@ -247,7 +247,7 @@ async def test_streams_are_refused_before_they_begin(
     http: httpx.AsyncClient, chat: Body, joy: dict[str, Any]
 ) -> None:
     wrong = {"interventions": [{"kind": "add", "vector": "missing"}]}
-    refusal(await http.post(URL, json=chat(stream=True, steering=wrong)), 404)
+    refusal(await http.post(URL, json=chat(stream=True, steering=wrong)), 400)
     for field, value in (("compare", True), ("inspect", {"layers": [0]})):
         body = chat(stream=True, steering=joy, **{field: value})
         assert refusal(await http.post(URL, json=body), 400)["param"] == f"/{field}"

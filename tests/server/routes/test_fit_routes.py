@@ -117,7 +117,7 @@ async def running(
 async def served(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     app.state.steer.jobs.start()
-    async with httpx.AsyncClient(transport=transport, base_url="http://steer") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         yield client
     await asyncio.to_thread(app.state.steer.jobs.stop, LIVENESS_SECONDS)
 

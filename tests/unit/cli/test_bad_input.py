@@ -37,6 +37,8 @@ def files(tmp_path: Path) -> dict[str, str]:
         "nan": '{"interventions": [{"kind": "add", "vector": "v", "strength": NaN}]}',
         "pickle": "\x80\x04K\x01.",
         "pairs": '{"positive": "a"}',
+        "deep": "[" * 100_000,
+        "two-lines": "secret\nsecret\n",
     }
     for name, text in contents.items():
         (tmp_path / name).write_text(text)
@@ -50,6 +52,16 @@ def files(tmp_path: Path) -> dict[str, str]:
         (("fit", "nowhere.jsonl"), "no_such_file"),
         (("fit", "{pairs}"), "invalid_pairs"),
         (("fit", FRENCH, "--name", "a/b"), "invalid_name"),
+        (("generate", "hi", "-v", "french", "--device", "cuda:99"), "invalid_option"),
+        (("generate", "hi", "-v", "french", "--device", "abacus"), "invalid_option"),
+        (("generate", "hi", "-v", "french", "--device", "meta"), "invalid_option"),
+        (("generate", "hi", "-v", "french", "--dtype", "zzz"), "invalid_option"),
+        (("generate", "hi", "-v", "french", "--dtype", "int8"), "invalid_option"),
+        (("generate", "hi", "--spec", "{deep}"), "invalid_json"),
+        (("validate", "{deep}"), "invalid_json"),
+        (("serve", "--api-key-file", "{lies.safetensors}"), "invalid_key"),
+        (("serve", "--api-key-file", "{two-lines}"), "invalid_key"),
+        (("serve", "--engine", "fake", "--host", "0.0.0.0"), "no_key"),
         (("fit", FRENCH, "--layers", "x"), "invalid_option"),
         (("fit", FRENCH, "--layers", "5-2"), "invalid_option"),
         (("fit", FRENCH, "--layers", "0-99999999999"), "layer_out_of_range"),
