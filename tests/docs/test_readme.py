@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 from doc_pages import ROOT, Page, outputs, session
+from liveness import LIVENESS_SECONDS
 
 pytestmark = pytest.mark.slow
 
@@ -28,5 +29,7 @@ def test_the_readme_prints_what_it_says(tmp_path: Path) -> None:
                 assert printed == block.expected
         for spec in SPECS:
             url = f"{running.url}/v1/steering/validate"
-            checked = httpx.post(url, json={"steering": json.loads(spec)}, timeout=60).json()
+            checked = httpx.post(
+                url, json={"steering": json.loads(spec)}, timeout=LIVENESS_SECONDS
+            ).json()
             assert checked["problems"] == []

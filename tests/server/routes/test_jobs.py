@@ -23,6 +23,7 @@ from steer.engines.plans import plans_of
 from steer.fit.measure.scoring import words_scorer
 from steer.fit.measure.sweep import dose_response
 from steer.jobs import JobRunner
+from steer.prompts import as_chat
 from steer.registry.registry import Registry
 from steer.spec import parse_spec
 from steer_server.app import create_app
@@ -191,7 +192,8 @@ async def test_a_sweep_measures_every_strength(
     plans = plans_of(engine, registry)
     own = dose_response(
         engine,
-        SWEEP["prompts"],
+        # As a user would ask them: this model is for chats.
+        [as_chat(engine.tokenizer, prompt) for prompt in SWEEP["prompts"]],
         lambda strength: plans.plan(
             parse_spec({"interventions": [{"kind": "add", "vector": "joy", "strength": strength}]})
         ),

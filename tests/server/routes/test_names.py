@@ -50,7 +50,7 @@ async def test_an_alias_steers_and_moves(http: httpx.AsyncClient, chat) -> None:
     ("path", "body", "status", "code"),
     [
         ("vectors/calm", {"target": "joy"}, 409, "name_taken"),
-        ("vectors/new", {"target": "nowhere"}, 404, "unknown_vector"),
+        ("vectors/new", {"target": "nowhere"}, 400, "unknown_vector"),
         ("vectors/a b", {"target": "joy"}, 400, "invalid_name"),
         ("vectors/new", {"target": "joy", "more": 1}, 400, None),
         ("vectors/new", {}, 400, None),

@@ -13,8 +13,8 @@ from steer.cli import app
 from steer_server.vllm import launch
 
 
-class Became(Exception):
-    """Stands for the end of this program."""
+class Became(SystemExit):
+    """Stands for the end of this program: nothing of it runs any more."""
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def became(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def execute(file: str, arguments: list[str], environment: dict[str, str]) -> None:
         seen.extend([file, arguments, environment])
-        raise Became
+        raise Became(1)
 
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(os, "execvpe", execute)
