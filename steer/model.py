@@ -156,6 +156,26 @@ class ModelInfo:
             )
 
 
+SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "stop",
+    "n",
+    "logprobs",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "min_tokens",
+    "stop_token_ids",
+    "ignore_eos",
+)
+"""All that can be asked for about the choice of tokens, by the names of requests' fields."""
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """What an engine can really do; anything else is refused by name at admission.

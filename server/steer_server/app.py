@@ -19,6 +19,7 @@ from steer_server.http.api_key import ApiKey, below_v1
 from steer_server.http.body_limit import BodyLimit
 from steer_server.http.origin import OwnPagesOnly
 from steer_server.http.patience import StalledBody
+from steer_server.http.request_id import RequestId
 from steer_server.routes import (
     aliases,
     chat,
@@ -30,6 +31,7 @@ from steer_server.routes import (
     jobs,
     models,
     profiles,
+    responses,
     validate,
 )
 from steer_server.routes.artefacts import artefact_routers, upload_place
@@ -44,6 +46,7 @@ def routers() -> list[APIRouter]:
     return [
         chat.router,
         completions.router,
+        responses.router,
         models.router,
         features.router,
         *artefact_routers(),
@@ -107,6 +110,7 @@ def _add_doors(app: FastAPI, settings: ServerSettings) -> None:
     app.add_middleware(StalledBody, seconds=settings.patience_seconds)
     if settings.access_log:
         app.add_middleware(AccessLog)
+    app.add_middleware(RequestId)
 
 
 def _body_limit(settings: ServerSettings, path: str) -> int:

@@ -22,21 +22,38 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen. A `temperature` of 0 is greedy, and so is one below 1e-5; `logprobs`
-    is the number of alternatives to report beside the chosen token (0: only the chosen one, None:
-    nothing).
+    """How tokens are chosen, in vLLM's order: bias, penalties, temperature, then what is cut off.
 
-    An answer ends with any of the model's own end tokens, unless `ignore_eos` is set, and with any
-    of `stop_token_ids`."""
+    A `temperature` of 0 is greedy, among what `logit_bias` and the penalties leave, and so is one
+    below 1e-5. `logprobs` is the number of alternatives to report beside the chosen token (0: only
+    the chosen one, None: nothing); they are the model's own, before all of this. An answer ends
+    with any of the model's own end tokens, unless `ignore_eos` is set, and with any of
+    `stop_token_ids`.
+    """
 
     max_tokens: int = 16
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int | None = None
+    min_p: float = 0.0
+    """The least probability that counts, as a share of the greatest."""
     seed: int | None = None
     logprobs: int | None = None
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token that was generated, once."""
+    frequency_penalty: float = 0.0
+    """Taken from the logit of every token that was generated, as often as it was."""
+    repetition_penalty: float = 1.0
+    """Divides (where positive) or multiplies the logits of the tokens in prompt and answer."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Tokens, each with what is added to its logit."""
+    min_tokens: int = 0
+    """No token that ends the sequence comes before that many others."""
     stop_token_ids: frozenset[int] = frozenset()
+    """Tokens that end the sequence beside the model's own, also where those are ignored."""
+    json_schema: str | None = None
+    """The schema of the JSON that the answer is, as JSON text."""
 
 
 @dataclass(frozen=True)
@@ -154,8 +171,9 @@ class CaptureRequest:
     """Read activations of whole prompts, without generating.
 
     `positions` are absolute, negative from the prompt's end; None reads every token. `logits`
-    asks for the next-token logits at the last position or at every position. States are read
-    after the edits of `plan` at the same point, as the model goes on to see them.
+    asks for the next-token logits at the last position or at every position; `logprobs` for the
+    log-probability of every token of the prompt but the first, with that many alternatives. States
+    are read after the edits of `plan` at the same point, as the model goes on to see them.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -163,15 +181,17 @@ class CaptureRequest:
     positions: tuple[int, ...] | None = None
     plans: Sequence[SteeringPlan | None] | None = None
     logits: Literal["none", "last", "all"] = "none"
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True)
 class Captured:
     """One prompt's activations: float32 `[positions, width]` for each hook point, and float32
-    logits `[1 or tokens, vocab]` where asked for."""
+    logits `[1 or tokens, vocab]` and log-probabilities (one fewer than tokens) where asked for."""
 
     states: Mapping[HookPoint, Tensor]
     logits: Tensor | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass

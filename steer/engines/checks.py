@@ -8,6 +8,11 @@ from steer.engines.base import Captured, GenerationRequest, SamplingParams
 from steer.errors import EngineError, NotFinite, SpecError, SteerError
 from steer.model import ModelInfo
 
+MAX_PENALTY = 2.0
+MAX_BIAS = 100.0
+MIN_REPETITION, MAX_REPETITION = 0.01, 100.0
+"""Far beyond what is of use, and far from what float32 cannot hold."""
+
 
 def check_request(request: GenerationRequest, model: ModelInfo, max_length: int) -> None:
     """Raises where `request` can never run: `max_length` counts prompt and generated tokens."""
@@ -35,6 +40,12 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
         "temperature": not 0 <= params.temperature < inf,
         "top_p": not 0 <= params.top_p <= 1,
         "top_k": params.top_k is not None and params.top_k < 1,
+        "min_p": not 0 <= params.min_p <= 1,
+        "presence_penalty": not -MAX_PENALTY <= params.presence_penalty <= MAX_PENALTY,
+        "frequency_penalty": not -MAX_PENALTY <= params.frequency_penalty <= MAX_PENALTY,
+        "repetition_penalty": not MIN_REPETITION <= params.repetition_penalty <= MAX_REPETITION,
+        "logit_bias": not all(-MAX_BIAS <= bias <= MAX_BIAS for _, bias in params.logit_bias),
+        "min_tokens": not 0 <= params.min_tokens <= params.max_tokens,
         "seed": params.seed is not None and not -(1 << 63) <= params.seed < 1 << 64,
         "logprobs": params.logprobs is not None and not 0 <= params.logprobs <= vocab_size,
     }
@@ -43,6 +54,25 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
             raise SteerError(
                 f"{name} is {getattr(params, name)!r}, which is out of range",
                 code="invalid_sampling",
+                param=f"/{name}",
+            )
+    if params.json_schema is not None and (params.min_tokens or params.ignore_eos):
+        raise SteerError(
+            "min_tokens and ignore_eos contradict a JSON schema, which says where an answer ends: "
+            "leave them out",
+            code="invalid_sampling",
+            param="/ignore_eos" if params.ignore_eos else "/min_tokens",
+        )
+    named = {
+        "logit_bias": [token for token, _ in params.logit_bias],
+        "stop_token_ids": sorted(params.stop_token_ids),
+    }
+    for name, tokens in named.items():
+        if unknown := [token for token in tokens if not 0 <= token < vocab_size]:
+            raise SpecError(
+                f"{name} names the token {unknown[0]}, which is not in the vocabulary of "
+                f"{vocab_size}",
+                code="unknown_token",
                 param=f"/{name}",
             )
 

@@ -13,7 +13,7 @@ from steer.artefacts.library import Library, MemoryLibrary
 from steer.artefacts.sae.base import SAE
 from steer.artefacts.sae.labels import FeatureLabel
 from steer.engines.base import Captured, CaptureRequest, Engine
-from steer.errors import IncompatibleArtefact, SpecError, SteerError, pointer
+from steer.errors import IncompatibleArtefact, SpecError, SteerError, Unsupported, pointer
 from steer.inspection.heatmap import HeatMap
 from steer.inspection.method import Finite, Inspection, reads_states
 from steer.inspection.selection import (
@@ -24,6 +24,7 @@ from steer.inspection.selection import (
     chosen_positions,
     plan_for,
 )
+from steer.inspection.state_file import StateFile, StateSelection, state_file
 from steer.inspection.token_labels import place_label
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
@@ -151,12 +152,42 @@ def activations(
     )
 
 
+def activations_file(
+    engine: Engine,
+    request: ActivationsRequest,
+    *,
+    library: Library | None = None,  # noqa: ARG001 (as every inspection is called)
+    plans: PlanCache | None = None,
+) -> StateFile:
+    """The states that `request` selects, however many, as a safetensors file.
+
+    Raises `SteerError` with a pointer into the request.
+    """
+    ACTIVATIONS.require(engine)
+    for field in ("vectors", "sae"):
+        if getattr(request, field):
+            raise Unsupported(
+                f"a file of states holds no readings: leave {field!r} out, or ask for JSON",
+                param=pointer(field),
+                code="unsupported_parameter",
+            )
+    prompt = encode_prompt(engine, request)
+    selected = StateSelection(
+        prompt,
+        chosen_points(engine, request.layers, request.site),
+        chosen_positions(prompt, request.positions),
+        plan_for(engine, request.steering, plans, at="/steering"),
+    )
+    return state_file(engine, selected)
+
+
 def _check_sizes(engine: Engine, request: ActivationsRequest, layers: int, positions: int) -> None:
     places = [("layers", layers), ("positions", positions)]
     if request.states:
         check_size(
             [*places, ("numbers per state", engine.info.width(request.site))],
-            advice="read fewer layers or positions, or 'vectors' instead of 'states'",
+            advice="read fewer layers or positions, or 'vectors' instead of 'states'; a server "
+            "gives states of any size as a file, with 'Accept: application/octet-stream'",
         )
     check_size(
         [*places, ("readings", 1 + 2 * len(request.vectors))],
@@ -318,5 +349,6 @@ ACTIVATIONS = Inspection(
     result=ActivationsResult,
     run=activations,
     draw=activations_heat_map,
+    file=activations_file,
     possible=reads_states,
 )

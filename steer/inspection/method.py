@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel
 from steer.engines.base import Engine
 from steer.errors import NotFinite, Unsupported
 from steer.inspection.heatmap import HeatMap
+from steer.inspection.state_file import StateFile
 from steer.model import Capabilities
 from steer.spec import Site
 
@@ -42,7 +43,8 @@ class Inspection:
     """A method: `run(engine, request, plans=…, library=…)` gives a result, which `draw` pictures.
 
     `name` is its name in `/v1/steering/capabilities` and, with hyphens, its route. `possible` says
-    whether an engine can carry it out. `summary` is the route's description.
+    whether an engine can carry it out. `summary` is the route's description. `file` gives the
+    result as a `StateFile` of any size, where there is such a form.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Inspection:
     run: Callable[..., BaseModel]
     draw: Callable[[Any], HeatMap]
     possible: Callable[[Capabilities], bool]
+    file: Callable[..., StateFile] | None = None
 
     def require(self, engine: Engine) -> None:
         """Raises `Unsupported` (`unsupported_inspection`) where `engine` cannot carry it out."""

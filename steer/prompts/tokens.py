@@ -62,6 +62,6 @@ def _begins_with_space(tokenizer: Any, ids: Sequence[int]) -> bool:
     return bool(pieces) and str(pieces[0]).startswith(SPACE)
 
 
-def answer_text(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """Generated `tokens` as text, without special tokens."""
-    return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
+def answer_text(tokenizer: Any, tokens: Sequence[int], *, special: bool = False) -> str:
+    """`tokens` as text, without special tokens unless `special`."""
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=not special))

@@ -516,3 +516,27 @@ def test_measured_sizes_equal_their_definition(engine: TransformersEngine) -> No
     assert done.receipt is not None
     (entry,) = done.receipt.hook_points
     assert entry.relative_size == pytest.approx(float(sizes.mean()), rel=1e-4)
+
+
+def test_a_prompts_log_probabilities_are_those_of_its_logits(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of unlike length over several chunks, each with a steering of its own."""
+    monkeypatch.setattr("steer.engines.transformers.prompts.MOST_LOGITS", 15)
+    draw = random.Random(8)
+    lengths = (1, 2, 5, 17, 40)
+    prompts = [tuple(draw.randrange(3, VOCABULARY) for _ in range(length)) for length in lengths]
+    plans = [
+        plan(engine, SPECS[name])
+        for name in (GATED[0], "unsteered", "unsteered", "a clamp", "a window")
+    ]
+    found = engine.capture(CaptureRequest(prompts, plans=plans, logprobs=3))
+    logits = engine.capture(CaptureRequest(prompts, plans=plans, logits="all"))
+    for prompt, scored, whole in zip(prompts, found, logits, strict=True):
+        assert whole.logits is not None
+        assert len(scored.logprobs) == len(prompt) - 1
+        table = whole.logits.double().log_softmax(-1)
+        for place, (token, one) in enumerate(zip(prompt[1:], scored.logprobs, strict=True)):
+            assert one.logprob == pytest.approx(float(table[place, token]), abs=1e-4)
+            values = table[place].topk(3).values.tolist()
+            assert [value for _, value in one.top] == pytest.approx(values, abs=1e-4)

@@ -13,13 +13,17 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import safetensors.torch
 import torch
+from fastapi.testclient import TestClient
 from liveness import LIVENESS_SECONDS, eventually
 from prometheus_client.parser import text_string_to_metric_families
 from steer_vectors import LIBRARY
 from vllm_server import running_server
 
 from steer.artefacts.control_vector import ControlVector
+from steer_server.serve import build
+from steer_server.settings import ServerSettings
 
 MODEL = "steer-demo"
 DEMO = LIBRARY / "demo"
@@ -638,3 +642,115 @@ def test_a_vector_is_fitted_while_it_serves(http: httpx.Client, ask: Callable[..
     assert ask(steering=spec).model_extra["steering"]["tokens_steered"] > 0
     listed = http.get("/v1/jobs", params={"kind": "fit"}).json()["data"]
     assert [one["id"] for one in listed] == [job["id"]]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stop": "", "tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
+        {"min_tokens": None, "ignore_eos": None, "n": None, "stop": None, "receipt": None},
+        {"top_k": -1, "min_p": 0, "repetition_penalty": 1, "response_format": {"type": "text"}},
+        {"logprobs": False, "top_logprobs": 0, "store": True, "max_tokens": 16.0},
+    ],
+)
+def test_fields_that_ask_for_nothing_are_accepted(
+    http: httpx.Client, fields: dict[str, Any]
+) -> None:
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": QUESTION}],
+        "temperature": 0,
+        "max_tokens": 16,
+        "steering": FRENCH,
+    }
+    found = http.post("/v1/chat/completions", json={**body, **fields})
+    assert found.status_code == 200, found.text
+    plain = http.post("/v1/chat/completions", json=body).json()
+    content = found.json()["choices"][0]["message"]["content"]
+    assert content == plain["choices"][0]["message"]["content"]
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """The transformers engine's server over the same model and the same artefacts."""
+    settings = ServerSettings(registry=str(tmp_path_factory.mktemp("other") / "registry"))
+    with TestClient(build(settings)) as client:
+        yield client
+
+
+@pytest.mark.parametrize("steering", [None, EVERYWHERE])
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_both_servers_score_a_text_alike(
+    http: httpx.Client, other: TestClient, steering: Any, max_tokens: int
+) -> None:
+    asked = {"model": MODEL, "prompt": QUESTION}
+    body = {
+        "model": MODEL,
+        "prompt": http.post("/tokenize", json=asked).json()["tokens"],
+        "echo": True,
+        "logprobs": 1,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        **({} if steering is None else {"steering": steering}),
+    }
+    texts, scores = [], []
+    for server in (http, other):
+        found = server.post("/v1/completions", json=body)
+        assert found.status_code == 200, found.text
+        (choice,) = found.json()["choices"]
+        texts.append(choice["text"])
+        scores.append(choice["logprobs"]["token_logprobs"])
+        assert ("steering" in found.json()) is (steering is not None)
+    assert texts[0] == texts[1]
+    assert scores[0][0] is scores[1][0] is None
+    assert scores[0][1:] == pytest.approx(scores[1][1:], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": 0.7, "repetition_penalty": 1.4},
+        {"repetition_penalty": 0.8},
+        {"logit_bias": {"5": -100, "20": 3.5}},
+        {"min_tokens": 30, "max_tokens": 40},
+    ],
+)
+@pytest.mark.parametrize("steering", [None, FRENCH])
+def test_both_servers_choose_the_same_tokens(
+    http: httpx.Client, other: TestClient, fields: dict[str, Any], steering: Any
+) -> None:
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": QUESTION}],
+        "temperature": 0,
+        "max_tokens": 24,
+        **({} if steering is None else {"steering": steering}),
+        **fields,
+    }
+    texts = []
+    for server in (http, other):
+        found = server.post("/v1/chat/completions", json=body)
+        assert found.status_code == 200, found.text
+        texts.append(found.json()["choices"][0]["message"]["content"])
+    assert texts[0] == texts[1]
+
+
+def test_requests_have_ids_here_too(http: httpx.Client) -> None:
+    for path, status in (("/v1/models", 200), ("/v1/steering/vectors/nothing", 404)):
+        found = http.get(path, headers={"X-Request-ID": "mine"})
+        assert found.status_code == status
+        assert found.headers.get_list("x-request-id") == ["mine"]
+    assert found.json()["error"]["request_id"] == "mine"
+
+
+def test_states_come_as_a_file(http: httpx.Client) -> None:
+    body = {"text": "word " * 200, "steering": EVERYWHERE}
+    found = http.post(
+        "/v1/inspect/activations", json=body, headers={"accept": "application/octet-stream"}
+    )
+    assert found.status_code == 200
+    states = safetensors.torch.load(found.content)
+    rows = len(states["positions"])
+    assert rows * WIDTH * (len(states) - 1) > 1 << 16
+    assert states["layers.0"].shape == (rows, WIDTH)

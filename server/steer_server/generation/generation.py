@@ -20,9 +20,10 @@ from steer.engines.base import (
     TokenLogprob,
 )
 from steer.errors import SteerError, TooLarge, Unsupported, pointer
-from steer_server.generation.request_models import ChatRequest, CompletionRequest
+from steer_server.generation.request_models import SamplingFields
 from steer_server.generation.steering import Steering, resolve
-from steer_server.generation.text import TextStream
+from steer_server.generation.text import TextRules, TextStream
+from steer_server.http.request_id import request_id
 from steer_server.state import Serving
 
 log = logging.getLogger("steer.server")
@@ -46,7 +47,9 @@ class Generation:
     prompts: tuple[Prompt, ...]
     sequences: tuple[GenerationRequest, ...]
     default: tuple[GenerationRequest, ...] = ()
-    stops: tuple[str, ...] = ()
+    text: TextRules = field(default_factory=TextRules)
+    silent: bool = False
+    """`"max_tokens": 0`: the one token that a sequence needs for its receipt is kept back."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class Answer:
     """A whole sequence: the sum of its pieces."""
 
     index: int
+    request: GenerationRequest
     text: str = ""
     tokens: int = 0
     logprobs: list[tuple[int, TokenLogprob]] = field(default_factory=list)
@@ -82,7 +86,7 @@ class Answer:
 
 def prepare(
     serving: Serving,
-    body: ChatRequest | CompletionRequest,
+    body: SamplingFields,
     prompts: Sequence[Prompt],
     *,
     prefix: str,
@@ -108,7 +112,7 @@ def prepare(
             code="nothing_to_compare",
         )
     _check_sampling(serving, body)
-    name = f"{prefix}-{uuid.uuid4().hex}"
+    name = prefix + uuid.uuid4().hex
     sequences = []
     for place, prompt in enumerate(prompts):
         sampling = _sampling(serving, body, prompt, at)
@@ -129,9 +133,20 @@ def prepare(
         for one in (sequences if body.compare else ())
     ]
     for one in (*sequences, *default):
-        serving.engine.admit(one)
+        try:
+            serving.engine.admit(one)
+        except SteerError as error:
+            if error.code == "invalid_schema":
+                error.at(body.format_at)
+            raise
     fingerprint = steering.plan.fingerprint if steering.plan else None
-    log.info("request %s: %d sequences, steering %s", name, len(sequences), fingerprint)
+    log.info(
+        "request %s (%s): %d sequences, steering %s",
+        name,
+        request_id(),
+        len(sequences),
+        fingerprint,
+    )
     return Generation(
         id=name,
         model=body.model,
@@ -141,7 +156,8 @@ def prepare(
         prompts=tuple(prompts),
         sequences=tuple(sequences),
         default=tuple(default),
-        stops=body.stop,
+        text=body.text_rules,
+        silent=body.limit == 0,
     )
 
 
@@ -180,7 +196,7 @@ async def pieces(
 async def answers(serving: Serving, run: Generation) -> tuple[list[Answer], list[Answer]]:
     """The choices, and the unsteered ones where asked for; all in one batch of the engine."""
     together = (*run.sequences, *run.default)
-    found = [Answer(index) for index in range(len(together))]
+    found = [Answer(index, request) for index, request in enumerate(together)]
     with serving.metrics.request(
         run.steering.profile, run.steering.vectors, run.steering.strengths
     ):
@@ -197,8 +213,9 @@ async def _sequence(
     serving: Serving, run: Generation, index: int, request: GenerationRequest
 ) -> AsyncGenerator[Piece, None]:
     """The pieces of one sequence."""
-    text = TextStream(serving.engine.tokenizer, run.stops)
-    if run.stops:
+    text = TextStream(serving.engine.tokenizer, run.text)
+    watched = bool(run.text.stops)
+    if watched:
         request = replace(request, stop=text.watch)
     steered = "true" if request.plan is not None else "false"
     first = last = run.started
@@ -212,19 +229,26 @@ async def _sequence(
             if count == 1:
                 first = last
                 serving.metrics.first_token.labels(steered).observe(first - run.started)
-            yield _piece(index, event, text, watched=bool(run.stops))
+            if run.silent:
+                yield Piece(index, tokens=0, finish="length", receipt=event.receipt)
+            else:
+                yield _piece(index, event, text, watched=watched)
             if event.finish is not None:
                 _observe(serving, event, steered, (last - first, count - 1))
 
 
 def _piece(index: int, event: TokenEvent, text: TextStream, *, watched: bool) -> Piece:
-    # An end-of-sequence token is never text; a token that completed a stop string has been seen.
+    # A token that ends the sequence is text where stops are kept; one that completed a stop string
+    # has been seen.
     ended = event.finish == "stop" and not text.stopped
-    new = "" if ended else text.taken() if watched else text.push(event.token)
+    if ended:
+        new = text.push(event.token) if text.rules.keep_stop else ""
+    else:
+        new = text.taken() if watched else text.push(event.token)
     if event.finish is not None:
         new += text.finish()
     logprobs: Logprobs = ()
-    if event.logprob is not None and not ended:
+    if event.logprob is not None and (not ended or text.rules.keep_stop):
         logprobs = ((event.token, event.logprob),)
     return Piece(index, new, 1, logprobs, event.finish, event.receipt)
 
@@ -237,9 +261,7 @@ def _observe(serving: Serving, event: TokenEvent, steered: str, between: tuple[f
         serving.metrics.receipt(event.receipt)
 
 
-def _sampling(
-    serving: Serving, body: ChatRequest | CompletionRequest, prompt: Prompt, at: str
-) -> SamplingParams:
+def _sampling(serving: Serving, body: SamplingFields, prompt: Prompt, at: str) -> SamplingParams:
     info = serving.engine.info
     room = info.max_length - len(prompt)
     if not prompt:
@@ -252,16 +274,24 @@ def _sampling(
             code="context_length_exceeded",
         )
     _check_tokens(serving, prompt, at)
-    _check_tokens(serving, body.stop_token_ids or (), "/stop_token_ids")
+    # With a limit of 0 one token is generated and kept back: it takes a step to get a receipt.
+    limit = room if body.limit is None else min(max(body.limit, 1), room)
     return SamplingParams(
-        max_tokens=min(body.limit or room, room),
+        max_tokens=limit,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=body.top_k,
+        min_p=body.min_p,
         seed=body.seed,
         logprobs=body.alternatives,
         ignore_eos=body.ignore_eos,
-        stop_token_ids=frozenset(body.stop_token_ids or ()),
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        repetition_penalty=body.repetition_penalty,
+        logit_bias=body.logit_bias,
+        min_tokens=min(body.min_tokens, limit),
+        stop_token_ids=frozenset(body.stop_token_ids),
+        json_schema=body.schema_text,
     )
 
 
@@ -275,21 +305,37 @@ def _check_tokens(serving: Serving, tokens: Sequence[int], at: str) -> None:
         )
 
 
-def _check_sampling(serving: Serving, body: ChatRequest | CompletionRequest) -> None:
+_REMEDIES = {
+    "response_format": ", or start the transformers engine with llguidance installed "
+    "(pip install 'steer-llm[json]') and a fast tokenizer"
+}
+
+
+def _check_sampling(serving: Serving, body: SamplingFields) -> None:
     """Refuses what the engine cannot do, where it is asked for."""
     able = serving.engine.capabilities.sampling
     asked = {
         "temperature": body.temperature is not None,
         "top_p": body.top_p not in (None, 1.0),
         "top_k": body.top_k is not None,
+        "min_p": body.min_p != 0,
         "seed": body.seed is not None,
         "logprobs": body.alternatives is not None,
+        "presence_penalty": body.presence_penalty != 0,
+        "frequency_penalty": body.frequency_penalty != 0,
+        "repetition_penalty": body.repetition_penalty != 1,
+        "logit_bias": bool(body.logit_bias),
+        "min_tokens": body.min_tokens > 0,
+        "stop_token_ids": bool(body.stop_token_ids),
+        "ignore_eos": body.ignore_eos,
+        "response_format": body.schema_text is not None,
     }
     for name, wanted in asked.items():
         if wanted and name not in able:
+            at = body.format_at if name == "response_format" else pointer(name)
             raise Unsupported(
-                f"this engine does not support {name!r}: leave it out",
-                param=pointer(name),
+                f"this engine does not support {name!r}: leave it out{_REMEDIES.get(name, '')}",
+                param=at,
                 code="unsupported_parameter",
             )
 

@@ -1,12 +1,12 @@
 """The bodies of chat and plain completion requests.
 
-A field that is not implemented is refused by name. Fields of OpenAI's API that cannot change the
-answer (`user`, `metadata`, …) are accepted; others are accepted only with their neutral value.
+A field that is not implemented is refused by name, unless it has a neutral value
+(`neutral_values`). Fields of OpenAI's API that cannot change the answer (`user`, `metadata`, …) are
+accepted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -20,14 +20,35 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from steer.errors import Unsupported, pointer
+from steer.errors import SteerError, Unsupported
 from steer.spec import SteeringSpec, parse_spec
+from steer_server.generation.answer_format import ResponseFormat
+from steer_server.generation.field_types import (
+    MAX_SEED,
+    MAX_STOP_TOKENS,
+    Alternatives,
+    Count,
+    Finite,
+    LogitBias,
+    Penalty,
+    Stops,
+    TokenId,
+    TopK,
+)
 from steer_server.generation.inspect_spec import InspectSpec
+from steer_server.generation.neutral_values import (
+    CHAT,
+    COMPLETION,
+    GENERATION,
+    Neutral,
+    without_neutral,
+    without_nulls,
+)
+from steer_server.generation.text import TextRules
 
-MAX_SEED = 2**63 - 1
-MAX_STOPS = 4
-MAX_STOP_TOKENS = 256
 MAX_PROMPTS = 64
+
+UsageOn = Literal["none", "last", "every"]
 
 
 def _spec(value: Any) -> SteeringSpec | None:
@@ -37,12 +58,6 @@ def _spec(value: Any) -> SteeringSpec | None:
     if not isinstance(value, dict):
         raise ValueError("'steering' is an object with a list 'interventions'")
     return parse_spec(value, at="/steering")
-
-
-def _stops(value: Any) -> Any:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, str) else value
 
 
 def _text_parts(value: Any) -> Any:
@@ -80,26 +95,23 @@ def _unicode(value: str) -> str:
     return value
 
 
+Unicode = Annotated[str, AfterValidator(_unicode)]
 Spec = Annotated[SteeringSpec | None, BeforeValidator(_spec)]
-Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Count = Annotated[int, Field(strict=True)]
-Stops = Annotated[
-    tuple[Annotated[str, Field(min_length=1, max_length=256)], ...],
-    BeforeValidator(_stops, json_schema_input_type=str | list[str] | None),
-    Field(max_length=MAX_STOPS),
-]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-TokenId = Annotated[int, Field(strict=True, ge=0)]
-TokenIds = Annotated[tuple[TokenId, ...], Field(min_length=1)]
+TokenIds = Annotated[tuple[Annotated[int, Field(strict=True, ge=0)], ...], Field(min_length=1)]
+"""A prompt; not `TokenId`, because prompts are long and every check of an item costs."""
 
 
 class StreamOptions(BaseModel):
-    """`include_usage` adds a last chunk with the token counts."""
+    """`include_usage` adds a last chunk with the token counts, and vLLM's `continuous_usage_stats`
+    beside it those so far to every chunk. There is no obfuscation here, which
+    `include_obfuscation` cannot change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    include_usage: bool = False
-    include_obfuscation: Literal[False] | None = None
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class AddedFields(BaseModel):
@@ -112,6 +124,11 @@ class AddedFields(BaseModel):
     compare: bool = False
     inspect: InspectSpec | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        return without_nulls(data) if isinstance(data, dict) else data
+
     def check_stream(self, stream: bool | None) -> None:
         """Raises `Unsupported` for what only a whole response can carry."""
         for field in ("compare", "inspect"):
@@ -123,29 +140,31 @@ class AddedFields(BaseModel):
                 )
 
 
-class GenerationFields(AddedFields):
-    """What chat and plain completions have in common."""
+class SamplingFields(AddedFields):
+    """How tokens are chosen and become text, on every route that generates."""
 
-    neutral: ClassVar[Mapping[str, Sequence[Any]]] = {
-        "frequency_penalty": (0,),
-        "presence_penalty": (0,),
-        "logit_bias": ({},),
-        "store": (False,),
-    }
-    """Fields known to OpenAI's API, with the values that ask for nothing special."""
+    format_at: ClassVar[str] = "/response_format"
+    """Where the form of the answer stands."""
+    neutral: ClassVar[Neutral] = GENERATION
+    """Fields that are not implemented, with the values that ask for nothing."""
 
     model: Annotated[str, Field(min_length=1)]
-    max_tokens: Annotated[Count, Field(ge=1)] | None = None
     temperature: Annotated[Finite, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Finite, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[Count, Field(ge=1)] | None = None
+    top_k: TopK = None
+    min_p: Annotated[Finite, Field(ge=0, le=1)] = 0.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: Annotated[Finite, Field(ge=0.01, le=100)] = 1.0
+    logit_bias: LogitBias = ()
     seed: Annotated[Count, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
-    n: Annotated[Count, Field(ge=1)] | None = None
     stop: Stops = ()
-    stop_token_ids: Annotated[tuple[TokenId, ...], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    stop_token_ids: Annotated[tuple[TokenId, ...], Field(max_length=MAX_STOP_TOKENS)] = ()
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    min_tokens: Annotated[Count, Field(ge=0)] = 0
+    skip_special_tokens: bool = True
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     user: str | None = None
     metadata: dict[str, JsonValue] | None = None
     safety_identifier: str | None = None
@@ -153,30 +172,78 @@ class GenerationFields(AddedFields):
 
     @property
     def choices(self) -> int:
-        return self.n or 1
+        """How many answers each prompt gets."""
+        return 1
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens to generate; None: to the end of the context."""
+        return None
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many log-probabilities to report for each token; None: none at all."""
+        return None
+
+    @property
+    def schema_text(self) -> str | None:
+        """The schema of the JSON that an answer is, as JSON text; None: any text."""
+        return None
+
+    @property
+    def text_rules(self) -> TextRules:
+        """What of the tokens becomes text."""
+        return TextRules(
+            stops=self.stop,
+            keep_stop=self.include_stop_str_in_output,
+            min_tokens=self.min_tokens,
+            special=not self.skip_special_tokens,
+        )
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        kept = {}
-        for name, value in data.items():
-            if name not in cls.neutral:
-                kept[name] = value
-            elif value is not None and value not in cls.neutral[name]:
-                allowed = ", ".join(repr(item) for item in cls.neutral[name])
-                only = f" (only {allowed} is accepted)" if allowed else ""
-                raise Unsupported(
-                    f"{name!r} is not supported here: leave it out{only}",
-                    param=pointer(name),
-                    code="unsupported_parameter",
-                )
-        return kept
+        return without_neutral(data, cls.neutral) if isinstance(data, dict) else data
 
     @model_validator(mode="after")
-    def _check(self) -> GenerationFields:
+    def _check(self) -> SamplingFields:
         self.check_stream(self.stream)
+        if self.limit is not None and self.min_tokens > self.limit:
+            raise SteerError(
+                f"'min_tokens' is {self.min_tokens} and at most {self.limit} tokens are "
+                "generated: lower it, or raise the limit",
+                param="/min_tokens",
+                code="invalid_value",
+            )
+        return self
+
+
+class GenerationFields(SamplingFields):
+    """What chat and plain completions have in common."""
+
+    max_tokens: Annotated[Count, Field(ge=1)] | None = None
+    n: Annotated[Count, Field(ge=1)] | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+
+    @property
+    def schema_text(self) -> str | None:
+        return None if self.response_format is None else self.response_format.schema_text
+
+    @property
+    def choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def streamed_usage(self) -> UsageOn:
+        """Which chunks of a stream carry token counts."""
+        options = self.stream_options
+        if options is None or not options.include_usage:
+            return "none"
+        return "every" if options.continuous_usage_stats else "last"
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> GenerationFields:
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError(
                 "invalid_request", "'stream_options' is only allowed with 'stream': true"
@@ -213,30 +280,13 @@ class ChatMessage(BaseModel):
                     "{name} in a message is not supported: leave it out",
                     {"name": repr(name)},
                 )
-        return {name: value for name, value in data.items() if name not in unused}
+        return {name: value for name, value in without_nulls(data).items() if name not in unused}
 
 
 class ChatRequest(GenerationFields):
     """POST /v1/chat/completions."""
 
-    neutral = {
-        **GenerationFields.neutral,
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "functions": ([],),
-        "function_call": ("none", "auto"),
-        "parallel_tool_calls": (),
-        "response_format": ({"type": "text"},),
-        "modalities": (["text"],),
-        "audio": (),
-        "prediction": (),
-        "moderation": (),
-        "service_tier": ("auto", "default"),
-        "verbosity": ("medium",),
-        "web_search_options": (),
-        "prompt_cache_options": (),
-        "prompt_cache_retention": (),
-    }
+    neutral = CHAT
 
     messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1, max_length=4096)]
     max_completion_tokens: Annotated[Count, Field(ge=1)] | None = None
@@ -250,19 +300,17 @@ class ChatRequest(GenerationFields):
 
     @property
     def limit(self) -> int | None:
-        """The most tokens to generate; None: to the end of the context."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
     def alternatives(self) -> int | None:
-        """How many log-probabilities to report for each token; None: none at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatRequest:
         if self.max_tokens and self.max_completion_tokens not in (None, self.max_tokens):
             raise ValueError("'max_tokens' and 'max_completion_tokens' disagree: give one of them")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("'top_logprobs' needs 'logprobs': true")
         return self
 
@@ -270,12 +318,7 @@ class ChatRequest(GenerationFields):
 class CompletionRequest(GenerationFields):
     """POST /v1/completions."""
 
-    neutral = {
-        **GenerationFields.neutral,
-        "best_of": (1,),
-        "echo": (False,),
-        "suffix": (),
-    }
+    neutral = COMPLETION
 
     prompt: Annotated[
         tuple[Annotated[str, AfterValidator(_unicode)] | TokenIds, ...],
@@ -285,13 +328,27 @@ class CompletionRequest(GenerationFields):
         Field(min_length=1, max_length=MAX_PROMPTS),
     ]
     add_special_tokens: bool = True
-    logprobs: Annotated[Count, Field(ge=0, le=5)] | None = None
+    max_tokens: Annotated[Count, Field(ge=0)] | None = None
+    logprobs: Alternatives = None
+    echo: bool = False
+    best_of: Count | None = None
 
     @property
-    def limit(self) -> int | None:
+    def limit(self) -> int:
         """The most tokens to generate; OpenAI's default for plain completions is 16."""
-        return self.max_tokens or 16
+        return 16 if self.max_tokens is None else self.max_tokens
 
     @property
     def alternatives(self) -> int | None:
         return self.logprobs
+
+    @model_validator(mode="after")
+    def _check_completion(self) -> CompletionRequest:
+        if self.best_of not in (None, self.choices):
+            raise Unsupported(
+                "'best_of' is not supported here: leave it out (only the number of choices, "
+                f"{self.choices}, is accepted)",
+                param="/best_of",
+                code="unsupported_parameter",
+            )
+        return self

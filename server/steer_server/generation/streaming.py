@@ -18,7 +18,9 @@ from openai.types import CompletionUsage
 from steer.engines.base import FinishReason, Receipt
 from steer.engines.receipts import merged
 from steer_server.generation.generation import Generation, Logprobs, Piece, pieces
+from steer_server.generation.request_models import UsageOn
 from steer_server.http.openai_errors import failure
+from steer_server.http.request_id import request_id
 from steer_server.state import Serving
 
 log = logging.getLogger("steer.server")
@@ -51,49 +53,53 @@ class _Progress:
 
 
 async def events(
-    serving: Serving, run: Generation, forms: ChunkForms, *, include_usage: bool
+    serving: Serving, run: Generation, forms: ChunkForms, *, usage_on: UsageOn
 ) -> AsyncGenerator[str, None]:
     """The body of the response, event by event. An error ends it with an error event."""
     steering = run.steering
     try:
         with serving.metrics.request(steering.profile, steering.vectors, steering.strengths):
-            async with aclosing(_chunks(serving, run, forms, include_usage)) as chunks:
+            async with aclosing(_chunks(serving, run, forms, usage_on)) as chunks:
                 async for chunk in chunks:
-                    if include_usage:
-                        chunk.setdefault("usage", None)
                     yield _event(chunk)
     except Exception as error:
         # The status line is long gone: OpenAI's clients raise on an event with an error in it.
         status, body = failure(error)
         if status >= 500:
-            log.exception("request %s failed while streaming", run.id)
+            log.exception("request %s (%s) failed while streaming", run.id, request_id())
         serving.metrics.rejects.labels(code=body["error"]["code"]).inc()
         yield _event(body)
     yield "data: [DONE]\n\n"
 
 
 async def _chunks(
-    serving: Serving, run: Generation, forms: ChunkForms, include_usage: bool
+    serving: Serving, run: Generation, forms: ChunkForms, usage_on: UsageOn
 ) -> AsyncGenerator[Chunk, None]:
+    progress = _Progress({}, unfinished=len(run.sequences))
+
+    def counted(chunk: Chunk) -> Chunk:
+        if usage_on == "none":
+            return chunk
+        so_far = _usage_body(run, progress) if usage_on == "every" else None
+        return {**chunk, "usage": so_far}
+
     if forms.opening is not None:
         for index in range(len(run.sequences)):
-            yield forms.opening(index)
-    progress = _Progress({}, unfinished=len(run.sequences))
+            yield counted(forms.opening(index))
     receipts: list[Receipt | None] = []
     async with aclosing(pieces(serving, run, run.sequences)) as stream:
         async for piece in stream:
             for chunk in _of_piece(piece, forms, progress):
-                yield chunk
+                yield counted(chunk)
             if piece.finish is None:
                 continue
             receipts.append(piece.receipt)
             last = forms.last(piece.index, piece.finish)
-            if not progress.unfinished and not include_usage:
+            if not progress.unfinished and usage_on == "none":
                 last |= _steering(receipts)
-            yield last
-    if include_usage:
-        used = usage(run, progress.tokens).model_dump(exclude_none=True)
-        yield {**forms.empty(), "usage": used, **_steering(receipts)}
+            yield counted(last)
+    if usage_on != "none":
+        yield {**forms.empty(), "usage": _usage_body(run, progress), **_steering(receipts)}
 
 
 def _of_piece(piece: Piece, forms: ChunkForms, progress: _Progress) -> list[Chunk]:
@@ -115,6 +121,10 @@ def usage(run: Generation, completion_tokens: int) -> CompletionUsage:
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
     )
+
+
+def _usage_body(run: Generation, progress: _Progress) -> Chunk:
+    return usage(run, progress.tokens).model_dump(exclude_none=True)
 
 
 def _steering(receipts: list[Receipt | None]) -> Chunk:

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from steer.prompts.labels import BROKEN
 from steer.prompts.tokens import answer_text
+
+
+@dataclass(frozen=True)
+class TextRules:
+    """What of a sequence becomes text: up to the first of `stops`, which the text ends with where
+    `keep_stop`; they count after the first `min_tokens` tokens. Special tokens are text where
+    `special`.
+    """
+
+    stops: tuple[str, ...] = ()
+    keep_stop: bool = False
+    min_tokens: int = 0
+    special: bool = False
 
 
 class Detokenizer:
@@ -17,8 +31,8 @@ class Detokenizer:
     held back while it ends inside a multi-byte character.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, *, special: bool = False) -> None:
+        self._tokenizer, self._special = tokenizer, special
         self._tokens: list[int] = []
         # Decoding starts a little before the new tokens, because some tokenizers render the first
         # token of a text differently; what was sent before is subtracted.
@@ -42,25 +56,26 @@ class Detokenizer:
         return text[len(before) :]
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        return answer_text(self._tokenizer, tokens)
+        return answer_text(self._tokenizer, tokens, special=self._special)
 
 
 class TextStream:
-    """The text of one sequence, ended by the first stop string (which is not part of it).
+    """The text of one sequence, ended by the first stop string.
 
     `push` returns text that no stop string can take back. An engine that matches stop strings
     itself calls `watch` for every token, from any thread; `taken` then gives the pieces in turn.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stops = tuple(stops)
+    def __init__(self, tokenizer: Any, rules: TextRules = TextRules()) -> None:
+        self._detokenizer = Detokenizer(tokenizer, special=rules.special)
+        self.rules, self._tokens = rules, 0
         self._held = ""
         self._pieces: deque[str] = deque()
         self.stopped = False
 
     def push(self, token: int) -> str:
         """Text that is safe to send after `token`."""
+        self._tokens += 1
         return self._released(self._detokenizer.push(token))
 
     def finish(self) -> str:
@@ -81,14 +96,16 @@ class TextStream:
         return self._pieces.popleft()
 
     def _released(self, text: str) -> str:
-        if not self._stops:
+        rules = self.rules
+        if not rules.stops or self._tokens <= rules.min_tokens:
             return text
         self._held += text
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if places:
+        found = [(place, stop) for stop in rules.stops if (place := self._held.find(stop)) >= 0]
+        if found:
             self.stopped = True
-            return self._held[: min(places)]
-        keep = max(_overlap(self._held, stop) for stop in self._stops)
+            place, stop = min(found)
+            return self._held[: place + (len(stop) if rules.keep_stop else 0)]
+        keep = max(_overlap(self._held, stop) for stop in rules.stops)
         cut = len(self._held) - keep
         safe, self._held = self._held[:cut], self._held[cut:]
         return safe

@@ -1,4 +1,5 @@
-"""Every error as OpenAI's body: `{"error": {"message", "type", "code", "param"}}`."""
+"""Every error as OpenAI's body, `{"error": {"message", "type", "code", "param"}}`, and in it the id
+of the request."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from steer.errors import SteerError, clipped, clipped_pointer, pointer
+from steer_server.http.request_id import HEADER, request_id
 
 log = logging.getLogger("steer.server")
 
@@ -34,7 +36,8 @@ def error_body(message: str, *, status: int, code: str, param: str | None = None
     """OpenAI's error object; its `type` follows from the HTTP status."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     said, at = clipped(message), clipped_pointer(param)
-    return {"error": {"message": said, "type": kind, "code": code, "param": at}}
+    error = {"message": said, "type": kind, "code": code, "param": at}
+    return {"error": error if request_id() is None else {**error, "request_id": request_id()}}
 
 
 def error_response(
@@ -115,8 +118,18 @@ async def _on_failure(request: Request, error: Exception) -> Response:
     status, body = failure(error)
     note(request.scope, body["error"]["code"])
     if status >= 500 and isinstance(error, SteerError):
-        log.error("%s %s: %s", request.method, request.url.path, error.code, exc_info=error)
-    headers = {"retry-after": "1"} if status == 503 else None
+        log.error(
+            "%s %s (%s): %s",
+            request.method,
+            request.url.path,
+            request_id(),
+            error.code,
+            exc_info=error,
+        )
+    headers = {"retry-after": "1"} if status == 503 else {}
+    if (name := request_id()) is not None:
+        # What no route expected is answered in front of all middleware.
+        headers[HEADER] = name
     return Response(json.dumps(body), status, headers, media_type="application/json")
 
 

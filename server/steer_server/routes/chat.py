@@ -6,17 +6,16 @@ from typing import Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Request, Response
-from openai.types.chat import ChatCompletion, ChatCompletionMessage, ChatCompletionTokenLogprob
-from openai.types.chat.chat_completion import Choice, ChoiceLogprobs
-from openai.types.chat.chat_completion_token_logprob import TopLogprob
+from openai.types.chat import ChatCompletion, ChatCompletionMessage
+from openai.types.chat.chat_completion import Choice
 from starlette.responses import JSONResponse
 
-from steer.prompts import openai_token
 from steer_server.generation.added_fields import added_fields
 from steer_server.generation.chat_prompt import chat_prompt
 from steer_server.generation.generation import Answer, Generation, Logprobs, answers, prepare
 from steer_server.generation.request_models import ChatRequest
 from steer_server.generation.streaming import Chunk, ChunkForms, events, usage
+from steer_server.generation.token_logprobs import token_logprobs
 from steer_server.http.content_type import require_json
 from steer_server.http.disconnect import EventStream, while_connected
 from steer_server.state import Serving, ServingDep
@@ -40,16 +39,15 @@ async def create_chat_completion(
     """Answers a chat, steered as the request or its profile says."""
     run = await to_thread.run_sync(_prepared, serving, body)
     if body.stream:
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
         return EventStream(
-            events(serving, run, _forms(serving, run, body), include_usage=include_usage)
+            events(serving, run, _forms(serving, run, body), usage_on=body.streamed_usage)
         )
     return await while_connected(request, lambda: _whole(serving, run, body))
 
 
 def _prepared(serving: Serving, body: ChatRequest) -> Generation:
     prompt = tuple(chat_prompt(serving, body))
-    return prepare(serving, body, [prompt], prefix="chatcmpl", at="/messages")
+    return prepare(serving, body, [prompt], prefix="chatcmpl-", at="/messages")
 
 
 async def _whole(serving: Serving, run: Generation, body: ChatRequest) -> Response:
@@ -74,31 +72,13 @@ async def _whole(serving: Serving, run: Generation, body: ChatRequest) -> Respon
 def _choice(serving: Serving, answer: Answer, body: ChatRequest) -> Choice:
     logprobs = None
     if body.logprobs:
-        logprobs = _logprobs(serving, tuple(answer.logprobs))
+        logprobs = token_logprobs(serving.engine.tokenizer, answer.logprobs)
     return Choice(
         index=answer.index,
         finish_reason=answer.finish,
         message=ChatCompletionMessage(role="assistant", content=answer.text, refusal=None),
         logprobs=logprobs,
     )
-
-
-def _logprobs(serving: Serving, logprobs: Logprobs) -> ChoiceLogprobs:
-    tokenizer = serving.engine.tokenizer
-    content = []
-    for token, found in logprobs:
-        top = [
-            TopLogprob(token=text, bytes=raw, logprob=value)
-            for other, value in found.top
-            for text, raw in [openai_token(tokenizer, other)]
-        ]
-        text, raw = openai_token(tokenizer, token)
-        content.append(
-            ChatCompletionTokenLogprob(
-                token=text, bytes=raw, logprob=found.logprob, top_logprobs=top
-            )
-        )
-    return ChoiceLogprobs(content=content, refusal=None)
 
 
 def _forms(serving: Serving, run: Generation, body: ChatRequest) -> ChunkForms:
@@ -116,7 +96,7 @@ def _forms(serving: Serving, run: Generation, body: ChatRequest) -> ChunkForms:
     def text(index: int, content: str, logprobs: Logprobs) -> Chunk:
         made = chunk(index, {"content": content})
         if body.logprobs:
-            found = _logprobs(serving, logprobs).model_dump(mode="json")
+            found = token_logprobs(serving.engine.tokenizer, logprobs).model_dump(mode="json")
             made["choices"][0]["logprobs"] = found
         return made
 

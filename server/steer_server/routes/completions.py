@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from anyio import to_thread
@@ -10,13 +11,13 @@ from openai.types import Completion, CompletionChoice
 from openai.types.completion_choice import Logprobs as LogprobsBody
 from starlette.responses import JSONResponse
 
-from steer.engines.base import FinishReason
+from steer.engines.base import FinishReason, TokenLogprob
 from steer.prompts import openai_token, part_tokens, text_tokens
 from steer_server.generation.added_fields import added_fields
+from steer_server.generation.echo import Echo, Echoes, echoes
 from steer_server.generation.generation import (
     Answer,
     Generation,
-    Logprobs,
     Prompt,
     answers,
     prepare,
@@ -30,12 +31,27 @@ from steer_server.state import Serving, ServingDep
 router = APIRouter(tags=["generation"], dependencies=[Depends(require_json)])
 
 
+class PromptAndTokens(LogprobsBody):
+    """OpenAI's older log-probabilities. Nothing predicts the first token of an echoed prompt:
+    there they are null, which OpenAI's own types do not know."""
+
+    token_logprobs: list[float | None] | None = None  # type: ignore[assignment]
+    top_logprobs: list[dict[str, float] | None] | None = None  # type: ignore[assignment]
+
+
+class Choice(CompletionChoice):
+    """OpenAI's, with the log-probabilities of an echoed prompt."""
+
+    logprobs: PromptAndTokens | None = None
+
+
 class SteeredCompletion(Completion):
     """OpenAI's completion, with the receipt in `steering`, and in `default` the choices of the
     unsteered model where the request has `"compare": true`."""
 
+    choices: list[Choice]  # type: ignore[assignment]
     steering: dict[str, Any] | None = None
-    default: list[CompletionChoice] | None = None
+    default: list[Choice] | None = None
     inspect: dict[str, Any] | None = None
 
 
@@ -46,8 +62,9 @@ async def create_completion(
     """Continues each prompt `n` times, steered as the request or its profile says."""
     run = await to_thread.run_sync(_prepared, serving, body)
     if body.stream:
-        include_usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(events(serving, run, _forms(serving, run), include_usage=include_usage))
+        echo = await echoes(serving, run, body)
+        forms = _forms(serving, run, echo if body.echo else None)
+        return EventStream(events(serving, run, forms, usage_on=body.streamed_usage))
     return await while_connected(request, lambda: _whole(serving, run, body))
 
 
@@ -58,14 +75,15 @@ def _prepared(serving: Serving, body: CompletionRequest) -> Generation:
         tuple(encode(tokenizer, prompt) if isinstance(prompt, str) else prompt)
         for prompt in body.prompt
     ]
-    return prepare(serving, body, prompts, prefix="cmpl", at="/prompt")
+    return prepare(serving, body, prompts, prefix="cmpl-", at="/prompt")
 
 
 async def _whole(serving: Serving, run: Generation, body: CompletionRequest) -> Response:
     found, default = await answers(serving, run)
+    echo = await echoes(serving, run, body)
 
-    def choice(answer: Answer) -> CompletionChoice:
-        return _choice(serving, answer, body)
+    def choice(answer: Answer) -> Choice:
+        return _choice(serving, answer, echo.of(answer.request), body)
 
     extra = await added_fields(serving, run, body.inspect, found, default, choice)
     completion = SteeredCompletion(
@@ -80,36 +98,47 @@ async def _whole(serving: Serving, run: Generation, body: CompletionRequest) -> 
     return JSONResponse(completion.model_dump(mode="json", exclude_unset=True))
 
 
-def _choice(serving: Serving, answer: Answer, body: CompletionRequest) -> CompletionChoice:
+def _choice(serving: Serving, answer: Answer, echo: Echo, body: CompletionRequest) -> Choice:
     logprobs = None
     if body.logprobs is not None:
-        logprobs = _logprobs(serving, tuple(answer.logprobs), 0)
-    return CompletionChoice(
-        index=answer.index, finish_reason=answer.finish, text=answer.text, logprobs=logprobs
+        logprobs = _logprobs(serving, (*echo.logprobs, *answer.logprobs), echo.offset)
+    return Choice(
+        index=answer.index,
+        finish_reason=answer.finish,
+        text=echo.text + answer.text,
+        logprobs=logprobs,
     )
 
 
-def _logprobs(serving: Serving, logprobs: Logprobs, offset: int) -> LogprobsBody:
-    """The older form: parallel lists. `offset` is where in the text the first token begins."""
+def _logprobs(
+    serving: Serving, logprobs: Sequence[tuple[int, TokenLogprob | None]], offset: int
+) -> PromptAndTokens:
+    """The older form: parallel lists. `offset` is where in the text the first token begins, below
+    0 where it is not part of it."""
     tokenizer = serving.engine.tokenizer
     tokens = [openai_token(tokenizer, token)[0] for token, _ in logprobs]
     offsets = []
     for text in tokens:
-        offsets.append(offset)
+        offsets.append(max(offset, 0))
         # A part of a character takes no room of its own.
         offset += 0 if text.startswith("bytes:") else len(text)
-    return LogprobsBody(
-        tokens=tokens,
-        token_logprobs=[found.logprob for _, found in logprobs],
-        top_logprobs=[
-            {openai_token(tokenizer, other)[0]: value for other, value in found.top}
-            for _, found in logprobs
-        ],
-        text_offset=offsets,
+    values = [None if found is None else found.logprob for _, found in logprobs]
+    best = [None if found is None else _best(tokenizer, token, found) for token, found in logprobs]
+    return PromptAndTokens(
+        tokens=tokens, token_logprobs=values, top_logprobs=best, text_offset=offsets
     )
 
 
-def _forms(serving: Serving, run: Generation) -> ChunkForms:
+def _best(tokenizer: Any, token: int, found: TokenLogprob) -> dict[str, float]:
+    """The alternatives by their text, and the token itself. Of tokens that are written alike the
+    likeliest stands: that is what a reader takes the text for."""
+    best: dict[str, float] = {}
+    for other, value in (*found.top, (token, found.logprob)):
+        best.setdefault(openai_token(tokenizer, other)[0], value)
+    return best
+
+
+def _forms(serving: Serving, run: Generation, echo: Echoes | None) -> ChunkForms:
     head = {
         "id": run.id,
         "object": "text_completion",
@@ -122,7 +151,9 @@ def _forms(serving: Serving, run: Generation) -> ChunkForms:
         choice = {"index": index, "text": text, "finish_reason": finish, "logprobs": None}
         return {**head, "choices": [choice]}
 
-    def text(index: int, content: str, logprobs: Logprobs) -> Chunk:
+    def text(
+        index: int, content: str, logprobs: Sequence[tuple[int, TokenLogprob | None]]
+    ) -> Chunk:
         made = chunk(index, content)
         if logprobs:
             found = _logprobs(serving, logprobs, sent[index]).model_dump(mode="json")
@@ -130,8 +161,15 @@ def _forms(serving: Serving, run: Generation) -> ChunkForms:
         sent[index] += len(content)
         return made
 
+    def prompt(index: int) -> Chunk:
+        found = (echo or Echoes()).of(run.sequences[index])
+        sent[index] = found.offset
+        made = text(index, found.text, found.logprobs)
+        sent[index] = len(found.text)
+        return made
+
     return ChunkForms(
-        opening=None,
+        opening=None if echo is None else prompt,
         text=text,
         last=lambda index, finish: chunk(index, "", finish),
         empty=lambda: {**head, "choices": []},

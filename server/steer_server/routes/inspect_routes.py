@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel
+from starlette.responses import StreamingResponse
 
 from steer.inspection import METHODS, Inspection
 from steer.inspection.heatmap import HeatMap
+from steer.inspection.state_file import StateFile
 from steer_server.http.content_type import require_json
 from steer_server.http.error_route import SteerRoute
 from steer_server.state import ServingDep
 
 _PNG = "image/png"
+_BYTES = "application/octet-stream"
 Format = Annotated[
     Literal["json", "png"] | None,
     Query(description="png draws a heat map, as does 'Accept: image/png'"),
@@ -45,6 +49,12 @@ def _add_route(router: APIRouter, method: Inspection) -> None:
         call = partial(
             method.run, serving.engine, body, plans=serving.plans, library=serving.registry
         )
+        if method.file is not None and _BYTES in request.headers.get("accept", ""):
+            return await _file(
+                partial(
+                    method.file, serving.engine, body, plans=serving.plans, library=serving.registry
+                )
+            )
         return await _answer(call, method.draw, _wants_png(request, format))
 
     run.__name__, run.__doc__ = f"run_{method.name}", method.summary
@@ -53,6 +63,8 @@ def _add_route(router: APIRouter, method: Inspection) -> None:
     responses: dict[int | str, dict[str, Any]] = {
         200: {"model": method.result, "content": {_PNG: {}}}
     }
+    if method.file is not None:
+        responses[200]["content"][_BYTES] = {"schema": {"type": "string", "format": "binary"}}
     router.post(path, responses=responses)(run)
 
 
@@ -70,6 +82,25 @@ async def _answer(
         return Response(await to_thread.run_sync(lambda: draw(run()).png()), media_type=_PNG)
     text = await to_thread.run_sync(lambda: run().model_dump_json(exclude_none=True))
     return Response(text, media_type="application/json")
+
+
+async def _file(make: Callable[[], StateFile]) -> Response:
+    """The file that `make` gives, sent while it is read. What prevents it is answered as an error
+    until the first piece is there."""
+
+    def begun() -> tuple[StateFile, bytes]:
+        file = make()
+        return file, next(file.pieces)
+
+    file, first = await to_thread.run_sync(begun)
+    return StreamingResponse(
+        chain([first], file.pieces),
+        media_type=_BYTES,
+        headers={
+            "content-length": str(file.size),
+            "content-disposition": 'attachment; filename="states.safetensors"',
+        },
+    )
 
 
 router = make_router(METHODS)

@@ -18,9 +18,7 @@ from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 from vllm.entrypoints.openai.chat_completion import api_router as chat
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion import api_router as completion
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
 from steer.errors import SteerError
 from steer_server.generation.inspected import inspected
@@ -29,6 +27,7 @@ from steer_server.state import Serving
 from steer_server.vllm.answers import receipt_of, with_fields, with_receipt
 from steer_server.vllm.pending_receipts import PendingReceipts
 from steer_server.vllm.receipt_guard import ReceiptGuard
+from steer_server.vllm.requests import PlainChatRequest, PlainCompletionRequest
 from steer_server.vllm.steer_fields import SteerFields, concerns, make_ticket, read_fields
 
 Call = Callable[[Any, Request], Awaitable[Response | None]]
@@ -52,14 +51,16 @@ def _like(theirs: APIRouter, path: str) -> dict[str, Any]:
 
 @router.post(**_like(chat.router, "/v1/chat/completions"), response_model=None)
 async def create_chat_completion(
-    request: ChatCompletionRequest, raw_request: Request
+    request: PlainChatRequest, raw_request: Request
 ) -> Response | None:
     """vLLM's chat completion, with `steering`, `receipt`, `compare` and `inspect`."""
     return await _answered(chat.create_chat_completion, request, raw_request)
 
 
 @router.post(**_like(completion.router, "/v1/completions"), response_model=None)
-async def create_completion(request: CompletionRequest, raw_request: Request) -> Response | None:
+async def create_completion(
+    request: PlainCompletionRequest, raw_request: Request
+) -> Response | None:
     """vLLM's completion, with `steering`, `receipt`, `compare` and `inspect`."""
     return await _answered(completion.create_completion, request, raw_request)
 

@@ -19,6 +19,7 @@ class SteerEndpoints:
 
     def attach_router(self, app: Any) -> None:
         """Adds Steer's routes, in place of vLLM's where both have one."""
+        from steer_server.http.request_id import RequestId  # noqa: PLC0415
         from steer_server.vllm.doors import add_doors  # noqa: PLC0415
         from steer_server.vllm.ignored_field import RefuseIgnoredField  # noqa: PLC0415
         from steer_server.vllm.mounting import mount, routers  # noqa: PLC0415
@@ -27,6 +28,7 @@ class SteerEndpoints:
             mount(app, router)
         app.add_middleware(RefuseIgnoredField)
         add_doors(app)
+        app.add_middleware(RequestId)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Opens the registry, and takes its place before the engine."""

@@ -29,13 +29,15 @@ from steer.engines.base import (
     GenerationRequest,
     PointReceipt,
     Receipt,
+    SamplingParams,
     TokenEvent,
     TokenLogprob,
 )
 from steer.engines.checks import check_request
 from steer.engines.fake.tokenizer import ByteTokenizer
+from steer.engines.logprobs import following
 from steer.errors import CapacityError, EngineError
-from steer.model import Capabilities, HookPoint, ModelInfo, forward_order
+from steer.model import SAMPLING, Capabilities, HookPoint, ModelInfo, forward_order
 from steer.plan.plan import SteeringPlan
 from steer.spec import KINDS, SITES
 
@@ -143,7 +145,7 @@ class FakeEngine:
             kinds=KINDS,
             sites=self.info.sites,
             sae_architectures=SUPPORTED,
-            sampling=("temperature", "top_p", "top_k", "seed", "logprobs"),
+            sampling=SAMPLING,
             captures=self.info.sites,
             limits={"slots": slots},
         )
@@ -253,7 +255,11 @@ class FakeEngine:
         if request.logits != "none":
             read = [len(prompt) - 1] if request.logits == "last" else list(range(len(prompt)))
             logits = self.unembed(self._states(last, prompt, read, plan))
-        return Captured(states, logits)
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if request.logprobs is not None:
+            every = self.unembed(self._states(last, prompt, range(len(prompt)), plan))
+            logprobs = tuple(following(every, prompt[1:], request.logprobs))
+        return Captured(states, logits, logprobs)
 
     def _states(
         self,
@@ -281,9 +287,7 @@ def _events(
         if failure is not None and len(generated) == failure.after and failure.of(request):
             raise failure.error
         generated.append(token)
-        ends = token in request.sampling.stop_token_ids or (
-            token == ByteTokenizer.eos_token_id and not request.sampling.ignore_eos
-        )
+        ends = _is_end(token, request.sampling) and len(generated) > request.sampling.min_tokens
         stopped = not ends and request.stop is not None and request.stop(token)
         logprob = _logprob(request, len(generated), token)
         if ends or stopped:
@@ -293,6 +297,12 @@ def _events(
             yield TokenEvent(token, logprob, "length", _receipt(request, generated))
             return
         yield TokenEvent(token, logprob)
+
+
+def _is_end(token: int, sampling: SamplingParams) -> bool:
+    if token in sampling.stop_token_ids:
+        return True
+    return token == ByteTokenizer.eos_token_id and not sampling.ignore_eos
 
 
 def _script(request: GenerationRequest) -> Iterator[int]:

@@ -49,6 +49,7 @@ def _capture_group(
             prompts,
             points=request.points,
             logits=request.logits,
+            logprobs=request.logprobs,
         )
     finally:
         for one in requests:
@@ -66,7 +67,7 @@ def _capture_group(
                 else done.logits[row]
             )
             logits = kept.cpu().clone()
-        captured = Captured(states, logits)
+        captured = Captured(states, logits, tuple(done.logprobs[row]))
         check_captured(captured, steered=plans[row] is not None)
         results.append(captured)
     return results

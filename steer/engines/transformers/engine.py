@@ -28,12 +28,13 @@ from steer.engines.transformers.batching import Batching, make_batch
 from steer.engines.transformers.blocks import find_hook_points
 from steer.engines.transformers.capture import capture_batch
 from steer.engines.transformers.gradients import differentiating
+from steer.engines.transformers.grammar import Grammars
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.placing import chosen_device, chosen_dtype
 from steer.engines.transformers.scheduler import Scheduler
 from steer.errors import SteerError
 from steer.formats.guards.stand_ins import check_model_folder
-from steer.model import Capabilities, ModelInfo
+from steer.model import SAMPLING, Capabilities, ModelInfo
 from steer.prompts import ends
 from steer.spec import KINDS
 
@@ -78,7 +79,8 @@ class TransformersEngine:
             chunk=chunk,
             cache_tokens=cache_tokens,
         )
-        self._scheduler = Scheduler(self._batch)
+        self._grammars = Grammars(tokenizer, vocab_size=self.info.vocab_size, ends=self._batch.eos)
+        self._scheduler = Scheduler(self._batch, self._grammars)
         self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
         self._proved = False
         self._proving = threading.Lock()
@@ -88,7 +90,7 @@ class TransformersEngine:
             kinds=KINDS,
             sites=self.info.sites,
             sae_architectures=SUPPORTED,
-            sampling=("temperature", "top_p", "top_k", "seed", "stop", "n", "logprobs"),
+            sampling=(*SAMPLING, "response_format") if self._grammars.offered else SAMPLING,
             captures=self.info.sites,
             gradients=True,
             no_unembedding=refusal.message if refusal is not None else None,
@@ -148,6 +150,8 @@ class TransformersEngine:
     def admit(self, request: GenerationRequest) -> None:
         """Raises where `request` can never run here."""
         check_request(request, self.info, self._batch.max_length)
+        if request.sampling.json_schema is not None:
+            self._grammars.check(request.sampling.json_schema)
         if request.plan is not None:
             self._tables.check(request.plan)
 

@@ -15,8 +15,14 @@ from steer.batch.ledger import Ledger
 from steer.batch.requests import Span, SteeredRequest
 from steer.batch.step import Step, build_step
 from steer.batch.tables import Tables
+from steer.engines.base import TokenLogprob
+from steer.engines.logprobs import following
 from steer.engines.transformers.hooks import HookedModel
 from steer.model import HookPoint
+
+MOST_LOGITS = 1024
+"""Rows of logits that are held at a time where all of a prompt are read: a large vocabulary makes
+half a gigabyte of them."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +30,15 @@ class PromptPass:
     """What a pass over n prompts left behind.
 
     `cache` and `mask` `[n, columns]` are right-aligned; `logits` `[n, 1 or columns, vocab]` are
-    None unless asked for; `states` hold `[n, columns, width]` per hook point, padding included.
+    None unless asked for; `states` hold `[n, columns, width]` per hook point, padding included;
+    `logprobs` those of each prompt's tokens but the first.
     """
 
     cache: DynamicCache
     mask: Tensor
     logits: Tensor | None
     states: dict[HookPoint, Tensor]
+    logprobs: list[list[TokenLogprob]]
 
 
 def run_prompts(
@@ -42,9 +50,16 @@ def run_prompts(
     *,
     points: tuple[HookPoint, ...] = (),
     logits: Literal["none", "last", "all"] = "last",
+    logprobs: int | None = None,
     chunk: int = 512,
 ) -> PromptPass:
-    """Computes all prompts, each row with its own request's steering."""
+    """Computes all prompts, each row with its own request's steering.
+
+    `logprobs` asks for the log-probabilities of the prompts' tokens with that many alternatives;
+    the logits behind them are given up chunk by chunk.
+    """
+    if logprobs is not None:
+        chunk = min(chunk, max(1, MOST_LOGITS // len(prompts)))
     width = max(map(len, prompts))
     ids = np.zeros((len(prompts), width), dtype=np.int64)
     mask = np.zeros((len(prompts), width), dtype=np.int64)
@@ -57,11 +72,12 @@ def run_prompts(
     cache = DynamicCache()
     kept_states: list[dict[HookPoint, Tensor]] = []
     kept_logits: list[Tensor] = []
+    scores: list[list[TokenLogprob]] = [[] for _ in prompts]
     for start in range(0, width, chunk):
         end = min(start + chunk, width)
         step = _step(tables, ledger, requests, prompts, width, start, end)
         last = end == width
-        wanted = end - start if logits == "all" else 1
+        wanted = end - start if logits == "all" or logprobs is not None else 1
         outputs, states = hooked.forward(
             step,
             points,
@@ -73,14 +89,29 @@ def run_prompts(
             logits_to_keep=wanted,
         )
         kept_states.append(states)
+        if logprobs is not None:
+            for row, prompt in enumerate(prompts):
+                scores[row] += _scored(outputs.logits[row], prompt, (start, end), width, logprobs)
         if logits == "all" or (last and logits == "last"):
-            kept_logits.append(outputs.logits.float())
+            kept_logits.append(outputs.logits[:, 0 if logits == "all" else -1 :].float())
     return PromptPass(
         cache,
         all_mask,
         torch.cat(kept_logits, 1) if kept_logits else None,
         {p: torch.cat([part[p] for part in kept_states], 1) for p in points},
+        scores,
     )
+
+
+def _scored(
+    logits: Tensor, prompt: Sequence[int], columns: tuple[int, int], width: int, count: int
+) -> list[TokenLogprob]:
+    """The log-probabilities of the tokens that follow `columns` of one prompt's row, where
+    `logits` `[columns, vocab]` are that row's."""
+    start, end = (column - (width - len(prompt)) for column in columns)
+    first = max(start, 0)
+    tokens = prompt[first + 1 : max(end + 1, 0)]
+    return following(logits[first - start :].float(), tokens, count) if tokens else []
 
 
 def _step(

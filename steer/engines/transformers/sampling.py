@@ -1,20 +1,45 @@
-"""Choosing tokens: one maximum for all rows, transformers' warpers for those that are drawn."""
+"""Choosing tokens: one maximum for all greedy rows, transformers' processors for the others.
+
+The order is vLLM's: bias and the ban of end tokens, penalties, temperature, min-p, top-k, top-p.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from steer.engines.base import SamplingParams, TokenLogprob
+from steer.engines.logprobs import log_probabilities, token_logprob
+
+
+class GeneratedTokenPenalty(LogitsProcessor):
+    """OpenAI's presence and frequency penalties, which count what was generated alone;
+    transformers has no such processor."""
+
+    def __init__(self, presence: float, frequency: float, *, prompt_length: int) -> None:
+        self._presence, self._frequency = presence, frequency
+        self._prompt_length = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        generated = input_ids[:, self._prompt_length :]
+        counts = torch.zeros_like(scores)
+        counts.scatter_add_(1, generated, torch.ones_like(generated, dtype=scores.dtype))
+        return scores - self._frequency * counts - self._presence * (counts > 0)
+
 
 GREEDY_BELOW = 1e-5
 """Lower temperatures are greedy, as in vLLM: logits divided by them leave float32."""
@@ -29,10 +54,19 @@ LEAST_LOGPROB = -9999.0
 class Sampler:
     """The random state and the logits processors of one request.
 
-    Guarantees: with a seed, the tokens depend on the request alone, not on its neighbours.
+    `ends` are the tokens that end its sequence. Guarantees: with a seed, the tokens depend on the
+    request alone, not on its neighbours.
     """
 
-    def __init__(self, params: SamplingParams, device: torch.device) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        device: torch.device,
+        *,
+        prompt: Sequence[int] = (),
+        ends: Collection[int] = (),
+        grammar: LogitsProcessor | None = None,
+    ) -> None:
         self.params = params
         self.greedy = params.temperature < GREEDY_BELOW
         self._generator = torch.Generator(device)
@@ -40,22 +74,29 @@ class Sampler:
             self._generator.seed()
         else:
             self._generator.manual_seed(params.seed)
-        self._processors = LogitsProcessorList()
-        if not self.greedy:
-            if params.temperature != 1:
-                self._processors.append(TemperatureLogitsWarper(float(params.temperature)))
-            if params.top_k is not None:
-                self._processors.append(TopKLogitsWarper(params.top_k))
-            if params.top_p < 1:
-                self._processors.append(TopPLogitsWarper(float(params.top_p)))
+        self._prompt = tuple(prompt)
+        self._changes = _changes(params, len(self._prompt), ends, device)
+        if grammar is not None:
+            # In front: nothing added to a logit makes a token possible again.
+            self._changes.insert(0, grammar)
+        self._cuts = LogitsProcessorList() if self.greedy else _cuts(params)
 
-    def draw(self, logits: Tensor) -> int:
-        """A token from one row of logits `[vocab]`; `NO_TOKEN` where the processors leave what no
-        token can be drawn from."""
-        no_history = torch.zeros(1, 0, dtype=torch.long, device=logits.device)
-        scores = self._processors(
-            cast(torch.LongTensor, no_history), cast(torch.FloatTensor, logits[None])
-        )
+    @property
+    def plain(self) -> bool:
+        """Whether its tokens are the largest logits, so that they are chosen with the others."""
+        return self.greedy and not self._changes
+
+    def draw(self, logits: Tensor, generated: Sequence[int]) -> int:
+        """A token from one row of logits `[vocab]`, after the tokens `generated` so far; `NO_TOKEN`
+        where the processors leave what no token can be chosen from."""
+        seen = [*self._prompt, *generated] if self._changes else []
+        history = torch.tensor([seen], dtype=torch.long, device=logits.device)
+        scores = logits[None]
+        for processors in (self._changes, self._cuts):
+            scores = processors(cast(torch.LongTensor, history), cast(torch.FloatTensor, scores))
+        if self.greedy:
+            largest, likeliest = scores[0].max(-1)
+            return int(torch.where(largest.isfinite(), likeliest, NO_TOKEN))
         chances = scores.softmax(-1)
         # On a GPU a draw from NaN ends the process. Marked there, so that the host waits once.
         sound = chances.isfinite().all()
@@ -63,8 +104,51 @@ class Sampler:
         return int(torch.where(sound, token, NO_TOKEN))
 
 
-def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int | Exception]:
-    """A token for each row of float32 logits `[n, vocab]`.
+def _changes(
+    params: SamplingParams, prompt_length: int, ends: Collection[int], device: torch.device
+) -> LogitsProcessorList:
+    """What may change which token is the most likely; it reads prompt and generated tokens."""
+    made = LogitsProcessorList()
+    if params.logit_bias:
+        biases: list[list[list[int] | float]] = [
+            [[token], float(bias)] for token, bias in params.logit_bias
+        ]
+        made.append(SequenceBiasLogitsProcessor(biases))
+    if params.min_tokens and ends:
+        made.append(
+            MinNewTokensLengthLogitsProcessor(
+                prompt_length, params.min_tokens, sorted(ends), device=str(device)
+            )
+        )
+    if params.repetition_penalty != 1:
+        made.append(RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty)))
+    if params.presence_penalty or params.frequency_penalty:
+        made.append(
+            GeneratedTokenPenalty(
+                params.presence_penalty, params.frequency_penalty, prompt_length=prompt_length
+            )
+        )
+    return made
+
+
+def _cuts(params: SamplingParams) -> LogitsProcessorList:
+    """Temperature, and which tokens are too unlikely to be drawn."""
+    made = LogitsProcessorList()
+    if params.temperature != 1:
+        made.append(TemperatureLogitsWarper(float(params.temperature)))
+    if params.min_p:
+        made.append(MinPLogitsWarper(float(params.min_p)))
+    if params.top_k is not None:
+        made.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        made.append(TopPLogitsWarper(float(params.top_p)))
+    return made
+
+
+def choose(
+    logits: Tensor, samplers: Sequence[Sampler], generated: Sequence[Sequence[int]]
+) -> list[int | Exception]:
+    """A token for each row of float32 logits `[n, vocab]`, after those `generated` in each row.
 
     `NO_TOKEN` stands where the likeliest has no finite logit (a model may give −inf to tokens that
     it never says, so that the largest alone counts); an exception where drawing failed.
@@ -73,9 +157,9 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int | Exception]
     best: list[int] = likeliest.masked_fill(~largest.isfinite(), NO_TOKEN).tolist()
     chosen: list[int | Exception] = list(best)
     for row, sampler in enumerate(samplers):
-        if not sampler.greedy and best[row] != NO_TOKEN:
+        if not sampler.plain and best[row] != NO_TOKEN:
             try:
-                chosen[row] = sampler.draw(logits[row])
+                chosen[row] = sampler.draw(logits[row], generated[row])
             except Exception as error:
                 chosen[row] = error
     return chosen
@@ -90,12 +174,7 @@ def logprobs(
     found: list[TokenLogprob | None] = [None] * len(tokens)
     if not asking:
         return found
-    table = logits[asking].log_softmax(-1).clamp_min_(LEAST_LOGPROB)
+    table = log_probabilities(logits[asking])
     for place, row in enumerate(asking):
-        count = samplers[row].params.logprobs or 0
-        top: tuple[tuple[int, float], ...] = ()
-        if count:
-            values, ids = table[place].topk(count)
-            top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        found[row] = TokenLogprob(float(table[place, tokens[row]]), top)
+        found[row] = token_logprob(table[place], tokens[row], samplers[row].params.logprobs or 0)
     return found

@@ -20,8 +20,15 @@ import torch
 
 from steer.engines.base import GenerationRequest, TokenEvent
 from steer.engines.listeners import Item
+from steer.engines.transformers.grammar import Grammars
 from steer.engines.transformers.sampling import Sampler
-from steer.engines.transformers.sequences import Batch, BatchSequence, failure_of, is_last
+from steer.engines.transformers.sequences import (
+    Batch,
+    BatchSequence,
+    ends_of,
+    failure_of,
+    is_last,
+)
 from steer.errors import EngineError, SteerError
 
 Result = TypeVar("Result")
@@ -71,8 +78,8 @@ class Scheduler:
     and the engine goes on.
     """
 
-    def __init__(self, batch: Batch) -> None:
-        self._batch = batch
+    def __init__(self, batch: Batch, grammars: Grammars | None = None) -> None:
+        self._batch, self._grammars = batch, grammars
         self._inbox: queue.SimpleQueue[Submission | Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: deque[Submission] = deque()
         self._tickets: dict[int, Submission] = {}
@@ -216,7 +223,16 @@ class Scheduler:
     def _running(self, submission: Submission) -> BatchSequence:
         request = submission.request
         room = self._batch.max_length - len(request.prompt)
-        sampler = Sampler(request.sampling, self._batch.hooked.device)
+        schema, grammar = request.sampling.json_schema, None
+        if schema is not None and self._grammars is not None:
+            grammar = self._grammars.mask(schema, prompt_length=len(request.prompt))
+        sampler = Sampler(
+            request.sampling,
+            self._batch.hooked.device,
+            prompt=request.prompt,
+            ends=ends_of(request.sampling, self._batch.eos),
+            grammar=grammar,
+        )
         sequence = BatchSequence(
             request,
             self._batch.take(request),

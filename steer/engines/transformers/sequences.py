@@ -11,7 +11,13 @@ from torch import Tensor
 from steer.batch.ledger import Ledger
 from steer.batch.requests import SteeredRequest
 from steer.batch.tables import Tables
-from steer.engines.base import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
+from steer.engines.base import (
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprob,
+)
 from steer.engines.checks import not_finite
 from steer.engines.listeners import Item
 from steer.engines.receipts import make_receipt
@@ -59,6 +65,8 @@ class Batch(Protocol):
     ledger: Ledger
     sequences: list[BatchSequence]
     rows: int
+    eos: frozenset[int]
+    """The model's own end tokens."""
     max_length: int
     """The longest sequence, prompt and generated tokens together, that can run here."""
 
@@ -121,7 +129,7 @@ def take_tokens(
     The event of a sequence that ends here carries the reason and the receipt.
     """
     samplers = [s.sampler for s in sequences]
-    chosen = choose(logits, samplers)
+    chosen = choose(logits, samplers, [s.tokens for s in sequences])
     tokens = [one if isinstance(one, int) else NO_TOKEN for one in chosen]
     items: list[Item] = []
     for sequence, one, logprob in zip(
@@ -159,9 +167,7 @@ def _taken(
 
 
 def _ends(request: GenerationRequest, token: int, eos: frozenset[int]) -> bool:
-    if token in eos and not request.sampling.ignore_eos:
-        return True
-    if token in request.sampling.stop_token_ids:
+    if token in ends_of(request.sampling, eos):
         return True
     return request.stop is not None and request.stop(token)
 
@@ -179,3 +185,9 @@ def failure_of(error: Exception) -> SteerError:
     if isinstance(error, SteerError):
         return error
     return EngineError(f"the engine failed: {type(error).__name__}: {error}")
+
+
+def ends_of(sampling: SamplingParams, eos: frozenset[int]) -> frozenset[int]:
+    """The ids that end a sequence of one request, where `eos` are the model's own."""
+    own = frozenset() if sampling.ignore_eos else eos
+    return own | sampling.stop_token_ids if sampling.stop_token_ids else own

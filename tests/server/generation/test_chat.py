@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from steer.engines.base import SamplingParams
 from steer.engines.fake.engine import FakeEngine
 
 URL = "/v1/chat/completions"
@@ -228,6 +229,18 @@ async def test_a_gate_appears_in_the_receipt(
     "fields",
     [
         {"user": "u", "metadata": {"a": "b"}, "store": False},
+        {"store": True, "parallel_tool_calls": True, "tools": [], "tool_choice": "none"},
+        {"parallel_tool_calls": False, "logprobs": False, "top_logprobs": 0},
+        {"top_k": -1, "min_p": 0, "repetition_penalty": 1, "stop": ""},
+        {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "stop": [], "n": 1.0},
+        {"top_k": -1.0, "top_p": 1, "seed": None, "presence_penalty": None, "logit_bias": {"5": 0}},
+        {"max_tokens": 64.0, "max_completion_tokens": 64, "top_logprobs": None},
+        {"min_tokens": 0, "stop_token_ids": [], "ignore_eos": False, "bad_words": []},
+        {"include_stop_str_in_output": False, "skip_special_tokens": True, "echo": False},
+        {"use_beam_search": False, "length_penalty": 1.0, "prompt_logprobs": None},
+        {"spaces_between_special_tokens": True, "allowed_token_ids": None, "priority": 0},
+        {"receipt": None, "compare": None, "extra_body": {}, "invented": None},
+        {"prompt_cache_retention": "in_memory", "verbosity": "medium", "modalities": ["text"]},
         {"tools": None, "tool_choice": "auto", "functions": [], "response_format": None},
         {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "n": None},
         {"response_format": {"type": "text"}, "service_tier": "auto", "stop": None},
@@ -238,7 +251,64 @@ async def test_a_gate_appears_in_the_receipt(
 async def test_fields_that_ask_for_nothing_are_accepted(
     http: httpx.AsyncClient, chat: Body, fields: dict[str, Any]
 ) -> None:
-    assert (await answer(http, chat(**fields)))["choices"][0]["message"]["content"]
+    plain = await answer(http, chat())
+    assert (await answer(http, chat(**fields)))["choices"] == plain["choices"]
+
+
+async def test_what_tokens_are_chosen_by_reaches_the_engine(
+    http: httpx.AsyncClient, chat: Body, engine: FakeEngine
+) -> None:
+    await answer(
+        http,
+        chat(
+            min_p=0.1,
+            presence_penalty=0.5,
+            frequency_penalty=-1,
+            repetition_penalty=1.2,
+            logit_bias={"5": 2, "7": -100},
+            min_tokens=3,
+            stop_token_ids=[9],
+            ignore_eos=True,
+            max_tokens=20,
+        ),
+    )
+    assert engine.seen[-1].sampling == SamplingParams(
+        max_tokens=20,
+        temperature=0,
+        min_p=0.1,
+        presence_penalty=0.5,
+        frequency_penalty=-1.0,
+        repetition_penalty=1.2,
+        logit_bias=((5, 2.0), (7, -100.0)),
+        min_tokens=3,
+        stop_token_ids=frozenset({9}),
+        ignore_eos=True,
+    )
+
+
+async def test_stop_strings_and_stop_tokens_stay_where_asked_for(
+    http: httpx.AsyncClient, chat: Body
+) -> None:
+    text = (await answer(http, chat()))["choices"][0]["message"]["content"]
+    stop = text[4:7]
+    end = text.index(stop)
+    for fields in ({"stop": stop}, {"stop_token_ids": [ord(stop[-1])], "min_tokens": end + 2}):
+        for keep in (False, True):
+            found = await answer(http, chat(include_stop_str_in_output=keep, **fields))
+            (choice,) = found["choices"]
+            cut = end if "stop" in fields else end + 2
+            assert choice["message"]["content"] == text[: end + 3 if keep else cut]
+            assert choice["finish_reason"] == "stop"
+
+
+async def test_vllms_running_counts_of_tokens(
+    http: httpx.AsyncClient, chat: Body, sse: Sse
+) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = chat(stream=True, stream_options=options, max_tokens=5)
+    chunks = sse((await http.post(URL, json=body)).text)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == [0, 1, 2, 3, 4, 5, 5, 5]
 
 
 async def test_earlier_answers_can_be_sent_back(http: httpx.AsyncClient, chat: Body) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from steer.engines.fake.tokenizer import ByteTokenizer
 from steer.prompts import openai_token
-from steer_server.generation.text import Detokenizer, TextStream
+from steer_server.generation.text import Detokenizer, TextRules, TextStream
 
 TOKENIZER = ByteTokenizer()
 
@@ -34,7 +35,7 @@ def test_no_piece_is_broken(text: str) -> None:
 def test_text_ends_before_the_stop_string_that_is_complete_first(
     text: str, stops: list[str]
 ) -> None:
-    stream = TextStream(TOKENIZER, stops)
+    stream = TextStream(TOKENIZER, TextRules(tuple(stops)))
     sent = ""
     for byte in text.encode():
         sent += stream.push(byte)
@@ -51,7 +52,7 @@ def test_text_ends_before_the_stop_string_that_is_complete_first(
 
 
 def test_watched_pieces_are_taken_in_turn() -> None:
-    stream = TextStream(TOKENIZER, ["stop"])
+    stream = TextStream(TOKENIZER, TextRules(("stop",)))
     tokens = list(b"go stop")
     assert [stream.watch(token) for token in tokens] == [False] * 6 + [True]
     assert "".join(stream.taken() for _ in tokens) + stream.finish() == "go "
@@ -73,3 +74,29 @@ def test_byte_level_bpe_is_understood() -> None:
     assert openai_token(ByteLevel(), 0) == ("bytes:\\xe2\\x82", [0xE2, 0x82])
     assert openai_token(ByteLevel(), 1) == ("bytes:\\x20", [0x20])
     assert openai_token(ByteLevel(), 2) == ("\ufffd", None)
+
+
+@pytest.mark.parametrize(
+    ("rules", "text"),
+    [
+        (TextRules(("ab",), keep_stop=True), "xab"),
+        (TextRules(("b", "ab"), keep_stop=True), "xab"),
+        (TextRules(("x", "ab"), keep_stop=True, min_tokens=1), "xab"),
+        (TextRules(("x",), min_tokens=1), "xaby"),
+        (TextRules(("ab",), min_tokens=3), "xaby"),
+    ],
+)
+def test_where_a_stop_string_counts_and_stays(rules: TextRules, text: str) -> None:
+    stream = TextStream(TOKENIZER, rules)
+    found = ""
+    for token in b"xaby":
+        found += stream.push(token)
+        if stream.stopped:
+            break
+    assert found + stream.finish() == text
+
+
+def test_special_tokens_are_text_where_asked_for() -> None:
+    end = TOKENIZER.eos_token_id
+    assert TextStream(TOKENIZER).push(end) == ""
+    assert TextStream(TOKENIZER, TextRules(special=True)).push(end) == TOKENIZER.decode([end])

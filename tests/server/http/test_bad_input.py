@@ -40,7 +40,8 @@ def refusal(response: httpx.Response, status: int | None = None) -> dict[str, An
         assert response.status_code == status, response.text
     body = response.json()
     assert set(body) == {"error"}
-    assert set(body["error"]) == {"message", "type", "code", "param"}
+    assert set(body["error"]) == {"message", "type", "code", "param", "request_id"}
+    assert body["error"]["request_id"] == response.headers["x-request-id"]
     assert body["error"]["type"] == "invalid_request_error"
     assert body["error"]["code"]
     assert len(body["error"]["message"]) > 10
@@ -172,13 +173,30 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "function"}]}, "/tools"),
     ({"tool_choice": "required"}, "/tool_choice"),
     ({"response_format": {"type": "json_object"}}, "/response_format"),
-    ({"frequency_penalty": 0.5}, "/frequency_penalty"),
-    ({"presence_penalty": -1}, "/presence_penalty"),
-    ({"logit_bias": {"5": 1}}, "/logit_bias"),
-    ({"store": True}, "/store"),
+    ({"response_format": {"type": "unknown"}}, "/response_format"),
+    ({"response_format": {"type": "json_schema"}}, "/response_format/json_schema"),
+    ({"frequency_penalty": 2.5}, "/frequency_penalty"),
+    ({"presence_penalty": "much"}, "/presence_penalty"),
+    ({"repetition_penalty": 0}, "/repetition_penalty"),
+    ({"repetition_penalty": 1e300}, "/repetition_penalty"),
+    ({"logit_bias": {"x": 1}}, "/logit_bias"),
+    ({"logit_bias": {"5": 101}}, "/logit_bias"),
+    ({"logit_bias": {"999999": 1}}, "/logit_bias"),
+    ({"logit_bias": [5]}, "/logit_bias/0"),
+    ({"min_p": 1.5}, "/min_p"),
+    ({"min_tokens": 9, "max_tokens": 8}, "/min_tokens"),
+    ({"min_tokens": -1}, "/min_tokens"),
+    ({"stop_token_ids": [-1]}, "/stop_token_ids/0"),
+    ({"stop_token_ids": [999_999]}, "/stop_token_ids"),
+    ({"prompt_logprobs": 3}, "/prompt_logprobs"),
+    ({"use_beam_search": True}, "/use_beam_search"),
+    ({"length_penalty": 2}, "/length_penalty"),
+    ({"bad_words": ["x"]}, "/bad_words"),
+    ({"truncate_prompt_tokens": 5}, "/truncate_prompt_tokens"),
+    ({"extra_body": {"top_k": 3}}, "/extra_body"),
+    ({"echo": True}, "/echo"),
     ({"modalities": ["audio"]}, "/modalities"),
     ({"reasoning_effort": "high"}, "/reasoning_effort"),
-    ({"parallel_tool_calls": True}, "/parallel_tool_calls"),
     ({"max_token": 5}, "/max_token"),
     ({"max_tokens": 0}, "/max_tokens"),
     ({"max_tokens": "5"}, "/max_tokens"),
@@ -187,13 +205,14 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"temperature": 2.1}, "/temperature"),
     ({"temperature": "hot"}, "/temperature"),
     ({"top_p": 0}, "/top_p"),
-    ({"top_k": 0}, "/top_k"),
+    ({"top_k": -2}, "/top_k"),
+    ({"top_k": True}, "/top_k"),
     ({"seed": 1.5}, "/seed"),
     ({"seed": 2**70}, "/seed"),
     ({"n": 0}, "/n"),
     ({"n": 33}, "/n"),
     ({"n": 10**12}, "/n"),
-    ({"stop": ["a", "b", "c", "d", "e"]}, "/stop"),
+    ({"stop": ["a"] * 33}, "/stop"),
     ({"stop": [""]}, "/stop/0"),
     ({"stop": 5}, "/stop"),
     ({"stop": "x" * 300}, "/stop"),
@@ -385,3 +404,15 @@ async def test_the_api_key_guards_everything_below_v1(
         assert (await client.post(URL, json=chat(), headers=right)).status_code == 200
         assert (await client.get("/health")).status_code == 200
         assert (await client.get("/metrics")).status_code == 200
+
+
+async def test_json_answers_are_refused_by_name_where_the_engine_has_none(
+    http: httpx.AsyncClient, chat: Body
+) -> None:
+    named = {"name": "n", "schema": {"type": "object"}, "strict": True}
+    for form in ({"type": "json_object"}, {"type": "json_schema", "json_schema": named}):
+        error = refusal(await http.post(URL, json=chat(response_format=form)), 400)
+        assert error["param"] == "/response_format"
+        assert error["code"] == "unsupported_parameter"
+    body = {"model": "fake-model", "input": "Hi", "text": {"format": {"type": "json_object"}}}
+    assert refusal(await http.post("/v1/responses", json=body), 400)["param"] == "/text/format"

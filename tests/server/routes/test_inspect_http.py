@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+import safetensors.torch
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -167,3 +168,21 @@ async def test_bad_requests_say_where(
     assert (error["param"], error["code"]) == (param, code)
     health = await http.post("/v1/inspect/logit-lens", json={"text": "ab", "top": 1})
     assert health.status_code == 200
+
+
+async def test_states_beyond_what_json_may_hold_come_as_a_file(http: httpx.AsyncClient) -> None:
+    url, body = "/v1/inspect/activations", {"text": "a" * 80, "states": True}
+    headers = {"accept": "application/octet-stream"}
+    response = await http.post(url, json=body, headers=headers)
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "application/octet-stream"
+    assert int(response.headers["content-length"]) == len(response.content)
+    found = safetensors.torch.load(response.content)
+    json_body = (await http.post(url, json={**body, "positions": [5, 80]})).json()
+    for entry in json_body["layers"]:
+        rows = found[f"layers.{entry['layer']}"]
+        assert rows.shape == (81, 16)
+        assert torch.allclose(rows[[5, 80]], torch.tensor(entry["states"]), atol=1e-6)
+    wrong = await http.post(url, json={**body, "layers": [77]}, headers=headers)
+    assert wrong.status_code == 400
+    assert wrong.json()["error"]["param"] == "/layers/0"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,9 +26,11 @@ from steer.engines.base import (
     GenerationRequest,
     SamplingParams,
     TokenEvent,
+    TokenLogprob,
 )
 from steer.engines.checks import check_captured, check_request, not_finite
 from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
+from steer.engines.logprobs import following
 from steer.engines.vllm import plugin
 from steer.engines.vllm.front.drivers import ClientDriver, Driver, InlineDriver, LocalDriver
 from steer.engines.vllm.front.ends import model_ends
@@ -38,7 +41,7 @@ from steer.engines.vllm.options import REGISTRY_VARIABLE, registry_location
 from steer.engines.vllm.pipeline import check_gates
 from steer.engines.vllm.ticket import CaptureOrder, Ticket
 from steer.errors import NotFinite, SpecError, SteerError, TooLarge, Unsupported
-from steer.model import Capabilities, HookPoint, ModelInfo
+from steer.model import SAMPLING, Capabilities, HookPoint, ModelInfo
 from steer.plan.plan import check_rules
 from steer.registry.blobs.plan_store import PlanStore
 from steer.spec import KINDS
@@ -73,7 +76,7 @@ class VllmEngine:
             sites=self.info.sites,
             gate_scopes=("prompt", "token") if self._stages == 1 else (),
             sae_architectures=INDEPENDENT if self._static else SUPPORTED,
-            sampling=("temperature", "top_p", "top_k", "seed", "stop", "n", "logprobs"),
+            sampling=SAMPLING,
             captures=() if self._static else self.info.sites,
             limits={
                 "slots": int(answer["slots"]),
@@ -201,6 +204,8 @@ class VllmEngine:
             )
         for point in request.points:
             self.info.check_point(point)
+        if request.logprobs is not None:
+            request = replace(request, logits="all")
         plans = request.plans or [None] * len(request.prompts)
         orders = [self._order(request, prompt) for prompt in request.prompts]
         self.start()
@@ -222,7 +227,7 @@ class VllmEngine:
             for sequence in running:
                 self._driver.cancel(sequence)
         return [
-            self._captured(request, ticket, len(prompt))
+            self._captured(request, ticket, prompt)
             for ticket, prompt in zip(tickets, request.prompts, strict=True)
         ]
 
@@ -262,8 +267,8 @@ class VllmEngine:
             )
         return CaptureOrder(tuple(points), positions)
 
-    def _captured(self, request: CaptureRequest, ticket: Ticket, length: int) -> Captured:
-        order = ticket.capture
+    def _captured(self, request: CaptureRequest, ticket: Ticket, prompt: Sequence[int]) -> Captured:
+        order, length = ticket.capture, len(prompt)
         assert order is not None
         found: dict[str, bytes] = {}
         for answer in self._driver.rpc("steer_captured", ticket.key):
@@ -282,7 +287,11 @@ class VllmEngine:
         if request.logits != "none":
             wanted = range(length) if request.logits == "all" else [length - 1]
             logits = self.unembed(states[self._last][[place[position] for position in wanted]])
-        captured = Captured({point: states[point][kept] for point in request.points}, logits)
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if logits is not None and request.logprobs is not None:
+            logprobs = tuple(following(logits, prompt[1:], request.logprobs))
+        wanted_states = {point: states[point][kept] for point in request.points}
+        captured = Captured(wanted_states, logits, logprobs)
         check_captured(captured, steered=ticket.plan is not None)
         return captured
 

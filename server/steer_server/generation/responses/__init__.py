@@ -1,0 +1,1 @@
+"""POST /v1/responses: its request, its body, its events."""

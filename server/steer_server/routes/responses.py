@@ -1,0 +1,54 @@
+"""POST /v1/responses: the route that OpenAI's clients use by default today."""
+
+from __future__ import annotations
+
+from anyio import to_thread
+from fastapi import APIRouter, Depends, Request, Response
+from starlette.responses import JSONResponse
+
+from steer.prompts import chat_tokens
+from steer_server.generation.added_fields import added_fields
+from steer_server.generation.generation import Answer, Generation, answers, prepare
+from steer_server.generation.responses.body import (
+    OutputMessage,
+    SteeredResponse,
+    as_json,
+    ended,
+    message_of,
+    response_of,
+)
+from steer_server.generation.responses.events import response_events
+from steer_server.generation.responses.request import ResponsesRequest
+from steer_server.http.content_type import require_json
+from steer_server.http.disconnect import EventStream, while_connected
+from steer_server.state import Serving, ServingDep
+
+router = APIRouter(tags=["generation"], dependencies=[Depends(require_json)])
+
+
+@router.post("/v1/responses", responses={200: {"model": SteeredResponse}})
+async def create_response(
+    body: ResponsesRequest, request: Request, serving: ServingDep
+) -> Response:
+    """Answers a conversation, steered as the request or its profile says. Nothing is stored."""
+    run = await to_thread.run_sync(_prepared, serving, body)
+    if body.stream:
+        return EventStream(response_events(serving, run, body))
+    return await while_connected(request, lambda: _whole(serving, run, body))
+
+
+def _prepared(serving: Serving, body: ResponsesRequest) -> Generation:
+    tokenizer = serving.engine.tokenizer
+    prompt = tuple(chat_tokens(tokenizer, body.turns, param="/input"))
+    return prepare(serving, body, [prompt], prefix="resp_", at="/input")
+
+
+async def _whole(serving: Serving, run: Generation, body: ResponsesRequest) -> Response:
+    (answer,), default = await answers(serving, run)
+
+    def message(one: Answer) -> OutputMessage:
+        return message_of(serving.engine.tokenizer, run, one)
+
+    extra = await added_fields(serving, run, body.inspect, [answer], default, message)
+    found = response_of(run, body, **ended(run, answer), output=[message(answer)], **extra)
+    return JSONResponse(as_json(found))
