@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import threading
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class Grammars:
         from llguidance import LLMatcher  # noqa: PLC0415 (an extra)
 
         try:
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_COMPACT)
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=cast(Any, _COMPACT))
             matcher = LLMatcher(self._read(), grammar, log_level=0)
         except ValueError as error:
             raise _invalid(str(error)) from error
