@@ -21,7 +21,7 @@ VLLM_SEAMS := core/test_admission core/test_cache_keys core/test_scheduler test_
   test_server worker/test_runner_v2
 VLLM_READY := $(VLLM_VERSIONS:%=vllm-%)
 
-.PHONY: serve test check bench bench-vllm docs-outputs demo-model demo-eval oracles vllm \
+.PHONY: serve test check fuzz-http bench bench-vllm docs-outputs demo-model demo-eval oracles vllm \
   $(VLLM_READY) clean
 
 ifeq ($(ENGINE),vllm)
@@ -45,6 +45,11 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest $(PARALLEL) -m "not slow" -x
+
+# Requests of every kind to a server over the fake engine, held against its OpenAPI document; for
+# another server ARGS="--url http://…".
+fuzz-http: $(READY)
+	$(BIN)/python tests/support/fuzz_http.py $(ARGS)
 
 bench: $(READY) oracles
 	$(BIN)/python -m benchmarks

@@ -22,6 +22,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from reprlib import Repr
+from typing import Any
 
 LONGEST_MESSAGE = 2000
 LONGEST_PARAM = 300
@@ -184,3 +186,16 @@ class StorageError(SteerError):
 def pointer(*parts: str | int) -> str:
     """An RFC 6901 JSON pointer: `pointer("interventions", 0)` is `/interventions/0`."""
     return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)
+
+
+def quoted(value: Any, limit: int = 60) -> str:
+    """`value` as an error quotes it: its repr, cut after `limit` characters.
+
+    Neither a long value nor a deep one costs more than a short one.
+    """
+    short = Repr()
+    short.maxlevel = 3
+    short.maxstring = short.maxother = short.maxlong = limit
+    short.maxlist = short.maxtuple = short.maxdict = short.maxset = limit // 4
+    text = short.repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -26,7 +26,7 @@ from pydantic import (
     model_validator,
 )
 
-from steer.errors import Problem, SpecError, pointer
+from steer.errors import Problem, SpecError, pointer, quoted
 from steer.references import Names, Reference, references_in
 
 MAX_INTERVENTIONS = 64
@@ -40,7 +40,8 @@ Site: TypeAlias = Literal[
 ]
 SITES: tuple[Site, ...] = get_args(Site)
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(@[0-9a-f]{6,64})?")
+_STORED_NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+_NAME = re.compile(_STORED_NAME + "(@[0-9a-f]{6,64})?")
 
 
 def _no_negative_zero(value: float) -> float:
@@ -72,13 +73,13 @@ def _check_strength(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float | dict | BaseModel):
         objects = ", ".join(f'{{"{key}": x}}' for key in STRENGTH_KEYS)
         raise ValueError(
-            f"{value!r} is not a strength: give a number (multiples of the stored vector), "
+            f"{quoted(value)} is not a strength: give a number (multiples of the stored vector), "
             + " or ".join([objects, *(f'"{word}"' for word in _STRENGTH_WORDS)])
         )
     if isinstance(value, dict) and set(value) not in [{key} for key in STRENGTH_KEYS]:
         raise ValueError(
             f"a strength object has exactly one of the keys {', '.join(STRENGTH_KEYS)}; "
-            f"got {sorted(value, key=str)}"
+            f"got {quoted(sorted(value, key=str)[:8])}"
         )
     if isinstance(value, int | float) and not math.isfinite(value):
         raise ValueError(f"strength {value!r} is not a finite number")
@@ -99,6 +100,15 @@ def _strength_tag(value: Any) -> str:
     return models.get(type(value), "a number")
 
 
+def _few_enough(value: Any) -> Any:
+    # Every wrong intervention is named, so that there must not be too many to name.
+    if isinstance(value, list | tuple) and len(value) > MAX_INTERVENTIONS:
+        raise ValueError(
+            f"a spec has at most {MAX_INTERVENTIONS} interventions; got {len(value)}: send fewer"
+        )
+    return value
+
+
 def _sorted_layers(value: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(set(value)))
 
@@ -108,10 +118,29 @@ Number: TypeAlias = Annotated[
 ]
 Index: TypeAlias = Annotated[int, Field(strict=True, ge=0, le=MAX_INTEGER)]
 Bound: TypeAlias = Annotated[int, Field(strict=True, ge=-MAX_INTEGER, le=MAX_INTEGER)]
-Name: TypeAlias = Annotated[str, AfterValidator(_check_name)]
-Layers: TypeAlias = Annotated[
-    tuple[Index, ...], Field(min_length=1, max_length=1024), AfterValidator(_sorted_layers)
+Name: TypeAlias = Annotated[
+    str,
+    AfterValidator(_check_name),
+    Field(json_schema_extra={"pattern": f"^{_NAME.pattern}$"}),
 ]
+StoredName: TypeAlias = Annotated[
+    str,
+    AfterValidator(check_name),
+    Field(json_schema_extra={"pattern": f"^{_STORED_NAME}$"}),
+]
+Layers: TypeAlias = Annotated[
+    tuple[Index, ...],
+    Field(min_length=1, max_length=1024, fail_fast=True),
+    AfterValidator(_sorted_layers),
+]
+
+
+def exactly_one(*names: str) -> dict[str, Any]:
+    """For the JSON schema of an object in which one of `names` must be there and not null."""
+    given = [
+        {"required": [name], "properties": {name: {"not": {"type": "null"}}}} for name in names
+    ]
+    return {"oneOf": given}
 
 
 class _Frozen(BaseModel):
@@ -198,18 +227,20 @@ class Where(_Frozen):
     `positions` or `tokens` it stands in their place.
     """
 
-    phases: Annotated[tuple[Phase, ...], Field(min_length=1)] | None = None
+    phases: (
+        Annotated[tuple[Phase, ...], Field(min_length=1, max_length=2, fail_fast=True)] | None
+    ) = None
     positions: (
         Annotated[
             tuple[tuple[Bound, Bound | None], ...],
-            Field(min_length=1, max_length=256),
+            Field(min_length=1, max_length=256, fail_fast=True),
         ]
         | None
     ) = None
     tokens: (
         Annotated[
-            tuple[Index | Annotated[str, Field(min_length=1)], ...],
-            Field(min_length=1, max_length=1024),
+            tuple[Index | Annotated[str, Field(min_length=1, max_length=1024)], ...],
+            Field(min_length=1, max_length=1024, fail_fast=True),
         ]
         | None
     ) = None
@@ -264,6 +295,15 @@ class When(_Frozen):
     itself. Scope `prompt` decides once, on the last prompt token, and holds the decision for the
     rest of the request; it therefore acts from the last prompt token on (CAST, 2409.05907).
     """
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": [name], "properties": {name: {"type": "number"}}}
+                for name in ("above", "below")
+            ]
+        }
+    )
 
     vector: VectorRef
     above: Number | None = None
@@ -335,8 +375,15 @@ class Clamp(_Intervention):
 
     kind: Literal["clamp"] = "clamp"
     sae: SAERef
-    features: Annotated[tuple[Index, ...], Field(min_length=1, max_length=MAX_FEATURES)]
-    value: Number | Annotated[tuple[Number, ...], Field(min_length=1, max_length=MAX_FEATURES)]
+    features: Annotated[
+        tuple[Index, ...], Field(min_length=1, max_length=MAX_FEATURES, fail_fast=True)
+    ]
+    value: (
+        Number
+        | Annotated[
+            tuple[Number, ...], Field(min_length=1, max_length=MAX_FEATURES, fail_fast=True)
+        ]
+    )
     mode: Literal["set", "at_least", "at_most", "scale"] = "set"
 
     @model_validator(mode="after")
@@ -424,7 +471,9 @@ class SteeringSpec(_Frozen):
     """
 
     interventions: Annotated[
-        tuple[Intervention, ...], Field(min_length=1, max_length=MAX_INTERVENTIONS)
+        tuple[Intervention, ...],
+        Field(min_length=1, max_length=MAX_INTERVENTIONS),
+        BeforeValidator(_few_enough),
     ]
     where: Where | None = None
     when: When | None = None
@@ -480,7 +529,7 @@ def _problems(error: ValidationError, value: Any, at: str) -> list[Problem]:
         elif item["type"] == "missing":
             message = f"the field {item['loc'][-1]!r} is required"
         elif item["type"] != "value_error":
-            message = f"{message}; got {_shortened(item['input'])}"
+            message = f"{message}; got {quoted(item['input'])}"
         found.setdefault(where, Problem(message, code, where or None))
     # A list whose items are wrong is also reported as too short: only the items are of interest.
     return [
@@ -505,8 +554,3 @@ def _json_path(loc: tuple[str | int, ...], value: Any, error_type: str) -> list[
         elif last and error_type == "missing":
             path.append(part)
     return path
-
-
-def _shortened(value: Any, limit: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"

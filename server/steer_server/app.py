@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 from anyio import to_thread
 from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from steer.artefacts.kinds import KINDS
 from steer.engines.base import Engine
 from steer.registry.registry import Registry
 from steer_server.http import openai_errors
 from steer_server.http.access_log import AccessLog
 from steer_server.http.api_key import ApiKey, below_v1
 from steer_server.http.body_limit import BodyLimit
+from steer_server.http.document import document
 from steer_server.http.origin import OwnPagesOnly
 from steer_server.http.patience import StalledBody
 from steer_server.http.request_id import RequestId
+from steer_server.http.shutdown import AnswerCutOff
 from steer_server.routes import (
     aliases,
     chat,
@@ -34,11 +36,9 @@ from steer_server.routes import (
     responses,
     validate,
 )
-from steer_server.routes.artefacts import artefact_routers, upload_place
-from steer_server.settings import MIB, ServerSettings
+from steer_server.routes.artefacts import artefact_routers, body_limit
+from steer_server.settings import ServerSettings
 from steer_server.state import assemble
-
-_UPLOADS = (*map(upload_place, KINDS), "/v1/steering/import")
 
 
 def routers() -> list[APIRouter]:
@@ -84,7 +84,9 @@ def create_app(engine: Engine, registry: Registry, settings: ServerSettings) -> 
     for router in routers():
         app.include_router(router)
     openai_errors.install(app)
-    app.add_middleware(BodyLimit, limit=lambda path: _body_limit(settings, path))
+    needs_key = settings.api_key is not None
+    app.openapi = partial(document, app, needs_key=needs_key)  # type: ignore[method-assign]
+    app.add_middleware(BodyLimit, limit=partial(body_limit, settings))
     _add_doors(app, settings)
     return app
 
@@ -108,16 +110,10 @@ def _add_doors(app: FastAPI, settings: ServerSettings) -> None:
             allow_headers=["*"],
         )
     app.add_middleware(StalledBody, seconds=settings.patience_seconds)
+    app.add_middleware(AnswerCutOff)
     if settings.access_log:
         app.add_middleware(AccessLog)
     app.add_middleware(RequestId)
-
-
-def _body_limit(settings: ServerSettings, path: str) -> int:
-    # An upload's own limit is on its files; a little more is needed for what is around them.
-    if path.rstrip("/") in _UPLOADS:
-        return settings.max_upload_bytes + MIB
-    return settings.max_body_bytes
 
 
 def _version() -> str:

@@ -10,13 +10,17 @@ from prometheus_client.registry import Collector
 from steer.engines.base import Engine
 from steer.plan.cache import PlanCache
 from steer.registry.registry import Registry
+from steer_server.inspection_queue import InspectionQueue
 
 
 class LiveFigures(Collector):
     """The engine's, the plan cache's and the registry's own counts as metrics."""
 
-    def __init__(self, engine: Engine, plans: PlanCache, registry: Registry) -> None:
+    def __init__(
+        self, engine: Engine, plans: PlanCache, registry: Registry, inspections: InspectionQueue
+    ) -> None:
         self._engine, self._plans, self._registry = engine, plans, registry
+        self._inspections = inspections
 
     def describe(self) -> Iterator[Metric]:
         """Names without values, so that registering does not read the parts."""
@@ -27,6 +31,9 @@ class LiveFigures(Collector):
         plans = self._plans.stats
         yield _counter("steer_plan_cache_hits", "Plans found compiled", plans.hits)
         yield _counter("steer_plan_cache_misses", "Plans that had to be compiled", plans.misses)
+        held = self._inspections
+        yield _gauge("steer_inspections_running", "Inspections that run", held.running)
+        yield _gauge("steer_inspections_waiting", "Inspections in the queue", held.waiting)
         yield from self._of_registry()
         yield self._of_jobs()
 

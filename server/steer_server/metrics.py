@@ -18,6 +18,7 @@ from steer.engines.base import Engine, Receipt
 from steer.plan.cache import PlanCache
 from steer.registry.jobs.job_records import Job
 from steer.registry.registry import Registry
+from steer_server.inspection_queue import InspectionQueue
 from steer_server.live_figures import LiveFigures
 
 OTHER = "other"
@@ -117,9 +118,15 @@ class Metrics:
             registry=own,
         )
 
-    def watch(self, engine: Engine, plans: PlanCache, artefacts: Registry) -> None:
+    def watch(
+        self,
+        engine: Engine,
+        plans: PlanCache,
+        artefacts: Registry,
+        inspections: InspectionQueue,
+    ) -> None:
         """Adds the live figures of the parts, read whenever metrics are asked for."""
-        self.registry.register(LiveFigures(engine, plans, artefacts))
+        self.registry.register(LiveFigures(engine, plans, artefacts, inspections))
 
     @contextmanager
     def request(

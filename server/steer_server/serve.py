@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -80,6 +81,9 @@ def run(settings: ServerSettings, *, console: Console | None = None) -> None:
         launch(settings)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     app = build(settings)
+    # What has been loaded stays: looking for garbage in it would hold up every request.
+    gc.collect()
+    gc.freeze()
     try:
         Server(app, settings, console=console or Console()).run()
     finally:

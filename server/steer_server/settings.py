@@ -33,8 +33,9 @@ class ServerSettings(BaseModel):
     `strength_limit` says what happens to a strength outside its vector's calibrated range.
     `job_workers` jobs run at a time (0: this server only queues them), `job_queue` more may wait,
     `jobs_kept` finished ones are remembered; while requests run, jobs take the share `job_duty` of
-    the engine's time. `hub_imports` is whether clients may have artefacts fetched from the hub, of
-    up to `max_hub_bytes` each.
+    the engine's time. `inspection_workers` inspections run at a time, `inspection_queue` more may
+    wait. `hub_imports` is whether clients may have artefacts fetched from the hub, of up to
+    `max_hub_bytes` each.
     Without a key, `insecure` is needed to listen on more than loopback, the server answers to its
     addresses and to `allowed_hosts`, and takes requests from its own pages and from those of
     `allowed_origins`, which browsers are told as well. A connection that has sent no whole request
@@ -65,6 +66,8 @@ class ServerSettings(BaseModel):
     job_queue: int = Field(default=16, ge=1)
     jobs_kept: int = Field(default=200, ge=1)
     job_duty: float = Field(default=0.03, gt=0, le=1)
+    inspection_workers: int = Field(default=2, ge=1, le=64)
+    inspection_queue: int = Field(default=32, ge=0)
     hub_imports: bool = True
     max_hub_bytes: int = Field(default=512 * MIB, ge=1)
     insecure: bool = False
@@ -99,6 +102,7 @@ class ServerSettings(BaseModel):
 
 
 _FROM_ENVIRONMENT = (
+    "max_body_bytes",
     "max_upload_bytes",
     "allow_inline_vectors",
     "measured_share",
@@ -109,6 +113,8 @@ _FROM_ENVIRONMENT = (
     "job_queue",
     "jobs_kept",
     "job_duty",
+    "inspection_workers",
+    "inspection_queue",
     "hub_imports",
     "max_hub_bytes",
     "insecure",

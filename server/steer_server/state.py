@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from anyio import CapacityLimiter
 from fastapi import Depends, Request
 
 from steer.engines.base import Engine
@@ -20,8 +21,11 @@ from steer.jobs import JobRunner, builtin_kinds, hub
 from steer.model import bare_name
 from steer.plan.cache import PlanCache
 from steer.registry.registry import Registry
+from steer_server.inspection_queue import InspectionQueue
 from steer_server.metrics import Metrics
 from steer_server.settings import ServerSettings
+
+_PROBES = 4
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,9 @@ class Serving:
     metrics: Metrics
     jobs: JobRunner
     """Not running yet when it is made: whoever mounts the routes starts and stops it."""
+    inspections: InspectionQueue
+    probe_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_PROBES))
+    """What /health and /metrics run in, so that they answer while all other threads are taken."""
     started: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -49,11 +56,13 @@ def assemble(
     settings: ServerSettings,
     *,
     load: Callable[[], int] | None = None,
+    alive: Callable[[], bool] = lambda: True,
 ) -> Serving:
     """Joins the parts: a plan cache over the registry, jobs, and metrics over all of them.
 
     The engine's model takes the name that it is served under. `load` counts the sequences that run
-    or wait, where the engine's own figures do not.
+    or wait, where the engine's own figures do not; `alive` says whether the engine still runs,
+    where it may end by itself.
     """
     engine.info = engine.info.served_as(_served_name(engine, settings))
     metrics = Metrics(name_limit=settings.metric_names)
@@ -71,10 +80,12 @@ def assemble(
         builtin_kinds(hub(settings.max_hub_bytes) if settings.hub_imports else {}, policy),
         settings.job_limits,
         load=load,
+        alive=alive,
         ended=metrics.job,
     )
-    metrics.watch(engine, plans, registry)
-    return Serving(engine, registry, settings, plans, metrics, jobs)
+    inspections = InspectionQueue(settings.inspection_workers, settings.inspection_queue)
+    metrics.watch(engine, plans, registry, inspections)
+    return Serving(engine, registry, settings, plans, metrics, jobs, inspections)
 
 
 def _served_name(engine: Engine, settings: ServerSettings) -> str:
@@ -83,7 +94,8 @@ def _served_name(engine: Engine, settings: ServerSettings) -> str:
     return bare_name(name) if settings.served_name is None and os.path.isdir(name) else name
 
 
-def _of_request(request: Request) -> Serving:
+async def _of_request(request: Request) -> Serving:
+    # A plain function would be run in a thread, for which each request would wait.
     serving: Serving = request.app.state.steer
     return serving
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from torch import Tensor
 
 from steer.artefacts.control_vector import ControlVector
@@ -45,8 +45,8 @@ class ActivationsRequest(PromptInput):
     layers: LayerChoice = "all"
     positions: PositionChoice = "all"
     site: Site = "resid_post"
-    states: bool = False
-    vectors: Annotated[tuple[Name, ...], Field(max_length=64)] = ()
+    states: StrictBool = False
+    vectors: Annotated[tuple[Name, ...], Field(max_length=64, fail_fast=True)] = ()
     sae: Name | None = None
     top_features: Annotated[int, Field(strict=True, ge=1, le=256)] = 10
     steering: SteeringSpec | None = None

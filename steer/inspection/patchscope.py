@@ -126,7 +126,7 @@ class PatchscopeResult(BaseModel):
     layers: tuple[int, ...]
     target_tokens: tuple[str, ...]
     target_position: int
-    target_layers: tuple[int, ...] | None
+    target_layers: tuple[int, ...] | None = None
     baseline: TargetSays
     cells: tuple[PatchscopeCell, ...]
     precision: tuple[LayerPrecision, ...] = ()

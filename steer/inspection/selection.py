@@ -21,10 +21,12 @@ MAX_NUMBERS = 1 << 16
 """The most numbers that one answer holds."""
 
 LayerChoice: TypeAlias = (
-    Annotated[tuple[Index, ...], Field(min_length=1, max_length=1024)] | Literal["all"]
+    Annotated[tuple[Index, ...], Field(min_length=1, max_length=1024, fail_fast=True)]
+    | Literal["all"]
 )
 PositionChoice: TypeAlias = (
-    Annotated[tuple[Place, ...], Field(min_length=1, max_length=1 << 16)] | Literal["all"]
+    Annotated[tuple[Place, ...], Field(min_length=1, max_length=1 << 16, fail_fast=True)]
+    | Literal["all"]
 )
 
 

@@ -51,7 +51,8 @@ class JobRunner:
     sequences of clients that run or wait.
     Guarantees: at most `limits.workers` jobs run here; a job whose runner dies is taken up again
     or ends as interrupted, here or in another server on the same registry; no exception of a job
-    leaves its thread. `ended` is called with each job that this runner ends, and with its seconds.
+    leaves its thread; no job fails because its server stops, or because the engine has died, which
+    `alive` tells. `ended` is called with each job that this runner ends, and with its seconds.
     """
 
     def __init__(
@@ -62,13 +63,14 @@ class JobRunner:
         limits: JobLimits = JobLimits(),  # noqa: B008 - frozen
         *,
         load: Callable[[], int] | None = None,
+        alive: Callable[[], bool] = lambda: True,
         ended: Callable[[Job, float], None] | None = None,
     ) -> None:
         self.kinds, self.limits, self.store = kinds, limits, registry.jobs
         self.changes = Changes()
         self._engine, self._registry = engine, registry
         self._load = load if load is not None else lambda: _load_of(engine)
-        self._ended = ended
+        self._alive, self._ended = alive, ended
         self._owner = uuid.uuid4().hex
         self._runs: dict[str, _Run] = {}
         self._lock = threading.Lock()
@@ -239,17 +241,19 @@ class JobRunner:
         except LeaseLost:
             log.warning("job %s was taken by another server: this one was held up", claim.job_id)
             return None
-        except SteerError as error:
-            failure = JobFailure(error.code, error.message, error.param)
         except Exception as error:
-            log.exception("job %s (%s) failed", claim.job_id, claim.kind)
-            # Not its text: that may hold paths of the server, and the log has it.
-            failure = JobFailure(
-                "job_failed",
-                f"the job failed by a fault of the server ({type(error).__name__}): its log says "
-                "more",
-            )
-        return store.finish(claim, "failed", error=failure)
+            if self._ends():
+                return self._give_up(claim)
+            return store.finish(claim, "failed", error=_failure(claim, error))
+
+    def _ends(self) -> bool:
+        """Whether this server is at its end: then what goes wrong in a job is no fault of its own.
+
+        An engine may die before anybody says that the server stops. No job can run here then.
+        """
+        if not self._alive():
+            self._stopping.set()
+        return self._stopping.is_set()
 
     def _result(self, run: _Run, kind: JobKind[Any]) -> dict[str, Any]:
         params = kind.params.model_validate(run.claim.params)
@@ -318,6 +322,18 @@ class JobRunner:
         except Exception:
             log.exception("jobs: the catalogue could not be used")
             return None
+
+
+def _failure(claim: Claim, error: Exception) -> JobFailure:
+    """What a client is told of `error`."""
+    if isinstance(error, SteerError):
+        return JobFailure(error.code, error.message, error.param)
+    log.error("job %s (%s) failed", claim.job_id, claim.kind, exc_info=error)
+    # Not its text: that may hold paths of the server, and the log has it.
+    return JobFailure(
+        "job_failed",
+        f"the job failed by a fault of the server ({type(error).__name__}): its log says more",
+    )
 
 
 def _load_of(engine: Engine) -> int:

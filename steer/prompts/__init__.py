@@ -31,6 +31,7 @@ from steer.prompts.forms import (
     prompt_of,
 )
 from steer.prompts.labels import openai_token, token_texts
+from steer.prompts.length import chat_words, check_text_length
 from steer.prompts.places import EncodedPrompt, PromptReader, encode_prompt
 from steer.prompts.rendering import render
 from steer.prompts.tokens import (
@@ -57,6 +58,8 @@ __all__ = [
     "answer_text",
     "as_chat",
     "chat_tokens",
+    "chat_words",
+    "check_text_length",
     "encode_prompt",
     "end_tokens",
     "has_chat_template",

@@ -18,10 +18,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictBool, model_validator
 
 from steer.errors import FileFormatError
-from steer.spec import Index
+from steer.spec import Index, exactly_one
 
 Messages: TypeAlias = Sequence[Mapping[str, str]]
 """A chat: objects with `role` and `content`."""
@@ -48,12 +48,20 @@ class PromptInput(BaseModel):
     ids.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        json_schema_extra=exactly_one("text", "messages", "tokens"),
+    )
 
     text: Annotated[str, Field(min_length=1, max_length=1 << 20)] | None = None
-    messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=4096)] | None = None
-    tokens: Annotated[tuple[Index, ...], Field(min_length=1, max_length=1 << 20)] | None = None
-    add_generation_prompt: bool = True
+    messages: (
+        Annotated[tuple[Message, ...], Field(min_length=1, max_length=4096, fail_fast=True)] | None
+    ) = None
+    tokens: (
+        Annotated[tuple[Index, ...], Field(min_length=1, max_length=1 << 20, fail_fast=True)] | None
+    ) = None
+    add_generation_prompt: StrictBool = True
     chat_template_kwargs: dict[str, JsonValue] | None = None
 
     @model_validator(mode="after")
@@ -79,7 +87,9 @@ class MessageParam(BaseModel):
 
 
 Text: TypeAlias = Annotated[str, Field(min_length=1)]
-Chat: TypeAlias = Annotated[tuple[MessageParam, ...], Field(min_length=1)]
+Chat: TypeAlias = Annotated[
+    tuple[MessageParam, ...], Field(min_length=1, max_length=4096, fail_fast=True)
+]
 
 
 class MarkedParam(BaseModel):

@@ -393,7 +393,10 @@ class Registry:
         return self.load(Lens, ref)
 
     def content(self, kind: ArtefactKind, ref: str) -> IO[bytes]:
-        """The canonical file that `ref` names, open for reading; the caller closes it."""
+        """The canonical file that `ref` names, open for reading; the caller closes it.
+
+        Raises `UnknownArtefact`, and `StorageError` where it is missing or damaged.
+        """
         entry = self.entry(kind, ref)
         self._leases.take(entry.sha256)
         self._count("content")

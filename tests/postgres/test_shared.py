@@ -18,7 +18,7 @@ from object_store import ObjectStore
 from postgres_server import PostgresServer
 
 from steer.artefacts.control_vector import ControlVector
-from steer.errors import Conflict, StorageError, UnknownArtefact
+from steer.errors import Conflict, SteerError, StorageError, UnknownArtefact
 from steer.registry.blobs.plan_store import PlanStore
 from steer.registry.profiles import Profile
 from steer.registry.registry import Registry
@@ -303,3 +303,15 @@ def test_a_password_is_never_shown(postgres: PostgresServer, store: ObjectStore)
     with pytest.raises(StorageError) as raised:
         Registry.open(store.url(), catalogue=url)
     assert "a-wrong-password" not in str(raised.value)
+
+
+def test_a_text_with_nul_is_refused_by_name(registry: Registry) -> None:
+    """PostgreSQL has no such texts, and would fail."""
+    for call in (
+        lambda: registry.entries("vector", query="\0"),
+        lambda: registry.jobs.get("\0"),
+        lambda: registry.add("v", a_vector(1, description="a\0b")),
+    ):
+        with pytest.raises(SteerError) as raised:
+            call()
+        assert (raised.value.status, raised.value.code) == (400, "invalid_value")

@@ -14,6 +14,7 @@ from steer_server.settings import VARIABLES, ServerSettings, settings_from
 from steer_server.vllm.launch import environment
 
 OTHER: dict[str, tuple[str, Any]] = {
+    "max_body_bytes": ("7", 7),
     "max_upload_bytes": ("7", 7),
     "allow_inline_vectors": ("false", False),
     "measured_share": ("0.5", 0.5),
@@ -24,6 +25,8 @@ OTHER: dict[str, tuple[str, Any]] = {
     "job_queue": ("7", 7),
     "jobs_kept": ("7", 7),
     "job_duty": ("0.5", 0.5),
+    "inspection_workers": ("7", 7),
+    "inspection_queue": ("7", 7),
     "hub_imports": ("false", False),
     "max_hub_bytes": ("7", 7),
     "insecure": ("true", True),

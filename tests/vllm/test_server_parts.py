@@ -35,7 +35,7 @@ from steer_server.vllm import launch
 from steer_server.vllm.answers import with_fields, with_receipt
 from steer_server.vllm.figures import Figures
 from steer_server.vllm.ignored_field import RefuseIgnoredField
-from steer_server.vllm.mounting import mount
+from steer_server.vllm.mounting import _stop_first, mount
 from steer_server.vllm.pending_receipts import Count, PendingReceipts
 from steer_server.vllm.plugin import SteerEndpoints
 from steer_server.vllm.receipt_fetcher import ReceiptFetcher
@@ -554,3 +554,12 @@ async def test_a_request_that_was_not_steered_empties_the_prefix_cache() -> None
     with pytest.raises(EngineError, match="its plan could not be read"):
         await ReceiptFetcher(ask, cleanse).fetch("key", {0: 7})
     assert emptied == [True]
+
+
+def test_jobs_are_stopped_before_the_engine_is() -> None:
+    order: list[Any] = []
+    jobs = SimpleNamespace(stop=lambda patience: order.append(("jobs", patience > 0)))
+    client = SimpleNamespace(shutdown=lambda timeout: order.append(("engine", timeout)))
+    _stop_first(client, jobs)
+    client.shutdown(timeout=LIVENESS_SECONDS)
+    assert order == [("jobs", True), ("engine", LIVENESS_SECONDS)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from steer.errors import SpecError, Unsupported
-from steer.prompts import ChatForm, part_tokens, text_tokens
+from steer.prompts import ChatForm, chat_words, check_text_length, part_tokens, text_tokens
 from steer.prompts.chat import check_variables, read_chat, template_variables
 from steer_server.generation.request_models import ChatRequest
 from steer_server.state import Serving
@@ -22,6 +22,9 @@ def chat_prompt(serving: Serving, body: ChatRequest) -> list[int]:
     """
     tokenizer = serving.engine.tokenizer
     turns = [turn.model_dump() for turn in body.messages]
+    check_text_length(
+        tokenizer, chat_words(turns), serving.engine.info.max_length, param="/messages"
+    )
     ids, text = read_chat(tokenizer, turns, _form(tokenizer, body), param="/messages")
     if not body.add_special_tokens:
         return ids

@@ -57,14 +57,20 @@ TopK = Annotated[
     BeforeValidator(_off_where_not_positive, json_schema_input_type=int | None),
 ]
 Penalty = Annotated[Finite, Field(ge=-2, le=2)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Stops = Annotated[
-    tuple[Annotated[str, Field(min_length=1, max_length=256)], ...],
-    BeforeValidator(_stops, json_schema_input_type=str | list[str] | None),
-    Field(max_length=MAX_STOPS),
+    tuple[Stop, ...],
+    Field(max_length=MAX_STOPS, fail_fast=True),
+    BeforeValidator(
+        _stops,
+        json_schema_input_type=Annotated[str, Field(max_length=256)]
+        | Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+        | None,
+    ),
 ]
 TokenId = Annotated[Count, Field(ge=0)]
 LogitBias = Annotated[
     tuple[tuple[int, Annotated[Finite, Field(ge=-100, le=100)]], ...],
+    Field(max_length=MAX_BIASES, fail_fast=True),
     BeforeValidator(_biases, json_schema_input_type=dict[str, float] | None),
-    Field(max_length=MAX_BIASES),
 ]

@@ -97,13 +97,7 @@ def prepare(
     Raises what is wrong with the request; `at` is the pointer of the prompt in it.
     """
     started = time.perf_counter()
-    if body.choices * len(prompts) > serving.settings.max_choices:
-        raise TooLarge(
-            f"{body.choices} choices for {len(prompts)} prompts are more than the "
-            f"{serving.settings.max_choices} sequences a request may have: lower 'n'",
-            param="/n",
-            code="too_many_choices",
-        )
+    check_choices(serving, body, len(prompts))
     steering = resolve(serving, body.model, body.steering)
     if body.compare and steering.plan is None:
         raise Unsupported(
@@ -159,6 +153,17 @@ def prepare(
         text=body.text_rules,
         silent=body.limit == 0,
     )
+
+
+def check_choices(serving: Serving, body: SamplingFields, prompts: int) -> None:
+    """Raises `TooLarge` for more sequences than one request may have."""
+    if body.choices * prompts > serving.settings.max_choices:
+        raise TooLarge(
+            f"{body.choices} choices for {prompts} prompts are more than the "
+            f"{serving.settings.max_choices} sequences a request may have: lower 'n'",
+            param="/n",
+            code="too_many_choices",
+        )
 
 
 async def pieces(

@@ -18,9 +18,14 @@ class InspectSpec(BaseModel):
 
     kind: Literal["logit_lens"] = "logit_lens"
     layers: (
-        Annotated[tuple[Annotated[int, Field(strict=True, ge=0)], ...], Field(min_length=1)] | None
+        Annotated[
+            tuple[Annotated[int, Field(strict=True, ge=0)], ...],
+            Field(min_length=1, max_length=1024, fail_fast=True),
+        ]
+        | None
     ) = None
     positions: Annotated[
-        tuple[Annotated[int, Field(strict=True)], ...], Field(min_length=1, max_length=64)
+        tuple[Annotated[int, Field(strict=True)], ...],
+        Field(min_length=1, max_length=64, fail_fast=True),
     ] = (-1,)
     top: Annotated[int, Field(strict=True, ge=1, le=50)] = 5

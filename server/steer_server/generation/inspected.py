@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from anyio import to_thread
-
 from steer.errors import SteerError
 from steer.inspection.logit_lens import LogitLensRequest, logit_lens
 from steer_server.generation.inspect_spec import InspectSpec
@@ -18,7 +16,9 @@ async def inspected(
     serving: Serving, spec: InspectSpec, prompt: Sequence[int], steering: Steering
 ) -> dict[str, Any]:
     """What `spec` reads from the tokens of `prompt`, steered."""
-    return await to_thread.run_sync(_logit_lens, serving, spec, tuple(prompt), steering)
+    return await serving.inspections.run(
+        lambda: _logit_lens(serving, spec, tuple(prompt), steering)
+    )
 
 
 def _logit_lens(

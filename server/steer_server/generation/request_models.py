@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    StrictBool,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -98,7 +99,10 @@ def _unicode(value: str) -> str:
 Unicode = Annotated[str, AfterValidator(_unicode)]
 Spec = Annotated[SteeringSpec | None, BeforeValidator(_spec)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-TokenIds = Annotated[tuple[Annotated[int, Field(strict=True, ge=0)], ...], Field(min_length=1)]
+TokenIds = Annotated[
+    tuple[Annotated[int, Field(strict=True, ge=0)], ...],
+    Field(min_length=1, max_length=1 << 20, fail_fast=True),
+]
 """A prompt; not `TokenId`, because prompts are long and every check of an item costs."""
 
 
@@ -121,7 +125,7 @@ class AddedFields(BaseModel):
 
     steering: Spec = None
     receipt: Literal["basic", "full"] = "basic"
-    compare: bool = False
+    compare: StrictBool = False
     inspect: InspectSpec | None = None
 
     @model_validator(mode="before")
@@ -159,12 +163,14 @@ class SamplingFields(AddedFields):
     logit_bias: LogitBias = ()
     seed: Annotated[Count, Field(ge=-MAX_SEED - 1, le=MAX_SEED)] | None = None
     stop: Stops = ()
-    stop_token_ids: Annotated[tuple[TokenId, ...], Field(max_length=MAX_STOP_TOKENS)] = ()
+    stop_token_ids: Annotated[
+        tuple[TokenId, ...], Field(max_length=MAX_STOP_TOKENS, fail_fast=True)
+    ] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: Annotated[Count, Field(ge=0)] = 0
     skip_special_tokens: bool = True
-    stream: bool | None = None
+    stream: StrictBool | None = None
     user: str | None = None
     metadata: dict[str, JsonValue] | None = None
     safety_identifier: str | None = None
@@ -251,6 +257,15 @@ class GenerationFields(SamplingFields):
         return self
 
 
+class TextPart(BaseModel):
+    """A part of a message, for the schema; `_text_parts` reads it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: Literal["text"]
+    text: str
+
+
 class ChatMessage(BaseModel):
     """One turn; `content` is text, or a list of text parts."""
 
@@ -259,7 +274,7 @@ class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         str,
-        BeforeValidator(_text_parts, json_schema_input_type=str | list[dict[str, str]]),
+        BeforeValidator(_text_parts, json_schema_input_type=str | list[TextPart]),
         AfterValidator(_unicode),
     ]
 
@@ -288,14 +303,16 @@ class ChatRequest(GenerationFields):
 
     neutral = CHAT
 
-    messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1, max_length=4096)]
+    messages: Annotated[
+        tuple[ChatMessage, ...], Field(min_length=1, max_length=4096, fail_fast=True)
+    ]
     max_completion_tokens: Annotated[Count, Field(ge=1)] | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool = False
-    add_special_tokens: bool = False
+    add_generation_prompt: StrictBool | None = None
+    continue_final_message: StrictBool = False
+    add_special_tokens: StrictBool = False
     chat_template_kwargs: dict[str, JsonValue] | None = None
     reasoning_effort: Effort | None = None
-    logprobs: bool | None = None
+    logprobs: StrictBool | None = None
     top_logprobs: Annotated[Count, Field(ge=0, le=20)] | None = None
 
     @property
@@ -322,10 +339,13 @@ class CompletionRequest(GenerationFields):
 
     prompt: Annotated[
         tuple[Annotated[str, AfterValidator(_unicode)] | TokenIds, ...],
+        Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
         BeforeValidator(
-            _prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
+            _prompts,
+            json_schema_input_type=str
+            | TokenIds
+            | Annotated[list[str | TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)],
         ),
-        Field(min_length=1, max_length=MAX_PROMPTS),
     ]
     add_special_tokens: bool = True
     max_tokens: Annotated[Count, Field(ge=0)] | None = None

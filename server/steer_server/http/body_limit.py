@@ -29,10 +29,33 @@ class BodyLimit:
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         # No more digits than Python reads: thousands of them are too large as well.
         if not declared.isdigit() or len(declared) > _DIGITS or int(declared) > limit:
-            response = error_response(_sentence(limit), status=413, code="request_too_large")
-            await response(scope, receive, send)
+            await _refuse(limit, scope, receive, send)
             return
-        await self._app(scope, _counted(receive, limit), send)
+        started = False
+
+        async def noted(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, _counted(receive, limit), noted)
+        except _TooLong:
+            # Read by another middleware, outside of what answers errors.
+            if started:
+                raise
+            await _refuse(limit, scope, receive, send)
+
+
+class _TooLong(HTTPException):
+    """The body has passed the limit; whoever answers errors answers this one."""
+
+
+async def _refuse(limit: int, scope: Scope, receive: Receive, send: Send) -> None:
+    # The server takes the rest of the body off the connection, and forgets it as it comes: to close
+    # it in the middle of a client's sending would lose the answer.
+    response = error_response(_sentence(limit), status=413, code="request_too_large")
+    await response(scope, receive, send)
 
 
 def _counted(receive: Receive, limit: int) -> Receive:
@@ -43,7 +66,7 @@ def _counted(receive: Receive, limit: int) -> Receive:
         message = await receive()
         size += len(message.get("body", b""))
         if size > limit:
-            raise HTTPException(413, _sentence(limit))
+            raise _TooLong(413, _sentence(limit))
         return message
 
     return counted

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Scope
 
-from steer.errors import SteerError, clipped, clipped_pointer, pointer
+from steer.errors import SteerError, clipped, clipped_pointer, pointer, quoted
 from steer_server.http.request_id import HEADER, request_id
 
 log = logging.getLogger("steer.server")
@@ -173,9 +173,7 @@ def _sentence(item: Mapping[str, Any]) -> tuple[str, str]:
         return item["msg"].removeprefix("Value error, "), "invalid_value"
     if kind.startswith("unsupported_"):
         return item["msg"], kind
-    given = repr(item["input"])
-    given = given if len(given) <= 60 else given[:59] + "…"
-    return f"{loc[-1]}: {item['msg']}; got {given}", "invalid_value"
+    return f"{loc[-1]}: {item['msg']}; got {quoted(item['input'])}", "invalid_value"
 
 
 def _param(item: Mapping[str, Any], body: Any) -> str | None:

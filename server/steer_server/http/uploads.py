@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 
 from anyio import to_thread
 from fastapi import Request
-from python_multipart.exceptions import MultipartParseError
+from pydantic import TypeAdapter
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.exceptions import HTTPException
 
@@ -19,8 +20,16 @@ from steer.errors import SteerError, TooLarge, pointer
 from steer.model import parse_layers
 from steer.registry.blobs.staging import Upload
 from steer.registry.registry import Registry
+from steer.spec import StoredName
 
-LAYERS_FIELD = {"type": "string", "description": "4-6 or 4,5,6 or [4, 5, 6]"}
+LAYERS_FIELD = {
+    "type": "string",
+    "pattern": r"^\d{1,3}(-\d{1,3})?(,\d{1,3}(-\d{1,3})?)*$",
+    "description": "4-6 or 4,5,6 (or [4, 5, 6])",
+}
+NAME_FIELD = TypeAdapter(StoredName).json_schema()
+OFFSET_FIELD = {"type": "integer", "minimum": -1024, "maximum": 1024}
+POSITION_FIELD = {"type": "integer", "minimum": -(1 << 20), "maximum": (1 << 20) - 1}
 MODEL_FIELD = {
     "type": "string",
     "description": "The model it is for; one that is not for the served model says so here",
@@ -71,14 +80,14 @@ async def receive(
     Raises `TooLarge` as soon as all files together pass `limit` bytes, and `SteerError`
     (`invalid_multipart`) for a body that is not multipart or ends early.
     """
-    parts = _Parts(registry, stack, limit)
-    parser = MultipartParser(_boundary(request), parts.callbacks())  # type: ignore[arg-type]
+    parts, boundary = _Parts(registry, stack, limit), _boundary(request)
     try:
+        parser = MultipartParser(boundary, parts.callbacks())  # type: ignore[arg-type]
         async for chunk in request.stream():
             # Parsing writes the file's bytes to disk, so it happens in a worker thread.
             await to_thread.run_sync(parser.write, chunk)
         parser.finalize()
-    except MultipartParseError as error:
+    except FormParserError as error:
         raise _malformed(f"the multipart body is malformed: {error}") from error
     return parts.finished()
 

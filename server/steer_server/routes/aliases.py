@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from starlette.responses import JSONResponse
 
 from steer.artefacts.kinds import NAMED, PLURALS, Plural
 from steer.registry.catalogue.aliases import Alias
+from steer.spec import Name
 from steer_server.http.content_type import require_json
 from steer_server.http.error_route import SteerRoute
 from steer_server.state import ServingDep
@@ -27,7 +28,7 @@ class AliasRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    target: Annotated[str, Field(max_length=256)]
+    target: Name
 
 
 class AliasBody(BaseModel):

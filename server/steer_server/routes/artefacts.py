@@ -13,6 +13,7 @@ from typing import IO, Annotated, Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Query, Request, Response
+from fastapi import Path as PathParameter
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, StreamingResponse
 
@@ -23,10 +24,21 @@ from steer.formats.exporting import SUFFIXES, ExportFormat, check_exported, expo
 from steer.formats.options import ImportOptions
 from steer.formats.sources import SOURCES
 from steer.model import bare_name, parse_layers
+from steer.registry.catalogue.tags import TAG
 from steer.registry.entry import Entry
 from steer.spec import SITES
 from steer_server.http.error_route import SteerRoute
-from steer_server.http.uploads import LAYERS_FIELD, MODEL_FIELD, Received, form_layers, receive
+from steer_server.http.uploads import (
+    LAYERS_FIELD,
+    MODEL_FIELD,
+    NAME_FIELD,
+    OFFSET_FIELD,
+    POSITION_FIELD,
+    Received,
+    form_layers,
+    receive,
+)
+from steer_server.settings import MIB, ServerSettings
 from steer_server.state import Serving, ServingDep
 
 _CHUNK = 1 << 20
@@ -38,12 +50,13 @@ _UPLOAD_BODY = {
                 "schema": {
                     "type": "object",
                     "required": ["file"],
+                    "additionalProperties": False,
                     "properties": {
                         "file": {"type": "string", "format": "binary"},
-                        "name": {"type": "string"},
+                        "name": NAME_FIELD,
                         "from": {"type": "string", "enum": list(SOURCES)},
-                        "layer_offset": {"type": "integer"},
-                        "position": {"type": "integer"},
+                        "layer_offset": OFFSET_FIELD,
+                        "position": POSITION_FIELD,
                         "site": {"type": "string", "enum": list(SITES)},
                         "experiment": {"type": "string"},
                         "layers": LAYERS_FIELD,
@@ -59,6 +72,9 @@ _UPLOAD_BODY = {
 }
 
 
+TagPath = Annotated[str, PathParameter(json_schema_extra={"pattern": f"^{TAG.pattern}$"})]
+
+
 class ArtefactBody(BaseModel):
     """One version of an artefact. `id` names exactly this content, `name` its newest version.
 
@@ -72,7 +88,7 @@ class ArtefactBody(BaseModel):
     sha256: str
     size_bytes: int
     created_at: datetime
-    model: str | None
+    model: str | None = None
     d_model: int
     layers: tuple[int, ...]
     card: Card
@@ -113,6 +129,14 @@ def artefact_routers() -> list[APIRouter]:
 def upload_place(row: KindRow) -> str:
     """The path below which the artefacts of a kind are, and to which new ones are uploaded."""
     return f"/v1/steering/{row.plural}"
+
+
+def body_limit(settings: ServerSettings, path: str) -> int:
+    """How many bytes the body of a request for `path` may have."""
+    # An upload's own limit is on its files; a little more is needed for what is around them.
+    if path.rstrip("/") in (*map(upload_place, KINDS), "/v1/steering/import"):
+        return settings.max_upload_bytes + MIB
+    return settings.max_body_bytes
 
 
 def _artefact_router(row: KindRow) -> APIRouter:
@@ -221,13 +245,13 @@ def _artefact_router(row: KindRow) -> APIRouter:
         return _json(_tagged(serving, kind, serving.registry.restore(kind, name)))
 
     @router.put("/{name}/tags/{tag}", name=f"tag_{kind}", response_model=Tagged)
-    def put_tag(name: str, tag: str, serving: ServingDep) -> Response:
+    def put_tag(name: str, tag: TagPath, serving: ServingDep) -> Response:
         """Puts a tag on a name; all its tags."""
         held = serving.registry.change_tags(kind, name, add=[tag])
         return _json(Tagged(name=name, tags=list(held)))
 
     @router.delete("/{name}/tags/{tag}", name=f"untag_{kind}", response_model=Tagged)
-    def delete_tag(name: str, tag: str, serving: ServingDep) -> Response:
+    def delete_tag(name: str, tag: TagPath, serving: ServingDep) -> Response:
         """Takes a tag off a name; the tags it has left."""
         held = serving.registry.change_tags(kind, name, remove=[tag])
         return _json(Tagged(name=name, tags=list(held)))

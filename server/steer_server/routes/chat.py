@@ -18,9 +18,12 @@ from steer_server.generation.streaming import Chunk, ChunkForms, events, usage
 from steer_server.generation.token_logprobs import token_logprobs
 from steer_server.http.content_type import require_json
 from steer_server.http.disconnect import EventStream, while_connected
+from steer_server.http.error_route import SteerRoute
 from steer_server.state import Serving, ServingDep
 
-router = APIRouter(tags=["generation"], dependencies=[Depends(require_json)])
+router = APIRouter(
+    tags=["generation"], dependencies=[Depends(require_json)], route_class=SteerRoute
+)
 
 
 class SteeredChatCompletion(ChatCompletion):

@@ -12,7 +12,7 @@ from openai.types.completion_choice import Logprobs as LogprobsBody
 from starlette.responses import JSONResponse
 
 from steer.engines.base import FinishReason, TokenLogprob
-from steer.prompts import openai_token, part_tokens, text_tokens
+from steer.prompts import check_text_length, openai_token, part_tokens, text_tokens
 from steer_server.generation.added_fields import added_fields
 from steer_server.generation.echo import Echo, Echoes, echoes
 from steer_server.generation.generation import (
@@ -20,15 +20,19 @@ from steer_server.generation.generation import (
     Generation,
     Prompt,
     answers,
+    check_choices,
     prepare,
 )
 from steer_server.generation.request_models import CompletionRequest
 from steer_server.generation.streaming import Chunk, ChunkForms, events, usage
 from steer_server.http.content_type import require_json
 from steer_server.http.disconnect import EventStream, while_connected
+from steer_server.http.error_route import SteerRoute
 from steer_server.state import Serving, ServingDep
 
-router = APIRouter(tags=["generation"], dependencies=[Depends(require_json)])
+router = APIRouter(
+    tags=["generation"], dependencies=[Depends(require_json)], route_class=SteerRoute
+)
 
 
 class PromptAndTokens(LogprobsBody):
@@ -69,13 +73,18 @@ async def create_completion(
 
 
 def _prepared(serving: Serving, body: CompletionRequest) -> Generation:
-    tokenizer = serving.engine.tokenizer
-    encode = text_tokens if body.add_special_tokens else part_tokens
-    prompts: list[Prompt] = [
-        tuple(encode(tokenizer, prompt) if isinstance(prompt, str) else prompt)
-        for prompt in body.prompt
-    ]
+    check_choices(serving, body, len(body.prompt))
+    prompts = [_tokens(serving, body, prompt) for prompt in body.prompt]
     return prepare(serving, body, prompts, prefix="cmpl-", at="/prompt")
+
+
+def _tokens(serving: Serving, body: CompletionRequest, prompt: str | Prompt) -> Prompt:
+    if not isinstance(prompt, str):
+        return prompt
+    engine = serving.engine
+    check_text_length(engine.tokenizer, prompt, engine.info.max_length, param="/prompt")
+    encode = text_tokens if body.add_special_tokens else part_tokens
+    return tuple(encode(engine.tokenizer, prompt))
 
 
 async def _whole(serving: Serving, run: Generation, body: CompletionRequest) -> Response:

@@ -5,21 +5,23 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 from prometheus_client.exposition import choose_encoder
 
 from steer.inspection import offered
 from steer.model import Capabilities
+from steer_server.http.error_route import SteerRoute
 from steer_server.state import ServingDep
 
-router = APIRouter(tags=["operation"])
+router = APIRouter(tags=["operation"], route_class=SteerRoute)
 
 
 @router.get("/health")
 @router.head("/health", include_in_schema=False)
-def health(serving: ServingDep) -> dict[str, Any]:
+async def health(serving: ServingDep) -> dict[str, Any]:
     """200 while the server answers; says what it serves and how busy it is."""
-    stats = serving.engine.stats()
+    stats = await to_thread.run_sync(serving.engine.stats, limiter=serving.probe_threads)
     return {
         "status": "ok",
         "model": serving.model_name,
@@ -57,7 +59,8 @@ def _engine(able: Capabilities) -> dict[str, Any]:
 
 @router.get("/metrics", response_class=Response)
 @router.head("/metrics", include_in_schema=False)
-def metrics(request: Request, serving: ServingDep) -> Response:
+async def metrics(request: Request, serving: ServingDep) -> Response:
     """Figures for Prometheus; docs/metrics.md lists them."""
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(encode(serving.metrics.registry), headers={"content-type": content_type})
+    text = await to_thread.run_sync(encode, serving.metrics.registry, limiter=serving.probe_threads)
+    return Response(text, headers={"content-type": content_type})

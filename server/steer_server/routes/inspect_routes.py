@@ -7,7 +7,6 @@ from functools import partial
 from itertools import chain
 from typing import Annotated, Any, Literal
 
-from anyio import to_thread
 from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel
 from starlette.responses import StreamingResponse
@@ -16,8 +15,9 @@ from steer.inspection import METHODS, Inspection
 from steer.inspection.heatmap import HeatMap
 from steer.inspection.state_file import StateFile
 from steer_server.http.content_type import require_json
+from steer_server.http.disconnect import while_connected
 from steer_server.http.error_route import SteerRoute
-from steer_server.state import ServingDep
+from steer_server.state import Serving, ServingDep
 
 _PNG = "image/png"
 _BYTES = "application/octet-stream"
@@ -50,12 +50,14 @@ def _add_route(router: APIRouter, method: Inspection) -> None:
             method.run, serving.engine, body, plans=serving.plans, library=serving.registry
         )
         if method.file is not None and _BYTES in request.headers.get("accept", ""):
-            return await _file(
-                partial(
-                    method.file, serving.engine, body, plans=serving.plans, library=serving.registry
-                )
+            made = partial(
+                method.file, serving.engine, body, plans=serving.plans, library=serving.registry
             )
-        return await _answer(call, method.draw, _wants_png(request, format))
+            return await while_connected(request, lambda: _file(serving, made))
+        png = _wants_png(request, format)
+        return await while_connected(
+            request, lambda: serving.inspections.run(lambda: _answer(call, method.draw, png))
+        )
 
     run.__name__, run.__doc__ = f"run_{method.name}", method.summary
     run.__annotations__["body"] = method.request
@@ -74,17 +76,14 @@ def _wants_png(request: Request, format: Literal["json", "png"] | None) -> bool:
     return _PNG in request.headers.get("accept", "")
 
 
-async def _answer(
-    run: Callable[[], BaseModel], draw: Callable[[Any], HeatMap], png: bool
-) -> Response:
-    """The result of `run` as JSON or as a picture, computed in a worker thread."""
+def _answer(run: Callable[[], BaseModel], draw: Callable[[Any], HeatMap], png: bool) -> Response:
+    """The result of `run` as JSON or as a picture."""
     if png:
-        return Response(await to_thread.run_sync(lambda: draw(run()).png()), media_type=_PNG)
-    text = await to_thread.run_sync(lambda: run().model_dump_json(exclude_none=True))
-    return Response(text, media_type="application/json")
+        return Response(draw(run()).png(), media_type=_PNG)
+    return Response(run().model_dump_json(exclude_none=True), media_type="application/json")
 
 
-async def _file(make: Callable[[], StateFile]) -> Response:
+async def _file(serving: Serving, make: Callable[[], StateFile]) -> Response:
     """The file that `make` gives, sent while it is read. What prevents it is answered as an error
     until the first piece is there."""
 
@@ -92,7 +91,7 @@ async def _file(make: Callable[[], StateFile]) -> Response:
         file = make()
         return file, next(file.pieces)
 
-    file, first = await to_thread.run_sync(begun)
+    file, first = await serving.inspections.run(begun)
     return StreamingResponse(
         chain([first], file.pieces),
         media_type=_BYTES,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,8 +19,18 @@ from steer.registry.jobs.job_records import Job
 from steer.spec import SITES
 from steer_server.http.content_type import require_json
 from steer_server.http.error_route import SteerRoute
+from steer_server.http.json_body import is_json, parse_json
 from steer_server.http.openai_errors import invalid_field
-from steer_server.http.uploads import LAYERS_FIELD, MODEL_FIELD, Received, form_layers, receive
+from steer_server.http.uploads import (
+    LAYERS_FIELD,
+    MODEL_FIELD,
+    NAME_FIELD,
+    OFFSET_FIELD,
+    POSITION_FIELD,
+    Received,
+    form_layers,
+    receive,
+)
 from steer_server.routes.jobs import JobBody, job_body, json_response
 from steer_server.state import Serving, ServingDep
 
@@ -55,13 +64,13 @@ for _kind in builtin_kinds().values():
 
 
 _FIELDS = {
-    "name": {"type": "string"},
+    "name": NAME_FIELD,
     "artefact": {"enum": [row.name for row in KINDS]},
     "from": {"type": "string"},
-    "position": {"type": "integer"},
+    "position": POSITION_FIELD,
     "site": {"type": "string", "enum": list(SITES)},
     "experiment": {"type": "string"},
-    "layer_offset": {"type": "integer"},
+    "layer_offset": OFFSET_FIELD,
     "strength": {"type": "number"},
     "description": {"type": "string"},
     "licence": {"type": "string"},
@@ -79,7 +88,12 @@ _IMPORT_BODY = {
                     "properties": {
                         "source": {"type": "string", "description": "A URL"},
                         **_FIELDS,
-                        "layers": {"type": "array", "items": {"type": "integer"}},
+                        "layers": {
+                            "type": "array",
+                            "items": {"type": "integer", "minimum": 0},
+                            "minItems": 1,
+                            "maxItems": 1024,
+                        },
                     },
                 }
             },
@@ -87,6 +101,7 @@ _IMPORT_BODY = {
                 "schema": {
                     "type": "object",
                     "required": ["file"],
+                    "additionalProperties": False,
                     "properties": {
                         "file": {"type": "string", "format": "binary"},
                         **_FIELDS,
@@ -102,8 +117,7 @@ _IMPORT_BODY = {
 @router.post("/import", name="import_artefact", responses=_ACCEPTED, openapi_extra=_IMPORT_BODY)
 async def import_artefact(request: Request, serving: ServingDep) -> Response:
     """Imports an artefact from a URL (JSON) or from files sent along (multipart/form-data)."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "application/json":
+    if is_json(request):
         params = _params(ImportParams, await _json_body(request, serving))
         if params.source is None:
             raise SteerError(
@@ -157,10 +171,7 @@ async def _json_body(request: Request, serving: Serving) -> Mapping[str, Any]:
         data += chunk
         if len(data) > limit:
             raise TooLarge(f"the request body is longer than the limit of {limit} bytes: send less")
-    try:
-        found = json.loads(data)
-    except ValueError as error:  # of the encoding as well
-        raise SteerError(f"the body is not JSON: {error}", code="invalid_json") from None
+    found = await to_thread.run_sync(parse_json, bytes(data))
     if not isinstance(found, dict):
         raise SteerError("the body must be a JSON object", code="invalid_json")
     return found

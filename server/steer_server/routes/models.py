@@ -7,9 +7,10 @@ from openai.types import Model
 from pydantic import BaseModel
 
 from steer_server.generation.steering import profile_of
+from steer_server.http.error_route import SteerRoute
 from steer_server.state import Serving, ServingDep
 
-router = APIRouter(prefix="/v1/models", tags=["models"])
+router = APIRouter(prefix="/v1/models", tags=["models"], route_class=SteerRoute)
 
 
 class ModelList(BaseModel):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Response
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
 from starlette.responses import JSONResponse
 
 from steer.registry.profiles import Profile
-from steer.spec import SteeringSpec, check_name, parse_spec
+from steer.spec import SteeringSpec, StoredName, parse_spec
 from steer_server.generation.steering import compile_spec
 from steer_server.http.content_type import require_json
 from steer_server.http.error_route import SteerRoute
@@ -29,23 +29,16 @@ def _spec(value: Any) -> SteeringSpec:
     return parse_spec(value, at="/spec")
 
 
-def _plain_name(value: str) -> str:
-    # A profile is named like an artefact, but has no versions.
-    if "@" in value:
-        raise ValueError(f"{value!r} has an '@': profiles have names without versions")
-    return check_name(value)
-
-
 class ProfileRequest(BaseModel):
     """A profile to save. With `pin`, every name in its spec becomes `name@hash` of what it means
     now, so that new versions do not change the profile."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Annotated[str, AfterValidator(_plain_name)]
+    name: StoredName
     spec: Annotated[SteeringSpec, BeforeValidator(_spec)]
     description: Annotated[str, Field(max_length=4096)] = ""
-    pin: bool = False
+    pin: StrictBool = False
 
 
 class ProfileBody(BaseModel):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Body, Depends
-from pydantic import BaseModel
+from fastapi import APIRouter, Depends
+from pydantic import BaseModel, ConfigDict
 
 from steer.errors import Problem, SteerError, UnknownModel
 from steer.spec import parse_spec
@@ -15,6 +15,15 @@ from steer_server.http.error_route import SteerRoute
 from steer_server.state import Serving, ServingDep
 
 router = APIRouter(tags=["steering"], dependencies=[Depends(require_json)], route_class=SteerRoute)
+
+
+class ValidationRequest(BaseModel):
+    """A spec, as it would stand in a request for `model`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steering: dict[str, Any]
+    model: str | None = None
 
 
 class ProblemBody(BaseModel):
@@ -34,15 +43,11 @@ class Validation(BaseModel):
 
 
 @router.post("/v1/steering/validate")
-def validate(
-    serving: ServingDep,
-    steering: Annotated[dict[str, Any], Body(embed=True)],
-    model: Annotated[str | None, Body(embed=True)] = None,
-) -> Validation:
+def validate(body: ValidationRequest, serving: ServingDep) -> Validation:
     """Compiles the spec as a request would, without running it. Answers 200 either way."""
-    problems = list(_model_problems(serving, model))
+    problems = list(_model_problems(serving, body.model))
     try:
-        spec = parse_spec(steering, at="/steering")
+        spec = parse_spec(body.steering, at="/steering")
     except SteerError as error:
         return _invalid([*problems, *error.problems])
     problems += [

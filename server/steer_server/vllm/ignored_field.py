@@ -6,10 +6,11 @@ one of those would be answered unsteered, in silence.
 
 from __future__ import annotations
 
-import json
-
+from anyio import to_thread
+from fastapi.exceptions import RequestValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from steer_server.http.json_body import parse_json
 from steer_server.http.openai_errors import error_response
 
 _HEARD = ("/v1/chat/completions", "/v1/completions", "/v1/steering/", "/v1/inspect/")
@@ -32,7 +33,8 @@ class RefuseIgnoredField:
         messages = [await receive()]
         while messages[-1]["type"] == "http.request" and messages[-1].get("more_body"):
             messages.append(await receive())
-        if _asks(b"".join(message.get("body", b"") for message in messages)):
+        body = b"".join(message.get("body", b"") for message in messages)
+        if _FIELD in body and await to_thread.run_sync(_asks, body):
             response = error_response(
                 f"{scope['path']} has no field 'steering': send the spec there as JSON text, "
                 "'vllm_xargs': {'steering': '{…}'}, or use /v1/chat/completions",
@@ -55,11 +57,9 @@ def _examined(scope: Scope) -> bool:
 
 
 def _asks(body: bytes) -> bool:
-    if _FIELD not in body:
-        return False
     try:
-        content = json.loads(body)
-    except ValueError:
+        content = parse_json(body)
+    except RequestValidationError:
         return False  # the route says so better
     return isinstance(content, dict) and content.get("steering") is not None
 

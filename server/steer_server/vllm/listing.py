@@ -40,9 +40,9 @@ async def show_model(model: str, raw_request: Request, serving: ServingDep) -> R
 
 
 @router.get("/v1/steering/health", tags=["operation"])
-def show_health(serving: ServingDep) -> dict[str, Any]:
+async def show_health(serving: ServingDep) -> dict[str, Any]:
     """Whether the engine answers, and how busy steering is; vLLM's own is at /health."""
-    return health.health(serving)
+    return await health.health(serving)
 
 
 @router.get("/v1/steering/capabilities", tags=["operation"])

@@ -18,8 +18,11 @@ from starlette.routing import BaseRoute
 from steer.engines.vllm.front.ends import known_ends
 from steer.engines.vllm.front.engine import VllmEngine
 from steer.errors import Unsupported
+from steer.jobs import JobRunner
 from steer.registry.registry import Registry
 from steer_server import shipped
+from steer_server.http.body_limit import BodyLimit
+from steer_server.http.document import complete
 from steer_server.routes import (
     aliases,
     features,
@@ -29,7 +32,7 @@ from steer_server.routes import (
     profiles,
     validate,
 )
-from steer_server.routes.artefacts import artefact_routers
+from steer_server.routes.artefacts import artefact_routers, body_limit
 from steer_server.settings import ServerSettings
 from steer_server.state import assemble
 from steer_server.vllm import generation, listing
@@ -37,6 +40,10 @@ from steer_server.vllm.figures import expose
 from steer_server.vllm.receipt_guard import ReceiptGuard
 from steer_server.vllm.settings import settings_of
 from steer_server.vllm.steer_fields import fields_of_text
+
+_PATIENCE = 5.0
+"""Seconds in which a job must come to its next step when the server stops; none waits for it
+longer."""
 
 
 def routers() -> list[APIRouter]:
@@ -64,6 +71,33 @@ def mount(app: FastAPI, router: APIRouter) -> None:
     replaced = {operation for route in ours for operation in _operations(route)}
     kept = [route for route in theirs if not replaced.intersection(_operations(route))]
     app.router.routes[:] = [*ours, *kept]
+
+
+def add_bounds(app: FastAPI, environment: Mapping[str, str]) -> None:
+    """No route of this server reads a body without end.
+
+    Raises `SpecError` for settings in `environment` that are wrong.
+    """
+    settings = settings_of(environment, model="", served_name="")
+    app.add_middleware(BodyLimit, limit=partial(body_limit, settings))
+
+
+def describe(app: FastAPI, environment: Mapping[str, str]) -> None:
+    """Completes what vLLM's OpenAPI document says of Steer's own routes."""
+    arguments = getattr(app.state, "args", None)
+    keys = getattr(arguments, "api_key", None) or environment.get("VLLM_API_KEY")
+    theirs = app.openapi
+
+    def described() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            complete(theirs(), needs_key=bool(keys), ours=_is_ours)
+        return theirs()
+
+    app.openapi = described  # type: ignore[method-assign]
+
+
+def _is_ours(path: str) -> bool:
+    return path.startswith(("/v1/steering/", "/v1/inspect/", "/v1/jobs"))
 
 
 def _operations(route: BaseRoute) -> set[tuple[str, str]]:
@@ -98,7 +132,7 @@ async def serve(client: Any, state: Any, environment: Mapping[str, str]) -> None
     )
     # vLLM's requests are its own: Steer's figures count those that are steered or read.
     load = client.output_processor.get_num_unfinished_requests
-    state.steer = assemble(engine, registry, settings, load=load)
+    state.steer = assemble(engine, registry, settings, load=load, alive=lambda: not client.errored)
     state.steer_guard = ReceiptGuard(
         client,
         state.steer.metrics,
@@ -108,9 +142,25 @@ async def serve(client: Any, state: Any, environment: Mapping[str, str]) -> None
     expose(state.steer.metrics.registry)
     # A worker's first call waits for this loop, so that it is started from another thread.
     await to_thread.run_sync(state.steer.jobs.start)
-    # vLLM's server has no hook at its end. By then this loop is gone, and a job in the middle of a
-    # call would not come back: it is queued again for the next server.
-    atexit.register(state.steer.jobs.stop, patience=0.0)
+    _stop_first(client, state.steer.jobs)
+
+
+def _stop_first(client: Any, jobs: JobRunner) -> None:
+    """Has `jobs` stopped before vLLM's engine, while their calls are still answered.
+
+    vLLM's server has no hook at its end, but shuts its client down from a thread, and nothing can
+    run without the engine afterwards.
+    """
+    shutdown = client.shutdown
+
+    def stopping(*arguments: Any, **named: Any) -> None:
+        jobs.stop(patience=_PATIENCE)
+        shutdown(*arguments, **named)
+
+    client.shutdown = stopping
+    # Where the loop ends in another way, a job in the middle of a call would not come back: it is
+    # queued again for the next server.
+    atexit.register(jobs.stop, patience=0.0)
 
 
 def _registry(settings: ServerSettings) -> Registry:

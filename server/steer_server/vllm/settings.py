@@ -8,6 +8,7 @@ cache; what concerns HTTP alone does not belong there.
 |---|---|---|
 | `STEER_REGISTRY` | The registry's folder or URL, shared by all processes | `steer-registry` |
 | `STEER_CATALOGUE` | The SQLAlchemy URL of its catalogue; a folder has its own | |
+| `STEER_MAX_BODY_BYTES` | The longest body of any other request, vLLM's own too | 64 MiB |
 | `STEER_MAX_UPLOAD_BYTES` | The largest file that may be uploaded | 512 MiB |
 | `STEER_ALLOW_INLINE_VECTORS` | Whether requests may carry vectors | true |
 | `STEER_MEASURED_SHARE` | The share of steered requests whose edits are measured | 0.01 |
@@ -18,6 +19,8 @@ cache; what concerns HTTP alone does not belong there.
 | `STEER_JOB_QUEUE` | How many more may wait | 16 |
 | `STEER_JOBS_KEPT` | How many finished jobs are remembered | 200 |
 | `STEER_JOB_DUTY` | The share of the engine's time that jobs take while requests run | 0.03 |
+| `STEER_INSPECTION_WORKERS` | How many inspections each API server runs at a time | 2 |
+| `STEER_INSPECTION_QUEUE` | How many more may wait | 32 |
 | `STEER_HUB_IMPORTS` | Whether clients may have artefacts fetched from the hub | `true` |
 | `STEER_MAX_HUB_BYTES` | The largest artefact that is fetched from the hub | 512 MiB |
 | `STEER_ALLOWED_HOSTS` | Names that a server without a key answers to, commas between them | |
@@ -30,11 +33,15 @@ from collections.abc import Mapping
 
 from steer.engines.vllm.options import DEFAULT_REGISTRY, REGISTRY_VARIABLE
 from steer.registry.location import chosen_catalogue
-from steer_server.settings import ServerSettings, settings_from
+from steer_server.settings import MIB, VARIABLES, ServerSettings, settings_from
+
+_BODY_BYTES = 64 * MIB
+"""Larger than on Steer's own server: requests to vLLM may carry images and sound."""
 
 
 def settings_of(environment: Mapping[str, str], *, model: str, served_name: str) -> ServerSettings:
     """The settings in `environment`. Raises `SpecError` naming a variable that is wrong."""
+    given = {} if VARIABLES["max_body_bytes"] in environment else {"max_body_bytes": _BODY_BYTES}
     return settings_from(
         environment,
         engine="vllm",
@@ -42,4 +49,5 @@ def settings_of(environment: Mapping[str, str], *, model: str, served_name: str)
         served_name=served_name,
         registry=environment.get(REGISTRY_VARIABLE, DEFAULT_REGISTRY),
         catalogue=chosen_catalogue(environment),
+        **given,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from steer.errors import SpecError, Unsupported
 from steer.spec import SteeringSpec, parse_spec
 from steer_server.generation.request_models import AddedFields
 from steer_server.generation.steering import Steering, resolve
+from steer_server.http.json_body import bounded_json
 from steer_server.http.openai_errors import invalid_field
 from steer_server.state import Serving
 from steer_server.vllm.receipt_guard import SPEC_ARG, foreign_ticket
@@ -120,8 +120,8 @@ def _added(request: Any) -> AddedFields:
 def _spec(text: Any) -> SteeringSpec:
     at = "/vllm_xargs/steering"
     try:
-        content = json.loads(text)
-    except (TypeError, ValueError) as error:
+        content = bounded_json(text.encode()) if isinstance(text, str) else None
+    except ValueError as error:
         raise SpecError(f"the spec in 'vllm_xargs' is not JSON text: {error}", param=at) from None
     if not isinstance(content, Mapping):
         raise SpecError("the spec in 'vllm_xargs' is not a JSON object", param=at)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field
 
 from steer.errors import SteerError
 from steer.prompts.forms import Marked, Messages, Prompt, parse_prompt, prompt_json
@@ -23,7 +25,9 @@ __all__ = [
     "subject_position",
 ]
 
-Positions: TypeAlias = Literal["last", "mean", "response", "subject"] | int
+Positions: TypeAlias = (
+    Literal["last", "mean", "response", "subject"] | Annotated[int, Field(strict=True)]
+)
 """Which token's state stands for a prompt: the last one; the mean over all; the mean over the
 response; the last token of the subject; or an index, negative from the end."""
 POSITION_NAMES = ("last", "mean", "response", "subject")

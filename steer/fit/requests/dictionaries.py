@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, StrictFloat, StrictInt
 
 from steer.errors import TooLarge
 from steer.fit.data.prompt import Positions
-from steer.fit.requests.fields import DataField, NameField, Seed, Spelled
+from steer.fit.requests.fields import MAX_ITEMS, DataField, NameField, Seed, Spelled
 from steer.fit.requests.inline import PROMPTS
 from steer.fit.requests.request import FitPlace, FitRequest, Fitted
 from steer.prompts import PromptParam
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from steer.registry.registry import Registry
 
 
-Components = Annotated[int, Field(ge=1, le=4096, description="How many to look for.")]
-Iterations = Annotated[int, Field(ge=1, le=100_000, description="Steps of the factorisation.")]
+Components = Annotated[StrictInt, Field(ge=1, le=4096, description="How many to look for.")]
+Iterations = Annotated[
+    StrictInt, Field(ge=1, le=100_000, description="Steps of the factorisation.")
+]
 
 
 MAX_FACTORED_BYTES = 8 << 30
@@ -40,13 +42,18 @@ class DictionaryFields(FitRequest):
     batch_size: ClassVar = 16
 
     name: NameField
-    prompts: Annotated[tuple[PromptParam, ...], Field(min_length=1)] | None = None
+    prompts: (
+        Annotated[
+            tuple[PromptParam, ...], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)
+        ]
+        | None
+    ) = None
     data: DataField = None
-    layer: Annotated[int, Field(ge=0, description="The layer to read.")]
+    layer: Annotated[StrictInt, Field(ge=0, description="The layer to read.")]
     components: Components
     iterations: Iterations
     sample: Annotated[
-        int,
+        StrictInt,
         Field(
             ge=1,
             le=1_000_000,
@@ -98,7 +105,9 @@ class SnmfRequest(DictionaryFields):
     )
 
     components: Components = 50
-    keep: Annotated[float, Field(ge=0, le=1, description="The share of neurons each keeps.")] = 0.01
+    keep: Annotated[
+        StrictFloat, Field(ge=0, le=1, description="The share of neurons each keeps.")
+    ] = 0.01
     iterations: Iterations = 100
     positions: Annotated[
         Positions,
@@ -140,7 +149,7 @@ class NmfRequest(DictionaryFields):
 
     components: Components = 10
     penalty: Annotated[
-        float, Field(ge=0, allow_inf_nan=False, description="The price of weights.")
+        StrictFloat, Field(ge=0, allow_inf_nan=False, description="The price of weights.")
     ] = 0.01
     iterations: Iterations = 200
     site: Annotated[Site, Field(description="Where in the block the states are read.")] = (

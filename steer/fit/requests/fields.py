@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt
 
 from steer.fit.data.prompt import Positions
 from steer.fit.data.where import WhereName
-from steer.spec import Site, Where, check_name
+from steer.spec import Index, Site, StoredName, Where
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,16 @@ class RefineParam(BaseModel):
     sae: Annotated[str, Field(min_length=1, max_length=256)]
 
 
+MAX_ITEMS = 1 << 17
+"""Items of data in one request."""
+
 Ref: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
-LayerList: TypeAlias = Annotated[tuple[int, ...], Field(min_length=1, max_length=1024)]
+LayerList: TypeAlias = Annotated[
+    tuple[Index, ...], Field(min_length=1, max_length=1024, fail_fast=True)
+]
 
 NameField: TypeAlias = Annotated[
-    str,
-    AfterValidator(check_name),
+    StoredName,
     Spelled(flags=("--name", "-n"), help="The result's name; by default the file's."),
     Field(description="The name to register the result under; of several, how their names begin."),
 ]
@@ -76,12 +80,13 @@ WhereField: TypeAlias = Annotated[
     ),
 ]
 HeldOutField: TypeAlias = Annotated[
-    float, Field(ge=0, le=0.9, description="The share of the data kept for measuring.")
+    StrictFloat, Field(ge=0, le=0.9, description="The share of the data kept for measuring.")
 ]
 BestField: TypeAlias = Annotated[
-    int, Field(ge=1, le=1024, description="How many of the best layers become the default.")
+    StrictInt,
+    Field(ge=1, le=1024, description="How many of the best layers become the default."),
 ]
-Seed: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
+Seed: TypeAlias = Annotated[StrictInt, Field(ge=0, le=2**63 - 1)]
 SeedField: TypeAlias = Annotated[Seed, Field(description="Draws the held-out share.")]
 DataField: TypeAlias = Annotated[
     Annotated[str, Field(min_length=1)] | None,
@@ -105,8 +110,10 @@ SCORES_HERE = (
 ScoreField: TypeAlias = Annotated[
     Score, Spelled(flags=("--score", "-s"), help=SCORES_HERE), Field(description=SCORES)
 ]
-Strength: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
-Strengths: TypeAlias = Annotated[tuple[Strength, ...], Field(min_length=1, max_length=64)]
+Strength: TypeAlias = Annotated[StrictFloat, Field(allow_inf_nan=False)]
+Strengths: TypeAlias = Annotated[
+    tuple[Strength, ...], Field(min_length=1, max_length=64, fail_fast=True)
+]
 UsedLayersField: TypeAlias = Annotated[
     LayerList | None,
     Spelled("layers", "Such as 2-5 or 1,3; by default the card's."),
@@ -118,10 +125,12 @@ UsedWhereField: TypeAlias = Annotated[
     Field(description="Which tokens are steered; by default the card's."),
 ]
 MaxTokensField: TypeAlias = Annotated[
-    int, Field(ge=1, le=4096, description="The length of an answer.")
+    StrictInt, Field(ge=1, le=4096, description="The length of an answer.")
 ]
-TemperatureField: TypeAlias = Annotated[float, Field(ge=0, le=2, description="0 is greedy.")]
+TemperatureField: TypeAlias = Annotated[StrictFloat, Field(ge=0, le=2, description="0 is greedy.")]
 SampleSeedField: TypeAlias = Annotated[Seed, Field(description="For temperatures above 0.")]
 ExamplesField: TypeAlias = Annotated[
-    int, Spelled(hidden=True), Field(ge=0, le=16, description="Answers to show of each.")
+    StrictInt,
+    Spelled(hidden=True),
+    Field(ge=0, le=16, description="Answers to show of each."),
 ]

@@ -13,6 +13,7 @@ from steer.errors import SteerError
 from steer.fit.data import exercises, labels, pairs, relations
 from steer.prompts import Prompt, PromptParam, prompt_of
 from steer.prompts.forms import Chat, Text
+from steer.spec import exactly_one
 
 Data = TypeVar("Data")
 
@@ -30,6 +31,8 @@ class PairParam(_Item):
 
 class LabelledParam(_Item):
     """A text or a chat, and the class it belongs to."""
+
+    model_config = ConfigDict(json_schema_extra=exactly_one("text", "messages", "prompt"))
 
     text: Text | None = None
     messages: Chat | None = None

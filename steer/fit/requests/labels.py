@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from steer.errors import SteerError
-from steer.fit.requests.fields import BestField, DataField, HeldOutField, SeedField, Spelled
+from steer.fit.requests.fields import (
+    MAX_ITEMS,
+    BestField,
+    DataField,
+    HeldOutField,
+    SeedField,
+    Spelled,
+)
 from steer.fit.requests.inline import LABELLED, LabelledParam
 from steer.fit.requests.request import FitPlace, Fitted, ReadingFields
 
@@ -27,10 +34,15 @@ class LabelsRequest(ReadingFields):
     doing: ClassVar = "reading texts"
     batch_size: ClassVar = 32
 
-    texts: Annotated[tuple[LabelledParam, ...], Field(min_length=2)] | None = None
+    texts: (
+        Annotated[
+            tuple[LabelledParam, ...], Field(min_length=2, max_length=MAX_ITEMS, fail_fast=True)
+        ]
+        | None
+    ) = None
     data: DataField = None
     only: Annotated[
-        Annotated[tuple[str, ...], Field(min_length=1, max_length=1024)] | None,
+        Annotated[tuple[str, ...], Field(min_length=1, max_length=1024, fail_fast=True)] | None,
         Spelled("names", "Comma-separated labels; by default every one."),
         Field(description="The labels to fit; by default every one."),
     ] = None

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, StrictFloat, StrictInt
 
 from steer.errors import SteerError, TooLarge, pointer
 from steer.fit.data.where import WhereName
-from steer.fit.requests.fields import DataField, LayerList, NameField, Seed, Spelled
+from steer.fit.requests.fields import MAX_ITEMS, DataField, LayerList, NameField, Seed, Spelled
 from steer.fit.requests.inline import EXERCISES, ExerciseParam
 from steer.fit.requests.request import CardFields, FitPlace, Fitted
 from steer.spec import Site
@@ -36,14 +36,19 @@ class LowRankRequest(CardFields):
     needs_gradients: ClassVar = True
 
     name: NameField
-    exercises: Annotated[tuple[ExerciseParam, ...], Field(min_length=1)] | None = None
+    exercises: (
+        Annotated[
+            tuple[ExerciseParam, ...], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)
+        ]
+        | None
+    ) = None
     data: DataField = None
     layers: Annotated[
         LayerList,
         Spelled("layers", "Such as 2-5 or 1,3."),
         Field(description="The layers to train on."),
     ]
-    rank: Annotated[int, Field(ge=1, description="Of the adapter.")] = 4
+    rank: Annotated[StrictInt, Field(ge=1, description="Of the adapter.")] = 4
     site: Annotated[Site, Field(description="Where in each block it acts.")] = "resid_post"
     where: Annotated[
         WhereName,
@@ -52,11 +57,17 @@ class LowRankRequest(CardFields):
             "or on all tokens."
         ),
     ] = "last"
-    steps: Annotated[int, Field(ge=1, le=1_000_000, description="Training batches.")] = 200
-    batch: Annotated[int, Field(ge=1, le=4096, description="Prompts or pairs in one batch.")] = 8
+    steps: Annotated[StrictInt, Field(ge=1, le=1_000_000, description="Training batches.")] = 200
+    batch: Annotated[
+        StrictInt, Field(ge=1, le=4096, description="Prompts or pairs in one batch.")
+    ] = 8
     rate: Annotated[
-        float,
-        Field(gt=0, allow_inf_nan=False, description="Adam's learning rate, falling to 0."),
+        StrictFloat,
+        Field(
+            gt=0,
+            allow_inf_nan=False,
+            description="Adam's learning rate, falling to 0.",
+        ),
     ] = 4e-3
     seed: Annotated[Seed, Field(description="Draws the start and the batches.")] = 0
 

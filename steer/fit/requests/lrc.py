@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import Field, StrictBool, StrictInt
 
 from steer.errors import SteerError
-from steer.fit.requests.fields import DataField, NameField, Seed
+from steer.fit.requests.fields import MAX_ITEMS, DataField, NameField, Seed
 from steer.fit.requests.inline import FACTS, FactParam
 from steer.fit.requests.request import CardFields, FitPlace, Fitted
 from steer.spec import Site
@@ -34,26 +34,33 @@ class LrcRequest(CardFields):
     needs_gradients: ClassVar = True
 
     name: NameField
-    facts: Annotated[tuple[FactParam, ...], Field(min_length=1)] | None = None
+    facts: (
+        Annotated[tuple[FactParam, ...], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)]
+        | None
+    ) = None
     data: DataField = None
     relation: Annotated[Words, Field(description="The relation to fit, as the file names it.")]
     prompt: Annotated[
         Words, Field(description="The question, such as 'What is the capital of {subject}?'.")
     ]
     opening: Annotated[Words, Field(description="How the answer begins, up to the object.")] = ""
-    plain: Annotated[bool, Field(description="Take the question as a text, not as a chat.")] = False
+    plain: Annotated[
+        StrictBool, Field(description="Take the question as a text, not as a chat.")
+    ] = False
     shots: Annotated[
-        int, Field(ge=0, le=64, description="Solved examples before the question.")
+        StrictInt, Field(ge=0, le=64, description="Solved examples before the question.")
     ] = 0
     subject_layer: Annotated[
-        int | None, Field(description="By default just before half the depth.")
+        StrictInt | None, Field(description="By default just before half the depth.")
     ] = None
-    object_layer: Annotated[int | None, Field(description="By default the last but one.")] = None
+    object_layer: Annotated[StrictInt | None, Field(description="By default the last but one.")] = (
+        None
+    )
     site: Annotated[Site, Field(description="Where in its block the subject's state is read.")] = (
         "resid_post"
     )
-    rank: Annotated[int, Field(ge=1, description="Of the inverse.")] = 8
-    jacobians: Annotated[int, Field(ge=1, description="Facts that make the map.")] = 20
+    rank: Annotated[StrictInt, Field(ge=1, description="Of the inverse.")] = 8
+    jacobians: Annotated[StrictInt, Field(ge=1, description="Facts that make the map.")] = 20
     seed: Annotated[Seed, Field(description="Draws the solved examples.")] = 0
 
     def points(self) -> Iterator[tuple[str, HookPoint]]:

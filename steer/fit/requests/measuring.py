@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, model_validator
 
 from steer.fit.requests.fields import (
+    MAX_ITEMS,
     SCORES,
     SCORES_HERE,
     ExamplesField,
@@ -26,7 +27,7 @@ from steer.fit.requests.fields import (
 )
 from steer.fit.requests.inline import PROMPTS
 from steer.prompts import PromptParam, as_chat, prompt_of
-from steer.spec import SteeringSpec, parse_spec
+from steer.spec import SteeringSpec, exactly_one, parse_spec
 
 if TYPE_CHECKING:
     from steer.artefacts.control_vector import ControlVector
@@ -52,7 +53,12 @@ class MeasureRequest(BaseModel):
     prompts: Annotated[
         tuple[PromptParam, ...],
         Spelled(flags=("--prompts", "-p"), help=PROMPTS.line),
-        Field(min_length=1, description="What is asked: texts, or lists of messages."),
+        Field(
+            min_length=1,
+            max_length=MAX_ITEMS,
+            description="What is asked: texts, or lists of messages.",
+            fail_fast=True,
+        ),
     ]
     plain: Annotated[
         bool,
@@ -170,7 +176,7 @@ class CalibrateRequest(MeasureRequest):
     layers: UsedLayersField = None
     where: UsedWhereField = None
     max_perplexity_ratio: Annotated[
-        float,
+        StrictFloat,
         Field(
             ge=1,
             allow_inf_nan=False,
@@ -178,10 +184,10 @@ class CalibrateRequest(MeasureRequest):
         ),
     ] = 1.5
     min_valid: Annotated[
-        float, Field(ge=0, le=1, description="And before fewer answers are valid.")
+        StrictFloat, Field(ge=0, le=1, description="And before fewer answers are valid.")
     ] = 0.8
     max_drop: Annotated[
-        float,
+        StrictFloat,
         Field(
             ge=0,
             allow_inf_nan=False,
@@ -240,7 +246,9 @@ class CalibrateRequest(MeasureRequest):
 class MethodParam(BaseModel):
     """A way to steer under its name in the table: a spec, or a saved profile."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, json_schema_extra=exactly_one("steering", "profile")
+    )
 
     name: Annotated[str, Field(min_length=1, max_length=128)]
     steering: dict[str, Any] | None = None
@@ -262,7 +270,7 @@ class EvaluateRequest(MeasureRequest):
     methods: Annotated[
         tuple[MethodParam, ...],
         Spelled(hidden=True),
-        Field(min_length=1, max_length=32, description="What to compare."),
+        Field(min_length=1, max_length=32, fail_fast=True, description="What to compare."),
     ]
     score: ScoreField
     instruction: Annotated[
@@ -275,7 +283,7 @@ class EvaluateRequest(MeasureRequest):
     ]
     seed: Annotated[Seed, Field(description="Draws the bootstrap, and samples above 0.")] = 0
     resamples: Annotated[
-        int, Field(ge=100, le=10_000, description="Of the bootstrap over prompts.")
+        StrictInt, Field(ge=100, le=10_000, description="Of the bootstrap over prompts.")
     ] = 2000
     examples: ExamplesField = 1
 

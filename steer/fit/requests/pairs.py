@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, StrictBool
 
 from steer.errors import SteerError
 from steer.fit.requests.fields import (
+    MAX_ITEMS,
     BestField,
     DataField,
     HeldOutField,
@@ -36,7 +37,10 @@ class PairsRequest(ReadingFields):
     form: ClassVar = PAIRS
     doing: ClassVar = "reading pairs"
 
-    pairs: Annotated[tuple[PairParam, ...], Field(min_length=2)] | None = None
+    pairs: (
+        Annotated[tuple[PairParam, ...], Field(min_length=2, max_length=MAX_ITEMS, fail_fast=True)]
+        | None
+    ) = None
     data: DataField = None
     method: Annotated[
         Literal["diffmean", "pca", "logistic"],
@@ -54,7 +58,7 @@ class PairsRequest(ReadingFields):
     best: BestField = 1
     seed: SeedField = 0
     beside: Annotated[
-        bool,
+        StrictBool,
         Spelled(flags=("--beside/--no-beside",)),
         Field(description="Note the cosine to the registry's vectors for this model."),
     ] = False

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
+from pydantic_core import CoreSchema
 
 from steer.errors import SteerError, Unsupported, pointer
 from steer.fit.requests.fields import (
@@ -20,6 +21,7 @@ from steer.fit.requests.fields import (
     WhereField,
 )
 from steer.fit.requests.inline import DataForm
+from steer.spec import exactly_one
 
 if TYPE_CHECKING:
     from steer.artefacts.control_vector import ControlVector, LowRankAdapter
@@ -78,6 +80,15 @@ class FitRequest(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        schema = handler(core_schema)
+        if cls.form is not None:
+            handler.resolve_ref_schema(schema).update(exactly_one(cls.form.field, "data"))
+        return schema
 
     command: ClassVar[str]
     summary: ClassVar[str]

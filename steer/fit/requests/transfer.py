@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import ConfigDict, Field, StrictFloat
 
 from steer.errors import SteerError, Unsupported
 from steer.fit.data.prompt import Positions
-from steer.fit.requests.fields import DataField, Ref, Seed, Spelled
+from steer.fit.requests.fields import MAX_ITEMS, DataField, Ref, Seed, Spelled
 from steer.fit.requests.inline import PROMPTS, DataForm
 from steer.fit.requests.request import FitPlace, FitRequest, Fitted
 from steer.prompts import PromptParam
-from steer.spec import check_name
+from steer.spec import StoredName, check_name
 
 if TYPE_CHECKING:
     from steer.engines.base import Engine
@@ -48,7 +48,12 @@ class TransferRequest(FitRequest):
         Spelled(argument=True, help="A registered vector, or a file."),
         Field(description="A registered vector."),
     ]
-    prompts: Annotated[tuple[PromptParam, ...], Field(min_length=1)] | None = None
+    prompts: (
+        Annotated[
+            tuple[PromptParam, ...], Field(min_length=1, max_length=MAX_ITEMS, fail_fast=True)
+        ]
+        | None
+    ) = None
     data: DataField = None
     source: Annotated[
         Ref,
@@ -56,7 +61,7 @@ class TransferRequest(FitRequest):
         Field(alias="from", description="The model the vector was made for."),
     ]
     name: Annotated[
-        Annotated[str, AfterValidator(check_name)] | None,
+        StoredName | None,
         Spelled(flags=("--name", "-n")),
         Field(description="By default the vector's own."),
     ] = None
@@ -68,7 +73,8 @@ class TransferRequest(FitRequest):
         Positions, Spelled("position"), Field(description="Which token's state is an anchor.")
     ] = "last"
     held_out: Annotated[
-        float, Field(ge=0, le=0.9, description="The share of prompts that only measures.")
+        StrictFloat,
+        Field(ge=0, le=0.9, description="The share of prompts that only measures."),
     ] = 0.2
     seed: Annotated[Seed, Field(description="Draws the held-out prompts.")] = 0
 

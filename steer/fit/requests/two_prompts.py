@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from steer.fit.requests.fields import Spelled
 from steer.fit.requests.request import FitPlace, Fitted, ReadingFields
 from steer.prompts import PromptParam, prompt_of
-from steer.spec import check_name
+from steer.spec import StoredName
 
 
 class TwoPromptsRequest(ReadingFields):
@@ -20,8 +20,7 @@ class TwoPromptsRequest(ReadingFields):
     batch_size: ClassVar = None
 
     name: Annotated[
-        str,
-        AfterValidator(check_name),
+        StoredName,
         Spelled(argument=True, help="The vector's name."),
         Field(description="The name to register the vector under."),
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from steer.artefacts.kinds import ArtefactKind
 from steer.engines.base import Engine
@@ -17,7 +17,7 @@ from steer.formats.hub import SCHEME, parse_hub_ref
 from steer.formats.options import ImportOptions
 from steer.jobs.kinds.kind import JobContext, JobKind, Report
 from steer.registry.registry import Registry
-from steer.spec import Site, check_name
+from steer.spec import Site, StoredName
 
 
 class Download(NamedTuple):
@@ -43,12 +43,15 @@ class ImportParams(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
-    name: Annotated[str, AfterValidator(check_name)]
+    name: StoredName
     source: Annotated[str, Field(min_length=1, max_length=2048)] | None = None
     artefact: ArtefactKind | None = None
     layer_offset: Annotated[int, Field(ge=-1024, le=1024)] | None = None
     layers: (
-        Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, max_length=1024)]
+        Annotated[
+            tuple[Annotated[int, Field(ge=0)], ...],
+            Field(min_length=1, max_length=1024, fail_fast=True),
+        ]
         | None
     ) = None
     writer: Annotated[str | None, Field(alias="from", max_length=64)] = None

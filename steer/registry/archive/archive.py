@@ -93,7 +93,7 @@ def write_archive(
             with spool.open("rb") as stream:
                 _add(archive, ROWS, stream, rows_bytes)
             for sha256, size in contents.items():
-                with blobs.open(sha256) as stream:
+                with blobs.open_unchecked(sha256) as stream:
                     _add(archive, BLOBS + sha256, _Checked(stream, sha256), size)
                 progress(size)
     return Exported(

@@ -89,18 +89,34 @@ class BlobStore:
 
     def read(self, sha256: str) -> bytes:
         """The blob's bytes, checked against its name."""
-        with self.open(sha256) as stream:
+        with self.open_unchecked(sha256) as stream:
             data = stream.read()
         if hashlib.sha256(data).hexdigest() == sha256:
             return data
-        if self._cache is not None:
-            # The copy may be what is damaged; one that is fetched is checked.
-            self._cache.drop(sha256)
-            return self._fetched(sha256, self._cache).read_bytes()
-        raise _damaged(sha256)
+        with self._fetched_again(sha256) as stream:
+            return stream.read()
 
     def open(self, sha256: str) -> IO[bytes]:
-        """The blob as an open file."""
+        """The blob as an open file whose bytes have been checked against its name: it is read
+        through once, without being held in memory, before anything of it is given out."""
+        stream = self.open_unchecked(sha256)
+        try:
+            if _digest(stream) == sha256:
+                stream.seek(0)
+                return stream
+        except BaseException:
+            stream.close()
+            raise
+        stream.close()
+        return self._fetched_again(sha256)
+
+    def size(self, sha256: str) -> int:
+        """The blob's bytes."""
+        with self.open_unchecked(sha256) as stream:
+            return stream.seek(0, os.SEEK_END)
+
+    def open_unchecked(self, sha256: str) -> IO[bytes]:
+        """The blob as an open file, for those who check its bytes as they pass."""
         if self._cache is not None:
             copy = self._cache.find(sha256) or self._fetched(sha256, self._cache)
             try:
@@ -137,6 +153,14 @@ class BlobStore:
         except (FileNotFoundError, NotImplementedError):
             return 0.0
         return time.time() - changed.timestamp()
+
+    def _fetched_again(self, sha256: str) -> IO[bytes]:
+        """In the place of bytes that are not the blob's, where they were a copy; a blob that is
+        fetched is checked."""
+        if self._cache is None:
+            raise _damaged(sha256)
+        self._cache.drop(sha256)
+        return self._fetched(sha256, self._cache).open("rb")
 
     def _open_original(self, sha256: str) -> IO[bytes]:
         try:
@@ -214,6 +238,13 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _digest(stream: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    while block := stream.read(_BLOCK):
+        digest.update(block)
+    return digest.hexdigest()
 
 
 def _damaged(sha256: str) -> StorageError:

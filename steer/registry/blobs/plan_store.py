@@ -206,8 +206,7 @@ class PlanStore:
 
     def _blob_size(self, sha256: str) -> int:
         if sha256 not in self._sizes:
-            with self._blobs.open(sha256) as stream:
-                self._sizes[sha256] = stream.seek(0, 2)
+            self._sizes[sha256] = self._blobs.size(sha256)
         return self._sizes[sha256]
 
     def _unreadable(self, sha256: str, error: StorageError) -> StorageError:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
-from sqlalchemy import Connection, Engine, inspect, select, text
+from sqlalchemy import Connection, Engine, event, inspect, select, text
 from sqlalchemy.engine import URL
 
+from steer.errors import SteerError, quoted
 from steer.registry.catalogue.schema import state
 
 WRITES = "steer_write"
@@ -44,3 +46,23 @@ def identity_of(connection: Connection) -> str:
     """What tells this catalogue from all others."""
     found: str = connection.execute(select(state.c.identity)).scalar_one()
     return found
+
+
+def refuse_nul(engine: Engine) -> None:
+    """Has `engine` raise `SteerError` (`invalid_value`) for a text with the character NUL, in what
+    is asked for and in what is stored: PostgreSQL has no such texts, and catalogues move."""
+    event.listen(engine, "before_cursor_execute", _refuse_nul)
+
+
+def _refuse_nul(
+    _connection: Any, _cursor: Any, _statement: str, parameters: Any, _context: Any, many: bool
+) -> None:
+    for row in parameters if many else (parameters,):
+        values: Iterable[Any] = row.values() if isinstance(row, Mapping) else row or ()
+        for value in values:
+            if isinstance(value, str) and "\0" in value:
+                raise SteerError(
+                    f"{quoted(value)} holds the character NUL, which no name or text here has: "
+                    "leave it out",
+                    code="invalid_value",
+                )

@@ -10,7 +10,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 
 from steer.errors import StorageError
-from steer.registry.catalogue.database import WRITES, place_of, revision_of
+from steer.registry.catalogue.database import WRITES, place_of, refuse_nul, revision_of
 from steer.registry.catalogue.schema import HEAD
 
 _OPENING = 0x5354_4545_5200_0001
@@ -30,6 +30,7 @@ class PostgresDatabase:
         self.engine = create_engine(url, pool_size=8, max_overflow=32, pool_pre_ping=True)
         event.listen(self.engine, "connect", _configure)
         event.listen(self.engine, "begin", _begin)
+        refuse_nul(self.engine)
         self._watch_lock = threading.Lock()
         self._watch: Connection | None = None
         try:

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, create_engine, event, inspect, text
 from sqlalchemy.engine import URL
 
 from steer.errors import StorageError, Unsupported
-from steer.registry.catalogue.database import WRITES, place_of, revision_of
+from steer.registry.catalogue.database import WRITES, place_of, refuse_nul, revision_of
 from steer.registry.catalogue.schema import HEAD
 
 _FIRST = 1
@@ -33,6 +33,7 @@ class SqliteDatabase:
         self.engine = create_engine(url, pool_size=8, max_overflow=32)
         event.listen(self.engine, "connect", _configure)
         event.listen(self.engine, "begin", _begin)
+        refuse_nul(self.engine)
         try:
             with (
                 self.engine.connect().execution_options(**{WRITES: True}) as connection,

@@ -14,12 +14,12 @@ from steer.registry.catalogue.schema import tags
 
 MAX_TAGS = 64
 _NAMES_AT_ONCE = 500
-_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,63}")
+TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,63}")
 
 
 def check_tag(tag: str) -> str:
     """`tag` as one that can be stored; raises `SteerError` (`invalid_tag`)."""
-    if not _TAG.fullmatch(tag):
+    if not TAG.fullmatch(tag):
         raise SteerError(
             f"{tag[:80]!r} is not a tag: up to 64 letters, digits, '.', '_', ':', '+' and '-', the "
             "first a letter or digit",
@@ -73,7 +73,7 @@ def add_card_tags(
     connection: Connection, kind: ArtefactKind, name: str, given: Sequence[str]
 ) -> None:
     """Adds the tags on a new version's card, as far as they are tags; cards hold any text."""
-    fitting = {tag for tag in given if _TAG.fullmatch(tag)}
+    fitting = {tag for tag in given if TAG.fullmatch(tag)}
     if not fitting:
         return
     held = stored_tags(connection, kind, name)

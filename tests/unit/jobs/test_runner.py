@@ -237,6 +237,22 @@ def test_stopping_interrupts_another_job(make: Make, gate: Gate) -> None:
 
 
 @pytest.mark.parametrize(("repeatable", "state"), [(True, "queued"), (False, "interrupted")])
+@pytest.mark.parametrize("fault", [{"fail_at": 0}, {"crash_at": 0}])
+def test_a_job_does_not_fail_because_the_engine_died(
+    make: Make, gate: Gate, repeatable: bool, state: str, fault: dict[str, int]
+) -> None:
+    runner = make(counting(gate, repeatable=repeatable), alive=lambda: False)
+    job = runner.submit("count", CountParams(**fault))
+    waiting = runner.submit("count", CountParams(**fault))
+    runner.start()
+    wait_for(runner, job.id, lambda one: one.attempt == 1 and one.state != "running")
+    runner.stop(LIVENESS_SECONDS)
+    assert runner.store.get(job.id).state == state
+    # Without an engine no other job may be begun either.
+    assert (runner.store.get(waiting.id).state, gate.begun) == ("queued", 1)
+
+
+@pytest.mark.parametrize(("repeatable", "state"), [(True, "queued"), (False, "interrupted")])
 def test_a_job_that_does_not_report_holds_up_nobody(
     make: Make, gate: Gate, repeatable: bool, state: str
 ) -> None:

@@ -263,13 +263,18 @@ def test_a_damaged_blob_is_noticed_and_repaired_by_sending_it_again(tmp_path: Pa
     with Registry.open(tmp_path) as registry:
         entry, _ = registry.add("v", a_vector())
         blob = tmp_path / "blobs" / entry.sha256[:2] / entry.sha256
-        blob.write_bytes(blob.read_bytes()[:-1] + b"\xff")
-        with pytest.raises(StorageError, match="damaged") as raised:
-            registry.vector("v")
-        assert raised.value.status == 500
+        whole = blob.read_bytes()
+        for place in (0, len(whole) // 2, len(whole) - 1):
+            blob.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            for read in (registry.vector, lambda ref: registry.content("vector", ref)):
+                with pytest.raises(StorageError, match="damaged") as raised:
+                    read("v")
+                assert (raised.value.status, raised.value.code) == (500, "damaged_blob")
         _, created = registry.add("v", a_vector())
         assert not created
         assert registry.vector("v").sha256 == entry.sha256
+        with registry.content("vector", "v") as stream:
+            assert stream.read() == whole
 
 
 def test_a_folder_without_its_catalogue_is_not_emptied(tmp_path: Path) -> None:

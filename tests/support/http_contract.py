@@ -1,0 +1,73 @@
+"""What schemathesis holds the server to, in tests/server/test_openapi.py and in `make fuzz-http`.
+
+All its own checks, one of them made more exact: what fits the schema must be taken. JSON Schema
+cannot say what the fields of a request have to do with each other, with the model that is served or
+with a file that comes along. What is refused for that has a code of its own; nothing else may be
+refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import schemathesis
+from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
+
+OF_THE_MODEL = frozenset(
+    {
+        "context_length_exceeded",
+        "empty_prompt",
+        "feature_out_of_range",
+        "invalid_messages",
+        "layer_out_of_range",
+        "no_gradients",
+        "no_second_model",
+        "position_out_of_range",
+        "text_not_found",
+        "token_out_of_range",
+        "too_many_choices",
+        "unknown_token",
+        "unsupported_parameter",
+        "unsupported_source",
+    }
+)
+OF_A_FILE = frozenset({"invalid_file", "unknown_format", "wrong_kind", "invalid_name"})
+OF_DATA = frozenset(
+    {
+        "invalid_pairs",
+        "invalid_scorer",
+        "invalid_labels",
+        "invalid_relations",
+        "invalid_exercises",
+        "unknown_label",
+        "invalid_base64",
+    }
+)
+OF_EACH_OTHER = frozenset(
+    {"invalid_value", "invalid_spec", "invalid_option", "no_heat_map", "nothing_to_compare"}
+)
+"""Two bounds of which one must be the smaller, two fields that need each other, and their like."""
+
+REFUSED = OF_THE_MODEL | OF_A_FILE | OF_DATA | OF_EACH_OTHER
+
+
+@schemathesis.check
+def valid_requests_are_taken(ctx: Any, response: Any, case: Any) -> bool | None:
+    """`positive_data_acceptance`, but for what no schema can say."""
+    if response.status_code in (400, 413):
+        error = response.json()["error"]
+        if error["code"] in REFUSED:
+            return None
+    return positive_data_acceptance(ctx, response, case)
+
+
+@schemathesis.check
+def invalid_requests_are_refused(ctx: Any, response: Any, case: Any) -> bool | None:
+    """`negative_data_rejection`, but for forms, whose fields are texts whatever they hold."""
+    if case.media_type == "multipart/form-data":
+        return None
+    return negative_data_rejection(ctx, response, case)
+
+
+CHECKS = [valid_requests_are_taken, invalid_requests_are_refused]
+REPLACED = [positive_data_acceptance, negative_data_rejection]
