@@ -44,3 +44,15 @@ def unchanged(row: Tensor, plain: Tensor, *, experts: bool) -> bool:
         return True
     tolerance = 1e-4 if plain.dtype == torch.float32 else 5e-2
     return experts and torch.allclose(row, plain, rtol=tolerance, atol=tolerance)
+
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+_HALF_TOLERANCE = 0.1
+"""Relative to the spread of the logits; a sequence that sees another is far outside."""
+
+
+def agree(logits: Tensor, others: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways of computing the same tokens in `dtype` differ by rounding alone."""
+    spread = (others - others.mean()).norm()
+    tolerance = _TOLERANCE.get(dtype, _HALF_TOLERANCE)
+    return bool((logits - others).norm() <= tolerance * spread)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from steer.engines.base import CaptureRequest
-from steer.engines.transformers.blocks import find_hook_points
 from steer.engines.transformers.engine import TransformersEngine
 from steer.engines.transformers.hooks import HookedModel
+from steer.engines.transformers.structure.blocks import find_hook_points
 from steer.errors import Unsupported
 from steer.inspection import offered
 from steer.inspection.logit_lens import LogitLensRequest, logit_lens
@@ -118,7 +118,7 @@ def test_a_head_that_cannot_be_replayed_is_refused_by_name(
 
 
 def test_a_readable_head_offers_the_lens() -> None:
-    model = build_family("gpt1")
+    model = build_family("granite")
     with TransformersEngine(model, tiny_tokenizer(), rows=2, slots=4) as engine:
         result = logit_lens(engine, LogitLensRequest(text="w3 w4 w5", layers=[LAYERS - 1], top=1))
     with torch.no_grad():

@@ -9,9 +9,9 @@ import torch
 from tiny_families import build_family
 from torch import nn
 
-from steer.engines.transformers.blocks import find_hook_points
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.proof import prove_steering
+from steer.engines.transformers.structure.blocks import find_hook_points
 from steer.engines.transformers.structure.sites import HookTarget
 from steer.errors import Unsupported
 from steer.model import HookPoint

@@ -20,11 +20,11 @@ from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.library import MemoryLibrary
 from steer.artefacts.sae.base import SAE
 from steer.engines.base import Receipt
-from steer.engines.transformers.blocks import HookMap, find_hook_points
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.passes.batch import AttachedBatch
 from steer.engines.transformers.passes.watch import PassWatch
 from steer.engines.transformers.passes.wrappers import modules_of_a_pass, wrapped_model
+from steer.engines.transformers.structure.blocks import HookMap, find_hook_points
 from steer.errors import EngineError
 from steer.model import Capabilities, HookPoint
 from steer.plan.cache import PlanCache

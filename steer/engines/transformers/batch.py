@@ -48,13 +48,15 @@ class RollingBatch:
         chunk: int = 512,
     ) -> None:
         self.hooked, self.tables, self.rows = hooked, tables, rows
-        self.eos, self._prefill_tokens, self._chunk = eos, prefill_tokens, chunk
+        self.eos, self._prefill_tokens = eos, prefill_tokens
+        self.causal = True  # or prompts could not be computed in parts
+        self.chunk: int | None = chunk
         self.max_length = hooked.info.max_length
         # Captures are seated beside a full batch.
         self._request_rows = RequestRows(tables, 2 * rows)
         self.ledger = self._request_rows.ledger
         self.sequences: list[BatchSequence] = []
-        self._cache = RollingCache(hooked.info.n_layers, hooked.device)
+        self._cache = RollingCache(hooked.device)
         self._carried: Step | None = None
         self._carried_known = False
 
@@ -91,12 +93,12 @@ class RollingBatch:
                 self.ledger,
                 [s.steered for s in group],
                 [s.request.prompt for s in group],
-                chunk=self._chunk,
+                chunk=self.chunk,
             )
         except Exception as error:
             return self._join_apart(group, error)
-        if done.logits is None:
-            raise AssertionError("the last chunk computes logits")
+        if done.logits is None or done.cache is None:
+            raise AssertionError("the last chunk computes logits and leaves a cache")
         self._cache.adopt(done.cache, done.mask)
         self.sequences.extend(group)
         return self._take(group, done.logits[:, -1])
@@ -134,7 +136,7 @@ class RollingBatch:
         """Takes every sequence out, after a failure; returns them."""
         left, self.sequences = self.sequences, []
         # The failed pass may have left the cache half-written.
-        self._cache = RollingCache(self.hooked.info.n_layers, self.hooked.device)
+        self._cache = RollingCache(self.hooked.device)
         for sequence in left:
             self.give_back(sequence.steered)
         self._carried_known = False

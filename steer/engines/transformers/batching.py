@@ -1,19 +1,26 @@
-"""Which form the running batch has: padded rows, or tokens packed end to end."""
+"""Which form the running batch has: padded rows, packed tokens, or each sequence alone."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from steer.batch.tables import Tables
+from steer.engines.transformers.alone.batch import AloneBatch
+from steer.engines.transformers.alone.caches import OwnCaches
 from steer.engines.transformers.batch import RollingBatch
+from steer.engines.transformers.cache import PLAIN
+from steer.engines.transformers.decoding import Generated, difference, generated_alone
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.sequences import Batch
+from steer.engines.transformers.structure.decoder import unsupported
 from steer.errors import SteerError, Unsupported
 
-Batching = Literal["auto", "rolling", "packed"]
+Batching = Literal["auto", "rolling", "packed", "alone"]
 
 _log = logging.getLogger(__name__)
 
@@ -29,22 +36,53 @@ def make_batch(
     chunk: int,
     cache_tokens: int | None,
 ) -> Batch:
-    """The batch that `batching` names.
+    """The batch that `batching` names, proven to generate what the model's own `generate` does.
 
     `auto` packs on a GPU with a flash-attention package, where this model can be packed: without
-    one, packed attention is a dense mask over all tokens, and padding is the faster form.
+    one, packed attention is a dense mask over all tokens, and padding is the faster form. Where
+    padding is not exact for this model, each sequence is computed alone.
 
-    Raises `Unsupported` where `packed` is asked for and this model, or this release of
-    transformers, cannot be packed.
+    Raises `Unsupported` where the form that is asked for is not exact for this model, or this
+    release of transformers has none such; with `auto`, where no form is.
     """
     if batching not in get_args(Batching):
         raise SteerError(
             f"batching is {batching!r}: choose one of {', '.join(get_args(Batching))}",
             code="invalid_option",
         )
+    with _refusing(hooked, "it does not run with a cache"):
+        caches = OwnCaches(hooked)
+    wanted = generated_alone(hooked)
+    if batching != "alone":
+        unshared = _why_unshared(hooked, tables, caches, wanted)
+        if unshared is None:
+            return _shared(hooked, tables, batching, rows, eos, prefill_tokens, chunk, cache_tokens)
+        if batching != "auto":
+            raise unshared
+        _log.warning("sequences are computed one by one: %s", unshared)
+    with _refusing(hooked, "it does not decode"):
+        alone = AloneBatch(hooked, tables, caches, rows=rows, eos=eos)
+        reason = difference(alone, wanted)
+    if reason is not None:
+        raise unsupported(hooked.info.architecture, f"it computes {reason}")
+    return alone
+
+
+def _shared(
+    hooked: HookedModel,
+    tables: Tables,
+    batching: Batching,
+    rows: int,
+    eos: frozenset[int],
+    prefill_tokens: int,
+    chunk: int,
+    cache_tokens: int | None,
+) -> Batch:
+    """Packed or padded, for a model whose sequences may share a pass."""
     fast = hooked.device.type == "cuda" and is_flash_attn_2_available()
     if batching == "packed" or (batching == "auto" and fast):
         try:
+            # It has a proof of its own, at start.
             return _packed(hooked, tables, rows, eos, prefill_tokens, cache_tokens)
         except Unsupported as error:
             if batching == "packed":
@@ -53,6 +91,47 @@ def make_batch(
     return RollingBatch(
         hooked, tables, rows=rows, eos=eos, prefill_tokens=prefill_tokens, chunk=chunk
     )
+
+
+def _why_unshared(
+    hooked: HookedModel, tables: Tables, caches: OwnCaches, wanted: Sequence[Generated]
+) -> Unsupported | None:
+    """Why padded rows, or prompts in parts, are not exact for this model; None where they are.
+
+    Captures are padded in packed batches too.
+    """
+    other = [kind for kind in caches.kinds if kind not in PLAIN]
+    reason = f"rows of unlike length cannot share the {other[0]} of its cache" if other else None
+    if reason is None:
+        # Parts shorter than the prompts, so that both are seen.
+        rolling = RollingBatch(hooked, tables, rows=len(wanted), eos=frozenset(), chunk=3)
+        try:
+            found = difference(rolling, wanted)
+            reason = found and f"padded rows give {found}"
+        except Exception as error:
+            reason = f"padded rows do not run ({_told(error)})"
+    if reason is None:
+        return None
+    return Unsupported(
+        f"{hooked.info.architecture} cannot run in shared batches: {reason}; choose "
+        "batching='alone'",
+        code="shared_batches_unavailable",
+    )
+
+
+@contextmanager
+def _refusing(hooked: HookedModel, reason: str) -> Iterator[None]:
+    """Turns what the model raises into its refusal."""
+    try:
+        yield
+    except Unsupported:
+        raise
+    except Exception as error:
+        raise unsupported(hooked.info.architecture, f"{reason} ({_told(error)})") from error
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _packed(

@@ -19,19 +19,32 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-_CACHE_KEYWORDS = ("cache", "past_key_values")
-"""How models call their cache: transformers renamed it in 5.24."""
+_CACHE_KEYWORDS = ("cache", "past_key_values", "cache_params", "state")
+"""How models call their cache: transformers renamed it in 5.24; Mamba and RWKV have names
+of their own."""
 
 
 def cache_keyword(model: nn.Module) -> str:
-    """The name of the argument in which `model` takes its key-value cache."""
+    """The name of the argument in which `model` takes its cache."""
     parameters = inspect.signature(model.forward).parameters
-    return next((name for name in _CACHE_KEYWORDS if name in parameters), _CACHE_KEYWORDS[-1])
+    return next((name for name in _CACHE_KEYWORDS if name in parameters), "past_key_values")
 
 
 def given_cache(arguments: Mapping[str, Any]) -> Any:
-    """The key-value cache among the arguments of a call, by whichever name; None without one."""
+    """The cache among what a call takes or returns, by whichever name; None without one."""
     return next((arguments[name] for name in _CACHE_KEYWORDS if name in arguments), None)
+
+
+PLAIN = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+"""Layers of transformers' caches that hold keys and values alone (or none): rows of unlike length
+can share them."""
+
+
+def layer_kinds(cache: Any) -> list[str]:
+    """The class names of the layers of a cache, or of the cache itself where it has no layers."""
+    own = getattr(cache, "self_attention_cache", cache)
+    layers = getattr(own, "layers", None)
+    return [type(layer).__name__ for layer in layers] if layers else [type(own).__name__]
 
 
 @dataclass
@@ -89,16 +102,15 @@ class RollingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 class RollingCache:
     """The batch's cache and its padding mask.
 
-    Assumes: the model keeps plain keys and values in every layer.
+    Assumes: the model's layers keep plain keys and values, or read those of another layer.
     Guarantees: a row's content depends on its own tokens alone; removing a row moves the last row
     into its place (`remove` says which).
     """
 
-    def __init__(self, layers: int, device: torch.device) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.extent = Extent()
         self.cache = DynamicCache()
-        self._layers = [RollingLayer(self.extent) for _ in range(layers)]
-        self.cache.layers = list(self._layers)
+        self._layers: dict[int, RollingLayer] = {}
         self._mask = torch.zeros(0, 0, dtype=torch.long, device=device)
 
     @property
@@ -129,7 +141,10 @@ class RollingCache:
             self._shift(columns - self.extent.columns)
         first, last = self.extent.rows, self.extent.rows + rows
         start = self.extent.columns - columns
-        for mine, theirs in zip(self._layers, other.layers, strict=True):
+        for index, theirs in enumerate(other.layers):
+            if not getattr(theirs, "is_initialized", False):
+                continue  # this layer reads another's keys and values, and keeps none
+            mine = self._layer(index)
             keys, values = cast(RollingLayer, theirs).keys, cast(RollingLayer, theirs).values
             mine.reserve(last, self.extent.columns, keys, values)
             for target, source in ((mine.keys, keys), (mine.values, values)):
@@ -140,12 +155,19 @@ class RollingCache:
         self._mask[first:last, start : self.extent.columns] = mask
         self.extent.rows = last
 
+    def _layer(self, index: int) -> RollingLayer:
+        if index not in self._layers:
+            layers = self.cache.layers
+            layers.extend(RollingLayer(self.extent) for _ in range(len(layers), index + 1))
+            self._layers[index] = cast(RollingLayer, layers[index])
+        return self._layers[index]
+
     def remove(self, row: int) -> int:
         """Drops `row`; returns the index of the row that now stands in its place (the last)."""
         last = self.extent.rows - 1
         if row != last:
             end = self.extent.columns
-            for layer in self._layers:
+            for layer in self._layers.values():
                 layer.keys[row, :, :end] = layer.keys[last, :, :end]
                 layer.values[row, :, :end] = layer.values[last, :, :end]
             self._mask[row, :end] = self._mask[last, :end]
@@ -167,7 +189,7 @@ class RollingCache:
         """Moves every row `by` columns to the right; the columns freed on the left are padding."""
         rows, end = self.extent.rows, self.extent.columns
         start, self.extent.columns = max(-by, 0), end + by
-        for layer in self._layers if rows else ():
+        for layer in self._layers.values() if rows else ():
             layer.reserve(rows, end + by, layer.keys, layer.values)
             for buffer in (layer.keys, layer.values):
                 moved = buffer[:rows, :, start:end].clone()

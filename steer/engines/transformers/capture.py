@@ -22,8 +22,9 @@ def capture_batch(batch: Batch, request: CaptureRequest) -> list[Captured]:
     plans = request.plans or [None] * len(request.prompts)
     order = sorted(range(len(request.prompts)), key=lambda n: len(request.prompts[n]))
     found: dict[int, Captured] = {}
-    for first in range(0, len(order), batch.rows):
-        group = order[first : first + batch.rows]
+    rows = 1 if batch.chunk is None else batch.rows
+    for first in range(0, len(order), rows):
+        group = order[first : first + rows]
         captured = _capture_group(
             batch, request, [request.prompts[n] for n in group], [plans[n] for n in group]
         )
@@ -50,6 +51,7 @@ def _capture_group(
             points=request.points,
             logits=request.logits,
             logprobs=request.logprobs,
+            chunk=batch.chunk,
         )
     finally:
         for one in requests:

@@ -25,13 +25,14 @@ from steer.engines.checks import check_request
 from steer.engines.gradients import DifferentiableModel
 from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
 from steer.engines.transformers.batching import Batching, make_batch
-from steer.engines.transformers.blocks import find_hook_points
 from steer.engines.transformers.capture import capture_batch
+from steer.engines.transformers.checkpoints.loading import load_checkpoint
+from steer.engines.transformers.checkpoints.placing import chosen_device, chosen_dtype
 from steer.engines.transformers.gradients import differentiating
 from steer.engines.transformers.grammar import Grammars
 from steer.engines.transformers.hooks import HookedModel
-from steer.engines.transformers.placing import chosen_device, chosen_dtype
 from steer.engines.transformers.scheduler import Scheduler
+from steer.engines.transformers.structure.blocks import find_hook_points
 from steer.errors import SteerError
 from steer.formats.guards.stand_ins import check_model_folder
 from steer.model import SAMPLING, Capabilities, ModelInfo
@@ -45,6 +46,7 @@ class TransformersEngine:
     """An `Engine` over a `PreTrainedModel`.
 
     Requests with different specs share one batch, padded on a CPU and packed on a GPU (`batching`);
+    models for which neither is exact run each sequence alone;
     nothing is cached between requests, so no steered state can reach another request.
     """
 
@@ -92,7 +94,8 @@ class TransformersEngine:
             sae_architectures=SUPPORTED,
             sampling=(*SAMPLING, "response_format") if self._grammars.offered else SAMPLING,
             captures=self.info.sites,
-            gradients=True,
+            # With autograd, prompts are padded on the right, which causal models alone allow.
+            gradients=self._batch.causal,
             no_unembedding=refusal.message if refusal is not None else None,
             limits={"slots": slots, "passes": MAX_RULES, "batch": rows},
         )
@@ -105,27 +108,22 @@ class TransformersEngine:
         name: str | None = None,
         dtype: str | None = None,
         device: str | None = None,
+        trust_remote_code: bool = False,
         **options: Any,
     ) -> TransformersEngine:
         """Loads a model folder or hub name; float32 on a CPU, the model's own dtype on a GPU.
 
-        Raises `SteerError` (`model_not_loaded`) for what transformers cannot load, and for a folder
-        whose files are Git LFS pointers (`lfs_pointer`).
+        Code that lies beside the weights is run only with `trust_remote_code`. Raises `SteerError`
+        (`model_not_loaded`) for what transformers cannot load, and for a folder whose files are Git
+        LFS pointers (`lfs_pointer`); `Unsupported` (`unsupported_model`) for a model that cannot be
+        served exactly.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 (slow import)
-
         device = chosen_device(device)
         chosen = chosen_dtype(dtype, device)
         check_model_folder(model)
-        try:
-            loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model, dtype=chosen)
-            loaded.to(device)
-            tokenizer = AutoTokenizer.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            reason = next(iter(str(error).strip().splitlines()), repr(error))
-            raise SteerError(
-                f"the model {str(model)!r} cannot be loaded: {reason}", code="model_not_loaded"
-            ) from error
+        loaded, tokenizer = load_checkpoint(
+            model, dtype=chosen, device=device, trust_remote_code=trust_remote_code
+        )
         return cls(loaded, tokenizer, name=name or Path(str(model)).name, **options)
 
     def start(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from steer.engines.gradients import Edit, Traced
 from steer.engines.transformers.hooks import HookedModel
-from steer.engines.transformers.structure.calls import first_tensor, with_tensor
+from steer.engines.transformers.structure.calls import first_tensor, given_tensor, with_tensor
 from steer.engines.transformers.structure.sites import HookTarget
 from steer.model import HookPoint
 
@@ -81,7 +81,8 @@ def _installed(target: HookTarget, visit: Callable[[Tensor], Tensor]) -> Iterato
         return edited if isinstance(output, Tensor) else (edited, *output[1:])
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x = args[0] if args else kwargs["hidden_states"]
+        x = given_tensor(args, kwargs)
+        assert x is not None
         # Where the block reads the same tensor again beside this module, it is written to; the edit
         # then reads a copy, which the way back still needs as it was.
         edited = x.copy_(visit(x.clone())) if target.in_place else visit(x)

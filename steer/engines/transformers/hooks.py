@@ -5,6 +5,7 @@ Hooks exist only at the points that some step has needed, and return at once in 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from steer.batch.step import Step
-from steer.engines.transformers.blocks import HookMap
 from steer.engines.transformers.cache import cache_keyword
-from steer.engines.transformers.structure.calls import first_tensor, with_tensor
+from steer.engines.transformers.structure.blocks import HookMap
+from steer.engines.transformers.structure.calls import first_tensor, given_tensor, with_tensor
 from steer.engines.transformers.structure.sites import HookTarget
 from steer.errors import EngineError
-from steer.model import HookPoint
+from steer.model import HookPoint, forward_order
+
+_OPTIONAL = ("attention_mask", "position_ids", "logits_to_keep")
+"""Arguments that some models do without: they count positions themselves, or return all logits."""
 
 
 class HookedModel:
@@ -30,8 +34,10 @@ class HookedModel:
     def __init__(self, model: nn.Module, hook_map: HookMap) -> None:
         self.model, self.map, self.info = model, hook_map, hook_map.info
         self._cache_keyword = cache_keyword(model)
+        self._parameters = frozenset(inspect.signature(model.forward).parameters)
         self._handles: dict[HookPoint, torch.utils.hooks.RemovableHandle] = {}
         self._step: Step | None = None
+        self._tokens: int | None = None
         self._wanted: frozenset[HookPoint] = frozenset()
         self._captured: dict[HookPoint, Tensor] = {}
 
@@ -49,23 +55,26 @@ class HookedModel:
     ) -> tuple[Any, dict[HookPoint, Tensor]]:
         """One forward pass with `step`'s edits; the outputs, and a copy of every captured state.
 
-        States are read after the edits at their point.
+        States are read after the edits at their point. Positions, mask and `logits_to_keep` go to
+        models that take them.
         """
+        given = {n: v for n, v in inputs.items() if n not in _OPTIONAL or n in self._parameters}
         if key_values is not None:
-            inputs[self._cache_keyword] = key_values
+            given[self._cache_keyword] = key_values
         self.begin(step, capture)
+        self._tokens = inputs["input_ids"].numel()
         try:
-            outputs = self.model(**inputs)
+            outputs = self.model(**given)
             return outputs, self.end()
         finally:
-            self._step, self._wanted = None, frozenset()
+            self._step, self._wanted, self._tokens = None, frozenset(), None
 
     def begin(self, step: Step | None, capture: Iterable[HookPoint] = ()) -> None:
         """Arms the hooks for the next forward pass."""
         self._step, self._wanted, self._captured = step, frozenset(capture), {}
         for point in self._wanted | (step.points if step is not None else frozenset()):
             if point not in self._handles:
-                self._handles[point] = self._install(point, self.map.targets[point])
+                self._add(point)
 
     def end(self) -> dict[HookPoint, Tensor]:
         """Disarms the hooks; raises if a point that was asked for was never reached."""
@@ -90,12 +99,31 @@ class HookedModel:
         return self.map.head(self.model, states)
 
     def _visit(self, point: HookPoint, x: Tensor) -> Tensor:
+        if self._tokens is not None and x.shape[:-1].numel() != self._tokens:
+            raise EngineError(
+                f"{self.info.architecture} computes {x.shape[:-1].numel()} of {self._tokens} "
+                f"tokens at {point}: edits and captures would fall on other tokens"
+            )
         if self._step is not None:
             x = self._step.edit(point, x)
         if point in self._wanted:
             # A copy: later modules may add to this tensor in place.
             self._captured[point] = x.detach().clone()
         return x
+
+    def _add(self, point: HookPoint) -> None:
+        """Hooks `point`, before the later points that lie at the same place: around a block that
+        does not run there is one place for several."""
+        target = self.map.targets[point]
+        later = [
+            other
+            for other in self._handles
+            if self.map.targets[other] == target and forward_order(other) > forward_order(point)
+        ]
+        for other in later:
+            self._handles.pop(other).remove()
+        for one in (point, *sorted(later, key=forward_order)):
+            self._handles[one] = self._install(one, target)
 
     def _install(self, point: HookPoint, target: HookTarget) -> torch.utils.hooks.RemovableHandle:
         if target.side == "output":
@@ -120,7 +148,8 @@ class HookedModel:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self._step is None and not self._wanted:
                 return None
-            x = args[0] if args else kwargs["hidden_states"]
+            x = given_tensor(args, kwargs)
+            assert x is not None
             edited = self._visit(point, x)
             if edited is x:
                 return None

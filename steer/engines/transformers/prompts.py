@@ -1,4 +1,4 @@
-"""Prompts through the model: left-padded, in column chunks, with edits and captures."""
+"""Prompts through the model, with edits and captures: padded and in column chunks, or one whole."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PromptPass:
     `logprobs` those of each prompt's tokens but the first.
     """
 
-    cache: DynamicCache
+    cache: DynamicCache | None
     mask: Tensor
     logits: Tensor | None
     states: dict[HookPoint, Tensor]
@@ -51,14 +51,16 @@ def run_prompts(
     points: tuple[HookPoint, ...] = (),
     logits: Literal["none", "last", "all"] = "last",
     logprobs: int | None = None,
-    chunk: int = 512,
+    chunk: int | None = 512,
 ) -> PromptPass:
     """Computes all prompts, each row with its own request's steering.
 
-    `logprobs` asks for the log-probabilities of the prompts' tokens with that many alternatives;
-    the logits behind them are given up chunk by chunk.
+    `chunk` is the number of columns of a pass. With None there is one pass, without a cache: for
+    models that padding or a parted prompt would change, with prompts of one length. `logprobs` asks
+    for the log-probabilities of the prompts' tokens with that many alternatives; the logits behind
+    them are given up chunk by chunk.
     """
-    if logprobs is not None:
+    if logprobs is not None and chunk is not None:
         chunk = min(chunk, max(1, MOST_LOGITS // len(prompts)))
     width = max(map(len, prompts))
     ids = np.zeros((len(prompts), width), dtype=np.int64)
@@ -69,12 +71,12 @@ def run_prompts(
     places = np.maximum(mask.cumsum(1) - 1, 0)
     device = hooked.device
     all_mask = torch.from_numpy(mask).to(device)
-    cache = DynamicCache()
+    cache = None if chunk is None else DynamicCache()
     kept_states: list[dict[HookPoint, Tensor]] = []
     kept_logits: list[Tensor] = []
     scores: list[list[TokenLogprob]] = [[] for _ in prompts]
-    for start in range(0, width, chunk):
-        end = min(start + chunk, width)
+    for start in range(0, width, chunk or width):
+        end = min(start + (chunk or width), width)
         step = _step(tables, ledger, requests, prompts, width, start, end)
         last = end == width
         wanted = end - start if logits == "all" or logprobs is not None else 1
@@ -85,8 +87,8 @@ def run_prompts(
             attention_mask=all_mask[:, :end],
             position_ids=torch.from_numpy(places[:, start:end]).to(device),
             key_values=cache,
-            use_cache=True,
-            logits_to_keep=wanted,
+            use_cache=cache is not None,
+            logits_to_keep=last_columns(wanted, end - start, device),
         )
         kept_states.append(states)
         if logprobs is not None:
@@ -112,6 +114,14 @@ def _scored(
     first = max(start, 0)
     tokens = prompt[first + 1 : max(end + 1, 0)]
     return following(logits[first - start :].float(), tokens, count) if tokens else []
+
+
+def last_columns(count: int, columns: int, device: torch.device) -> Tensor:
+    """The last `count` of a pass's columns, for `logits_to_keep`.
+
+    As indices: from a number some models (Gemma 4) compute later blocks for those columns alone.
+    """
+    return torch.arange(columns - count, columns, device=device)
 
 
 def _step(

@@ -69,6 +69,10 @@ class Batch(Protocol):
     """The model's own end tokens."""
     max_length: int
     """The longest sequence, prompt and generated tokens together, that can run here."""
+    causal: bool
+    """Whether no token of a prompt sees those after it."""
+    chunk: int | None
+    """Columns of one pass over padded prompts; None: each prompt is computed alone and whole."""
 
     @property
     def free(self) -> int:

@@ -65,6 +65,8 @@ class PackedBatch:
         options: PackedOptions = PackedOptions(),  # noqa: B008 (frozen)
     ) -> None:
         self.hooked, self.tables, self.rows, self.eos = hooked, tables, rows, eos
+        self.causal = True  # or prompts could not be computed in parts
+        self.chunk: int | None = 512  # of captures, which are padded
         # Captures are seated beside a full batch.
         self._request_rows = RequestRows(tables, 2 * rows)
         self.ledger = self._request_rows.ledger

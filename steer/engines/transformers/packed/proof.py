@@ -18,7 +18,7 @@ from steer.batch.ledger import Ledger
 from steer.batch.requests import Span, SteeredRequest
 from steer.batch.step import Step, build_step
 from steer.batch.tables import Tables
-from steer.engines.proof import probe_plan
+from steer.engines.proof import agree, probe_plan
 from steer.engines.transformers.packed.model import PackedModel
 from steer.engines.transformers.proof import edit_size, is_idle
 from steer.errors import Unsupported
@@ -26,9 +26,6 @@ from steer.model import HookPoint
 
 _PROMPTS = ((1, 2, 3, 4), (5, 6, 7, 8, 9, 10, 11))
 _NEXT = 12
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-_HALF_TOLERANCE = 0.1
-"""Relative to the spread of the logits; a sequence that sees another is far outside."""
 
 
 @torch.inference_mode()
@@ -55,7 +52,7 @@ def _prove_agreement(model: PackedModel) -> None:
         outputs, _ = model.hooked.forward(None, input_ids=ids, use_cache=False)
         plain = outputs.logits[0].float()
         for packed, alone in ((prompts[number], plain[-2]), (after[number], plain[-1])):
-            if not _close(packed, alone, model.dtype):
+            if not agree(packed, alone, model.dtype):
                 raise Unsupported(
                     f"{model.hooked.info.architecture} computes other logits in packed batches "
                     "than alone: choose batching='rolling'",
@@ -81,7 +78,7 @@ def _prove_edit(model: PackedModel, point: HookPoint, size: float) -> None:
     step = build_step(tables, ledger, [span], sum(map(len, _PROMPTS)))
     plain, _ = _packed_logits(model, None)
     edited, _ = _packed_logits(model, step)
-    kept = _close(edited[1], plain[1], model.dtype)
+    kept = agree(edited[1], plain[1], model.dtype)
     acted = (edited[0] - plain[0]).norm() > 10 * (edited[1] - plain[1]).norm()
     if not (acted and kept):
         raise Unsupported(
@@ -106,9 +103,3 @@ def _packed_logits(model: PackedModel, step: Step | None) -> tuple[Tensor, Tenso
     prompts = model.forward(chunks, step)
     model.accept([_NEXT] * len(_PROMPTS))
     return prompts, model.forward(model.next(), None)
-
-
-def _close(packed: Tensor, alone: Tensor, dtype: torch.dtype) -> bool:
-    spread = (alone - alone.mean()).norm()
-    tolerance = _TOLERANCE.get(dtype, _HALF_TOLERANCE)
-    return bool((packed - alone).norm() <= tolerance * spread)

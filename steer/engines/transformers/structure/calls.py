@@ -39,19 +39,28 @@ def with_first(value: Any, state: Tensor) -> Any:
 
 def given_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The hidden state among a module's arguments."""
-    if args and isinstance(args[0], Tensor):
-        return args[0]
-    value = kwargs.get("hidden_states")
-    return value if isinstance(value, Tensor) else None
+    place = _place(args, kwargs)
+    return None if place is None else args[place] if isinstance(place, int) else kwargs[place]
 
 
 def with_tensor(
     args: tuple[Any, ...], kwargs: dict[str, Any], state: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The same arguments, with `state` for the hidden state."""
+    place = _place(args, kwargs)
+    if isinstance(place, int):
+        return (*args[:place], state, *args[place + 1 :]), kwargs
+    return args, {**kwargs, str(place): state}
+
+
+def _place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str | None:
+    """Where the hidden state is: the first argument, or the one that is named for it, or else the
+    first tensor that is named."""
     if args:
-        return (state, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": state}
+        return 0 if isinstance(args[0], Tensor) else None
+    if isinstance(kwargs.get("hidden_states"), Tensor):
+        return "hidden_states"
+    return next((name for name, value in kwargs.items() if isinstance(value, Tensor)), None)
 
 
 @contextmanager
