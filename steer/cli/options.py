@@ -197,17 +197,22 @@ def _typed(name: str, field: FieldInfo, spelled: Spelled) -> tuple[Any, Any]:
     if get_origin(choices) is Literal and choices != Site:
         kind = StrEnum(name, {one: one for one in get_args(choices)})  # type: ignore[misc, no-redef]
         default = kind(default) if isinstance(default, str) else default
-    elif _reads(field) is not None or _optional_text(kind):
+    elif _reads(field) is not None:
         kind = str
         if isinstance(default, tuple):
             default = ",".join(f"{one:g}" for one in default)
+    else:
+        kind = _optional(kind) or kind
     return (kind | None if default is None else kind), default
 
 
-def _optional_text(kind: Any) -> bool:
-    """Whether a field holds a text, bounded in some way, or None."""
+def _optional(kind: Any) -> Any:
+    """The plain type of a field that holds one, bounded in some way, or None; else None."""
     inner = [one for one in get_args(kind) if one is not type(None)]
-    return len(inner) == 1 and get_origin(inner[0]) is Annotated and get_args(inner[0])[0] is str
+    if len(inner) != 1 or get_origin(inner[0]) is not Annotated:
+        return None
+    plain = get_args(inner[0])[0]
+    return plain if plain in (str, int, float) else None
 
 
 def _bounds(field: FieldInfo) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from tiny_models import build, tiny_tokenizer
 from steer.engines.base import CaptureRequest, Completion, GenerationRequest, SamplingParams
 from steer.engines.plans import plans_of
 from steer.engines.transformers.engine import TransformersEngine
-from steer.errors import EngineError, NotFinite, SteerError
+from steer.errors import EngineError, NotFinite, SteerError, Unsupported
 from steer.inspection.logit_lens import LogitLensRequest, logit_lens
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
@@ -232,18 +232,21 @@ def test_what_a_request_calls_fails_that_request_alone(llama: TransformersEngine
 
 def test_a_model_that_is_not_finite_itself_is_no_fault_of_the_client() -> None:
     model = build("llama")
-    with torch.no_grad():
-        model.lm_head.weight[5] = math.nan
-    with pytest.raises(EngineError) as caught, _unproved(model) as broken:
-        broken.complete([GenerationRequest("plain", (5, 6), SamplingParams(max_tokens=2))])
+    asked = GenerationRequest("plain", (5, 6), SamplingParams(max_tokens=2))
+    with TransformersEngine(model, None) as engine:
+        with torch.no_grad():
+            model.lm_head.weight[5] = math.nan  # after the proof, which would refuse it
+        with pytest.raises(EngineError) as caught:
+            engine.complete([asked])
     assert caught.value.code == "not_finite"
 
 
-def _unproved(model: torch.nn.Module) -> TransformersEngine:
-    """An engine whose model broke after the proof."""
-    engine = TransformersEngine(model, None)
-    engine._proved = True
-    return engine
+def test_a_model_that_is_not_finite_from_the_beginning_does_not_start() -> None:
+    model = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight[5] = math.nan
+    with pytest.raises(Unsupported, match=r"LlamaForCausalLM.*not finite"):
+        TransformersEngine(model, None)
 
 
 def test_readings_that_are_not_finite_are_refused(engine: TransformersEngine) -> None:

@@ -64,7 +64,9 @@ def make_batch(
         alone = AloneBatch(hooked, tables, caches, rows=rows, eos=eos)
         reason = difference(alone, wanted)
     if reason is not None:
-        raise unsupported(hooked.info.architecture, f"it computes {reason}")
+        raise unsupported(
+            hooked.info.architecture, f"even one sequence alone is not decoded right: {reason}"
+        )
     return alone
 
 

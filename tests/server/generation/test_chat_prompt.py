@@ -23,7 +23,8 @@ ANSWER = {"role": "assistant", "content": "fox"}
 
 def prompt(tokenizer: Any, *messages: dict[str, Any], **fields: Any) -> str:
     body = ChatRequest.model_validate({"model": "m", "messages": list(messages) or [ASK], **fields})
-    serving: Any = SimpleNamespace(engine=SimpleNamespace(tokenizer=tokenizer))
+    engine = SimpleNamespace(tokenizer=tokenizer, info=SimpleNamespace(max_length=4096))
+    serving: Any = SimpleNamespace(engine=engine)
     return str(tokenizer.decode(chat_prompt(serving, body)))
 
 
