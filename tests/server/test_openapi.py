@@ -44,7 +44,7 @@ def contract(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     settings = ServerSettings(measured_share=0, job_workers=0, job_queue=1_000_000)
     with Registry.open(tmp_path_factory.mktemp("contract")) as registry:
         app = create_app(FakeEngine(), registry, settings)
-        yield schemathesis.openapi.from_asgi("/openapi.json", app)
+        yield schemathesis.openapi.from_asgi("/openapi.json", app, base_url="http://localhost")
 
 
 @pytest.mark.parametrize("mode", GenerationMode)

@@ -674,7 +674,7 @@ def test_fields_that_ask_for_nothing_are_accepted(
 def other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     """The transformers engine's server over the same model and the same artefacts."""
     settings = ServerSettings(registry=str(tmp_path_factory.mktemp("other") / "registry"))
-    with TestClient(build(settings)) as client:
+    with TestClient(build(settings), base_url="http://localhost") as client:
         yield client
 
 

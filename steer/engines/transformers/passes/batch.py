@@ -92,7 +92,9 @@ class AttachedBatch:
             self._ledger.write(now.rows[present], now.positions[present], np.zeros(present.sum()))
         given, self._given = self._given, None
         cache = _cache_in(output) if given is None else given
-        self._cache = _nothing if cache is None else weakref.ref(cache)
+        # A cache that is a plain list (RWKV) says no length: the next pass with it is refused.
+        kept = cache is not None and not isinstance(cache, list | tuple)
+        self._cache = weakref.ref(cache) if kept else _nothing
         # A generate's own cache is gone when it returns; what it has kept is read before.
         self._held = cache if self._generation is not None else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.engines.transformers.passes.call import PassCall, bound
+from steer.engines.transformers.prompts import last_columns
 from steer.errors import EngineError, Unsupported
 
 
@@ -97,8 +98,12 @@ class PassWatch:
                 stack.callback(block.register_forward_pre_hook(self._check_in_pass).remove)
             yield
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._calls.append((module, bound(module, args, kwargs)))
+    def _enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = bound(module, args, kwargs)
+        self._calls.append((module, given))
+        return args, _all_columns_computed(given, kwargs)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.passes += 1
@@ -146,6 +151,17 @@ class PassWatch:
 
 
 Listen = Callable[[Generation], AbstractContextManager[None]]
+
+
+def _all_columns_computed(given: Mapping[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`kwargs` with the indices of the columns whose logits are kept, in place of their number:
+    from a number some models (Gemma 4) compute later blocks for those columns alone."""
+    kept = kwargs.get("logits_to_keep")
+    fed = next((x for x in map(given.get, ("input_ids", "inputs_embeds")) if x is not None), None)
+    if type(kept) is not int or kept == 0 or not isinstance(fed, Tensor):
+        return kwargs
+    columns = fed.shape[1]
+    return {**kwargs, "logits_to_keep": last_columns(min(kept, columns), columns, fed.device)}
 
 
 def _check_not_recomputed(module: nn.Module) -> None:
