@@ -21,7 +21,7 @@ VLLM_SEAMS := core/test_admission core/test_cache_keys core/test_scheduler test_
   test_server worker/test_runner_v2
 VLLM_READY := $(VLLM_VERSIONS:%=vllm-%)
 
-.PHONY: serve test check fuzz-http bench bench-vllm docs-outputs demo-model demo-eval oracles vllm \
+.PHONY: serve test check fuzz-http bench bench-vllm docs-outputs demo-model demo-eval models-page oracles vllm \
   $(VLLM_READY) clean
 
 ifeq ($(ENGINE),vllm)
@@ -60,6 +60,10 @@ bench-vllm: vllm-$(VLLM_VERSION)
 # Runs the pages whose code is run and writes what they print, and their pictures, into them.
 docs-outputs: $(READY) oracles
 	$(BIN)/python tests/support/doc_pages.py --update README.md $(wildcard docs/tutorial/*.md)
+
+# Tries every class of models that transformers has, and writes the table of docs/models.md.
+models-page: $(READY)
+	PYTHONPATH=tests/support $(BIN)/python tests/support/models/survey.py
 
 # Each step can be run alone; it reads what those before it wrote.
 demo-model: $(READY)

@@ -31,6 +31,7 @@ OF_THE_MODEL = frozenset(
         "unsupported_source",
     }
 )
+OF_THE_REGISTRY = frozenset(f"unknown_{kind}" for kind in ("vector", "sae", "low_rank", "lens"))
 OF_A_FILE = frozenset({"invalid_file", "unknown_format", "wrong_kind", "invalid_name"})
 OF_DATA = frozenset(
     {
@@ -48,7 +49,7 @@ OF_EACH_OTHER = frozenset(
 )
 """Two bounds of which one must be the smaller, two fields that need each other, and their like."""
 
-REFUSED = OF_THE_MODEL | OF_A_FILE | OF_DATA | OF_EACH_OTHER
+REFUSED = OF_THE_MODEL | OF_THE_REGISTRY | OF_A_FILE | OF_DATA | OF_EACH_OTHER
 
 
 @schemathesis.check

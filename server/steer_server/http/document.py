@@ -22,7 +22,9 @@ _NAME = "SteerError"
 _MEANINGS = {
     400: "Something is wrong with the request; `code` and `param` say what and where",
     401: "The server has a key, and the request has not",
-    404: "Something that the request names does not exist",
+    403: "The server has no key, and takes no requests of this page or for this host",
+    404: "What the address names, or the model, does not exist",
+    408: "The rest of the body did not come",
     409: "Something refers to the present state, or the name is taken",
     413: "The body, a file or what is asked for is larger than a limit",
     415: "The content type is not one that this route reads",
@@ -52,8 +54,8 @@ _ERROR = {
 }
 _RETRY = {"Retry-After": {"description": "Seconds to wait", "schema": {"type": "string"}}}
 
-_NAMES = re.compile(r"/v1/(chat/|completions|inspect/|steering/)")
-"""Requests below these name artefacts, profiles or models."""
+_NAMES = re.compile(r"/v1/(chat/|completions|responses)")
+"""Requests to these name a model; other names in a body are fields, and wrong ones are 400."""
 
 _CONFLICTS = (
     ("delete", re.compile(r"/v1/(jobs/\{|steering/)")),
@@ -61,7 +63,9 @@ _CONFLICTS = (
     ("post", re.compile(r"/v1/steering/(?!validate|profiles)|/v1/jobs/\{")),
 )
 
-_BUSY = re.compile(r"/v1/(chat/|completions|inspect/|steering/(fit|import|sweep|cal|eval))")
+_BUSY = re.compile(
+    r"/v1/(chat/|completions|responses|inspect/|steering/(fit|import|sweep|cal|eval))"
+)
 
 
 def document(app: FastAPI, *, needs_key: bool) -> dict[str, Any]:
@@ -97,7 +101,7 @@ def _complete(operation: Operation, path: str, method: str, needs_key: bool) -> 
     for status in _errors(operation, path, method):
         answers.setdefault(str(status), _answer(status))
     if path.startswith("/v1"):
-        answers["401"] = _answer(401)
+        answers |= {"401": _answer(401), "403": _answer(403)}
         operation["security"] = [{"key": []}] if needs_key else [{}, {"key": []}]
 
 
@@ -111,7 +115,7 @@ def _errors(operation: Operation, path: str, method: str) -> Iterator[int]:
     if any(method == changing and place.match(path) for changing, place in _CONFLICTS):
         yield 409
     if body:
-        yield from (413, 415)
+        yield from (408, 413, 415)
     yield 500
     if _BUSY.match(path):
         yield 503

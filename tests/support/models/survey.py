@@ -1,6 +1,6 @@
 """What Steer does with every class of transformers that generates text, found by trying it.
 
-`python tests/support/models/survey.py` writes the table of docs/models.md anew.
+`make models-page` writes the table of docs/models.md anew.
 """
 
 from __future__ import annotations

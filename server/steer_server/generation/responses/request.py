@@ -50,6 +50,30 @@ def _part(part: Any) -> Any:
     return {**rest, "type": "text"}
 
 
+class InputPart(BaseModel):
+    """A piece of text in a message; `annotations` and `logprobs` are those of an earlier answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    logprobs: list[Any] | None = None
+
+
+class InputMessage(BaseModel):
+    """An item of `input`, as clients write it; an earlier answer's `output` has the same form."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[InputPart]
+    type: Literal["message"] | None = None
+    id: str | None = None
+    status: str | None = None
+    phase: str | None = None
+
+
 class ResponsesStreamOptions(BaseModel):
     """Nothing is obfuscated here, whatever is asked."""
 
@@ -76,8 +100,12 @@ class ResponsesRequest(SamplingFields):
 
     input: Annotated[
         tuple[ChatMessage, ...],
-        BeforeValidator(_items, json_schema_input_type=str | list[dict[str, Any]]),
         Field(min_length=1, max_length=4096),
+        BeforeValidator(
+            _items,
+            json_schema_input_type=str
+            | Annotated[list[InputMessage], Field(min_length=1, max_length=4096)],
+        ),
     ]
     instructions: Unicode | None = None
     max_output_tokens: Annotated[Count, Field(ge=1)] | None = None
