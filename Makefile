@@ -21,7 +21,8 @@ VLLM_SEAMS := core/test_admission core/test_cache_keys core/test_scheduler test_
   test_server worker/test_runner_v2
 VLLM_READY := $(VLLM_VERSIONS:%=vllm-%)
 
-.PHONY: serve test check fuzz-http bench bench-vllm docs-outputs demo-model demo-eval models-page oracles vllm \
+.PHONY: serve test check fuzz-http bench bench-vllm docs-outputs demo-model demo-eval models-page \
+  oracles clients vllm \
   $(VLLM_READY) clean
 
 ifeq ($(ENGINE),vllm)
@@ -32,7 +33,7 @@ serve: $(READY)
 	$(BIN)/steer serve --model $(MODEL) --engine $(ENGINE) --port $(PORT)
 endif
 
-test: $(READY) oracles vllm
+test: $(READY) oracles clients vllm
 	bash deploy/postgres-for-tests.sh
 	$(BIN)/pytest $(PARALLEL)
 	bash tests/vllm/run.sh $(VLLM_VERSION)
@@ -58,8 +59,9 @@ bench-vllm: vllm-$(VLLM_VERSION)
 	$(VLLM_BIN)/python -m benchmarks vllm
 
 # Runs the pages whose code is run and writes what they print, and their pictures, into them.
-docs-outputs: $(READY) oracles
-	$(BIN)/python tests/support/doc_pages.py --update README.md $(wildcard docs/tutorial/*.md)
+docs-outputs: $(READY) oracles clients
+	$(BIN)/python tests/support/doc_pages.py --update README.md docs/clients.md \
+	  $(wildcard docs/tutorial/*.md)
 
 # Tries every class of models that transformers has, and writes the table of docs/models.md.
 models-page: $(READY)
@@ -91,6 +93,10 @@ $(READY): pyproject.toml
 # Peers' packages, each in an environment of its own: they are compared with, never depended on.
 oracles: $(READY)
 	bash tests/oracle/setup.sh
+
+# Clients of the server, in one environment: they are run against it, never depended on.
+clients:
+	bash tests/clients/setup.sh
 
 # Each does nothing when its environment is in place.
 vllm: $(VLLM_READY)

@@ -3,8 +3,9 @@
 A page is a session: its ```python blocks share one namespace, its ```bash blocks run in the same
 folder with the same registry, and the demo model is served at the address that the page names. The
 ```text block that follows a block at once is what it prints. A block that cannot run here has a
-comment in front of it that readers do not see, `<!-- not run: REASON -->`, and Python of another
-package `<!-- run with: ENVIRONMENT -->`: it runs alone, by that environment of `make oracles`.
+comment in front of it that readers do not see, `<!-- not run: REASON -->`, and code of another
+package `<!-- run with: ENVIRONMENT -->`: it runs alone, by that environment of `make oracles` or
+`make clients`.
 
 `--update` runs the pages and writes what was printed, and the pictures that were drawn, into them.
 """
@@ -122,7 +123,11 @@ class Session:
         if block.peer is not None:
             # Theirs alone: our packages are not on their path.
             own = {k: v for k, v in self.environment.items() if k != "PYTHONPATH"}
-            printed = self._command([_python_of(block.peer), "-c", code], block, own)
+            python = _python_of(block.peer)
+            own["PATH"] = f"{Path(python).parent}{os.pathsep}{own['PATH']}"
+            bash = ["bash", "-euo", "pipefail", "-c", code]
+            command = bash if block.language == "bash" else [python, "-c", code]
+            printed = self._command(command, block, own)
         elif block.language == "bash":
             printed = self._command(
                 ["bash", "-euo", "pipefail", "-c", code], block, self.environment
@@ -167,7 +172,7 @@ class Session:
 def _python_of(peer: str) -> str:
     folder = ROOT / ".venvs" / peer
     if not (folder / ".ready").exists():
-        raise PageFailed(f"the environment {peer!r} is missing: run `make oracles`")
+        raise PageFailed(f"the environment {peer!r} is missing: run `make oracles clients`")
     return str(folder / "bin" / "python")
 
 
@@ -228,6 +233,11 @@ def _environment(registry: Path) -> dict[str, str]:
         "NO_COLOR": "1",
         "TERM": "dumb",
         "OMP_NUM_THREADS": "1",
+        # Clients of the server ask nobody else, and keep what they write in the page's folder.
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(registry.parent / "huggingface"),
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "LLM_USER_PATH": str(registry.parent / "llm"),
     }
 
 
