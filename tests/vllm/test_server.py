@@ -450,7 +450,7 @@ def test_an_upload_steers_the_next_request_while_a_stream_runs(http: httpx.Clien
     assert http.delete("/v1/steering/vectors/noise").json()["deleted"]
     assert http.get("/v1/steering/vectors/noise").status_code == 404
     gone = http.post("/v1/chat/completions", json=body(steering=spec))
-    assert gone.status_code == 404
+    assert gone.status_code == 400
     again = http.post("/v1/steering/validate", json={"steering": spec}).json()
     assert not again["valid"]
     assert again["problems"][0]["code"] == "unknown_vector"
