@@ -79,7 +79,7 @@ def run(settings: ServerSettings, *, console: Console | None = None) -> None:
     refuse_open_door(settings, os.environ)
     if settings.engine == "vllm":
         launch(settings)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    log_requests()
     app = build(settings)
     # What has been loaded stays: looking for garbage in it would hold up every request.
     gc.collect()
@@ -88,6 +88,12 @@ def run(settings: ServerSettings, *, console: Console | None = None) -> None:
         Server(app, settings, console=console or Console()).run()
     finally:
         app.state.steer.registry.close()
+
+
+def log_requests() -> None:
+    """Lines of this server on stderr, whatever the command line has quieted."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("steer").setLevel(logging.INFO)
 
 
 def refuse_open_door(settings: ServerSettings, environment: Mapping[str, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from steer.artefacts.control_vector import ControlVector
+from steer.cli.local import quiet
 from steer.engines.fake.engine import FakeEngine, fake_model
 from steer.errors import Unsupported
 from steer.registry.registry import Registry
 from steer.spec import Where
 from steer_server.app import create_app
 from steer_server.banner import banner, example
-from steer_server.serve import build, load_engine
+from steer_server.serve import build, load_engine, log_requests
 from steer_server.settings import ServerSettings
 
 
@@ -52,6 +54,18 @@ def test_the_banner_says_where_what_and_how(app: FastAPI) -> None:
     for part in ("http://127.0.0.1:8000/v1", "fake-model", "calm, deep, joy, wide", own):
         assert part in out.getvalue()
     assert '\'{"model": "fake-model"' in example(serving, "http://x")
+
+
+def test_requests_are_logged_though_the_command_line_is_quiet() -> None:
+    own = logging.getLogger("steer")
+    before = own.level
+    try:
+        quiet()
+        assert not logging.getLogger("steer.access").isEnabledFor(logging.INFO)
+        log_requests()
+        assert logging.getLogger("steer.access").isEnabledFor(logging.INFO)
+    finally:
+        own.setLevel(before)
 
 
 def add(registry: Registry, name: str, widths: dict[int, int], **card: Any) -> None:
