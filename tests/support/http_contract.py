@@ -32,7 +32,17 @@ OF_THE_MODEL = frozenset(
     }
 )
 OF_THE_REGISTRY = frozenset(f"unknown_{kind}" for kind in ("vector", "sae", "low_rank", "lens"))
-OF_A_FILE = frozenset({"invalid_file", "unknown_format", "wrong_kind", "invalid_name"})
+OF_A_FILE = frozenset(
+    {
+        "invalid_file",
+        "empty_file",
+        "unknown_format",
+        "unknown_layout",
+        "unsupported_site",
+        "wrong_kind",
+        "invalid_name",
+    }
+)
 OF_DATA = frozenset(
     {
         "invalid_pairs",
@@ -45,7 +55,14 @@ OF_DATA = frozenset(
     }
 )
 OF_EACH_OTHER = frozenset(
-    {"invalid_value", "invalid_spec", "invalid_option", "no_heat_map", "nothing_to_compare"}
+    {
+        "gate_after_edit",
+        "invalid_value",
+        "invalid_spec",
+        "invalid_option",
+        "no_heat_map",
+        "nothing_to_compare",
+    }
 )
 """Two bounds of which one must be the smaller, two fields that need each other, and their like."""
 
