@@ -64,12 +64,17 @@ async def events(
                     yield _event(chunk)
     except Exception as error:
         # The status line is long gone: OpenAI's clients raise on an event with an error in it.
-        status, body = failure(error)
-        if status >= 500:
-            log.exception("request %s (%s) failed while streaming", run.id, request_id())
-        serving.metrics.rejects.labels(code=body["error"]["code"]).inc()
-        yield _event(body)
+        yield _event(stream_failure(serving, run, error))
     yield "data: [DONE]\n\n"
+
+
+def stream_failure(serving: Serving, run: Generation, error: Exception) -> dict[str, Any]:
+    """The body of the error that ends a stream, counted; logged where it is no request's fault."""
+    status, body = failure(error)
+    if status >= 500:
+        log.error("request %s (%s) failed while streaming", run.id, request_id(), exc_info=error)
+    serving.metrics.rejects.labels(code=body["error"]["code"]).inc()
+    return body
 
 
 async def _chunks(

@@ -19,7 +19,7 @@ _LONGEST_PATH = 200
 
 
 class AccessLog:
-    """ASGI middleware, outermost, so that refusals of every other one are seen."""
+    """ASGI middleware, in front of all that may refuse a request."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

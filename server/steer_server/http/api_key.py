@@ -31,7 +31,7 @@ class ApiKey:
                     "this server needs its API key: send it as 'Authorization: Bearer <key>'",
                     status=401,
                     code="invalid_api_key",
-                    www_authenticate="Bearer",
+                    headers={"www-authenticate": "Bearer"},
                 )
                 await response(scope, receive, send)
                 return

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from steer_server.http.openai_errors import error_response
+from steer_server.http.openai_errors import refuse
 
 _DIGITS = 20
 
@@ -54,7 +54,7 @@ class _TooLong(HTTPException):
 async def _refuse(limit: int, scope: Scope, receive: Receive, send: Send) -> None:
     # The server takes the rest of the body off the connection, and forgets it as it comes: to close
     # it in the middle of a client's sending would lose the answer.
-    response = error_response(_sentence(limit), status=413, code="request_too_large")
+    response = refuse(scope, _sentence(limit), status=413, code="request_too_large")
     await response(scope, receive, send)
 
 

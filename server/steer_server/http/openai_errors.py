@@ -53,21 +53,24 @@ def error_response(
     return Response(json.dumps(body), status, headers, media_type="application/json")
 
 
-def refuse(scope: Scope, message: str, *, status: int, code: str, **headers: str) -> Response:
+def refuse(
+    scope: Scope,
+    message: str,
+    *,
+    status: int,
+    code: str,
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
     """An error that a middleware answers, counted like those of routes."""
     note(scope, code)
-    return error_response(
-        message,
-        status=status,
-        code=code,
-        headers={name.replace("_", "-"): value for name, value in headers.items()},
-    )
+    return error_response(message, status=status, code=code, param=param, headers=headers)
 
 
 def note(scope: Scope, code: str) -> None:
     """Counts an error, and leaves its code to the access log."""
     scope.setdefault("state", {})["error_code"] = code
-    serving = getattr(scope["app"].state, "steer", None)
+    serving = getattr(scope["app"].state, "steer", None) if "app" in scope else None
     if serving is not None:
         serving.metrics.rejects.labels(code=code).inc()
 

@@ -18,7 +18,6 @@ from steer_server.http.openai_errors import refuse
 ANY = "*"
 """In place of a name: all of them."""
 
-_LOOPBACK = ("localhost",)
 _DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
 
@@ -85,7 +84,7 @@ def is_loopback(name: str) -> bool:
     name = name.strip("[]").rstrip(".").lower()
     if is_address(name):
         return ipaddress.ip_address(name).is_loopback
-    return name in _LOOPBACK or name.endswith(tuple(f".{one}" for one in _LOOPBACK))
+    return name == "localhost" or name.endswith(".localhost")
 
 
 def is_address(name: str) -> bool:

@@ -11,7 +11,7 @@ import json
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from steer_server.http.openai_errors import error_body, error_response
+from steer_server.http.openai_errors import error_body, refuse
 
 _MESSAGE = "the server is shutting down and could not finish this request: send it again"
 _CODE = "shutting_down"
@@ -42,7 +42,7 @@ class AnswerCutOff:
         except asyncio.CancelledError:
             if head is None:
                 headers = {"connection": "close", "retry-after": "1"}
-                response = error_response(_MESSAGE, status=503, code=_CODE, headers=headers)
+                response = refuse(scope, _MESSAGE, status=503, code=_CODE, headers=headers)
                 await response(scope, receive, send)
             elif dict(head["headers"]).get(b"content-type", b"").startswith(_EVENTS):
                 await send({"type": "http.response.body", "body": _last_event(scope["path"])})

@@ -20,20 +20,28 @@ from steer.errors import SteerError, TooLarge, pointer
 from steer.model import parse_layers
 from steer.registry.blobs.staging import Upload
 from steer.registry.registry import Registry
-from steer.spec import StoredName
+from steer.spec import SITES, StoredName
 
 LAYERS_FIELD = {
     "type": "string",
     "pattern": r"^\d{1,3}(-\d{1,3})?(,\d{1,3}(-\d{1,3})?)*$",
     "description": "4-6 or 4,5,6 (or [4, 5, 6])",
 }
-NAME_FIELD = TypeAdapter(StoredName).json_schema()
-OFFSET_FIELD = {"type": "integer", "minimum": -1024, "maximum": 1024}
-POSITION_FIELD = {"type": "integer", "minimum": -(1 << 20), "maximum": (1 << 20) - 1}
-MODEL_FIELD = {
-    "type": "string",
-    "description": "The model it is for; one that is not for the served model says so here",
+IMPORT_FIELDS = {
+    "name": TypeAdapter(StoredName).json_schema(),
+    "layer_offset": {"type": "integer", "minimum": -1024, "maximum": 1024},
+    "position": {"type": "integer", "minimum": -(1 << 20), "maximum": (1 << 20) - 1},
+    "site": {"type": "string", "enum": list(SITES)},
+    "experiment": {"type": "string"},
+    "strength": {"type": "number"},
+    "description": {"type": "string"},
+    "licence": {"type": "string"},
+    "model": {
+        "type": "string",
+        "description": "The model it is for; one that is not for the served model says so here",
+    },
 }
+"""What may be said of a file, beside its layers, in whatever form it comes."""
 
 MAX_FILES = 8
 MAX_FIELDS = 32

@@ -26,14 +26,10 @@ from steer.formats.sources import SOURCES
 from steer.model import bare_name, parse_layers
 from steer.registry.catalogue.tags import TAG
 from steer.registry.entry import Entry
-from steer.spec import SITES
 from steer_server.http.error_route import SteerRoute
 from steer_server.http.uploads import (
+    IMPORT_FIELDS,
     LAYERS_FIELD,
-    MODEL_FIELD,
-    NAME_FIELD,
-    OFFSET_FIELD,
-    POSITION_FIELD,
     Received,
     form_layers,
     receive,
@@ -53,17 +49,9 @@ _UPLOAD_BODY = {
                     "additionalProperties": False,
                     "properties": {
                         "file": {"type": "string", "format": "binary"},
-                        "name": NAME_FIELD,
                         "from": {"type": "string", "enum": list(SOURCES)},
-                        "layer_offset": OFFSET_FIELD,
-                        "position": POSITION_FIELD,
-                        "site": {"type": "string", "enum": list(SITES)},
-                        "experiment": {"type": "string"},
                         "layers": LAYERS_FIELD,
-                        "strength": {"type": "number"},
-                        "description": {"type": "string"},
-                        "licence": {"type": "string"},
-                        "model": MODEL_FIELD,
+                        **IMPORT_FIELDS,
                     },
                 }
             }

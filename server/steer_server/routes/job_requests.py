@@ -16,17 +16,13 @@ from steer.errors import SteerError, TooLarge
 from steer.jobs import JobKind, builtin_kinds
 from steer.jobs.kinds.importing import UPLOAD, ImportParams
 from steer.registry.jobs.job_records import Job
-from steer.spec import SITES
 from steer_server.http.content_type import require_json
 from steer_server.http.error_route import SteerRoute
 from steer_server.http.json_body import is_json, parse_json
 from steer_server.http.openai_errors import invalid_field
 from steer_server.http.uploads import (
+    IMPORT_FIELDS,
     LAYERS_FIELD,
-    MODEL_FIELD,
-    NAME_FIELD,
-    OFFSET_FIELD,
-    POSITION_FIELD,
     Received,
     form_layers,
     receive,
@@ -64,17 +60,9 @@ for _kind in builtin_kinds().values():
 
 
 _FIELDS = {
-    "name": NAME_FIELD,
     "artefact": {"enum": [row.name for row in KINDS]},
     "from": {"type": "string"},
-    "position": POSITION_FIELD,
-    "site": {"type": "string", "enum": list(SITES)},
-    "experiment": {"type": "string"},
-    "layer_offset": OFFSET_FIELD,
-    "strength": {"type": "number"},
-    "description": {"type": "string"},
-    "licence": {"type": "string"},
-    "model": MODEL_FIELD,
+    **IMPORT_FIELDS,
 }
 _IMPORT_BODY = {
     "requestBody": {

@@ -21,9 +21,12 @@ from steer_server.generation.responses.events import response_events
 from steer_server.generation.responses.request import ResponsesRequest
 from steer_server.http.content_type import require_json
 from steer_server.http.disconnect import EventStream, while_connected
+from steer_server.http.error_route import SteerRoute
 from steer_server.state import Serving, ServingDep
 
-router = APIRouter(tags=["generation"], dependencies=[Depends(require_json)])
+router = APIRouter(
+    tags=["generation"], dependencies=[Depends(require_json)], route_class=SteerRoute
+)
 
 
 @router.post("/v1/responses", responses={200: {"model": SteeredResponse}})

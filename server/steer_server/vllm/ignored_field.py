@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steer_server.http.json_body import parse_json
-from steer_server.http.openai_errors import error_response
+from steer_server.http.openai_errors import refuse
 
 _HEARD = ("/v1/chat/completions", "/v1/completions", "/v1/steering/", "/v1/inspect/")
 _SILENT = ("/render", "/derender", "/tokenize", "/detokenize", "/count_tokens")
@@ -35,7 +35,8 @@ class RefuseIgnoredField:
             messages.append(await receive())
         body = b"".join(message.get("body", b"") for message in messages)
         if _FIELD in body and await to_thread.run_sync(_asks, body):
-            response = error_response(
+            response = refuse(
+                scope,
                 f"{scope['path']} has no field 'steering': send the spec there as JSON text, "
                 "'vllm_xargs': {'steering': '{…}'}, or use /v1/chat/completions",
                 status=400,

@@ -22,8 +22,10 @@ from steer.inspection import METHODS
 from steer.jobs import builtin_kinds
 from steer.prompts import check_text_length
 from steer.spec import MAX_INTERVENTIONS, SteeringSpec
-from steer_server.app import create_app
+from steer_server.app import create_app, routers
 from steer_server.generation.request_models import ChatRequest, CompletionRequest
+from steer_server.generation.responses.request import ResponsesRequest
+from steer_server.http.error_route import SteerRoute
 from steer_server.http.json_body import MAX_CONTAINERS, MAX_DEPTH, MAX_KEYS
 from steer_server.http.shutdown import AnswerCutOff
 from steer_server.inspection_queue import InspectionQueue
@@ -40,6 +42,7 @@ BODIES = [
     SteeringSpec,
     ChatRequest,
     CompletionRequest,
+    ResponsesRequest,
     *(method.request for method in METHODS),
     *(kind.params for kind in builtin_kinds().values()),
 ]
@@ -74,6 +77,7 @@ WRONG = [
     ("/v1/chat/completions", {"steering": {"interventions": [0] * 200_000}}),
     ("/v1/chat/completions", {"messages": [0] * 200_000}),
     ("/v1/chat/completions", {"stop": [0] * 200_000}),
+    ("/v1/responses", {"input": [0] * 200_000}),
     ("/v1/completions", {"prompt": ["a", *[0] * 200_000]}),
     ("/v1/completions", {"prompt": [["a"] * 200_000]}),
     ("/v1/inspect/logit-lens", {"text": "a", "positions": [[]] * 200_000}),
@@ -123,6 +127,12 @@ def json_routes() -> list[tuple[str, str]]:
         for method, operation in methods.items()
         if "application/json" in operation.get("requestBody", {}).get("content", {})
     ]
+
+
+def test_every_route_reads_its_body_with_bounds() -> None:
+    routes = [route for router in routers() for route in router.routes]
+    assert len(routes) > 60
+    assert [route for route in routes if not isinstance(route, SteerRoute)] == []
 
 
 @pytest.mark.parametrize("kind", TEXTS)

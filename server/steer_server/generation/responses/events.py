@@ -6,7 +6,6 @@ The receipt is in the response of the last event, `response.completed` or `respo
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -25,12 +24,9 @@ from steer_server.generation.responses.body import (
     response_of,
 )
 from steer_server.generation.responses.request import ResponsesRequest
+from steer_server.generation.streaming import stream_failure
 from steer_server.generation.token_logprobs import token_logprobs
-from steer_server.http.openai_errors import failure
-from steer_server.http.request_id import request_id
 from steer_server.state import Serving
-
-log = logging.getLogger("steer.server")
 
 _TEXT = {"output_index": 0, "content_index": 0}
 
@@ -61,9 +57,7 @@ async def response_events(
                     yield event
     except Exception as error:
         # The status line is long gone. OpenAI's clients raise on the entry `error`.
-        log.exception("request %s (%s) failed while streaming", run.id, request_id())
-        _, found = failure(error)
-        serving.metrics.rejects.labels(code=found["error"]["code"]).inc()
+        found = stream_failure(serving, run, error)
         yield made.event(
             "error", **{k: found["error"][k] for k in ("code", "message", "param")}, **found
         )

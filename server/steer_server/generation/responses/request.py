@@ -100,7 +100,7 @@ class ResponsesRequest(SamplingFields):
 
     input: Annotated[
         tuple[ChatMessage, ...],
-        Field(min_length=1, max_length=4096),
+        Field(min_length=1, max_length=4096, fail_fast=True),
         BeforeValidator(
             _items,
             json_schema_input_type=str
@@ -111,7 +111,10 @@ class ResponsesRequest(SamplingFields):
     max_output_tokens: Annotated[Count, Field(ge=1)] | None = None
     top_logprobs: Annotated[Count, Field(ge=0, le=20)] | None = None
     # There is no reasoning here whose hidden form could be included.
-    include: tuple[Literal["message.output_text.logprobs", "reasoning.encrypted_content"], ...] = ()
+    include: Annotated[
+        tuple[Literal["message.output_text.logprobs", "reasoning.encrypted_content"], ...],
+        Field(max_length=64),
+    ] = ()
     text: TextConfig | None = None
     stream_options: ResponsesStreamOptions | None = None
     previous_response_id: str | None = None
