@@ -228,11 +228,10 @@ def _show_table(heat: HeatMap) -> None:
 
 
 def _prompt(bench: Bench, prompt: str, plain: bool) -> dict[str, Any]:
-    from steer.prompts import has_chat_template
+    from steer.prompts import as_chat
 
-    if plain or not has_chat_template(bench.engine.tokenizer):
-        return {"text": prompt}
-    return {"messages": [{"role": "user", "content": prompt}]}
+    asked = prompt if plain else as_chat(bench.engine.tokenizer, prompt)
+    return {"text" if isinstance(asked, str) else "messages": asked}
 
 
 def _steering(spec: Path | None) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +16,7 @@ from steer.artefacts.kinds import NAMED
 from steer.cli.fit.saving import file_errors
 from steer.cli.local import RegistryOption, open_registry
 from steer.cli.names import KindOption
+from steer.cli.options import command, keyword
 from steer.cli.reporting import err, nothing_yet, out, table_out
 from steer.errors import FileFormatError, SteerError
 from steer.model import parse_layers
@@ -56,9 +59,26 @@ SiteOption = Annotated[
 ExperimentOption = Annotated[
     str | None, typer.Option(help="Which experiment of a capping configuration.")
 ]
+READING = (
+    keyword("layers", LayersOption, None),
+    keyword("layer_offset", OffsetOption, None),
+    keyword("source", SourceOption, None),
+    keyword("position", PositionOption, None),
+    keyword("site", SiteOption, None),
+    keyword("experiment", ExperimentOption, None),
+)
+"""What may be said of how a foreign file is read; the names are those of `ImportOptions`."""
+
 StrengthOption = Annotated[float | None, typer.Option(help="The default strength.")]
 DescriptionOption = Annotated[str | None, typer.Option(help="A sentence for the card.")]
 LicenceOption = Annotated[str | None, typer.Option(help="The licence for the card.")]
+CARD = (
+    keyword("strength", StrengthOption, None),
+    keyword("description", DescriptionOption, None),
+    keyword("licence", LicenceOption, None),
+)
+NAME = keyword("name", NameOption, None)
+REGISTRY = keyword("registry", RegistryOption, None)
 
 
 @app.command("list")
@@ -101,121 +121,113 @@ def list_vectors(
         nothing_yet(NAMED[kind].plural, f"steer vectors add{option}")
 
 
-@app.command("add")
-def add(
-    file: Annotated[Path, typer.Argument(help="safetensors, GGUF, .npz, .svec or .pt.")],
-    name: NameOption = None,
-    layers: LayersOption = None,
-    layer_offset: OffsetOption = None,
-    source: SourceOption = None,
-    position: PositionOption = None,
-    site: SiteOption = None,
-    experiment: ExperimentOption = None,
-    strength: StrengthOption = None,
-    description: DescriptionOption = None,
-    licence: LicenceOption = None,
-    kind: KindOption = "vector",
-    registry: RegistryOption = None,
-) -> None:
-    """Register the vector in a file; the same content again changes nothing."""
-    options = _options(
-        layers,
-        layer_offset=layer_offset,
-        source=source,
-        position=position,
-        site=site,
-        experiment=experiment,
-        strength=strength,
-        description=description,
-        licence=licence,
-    )
-    with open_registry(registry) as library:
-        entry, created = library.import_file(file, kind=kind, name=name, options=options)
+FileArgument = Annotated[Path, typer.Argument(help="safetensors, GGUF, .npz, .svec or .pt.")]
+
+
+def _add(values: dict[str, Any]) -> None:
+    options = _options(values, *READING, *CARD)
+    with open_registry(values["registry"]) as library:
+        entry, created = library.import_file(
+            values["file"], kind=values["kind"], name=values["name"], options=options
+        )
     _show_added(entry, created)
 
 
-@app.command("import")
-def import_(
-    place: Annotated[
-        str,
-        typer.Argument(
-            metavar="SOURCE",
-            help="A file, a folder, or hf://organisation/repository/path@revision.",
+app.command("add")(
+    command(
+        _add,
+        (
+            keyword("file", FileArgument),
+            NAME,
+            *READING,
+            *CARD,
+            keyword("kind", KindOption, "vector"),
+            REGISTRY,
         ),
-    ],
-    name: NameOption = None,
-    layers: LayersOption = None,
-    layer_offset: OffsetOption = None,
-    source: SourceOption = None,
-    position: PositionOption = None,
-    site: SiteOption = None,
-    experiment: ExperimentOption = None,
-    strength: StrengthOption = None,
-    description: DescriptionOption = None,
-    licence: LicenceOption = None,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="Take what is on the hub from the local cache only.")
-    ] = False,
-    max_hub_mib: Annotated[
-        int, typer.Option(min=1, help="The most that is downloaded from the hub, in MiB.")
-    ] = 512,
-    registry: RegistryOption = None,
-) -> None:
-    """Register a vector, adapter, SAE or tuned lens from a file, a folder or the hub."""
-    options = _options(
-        layers,
-        layer_offset=layer_offset,
-        source=source,
-        position=position,
-        site=site,
-        experiment=experiment,
-        strength=strength,
-        description=description,
-        licence=licence,
+        summary="Register the vector in a file; the same content again changes nothing.",
     )
-    path, name, origin = _located(place, name, offline, max_hub_mib << 20)
-    options = replace(options, origin=origin)
-    with open_registry(registry) as library:
-        entry, created = library.import_file(path, name=name, options=options)
+)
+
+
+PlaceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE", help="A file, a folder, or hf://organisation/repository/path@revision."
+    ),
+]
+OfflineOption = Annotated[
+    bool, typer.Option("--offline", help="Take what is on the hub from the local cache only.")
+]
+MostOption = Annotated[
+    int, typer.Option(min=1, help="The most that is downloaded from the hub, in MiB.")
+]
+
+
+def _import(values: dict[str, Any]) -> None:
+    options = _options(values, *READING, *CARD)
+    path, name, origin = _located(
+        values["place"], values["name"], values["offline"], values["max_hub_mib"] << 20
+    )
+    with open_registry(values["registry"]) as library:
+        entry, created = library.import_file(
+            path, name=name, options=replace(options, origin=origin)
+        )
     _show_added(entry, created)
 
 
-@app.command("convert")
-def convert(
-    file: Annotated[
-        Path, typer.Argument(help="A pickle: of steering-vectors, or of tensors and NumPy arrays.")
-    ],
-    output: Annotated[
-        Path | None, typer.Option("--out", "-o", help="By default FILE with .safetensors.")
-    ] = None,
-    layers: LayersOption = None,
-    layer_offset: OffsetOption = None,
-    source: SourceOption = None,
-    position: PositionOption = None,
-    site: SiteOption = None,
-    experiment: ExperimentOption = None,
-) -> None:
-    """Turn a pickled vector, or NumPy arrays in a .pt file, into safetensors without unpickling."""
+app.command("import")(
+    command(
+        _import,
+        (
+            keyword("place", PlaceArgument),
+            NAME,
+            *READING,
+            *CARD,
+            keyword("offline", OfflineOption, False),
+            keyword("max_hub_mib", MostOption, 512),
+            REGISTRY,
+        ),
+        summary="Register a vector, adapter, SAE or tuned lens from a file, a folder or the hub.",
+    )
+)
+
+
+PickleArgument = Annotated[
+    Path, typer.Argument(help="A pickle: of steering-vectors, or of tensors and NumPy arrays.")
+]
+OutputOption = Annotated[
+    Path | None, typer.Option("--out", "-o", help="By default FILE with .safetensors.")
+]
+
+
+def _convert(values: dict[str, Any]) -> None:
     from steer.cli.fit.saving import write_file
     from steer.formats.vectors.pickles import convert_pickle
 
+    file: Path = values["file"]
     if not file.is_file():
         raise FileFormatError(f"there is no file {str(file)!r}", code="no_such_file")
-    options = _options(
-        layers,
-        layer_offset=layer_offset,
-        source=source,
-        position=position,
-        site=site,
-        experiment=experiment,
-    )
-    vector = convert_pickle(file, options)
-    path = output or file.with_suffix(".safetensors")
+    vector = convert_pickle(file, _options(values, *READING))
+    path = values["output"] or file.with_suffix(".safetensors")
     write_file(path, vector.to_bytes())
     out().print(
         f"wrote {path}: {vector.card.site}, layers {', '.join(map(str, vector.card.layers))}",
         highlight=False,
     )
+
+
+app.command("convert")(
+    command(
+        _convert,
+        (
+            keyword("file", PickleArgument),
+            keyword("output", OutputOption, None),
+            *READING,
+        ),
+        summary="Turn a pickled vector, or NumPy arrays in a .pt file, into safetensors without "
+        "unpickling.",
+    )
+)
 
 
 @app.command("show")
@@ -311,10 +323,14 @@ def _exported(
         return export_vector(vector, path, format)
 
 
-def _options(layers: str | None, **given: Any) -> ImportOptions:
+def _options(values: Mapping[str, Any], *said: Parameter) -> ImportOptions:
+    """What the options `said` say of a file. Raises `SteerError`."""
     from steer.formats.options import ImportOptions
 
-    return ImportOptions(layers=None if layers is None else parse_layers(layers), **given)
+    given = {one.name: values[one.name] for one in said}
+    if given["layers"] is not None:
+        given["layers"] = parse_layers(given["layers"])
+    return ImportOptions(**given)
 
 
 def _located(

@@ -18,7 +18,7 @@ from steer.engines.base import CaptureRequest, Engine
 from steer.errors import SteerError
 from steer.fit.data.prompt import POSITION_NAMES, Positions, Prompt, read_positions, render
 from steer.model import HookPoint
-from steer.prompts import Marked, chat_words, check_text_length
+from steer.prompts import Marked, check_text_length
 from steer.spec import Site
 
 Progress: TypeAlias = Callable[[int], None]
@@ -105,8 +105,7 @@ def read_tokens(
 def prompt_tokens(engine: Engine, prompt: Prompt) -> list[int]:
     """`prompt` as tokens that fit the model's context; raises `SteerError`."""
     asked = prompt.prompt if isinstance(prompt, Marked) else prompt
-    said = asked if isinstance(asked, str) else chat_words(asked)
-    check_text_length(engine.tokenizer, said, engine.info.max_length, param=None)
+    check_text_length(engine.tokenizer, asked, engine.info.max_length, param=None)
     tokens = render(engine.tokenizer, prompt)
     check_length(engine, tokens, prompt)
     return tokens

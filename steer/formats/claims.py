@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from steer.artefacts.sae.hook_names import parse_hook_name
-from steer.errors import FileFormatError
+from steer.errors import FileFormatError, quoted
 from steer.formats.options import ImportOptions
 from steer.spec import SITES, Site
 
@@ -165,10 +165,9 @@ def check_claims(about: Mapping[str, Any], options: ImportOptions) -> Site | Non
 
 def unhonoured(key: str, value: Any, why: str, remedy: str) -> FileFormatError:
     """The error for what a file says and Steer would not do."""
-    shown = reprlib.repr(value) if not isinstance(value, str) else repr(value)
-    shown = shown if len(shown) <= _SHOWN else shown[: _SHOWN - 1] + "…"
     return FileFormatError(
-        f"the file says {key[:_SHOWN]!r}: {shown}, {why}: {remedy}", code="unhonoured_metadata"
+        f"the file says {key[:_SHOWN]!r}: {quoted(value, _SHOWN)}, {why}: {remedy}",
+        code="unhonoured_metadata",
     )
 
 

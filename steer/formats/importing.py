@@ -62,13 +62,7 @@ def _read_folder(folder: Path, options: ImportOptions) -> Artefact:
 def _read_safetensors(path: Path, options: ImportOptions) -> Artefact:
     file = SafetensorsFile.open(path)
     if is_canonical(file):
-        if options.offset("safetensors") or options.site is not None:
-            raise SteerError(
-                "the file's own card says which layers and site it has: leave out 'layer_offset' "
-                "and 'site'",
-                code="invalid_option",
-                param="/layer_offset",
-            )
+        options.refuse_placement("safetensors", "the file's own card")
         return _described(read_canonical(file), options)
     if is_loreft(file):
         return _described(read_loreft(file, options), options)

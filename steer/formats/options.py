@@ -96,6 +96,16 @@ class ImportOptions:
                 code="invalid_option",
             )
 
+    def refuse_placement(self, format: str, told_by: str) -> None:
+        """Raises where the sender places rows of which the file says itself where they belong."""
+        if self.offset(format) or self.site is not None:
+            raise SteerError(
+                f"{told_by} says which layers and site it has: leave out 'layer_offset', 'from' "
+                "and 'site'",
+                code="invalid_option",
+                param="/layer_offset",
+            )
+
     def writer(self, format: str) -> Source | None:
         """The writer that `source` names; raises if it does not write `format`."""
         if self.source is None:

@@ -31,7 +31,7 @@ from steer.prompts.forms import (
     prompt_of,
 )
 from steer.prompts.labels import openai_token, token_texts
-from steer.prompts.length import chat_words, check_text_length
+from steer.prompts.length import check_text_length
 from steer.prompts.places import EncodedPrompt, PromptReader, encode_prompt
 from steer.prompts.rendering import render
 from steer.prompts.tokens import (
@@ -58,7 +58,6 @@ __all__ = [
     "answer_text",
     "as_chat",
     "chat_tokens",
-    "chat_words",
     "check_text_length",
     "encode_prompt",
     "end_tokens",

@@ -9,7 +9,7 @@ Face's read `<|im_end|>` in it as the control token, Mistral's as text.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -136,13 +136,17 @@ def check_variables(tokenizer: Any, variables: Mapping[str, Any], *, param: str)
     known = template_variables(tokenizer)
     for name in variables:
         if name not in known:
-            reads = ", ".join(map(repr, sorted(known))) or "no variable at all"
             raise Unsupported(
-                f"the model's chat template does not read {name!r} (it reads {reads}), so that it "
-                "would change nothing: leave it out",
+                f"the model's chat template does not read {name!r} (it reads "
+                f"{variables_told(known)}), so that it would change nothing: leave it out",
                 param=param + pointer(name),
                 code="unsupported_parameter",
             )
+
+
+def variables_told(known: Collection[str]) -> str:
+    """The variables that a template reads, as errors name them."""
+    return ", ".join(map(repr, sorted(known))) or "no variable at all"
 
 
 _GIVEN = {"messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now"}.union(

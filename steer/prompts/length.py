@@ -6,10 +6,10 @@ for a context of a few hundred tokens must not be read to their end to be refuse
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 from steer.errors import SteerError
+from steer.prompts.forms import Messages
 
 _CHARACTERS = 8
 """Characters for each token of the context that are tokenised without a look: more than the tokens
@@ -18,13 +18,17 @@ of any language have in the mean."""
 _GROWTH = 4
 
 
-def check_text_length(tokenizer: Any, text: str, max_length: int, *, param: str | None) -> None:
-    """Raises `SteerError` (`context_length_exceeded`) for a text far over `max_length` tokens.
+def check_text_length(
+    tokenizer: Any, asked: str | Messages, max_length: int, *, param: str | None
+) -> None:
+    """Raises `SteerError` (`context_length_exceeded`) for a text, or a chat, far over `max_length`
+    tokens. Of a chat what its turns say is looked at, without what its template adds.
 
     Longer and longer beginnings are tokenised, until one has more than twice as many tokens. So no
     text is refused that fits, however its tokenizer shortens it (runs of spaces to one token, say),
     and the work has a bound; between one and two times, the tokens themselves are counted later.
     """
+    text = asked if isinstance(asked, str) else "\n".join(str(turn["content"]) for turn in asked)
     size = _CHARACTERS * max_length
     while size < len(text):
         tokens = len(tokenizer.encode(text[:size], add_special_tokens=False))
@@ -36,8 +40,3 @@ def check_text_length(tokenizer: Any, text: str, max_length: int, *, param: str 
                 code="context_length_exceeded",
             )
         size *= _GROWTH
-
-
-def chat_words(messages: Iterable[Mapping[str, Any]]) -> str:
-    """What the turns of a chat say, without what its template adds: a lower bound of its text."""
-    return "\n".join(str(turn["content"]) for turn in messages)

@@ -12,7 +12,7 @@ from steer.model import ModelInfo
 from steer.prompts.chat import ChatForm, check_variables, read_chat
 from steer.prompts.forms import Place, PromptInput
 from steer.prompts.labels import token_texts
-from steer.prompts.length import chat_words, check_text_length
+from steer.prompts.length import check_text_length
 from steer.prompts.spans import Span, token_spans, tokens_within
 from steer.prompts.tokens import text_tokens
 
@@ -123,16 +123,17 @@ def encode_prompt(reader: PromptReader, given: PromptInput, *, at: str = "") -> 
     read, ids outside the vocabulary and prompts longer than the context.
     """
     tokenizer, info, text = reader.tokenizer, reader.info, given.text
-    _check_length(reader, given, at)
     if given.tokens is not None:
         _check_ids(given.tokens, info.vocab_size, at)
         ids = given.tokens
     elif text is not None:
+        check_text_length(tokenizer, text, info.max_length, param=at + "/text")
         ids = tuple(text_tokens(tokenizer, text))
     else:
         turns = [turn.model_dump() for turn in given.messages or ()]
         variables = given.chat_template_kwargs or {}
         check_variables(tokenizer, variables, param=at + "/chat_template_kwargs")
+        check_text_length(tokenizer, turns, info.max_length, param=at + "/messages")
         form = ChatForm(open_answer=given.add_generation_prompt, variables=variables)
         read, text = read_chat(tokenizer, turns, form, param=at + "/messages")
         ids = tuple(read)
@@ -146,18 +147,6 @@ def encode_prompt(reader: PromptReader, given: PromptInput, *, at: str = "") -> 
             code="context_length_exceeded" if ids else "empty_prompt",
         )
     return EncodedPrompt(ids, text, tokenizer)
-
-
-def _check_length(reader: PromptReader, given: PromptInput, at: str) -> None:
-    """Refuses a text that is far too long before it is tokenised."""
-    if given.tokens is not None:
-        return
-    chat = given.messages is not None
-    said = chat_words(turn.model_dump() for turn in given.messages or ()) if chat else given.text
-    form = "messages" if chat else "text"
-    check_text_length(
-        reader.tokenizer, said or "", reader.info.max_length, param=at + pointer(form)
-    )
 
 
 def _check_ids(ids: Sequence[int], vocab_size: int, at: str) -> None:

@@ -28,6 +28,13 @@ class Location:
     catalogue: str
 
     @property
+    def own_catalogue(self) -> Path | None:
+        """The catalogue's file where it is the folder's own; None where it is elsewhere."""
+        if self.folder is None or self.catalogue != _own_catalogue(self.folder):
+            return None
+        return self.folder / CATALOGUE_FILE
+
+    @property
     def work(self) -> Path:
         """A folder on this machine for files that are being received."""
         return self.folder if self.folder is not None else cache_folder()
@@ -54,7 +61,11 @@ def locate(location: str | Path, catalogue: str | None = None) -> Location:
             "file, where one machine alone uses it), or name a local folder as the registry",
             code="unsupported_location",
         )
-    return Location(root, folder, f"sqlite:///{folder / CATALOGUE_FILE}")
+    return Location(root, folder, _own_catalogue(folder))
+
+
+def _own_catalogue(folder: Path) -> str:
+    return f"sqlite:///{folder / CATALOGUE_FILE}"
 
 
 def local_folder(location: str) -> Path | None:

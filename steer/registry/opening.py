@@ -110,8 +110,8 @@ def open_database(url: str) -> Database:
 
 
 def _refuse_lost_catalogue(location: Location, blobs: BlobStore) -> None:
-    own = location.folder and location.folder / CATALOGUE_FILE
-    if own is None or location.catalogue != f"sqlite:///{own}" or own.exists():
+    own = location.own_catalogue
+    if own is None or own.exists():
         return
     if next(blobs.names(), None) is not None:
         # Every blob would look like an orphan and be deleted.
@@ -131,16 +131,11 @@ def _check_identity(location: Location, catalogue: Catalogue, blobs: BlobStore) 
     if found is None:
         # Made by a Steer before there were markers, or new.
         has_blobs = next(blobs.names(), None) is not None
-        if has_blobs and not _has_rows(catalogue) and not _is_own_file(location):
+        if has_blobs and not _has_rows(catalogue) and location.own_catalogue is None:
             raise _wrong_catalogue(location)
         _mark(location, identity)
     elif found != identity:
         raise _wrong_catalogue(location)
-
-
-def _is_own_file(location: Location) -> bool:
-    folder = location.folder
-    return folder is not None and location.catalogue == f"sqlite:///{folder / CATALOGUE_FILE}"
 
 
 def _has_rows(catalogue: Catalogue) -> bool:

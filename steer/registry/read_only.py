@@ -24,10 +24,8 @@ _LOG = "-wal"
 
 def is_read_only(location: Location) -> bool:
     """Whether `location` is a registry with a catalogue of its own that nobody can write here."""
-    folder = location.folder
-    if folder is None or location.catalogue != f"sqlite:///{folder / CATALOGUE_FILE}":
-        return False
-    return (folder / CATALOGUE_FILE).is_file() and not os.access(folder, os.W_OK)
+    own = location.own_catalogue
+    return own is not None and own.is_file() and not os.access(own.parent, os.W_OK)
 
 
 def open_read_only(location: Location) -> Parts:

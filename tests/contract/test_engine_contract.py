@@ -137,7 +137,7 @@ def assert_all_free(engine: TransformersEngine) -> None:
     engine._scheduler.run(lambda: None)  # the pass that gave the last token is over
     stats = engine.stats()
     assert (stats.slots_in_use, stats.requests_running, stats.requests_waiting) == (0, 0, 0)
-    free = engine._batch._request_rows._free
+    free = engine._batch._free_rows
     assert sorted(free) == list(range(len(free)))
     assert engine._batch.sequences == []
     assert engine._scheduler._tickets == {}

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from steer.errors import SpecError, Unsupported
-from steer.prompts import ChatForm, chat_words, check_text_length, part_tokens, text_tokens
-from steer.prompts.chat import check_variables, read_chat, template_variables
+from steer.prompts import ChatForm, chat_tokens, check_text_length, part_tokens, text_tokens
+from steer.prompts.chat import check_variables, read_chat, template_variables, variables_told
 from steer_server.generation.request_models import ChatRequest
 from steer_server.state import Serving
 
@@ -22,12 +22,11 @@ def chat_prompt(serving: Serving, body: ChatRequest) -> list[int]:
     """
     tokenizer = serving.engine.tokenizer
     turns = [turn.model_dump() for turn in body.messages]
-    check_text_length(
-        tokenizer, chat_words(turns), serving.engine.info.max_length, param="/messages"
-    )
-    ids, text = read_chat(tokenizer, turns, _form(tokenizer, body), param="/messages")
+    check_text_length(tokenizer, turns, serving.engine.info.max_length, param="/messages")
+    form = _form(tokenizer, body)
     if not body.add_special_tokens:
-        return ids
+        return chat_tokens(tokenizer, turns, form, param="/messages")
+    ids, text = read_chat(tokenizer, turns, form, param="/messages")
     if part_tokens(tokenizer, text) != ids:
         raise Unsupported(
             "this model's tokenizer writes the special tokens of a chat itself: leave "
@@ -75,10 +74,10 @@ def _variables(tokenizer: Any, body: ChatRequest) -> dict[str, Any]:
     asked = {"reasoning_effort": effort, "enable_thinking": effort != "none"}
     heard = {name: value for name, value in asked.items() if name in known}
     if not heard:
-        reads = ", ".join(map(repr, sorted(known))) or "no variable at all"
         raise Unsupported(
-            f"'reasoning_effort' would change nothing: the model's chat template reads {reads}; "
-            "leave it out, or set a variable that it reads in 'chat_template_kwargs'",
+            "'reasoning_effort' would change nothing: the model's chat template reads "
+            f"{variables_told(known)}; leave it out, or set a variable that it reads in "
+            "'chat_template_kwargs'",
             param="/reasoning_effort",
             code="unsupported_parameter",
         )

@@ -6,7 +6,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Depends, Request, Response
 from starlette.responses import JSONResponse
 
-from steer.prompts import chat_tokens, chat_words, check_text_length
+from steer.prompts import chat_tokens, check_text_length
 from steer_server.generation.added_fields import added_fields
 from steer_server.generation.generation import Answer, Generation, answers, prepare
 from steer_server.generation.responses.body import (
@@ -41,11 +41,9 @@ async def create_response(
 
 
 def _prepared(serving: Serving, body: ResponsesRequest) -> Generation:
-    engine = serving.engine
-    check_text_length(
-        engine.tokenizer, chat_words(body.turns), engine.info.max_length, param="/input"
-    )
-    prompt = tuple(chat_tokens(engine.tokenizer, body.turns, param="/input"))
+    engine, turns = serving.engine, body.turns
+    check_text_length(engine.tokenizer, turns, engine.info.max_length, param="/input")
+    prompt = tuple(chat_tokens(engine.tokenizer, turns, param="/input"))
     return prepare(serving, body, [prompt], prefix="resp_", at="/input")
 
 

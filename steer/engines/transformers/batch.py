@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steer.batch.requests import Span, SteeredRequest
+from steer.batch.requests import Span
 from steer.batch.step import Step, build_step
 from steer.batch.tables import Tables
-from steer.engines.base import GenerationRequest
 from steer.engines.listeners import Item
 from steer.engines.transformers.cache import RollingCache
 from steer.engines.transformers.hooks import HookedModel
@@ -30,7 +29,7 @@ from steer.engines.transformers.sequences import (
 )
 
 
-class RollingBatch:
+class RollingBatch(RequestRows):
     """Assumes: one thread.
 
     Guarantees: a sequence's tokens do not depend on its neighbours; slots and ledger rows are
@@ -47,31 +46,14 @@ class RollingBatch:
         prefill_tokens: int = 4096,
         chunk: int = 512,
     ) -> None:
-        self.hooked, self.tables, self.rows = hooked, tables, rows
-        self.eos, self._prefill_tokens = eos, prefill_tokens
+        super().__init__(hooked, tables, rows=rows, eos=eos)
+        self._prefill_tokens = prefill_tokens
         self.causal = True  # or prompts could not be computed in parts
         self.chunk: int | None = chunk
         self.max_length = hooked.info.max_length
-        # Captures are seated beside a full batch.
-        self._request_rows = RequestRows(tables, 2 * rows)
-        self.ledger = self._request_rows.ledger
-        self.sequences: list[BatchSequence] = []
         self._cache = RollingCache(hooked.device)
         self._carried: Step | None = None
         self._carried_known = False
-
-    @property
-    def free(self) -> int:
-        """Places left for new sequences."""
-        return self.rows - len(self.sequences)
-
-    def take(self, request: GenerationRequest) -> SteeredRequest:
-        """Takes a slot and a ledger row; raises `CapacityError` when all slots are in use."""
-        return self._request_rows.take(request)
-
-    def give_back(self, steered: SteeredRequest) -> None:
-        """Gives back what `take` took."""
-        self._request_rows.give_back(steered)
 
     def join(self, newcomers: Sequence[BatchSequence]) -> list[tuple[BatchSequence, Item]]:
         """Computes the prompts, samples their first tokens and adds the sequences to the batch.

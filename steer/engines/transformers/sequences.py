@@ -104,24 +104,34 @@ class Batch(Protocol):
 
 
 class RequestRows:
-    """Slots and ledger rows, for at most `rows` steered at a time."""
+    """What every form of `Batch` has: places for `rows` sequences, and for as many captures beside
+    a full batch, each with a slot and a ledger row."""
 
-    def __init__(self, tables: Tables, rows: int) -> None:
-        self._tables = tables
-        self.ledger = Ledger(rows, tables.device)
-        self._free = list(range(rows - 1, -1, -1))
+    def __init__(
+        self, hooked: HookedModel, tables: Tables, *, rows: int, eos: frozenset[int]
+    ) -> None:
+        self.hooked, self.tables, self.rows, self.eos = hooked, tables, rows, eos
+        self.sequences: list[BatchSequence] = []
+        self.ledger = Ledger(2 * rows, tables.device)
+        self._free_rows = list(range(2 * rows - 1, -1, -1))
+
+    @property
+    def free(self) -> int:
+        """Places left for new sequences."""
+        return self.rows - len(self.sequences)
 
     def take(self, request: GenerationRequest) -> SteeredRequest:
-        """A steered for `request`; raises `CapacityError` when all slots are in use."""
-        slot = 0 if request.plan is None else self._tables.acquire(request.plan)
-        row = self._free.pop()
+        """Takes a slot and a ledger row; raises `CapacityError` when all slots are in use."""
+        slot = 0 if request.plan is None else self.tables.acquire(request.plan)
+        row = self._free_rows.pop()
         self.ledger.reset(row)
         return SteeredRequest(row, len(request.prompt), request.plan, slot, request.measure)
 
     def give_back(self, steered: SteeredRequest) -> None:
+        """Gives back what `take` took."""
         if steered.plan is not None:
-            self._tables.release(steered.plan)
-        self._free.append(steered.row)
+            self.tables.release(steered.plan)
+        self._free_rows.append(steered.row)
 
 
 def take_tokens(

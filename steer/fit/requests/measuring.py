@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    model_validator,
+)
 
 from steer.fit.requests.fields import (
     MAX_ITEMS,
@@ -61,7 +69,7 @@ class MeasureRequest(BaseModel):
         ),
     ]
     plain: Annotated[
-        bool,
+        StrictBool,
         Field(
             description="Continue texts as they are; else a model with a chat template is asked "
             "them as a user's messages."

@@ -9,7 +9,6 @@ tokens it was trained no file of pyreft says.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.errors import FileFormatError, SteerError
 from steer.formats.claims import check_claims, site_named, unhonoured
+from steer.formats.guards.json_objects import read_json_object
 from steer.formats.guards.torch import load_tensors
 from steer.formats.options import ImportOptions
 from steer.formats.placement import NamedRow, file_hash, placed
@@ -105,18 +105,8 @@ def _files(folder: Path) -> dict[int, _File]:
 def _config(folder: Path) -> dict[str, Any]:
     """The configuration, empty where there is none."""
     for name in CONFIGS:
-        path = folder / name
-        if not path.is_file():
-            continue
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise FileFormatError(f"{name} is larger than {MAX_CONFIG_BYTES} bytes")
-        try:
-            config = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise FileFormatError(f"{name} is not JSON: {str(error)[:200]}") from None
-        if not isinstance(config, dict):
-            raise FileFormatError(f"{name} does not hold an object")
-        return config
+        if (folder / name).is_file():
+            return read_json_object(folder / name, MAX_CONFIG_BYTES)
     return {}
 
 

@@ -6,7 +6,6 @@ the input of block N (for N = 0 the embeddings), not its output: off by one for 
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from steer.artefacts.lens import Lens
 from steer.errors import FileFormatError
 from steer.formats.claims import check_claims
+from steer.formats.guards.json_objects import read_json_object
 from steer.formats.guards.torch import load_tensors
 from steer.formats.options import ImportOptions
 from steer.formats.placement import file_hash
@@ -28,7 +28,7 @@ _KEY = re.compile(r"(0|[1-9]\d{0,3})\.(weight|bias)")
 
 def read_tuned_lens(folder: Path, options: ImportOptions) -> Lens:
     """The lens in a folder that the tuned-lens package saved. Raises `FileFormatError`."""
-    config = _config(folder / CONFIG)
+    config = read_json_object(folder / CONFIG, MAX_CONFIG_BYTES)
     check_claims(config, options)
     kind = config.get("lens_type", "linear_tuned_lens")
     if kind != "linear_tuned_lens":
@@ -89,18 +89,6 @@ def _check_sizes(config: dict[str, Any], lens: Lens) -> None:
                 f"{CONFIG} says {key} {str(config[key])[:60]}, {PARAMETERS} has {real}",
                 code="invalid_card",
             )
-
-
-def _config(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise FileFormatError(f"{CONFIG} is larger than {MAX_CONFIG_BYTES} bytes")
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{CONFIG} is not JSON: {str(error)[:200]}") from None
-    if not isinstance(config, dict):
-        raise FileFormatError(f"{CONFIG} does not hold an object")
-    return config
 
 
 def _text(config: dict[str, Any], key: str) -> str | None:

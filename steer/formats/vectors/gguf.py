@@ -177,13 +177,7 @@ def _is_short(value: Any) -> bool:
 
 
 def _with_card(rows: dict[int, Tensor], text: str, options: ImportOptions) -> ControlVector:
-    if options.offset("gguf") or options.site is not None:
-        raise SteerError(
-            "the file's own card says which layers and site it has: leave out 'layer_offset', "
-            "'from' and 'site'",
-            code="invalid_option",
-            param="/layer_offset",
-        )
+    options.refuse_placement("gguf", "the file's own card")
     try:
         about = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from steer.artefacts.control_vector import ControlVector
-from steer.errors import FileFormatError, SteerError, Unsupported
+from steer.errors import FileFormatError, Unsupported
 from steer.formats.guards.pickled_files import load_pickle
 from steer.formats.guards.pickled_tensors import Instance
 from steer.formats.options import ImportOptions
@@ -43,13 +43,7 @@ def convert_pickle(path: Path, options: ImportOptions) -> ControlVector:
         return ControlVector(vector.directions, options.described(vector.card))
     if set(found.state) != {"layer_activations", "layer_type"}:
         raise FileFormatError("the file's SteeringVector is not as the package writes it")
-    if options.offset("pickle") or options.site is not None:
-        raise SteerError(
-            "a SteeringVector itself says which layers and site it has: leave out 'layer_offset', "
-            "'from' and 'site'",
-            code="invalid_option",
-            param="/layer_offset",
-        )
+    options.refuse_placement("pickle", "a SteeringVector itself")
     site = _site(found.state["layer_type"])
     rows = _rows(found.state["layer_activations"])
     tool = origin(path, "pickle", 0, rows, "steering-vectors")

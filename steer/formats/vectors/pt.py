@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from steer.artefacts.control_vector import ControlVector
 from steer.errors import FileFormatError, SteerError
 from steer.formats.arrays import layer_beside, vector_of_arrays
 from steer.formats.claims import check_claims, unhonoured
+from steer.formats.guards.json_objects import read_json_object
 from steer.formats.guards.torch import load_tensors
 from steer.formats.options import ImportOptions
 from steer.formats.placement import matrix_rows, placed, single_row
@@ -221,10 +221,4 @@ def _float(name: str, tensor: Tensor) -> Tensor:
 def _metadata(path: Path) -> dict[str, Any]:
     if not path.is_file() or path.stat().st_size > MAX_METADATA_BYTES:
         raise FileFormatError(f"there is no {METADATA} of a sensible size beside {DIRECTION}")
-    try:
-        about = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{METADATA} is not JSON: {str(error)[:200]}") from None
-    if not isinstance(about, dict):
-        raise FileFormatError(f"{METADATA} does not hold an object")
-    return about
+    return read_json_object(path, MAX_METADATA_BYTES)

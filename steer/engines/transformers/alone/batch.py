@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steer.batch.requests import Span, SteeredRequest
+from steer.batch.requests import Span
 from steer.batch.step import Step, build_step
 from steer.batch.tables import Tables
-from steer.engines.base import GenerationRequest
 from steer.engines.listeners import Item
 from steer.engines.transformers.alone.caches import OwnCaches
 from steer.engines.transformers.alone.memory import Memory, Places, attributes
@@ -34,7 +33,7 @@ from steer.engines.transformers.sequences import (
 )
 
 
-class AloneBatch:
+class AloneBatch(RequestRows):
     """A `Batch` in which every sequence is computed alone.
 
     Assumes: one thread.
@@ -52,12 +51,8 @@ class AloneBatch:
         rows: int,
         eos: frozenset[int],
     ) -> None:
-        self.hooked, self.tables, self.rows, self.eos = hooked, tables, rows, eos
+        super().__init__(hooked, tables, rows=rows, eos=eos)
         self.max_length = hooked.info.max_length
-        # Captures are seated beside a full batch.
-        self._request_rows = RequestRows(tables, 2 * rows)
-        self.ledger = self._request_rows.ledger
-        self.sequences: list[BatchSequence] = []
         self._memories: dict[int, Memory] = {}
         self._caches, self.causal = caches, caches.causal
         self._places = self._find_places()
@@ -70,19 +65,6 @@ class AloneBatch:
         self._forward(memory, [1, 2, 3], 0, None)
         self._forward(memory, [4], 3, None)
         return Places(self.hooked.model, before)
-
-    @property
-    def free(self) -> int:
-        """Places left for new sequences."""
-        return self.rows - len(self.sequences)
-
-    def take(self, request: GenerationRequest) -> SteeredRequest:
-        """Takes a slot and a ledger row; raises `CapacityError` when all slots are in use."""
-        return self._request_rows.take(request)
-
-    def give_back(self, steered: SteeredRequest) -> None:
-        """Gives back what `take` took."""
-        self._request_rows.give_back(steered)
 
     def join(self, newcomers: Sequence[BatchSequence]) -> list[tuple[BatchSequence, Item]]:
         """Computes the prompts, one after the other, and samples their first tokens."""

@@ -47,7 +47,7 @@ class _Packed:
         return [*prompt[start : start + length], *tokens[: max(first + length, 0)]]
 
 
-class PackedBatch:
+class PackedBatch(RequestRows):
     """A `Batch` in which T tokens of any number of sequences make one pass `[1, T]`.
 
     Assumes: one thread.
@@ -64,13 +64,9 @@ class PackedBatch:
         eos: frozenset[int],
         options: PackedOptions = PackedOptions(),  # noqa: B008 (frozen)
     ) -> None:
-        self.hooked, self.tables, self.rows, self.eos = hooked, tables, rows, eos
+        super().__init__(hooked, tables, rows=rows, eos=eos)
         self.causal = True  # or prompts could not be computed in parts
         self.chunk: int | None = 512  # of captures, which are padded
-        # Captures are seated beside a full batch.
-        self._request_rows = RequestRows(tables, 2 * rows)
-        self.ledger = self._request_rows.ledger
-        self.sequences: list[BatchSequence] = []
         self.packed_model = PackedModel(hooked, rows=rows, options=options)
         self.max_length = min(hooked.info.max_length, self.packed_model.capacity)
         self._packed: dict[str, _Packed] = {}
@@ -78,20 +74,13 @@ class PackedBatch:
         self._joined = 0
         self._carried: tuple[tuple[str, ...], Step | None] | None = None
 
-    @property
-    def free(self) -> int:
-        """Places left for new sequences."""
-        return self.rows - len(self.sequences)
-
     def take(self, request: GenerationRequest) -> SteeredRequest:
-        """Takes a slot and a ledger row; raises `CapacityError` when all slots are in use."""
         self._carried = None  # the tables may change
-        return self._request_rows.take(request)
+        return super().take(request)
 
     def give_back(self, steered: SteeredRequest) -> None:
-        """Gives back what `take` took."""
         self._carried = None
-        self._request_rows.give_back(steered)
+        super().give_back(steered)
 
     def join(self, newcomers: Sequence[BatchSequence]) -> list[tuple[BatchSequence, Item]]:
         """Queues sequences; their first tokens come from `decode`."""

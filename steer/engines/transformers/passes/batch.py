@@ -16,7 +16,7 @@ from steer.engines.base import Receipt
 from steer.engines.receipts import receipt_of
 from steer.engines.transformers.cache import given_cache
 from steer.engines.transformers.hooks import HookedModel
-from steer.engines.transformers.passes.call import PassCall
+from steer.engines.transformers.passes.call import PassCall, unclear
 from steer.engines.transformers.passes.watch import Generation
 from steer.errors import SpecError
 from steer.plan.plan import SteeringPlan
@@ -165,13 +165,13 @@ class AttachedBatch:
         (count, columns), past = call.shape, call.past
         mine = call.cache is self._cache()
         if count != len(self._requests):
-            raise _unclear(
+            raise unclear(
                 f"the batch began with {len(self._requests)} rows and goes on with {count}: begin "
                 "a new one, with a generate or a cache of its own"
             )
         if generation is None:
             if self._reads_prompt and (columns > 1 or not mine):
-                raise _unclear(
+                raise unclear(
                     f"{columns} more tokens are fed after the first pass of the batch, and the "
                     "spec asks whether they are the prompt's or generated: feed the prompt in one "
                     "pass, or let generate do it (it may, with prefill_chunk_size)"
@@ -179,7 +179,7 @@ class AttachedBatch:
         elif call.cache is None and columns == self._end + 1:
             pass  # Without a cache, every pass feeds all again.
         elif not (past == self._end or (mine and 0 < past < self._end)):
-            raise _unclear(
+            raise unclear(
                 "inside generate the model runs on another sequence than the one generated (as for "
                 "guidance_scale): leave that out, or call the model for it in a block of its own"
             )
@@ -189,7 +189,7 @@ class AttachedBatch:
         for row, (before, now) in enumerate(zip(self._padding, padding, strict=True)):
             # A row that was padding so far may turn out to have more of it.
             if now != before and not (now > before >= self._end - 1):
-                raise _unclear(
+                raise unclear(
                     f"row {row} began after {before} columns of padding, and now the mask (or that "
                     f"there is none) says {now}: give every pass the mask of the whole sequence"
                 )
@@ -234,7 +234,3 @@ def _cache_in(output: Any) -> Any:
 
 def _nothing() -> None:
     return None
-
-
-def _unclear(message: str) -> SpecError:
-    return SpecError(message, code="unclear_positions")

@@ -35,7 +35,7 @@ class PassCall:
             if isinstance(fed, Tensor) and fed.ndim >= 2:
                 self._check_columns(fed.shape[1])
                 return fed.shape[0], fed.shape[1]
-        raise _unclear(
+        raise unclear(
             "the model was called without input_ids or inputs_embeds of the shape [rows, columns]"
         )
 
@@ -52,7 +52,7 @@ class PassCall:
         try:
             return int(self.cache.get_seq_length())
         except (AttributeError, TypeError, ValueError) as error:
-            raise _unclear(
+            raise unclear(
                 f"the cache, a {type(self.cache).__name__}, does not say how many tokens each row "
                 "holds: use generate or one of transformers' own caches (continuous batching, "
                 "generate_batch, is not followed)"
@@ -85,7 +85,7 @@ class PassCall:
         elif self._has_mask and ids is not None:
             padding = _from_position_ids(ids, end)
         elif self._has_mask:
-            raise _unclear(
+            raise unclear(
                 "the attention mask is not of the shape [rows, columns] and there are no position "
                 "ids: give a mask of two dimensions"
             )
@@ -108,7 +108,7 @@ class PassCall:
             if torch.equal(given, column - before) or torch.equal(given, column):
                 continue
             wrong = int((given != column - before).long().argmax())
-            raise _unclear(
+            raise unclear(
                 f"row {row} of the pass has a token with the position id {int(given[wrong])}, "
                 f"where by cache and mask it is at position {int(column[wrong]) - before}: give "
                 "every sequence a row of its own, with its cache and its mask, and leave the "
@@ -119,7 +119,7 @@ class PassCall:
         for given in self.around:
             ids = given.get("input_ids")
             if isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape[1] != columns:
-                raise _unclear(
+                raise unclear(
                     f"the model makes {columns} columns of the {ids.shape[1]} token ids that it "
                     "was given, so that their positions are not known: give the ids of every "
                     "column, or inputs_embeds"
@@ -165,7 +165,7 @@ def _continued(mask: Tensor, rows: int, end: int) -> Tensor:
 
 def _left_padding(mask: Tensor, end: int) -> list[int]:
     if mask.shape[1] < end:
-        raise _unclear(
+        raise unclear(
             f"the attention mask has {mask.shape[1]} columns and the pass ends in column {end}: "
             "give one for the tokens in the cache too"
         )
@@ -189,5 +189,6 @@ def _from_position_ids(ids: Tensor, end: int) -> list[int]:
     return found
 
 
-def _unclear(message: str) -> SpecError:
+def unclear(message: str) -> SpecError:
+    """The error for a pass of which it is not clear at which positions it feeds what."""
     return SpecError(message, code="unclear_positions")
