@@ -20,7 +20,7 @@ from artefacts import random_vector
 from safetensors.torch import load_file
 from tiny_models import LAYERS, VOCABULARY
 from torch import Tensor
-from vllm_models import ARCHITECTURES, REFUSED, Architecture, write
+from vllm_models import ARCHITECTURES, ENDS, HALF, REFUSED, Architecture, write
 
 from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import CaptureRequest
@@ -35,13 +35,21 @@ from steer.registry.blobs.plan_store import PlanStore
 from steer.spec import KINDS, parse_spec
 
 RUNNER = Path(__file__).parents[1] / "support" / "vllm_side" / "architecture_runner.py"
-EVERY = "STEER_ALL_ARCHITECTURES"
-"""An environment variable: set it to run every architecture, some minutes more."""
-USUAL = ("llama", "gemma2", "mixtral", "gpt2", "granite", "olmo2")
-"""One or more for each layout, with and without experts, of vLLM's own code and of transformers."""
-NAMES = tuple(ARCHITECTURES) if os.environ.get(EVERY) else USUAL
-COMPILED = ("gemma2", "gpt2")
-ENGINES = (*NAMES, *(f"compiled-{name}" for name in COMPILED), "narrow-llama")
+CHOICE = "STEER_ARCHITECTURES"
+"""An environment variable: `all`, some minutes more, or names separated by commas."""
+USUAL = ("llama", "gemma2", "mixtral", "gpt2", "granite", "olmo2", "falcon-h1", "lfm2", "gemma4")
+"""One or more for each layout, with and without experts, of vLLM's own code and of transformers,
+and of layers that nobody read."""
+NAMES = {"": USUAL, "all": tuple(ARCHITECTURES)}.get(
+    choice := os.environ.get(CHOICE, ""), tuple(choice.split(","))
+)
+COMPILED = tuple(name for name in ("gemma2", "gpt2", "falcon-h1") if name in NAMES)
+NARROW = tuple(name for name in ("llama",) if name in NAMES)
+ENGINES = (
+    *NAMES,
+    *(f"compiled-{name}" for name in COMPILED),
+    *(f"narrow-{name}" for name in NARROW),
+)
 TOLERANCE = 1e-4
 PROMPT = tuple(
     torch.randint(3, VOCABULARY, (12,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -79,16 +87,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     for name in NAMES:
         one = ARCHITECTURES[name]
         requests, wanted[name] = reference(one, root / name, PlanStore(root))
-        jobs[name] = {"requests": requests, "model": str(root / name), "compiled": False}
+        jobs[name] = {"requests": requests, "model": str(root / name)}
         if name in COMPILED:
             jobs[f"compiled-{name}"] = {**jobs[name], "compiled": True}
-    for name, one in REFUSED.items():
+    for name, one in {**REFUSED, **HALF}.items():
         write(one, root / name)
-        jobs[name] = {"requests": [], "model": str(root / name), "compiled": False}
-    jobs["narrow-llama"] = {**jobs["llama"], "max_num_seqs": 1}
+        dtype = "bfloat16" if name in HALF else "float32"
+        jobs[name] = {"requests": [], "model": str(root / name), "dtype": dtype}
+    jobs |= {f"narrow-{name}": {**jobs[name], "max_num_seqs": 1} for name in NARROW}
     for name, job in jobs.items():
-        job |= {"max_num_seqs": job.get("max_num_seqs", 32), "out": str(root / f"{name}.json")}
-        (root / f"{name}.job").write_text(json.dumps(job))
+        usual = {"max_num_seqs": 32, "dtype": "float32", "compiled": False}
+        whole = {**usual, **job, "out": str(root / f"{name}.json")}
+        (root / f"{name}.job").write_text(json.dumps(whole))
     environment = {
         **os.environ,
         "VLLM_PLUGINS": "steer",
@@ -173,6 +183,15 @@ def request(
     }
 
 
+def plain_name(name: str) -> str:
+    """The model that one of `ENGINES` runs."""
+    return name.removeprefix("compiled-").removeprefix("narrow-")
+
+
+def architecture(name: str) -> Architecture:
+    return ARCHITECTURES[plain_name(name)]
+
+
 def difference(actual: Tensor, wanted: Tensor) -> float:
     """The largest error as a share of the largest value."""
     return float((actual - wanted).abs().max() / wanted.abs().max())
@@ -190,14 +209,13 @@ def test_the_sites_are_those_of_the_layout(runs: Runs, name: str) -> None:
     assert tuple(runs.answers[name]["info"]["model"]["sites"]) == ARCHITECTURES[name].sites
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", [name for name in ENGINES if architecture(name).alike])
 def test_states_and_logits_are_those_of_transformers(runs: Runs, name: str) -> None:
-    model = name.removeprefix("compiled-").removeprefix("narrow-")
-    found, wanted = of(runs, name), runs.wanted[model]
+    found, wanted = of(runs, name), runs.wanted[plain_name(name)]
     wrong = {
         entry: error
         for entry, tensor in wanted.items()
-        if not (error := difference(found[entry], tensor)) < ARCHITECTURES[model].tolerance
+        if not (error := difference(found[entry], tensor)) < architecture(name).tolerance
     }
     assert not wrong
 
@@ -250,6 +268,12 @@ def test_a_compiled_engine_steers_like_an_eager_one(runs: Runs, name: str) -> No
     assert compiled.keys() == eager.keys()
     for entry, tensor in eager.items():
         assert difference(compiled[entry], tensor) < TOLERANCE, entry
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_a_model_of_half_precision_proves_its_ends(runs: Runs, name: str) -> None:
+    of(runs, name)
+    assert tuple(runs.answers[name]["info"]["model"]["sites"]) == ENDS
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -48,7 +48,7 @@ def _run(job: dict[str, Any]) -> None:
     try:
         llm = LLM(
             job["model"],
-            dtype="float32",
+            dtype=job["dtype"],
             enforce_eager=not job["compiled"],
             skip_tokenizer_init=True,
             max_model_len=64,
@@ -63,7 +63,7 @@ def _run(job: dict[str, Any]) -> None:
         out.write_text(json.dumps({"error": error.code, "message": error.message}))
         return
     info = llm.collective_rpc("steer_info")[0]
-    tensors = _ask(llm, job["requests"], info["model"]["d_model"])
+    tensors = _ask(llm, job["requests"], info["model"]["d_model"]) if job["requests"] else {}
     from safetensors.torch import save_file
 
     save_file(tensors, out.with_suffix(".safetensors"))

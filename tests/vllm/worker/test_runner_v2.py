@@ -370,14 +370,16 @@ def test_a_dummy_pass_of_a_stage_gives_what_it_hands_on(
     reference: TransformersEngine,
 ) -> None:
     class Stage(v2_by_hand.ByHand):
-        """The calls of a stage that is not the last."""
+        """The calls of a stage that is not the last, of a model without states."""
+
+        kv_cache_config = SimpleNamespace(kv_cache_groups=[])
 
         def execute_model(self, tokens: int, *, dummy_run: bool) -> IntermediateTensors:
             assert dummy_run
             halves = {"hidden_states": torch.ones(tokens, 2), "residual": torch.zeros(tokens, 3)}
             return IntermediateTensors(halves)
 
-        def _dummy_run(self, tokens: int) -> tuple[None, None]:
+        def _dummy_run(self, tokens: int, **_: bool) -> tuple[None, None]:
             self.execute_model(tokens, dummy_run=True)
             return None, None
 

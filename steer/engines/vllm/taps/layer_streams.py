@@ -17,27 +17,30 @@ from torch import Tensor, nn
 from steer.engines.vllm.taps.taps import SITES, LayerTaps
 from steer.spec import Site
 
-_STREAM = "hidden_states"
-_BEFORE = "residual"
+STREAM = "hidden_states"
+BEFORE = "residual"
+ENDS: tuple[Site, ...] = ("resid_pre", "resid_post")
 
 
 @dataclass(frozen=True)
 class FusedAdd:
     """A layer from `(hidden, residual)` to `(hidden, residual)`; the stream is their sum.
 
-    `middle` names the norm between attention and MLP, called with `(hidden, residual)`.
+    `middle` names the norm between attention and MLP, called with `(hidden, residual)`; None where
+    `sites` are the layer's ends alone.
     """
 
-    middle: str
+    middle: str | None
 
     sites: tuple[Site, ...] = SITES
 
     def check(self, layer: nn.Module) -> str | None:
-        return _lacks(layer, (_STREAM, _BEFORE), (self.middle,))
+        return _lacks(layer, (STREAM, BEFORE), () if self.middle is None else (self.middle,))
 
     def install(self, layer: nn.Module, taps: LayerTaps) -> None:
-        _before_norm(getattr(layer, self.middle), taps.middle)
-        hidden_at, residual_at = _Argument(layer, _STREAM), _Argument(layer, _BEFORE)
+        if self.middle is not None:
+            _before_norm(getattr(layer, self.middle), taps.middle)
+        hidden_at, residual_at = Argument(layer, STREAM), Argument(layer, BEFORE)
         inner, first, last = layer.forward, taps.first, taps.last
 
         def forward(*args: Any, **named: Any) -> Any:
@@ -69,14 +72,14 @@ class PlainAdd:
     sites: tuple[Site, ...] = SITES
 
     def check(self, layer: nn.Module) -> str | None:
-        return _lacks(layer, (_STREAM,), (self.attention, self.middle, self.mlp))
+        return _lacks(layer, (STREAM,), (self.attention, self.middle, self.mlp))
 
     def install(self, layer: nn.Module, taps: LayerTaps) -> None:
         stream: list[Tensor] = []  # what the next part is added to, while the layer runs
         _after_part(getattr(layer, self.attention), taps.middle, stream)
         _after_part(getattr(layer, self.mlp), taps.last, stream)
         _hold_input(getattr(layer, self.middle), stream)
-        hidden_at, inner, first = _Argument(layer, _STREAM), layer.forward, taps.first
+        hidden_at, inner, first = Argument(layer, STREAM), layer.forward, taps.first
 
         def forward(*args: Any, **named: Any) -> Any:
             hidden = hidden_at.of(args, named)
@@ -96,16 +99,16 @@ class PlainAdd:
 
 @dataclass(frozen=True)
 class EndsOnly:
-    """A layer of which only the ends are known: its parts are scaled before they are added, run
-    beside one another, or are not summed over all workers when they leave their module."""
+    """A layer of which only the ends are known, and that hands on the stream whole: its parts are
+    scaled before they are added, run beside one another, or were not read."""
 
-    sites: tuple[Site, ...] = ("resid_pre", "resid_post")
+    sites: tuple[Site, ...] = ENDS
 
     def check(self, layer: nn.Module) -> str | None:
-        return _lacks(layer, (_STREAM,), ())
+        return _lacks(layer, (STREAM,), ())
 
     def install(self, layer: nn.Module, taps: LayerTaps) -> None:
-        hidden_at = _Argument(layer, _STREAM)
+        hidden_at = Argument(layer, STREAM)
         inner, first, last = layer.forward, taps.first, taps.last
 
         def forward(*args: Any, **named: Any) -> Any:
@@ -121,20 +124,27 @@ class EndsOnly:
         layer.forward = forward
 
 
-class _Argument:
+class Argument:
     """One parameter of a module's `forward`, however a caller passes it."""
+
+    @staticmethod
+    def names(module: nn.Module) -> list[str]:
+        """What the `forward` of `module` takes, in order."""
+        return list(inspect.signature(module.forward).parameters)
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.name = name
-        self.place = list(inspect.signature(module.forward).parameters).index(name)
+        self.place = self.names(module).index(name)
 
     def of(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-        return named[self.name] if self.name in named else args[self.place]
+        if self.name in named:
+            return named[self.name]
+        return args[self.place] if self.place < len(args) else None
 
     def put(
         self, args: tuple[Any, ...], named: dict[str, Any], value: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self.name in named:
+        if self.name in named or self.place >= len(args):
             return args, {**named, self.name: value}
         return (*args[: self.place], value, *args[self.place + 1 :]), named
 
@@ -160,7 +170,7 @@ def _after_part(part: nn.Module, tap: nn.Module, stream: list[Tensor]) -> None:
 
     def forward(*args: Any, **named: Any) -> Any:
         output = inner(*args, **named)
-        added, before = _rows(_first(output)), _rows(stream[0])
+        added, before = rows_of(_first(output)), rows_of(stream[0])
         new_added, new_before = tap(added, before)
         if new_before is not before:
             before.copy_(new_before)
@@ -186,12 +196,12 @@ def _hold_input(module: nn.Module, stream: list[Tensor]) -> None:
 
 def _shown(tap: nn.Module, x: Tensor) -> Tensor:
     """`x`, a whole stream, after `tap` has seen it."""
-    rows = _rows(x)
+    rows = rows_of(x)
     edited, _ = tap(rows, None)
     return x if edited is rows else edited.view_as(x)
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """The same memory as `[T, d]`: models of transformers keep a batch dimension of 1."""
     return x.view(-1, x.shape[-1])
 
@@ -207,7 +217,7 @@ def _with_first(output: Any, first: Tensor) -> Any:
 
 
 def _lacks(layer: nn.Module, parameters: tuple[str, ...], parts: tuple[str, ...]) -> str | None:
-    takes = list(inspect.signature(layer.forward).parameters)
+    takes = Argument.names(layer)
     if not set(parameters) <= set(takes):
         return f"forward takes {', '.join(takes)} and not {', '.join(parameters)}"
     missing = [name for name in parts if not isinstance(getattr(layer, name, None), nn.Module)]

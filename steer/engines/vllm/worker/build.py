@@ -1,4 +1,5 @@
-"""Puts steering into a worker whose model is loaded: tables, taps, and how plans are found."""
+"""Puts steering into a worker whose model is loaded: what its layers are, tables, taps, and how
+plans are found."""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ from torch import nn
 from steer.engines.vllm.options import SteerOptions, is_static, registry_location
 from steer.engines.vllm.pipeline import own_part
 from steer.engines.vllm.static.form import StaticForm, set_form
-from steer.engines.vllm.taps.layouts import find_stack
+from steer.engines.vllm.taps.decoder import find_decoder, unsupported
+from steer.engines.vllm.taps.layouts import Unembed, choose_stack, find_unembedding
 from steer.engines.vllm.taps.shifts import ShiftTables
-from steer.engines.vllm.taps.taps import CompiledTap, EagerTap, OpaqueTap, install
+from steer.engines.vllm.taps.streams import TrialPass, read_streams
+from steer.engines.vllm.taps.taps import CompiledTap, DecoderStack, EagerTap, OpaqueTap, install
 from steer.engines.vllm.worker.edits import Edits, StaticEdits, TapEdits
 from steer.engines.vllm.worker.steering import WorkerSteering
 from steer.model import ModelInfo
@@ -27,11 +30,31 @@ _KEPT_PLANS = 2048
 _SHIFT_SPECS = 256
 
 
-def attach(model: nn.Module, vllm_config: Any, device: torch.device) -> WorkerSteering:
-    """Taps `model` and gives the worker's steering. Raises `Unsupported` for what cannot be."""
+def read_model(
+    model: nn.Module, run: TrialPass, config: Any, *, largest: int
+) -> tuple[DecoderStack, Unembed | None]:
+    """The layers of `model` as they can be tapped, and the way from their last state to logits.
+
+    `run` makes trial passes, of `largest` tokens at most; `config` is vLLM's of the model. Raises
+    `Unsupported` for a model that cannot be steered.
+    """
+    if config.is_encoder_decoder:
+        raise unsupported(model, "it is an encoder with a decoder")
+    decoder = find_decoder(model, config.get_total_num_hidden_layers())
+    streams = read_streams(
+        decoder,
+        run,
+        width=config.get_hidden_size(),
+        largest=largest,
+        experts=bool(config.is_moe),
+    )
+    return choose_stack(decoder, streams), find_unembedding(decoder, streams)
+
+
+def attach(stack: DecoderStack, vllm_config: Any, device: torch.device) -> WorkerSteering:
+    """Taps the layers of `stack` and gives the worker's steering."""
     options = SteerOptions.stamped(vllm_config.additional_config)
     static = is_static(vllm_config, options)
-    stack = find_stack(model, vllm_config.model_config.get_total_num_hidden_layers())
     info = model_info(vllm_config, stack.layout.sites)
     scheduler = vllm_config.scheduler_config
     requests, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens

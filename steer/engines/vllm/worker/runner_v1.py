@@ -18,6 +18,7 @@ from torch import Tensor
 
 from steer.batch.requests import Ints
 from steer.engines.vllm.worker.prepared import BatchTokens
+from steer.engines.vllm.worker.states import empty_states, own_blocks
 from steer.engines.vllm.worker.steering import WorkerSteering, take_note
 from steer.errors import Unsupported
 
@@ -47,9 +48,14 @@ class RunnerV1:
 
     def dummy_pass(self, tokens: int) -> Tensor:
         """What the model makes of `tokens` dummy requests of one token: `[>= tokens, ...]`."""
-        made = self._runner._dummy_run(tokens, force_attention=True)[0]
-        halves = [made] if isinstance(made, Tensor) else list(made.tensors.values())
-        return torch.cat(halves, dim=-1)
+        runner = self._runner
+        with empty_states(runner, tokens), own_blocks(runner, tokens):
+            return _joined(runner._dummy_run(tokens, force_attention=True)[0])
+
+    @staticmethod
+    def trial_pass(runner: Any, tokens: int) -> Tensor:
+        """What the model of `runner`, just loaded, makes of `tokens` tokens without a cache."""
+        return _joined(runner._dummy_run(tokens, is_profile=True, skip_eplb=True)[0])
 
     def _model_forward(self, *args: Any, **named: Any) -> Any:
         if self._scheduled is None:
@@ -84,6 +90,12 @@ class RunnerV1:
             return np.array(tokens, dtype=np.int64)
 
         return BatchTokens(req_ids, starts, counts, ids)
+
+
+def _joined(made: Any) -> Tensor:
+    """Hidden states, or all that one stage of a pipeline hands to the next, `[T, ...]`."""
+    halves = [made] if isinstance(made, Tensor) else list(made.tensors.values())
+    return torch.cat(halves, dim=-1)
 
 
 def _check(runner: Any) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from steer.batch.requests import Ints
 from steer.engines.vllm.seams import calls, known, version
 from steer.engines.vllm.worker.prepared import BatchTokens
+from steer.engines.vllm.worker.states import empty_states, state_groups
 from steer.engines.vllm.worker.steering import WorkerSteering, take_note
 from steer.errors import Unsupported
 
@@ -69,22 +70,15 @@ class RunnerV2:
 
     def dummy_pass(self, tokens: int) -> Tensor:
         """What the model makes of `tokens` dummy requests of one token: `[>= tokens, ...]`."""
-        runner, made = self._runner, []
-        execute = runner.execute_model
+        runner = self._runner
+        with empty_states(runner, tokens):
+            stateful = bool(state_groups(runner))
+            return _dummy_pass(runner, tokens, valid_dummy_state_slots=stateful)
 
-        def execute_and_keep(*args: Any, **named: Any) -> Any:
-            made.append(execute(*args, **named))
-            return made[-1]
-
-        # A stage of a pipeline hands on what it made, and `_dummy_run` drops it.
-        runner.execute_model = execute_and_keep
-        try:
-            hidden = runner._dummy_run(tokens)[0]
-        finally:
-            del runner.execute_model
-        if hidden is None:
-            return torch.cat(list(made[-1].tensors.values()), dim=-1)
-        return torch.as_tensor(hidden)
+    @staticmethod
+    def trial_pass(runner: Any, tokens: int) -> Tensor:
+        """What the model of `runner`, just loaded, makes of `tokens` tokens without a cache."""
+        return _dummy_pass(runner, tokens, is_profile=True, skip_attn=True, skip_eplb=True)
 
     def _prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
         if self._computing:
@@ -93,6 +87,26 @@ class RunnerV2:
             else:
                 self._steering.rest()
         return self._model_inputs(input_batch, req_states)
+
+
+def _dummy_pass(runner: Any, tokens: int, **options: bool) -> Tensor:
+    """What the model makes of dummy requests, or what its stage of a pipeline hands on."""
+    made: list[Any] = []
+    execute = runner.execute_model
+
+    def execute_and_keep(*args: Any, **named: Any) -> Any:
+        made.append(execute(*args, **named))
+        return made[-1]
+
+    # A stage of a pipeline hands on what it made, and `_dummy_run` drops it.
+    runner.execute_model = execute_and_keep
+    try:
+        hidden = runner._dummy_run(tokens, **options)[0]
+    finally:
+        del runner.execute_model
+    if hidden is None:
+        return torch.cat(list(made[-1].tensors.values()), dim=-1)
+    return torch.as_tensor(hidden)
 
 
 def _batch(batch: Any) -> BatchTokens:

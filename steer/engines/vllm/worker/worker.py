@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import torch
 
 from steer.engines.vllm.seams import version
-from steer.engines.vllm.taps.layouts import find_unembedding
 from steer.engines.vllm.worker.answers import (
     capture_answer,
     info_answer,
     receipt_answer,
     unembed_answer,
 )
-from steer.engines.vllm.worker.build import attach
+from steer.engines.vllm.worker.build import attach, read_model
 from steer.engines.vllm.worker.proof import prove
 from steer.engines.vllm.worker.runner_v1 import RunnerV1
 from steer.engines.vllm.worker.runner_v2 import RunnerV2
@@ -70,9 +70,15 @@ class SteerWorker:
         super().load_model(*args, **named)  # type: ignore[misc]
         worker: Any = self
         runner = worker.model_runner
-        self._unembed = find_unembedding(runner.get_model())
-        self.steering = attach(runner.get_model(), worker.vllm_config, worker.device)
-        self._runner = adapter(runner)(runner, self.steering)
+        steered = adapter(runner)
+        stack, self._unembed = read_model(
+            runner.get_model(),
+            partial(steered.trial_pass, runner),
+            worker.vllm_config.model_config,
+            largest=runner.max_num_tokens,
+        )
+        self.steering = attach(stack, worker.vllm_config, worker.device)
+        self._runner = steered(runner, self.steering)
         look_at_logits(runner.get_model(), self.steering)
 
     def compile_or_warm_up_model(self) -> Any:
