@@ -21,6 +21,7 @@ AUTO_EFFECT = 0.9
 """The strength "auto" is the smallest calibrated one that reaches this share of the effect."""
 
 Finite: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
+NullKind: TypeAlias = Literal["isotropic", "covariance", "shuffled"]
 Relative: TypeAlias = KLStrength | EffectStrength | Literal["auto"]
 """A strength that only a calibration turns into a number."""
 
@@ -44,6 +45,57 @@ class MeasuredDose(_CalibrationPart):
     kl: Annotated[Finite, Field(ge=0)]
 
 
+class MeasuredInterval(_CalibrationPart):
+    """A figure over the prompts, and its 95 % bootstrap interval."""
+
+    value: Finite
+    low: Finite
+    high: Finite
+
+
+class MeasuredNull(_CalibrationPart):
+    """A null: a vector of chance with the same site, layers and norms, at a strength of its own.
+
+    `kind` is how it was drawn (`steer.fit.measure.nulls.directions`), `cosine` how near it is to
+    the vector; `kl` is what it has at `strength`, and `matched` whether that is the KL it was to
+    have. `anti_steered` is its own share of prompts that moved the wrong way.
+    """
+
+    kind: NullKind
+    seed: int
+    cosine: Finite
+    strength: Finite
+    kl: Annotated[Finite, Field(ge=0)]
+    matched: bool
+    score: Finite
+    anti_steered: Finite | None = None
+
+
+class NullComparison(_CalibrationPart):
+    """What a vector does beside nulls that move the model equally far.
+
+    At `strength` it has `kl` nats and the mean score `score`, on the prompts where `unsteered` is
+    that of the unsteered model. `p_value` is (1 + nulls with an effect at least as great) / (1 +
+    nulls). `margin` is its score less that of the strongest null, paired by prompt, and
+    `above_null` whether the whole interval of the margin is above 0: only then is what it does
+    called steering. All three are None where no null was run.
+    """
+
+    strength: Finite
+    kl: Annotated[Finite, Field(ge=0)]
+    score: Finite
+    unsteered: Finite
+    nulls: tuple[MeasuredNull, ...] = ()
+    p_value: Annotated[Finite, Field(gt=0, le=1)] | None = None
+    margin: MeasuredInterval | None = None
+    above_null: bool | None = None
+
+    @property
+    def strongest(self) -> MeasuredNull | None:
+        """The null with the highest score."""
+        return max(self.nulls, key=lambda one: one.score, default=None)
+
+
 class SafeLimits(_CalibrationPart):
     """What a strength must keep to be safe. The calibrated range ends before the first strength
     whose perplexity ratio is above `perplexity_ratio`, whose validity is below `valid`, or whose
@@ -63,6 +115,10 @@ class Calibration(_CalibrationPart):
     attribute was scored. `linearity` (R² of a straight line) and `straightness` (2406.11624)
     describe the score over the calibrated range, `monotonicity` (Spearman's ρ) over all strengths.
     `data_sha256` is the hash of the prompts.
+
+    `nulls` says what vectors of chance did at the same KL, and `anti_steered` on which share of the
+    prompts the score fell as the strength rose (2407.12404); None on cards from before they were
+    measured, and where no attribute was scored.
     """
 
     model: str
@@ -82,6 +138,11 @@ class Calibration(_CalibrationPart):
     max_tokens: int = 0
     temperature: float = 0.0
     seed: int = 0
+    # Written only where they were measured, so that older cards keep their hash.
+    nulls: NullComparison | None = Field(default=None, exclude_if=lambda value: value is None)
+    anti_steered: MeasuredInterval | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Calibration:
@@ -107,6 +168,11 @@ class Calibration(_CalibrationPart):
     def safe_strength(self) -> float:
         """The end of the calibrated range: the largest strength that is safe to use."""
         return self.strengths[-1]
+
+    @property
+    def above_null(self) -> bool | None:
+        """Whether the effect is more than that of chance; None where that was not measured."""
+        return None if self.nulls is None else self.nulls.above_null
 
     def strength_for(self, wanted: Relative) -> float:
         """The smallest calibrated strength that has this effect or KL; the inverse is unique.

@@ -21,7 +21,91 @@ from steer.fit.measure.answers import Answer, Progress
 from steer.plan.plan import SteeringPlan
 
 BATCH = 8
-"""Answers read at once. It bounds memory: 2 · batch · tokens · vocabulary floats."""
+"""Texts read at once. It bounds memory: 2 · batch · tokens · vocabulary floats."""
+
+ROOM = 1 << 29
+"""Bytes of unsteered distributions that are kept."""
+
+
+class References:
+    """The unsteered next-token distributions along answers, which plans are held against.
+
+    Each is read once, when it is first needed, and kept while all that are kept fit into `room`
+    bytes; those beyond are read again for every call.
+
+    Guarantees: `divergences` reads `batch` texts at once, under plans that may all be different.
+    """
+
+    def __init__(
+        self, engine: Engine, answers: Sequence[Answer], *, batch: int = BATCH, room: int = ROOM
+    ) -> None:
+        self.answers = tuple(answers)
+        self._engine, self._batch, self._room = engine, batch, room
+        self._kept: dict[int, Float[Tensor, "T vocab"]] = {}
+
+    def first(self, count: int, tokens: int) -> References:
+        """The same along the first `tokens` tokens of the first `count` answers alone; what was
+        read is not read again."""
+        fewer = References(
+            self._engine,
+            [replace(one, tokens=one.tokens[:tokens]) for one in self.answers[:count]],
+            batch=self._batch,
+            room=self._room,
+        )
+        fewer._kept = {n: rows[: tokens + 1] for n, rows in self._kept.items() if n < count}
+        return fewer
+
+    def divergences(
+        self, plans: Sequence[SteeringPlan], *, progress: Progress | None = None
+    ) -> Float[Tensor, "plans answers"]:
+        """For each plan and each unsteered answer, the KL in nats of the steered next-token
+        distribution from the unsteered one, in float64.
+
+        Averaged over the distributions that choose the answer's tokens and the one after its last.
+        Raises `Unsupported` for plans with gates, and as the engine does.
+        """
+        found = torch.zeros(len(plans), len(self.answers), dtype=torch.float64)
+        for first in range(0, len(self.answers), self._batch):
+            group = range(first, min(first + self._batch, len(self.answers)))
+            plain = self._unsteered(group)
+            cells = [(row, column) for row in range(len(plans)) for column in group]
+            for start in range(0, len(cells), self._batch):
+                together = cells[start : start + self._batch]
+                steered = self._read([(plans[row], column) for row, column in together])
+                for cell, p in zip(together, steered, strict=True):
+                    found[cell] = kl_divergence(p, plain[cell[1]]).mean()
+            if progress is not None:
+                progress(len(group))
+        return found
+
+    def _unsteered(self, group: Sequence[int]) -> dict[int, Float[Tensor, "T vocab"]]:
+        missing = [column for column in group if column not in self._kept]
+        read = dict(zip(missing, self._read([(None, c) for c in missing]), strict=True))
+        for column, rows in read.items():
+            if sum(map(_bytes, self._kept.values())) + _bytes(rows) <= self._room:
+                self._kept[column] = rows
+        return {column: read[column] if column in read else self._kept[column] for column in group}
+
+    def _read(
+        self, cells: Sequence[tuple[SteeringPlan | None, int]]
+    ) -> list[Float[Tensor, "T vocab"]]:
+        """The logits along each answer under its plan, from the last prompt token on."""
+        if not cells:
+            return []
+        answers = [self.answers[column] for _, column in cells]
+        plans = [
+            None if plan is None else anchored(plan, len(answer.prompt))
+            for (plan, _), answer in zip(cells, answers, strict=True)
+        ]
+        texts = [answer.prompt + answer.tokens for answer in answers]
+        captured = self._engine.capture(CaptureRequest(texts, plans=plans, logits="all"))
+        rows = []
+        for answer, one in zip(answers, captured, strict=True):
+            if one.logits is None:
+                raise AssertionError("logits were asked for")
+            # A copy: the view would keep the prompt's logits too.
+            rows.append(one.logits[len(answer.prompt) - 1 :].clone())
+        return rows
 
 
 def divergences(
@@ -32,23 +116,8 @@ def divergences(
     batch: int = BATCH,
     progress: Progress | None = None,
 ) -> Float[Tensor, "plans answers"]:
-    """For each plan and each unsteered answer, the KL in nats of the steered next-token
-    distribution from the unsteered one, in float64.
-
-    Averaged over the distributions that choose the answer's tokens and the one after its last.
-    Raises `Unsupported` for plans with gates, and as the engine does.
-    """
-    found = torch.zeros(len(plans), len(answers), dtype=torch.float64)
-    for first in range(0, len(answers), batch):
-        group = answers[first : first + batch]
-        plain = _read(engine, group, None)
-        for row, plan in enumerate(plans):
-            steered = _read(engine, group, plan)
-            for column, (p, q) in enumerate(zip(steered, plain, strict=True)):
-                found[row, first + column] = kl_divergence(p, q).mean()
-        if progress is not None:
-            progress(len(group))
-    return found
+    """`References.divergences`, for answers that are needed once."""
+    return References(engine, answers, batch=batch, room=0).divergences(plans, progress=progress)
 
 
 def kl_divergence(
@@ -77,16 +146,5 @@ def anchored(plan: SteeringPlan, prompt_length: int) -> SteeringPlan:
     return replace(plan, fingerprint=digest, rules=passes)
 
 
-def _read(
-    engine: Engine, answers: Sequence[Answer], plan: SteeringPlan | None
-) -> list[Float[Tensor, "T vocab"]]:
-    """The logits along each answer, from the last prompt token on."""
-    texts = [answer.prompt + answer.tokens for answer in answers]
-    plans = [None if plan is None else anchored(plan, len(a.prompt)) for a in answers]
-    captured = engine.capture(CaptureRequest(texts, plans=plans, logits="all"))
-    rows = []
-    for answer, one in zip(answers, captured, strict=True):
-        if one.logits is None:
-            raise AssertionError("logits were asked for")
-        rows.append(one.logits[len(answer.prompt) - 1 :])
-    return rows
+def _bytes(rows: Tensor) -> int:
+    return rows.numel() * rows.element_size()
