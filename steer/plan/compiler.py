@@ -247,6 +247,8 @@ def _described(one: Resolved, blocks: Blocks) -> dict[str, Any]:
         entry["requested"] = one.strength.requested
         if one.strength.capped:
             entry["capped"] = True
+        if one.strength.above_null is False:
+            entry["above_null"] = False
     return entry
 
 

@@ -20,7 +20,7 @@ from steer.model import HookPoint, forward_order
 from steer.plan.selection import Selection
 from steer.spec import SteeringSpec
 
-AS_REQUESTED = frozenset({"requested", "capped"})
+AS_REQUESTED = frozenset({"requested", "capped", "above_null"})
 """The keys of a summary that tell what was asked for where it became another number."""
 
 
@@ -78,13 +78,17 @@ class SteeringPlan:
 
     @property
     def resolved_strengths(self) -> tuple[Mapping[str, Any], ...]:
-        """Every strength that is not as written: what was asked for, and the number it became."""
+        """Every strength that is not as written: what was asked for, and the number it became.
+
+        One from a calibration whose effect was no more than chance says so: `above_null` is false.
+        """
         return tuple(
             {
                 "intervention": place,
                 "requested": entry["requested"],
                 "strength": entry["strength"],
                 "capped": entry.get("capped", False),
+                **{key: entry[key] for key in ("above_null",) if key in entry},
             }
             for place, entry in enumerate(self.summary)
             if "requested" in entry

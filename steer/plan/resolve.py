@@ -87,11 +87,13 @@ class ResolvedGate:
 
 @dataclass(frozen=True)
 class ResolvedStrength:
-    """The number a strength became, and what was asked for, as JSON."""
+    """The number a strength became, and what was asked for, as JSON. `above_null` is what the
+    calibration behind it found (`Calibration.above_null`)."""
 
     strength: float
     requested: Any
     capped: bool = False
+    above_null: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def _resolved(
         return _limited(float(strength), vector, calibration, limit)
     number = calibration.strength_for(strength)
     requested = strength if isinstance(strength, str) else strength.model_dump(mode="json")
-    return ResolvedStrength(number, requested)
+    return ResolvedStrength(number, requested, above_null=calibration.above_null)
 
 
 def _limited(

@@ -100,6 +100,8 @@ def show_calibration(found: CalibratedVector) -> None:
     """One row per strength, those of the calibrated range marked, and what they come to."""
     from rich.table import Table
 
+    from steer.fit.measure.nulls.comparison import told
+
     one = found.calibration
     title = f"{found.vector.card.name}: {one.scorer or 'KL'} over {one.prompts} prompts"
     table = Table(title=title)
@@ -130,6 +132,14 @@ def show_calibration(found: CalibratedVector) -> None:
         lines.append(
             f"the card's default strength, {found.vector.card.default_strength:g}, is outside the "
             "calibrated range"
+        )
+    if one.nulls is not None:
+        lines.append(told(one.nulls))
+    if one.anti_steered is not None:
+        wrong = one.anti_steered
+        lines.append(
+            f"steered the wrong way: {wrong.value:.2f} [{wrong.low:.2f}, {wrong.high:.2f}] of the "
+            "prompts"
         )
     if any(found.unjudged):
         lines.append(f"answers that the scorer could not judge: {sum(found.unjudged)}")

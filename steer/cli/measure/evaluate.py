@@ -19,6 +19,7 @@ from steer.errors import SteerError
 from steer.fit.requests.measuring import EvaluateRequest
 
 if TYPE_CHECKING:
+    from steer.artefacts.calibration import NullComparison
     from steer.artefacts.control_vector import ControlVector
     from steer.fit.measure.evaluate import Evaluation, Instruction
     from steer.registry.registry import Registry
@@ -87,9 +88,12 @@ def show_evaluation(found: Evaluation) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from steer.fit.measure.nulls.comparison import told
+
     table = Table(title=f"{found.scorer} over {found.prompts} prompts, 95 % intervals")
     table.add_column("method", no_wrap=True)
-    for heading in ("score", "valid", "both", "perplexity\nratio", "over prompt"):
+    headings = ("score", "valid", "both", "perplexity\nratio", "over prompt", "wrong way")
+    for heading in (*headings, "best\nnull", "p"):
         table.add_column(heading, justify="right")
     for row in found.rows:
         table.add_row(
@@ -99,13 +103,30 @@ def show_evaluation(found: Evaluation) -> None:
             "–" if row.both is None else str(row.both),
             str(row.perplexity_ratio),
             str(row.over_prompt),
+            "–" if row.kind == "unsteered" else str(row.anti_steered),
+            *_null_cells(row.nulls),
         )
     table_out().print(table)
-    told = found.instruction
-    out().print(f"prompt only: told “{told.text}” ({told.source})", highlight=False, markup=False)
+    instruction = found.instruction
+    out().print(
+        f"prompt only: told “{instruction.text}” ({instruction.source})",
+        highlight=False,
+        markup=False,
+    )
+    for row in found.rows:
+        said = row.no_nulls if row.nulls is None else told(row.nulls)
+        if said is not None:
+            out().print(f"{row.name}: {said}", highlight=False, markup=False)
     unjudged = sum(row.unjudged for row in found.rows)
     if unjudged:
         out().print(f"answers that the scorer could not judge: {unjudged}", highlight=False)
+
+
+def _null_cells(found: NullComparison | None) -> tuple[str, str]:
+    strongest = None if found is None else found.strongest
+    if found is None or strongest is None:
+        return "–", "–"
+    return f"{strongest.score:.2f}", f"{found.p_value:.2g}"
 
 
 def _method(library: Registry, text: str) -> tuple[str, SteeringSpec, dict[str, ControlVector]]:

@@ -13,20 +13,21 @@ from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
-from scipy.optimize import isotonic_regression
-from scipy.stats import spearmanr
-
-from steer.artefacts.calibration import Calibration, MeasuredDose, SafeLimits
+from steer.artefacts.calibration import AUTO_EFFECT, Calibration, SafeLimits
 from steer.artefacts.control_vector import ControlVector
 from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import Engine, SamplingParams
 from steer.engines.plans import plans_of
 from steer.errors import SteerError
 from steer.fit.data.pairs import Prompt
-from steer.fit.measure.answers import GROUP, Answer, Measured, Progress, answers_under, measured
-from steer.fit.measure.divergence import BATCH, divergences
+from steer.fit.measure.answers import GROUP, Answer, Progress, answers_under, measured
+from steer.fit.measure.bootstrap import Resamples
+from steer.fit.measure.divergence import BATCH, References, divergences
+from steer.fit.measure.doses import DIGITS, measured_doses, tabulated
+from steer.fit.measure.nulls.comparison import anti_steered, compare, on_card, values
+from steer.fit.measure.nulls.directions import NullVector, Refit, answer_states, null_vectors
+from steer.fit.measure.nulls.runs import NULLS, Contender, null_steps, run_nulls
 from steer.fit.measure.scoring import AnswerScorer, Score, Scorer
-from steer.fit.measure.straightness import curve_straightness, r_squared
 from steer.model import HookPoint
 from steer.plan.plan import SteeringPlan
 from steer.prompts import prompt_json
@@ -34,11 +35,6 @@ from steer.spec import Where, parse_spec
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
 """The strengths that are measured unless others are given, in multiples of the card's default."""
-
-MIN_EFFECT = 0.1
-"""A smaller rise of the mean score over the calibrated range is not called an effect."""
-
-_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -84,6 +80,8 @@ def calibrate(
     max_tokens: int = 48,
     temperature: float = 0.0,
     seed: int = 0,
+    nulls: int = NULLS,
+    refit: Refit | None = None,
     batch: int = BATCH,
     examples: int = 1,
     group: int = GROUP,
@@ -93,8 +91,12 @@ def calibrate(
 
     `layers` and `where` are the card's unless given; where they are given they become the defaults
     of the calibrated version, because its tables hold for them alone. Without a `scorer` only KL
-    and perplexity are measured, and no effect is known. `progress` is told of finished steps,
-    `steps_of` in all; what it raises ends the work.
+    and perplexity are measured, and no effect is known.
+
+    Where one is known, it is compared with that of `nulls` vectors of chance of each kind
+    (`steer.fit.measure.nulls`) at the same KL: rotated ones, ones with the covariance of the
+    unsteered answers' states, and with `refit` those fitted on shuffled labels. `progress` is told
+    of finished steps, `steps_of` in all; what it raises ends the work.
 
     Raises `SteerError`: `no_prompts`, `invalid_option`, `no_safe_range` where the smallest strength
     already breaks a limit, `no_effect` where the score rises by less than `MIN_EFFECT`.
@@ -114,11 +116,12 @@ def calibrate(
         group=group,
         progress=progress,
     )
-    kl = divergences(engine, everything[0], plans, batch=batch, progress=progress).mean(1).tolist()
+    references = References(engine, everything[0], batch=batch)
+    kl = references.divergences(plans, progress=progress).mean(1).tolist()
     figures = [measured(answers, examples=examples) for answers in everything]
-    doses = _doses((0.0, *grid), figures, (0.0, *kl), scored=scorer is not None)
+    doses = measured_doses((0.0, *grid), figures, (0.0, *kl), scored=scorer is not None)
     used = tuple(sorted(set(layers))) if layers is not None else vector.card.used_layers
-    calibration = _calibration(
+    calibration = tabulated(
         doses,
         limits or SafeLimits(),
         model=engine.info.own_name,
@@ -132,6 +135,29 @@ def calibrate(
         temperature=temperature,
         seed=seed,
     )
+    if scorer is not None and calibration.effect is not None:
+        place = next(n for n, share in enumerate(calibration.effect) if share >= AUTO_EFFECT)
+        drawn = _nulls(engine, vector, everything[0], used, count=nulls, seed=seed, refit=refit)
+        contender = Contender(plans[place - 1], grid[place - 1], everything[place], drawn)
+        [runs] = run_nulls(
+            engine,
+            prompts,
+            references,
+            [contender],
+            scorer,
+            sampling=sampling,
+            group=group,
+            progress=progress,
+        )
+        draws = Resamples.draw(len(prompts), seed=seed)
+        in_range = everything[: len(calibration.kl)]
+        wrong = anti_steered(draws, calibration.strengths, [values(one) for one in in_range])
+        calibration = calibration.model_copy(
+            update={
+                "nulls": compare(draws, everything[0], contender, runs),
+                "anti_steered": on_card(wrong),
+            }
+        )
     changes: dict[str, Any] = {"calibration": calibration}
     if layers is not None:
         changes["default_layers"] = used
@@ -157,9 +183,34 @@ def check_use(
     _plans(engine, vector, _grid(vector, strengths)[:1], layers, where)
 
 
-def steps_of(prompts: Sized, strengths: Sequence[float] | None = None) -> int:
-    """How much `calibrate` tells `progress` of: every answer, and every answer read again."""
-    return len(prompts) * (2 + len(GRID if strengths is None else set(strengths)))
+def steps_of(
+    prompts: Sized,
+    strengths: Sequence[float] | None = None,
+    *,
+    nulls: int = NULLS,
+    shuffled: bool = False,
+) -> int:
+    """How much `calibrate` tells `progress` of: every answer, every answer read again, and, with a
+    scorer, `nulls` of each kind (`shuffled` too where there is a refit)."""
+    doses = len(GRID if strengths is None else set(strengths))
+    return len(prompts) * (2 + doses) + null_steps(len(prompts), nulls * (3 if shuffled else 2))
+
+
+def _nulls(
+    engine: Engine,
+    vector: ControlVector,
+    plain: Sequence[Answer],
+    layers: Sequence[int],
+    *,
+    count: int,
+    seed: int,
+    refit: Refit | None,
+) -> tuple[NullVector, ...]:
+    """`count` nulls of each kind for `vector` on `layers`."""
+    if count == 0:
+        return ()
+    states = answer_states(engine, plain, vector.card.site, layers)
+    return null_vectors(vector, count, seed=seed, layers=layers, states=states, refit=refit)
 
 
 def prompts_sha256(prompts: Sequence[Prompt]) -> str:
@@ -169,97 +220,6 @@ def prompts_sha256(prompts: Sequence[Prompt]) -> str:
         for prompt in prompts
     ]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def calibrated_range(doses: Sequence[MeasuredDose], limits: SafeLimits) -> int:
-    """How many of the doses, from strength 0 up, keep every limit: the range ends before the first
-    that breaks one. Raises `SteerError` (`no_safe_range`) unless two of them do."""
-    best = -math.inf
-    for count, dose in enumerate(doses):
-        broken = _broken(dose, best, limits)
-        if broken is not None:
-            if count < 2:
-                what = "the unsteered answers" if count == 0 else f"strength {dose.strength:g}"
-                raise SteerError(
-                    f"there is no safe strength: {what} already have {broken}; measure smaller "
-                    "strengths, or choose other limits, prompts or another scorer",
-                    code="no_safe_range",
-                )
-            return count
-        best = max(best, -math.inf if dose.score is None else dose.score)
-    return len(doses)
-
-
-def _broken(dose: MeasuredDose, best: float, limits: SafeLimits) -> str | None:
-    """The limit that `dose` breaks, in words."""
-    if dose.perplexity_ratio > limits.perplexity_ratio:
-        ratio = dose.perplexity_ratio
-        return f"a perplexity ratio of {ratio:.2f}, above {limits.perplexity_ratio:g}"
-    if dose.valid is not None and dose.valid < limits.valid:
-        return f"{dose.valid:.2f} valid, below {limits.valid:g}"
-    if dose.score is not None and dose.score < best - limits.drop:
-        return f"a score of {dose.score:.2f}, below {best:.2f} at a smaller strength"
-    return None
-
-
-def _calibration(doses: tuple[MeasuredDose, ...], limits: SafeLimits, **fields: Any) -> Calibration:
-    kept = doses[: calibrated_range(doses, limits)]
-    scores = [dose.score for dose in kept if dose.score is not None]
-    effect = _effect(kept, scores) if scores else None
-    strengths = [dose.strength for dose in kept]
-    return Calibration(
-        doses=doses,
-        kl=_rising([dose.kl for dose in kept]),
-        effect=effect,
-        linearity=_rounded(r_squared(strengths, scores)) if scores else None,
-        straightness=_rounded(curve_straightness(strengths, scores)) if scores else None,
-        monotonicity=_monotonicity(doses),
-        limits=limits,
-        **fields,
-    )
-
-
-def _effect(doses: Sequence[MeasuredDose], scores: Sequence[float]) -> tuple[float, ...]:
-    """The isotonic fit of the scores as shares of its rise, from 0 to exactly 1."""
-    fitted = _rising(scores)
-    low, high = fitted[0], fitted[-1]
-    if high - low < MIN_EFFECT:
-        raise SteerError(
-            f"the vector has no effect that this scorer sees: up to strength "
-            f"{doses[-1].strength:g}, the end of its safe range, the score goes from {low:.3f} to "
-            f"{high:.3f}; calibrate without a scorer for KL alone, or use other layers or tokens",
-            code="no_effect",
-        )
-    shares = [_rounded((value - low) / (high - low)) or 0.0 for value in fitted]
-    return (0.0, *shares[1:-1], 1.0)
-
-
-def _rising(values: Sequence[float]) -> tuple[float, ...]:
-    """The closest series, in squares, that never falls (isotonic regression)."""
-    return tuple(_rounded(float(value)) or 0.0 for value in isotonic_regression(list(values)).x)
-
-
-def _monotonicity(doses: Sequence[MeasuredDose]) -> float | None:
-    """Spearman's ρ of strength and score; None where there are no scores or they never change."""
-    scores = [dose.score for dose in doses if dose.score is not None]
-    if len(set(scores)) < 2:
-        return None
-    return _rounded(float(spearmanr([dose.strength for dose in doses], scores).statistic))
-
-
-def _doses(
-    strengths: Sequence[float], figures: Sequence[Measured], kl: Sequence[float], *, scored: bool
-) -> tuple[MeasuredDose, ...]:
-    return tuple(
-        MeasuredDose(
-            strength=strength,
-            score=_rounded(one.score) if scored else None,
-            valid=_rounded(one.valid),
-            perplexity_ratio=_rounded(math.exp(one.loss - figures[0].loss)) or 0.0,
-            kl=_rounded(nats) or 0.0,
-        )
-        for strength, one, nats in zip(strengths, figures, kl, strict=True)
-    )
 
 
 def _plans(
@@ -287,7 +247,7 @@ def _plans(
 def _grid(vector: ControlVector, strengths: Sequence[float] | None) -> tuple[float, ...]:
     if strengths is None:
         unit = abs(vector.card.default_strength) or 1.0
-        return tuple(float(f"{unit * factor:.{_DIGITS}g}") for factor in GRID)
+        return tuple(float(f"{unit * factor:.{DIGITS}g}") for factor in GRID)
     chosen = tuple(sorted({float(strength) for strength in strengths}))
     if not chosen or not all(0 < strength < math.inf for strength in chosen):
         raise SteerError(
@@ -297,11 +257,6 @@ def _grid(vector: ControlVector, strengths: Sequence[float] | None) -> tuple[flo
             param="/strengths",
         )
     return chosen
-
-
-def _rounded(value: float | None) -> float | None:
-    """Six digits: what is beyond them differs between machines, and would change the hash."""
-    return None if value is None else float(f"{value:.{_DIGITS}g}")
 
 
 def _unscored(text: str) -> Score:

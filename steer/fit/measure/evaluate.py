@@ -14,12 +14,20 @@ from typing import Any, Literal
 
 import numpy as np
 
+from steer.artefacts.calibration import NullComparison
 from steer.artefacts.control_vector import Card
 from steer.engines.base import Engine, SamplingParams
 from steer.errors import SteerError
 from steer.fit.data.pairs import Prompt
 from steer.fit.measure.answers import GROUP, Answer, Progress, answers_under, sound
 from steer.fit.measure.bootstrap import LEVEL, Floats, Interval, Ints, Resamples
+from steer.fit.measure.nulls.comparison import (
+    SteeredAnswers,
+    compare_plans,
+    values,
+    wrong_way,
+)
+from steer.fit.measure.nulls.runs import NULLS, null_steps
 from steer.fit.measure.scoring import AnswerScorer, Scorer
 from steer.plan.plan import SteeringPlan
 from steer.prompts import Marked, Messages
@@ -50,7 +58,9 @@ class EvaluatedRow:
 
     `score`, `valid` and `both` are as in `Measured`; `perplexity_ratio` is that of the answers, by
     the model that wrote them, to the unsteered ones; `over_prompt` is the score less that of the
-    prompt-only baseline, paired by prompt.
+    prompt-only baseline, paired by prompt; `anti_steered` is the share of prompts whose score is
+    below the unsteered one's (2407.12404). `nulls` is what vectors of chance do in the method's
+    place at the same KL, `no_nulls` why that was not measured.
     """
 
     name: str
@@ -62,7 +72,14 @@ class EvaluatedRow:
     both: Interval | None
     perplexity_ratio: Interval
     over_prompt: Interval
+    anti_steered: Interval
     examples: tuple[str, ...]
+    nulls: NullComparison | None = None
+    no_nulls: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        nulls = None if self.nulls is None else self.nulls.model_dump(mode="json")
+        return asdict(replace(self, nulls=None)) | {"nulls": nulls}
 
 
 @dataclass(frozen=True)
@@ -77,7 +94,8 @@ class Evaluation:
     scorer: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "level": LEVEL, "rows": [asdict(row) for row in self.rows]}
+        rows = [row.as_json() for row in self.rows]
+        return {**asdict(replace(self, rows=())), "level": LEVEL, "rows": rows}
 
 
 def evaluate(
@@ -91,6 +109,7 @@ def evaluate(
     max_tokens: int = 48,
     temperature: float = 0.0,
     seed: int = 0,
+    nulls: int = NULLS,
     resamples: int = 2000,
     examples: int = 1,
     group: int = GROUP,
@@ -98,9 +117,11 @@ def evaluate(
 ) -> Evaluation:
     """Compares `methods` on `prompts`, the prompt-only baseline always among them.
 
-    All answers share the engine's batch. `seed` draws the samples (above temperature 0) and the
-    bootstrap's prompts. `progress` is told of finished answers, `len(prompts) · (2 + methods)` in
-    all; what it raises ends the work. Raises `SteerError`: `no_prompts`, `invalid_option`.
+    All answers share the engine's batch. Beside each method that adds a vector stand `nulls`
+    vectors of chance of each kind, at the method's own KL. `seed` draws the samples (above
+    temperature 0), the nulls and the bootstrap's prompts. `progress` is told of finished steps,
+    `evaluation_steps` in all; what it raises ends the work. Raises `SteerError`: `no_prompts`,
+    `invalid_option`.
     """
     _check(prompts, methods)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, logprobs=0)
@@ -115,13 +136,31 @@ def evaluate(
         progress=progress,
     )
     draws = Resamples.draw(len(prompts), resamples=resamples, seed=seed)
+    compared = compare_plans(
+        engine,
+        prompts,
+        plain,
+        [SteeredAnswers(one.plan, said) for one, said in zip(methods, steered, strict=True)],
+        scorer,
+        draws=draws,
+        sampling=sampling,
+        count=nulls,
+        seed=seed,
+        group=group,
+        progress=progress,
+    )
     table = _Table(draws, plain, asked, examples)
     rows = [table.row(UNSTEERED, "unsteered", plain), table.row(PROMPT_ONLY, "prompt", asked)]
     rows += [
-        table.row(method.name, "steering", answers)
-        for method, answers in zip(methods, steered, strict=True)
+        table.row(method.name, "steering", answers, beside)
+        for method, answers, beside in zip(methods, steered, compared, strict=True)
     ]
     return Evaluation(tuple(rows), instruction, len(prompts), seed, resamples, scorer_name)
+
+
+def evaluation_steps(prompts: int, methods: int, nulls: int = NULLS) -> int:
+    """How much `evaluate` tells `progress` of: every answer, and the nulls of every method."""
+    return prompts * (2 + methods) + methods * null_steps(prompts, 2 * nulls)
 
 
 def instructed(prompt: Prompt, instruction: str) -> Prompt:
@@ -166,6 +205,7 @@ class _Table:
         name: str,
         kind: Literal["unsteered", "prompt", "steering"],
         answers: Sequence[Answer],
+        beside: NullComparison | str | None = None,
     ) -> EvaluatedRow:
         judged = [answer.score for answer in answers if answer.score.judged]
         judges = bool(judged) and all(score.valid is not None for score in judged)
@@ -176,12 +216,15 @@ class _Table:
             kind=kind,
             answers=len(answers),
             unjudged=len(answers) - len(judged),
-            score=self.draws.mean(_scores(answers)),
+            score=self.draws.mean(values(answers)),
             valid=self.draws.mean(valid) if judges else None,
             both=self.draws.mean(both) if judges else None,
             perplexity_ratio=perplexity_ratio(self.draws, answers, self.plain),
-            over_prompt=self.draws.difference(_scores(answers), _scores(self.asked)),
+            over_prompt=self.draws.difference(values(answers), values(self.asked)),
+            anti_steered=wrong_way(self.draws, values(self.plain), values(answers)),
             examples=tuple(answer.text for answer in answers[: self.examples]),
+            nulls=beside if isinstance(beside, NullComparison) else None,
+            no_nulls=beside if isinstance(beside, str) else None,
         )
 
 
@@ -198,10 +241,6 @@ def perplexity_ratio(
         return np.exp(difference)
 
     return draws.interval(ratio)
-
-
-def _scores(answers: Sequence[Answer]) -> list[float]:
-    return [a.score.value if a.score.judged else math.nan for a in answers]
 
 
 def _losses(answers: Sequence[Answer]) -> Floats:

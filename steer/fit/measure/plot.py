@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHADE = "#2a9d5c"
+NULL: dict[str, Any] = {"color": "#555555", "ms": 5, "ls": "none"}
 
 
 def plot_dose_response(response: DoseResponse, path: Path, *, title: str) -> None:
@@ -64,7 +65,8 @@ def plot_calibration(
 
 
 def plot_evaluation(evaluation: Evaluation, path: Path, *, title: str) -> None:
-    """A bar for each method's score, its interval, and marks for validity. Raises `SteerError`."""
+    """A bar for each method's score, its interval, and marks for validity and nulls. Raises
+    `SteerError`."""
     rows = evaluation.rows
     figure = _figure(1.6 + 0.45 * len(rows))
     axis = figure.subplots()
@@ -84,6 +86,14 @@ def plot_evaluation(evaluation: Evaluation, path: Path, *, title: str) -> None:
     if all(row.valid is not None for row in rows):
         valid = [row.valid.value for row in rows if row.valid is not None]
         axis.plot(valid, places, "D", color="black", ms=4, ls="none", label="valid")
+    nulls = [
+        (one.score, place)
+        for place, row in enumerate(rows)
+        if row.nulls is not None
+        for one in row.nulls.nulls
+    ]
+    if nulls:
+        axis.plot(*zip(*nulls, strict=True), "x", **NULL, label="nulls, equal KL")
     axis.set_yticks(places, [row.name for row in rows])
     axis.invert_yaxis()
     axis.set(xlabel=f"share of answers, {evaluation.prompts} prompts", xlim=(0, 1.03), title=title)
@@ -101,6 +111,10 @@ def _plot_scores(axis: Axes, calibration: Calibration, auto: float | None) -> No
         axis.plot(strengths, valid, "s--", color="C1", ms=3, label="valid")
     if auto is not None:
         axis.axvline(auto, color=SHADE, ls="--", label="auto")
+    nulls = calibration.nulls
+    if nulls is not None and nulls.nulls:
+        at = [nulls.strength] * len(nulls.nulls)
+        axis.plot(at, [one.score for one in nulls.nulls], "x", **NULL, label="nulls, equal KL")
     axis.set(ylabel="share of answers", ylim=(-0.03, 1.05))
     axis.legend()
 

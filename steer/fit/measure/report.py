@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from steer.artefacts.calibration import MeasuredInterval, NullComparison
 from steer.errors import SteerError
 from steer.fit.measure.calibrate import CalibratedVector
 from steer.fit.measure.evaluate import Evaluation
+from steer.fit.measure.nulls.comparison import told
 from steer.fit.measure.plot import plot_calibration, plot_evaluation
 
 FIGURES = "report.json"
@@ -23,7 +25,7 @@ def write_calibration_report(folder: Path, found: CalibratedVector, *, title: st
         folder,
         found.as_json(),
         f"# {title}\n\n{_calibration_text(found)}\n\n![Dose and response](calibration.png)\n\n"
-        f"{_calibration_table(found)}\n",
+        f"{_calibration_table(found)}\n{_calibration_nulls(found.calibration.nulls)}",
         lambda: plot_calibration(
             found.calibration, folder / "calibration.png", title=title, auto=found.auto
         ),
@@ -36,7 +38,7 @@ def write_evaluation_report(folder: Path, evaluation: Evaluation, *, title: str)
         folder,
         evaluation.as_json(),
         f"# {title}\n\n{_evaluation_text(evaluation)}\n\n![Scores](evaluation.png)\n\n"
-        f"{_evaluation_table(evaluation)}\n",
+        f"{_evaluation_table(evaluation)}\n\n{_evaluation_nulls(evaluation)}",
         lambda: plot_evaluation(evaluation, folder / "evaluation.png", title=title),
     )
 
@@ -71,7 +73,36 @@ def _calibration_text(found: CalibratedVector) -> str:
             f"straightness {_text(one.straightness)}; over all strengths: Spearman's ρ "
             f"{_text(one.monotonicity)}."
         )
+    if one.nulls is not None:
+        lines.append(f"Beside chance: {told(one.nulls)}.")
+    if one.anti_steered is not None:
+        lines.append(f"Steered the wrong way: {_interval(one.anti_steered)} of the prompts.")
     return "\n\n".join(lines)
+
+
+def _calibration_nulls(found: NullComparison | None) -> str:
+    if found is None or not found.nulls:
+        return ""
+    return (
+        f"\n## Nulls\n\nVectors of chance at the KL of strength {found.strength:g}.\n\n"
+        f"{_null_table(found)}\n"
+    )
+
+
+def _null_table(found: NullComparison) -> str:
+    """Every null, the strongest first."""
+    rows = [
+        [
+            f"{one.kind} {one.seed}",
+            f"{one.cosine:.2f}",
+            f"{one.strength:.3g}",
+            f"{one.kl:.4f}" + ("" if one.matched else " (not reached)"),
+            f"{one.score:.3f}",
+            _text(one.anti_steered),
+        ]
+        for one in sorted(found.nulls, key=lambda one: -one.score)
+    ]
+    return _table(["null", "cosine", "strength", "KL (nats)", "score", "wrong way"], rows)
 
 
 def _calibration_table(found: CalibratedVector) -> str:
@@ -96,11 +127,11 @@ def _calibration_table(found: CalibratedVector) -> str:
 
 
 def _evaluation_text(evaluation: Evaluation) -> str:
-    told = evaluation.instruction
+    instruction = evaluation.instruction
     return (
         f"{evaluation.prompts} prompts, scorer {evaluation.scorer or 'unnamed'}; the prompt-only "
-        f"baseline is told “{told.text}” ({told.source}). Intervals: 95 %, bootstrap over prompts, "
-        f"{evaluation.resamples} resamples, seed {evaluation.seed}."
+        f"baseline is told “{instruction.text}” ({instruction.source}). Intervals: 95 %, bootstrap "
+        f"over prompts, {evaluation.resamples} resamples, seed {evaluation.seed}."
     )
 
 
@@ -113,12 +144,23 @@ def _evaluation_table(evaluation: Evaluation) -> str:
             "–" if row.both is None else str(row.both),
             str(row.perplexity_ratio),
             str(row.over_prompt),
+            "–" if row.kind == "unsteered" else str(row.anti_steered),
             _cell(row.examples[0]) if row.examples else "",
         ]
         for row in evaluation.rows
     ]
-    headings = ["method", "score", "valid", "both", "perplexity ratio", "over prompt", "an answer"]
-    return _table(headings, rows)
+    headings = ["method", "score", "valid", "both", "perplexity ratio", "over prompt"]
+    return _table([*headings, "wrong way", "an answer"], rows)
+
+
+def _evaluation_nulls(evaluation: Evaluation) -> str:
+    parts = ["## Nulls\n"]
+    for row in evaluation.rows:
+        if row.nulls is not None:
+            parts.append(f"**{_cell(row.name)}**: {told(row.nulls)}.\n\n{_null_table(row.nulls)}\n")
+        elif row.no_nulls is not None:
+            parts.append(f"**{_cell(row.name)}**: {row.no_nulls}.\n")
+    return "\n".join(parts)
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -128,6 +170,10 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _interval(found: MeasuredInterval) -> str:
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
 def _text(value: float | None) -> str:

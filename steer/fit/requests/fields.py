@@ -129,6 +129,14 @@ MaxTokensField: TypeAlias = Annotated[
 ]
 TemperatureField: TypeAlias = Annotated[StrictFloat, Field(ge=0, le=2, description="0 is greedy.")]
 SampleSeedField: TypeAlias = Annotated[Seed, Field(description="For temperatures above 0.")]
+NullsField: TypeAlias = Annotated[
+    StrictInt,
+    Field(
+        ge=0,
+        le=64,
+        description="Vectors of chance of each kind, run at the same KL; 0 measures none.",
+    ),
+]
 ExamplesField: TypeAlias = Annotated[
     StrictInt,
     Spelled(hidden=True),

@@ -21,6 +21,7 @@ from steer.fit.requests.fields import (
     SCORES_HERE,
     ExamplesField,
     MaxTokensField,
+    NullsField,
     Ref,
     SampleSeedField,
     Score,
@@ -51,6 +52,9 @@ if TYPE_CHECKING:
 
 GROUP = 16
 """Answers between two reports."""
+
+NULLS = 4
+"""As `steer.fit.measure.nulls.runs.NULLS`, which needs torch."""
 
 
 class MeasureRequest(BaseModel):
@@ -202,14 +206,16 @@ class CalibrateRequest(MeasureRequest):
             description="And before the score falls by more than this.",
         ),
     ] = 0.05
+    nulls: NullsField = NULLS
     seed: SampleSeedField = 0
 
     @property
     def answers(self) -> int:
-        """Every answer, and every answer read again."""
+        """Every answer, every answer read again, and the nulls."""
         from steer.fit.measure.calibrate import steps_of
 
-        return steps_of(self.prompts, self.strengths)
+        nulls = 0 if self.score is None else self.nulls
+        return steps_of(self.prompts, self.strengths, nulls=nulls)
 
     def check(self, engine: Engine, vector: ControlVector) -> None:
         """Raises what is wrong with this use of `vector`, before anything is measured."""
@@ -246,6 +252,7 @@ class CalibrateRequest(MeasureRequest):
             max_tokens=self.max_tokens,
             temperature=self.temperature,
             seed=self.seed,
+            nulls=self.nulls,
             group=GROUP,
             progress=progress,
         )
@@ -289,7 +296,10 @@ class EvaluateRequest(MeasureRequest):
         ),
         Field(description="What the prompt-only baseline is told."),
     ]
-    seed: Annotated[Seed, Field(description="Draws the bootstrap, and samples above 0.")] = 0
+    nulls: NullsField = NULLS
+    seed: Annotated[
+        Seed, Field(description="Draws the bootstrap, the nulls, and samples above 0.")
+    ] = 0
     resamples: Annotated[
         StrictInt, Field(ge=100, le=10_000, description="Of the bootstrap over prompts.")
     ] = 2000
@@ -303,8 +313,11 @@ class EvaluateRequest(MeasureRequest):
 
     @property
     def answers(self) -> int:
-        """Those of the methods, of the unsteered model, and of the one that was told in words."""
-        return len(self.prompts) * (2 + len(self.methods))
+        """Those of the methods, of the unsteered model, of the one that was told in words, and of
+        the nulls."""
+        from steer.fit.measure.evaluate import evaluation_steps
+
+        return evaluation_steps(len(self.prompts), len(self.methods), self.nulls)
 
     def run(
         self,
@@ -329,6 +342,7 @@ class EvaluateRequest(MeasureRequest):
             max_tokens=self.max_tokens,
             temperature=self.temperature,
             seed=self.seed,
+            nulls=self.nulls,
             resamples=self.resamples,
             examples=self.examples,
             group=GROUP,

@@ -3,119 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
+from torch import Tensor
 
 from steer.artefacts.calibration import MeasuredInterval, MeasuredNull, NullComparison
+from steer.artefacts.control_vector import ControlVector
 from steer.engines.base import Engine, SamplingParams
+from steer.errors import Unsupported
 from steer.fit.data.prompt import Prompt
-from steer.fit.measure.answers import GROUP, Answer, Progress, answers_under
-from steer.fit.measure.bootstrap import Floats, Interval, Ints, Resamples
+from steer.fit.measure.answers import GROUP, Answer, Progress
+from steer.fit.measure.bootstrap import Interval, Resamples
 from steer.fit.measure.divergence import References
-from steer.fit.measure.nulls.directions import NullVector
-from steer.fit.measure.nulls.matching import Match, matched_strengths
+from steer.fit.measure.doses import rounded
+from steer.fit.measure.nulls.directions import answer_states, null_vectors
+from steer.fit.measure.nulls.in_plans import added_vector
+from steer.fit.measure.nulls.runs import NULLS, Contender, ContenderRuns, null_steps, run_nulls
 from steer.fit.measure.scoring import AnswerScorer, Scorer
 from steer.plan.plan import SteeringPlan
-
-MATCHED_ANSWERS = 8
-MATCHED_TOKENS = 24
-"""What the KL is matched on, of the answers and of each: every null reads it several times, and
-the vector's own KL is taken of the same."""
-
-_DIGITS = 6
-
-NullPlanAt: TypeAlias = Callable[[NullVector, float], SteeringPlan]
-"""The plan that uses a null, at a strength, as its vector is used."""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A vector that is held against `nulls`: its answers at `strength`, the plan that gave them,
-    and how a null would take its place."""
-
-    plan: SteeringPlan
-    strength: float
-    answers: Sequence[Answer]
-    nulls: Sequence[NullVector]
-    null_plan_at: NullPlanAt
-
-
-@dataclass(frozen=True)
-class NullRun:
-    """A null at the strength that was matched, and its answers."""
-
-    null: NullVector
-    match: Match
-    answers: Sequence[Answer]
-
-
-def run_nulls(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    references: References,
-    contenders: Sequence[Contender],
-    scorer: AnswerScorer | Scorer,
-    *,
-    sampling: SamplingParams,
-    group: int = GROUP,
-    progress: Progress | None = None,
-) -> list[tuple[float, list[NullRun]]]:
-    """For each contender its KL, and its nulls at strengths of that KL with their answers.
-
-    `references` are of the unsteered answers to `prompts`; the first `MATCHED_ANSWERS` are used. All
-    nulls of all contenders share batches. `progress` is told of `null_steps` in all. Raises
-    `SteerError` as matching and the engine do.
-    """
-    matched_on = references.first(MATCHED_ANSWERS, MATCHED_TOKENS)
-    kl = matched_on.divergences([one.plan for one in contenders]).mean(1).tolist()
-    jobs = [(n, null) for n, one in enumerate(contenders) for null in one.nulls]
-    matches = matched_strengths(
-        matched_on,
-        [_plan_at(contenders[n].null_plan_at, null) for n, null in jobs],
-        [kl[n] for n, _ in jobs],
-        start=[contenders[n].strength for n, _ in jobs],
-        progress=progress,
-    )
-    answers = answers_under(
-        engine,
-        [prompts] * len(jobs),
-        [
-            contenders[n].null_plan_at(null, match.strength)
-            for (n, null), match in zip(jobs, matches, strict=True)
-        ],
-        scorer,
-        sampling=sampling,
-        group=group,
-        progress=progress,
-    )
-    found: list[tuple[float, list[NullRun]]] = [(nats, []) for nats in kl]
-    for (n, null), match, said in zip(jobs, matches, answers, strict=True):
-        found[n][1].append(NullRun(null, match, said))
-    return found
-
-
-def null_steps(prompts: int, nulls: int) -> int:
-    """How much `run_nulls` tells `progress` of: every match and every answer."""
-    return nulls * (1 + prompts)
+from steer.spec import Site
 
 
 def compare(
     draws: Resamples,
     plain: Sequence[Answer],
     contender: Contender,
-    kl: float,
-    runs: Sequence[NullRun],
+    found: ContenderRuns,
 ) -> NullComparison:
-    """The comparison as it stands on a card and in reports, in six digits.
+    """The comparison as it stands on a card and in reports; `found` are the runs of the contender's
+    nulls, which may be none.
 
     `plain` are the unsteered answers to the same prompts, in order.
     """
     scores = values(contender.answers)
     baseline = values(plain)
-    nulls = [values(run.answers) for run in runs]
+    runs, nulls = found.nulls, [values(run.answers) for run in found.nulls]
     means = [_rounded(draws.mean(one).value) for one in nulls]
     own = _rounded(draws.mean(scores).value)
     margin = None
@@ -124,7 +48,7 @@ def compare(
         margin = on_card(draws.difference(scores, strongest))
     return NullComparison(
         strength=_rounded(contender.strength),
-        kl=_rounded(kl),
+        kl=_rounded(found.kl),
         score=own,
         unsteered=_rounded(draws.mean(baseline).value),
         nulls=tuple(
@@ -143,6 +67,97 @@ def compare(
         p_value=_rounded(p_value(own, means)) if nulls else None,
         margin=margin,
         above_null=None if margin is None else margin.low > 0,
+    )
+
+
+@dataclass(frozen=True)
+class SteeredAnswers:
+    """A plan, and what it made of the prompts."""
+
+    plan: SteeringPlan
+    answers: Sequence[Answer]
+
+
+def compare_plans(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    plain: Sequence[Answer],
+    steered: Sequence[SteeredAnswers],
+    scorer: AnswerScorer | Scorer,
+    *,
+    draws: Resamples,
+    sampling: SamplingParams,
+    count: int = NULLS,
+    seed: int = 0,
+    group: int = GROUP,
+    progress: Progress | None = None,
+) -> list[NullComparison | str]:
+    """Each of `steered` beside `count` rotated nulls and `count` with the covariance of the
+    unsteered states, at its own KL; or why there are none.
+
+    Strength 1 is the plan as it is. `progress` is told of `null_steps` of 2 · `count` nulls for
+    each. Raises `SteerError` as the engine does.
+    """
+    states: dict[tuple[Site, tuple[int, ...]], dict[int, Tensor]] = {}
+    contenders: list[Contender] = []
+    reasons: list[str | None] = []
+    for one in steered:
+        try:
+            vector = _measurable(engine, one.plan, count)
+        except Unsupported as error:
+            reasons.append(str(error))
+            if progress is not None:
+                progress(null_steps(len(prompts), 2 * count))
+            continue
+        at = (vector.card.site, vector.card.layers)
+        if at not in states:
+            states[at] = answer_states(engine, plain, *at)
+        drawn = null_vectors(vector, count, seed=seed, states=states[at])
+        contenders.append(Contender(one.plan, 1.0, one.answers, drawn))
+        reasons.append(None)
+    runs = run_nulls(
+        engine,
+        prompts,
+        References(engine, plain),
+        contenders,
+        scorer,
+        sampling=sampling,
+        group=group,
+        progress=progress,
+    )
+    compared = iter(
+        compare(draws, plain, one, found) for one, found in zip(contenders, runs, strict=True)
+    )
+    return [next(compared) if reason is None else reason for reason in reasons]
+
+
+def _measurable(engine: Engine, plan: SteeringPlan, count: int) -> ControlVector:
+    """The vector that nulls stand in for; raises `Unsupported` with why there are none."""
+    if count == 0:
+        raise Unsupported("no nulls were asked for", code="no_nulls")
+    if not engine.capabilities.captures:
+        raise Unsupported("this engine cannot read what a KL is measured on", code="no_captures")
+    return added_vector(plan)
+
+
+def told(found: NullComparison) -> str:
+    """The comparison in a sentence, for people."""
+    strongest = found.strongest
+    if strongest is None or found.margin is None:
+        return "no nulls were run, so it is not known whether chance does as much"
+    kinds = ", ".join(dict.fromkeys(one.kind for one in found.nulls))
+    missed = sum(not one.matched for one in found.nulls)
+    verdict = (
+        "it is above its nulls"
+        if found.above_null
+        else "NOT above its nulls: what it does is not called steering"
+    )
+    return (
+        f"{verdict}: at KL {found.kl:.3g} the score is {found.score:.2f}, unsteered "
+        f"{found.unsteered:.2f}, and that of the strongest of {len(found.nulls)} nulls ({kinds}) "
+        f"{strongest.score:.2f} ({strongest.kind}, cosine {strongest.cosine:.2f}); margin "
+        f"{found.margin.value:.2f} [{found.margin.low:.2f}, {found.margin.high:.2f}], "
+        f"p = {found.p_value:.2g}" + (f"; {missed} of them did not reach that KL" if missed else "")
     )
 
 
@@ -192,10 +207,6 @@ def on_card(interval: Interval) -> MeasuredInterval:
     )
 
 
-def _plan_at(plan_at: NullPlanAt, null: NullVector) -> Callable[[float], SteeringPlan]:
-    return lambda strength: plan_at(null, strength)
-
-
 def _rounded(value: float) -> float:
-    """Six digits, as on every card; 0 for the mean of nothing, as in `Measured`."""
-    return 0.0 if math.isnan(value) else float(f"{value:.{_DIGITS}g}")
+    """As on every card; 0 for the mean of nothing, as in `Measured`."""
+    return 0.0 if math.isnan(value) else rounded(value) or 0.0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from steer.artefacts.calibration import MeasuredDose, SafeLimits
 from steer.artefacts.control_vector import ControlVector
@@ -20,11 +21,12 @@ from steer.fit.measure.answers import answers_under
 from steer.fit.measure.calibrate import (
     CalibratedVector,
     calibrate,
-    calibrated_range,
     mean_kl,
     prompts_sha256,
     steps_of,
 )
+from steer.fit.measure.doses import calibrated_range
+from steer.fit.measure.nulls.comparison import told
 from steer.fit.measure.report import write_calibration_report
 from steer.fit.measure.scoring import Score
 from steer.spec import Where, parse_spec
@@ -81,6 +83,90 @@ def test_the_same_again_is_the_same_file(
     assert found.vector.sha256 != vector.sha256
 
 
+def test_nulls_stand_on_the_card_beside_it(found: CalibratedVector) -> None:
+    one = found.calibration.nulls
+    assert one is not None
+    assert [null.kind for null in one.nulls] == ["isotropic"] * 4 + ["covariance"] * 4
+    assert all(null.matched for null in one.nulls)
+    assert [null.kl for null in one.nulls] == pytest.approx([one.kl] * 8, rel=0.06)
+    dose = next(d for d in found.calibration.doses if d.strength == one.strength)
+    assert (dose.score, dose.kl) == (one.score, pytest.approx(one.kl))
+    assert found.auto is not None
+    assert one.strength >= found.auto
+    assert one.strongest is not None
+    assert one.score > one.strongest.score
+    assert one.p_value == pytest.approx(1 / 9, rel=1e-5)
+    assert (one.above_null, found.calibration.above_null) == (True, True)
+    wrong = found.calibration.anti_steered
+    assert wrong is not None
+    assert wrong.low <= wrong.value == 0 <= wrong.high
+
+
+def test_a_vector_that_does_what_chance_does_is_not_above_its_nulls(
+    engine: TransformersEngine, vector: ControlVector
+) -> None:
+    """The scorer likes whatever is unlike the unsteered answers, so any push scores."""
+    sampling = SamplingParams(max_tokens=6, temperature=0, logprobs=0)
+    [answers] = answers_under(engine, [PROMPTS], [None], letters, sampling=sampling)
+    plain = {one.text for one in answers}
+    found = run(
+        engine,
+        vector,
+        scorer=lambda text: Score(float(text not in plain)),
+        limits=SafeLimits(perplexity_ratio=1e9, drop=1),
+        strengths=(2.0, 4.0),
+    )
+    one = found.calibration.nulls
+    assert one is not None
+    assert one.score == 1
+    assert (one.above_null, found.calibration.above_null) == (False, False)
+    assert one.p_value is not None
+    assert one.p_value > 0.5
+    assert "not called steering" in told(one)
+    # A strength that a request names by its effect says so.
+    spec = {"interventions": [{"kind": "add", "vector": "e", "strength": "auto"}]}
+    plan = plans_of(engine, MemoryLibrary({"e": found.vector})).plan(parse_spec(spec))
+    assert plan.resolved_strengths[0]["above_null"] is False
+
+
+def test_without_nulls_the_card_says_that_there_were_none(
+    engine: TransformersEngine, vector: ControlVector
+) -> None:
+    found = run(engine, vector, nulls=0, limits=SafeLimits(perplexity_ratio=1000, drop=0.2))
+    one = found.calibration.nulls
+    assert one is not None
+    assert (one.nulls, one.p_value, one.margin, one.above_null) == ((), None, None, None)
+    assert "no nulls were run" in told(one)
+    assert (
+        run(engine, vector, scorer=None, limits=SafeLimits(perplexity_ratio=1000)).calibration.nulls
+        is None
+    )
+
+
+def test_with_a_refit_labels_are_shuffled_too(
+    engine: TransformersEngine, vector: ControlVector
+) -> None:
+    def refit(seed: int) -> dict[int, torch.Tensor]:
+        return {2: torch.randn(32, generator=torch.Generator().manual_seed(seed))}
+
+    steps: list[int] = []
+    found = run(
+        engine,
+        vector,
+        nulls=1,
+        refit=refit,
+        limits=SafeLimits(perplexity_ratio=1000, drop=0.2),
+        progress=steps.append,
+    )
+    assert found.calibration.nulls is not None
+    assert [n.kind for n in found.calibration.nulls.nulls] == [
+        "isotropic",
+        "covariance",
+        "shuffled",
+    ]
+    assert sum(steps) == steps_of(PROMPTS, STRENGTHS, nulls=1, shuffled=True)
+
+
 def test_a_kl_that_is_asked_for_is_had(engine: TransformersEngine, found: CalibratedVector) -> None:
     """On the calibration's own prompts: exact at a measured strength, close between."""
     sampling = SamplingParams(max_tokens=6, temperature=0, logprobs=0)
@@ -104,7 +190,8 @@ def test_progress_counts_every_step_and_can_end_it(
     steps: list[int] = []
     run(engine, vector, limits=SafeLimits(perplexity_ratio=1000, drop=1), progress=steps.append)
     assert sum(steps) == steps_of(PROMPTS, STRENGTHS)
-    assert steps_of(PROMPTS) == 5 * 17
+    assert steps_of(PROMPTS, nulls=0) == 5 * 17
+    assert steps_of(PROMPTS, nulls=3, shuffled=True) == 5 * 17 + 9 * 6
 
     class CancelledError(Exception):
         pass
@@ -213,7 +300,8 @@ def test_the_report_is_a_folder(found: CalibratedVector, tmp_path: Path) -> None
     assert (folder / "calibration.png").read_bytes().startswith(b"\x89PNG")
     page = (folder / "report.md").read_text()
     assert page.startswith("# e: letters\n")
-    assert page.count("\n| ") == 2 + 7
+    assert page.count("\n| ") == (2 + 7) + (2 + 8)
+    assert "Beside chance: it is above its nulls" in page
     (tmp_path / "file").write_text("")
     with pytest.raises(SteerError, match="cannot be written"):
         write_calibration_report(tmp_path / "file" / "x", found, title="e")

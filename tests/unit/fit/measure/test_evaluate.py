@@ -22,6 +22,7 @@ from steer.fit.measure.evaluate import (
     Instruction,
     card_instruction,
     evaluate,
+    evaluation_steps,
     instructed,
 )
 from steer.fit.measure.report import write_evaluation_report
@@ -55,6 +56,24 @@ def run(engine: TransformersEngine, methods: list[ComparedMethod], **fields: Any
     )
 
 
+def test_a_method_stands_beside_its_nulls(
+    engine: TransformersEngine, methods: list[ComparedMethod]
+) -> None:
+    plain, _, nothing, steered = run(engine, methods, nulls=2).rows
+    assert (plain.nulls, plain.no_nulls) == (None, None)
+    assert nothing.nulls is None
+    assert "adds nothing" in str(nothing.no_nulls)
+    one = steered.nulls
+    assert one is not None
+    assert (one.strength, one.score) == (1.0, steered.score.value)
+    assert [n.kind for n in one.nulls] == ["isotropic"] * 2 + ["covariance"] * 2
+    assert one.above_null
+    assert one.p_value == pytest.approx(0.2)
+    assert steered.anti_steered.value == 0
+    without = run(engine, methods, nulls=0).rows[-1]
+    assert (without.nulls, without.no_nulls) == (None, "no nulls were asked for")
+
+
 def test_the_prompt_only_baseline_is_always_there(
     engine: TransformersEngine, methods: list[ComparedMethod]
 ) -> None:
@@ -62,7 +81,7 @@ def test_the_prompt_only_baseline_is_always_there(
     found = run(engine, methods, progress=steps.append)
     assert [row.name for row in found.rows] == ["unsteered", "prompt only", "e:0", "e:50"]
     assert [row.kind for row in found.rows] == ["unsteered", "prompt", "steering", "steering"]
-    assert sum(steps) == len(PROMPTS) * 4
+    assert sum(steps) == evaluation_steps(len(PROMPTS), 2) == len(PROMPTS) * 4 + 2 * 8 * 5
     unsteered, prompt, nothing, steered = found.rows
     assert nothing.score == unsteered.score
     assert nothing.perplexity_ratio.value == nothing.perplexity_ratio.high == 1
