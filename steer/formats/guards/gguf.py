@@ -2,7 +2,7 @@
 
 That package believes what a file says of itself: a false array length makes it loop for hours, a
 false tensor size makes it fail in ways of its own. This walk reads the same header, refuses
-whatever reaches outside the file or beyond what a control vector can need, and interprets nothing.
+whatever reaches outside the file or beyond what its kind can need, and interprets nothing.
 Layout: ggml's docs/gguf.md, versions 2 and 3, little-endian.
 """
 
@@ -10,33 +10,50 @@ from __future__ import annotations
 
 import math
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
 from steer.errors import FileFormatError
 
-MAX_HEADER_BYTES = 16 << 20
 MAX_KEYS = 1024
-MAX_TENSORS = 4096
-MAX_ARRAY = 4096
 MAX_DIMENSIONS = 4
 MAX_ALIGNMENT = 1 << 20
-_F32 = 0
+_F32 = GGMLQuantizationType.F32
 _STRING, _ARRAY, _U32 = 8, 9, 4
 _SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
-def check_gguf(path: Path) -> None:
+@dataclass(frozen=True)
+class GGUFBounds:
+    """What a kind of GGUF file can need: bytes of header, tensors, elements of one array, and
+    whether tensors may be quantised."""
+
+    header_bytes: int
+    tensors: int
+    array: int
+    quantised: bool
+
+
+CONTROL_VECTOR = GGUFBounds(header_bytes=16 << 20, tensors=4096, array=4096, quantised=False)
+MODEL = GGUFBounds(header_bytes=256 << 20, tensors=1 << 16, array=1 << 22, quantised=True)
+"""A model's header holds its vocabulary."""
+
+
+def check_gguf(path: Path, bounds: GGUFBounds = CONTROL_VECTOR) -> None:
     """Raises `FileFormatError` unless every length, count and offset in `path` is true."""
     size = path.stat().st_size
     with path.open("rb") as stream:
-        _Walk(stream, size).check()
+        _Walk(stream, size, bounds).check()
 
 
 class _Walk:
-    def __init__(self, stream: BinaryIO, size: int) -> None:
+    def __init__(self, stream: BinaryIO, size: int, bounds: GGUFBounds) -> None:
         self._stream = stream
         self._size = size
+        self._bounds = bounds
         self._offset = 0
         self._alignment = 32
         self._names: set[str] = set()
@@ -50,7 +67,7 @@ class _Walk:
                 f"GGUF version {version} is not read (big-endian files are not, either): write "
                 "the file as little-endian version 3"
             )
-        tensors = self._count("<Q", MAX_TENSORS, "tensors")
+        tensors = self._count("<Q", self._bounds.tensors, "tensors")
         keys = self._count("<Q", MAX_KEYS, "keys")
         for _ in range(keys):
             self._key()
@@ -85,7 +102,7 @@ class _Walk:
         kind = self._number("<I")
         if kind == _ARRAY:
             raise FileFormatError(f"the key {key!r} is an array of arrays, which is not read")
-        for _ in range(self._count("<Q", MAX_ARRAY, f"elements of {key!r}")):
+        for _ in range(self._count("<Q", self._bounds.array, f"elements of {key!r}")):
             self._skip_value(key, kind)
 
     def _skip_value(self, key: str, kind: int) -> None:
@@ -107,13 +124,21 @@ class _Walk:
                 f"the tensor {name!r} has the shape {shape}, which the file cannot hold",
                 code="truncated_file",
             )
-        if kind != _F32:
+        length = self._bytes(name, kind, shape)
+        if offset % self._alignment:
+            raise FileFormatError(f"the tensor {name!r} is not aligned to {self._alignment} bytes")
+        return name, offset, length
+
+    def _bytes(self, name: str, kind: int, shape: list[int]) -> int:
+        """The length of a tensor of a ggml type."""
+        if not self._bounds.quantised and kind != _F32:
             raise FileFormatError(
                 f"the tensor {name!r} is of ggml type {kind}; a control vector holds F32 only"
             )
-        if offset % self._alignment:
-            raise FileFormatError(f"the tensor {name!r} is not aligned to {self._alignment} bytes")
-        return name, offset, 4 * math.prod(shape)
+        if kind not in GGML_QUANT_SIZES:
+            raise FileFormatError(f"the tensor {name!r} is of the unknown ggml type {kind}")
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        return math.prod(shape) // block * size
 
     def _new_name(self, what: str) -> str:
         name = self._string()
@@ -148,9 +173,10 @@ class _Walk:
                 "truncated, or lies about its lengths",
                 code="truncated_file",
             )
-        if end > MAX_HEADER_BYTES:
+        if end > self._bounds.header_bytes:
             raise FileFormatError(
-                f"the header is larger than {MAX_HEADER_BYTES} bytes", code="header_too_large"
+                f"the header is larger than {self._bounds.header_bytes} bytes",
+                code="header_too_large",
             )
         self._offset = end
         return self._stream.read(count)

@@ -34,7 +34,7 @@ def load_checkpoint(
     try:
         config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
         quantised = _quantisation(config)
-        loaded = _auto_class(config, trust_remote_code).from_pretrained(
+        loaded = auto_class(config, trust_remote_code).from_pretrained(
             location, dtype=dtype, trust_remote_code=trust_remote_code
         )
         loaded.to(device)
@@ -72,7 +72,7 @@ def _about_file(path: Path) -> str:
     return "it is a file: give the folder with config.json, the weights and the tokenizer"
 
 
-def _auto_class(config: Any, trust_remote_code: bool) -> Any:
+def auto_class(config: Any, trust_remote_code: bool = False) -> Any:
     """The auto class whose models generate text from `config`."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText  # noqa: PLC0415
 
