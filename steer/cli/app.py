@@ -19,6 +19,7 @@ from steer.cli import (
     vectors,
 )
 from steer.cli.fit import commands as fit
+from steer.cli.fit import make
 from steer.cli.measure import calibrate, evaluate, sweep
 from steer.cli.reporting import ReportingGroup
 
@@ -53,6 +54,7 @@ def main(
 
 app.command("serve")(serve.serve)
 app.command("generate")(generate.generate)
+app.command("make")(make.make)
 app.add_typer(fit.app, name="fit")
 app.command("sweep")(sweep.sweep)
 app.command("calibrate")(calibrate.calibrate)

@@ -14,6 +14,7 @@ from steer.jobs.kinds.evaluate import evaluate_kind
 from steer.jobs.kinds.fit import fit_kind
 from steer.jobs.kinds.importing import Download, Fetch, import_kind
 from steer.jobs.kinds.kind import JobKind, JobKinds, Report
+from steer.jobs.kinds.make import MAKE
 from steer.jobs.kinds.sweep import sweep_kind
 from steer.plan.resolve import Policy
 
@@ -38,6 +39,7 @@ def builtin_kinds(
         *(fit_kind(request) for request in FIT_REQUESTS),
         sweep_kind(policy),
         CALIBRATE,
+        MAKE,
         evaluate_kind(policy),
         import_kind(fetchers),
     )

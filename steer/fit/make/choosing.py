@@ -1,0 +1,220 @@
+"""Which layers, which tokens and which strength: chosen by what the answers do.
+
+How well a layer tells two classes of states apart says little about whether steering there does
+anything. So every use in a grid is tried on questions that the vector was not made on, at
+strengths of equal KL, all in shared batches. What each budget allows is set by the words
+themselves: how far the instruction moves the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.library import MemoryLibrary
+from steer.engines.base import Engine, SamplingParams
+from steer.engines.plans import plans_of
+from steer.errors import SteerError
+from steer.fit.data.pairs import Prompt
+from steer.fit.data.where import WHERES, WhereName
+from steer.fit.make.contrast import Source
+from steer.fit.measure.answers import GROUP, Answer, Measured, Progress, answers_under, measured
+from steer.fit.measure.divergence import References
+from steer.fit.measure.nulls.matching import Match, matched_strengths
+from steer.fit.measure.scoring import AnswerScorer, Scorer
+from steer.plan.plan import SteeringPlan
+from steer.spec import parse_spec
+
+COARSE = 2.0
+"""The budget at which the whole grid is tried, in multiples of the instruction's own KL."""
+
+FINE = (1.0, 3.0, 4.5)
+"""The other budgets at which the best uses are tried."""
+
+KEPT = 3
+"""How many uses go on from the coarse grid to the fine one."""
+
+MIN_VALID = 0.9
+"""A trial with a smaller share of sound answers is not chosen, unless the unsteered model's own
+share is smaller: then no smaller one than that."""
+
+_SPANS = ((0.15, 0.4), (0.3, 0.55), (0.45, 0.7), (0.6, 0.85), (0.25, 0.75))
+"""Runs of layers that are tried, as shares of the depth; one layer alone seldom does anything."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """A way to use what was read: which reading, on which layers, on which tokens."""
+
+    source: Source
+    layers: tuple[int, ...]
+    where: WhereName
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A use at the strength whose KL in nats came nearest to `budget`, and what it did. `valid` and
+    `score` are the means over the answers; `both` counts those that are not sound as 0."""
+
+    use: Use
+    budget: float
+    strength: float
+    kl: float
+    score: float
+    valid: float
+    both: float
+    example: str
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The trial that was chosen, and all of them in the order in which they were run."""
+
+    best: Trial
+    trials: tuple[Trial, ...]
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What trials are run on: prompts with their unsteered answers, and how answers are scored.
+
+    `said_kl` is the KL in nats of the instruction in words, `references` the unsteered answers that
+    strengths are matched on.
+    """
+
+    engine: Engine
+    prompts: Sequence[Prompt]
+    plain: Sequence[Answer]
+    scorer: AnswerScorer | Scorer
+    references: References
+    said_kl: float
+    sampling: SamplingParams
+    progress: Progress | None = None
+
+
+def choose(ground: Ground, vectors: Mapping[Source, ControlVector], uses: Sequence[Use]) -> Choice:
+    """The use and strength with the highest `both` among the trials that are valid enough.
+
+    Raises `SteerError` (`no_sound_use`) where steering breaks the text in every trial.
+    """
+    coarse = _tried(ground, vectors, uses, (COARSE,))
+    finalists = _ranked([one for one, _ in coarse])[:KEPT]
+    matches = {one.use: match for one, match in coarse}
+    fine = _tried(
+        ground,
+        vectors,
+        [one.use for one in finalists],
+        FINE,
+        start=[matches[one.use].strength for one in finalists],
+    )
+    trials = tuple(one for one, _ in (*coarse, *fine))
+    floor = min(MIN_VALID, measured(ground.plain).valid or MIN_VALID)
+    sound = [one for one in trials if one.valid >= floor]
+    if not sound:
+        raise SteerError(
+            f"in none of {len(trials)} trials were {floor:.0%} of the steered answers sound: make "
+            "it with other words, more questions, or for a larger model",
+            code="no_sound_use",
+        )
+    return Choice(max(sound, key=lambda one: (one.both, -one.kl)), trials)
+
+
+def grid(layers: Sequence[int], sources: Sequence[Source]) -> tuple[Use, ...]:
+    """Every source on every run of layers, on all tokens and on those from the answer's opening on;
+    runs that are the same on a model of few layers are tried once."""
+    runs = dict.fromkeys(_run(layers, span) for span in _SPANS)
+    return tuple(
+        Use(source, run, where) for source in sources for run in runs for where in ("all", "onward")
+    )
+
+
+def plan_of(engine: Engine, vector: ControlVector, use: Use, strength: float) -> SteeringPlan:
+    """`vector` added at `strength`, as `use` says."""
+    where = WHERES[use.where]
+    item: dict[str, Any] = {
+        "kind": "add",
+        "vector": "made",
+        "layers": list(use.layers),
+        "strength": strength,
+    }
+    if where is not None:
+        item["where"] = where
+    return plans_of(engine, MemoryLibrary({"made": vector})).plan(
+        parse_spec({"interventions": [item]})
+    )
+
+
+def steps(uses: int, prompts: int) -> int:
+    """How much `choose` tells `progress` of: every strength that was matched, and every answer."""
+    return (uses + min(KEPT, uses) * len(FINE)) * (1 + prompts)
+
+
+def _tried(
+    ground: Ground,
+    vectors: Mapping[Source, ControlVector],
+    uses: Sequence[Use],
+    budgets: Sequence[float],
+    start: Sequence[float] | None = None,
+) -> list[tuple[Trial, Match]]:
+    """Every use at every budget, in shared batches."""
+    jobs = [
+        (use, budget * ground.said_kl, first)
+        for use, first in zip(uses, start or [1.0] * len(uses), strict=True)
+        for budget in budgets
+    ]
+    plans_at = [_plan_at(ground.engine, vectors[use.source], use) for use, _, _ in jobs]
+    matches = matched_strengths(
+        ground.references,
+        plans_at,
+        [kl for _, kl, _ in jobs],
+        start=[first for _, _, first in jobs],
+        tolerance=0.2,
+        most_reads=4,
+        progress=ground.progress,
+    )
+    everything = answers_under(
+        ground.engine,
+        [ground.prompts] * len(jobs),
+        [at(match.strength) for at, match in zip(plans_at, matches, strict=True)],
+        ground.scorer,
+        sampling=ground.sampling,
+        group=GROUP,
+        progress=ground.progress,
+    )
+    return [
+        (_trial(use, kl, match, measured(answers, examples=1)), match)
+        for (use, kl, _), match, answers in zip(jobs, matches, everything, strict=True)
+    ]
+
+
+def _trial(use: Use, budget: float, match: Match, figures: Measured) -> Trial:
+    valid = 1.0 if figures.valid is None else figures.valid
+    return Trial(
+        use=use,
+        budget=budget,
+        strength=match.strength,
+        kl=match.kl,
+        score=figures.score,
+        valid=valid,
+        both=figures.score if figures.both is None else figures.both,
+        example=figures.examples[0],
+    )
+
+
+def _ranked(trials: Sequence[Trial]) -> list[Trial]:
+    return sorted(trials, key=lambda one: -one.both)
+
+
+def _plan_at(engine: Engine, vector: ControlVector, use: Use) -> Callable[[float], SteeringPlan]:
+    return lambda strength: plan_of(engine, vector, use, strength)
+
+
+def _run(layers: Sequence[int], span: tuple[float, float]) -> tuple[int, ...]:
+    low, high = (math.floor(share * len(layers)) for share in span)
+    return tuple(layers[low : max(high, low + 1)])

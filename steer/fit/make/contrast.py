@@ -1,0 +1,106 @@
+"""What an instruction does to the model's states, and the directions that are read from it.
+
+The same question is answered once with the instruction and once with its opposite in the same
+place, so that what differs is what was asked for, and not that something was. Two readings of it:
+`response`, the mean over the answer's tokens; and `last`, the prompt's last token, which opens the
+answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steer.engines.base import CaptureRequest, Engine
+from steer.fit.measure.answers import Answer, Progress
+from steer.fit.methods.method import MakeMethod
+from steer.model import HookPoint
+from steer.spec import Site
+
+Source: TypeAlias = Literal["response", "last"]
+SOURCES: tuple[Source, ...] = ("response", "last")
+
+PairStates: TypeAlias = Mapping[int, tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]]
+"""By layer, the states of both sides, in pairs: with the instruction, and without."""
+
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One question: the answers of the model that is told the instruction, and of the one that is
+    told its opposite (or nothing of the kind). Their prompts are in the answers."""
+
+    told: Answer
+    opposed: Answer
+
+
+def contrast_states(
+    engine: Engine,
+    exchanges: Sequence[Exchange],
+    *,
+    site: Site,
+    layers: Sequence[int],
+    progress: Progress | None = None,
+) -> dict[Source, dict[int, tuple[Tensor, Tensor]]]:
+    """The states of every source, one of each side for an exchange; exchanges whose answers have no
+    tokens are left out. `progress` is told of every exchange that was read."""
+    points = tuple(HookPoint(layer, site) for layer in layers)
+    sides: dict[Source, list[tuple[Tensor, Tensor]]] = {source: [] for source in SOURCES}
+    kept = [one for one in exchanges if one.told.tokens and one.opposed.tokens]
+    for first in range(0, len(kept), _BATCH):
+        group = kept[first : first + _BATCH]
+        told_states = _read(engine, [one.told for one in group], points)
+        opposed_states = _read(engine, [one.opposed for one in group], points)
+        for told, opposed in zip(told_states, opposed_states, strict=True):
+            sides["response"].append((told.answer, opposed.answer))
+            sides["last"].append((told.opening, opposed.opening))
+        if progress is not None:
+            progress(len(group))
+    return {source: _by_layer(rows, layers) for source, rows in sides.items()}
+
+
+def directions(states: PairStates, make: MakeMethod) -> dict[int, Tensor]:
+    """The direction by layer that `make` fits on the states."""
+    found = {}
+    for layer, (positive, negative) in states.items():
+        method = make(positive.shape[1])
+        method.add(positive, negative)
+        found[layer] = method.direction()
+    return found
+
+
+@dataclass(frozen=True)
+class _States:
+    """Of one text, `[layers, d]` each: the mean over the answer, and at the prompt's last token."""
+
+    answer: Tensor
+    opening: Tensor
+
+
+def _read(
+    engine: Engine,
+    answers: Sequence[Answer],
+    points: tuple[HookPoint, ...],
+) -> list[_States]:
+    captured = engine.capture(CaptureRequest([one.prompt + one.tokens for one in answers], points))
+    return [
+        _States(
+            torch.stack([one.states[point][len(answer.prompt) :].mean(0) for point in points]),
+            torch.stack([one.states[point][len(answer.prompt) - 1] for point in points]),
+        )
+        for answer, one in zip(answers, captured, strict=True)
+    ]
+
+
+def _by_layer(
+    rows: Sequence[tuple[Tensor, Tensor]], layers: Sequence[int]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    positive = torch.stack([one for one, _ in rows])
+    negative = torch.stack([one for _, one in rows])
+    return {layer: (positive[:, n], negative[:, n]) for n, layer in enumerate(layers)}

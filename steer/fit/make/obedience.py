@@ -1,0 +1,173 @@
+"""Does the model do what it is told, and does an answer read as if it had been?
+
+An answer is scored by its *gain*: how much likelier it is to the model that is told the instruction
+than to the model that is told the opposite, the mean over its tokens of log p(a | told) −
+log p(a | opposed), in nats. Between answers of the one and of the other no test of the same size
+tells more apart (the lemma of Neyman and Pearson), and nothing has to be trained. Both readings are
+unsteered, so what was edited is not what is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from steer.engines.base import CaptureRequest, Engine
+from steer.errors import SteerError
+from steer.fit.make.asking import Asked, Tokens
+from steer.fit.make.soundness import Soundness
+from steer.fit.measure.answers import Answer
+from steer.fit.measure.divergence import kl_divergence
+from steer.fit.measure.scoring import Score
+
+_BATCH = 32
+_STEEPNESS = 1.5
+_DEVIATIONS = 2.0
+
+
+@dataclass(frozen=True)
+class Reading:
+    """An answer read unsteered: the mean of log p of its tokens, in nats."""
+
+    told: float
+    opposed: float
+
+    @property
+    def gain(self) -> float:
+        return self.told - self.opposed
+
+    @property
+    def loss(self) -> float:
+        """−log p under whichever of the two finds it likelier."""
+        return -max(self.told, self.opposed)
+
+
+@dataclass(frozen=True)
+class InstructionScorer:
+    """Scores an answer by its gain beside those of unsteered answers, from 0 to 1: .5 is two
+    standard deviations above their mean, and their mean .05. Every two deviations are three nats
+    of odds.
+
+    It knows the questions that `asked` holds, by each of their three forms. `valid` is what
+    `soundness` says; an answer without tokens is not valid and scores 0.
+    """
+
+    asked: Mapping[Tokens, Asked]
+    mean: float
+    deviation: float
+    soundness: Soundness
+
+    def score(
+        self,
+        engine: Engine,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+        texts: Sequence[str],
+    ) -> list[Score]:
+        del texts
+        asked = [self.asked[tuple(prompt)] for prompt in prompts]
+        return [
+            Score(0.0, valid=False) if read is None else self._score(read, tokens)
+            for read, tokens in zip(readings(engine, asked, answers), answers, strict=True)
+        ]
+
+    def _score(self, read: Reading, tokens: Sequence[int]) -> Score:
+        deviations = (read.gain - self.mean) / self.deviation
+        logit = _STEEPNESS * (deviations - _DEVIATIONS)
+        value = 1 / (1 + math.exp(-max(-60.0, min(60.0, logit))))
+        return Score(value, valid=self.soundness.holds(tokens, read.loss))
+
+
+@dataclass(frozen=True)
+class Obedience:
+    """How the model follows an instruction in words: `area`, the chance that an answer of the model
+    that is told it has a greater gain than one of the model that is told the opposite (.5: the
+    words do nothing); and the scorer for more questions."""
+
+    area: float
+    scorer: InstructionScorer
+
+
+def obedience(
+    engine: Engine,
+    asked: Sequence[Asked],
+    plain: Sequence[Answer],
+    told: Sequence[Answer],
+    opposed: Sequence[Answer],
+    *,
+    known: Sequence[Asked],
+) -> Obedience:
+    """Reads the three models' answers to the questions `asked`, each unsteered; the scorer will
+    know the questions `known`. Raises `SteerError` (`no_answers`) where fewer than two have tokens.
+    """
+    said = [one.tokens for side in (plain, told, opposed) for one in side]
+    read = readings(engine, [*asked] * 3, said)
+    sides = [read[n * len(asked) : (n + 1) * len(asked)] for n in range(3)]
+    gains = [np.array([one.gain for one in side if one is not None]) for side in sides]
+    if min(map(len, gains)) < 2:
+        raise SteerError(
+            "fewer than two of the model's answers to these prompts have any tokens, so there is "
+            "nothing to read: give other prompts",
+            code="no_answers",
+            param="/prompts",
+        )
+    scorer = InstructionScorer(
+        asked={form: one for one in known for form in (one.plain, one.told, one.opposed)},
+        mean=float(gains[0].mean()),
+        # Answers that are all the same would make any change look endless.
+        deviation=max(float(gains[0].std(ddof=1)), 0.02),
+        soundness=Soundness.of([one.loss for one in read if one is not None]),
+    )
+    return Obedience(_area(gains[1], gains[2]), scorer)
+
+
+def said_kl(engine: Engine, asked: Sequence[Asked], plain: Sequence[Answer]) -> float:
+    """How far the words move the model: the mean KL in nats of the told model's next-token
+    distributions from the plain one's, along the plain answers."""
+    found = []
+    for one, answer in zip(asked, plain, strict=True):
+        said = answer.tokens
+        captured = engine.capture(CaptureRequest([one.told + said, one.plain + said], logits="all"))
+        told, usual = (
+            rows.logits[len(prompt) - 1 :]
+            for rows, prompt in zip(captured, (one.told, one.plain), strict=True)
+            if rows.logits is not None
+        )
+        found.append(float(kl_divergence(told, usual).mean()))
+    return sum(found) / len(found)
+
+
+def readings(
+    engine: Engine, asked: Sequence[Asked], answers: Sequence[Sequence[int]]
+) -> list[Reading | None]:
+    """Each answer read after both forms of its question; None for an answer without tokens."""
+    pairs = [(one, tokens) for one, tokens in zip(asked, answers, strict=True) if len(tokens)]
+    told = _mean_logprobs(engine, [(one.told, tokens) for one, tokens in pairs])
+    opposed = _mean_logprobs(engine, [(one.opposed, tokens) for one, tokens in pairs])
+    found = map(Reading, told, opposed)
+    return [next(found) if len(tokens) else None for tokens in answers]
+
+
+def _mean_logprobs(
+    engine: Engine, rows: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> list[float]:
+    """The mean log p, in nats, of what follows each prompt."""
+    found = []
+    for first in range(0, len(rows), _BATCH):
+        group = rows[first : first + _BATCH]
+        texts = [[*prompt, *answer] for prompt, answer in group]
+        captured = engine.capture(CaptureRequest(texts, logprobs=0))
+        for (prompt, _), one in zip(group, captured, strict=True):
+            values = [token.logprob for token in one.logprobs[len(prompt) - 1 :]]
+            found.append(sum(values) / len(values))
+    return found
+
+
+def _area(higher: np.ndarray, lower: np.ndarray) -> float:
+    """The area under the ROC curve."""
+    above = higher[:, None] > lower[None]
+    same = higher[:, None] == lower[None]
+    return float((above + same / 2).mean())

@@ -1,0 +1,73 @@
+"""What is asked for when a vector is made, and how the questions are parted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from steer.engines.base import SamplingParams
+from steer.errors import SteerError
+from steer.fit.data.pairs import Prompt
+from steer.fit.make.questions import shuffled
+from steer.fit.make.telling import Placement
+from steer.spec import Site
+
+FITTED, CHOSEN, CHECKED = 48, 12, 24
+"""Questions that are used at most for fitting, for choosing and for the check."""
+
+LEAST = 24
+
+
+@dataclass(frozen=True)
+class Wish:
+    """An instruction, and how its vector is made.
+
+    `opposite` is what the other side of the contrast is told; without one, that is a neutral
+    sentence. `place` is where the model is told (None: where it listens best). `nulls` are run of
+    each kind in the check. Answers have at most `max_tokens` tokens.
+    """
+
+    instruction: str
+    name: str
+    opposite: str = ""
+    place: Placement | None = None
+    method: str = "diffmean"
+    site: Site = "resid_post"
+    nulls: int = 7
+    max_tokens: int = 32
+    temperature: float = 0.7
+    seed: int = 0
+    description: str = ""
+    licence: str = ""
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=self.max_tokens, temperature=self.temperature, seed=self.seed, logprobs=0
+        )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The questions to fit on, to choose on and to check on; no question is in two of them."""
+
+    fitted: tuple[Prompt, ...]
+    chosen: tuple[Prompt, ...]
+    checked: tuple[Prompt, ...]
+
+    @staticmethod
+    def of(prompts: Sequence[Prompt], seed: int) -> Parts:
+        """`prompts` in an order drawn with `seed`, in shares of 4, 1 and 2, up to what is used.
+        Raises `SteerError` (`no_prompts`) for fewer than `LEAST`."""
+        if len(prompts) < LEAST:
+            raise SteerError(
+                f"{len(prompts)} prompts are too few to fit, to choose and to check on: give at "
+                f"least {LEAST}",
+                code="no_prompts",
+                param="/prompts",
+            )
+        order = shuffled(prompts, seed)
+        chosen = min(CHOSEN, len(order) // 7)
+        checked = min(CHECKED, 2 * len(order) // 7)
+        fitted = order[chosen + checked :][:FITTED]
+        return Parts(fitted, order[:chosen], order[chosen : chosen + checked])
