@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from steer.engines.transformers.engine import TransformersEngine
     from steer.inspection.heatmap import HeatMap
     from steer.inspection.method import Inspection
+    from steer.inspection.patchscope_result import TargetSays
     from steer.plan.cache import PlanCache
     from steer.registry.registry import Registry
 
@@ -121,6 +122,10 @@ def patchscope(
     site: SiteOption = "resid_post",
     top: TopOption = 5,
     max_tokens: Annotated[int, typer.Option(min=0, max=256, help="Tokens to generate.")] = 12,
+    controls: Annotated[
+        bool,
+        typer.Option(help="Run beside: the text instead of a state, and other tokens' states."),
+    ] = True,
     spec: SpecOption = None,
     png: PngOption = None,
     as_json: JsonOption = False,
@@ -138,6 +143,7 @@ def patchscope(
         "top": top,
         "max_tokens": max_tokens,
         "preset": preset if target is None else "custom",
+        "controls": inspection.CONTROLS if controls else (),
         "positions": _positions(at, [-1]),
     }
     if target_layers is not None:
@@ -148,6 +154,8 @@ def patchscope(
         fields["source"] = {**_prompt(bench, prompt, plain), **_steering(spec)}
         result = _result(bench, inspection.PATCHSCOPE, fields)
     _show(result, inspection.PATCHSCOPE, png, as_json)
+    if not as_json:
+        _show_controls(result)
 
 
 @app.command("activations")
@@ -224,6 +232,32 @@ def _show_table(heat: HeatMap) -> None:
             for value, text in zip(values, texts, strict=True)
         ]
         table.add_row(label, *cells)
+    table_out().print(table)
+
+
+def _show_controls(result: BaseModel) -> None:
+    """What the model says without the states that were read."""
+    from steer.inspection import PatchscopeResult
+    from rich.table import Table
+    from rich.text import Text
+
+    assert isinstance(result, PatchscopeResult)
+
+    def said(one: TargetSays) -> Text:
+        return Text(repr(one.top[0].token if one.text is None else one.text)[1:-1])
+
+    table = Table(title="The same target prompt without the state")
+    table.add_column("instead of the state")
+    table.add_column("it says", overflow="fold")
+    table.add_row("nothing, as it stands", said(result.baseline))
+    for one in result.text_only:
+        table.add_row(f"the text up to token {one.position}", said(one))
+    for cell in result.cells:
+        if cell.shuffled is not None and cell.layer == result.layers[-1]:
+            what = (
+                f"token {cell.shuffled.position}'s state, layers {cell.layer}→{cell.target_layer}"
+            )
+            table.add_row(what, said(cell.shuffled))
     table_out().print(table)
 
 

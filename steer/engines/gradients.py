@@ -49,6 +49,9 @@ class DifferentiableModel(Protocol):
     ) -> Traced:
         """One forward pass over whole prompts; states are read after the edit at their point."""
 
+    def unembed(self, states: Tensor) -> Tensor:
+        """`Engine.unembed`, through which gradients flow back to `states`."""
+
 
 class DifferentiableEngine(Protocol):
     """An engine that can run its model with autograd on: its capabilities say `gradients`."""

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from steer.fit.methods.dictionaries.nmf import fit_nmf
     from steer.fit.methods.dictionaries.snmf import fit_snmf
     from steer.fit.methods.fitting import fit
+    from steer.fit.methods.lenses.tuned_lens import fit_tuned_lens
     from steer.fit.methods.low_rank import fit_low_rank
     from steer.fit.methods.lrc import fit_lrc
     from steer.fit.methods.one_vs_rest import fit_labels
@@ -35,6 +36,7 @@ __all__ = [
     "fit_lrc",
     "fit_nmf",
     "fit_snmf",
+    "fit_tuned_lens",
     "fit_two_prompts",
     "read_exercises",
     "read_labelled",
@@ -62,6 +64,7 @@ _HOMES = {
     "fit_low_rank": "steer.fit.methods.low_rank",
     "fit_lrc": "steer.fit.methods.lrc",
     "fit_nmf": "steer.fit.methods.dictionaries.nmf",
+    "fit_tuned_lens": "steer.fit.methods.lenses.tuned_lens",
     "fit_labels": "steer.fit.methods.one_vs_rest",
     "fit_snmf": "steer.fit.methods.dictionaries.snmf",
     "transfer": "steer.fit.methods.transfer",

@@ -10,6 +10,7 @@ from steer.inspection.activations import (
     activations,
     activations_heat_map,
 )
+from steer.inspection.controls import CONTROLS
 from steer.inspection.logit_lens import (
     LOGIT_LENS,
     LogitLensRequest,
@@ -21,14 +22,15 @@ from steer.inspection.method import Inspection
 from steer.inspection.patchscope import (
     PATCHSCOPE,
     PatchscopeRequest,
-    PatchscopeResult,
     patchscope,
     patchscope_heat_map,
 )
+from steer.inspection.patchscope_result import PatchscopeResult
 from steer.model import Capabilities
 
 __all__ = [
     "ACTIVATIONS",
+    "CONTROLS",
     "LOGIT_LENS",
     "METHODS",
     "PATCHSCOPE",

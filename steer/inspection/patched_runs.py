@@ -38,6 +38,19 @@ class StatePatch:
 
 
 @dataclass(frozen=True)
+class TargetRun:
+    """A prompt, with `patch` at the absolute position `place` where there is one.
+
+    `expected` is the token whose probability is to be reported.
+    """
+
+    prompt: tuple[int, ...]
+    place: int = 0
+    patch: StatePatch | None = None
+    expected: int | None = None
+
+
+@dataclass(frozen=True)
 class PatchedAnswer:
     """What one target run says: its likeliest next tokens, the expected token's chance, and what
     it generates."""
@@ -70,38 +83,51 @@ def run_patched(
     top: int,
     max_tokens: int,
 ) -> list[PatchedAnswer]:
-    """What the target prompt says under each patch (None: unpatched), in their order.
+    """What one target prompt says under each patch (None: unpatched), all at the absolute position
+    `place`."""
+    runs = [
+        TargetRun(target, place, patch, None if patch is None else patch.expected)
+        for patch in patches
+    ]
+    return run_targets(engine, runs, top=top, max_tokens=max_tokens)
 
-    Patches go to the absolute position `place`. A bounded number of runs shares a batch, each with
-    a plan of its own; text is generated greedily, none where `max_tokens` is 0.
+
+def run_targets(
+    engine: Engine, runs: Sequence[TargetRun], *, top: int, max_tokens: int
+) -> list[PatchedAnswer]:
+    """What each run says, in their order.
+
+    A bounded number of runs shares a batch, each with a plan of its own; text is generated
+    greedily, none where `max_tokens` is 0.
     """
     cache = PlanCache(MemoryLibrary(), engine.info, engine.capabilities, size=1)
     at_once = min(_AT_ONCE, engine.capabilities.limits.get("slots", _AT_ONCE))
     answers: list[PatchedAnswer] = []
-    for start in range(0, len(patches), at_once):
-        part = patches[start : start + at_once]
-        plans = [None if patch is None else patch_plan(patch, cache, place) for patch in part]
+    for start in range(0, len(runs), at_once):
+        part = runs[start : start + at_once]
+        plans = [
+            None if one.patch is None else patch_plan(one.patch, cache, one.place) for one in part
+        ]
         captured = engine.capture(
-            CaptureRequest(prompts=[target] * len(part), plans=plans, logits="last")
+            CaptureRequest(prompts=[one.prompt for one in part], plans=plans, logits="last")
         )
         logits = torch.stack([one.logits[-1] for one in captured if one.logits is not None])
         tops = top_tokens(logits, engine.tokenizer, top)
-        expected = _expected(engine, part, logits)
-        texts = _generated(engine, target, plans, max_tokens)
+        expected = _expected(engine, [one.expected for one in part], logits)
+        texts = _generated(engine, [one.prompt for one in part], plans, max_tokens)
         answers += map(PatchedAnswer, tops, expected, texts)
     return answers
 
 
 def _expected(
-    engine: Engine, patches: Sequence[StatePatch | None], logits: Float[Tensor, "N vocab"]
+    engine: Engine, tokens: Sequence[int | None], logits: Float[Tensor, "N vocab"]
 ) -> list[TokenChance | None]:
-    """The chance of each patch's expected token."""
+    """The chance of each run's expected token."""
     found: list[TokenChance | None] = []
-    for patch, chances in zip(patches, logits.float().softmax(-1), strict=True):
-        if patch is None or patch.expected is None:
+    for token, chances in zip(tokens, logits.float().softmax(-1), strict=True):
+        if token is None:
             found.append(None)
             continue
-        token = patch.expected
         (text,) = token_texts(engine.tokenizer, [token])
         found.append(TokenChance(token=text, id=token, probability=float(chances[token])))
     return found
@@ -109,7 +135,7 @@ def _expected(
 
 def _generated(
     engine: Engine,
-    target: tuple[int, ...],
+    prompts: Sequence[tuple[int, ...]],
     plans: Sequence[SteeringPlan | None],
     max_tokens: int,
 ) -> list[str | None]:
@@ -117,8 +143,8 @@ def _generated(
         return [None] * len(plans)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0)
     runs = [
-        GenerationRequest(f"patchscope-{number}", target, sampling, plan)
-        for number, plan in enumerate(plans)
+        GenerationRequest(f"patchscope-{number}", prompt, sampling, plan)
+        for number, (prompt, plan) in enumerate(zip(prompts, plans, strict=True))
     ]
     try:
         done = engine.complete(runs)

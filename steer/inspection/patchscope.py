@@ -7,18 +7,34 @@ model goes on from there. Here M* = M and f is the identity.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from steer.artefacts.library import Library
 from steer.engines.base import CaptureRequest, Engine
 from steer.errors import SpecError
+from steer.inspection.controls import (
+    CONTROLS,
+    ControlChoice,
+    of_length,
+    other_positions,
+    text_target,
+)
 from steer.inspection.heatmap import HeatMap
 from steer.inspection.method import Inspection, reads_stream
-from steer.inspection.next_token import TokenChance
-from steer.inspection.patched_runs import PatchedAnswer, StatePatch, run_patched
+from steer.inspection.patched_runs import PatchedAnswer, StatePatch, TargetRun, run_targets
+from steer.inspection.patchscope_result import (
+    LayerPrecision,
+    PatchscopeCell,
+    PatchscopeResult,
+    ShuffledControl,
+    TargetSays,
+    TextControl,
+)
 from steer.inspection.selection import (
     LayerChoice,
     PositionChoice,
@@ -50,7 +66,9 @@ class PatchscopeRequest(BaseModel):
     `preset` names a target prompt, which `target` may replace. `target_layers: "same"` patches at
     the layer that was read. `expect` scores each cell against the source's own token
     (`"token"`), or against what the model itself says next at the source position
-    (`"next_token"`, 2401.06102 §4.1). With `max_tokens` 0 nothing is generated.
+    (`"next_token"`, 2401.06102 §4.1). With `max_tokens` 0 nothing is generated. `controls` are run
+    beside: the source's text instead of a state, once for each position, and for each cell a
+    shuffled state, which doubles the runs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,6 +84,7 @@ class PatchscopeRequest(BaseModel):
     max_tokens: Annotated[int, Field(strict=True, ge=0, le=256)] = 12
     top: Annotated[int, Field(strict=True, ge=1, le=100)] = 5
     expect: Literal["token", "next_token"] | None = None
+    controls: ControlChoice = CONTROLS
 
     @model_validator(mode="after")
     def _has_target(self) -> PatchscopeRequest:
@@ -74,63 +93,20 @@ class PatchscopeRequest(BaseModel):
         return self
 
 
-class TargetSays(BaseModel):
-    """What the target run says: its likeliest next tokens, and what it generates."""
+@dataclass(frozen=True)
+class _Sweep:
+    """A request, looked up: what is read where, and what it is put into at `place`.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    top: tuple[TokenChance, ...]
-    text: str | None = None
-
-
-class PatchscopeCell(TargetSays):
-    """What the target run says with one state patched in.
-
-    `expected` is the token that `expect` asked for, with its probability; `hit` whether it came
-    first.
+    `targets` is None where each state goes to the layer it was read at.
     """
 
-    position: int
-    layer: int
-    target_layer: int
-    expected: TokenChance | None = None
-    hit: bool | None = None
-
-
-class LayerPrecision(BaseModel):
-    """precision@1 over the source positions, for one source and target layer."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    layer: int
-    target_layer: int
-    precision_at_1: float
-    positions: int
-
-
-class PatchscopeResult(BaseModel):
-    """`cells` run over target layers within source layers within positions.
-
-    `baseline` is the target prompt without a patch: what it says anyway. `target_layers` is None
-    where each state was patched at its own layer.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    object: Literal["inspect.patchscope"] = "inspect.patchscope"
-    model: str
-    preset: Preset
-    site: str
-    source_tokens: tuple[str, ...]
+    source: EncodedPrompt
     positions: tuple[int, ...]
-    layers: tuple[int, ...]
-    target_tokens: tuple[str, ...]
-    target_position: int
-    target_layers: tuple[int, ...] | None = None
-    baseline: TargetSays
-    cells: tuple[PatchscopeCell, ...]
-    precision: tuple[LayerPrecision, ...] = ()
-    fingerprint: str | None = None
+    points: tuple[HookPoint, ...]
+    target: EncodedPrompt
+    place: int
+    targets: tuple[HookPoint, ...] | None
+    plan: SteeringPlan | None
 
 
 def patchscope(
@@ -142,6 +118,50 @@ def patchscope(
     into the request, `TooLarge` for more than `MAX_CELLS` cells.
     """
     PATCHSCOPE.require(engine)
+    sweep = _sweep(engine, request, plans)
+    patches, shuffled = _patches(engine, request, sweep)
+    texts = _texts(engine, request, sweep, {p.position: p.expected for p in patches})
+    runs = [
+        TargetRun(sweep.target.ids),
+        *(TargetRun(sweep.target.ids, sweep.place, p, p.expected) for p in patches),
+        *(TargetRun(sweep.target.ids, sweep.place, p, p.expected) for p in shuffled),
+        *texts.values(),
+    ]
+    said = iter(run_targets(engine, runs, top=request.top, max_tokens=request.max_tokens))
+    baseline = TargetSays(**_says(next(said)))
+    read = [_scored(next(said)) for _ in patches]
+    other = [ShuffledControl(position=p.position, **_scored(next(said))) for p in shuffled]
+    text_only = tuple(TextControl(position=n, **_scored(next(said))) for n in texts)
+    cells = tuple(
+        PatchscopeCell(
+            position=patch.position,
+            layer=patch.source.layer,
+            target_layer=patch.target.layer,
+            shuffled=other[n] if other else None,
+            **read[n],
+        )
+        for n, patch in enumerate(patches)
+    )
+    targets = sweep.targets
+    return PatchscopeResult(
+        model=engine.info.name,
+        preset=request.preset,
+        site=request.site,
+        source_tokens=sweep.source.tokens,
+        positions=sweep.positions,
+        layers=tuple(point.layer for point in sweep.points),
+        target_tokens=sweep.target.tokens,
+        target_position=sweep.place,
+        target_layers=None if targets is None else tuple(point.layer for point in targets),
+        baseline=baseline,
+        text_only=text_only,
+        cells=cells,
+        precision=_precision(cells, baseline, text_only),
+        fingerprint=sweep.plan.fingerprint if sweep.plan else None,
+    )
+
+
+def _sweep(engine: Engine, request: PatchscopeRequest, plans: PlanCache | None) -> _Sweep:
     source = encode_prompt(engine, request.source, at="/source")
     positions = chosen_positions(source, request.positions)
     points = chosen_points(engine, request.layers, request.site)
@@ -159,93 +179,104 @@ def patchscope(
     )
     target, place = encode_target(engine, request.preset, request.target)
     plan = plan_for(engine, request.source.steering, plans, at="/source/steering")
-    patches = _read(engine, request, source, plan, positions, points, targets)
-    baseline, *answers = run_patched(
-        engine,
-        target.ids,
-        place,
-        [None, *patches],
-        top=request.top,
-        max_tokens=request.max_tokens,
-    )
-    cells = tuple(_cell(p, answer) for p, answer in zip(patches, answers, strict=True))
-    return PatchscopeResult(
-        model=engine.info.name,
-        preset=request.preset,
-        site=request.site,
-        source_tokens=source.tokens,
-        positions=positions,
-        layers=tuple(point.layer for point in points),
-        target_tokens=target.tokens,
-        target_position=place,
-        target_layers=None if targets is None else tuple(point.layer for point in targets),
-        baseline=TargetSays(top=baseline.top, text=baseline.text),
-        cells=cells,
-        precision=_precision(cells),
-        fingerprint=plan.fingerprint if plan else None,
-    )
+    return _Sweep(source, positions, points, target, place, targets, plan)
 
 
-def _read(
-    engine: Engine,
-    request: PatchscopeRequest,
-    source: EncodedPrompt,
-    plan: SteeringPlan | None,
-    positions: tuple[int, ...],
-    points: tuple[HookPoint, ...],
-    targets: tuple[HookPoint, ...] | None,
-) -> list[StatePatch]:
-    """The states of the source prompt, each with where it goes and what it should say."""
+def _patches(
+    engine: Engine, request: PatchscopeRequest, sweep: _Sweep
+) -> tuple[list[StatePatch], list[StatePatch]]:
+    """The states of the source prompt, each with where it goes and what it should say; and, in
+    their order, the shuffled ones, where there are any."""
+    others: dict[int, int] = {}
+    if "shuffled" in request.controls:
+        others = other_positions(sweep.positions, len(sweep.source.ids))
+    read = tuple(dict.fromkeys((*sweep.positions, *others.values())))
     captured = engine.capture(
         CaptureRequest(
-            prompts=[source.ids],
-            points=points,
-            positions=positions,
-            plans=[plan],
+            prompts=[sweep.source.ids],
+            points=sweep.points,
+            positions=read,
+            plans=[sweep.plan],
             logits="all" if request.expect == "next_token" else "none",
         )
     )[0]
-    expected: list[int | None] = [None] * len(positions)
+    expected = dict.fromkeys(sweep.positions, None)
     if request.expect == "token":
-        expected = [source.ids[position] for position in positions]
+        expected = {position: sweep.source.ids[position] for position in sweep.positions}
     elif captured.logits is not None:
-        expected = [int(captured.logits[position].argmax()) for position in positions]
-    return [
-        StatePatch(position, point, target, captured.states[point][row], expected[row])
-        for row, position in enumerate(positions)
-        for point in points
-        for target in targets or (point,)
-    ]
+        expected = {n: int(captured.logits[n].argmax()) for n in sweep.positions}
+    patches, shuffled = [], []
+    for position, point in product(sweep.positions, sweep.points):
+        states = captured.states[point]
+        state = states[read.index(position)]
+        for target in sweep.targets or (point,):
+            patches.append(StatePatch(position, point, target, state, expected[position]))
+            if others:
+                other = of_length(states[read.index(others[position])], state)
+                one = StatePatch(others[position], point, target, other, expected[position])
+                shuffled.append(one)
+    return patches, shuffled
 
 
-def _cell(patch: StatePatch, answer: PatchedAnswer) -> PatchscopeCell:
-    expected = answer.expected
-    return PatchscopeCell(
-        position=patch.position,
-        layer=patch.source.layer,
-        target_layer=patch.target.layer,
-        top=answer.top,
-        text=answer.text,
-        expected=expected,
-        hit=None if expected is None else answer.top[0].id == expected.id,
-    )
-
-
-def _precision(cells: Sequence[PatchscopeCell]) -> tuple[LayerPrecision, ...]:
-    """precision@1 of each pair of layers, in the order of the cells; empty without `expect`."""
-    hits: dict[tuple[int, int], list[bool]] = {}
-    for cell in cells:
-        if cell.hit is not None:
-            hits.setdefault((cell.layer, cell.target_layer), []).append(cell.hit)
-    return tuple(
-        LayerPrecision(
-            layer=layer,
-            target_layer=target,
-            precision_at_1=sum(found) / len(found),
-            positions=len(found),
+def _texts(
+    engine: Engine,
+    request: PatchscopeRequest,
+    sweep: _Sweep,
+    expected: Mapping[int, int | None],
+) -> dict[int, TargetRun]:
+    """For each position the target prompt with the text that led to it."""
+    if "text" not in request.controls:
+        return {}
+    return {
+        position: TargetRun(
+            text_target(
+                engine, sweep.target, sweep.place, sweep.source, position, request.max_tokens
+            ),
+            expected=expected[position],
         )
-        for (layer, target), found in hits.items()
-    )
+        for position in sweep.positions
+    }
+
+
+def _says(answer: PatchedAnswer) -> dict[str, Any]:
+    return {"top": answer.top, "text": answer.text}
+
+
+def _scored(answer: PatchedAnswer) -> dict[str, Any]:
+    expected = answer.expected
+    hit = None if expected is None else answer.top[0].id == expected.id
+    return {**_says(answer), "expected": expected, "hit": hit}
+
+
+def _precision(
+    cells: Sequence[PatchscopeCell], baseline: TargetSays, text_only: Sequence[TextControl]
+) -> tuple[LayerPrecision, ...]:
+    """precision@1 of each pair of layers, in the order of the cells; empty without `expect`."""
+    pairs: dict[tuple[int, int], list[PatchscopeCell]] = {}
+    for cell in cells:
+        if cell.expected is not None:
+            pairs.setdefault((cell.layer, cell.target_layer), []).append(cell)
+    found = []
+    for (layer, target), group in pairs.items():
+        hits: dict[str, list[bool | None]] = {
+            "none": [c.expected is not None and baseline.top[0].id == c.expected.id for c in group],
+            "text": [one.hit for one in text_only],
+            "shuffled": [c.shuffled.hit for c in group if c.shuffled is not None],
+        }
+        found.append(
+            LayerPrecision(
+                layer=layer,
+                target_layer=target,
+                precision_at_1=_share([cell.hit for cell in group]),
+                positions=len(group),
+                controls={name: _share(each) for name, each in hits.items() if each},
+            )
+        )
+    return tuple(found)
+
+
+def _share(hits: Sequence[bool | None]) -> float:
+    return sum(map(bool, hits)) / len(hits)
 
 
 def patchscope_heat_map(result: PatchscopeResult) -> HeatMap:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from functools import cache
-
-from matplotlib import font_manager
+from typing import Any
 
 _MORE_FONTS = (
     "Noto Sans CJK JP",
@@ -26,15 +25,22 @@ _NO_GLYPH = "□"
 def fonts() -> tuple[str, ...]:
     """The fonts to draw with, in order: DejaVu Sans comes with matplotlib, the others may be
     installed."""
-    installed = set(font_manager.get_font_names())
+    installed = set(_manager().get_font_names())
     return ("DejaVu Sans", *(name for name in _MORE_FONTS if name in installed))
 
 
 @cache
 def _characters() -> frozenset[int]:
     """What those fonts have a glyph for."""
-    paths = (font_manager.findfont(font_manager.FontProperties(family=name)) for name in fonts())
-    return frozenset(code for path in paths for code in font_manager.get_font(path).get_charmap())
+    manager = _manager()
+    paths = (manager.findfont(manager.FontProperties(family=name)) for name in fonts())
+    return frozenset(code for path in paths for code in manager.get_font(path).get_charmap())
+
+
+def _manager() -> Any:
+    from matplotlib import font_manager  # noqa: PLC0415 (slow import)
+
+    return font_manager
 
 
 def _drawable(character: str) -> str:

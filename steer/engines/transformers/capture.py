@@ -52,6 +52,7 @@ def _capture_group(
             logits=request.logits,
             logprobs=request.logprobs,
             chunk=batch.chunk,
+            shared=0 if batch.chunk is None else _shared(request, prompts, plans),
         )
     finally:
         for one in requests:
@@ -73,6 +74,27 @@ def _capture_group(
         check_captured(captured, steered=plans[row] is not None)
         results.append(captured)
     return results
+
+
+def _shared(
+    request: CaptureRequest,
+    prompts: Sequence[Sequence[int]],
+    plans: Sequence[SteeringPlan | None],
+) -> int:
+    """How many first tokens are the same in all prompts, unsteered, and of no interest: such as
+    those of a prompt into which one state after the other is put."""
+    length = len(prompts[0])
+    whole = request.points or request.logits == "all" or request.logprobs is not None
+    if whole or len(prompts) == 1 or any(len(prompt) != length for prompt in prompts):
+        return 0
+    # The last token is left, because its logits are each row's own.
+    alike = length - 1
+    for prompt, plan in zip(prompts, plans, strict=True):
+        pairs = zip(prompts[0][:alike], prompt[:alike], strict=True)
+        alike = next((n for n, (one, other) in enumerate(pairs) if one != other), alike)
+        first = None if plan is None else plan.first_steered(tuple(prompt), length)
+        alike = alike if first is None else min(alike, first)
+    return alike
 
 
 def _columns(positions: tuple[int, ...] | None, length: int, width: int) -> list[int]:

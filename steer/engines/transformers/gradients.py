@@ -46,6 +46,9 @@ class TransformersGradients:
             outputs = self._hooked.model(input_ids=ids.to(self.device), use_cache=False)
         return Traced(outputs.logits.float(), states)
 
+    def unembed(self, states: Tensor) -> Tensor:
+        return self._hooked.unembed(states)
+
 
 @contextmanager
 def differentiating(hooked: HookedModel) -> Iterator[TransformersGradients]:

@@ -52,6 +52,7 @@ def run_prompts(
     logits: Literal["none", "last", "all"] = "last",
     logprobs: int | None = None,
     chunk: int | None = 512,
+    shared: int = 0,
 ) -> PromptPass:
     """Computes all prompts, each row with its own request's steering.
 
@@ -59,6 +60,10 @@ def run_prompts(
     models that padding or a parted prompt would change, with prompts of one length. `logprobs` asks
     for the log-probabilities of the prompts' tokens with that many alternatives; the logits behind
     them are given up chunk by chunk.
+
+    The first `shared` tokens are computed once for all rows, and nothing of them is kept.
+    Assumes: there every prompt is the same and none is steered; `chunk` is not None, and all
+    prompts are of one length.
     """
     if logprobs is not None and chunk is not None:
         chunk = min(chunk, max(1, MOST_LOGITS // len(prompts)))
@@ -75,7 +80,19 @@ def run_prompts(
     kept_states: list[dict[HookPoint, Tensor]] = []
     kept_logits: list[Tensor] = []
     scores: list[list[TokenLogprob]] = [[] for _ in prompts]
-    for start in range(0, width, chunk or width):
+    if shared:
+        hooked.forward(
+            None,
+            input_ids=torch.from_numpy(ids[:1, :shared]).to(device),
+            attention_mask=all_mask[:1, :shared],
+            position_ids=torch.from_numpy(places[:1, :shared]).to(device),
+            key_values=cache,
+            use_cache=True,
+            logits_to_keep=last_columns(1, shared, device),
+        )
+        assert cache is not None
+        cache.batch_repeat_interleave(len(prompts))
+    for start in range(shared, width, chunk or width):
         end = min(start + (chunk or width), width)
         step = _step(tables, ledger, requests, prompts, width, start, end)
         last = end == width

@@ -25,11 +25,12 @@ from steer.spec import exactly_one
 
 if TYPE_CHECKING:
     from steer.artefacts.control_vector import ControlVector, LowRankAdapter
+    from steer.artefacts.lens import Lens
     from steer.engines.base import Engine
     from steer.model import HookPoint
     from steer.registry.registry import Registry
 
-Artefact: TypeAlias = "ControlVector | LowRankAdapter"
+Artefact: TypeAlias = "ControlVector | LowRankAdapter | Lens"
 
 
 @dataclass(frozen=True)

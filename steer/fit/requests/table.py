@@ -9,12 +9,14 @@ from steer.fit.requests.lrc import LrcRequest
 from steer.fit.requests.pairs import PairsRequest
 from steer.fit.requests.request import FitRequest
 from steer.fit.requests.transfer import TransferRequest
+from steer.fit.requests.tuned_lens import TunedLensRequest
 from steer.fit.requests.two_prompts import TwoPromptsRequest
 
 FIT_REQUESTS: tuple[type[FitRequest], ...] = (
     LrcRequest,
     LowRankRequest,
     TransferRequest,
+    TunedLensRequest,
     SnmfRequest,
     NmfRequest,
     PairsRequest,

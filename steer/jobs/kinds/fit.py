@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.lens import Lens
 from steer.fit.requests.inline import count
 from steer.fit.requests.pairs import PairsRequest
 from steer.fit.requests.request import Artefact, FitPlace, FitRequest, check_request
@@ -66,12 +67,17 @@ def _kept(registry: Registry, name: str, artefact: Artefact) -> dict[str, Any]:
         "sha256": entry.sha256,
         "created": created,
         "layers": list(artefact.card.layers),
-        **(_measures(artefact) if isinstance(artefact, ControlVector) else {}),
+        **_measures(artefact),
     }
 
 
-def _measures(vector: ControlVector) -> dict[str, Any]:
-    card = vector.card
+def _measures(artefact: Artefact) -> dict[str, Any]:
+    """What the fit measured of it, where it measures something."""
+    card = artefact.card
+    if isinstance(artefact, Lens):
+        return {"kl": card.provenance["kl"]}
+    if not isinstance(artefact, ControlVector):
+        return {}
     return {
         "default_layers": list(card.used_layers),
         "measures": {

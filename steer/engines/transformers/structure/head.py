@@ -52,7 +52,8 @@ class Head:
             )
 
     def __call__(self, model: nn.Module, states: Tensor) -> Tensor:
-        """`[..., d_model]` states to float32 logits `[..., vocab]`. Raises `Unsupported`."""
+        """`[..., d_model]` states to float32 logits `[..., vocab]`; gradients flow back to states
+        that ask for them. Raises `Unsupported`."""
         if self.refusal is not None:
             raise self.refusal
         return self._logits(model, states)
@@ -63,8 +64,10 @@ class Head:
         rows = states.to(device, self._dtype).reshape(-1, 1, states.shape[-1])
         ids = torch.ones(len(rows), 1, dtype=torch.long, device=device)
         stand_ins = {block: _returns(value, rows) for block, value in self._returned.items()}
-        with at_rest(model), standing_in(stand_ins):
-            logits: Tensor = model(input_ids=ids, use_cache=False, **_without_loss(model)).logits
+        options = {"use_cache": False, **_without_loss(model)}
+        follow = states.requires_grad
+        with at_rest(model), torch.set_grad_enabled(follow), standing_in(stand_ins):
+            logits: Tensor = model(input_ids=ids, **options).logits
         return logits.float().reshape(*states.shape[:-1], -1)
 
     def _mismatch(self, model: nn.Module, last: Tensor | None, outputs: Any) -> str | None:
