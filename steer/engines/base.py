@@ -172,8 +172,10 @@ class CaptureRequest:
 
     `positions` are absolute, negative from the prompt's end; None reads every token. `logits`
     asks for the next-token logits at the last position or at every position; `logprobs` for the
-    log-probability of every token of the prompt but the first, with that many alternatives. States
-    are read after the edits of `plan` at the same point, as the model goes on to see them.
+    log-probability of every token of the prompt but the first, with that many alternatives. With a
+    `tail`, logits are those at the last `tail` positions and log-probabilities those of the last
+    `tail` tokens; what comes before is then computed once for prompts that share it, unsteered.
+    States are read after the edits of `plan` at the same point, as the model goes on to see them.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -182,12 +184,31 @@ class CaptureRequest:
     plans: Sequence[SteeringPlan | None] | None = None
     logits: Literal["none", "last", "all"] = "none"
     logprobs: int | None = None
+    tail: int | None = None
+
+    def read_for_logits(self, length: int) -> range:
+        """The positions of a prompt of `length` tokens whose logits are needed: for those that are
+        asked for, and for log-probabilities also the one before, which predicts the first."""
+        if self.logits != "all" and self.logprobs is None:
+            return range(length - 1, length) if self.logits == "last" else range(0)
+        if self.tail is None:
+            return range(length)
+        return range(max(length - self.tail - (self.logprobs is not None), 0), length)
+
+    def kept_logits(self, logits: Tensor) -> Tensor | None:
+        """Of the logits at `read_for_logits` `[n, vocab]`, those that were asked for."""
+        if self.logits == "none":
+            return None
+        if self.logits == "last":
+            return logits[-1:]
+        return logits if self.tail is None else logits[-self.tail :]
 
 
 @dataclass(frozen=True)
 class Captured:
     """One prompt's activations: float32 `[positions, width]` for each hook point, and float32
-    logits `[1 or tokens, vocab]` and log-probabilities (one fewer than tokens) where asked for."""
+    logits `[1, tokens or tail, vocab]` and log-probabilities (one fewer than tokens, or `tail`)
+    where asked for."""
 
     states: Mapping[HookPoint, Tensor]
     logits: Tensor | None = None

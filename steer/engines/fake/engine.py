@@ -252,13 +252,13 @@ class FakeEngine:
         last = HookPoint(self.info.n_layers - 1)
         states = {point: self._states(point, prompt, places, plan) for point in request.points}
         logits = None
-        if request.logits != "none":
-            read = [len(prompt) - 1] if request.logits == "last" else list(range(len(prompt)))
-            logits = self.unembed(self._states(last, prompt, read, plan))
         logprobs: tuple[TokenLogprob, ...] = ()
-        if request.logprobs is not None:
-            every = self.unembed(self._states(last, prompt, range(len(prompt)), plan))
-            logprobs = tuple(following(every, prompt[1:], request.logprobs))
+        read = request.read_for_logits(len(prompt))
+        if read:
+            every = self.unembed(self._states(last, prompt, list(read), plan))
+            logits = request.kept_logits(every)
+            if request.logprobs is not None:
+                logprobs = tuple(following(every, prompt[read.start + 1 :], request.logprobs))
         return Captured(states, logits, logprobs)
 
     def _states(

@@ -12,24 +12,44 @@ from steer.engines.transformers.sequences import Batch
 from steer.errors import SpecError
 from steer.plan.plan import SteeringPlan
 
+_WORTH_SHARING = 4
+"""Prompts with a common beginning that are worth a pass of their own: fewer fill no batch."""
+
 
 def capture_batch(batch: Batch, request: CaptureRequest) -> list[Captured]:
     """The states of each prompt, in the order asked for.
 
-    Prompts run in groups of like length, so that padding stays small; memory is bounded by one
-    group's states and logits.
+    Prompts run in groups of like length, so that padding stays small, and of a common beginning
+    where that is computed once; memory is bounded by one group's states and logits.
     """
     plans = request.plans or [None] * len(request.prompts)
-    order = sorted(range(len(request.prompts)), key=lambda n: len(request.prompts[n]))
     found: dict[int, Captured] = {}
-    rows = 1 if batch.chunk is None else batch.rows
-    for first in range(0, len(order), rows):
-        group = order[first : first + rows]
+    for group in _groups(request, 1 if batch.chunk is None else batch.rows):
         captured = _capture_group(
             batch, request, [request.prompts[n] for n in group], [plans[n] for n in group]
         )
         found.update(zip(group, captured, strict=True))
-    return [found[n] for n in range(len(order))]
+    return [found[n] for n in range(len(request.prompts))]
+
+
+def _groups(request: CaptureRequest, rows: int) -> list[list[int]]:
+    """The prompts by number, at most `rows` together."""
+    order = sorted(range(len(request.prompts)), key=lambda n: len(request.prompts[n]))
+    together: list[list[int]] = []
+    if request.tail is not None and request.plans is None:
+        alike: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        for n in order:
+            prompt = request.prompts[n]
+            start = max(len(prompt) - request.tail, 0)
+            alike.setdefault((len(prompt), tuple(prompt[:start])), []).append(n)
+        together = [group for group in alike.values() if len(group) >= _WORTH_SHARING]
+        alone = {n for group in together for n in group}
+        order = [n for n in order if n not in alone]
+    return [
+        group[first : first + rows]
+        for group in (*together, order)
+        for first in range(0, len(group), rows)
+    ]
 
 
 def _capture_group(
@@ -53,6 +73,7 @@ def _capture_group(
             logprobs=request.logprobs,
             chunk=batch.chunk,
             shared=0 if batch.chunk is None else _shared(request, prompts, plans),
+            tail=request.tail,
         )
     finally:
         for one in requests:
@@ -64,13 +85,12 @@ def _capture_group(
         states = {p: state[row, columns].float().cpu().clone() for p, state in done.states.items()}
         logits = None
         if done.logits is not None:
-            kept = (
-                done.logits[row, width - len(prompt) :]
-                if request.logits == "all"
-                else done.logits[row]
-            )
-            logits = kept.cpu().clone()
-        captured = Captured(states, logits, tuple(done.logprobs[row]))
+            kept = len(prompt) if request.tail is None else min(request.tail, len(prompt))
+            logits = done.logits[row, -kept:].cpu().clone()
+        scores = done.logprobs[row]
+        if request.tail is not None:
+            scores = scores[len(scores) - min(request.tail, len(scores)) :]
+        captured = Captured(states, logits, tuple(scores))
         check_captured(captured, steered=plans[row] is not None)
         results.append(captured)
     return results
@@ -84,11 +104,13 @@ def _shared(
     """How many first tokens are the same in all prompts, unsteered, and of no interest: such as
     those of a prompt into which one state after the other is put."""
     length = len(prompts[0])
-    whole = request.points or request.logits == "all" or request.logprobs is not None
+    tail = request.tail
+    everywhere = request.logits == "all" or request.logprobs is not None
+    whole = request.points or (everywhere and tail is None)
     if whole or len(prompts) == 1 or any(len(prompt) != length for prompt in prompts):
         return 0
-    # The last token is left, because its logits are each row's own.
-    alike = length - 1
+    # What is of interest is left, and the token before it, which predicts its first.
+    alike = length - 1 if not everywhere or tail is None else max(length - tail - 1, 0)
     for prompt, plan in zip(prompts, plans, strict=True):
         pairs = zip(prompts[0][:alike], prompt[:alike], strict=True)
         alike = next((n for n, (one, other) in enumerate(pairs) if one != other), alike)

@@ -53,6 +53,7 @@ def run_prompts(
     logprobs: int | None = None,
     chunk: int | None = 512,
     shared: int = 0,
+    tail: int | None = None,
 ) -> PromptPass:
     """Computes all prompts, each row with its own request's steering.
 
@@ -60,6 +61,9 @@ def run_prompts(
     models that padding or a parted prompt would change, with prompts of one length. `logprobs` asks
     for the log-probabilities of the prompts' tokens with that many alternatives; the logits behind
     them are given up chunk by chunk.
+
+    With a `tail`, only the logits at the last `tail` + 1 positions of each row are computed and
+    kept, and only the tokens that they predict have log-probabilities.
 
     The first `shared` tokens are computed once for all rows, and nothing of them is kept.
     Assumes: there every prompt is the same and none is steered; `chunk` is not None, and all
@@ -96,7 +100,9 @@ def run_prompts(
         end = min(start + (chunk or width), width)
         step = _step(tables, ledger, requests, prompts, width, start, end)
         last = end == width
-        wanted = end - start if logits == "all" or logprobs is not None else 1
+        # The first column of this pass whose logits are wanted.
+        first = start if tail is None else max(start, min(width - tail - 1, end - 1))
+        wanted = end - first if logits == "all" or logprobs is not None else 1
         outputs, states = hooked.forward(
             step,
             points,
@@ -110,7 +116,7 @@ def run_prompts(
         kept_states.append(states)
         if logprobs is not None:
             for row, prompt in enumerate(prompts):
-                scores[row] += _scored(outputs.logits[row], prompt, (start, end), width, logprobs)
+                scores[row] += _scored(outputs.logits[row], prompt, (first, end), width, logprobs)
         if logits == "all" or (last and logits == "last"):
             kept_logits.append(outputs.logits[:, 0 if logits == "all" else -1 :].float())
     return PromptPass(

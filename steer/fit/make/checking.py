@@ -22,6 +22,9 @@ from steer.fit.measure.nulls.directions import Refit, null_vectors
 from steer.fit.measure.nulls.runs import Contender, null_steps, run_nulls
 from steer.fit.measure.scoring import AnswerScorer, Scorer
 
+MATCHED_ON = 5
+"""Answers on which the nulls' KL is matched: each null reads them several times."""
+
 
 @dataclass(frozen=True)
 class CheckedRow:
@@ -97,7 +100,7 @@ def check(
     [runs] = run_nulls(
         engine,
         prompts,
-        References(engine, plain),
+        References(engine, plain[:MATCHED_ON]),
         [contender],
         scorer,
         sampling=interview.sampling,

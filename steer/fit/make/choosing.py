@@ -9,8 +9,8 @@ themselves: how far the instruction moves the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from steer.artefacts.control_vector import ControlVector
@@ -31,10 +31,13 @@ from steer.spec import parse_spec
 COARSE = 2.0
 """The budget at which the whole grid is tried, in multiples of the instruction's own KL."""
 
-FINE = (1.0, 3.0, 4.5)
-"""The other budgets at which the best uses are tried."""
+COARSE_QUESTIONS = 8
+"""The questions that the whole grid is tried on; the best uses are tried on all."""
 
-KEPT = 3
+FINE = (1.0, 2.0, 3.0, 4.5)
+"""The budgets at which the best uses are tried."""
+
+KEPT = 2
 """How many uses go on from the coarse grid to the fine one."""
 
 MIN_VALID = 0.9
@@ -103,22 +106,16 @@ def choose(ground: Ground, vectors: Mapping[Source, ControlVector], uses: Sequen
 
     Raises `SteerError` (`no_sound_use`) where steering breaks the text in every trial.
     """
-    coarse = _tried(ground, vectors, uses, (COARSE,))
-    finalists = _ranked([one for one, _ in coarse])[:KEPT]
-    matches = {one.use: match for one, match in coarse}
-    fine = _tried(
-        ground,
-        vectors,
-        [one.use for one in finalists],
-        FINE,
-        start=[matches[one.use].strength for one in finalists],
-    )
-    trials = tuple(one for one, _ in (*coarse, *fine))
+    few = replace(ground, prompts=ground.prompts[:COARSE_QUESTIONS])
+    coarse = _tried(few, vectors, [(use, COARSE) for use in uses])
+    best = [one.use for one in sorted(coarse, key=lambda one: -one.both)[:KEPT]]
+    fine = _tried(ground, vectors, [*_finer(best)])
+    trials = (*coarse, *fine)
     floor = min(MIN_VALID, measured(ground.plain).valid or MIN_VALID)
-    sound = [one for one in trials if one.valid >= floor]
+    sound = [one for one in fine if one.valid >= floor]
     if not sound:
         raise SteerError(
-            f"in none of {len(trials)} trials were {floor:.0%} of the steered answers sound: make "
+            f"in none of {len(fine)} trials were {floor:.0%} of the steered answers sound: make "
             "it with other words, more questions, or for a larger model",
             code="no_sound_use",
         )
@@ -126,12 +123,17 @@ def choose(ground: Ground, vectors: Mapping[Source, ControlVector], uses: Sequen
 
 
 def grid(layers: Sequence[int], sources: Sequence[Source]) -> tuple[Use, ...]:
-    """Every source on every run of layers, on all tokens and on those from the answer's opening on;
-    runs that are the same on a model of few layers are tried once."""
+    """Every source on every run of layers, on all tokens; runs that are the same on a model of few
+    layers are tried once."""
     runs = dict.fromkeys(_run(layers, span) for span in _SPANS)
-    return tuple(
-        Use(source, run, where) for source in sources for run in runs for where in ("all", "onward")
-    )
+    return tuple(Use(source, run, "all") for source in sources for run in runs)
+
+
+def _finer(best: Sequence[Use]) -> Iterator[tuple[Use, float]]:
+    """The best uses at every budget, and the very best also from the answer's opening on."""
+    for use in best:
+        yield from ((use, budget) for budget in FINE)
+    yield from ((replace(best[0], where="onward"), budget) for budget in FINE[1:])
 
 
 def plan_of(engine: Engine, vector: ControlVector, use: Use, strength: float) -> SteeringPlan:
@@ -152,30 +154,26 @@ def plan_of(engine: Engine, vector: ControlVector, use: Use, strength: float) ->
 
 def steps(uses: int, prompts: int) -> int:
     """How much `choose` tells `progress` of: every strength that was matched, and every answer."""
-    return (uses + min(KEPT, uses) * len(FINE)) * (1 + prompts)
+    fine = len(FINE) * min(KEPT, uses) + len(FINE) - 1
+    return uses * (1 + min(COARSE_QUESTIONS, prompts)) + fine * (1 + prompts)
 
 
 def _tried(
-    ground: Ground,
-    vectors: Mapping[Source, ControlVector],
-    uses: Sequence[Use],
-    budgets: Sequence[float],
-    start: Sequence[float] | None = None,
-) -> list[tuple[Trial, Match]]:
-    """Every use at every budget, in shared batches."""
-    jobs = [
-        (use, budget * ground.said_kl, first)
-        for use, first in zip(uses, start or [1.0] * len(uses), strict=True)
-        for budget in budgets
-    ]
-    plans_at = [_plan_at(ground.engine, vectors[use.source], use) for use, _, _ in jobs]
+    ground: Ground, vectors: Mapping[Source, ControlVector], jobs: Sequence[tuple[Use, float]]
+) -> list[Trial]:
+    """Every use at its budget, in shared batches."""
+    budgets = [budget * ground.said_kl for _, budget in jobs]
+    plans_at = [_plan_at(ground.engine, vectors[use.source], use) for use, _ in jobs]
     matches = matched_strengths(
         ground.references,
         plans_at,
-        [kl for _, kl, _ in jobs],
-        start=[first for _, _, first in jobs],
+        budgets,
+        start=[
+            likely_strength(vectors[use.source], use.layers, budget)
+            for (use, _), budget in zip(jobs, budgets, strict=True)
+        ],
         tolerance=0.2,
-        most_reads=4,
+        most_reads=2,
         progress=ground.progress,
     )
     everything = answers_under(
@@ -188,9 +186,24 @@ def _tried(
         progress=ground.progress,
     )
     return [
-        (_trial(use, kl, match, measured(answers, examples=1)), match)
-        for (use, kl, _), match, answers in zip(jobs, matches, everything, strict=True)
+        _trial(use, budget, match, measured(answers, examples=1))
+        for (use, _), budget, match, answers in zip(jobs, budgets, matches, everything, strict=True)
     ]
+
+
+def likely_strength(vector: ControlVector, layers: Sequence[int], kl: float) -> float:
+    """About the strength at which the vector, on `layers`, moves the model by `kl` nats: the search
+    starts there.
+
+    Half a root of the KL, as shares of the states' norms summed over the layers: found on one small
+    model (at .4 nats, .28 to .34 for every source and run of layers), and only a beginning.
+    """
+    shares = [
+        float(vector[layer].norm()) / norm
+        for layer in layers
+        if (norm := vector.card.measures[layer].residual_norm)
+    ]
+    return 0.47 * math.sqrt(kl) / sum(shares) if sum(shares) > 0 else 1.0
 
 
 def _trial(use: Use, budget: float, match: Match, figures: Measured) -> Trial:
@@ -205,10 +218,6 @@ def _trial(use: Use, budget: float, match: Match, figures: Measured) -> Trial:
         both=figures.score if figures.both is None else figures.both,
         example=figures.examples[0],
     )
-
-
-def _ranked(trials: Sequence[Trial]) -> list[Trial]:
-    return sorted(trials, key=lambda one: -one.both)
 
 
 def _plan_at(engine: Engine, vector: ControlVector, use: Use) -> Callable[[float], SteeringPlan]:

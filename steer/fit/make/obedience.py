@@ -9,6 +9,7 @@ unsteered, so what was edited is not what is read.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from steer.fit.measure.answers import Answer
 from steer.fit.measure.divergence import kl_divergence
 from steer.fit.measure.scoring import Score
 
-_BATCH = 32
+_BATCH = 256
 _STEEPNESS = 1.5
 _DEVIATIONS = 2.0
 
@@ -155,14 +156,17 @@ def _mean_logprobs(
     engine: Engine, rows: Sequence[tuple[Sequence[int], Sequence[int]]]
 ) -> list[float]:
     """The mean log p, in nats, of what follows each prompt."""
-    found = []
-    for first in range(0, len(rows), _BATCH):
-        group = rows[first : first + _BATCH]
-        texts = [[*prompt, *answer] for prompt, answer in group]
-        captured = engine.capture(CaptureRequest(texts, logprobs=0))
-        for (prompt, _), one in zip(group, captured, strict=True):
-            values = [token.logprob for token in one.logprobs[len(prompt) - 1 :]]
-            found.append(sum(values) / len(values))
+    found = [0.0] * len(rows)
+    # Answers to one question come together, so that the engine reads what they share once.
+    order = sorted(range(len(rows)), key=lambda n: (len(rows[n][1]), rows[n][0]))
+    for length, alike in itertools.groupby(order, key=lambda n: len(rows[n][1])):
+        same = list(alike)
+        for first in range(0, len(same), _BATCH):
+            group = same[first : first + _BATCH]
+            texts = [[*rows[n][0], *rows[n][1]] for n in group]
+            captured = engine.capture(CaptureRequest(texts, logprobs=0, tail=length))
+            for n, one in zip(group, captured, strict=True):
+                found[n] = sum(token.logprob for token in one.logprobs) / length
     return found
 
 

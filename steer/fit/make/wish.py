@@ -12,7 +12,7 @@ from steer.fit.make.questions import shuffled
 from steer.fit.make.telling import Placement
 from steer.spec import Site
 
-FITTED, CHOSEN, CHECKED = 48, 12, 24
+FITTED, CHOSEN, CHECKED = 48, 12, 20
 """Questions that are used at most for fitting, for choosing and for the check."""
 
 LEAST = 24

@@ -98,13 +98,14 @@ class References:
             for (plan, _), answer in zip(cells, answers, strict=True)
         ]
         texts = [answer.prompt + answer.tokens for answer in answers]
-        captured = self._engine.capture(CaptureRequest(texts, plans=plans, logits="all"))
+        tail = 1 + max(len(answer.tokens) for answer in answers)
+        captured = self._engine.capture(CaptureRequest(texts, plans=plans, logits="all", tail=tail))
         rows = []
         for answer, one in zip(answers, captured, strict=True):
             if one.logits is None:
                 raise AssertionError("logits were asked for")
-            # A copy: the view would keep the prompt's logits too.
-            rows.append(one.logits[len(answer.prompt) - 1 :].clone())
+            # A copy: the view would keep the longest answer's logits.
+            rows.append(one.logits[-len(answer.tokens) - 1 :].clone())
         return rows
 
 

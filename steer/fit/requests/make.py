@@ -54,7 +54,7 @@ class MakeRequest(BaseModel):
     ]
     opposite: Annotated[
         Sentence | None,
-        Spelled(flags=("--opposite", "-o")),
+        Spelled(flags=("--opposite",)),
         Field(description="What the other side is told; by default a neutral sentence."),
     ] = None
     place: Annotated[

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -204,8 +203,6 @@ class VllmEngine:
             )
         for point in request.points:
             self.info.check_point(point)
-        if request.logprobs is not None:
-            request = replace(request, logits="all")
         plans = request.plans or [None] * len(request.prompts)
         orders = [self._order(request, prompt) for prompt in request.prompts]
         self.start()
@@ -249,14 +246,12 @@ class VllmEngine:
         return RunningSequence(request, ticket, listener, self.ends)
 
     def _order(self, request: CaptureRequest, prompt: Sequence[int]) -> CaptureOrder:
-        positions = _positions(request.positions, len(prompt))
+        positions = _positions(request, len(prompt))
         points = dict.fromkeys(request.points)
-        if request.logits != "none":
+        read = request.read_for_logits(len(prompt))
+        if read:
             points[self._last] = None
-            if request.logits == "all":
-                positions = tuple(range(len(prompt)))
-            elif len(prompt) - 1 not in positions:
-                positions = (*positions, len(prompt) - 1)
+            positions = (*positions, *(one for one in read if one not in set(positions)))
         size = 4 * len(positions) * sum(self.info.width(point.site) for point in points)
         if size > MAX_CAPTURE_BYTES:
             raise TooLarge(
@@ -282,14 +277,15 @@ class VllmEngine:
             if torch.isneginf(rows).all(-1).any():
                 raise SteerError(f"no state passed {point} at some of the positions asked for")
         place = {position: row for row, position in enumerate(order.positions)}
-        kept = [place[position] for position in _positions(request.positions, length)]
+        kept = [place[position] for position in _positions(request, length)]
         logits = None
-        if request.logits != "none":
-            wanted = range(length) if request.logits == "all" else [length - 1]
-            logits = self.unembed(states[self._last][[place[position] for position in wanted]])
         logprobs: tuple[TokenLogprob, ...] = ()
-        if logits is not None and request.logprobs is not None:
-            logprobs = tuple(following(logits, prompt[1:], request.logprobs))
+        read = request.read_for_logits(length)
+        if read:
+            every = self.unembed(states[self._last][[place[position] for position in read]])
+            logits = request.kept_logits(every)
+            if request.logprobs is not None:
+                logprobs = tuple(following(every, prompt[read.start + 1 :], request.logprobs))
         wanted_states = {point: states[point][kept] for point in request.points}
         captured = Captured(wanted_states, logits, logprobs)
         check_captured(captured, steered=ticket.plan is not None)
@@ -306,10 +302,11 @@ class VllmEngine:
         return self._mailboxes[loop]
 
 
-def _positions(positions: tuple[int, ...] | None, length: int) -> tuple[int, ...]:
-    """Absolute positions in a prompt of `length` tokens."""
+def _positions(request: CaptureRequest, length: int) -> tuple[int, ...]:
+    """The absolute positions in a prompt of `length` tokens whose states are asked for."""
+    positions = request.positions
     if positions is None:
-        return tuple(range(length))
+        return tuple(range(length)) if request.points else ()
     for position in positions:
         if not -length <= position < length:
             raise SpecError(
