@@ -22,7 +22,7 @@ from steer.fit.make import checking, choosing, placing
 from steer.fit.make.asking import Interview
 from steer.fit.make.contrast import SOURCES, Exchange, contrast_states, directions
 from steer.fit.make.made import Made
-from steer.fit.make.obedience import Obedience, obedience, said_kl
+from steer.fit.make.obedience import Obedience, SoundScorer, obedience, said_kl
 from steer.fit.make.telling import NEUTRAL
 from steer.fit.make.wish import Parts, Wish
 from steer.fit.measure.answers import Progress
@@ -65,7 +65,7 @@ def make(
     talk = Interview(engine, wish.instruction, wish.opposite, wish.sampling, progress=progress)
     talk = talk.at(wish.place or placing.best_place(talk, parts.fitted))
     exchanges, followed = _listen(talk, parts)
-    judge = scorer or followed.scorer
+    judge = SoundScorer(scorer, followed.scorer) if scorer else followed.scorer
     layers = range(engine.info.n_layers)
     states = contrast_states(engine, exchanges, site=wish.site, layers=layers, progress=progress)
     vectors = {source: _vector(engine, wish, rows) for source, rows in states.items()}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from steer.fit.make.asking import Asked, Tokens
 from steer.fit.make.soundness import Soundness
 from steer.fit.measure.answers import Answer
 from steer.fit.measure.divergence import kl_divergence
-from steer.fit.measure.scoring import Score
+from steer.fit.measure.scoring import AnswerScorer, Score, Scorer
 
 _BATCH = 256
 _STEEPNESS = 1.5
@@ -80,6 +80,32 @@ class InstructionScorer:
         logit = _STEEPNESS * (deviations - _DEVIATIONS)
         value = 1 / (1 + math.exp(-max(-60.0, min(60.0, logit))))
         return Score(value, valid=self.soundness.holds(tokens, read.loss))
+
+
+@dataclass(frozen=True)
+class SoundScorer:
+    """Another scorer's values, for answers that are sound to it (where it can tell) and to the
+    instruction's own scorer, which knows what this model says."""
+
+    values: AnswerScorer | Scorer
+    reader: InstructionScorer
+
+    def score(
+        self,
+        engine: Engine,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+        texts: Sequence[str],
+    ) -> list[Score]:
+        if isinstance(self.values, AnswerScorer):
+            scores = self.values.score(engine, prompts, answers, texts)
+        else:
+            scores = [self.values(text) for text in texts]
+        sound = self.reader.score(engine, prompts, answers, texts)
+        return [
+            replace(one, valid=one.valid is not False and other.valid)
+            for one, other in zip(scores, sound, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
