@@ -65,13 +65,14 @@ class Interview:
             self.engine,
             sides,
             [None] * len(sides),
-            _unscored,
+            unscored,
             sampling=self.sampling,
             group=GROUP,
             progress=self.progress,
         )
 
 
-def _unscored(text: str) -> Score:
+def unscored(text: str) -> Score:
+    """No score, for answers that are only read."""
     del text
     return Score(0.0)

@@ -44,6 +44,10 @@ MIN_VALID = 0.9
 """A trial with a smaller share of sound answers is not chosen, unless the unsteered model's own
 share is smaller: then no smaller one than that."""
 
+SLACK = 0.1
+"""What a trial's `both` may fall short of the highest: on so few questions it is no difference, and
+the farther the model is moved, the more does chance, and the less is left of everything else."""
+
 _SPANS = ((0.15, 0.4), (0.3, 0.55), (0.45, 0.7), (0.6, 0.85), (0.25, 0.75))
 """Runs of layers that are tried, as shares of the depth; one layer alone seldom does anything."""
 
@@ -101,15 +105,22 @@ class Ground:
     progress: Progress | None = None
 
 
-def choose(ground: Ground, vectors: Mapping[Source, ControlVector], uses: Sequence[Use]) -> Choice:
-    """The use and strength with the highest `both` among the trials that are valid enough.
+def choose(
+    ground: Ground,
+    vectors: Mapping[Source, ControlVector],
+    uses: Sequence[Use],
+    *,
+    wheres: Sequence[WhereName] = ("onward",),
+) -> Choice:
+    """The use and strength of the sound trial that moves the model least, among those whose `both`
+    is within `SLACK` of the highest. The best of `uses` is also tried on the tokens of `wheres`.
 
     Raises `SteerError` (`no_sound_use`) where steering breaks the text in every trial.
     """
     few = replace(ground, prompts=ground.prompts[:COARSE_QUESTIONS])
     coarse = _tried(few, vectors, [(use, COARSE) for use in uses])
     best = [one.use for one in sorted(coarse, key=lambda one: -one.both)[:KEPT]]
-    fine = _tried(ground, vectors, [*_finer(best)])
+    fine = _tried(ground, vectors, [*_finer(best, wheres)])
     trials = (*coarse, *fine)
     floor = min(MIN_VALID, measured(ground.plain).valid or MIN_VALID)
     sound = [one for one in fine if one.valid >= floor]
@@ -119,21 +130,26 @@ def choose(ground: Ground, vectors: Mapping[Source, ControlVector], uses: Sequen
             "it with other words, more questions, or for a larger model",
             code="no_sound_use",
         )
-    return Choice(max(sound, key=lambda one: (one.both, -one.kl)), trials)
+    enough = max(one.both for one in sound) - SLACK
+    best = min((one for one in sound if one.both >= enough), key=lambda one: (one.kl, -one.both))
+    return Choice(best, trials)
 
 
-def grid(layers: Sequence[int], sources: Sequence[Source]) -> tuple[Use, ...]:
-    """Every source on every run of layers, on all tokens; runs that are the same on a model of few
-    layers are tried once."""
+def grid(
+    layers: Sequence[int], sources: Sequence[Source], where: WhereName = "all"
+) -> tuple[Use, ...]:
+    """Every source on every run of layers, on the tokens `where`; runs that are the same on a model
+    of few layers are tried once."""
     runs = dict.fromkeys(_run(layers, span) for span in _SPANS)
-    return tuple(Use(source, run, "all") for source in sources for run in runs)
+    return tuple(Use(source, run, where) for source in sources for run in runs)
 
 
-def _finer(best: Sequence[Use]) -> Iterator[tuple[Use, float]]:
-    """The best uses at every budget, and the very best also from the answer's opening on."""
+def _finer(best: Sequence[Use], wheres: Sequence[WhereName]) -> Iterator[tuple[Use, float]]:
+    """The best uses at every budget, and the very best also on other tokens."""
     for use in best:
         yield from ((use, budget) for budget in FINE)
-    yield from ((replace(best[0], where="onward"), budget) for budget in FINE[1:])
+    for where in wheres:
+        yield from ((replace(best[0], where=where), budget) for budget in FINE[1:])
 
 
 def plan_of(engine: Engine, vector: ControlVector, use: Use, strength: float) -> SteeringPlan:
@@ -152,9 +168,9 @@ def plan_of(engine: Engine, vector: ControlVector, use: Use, strength: float) ->
     )
 
 
-def steps(uses: int, prompts: int) -> int:
+def steps(uses: int, prompts: int, wheres: int = 1) -> int:
     """How much `choose` tells `progress` of: every strength that was matched, and every answer."""
-    fine = len(FINE) * min(KEPT, uses) + len(FINE) - 1
+    fine = len(FINE) * min(KEPT, uses) + wheres * (len(FINE) - 1)
     return uses * (1 + min(COARSE_QUESTIONS, prompts)) + fine * (1 + prompts)
 
 

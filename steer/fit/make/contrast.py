@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -22,7 +22,9 @@ from steer.fit.methods.method import MakeMethod
 from steer.model import HookPoint
 from steer.spec import Site
 
-Source: TypeAlias = Literal["response", "last"]
+Source: TypeAlias = str
+"""Which reading of the states a vector was fitted on."""
+
 SOURCES: tuple[Source, ...] = ("response", "last")
 
 PairStates: TypeAlias = Mapping[int, tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]]

@@ -22,7 +22,7 @@ from steer.fit.make import checking, choosing, placing
 from steer.fit.make.asking import Interview
 from steer.fit.make.contrast import SOURCES, Exchange, contrast_states, directions
 from steer.fit.make.made import Made
-from steer.fit.make.obedience import Obedience, SoundScorer, obedience, said_kl
+from steer.fit.make.obedience import MIN_OBEDIENCE, Obedience, SoundScorer, obedience, said_kl
 from steer.fit.make.telling import NEUTRAL
 from steer.fit.make.wish import Parts, Wish
 from steer.fit.measure.answers import Progress
@@ -33,9 +33,6 @@ from steer.fit.measure.scoring import AnswerScorer, Scorer
 from steer.fit.methods.card import made_on
 from steer.fit.methods.method import METHODS
 from steer.fit.methods.separation import Separation
-
-MIN_OBEDIENCE = 0.7
-"""How often an answer of the told model has to have the greater gain; .5 is chance."""
 
 DOSES = (0.25, 0.5, 0.75, 1.0, 1.25)
 """The strengths of the calibration, in multiples of the one that was chosen."""

@@ -24,6 +24,9 @@ from steer.fit.measure.answers import Answer
 from steer.fit.measure.divergence import kl_divergence
 from steer.fit.measure.scoring import AnswerScorer, Score, Scorer
 
+MIN_OBEDIENCE = 0.7
+"""How often an answer of the told model has to have the greater gain; .5 is chance."""
+
 _BATCH = 256
 _STEEPNESS = 1.5
 _DEVIATIONS = 2.0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, StrictBool
 
 from steer.errors import SteerError
+from steer.fit.data.where import WhereName
 from steer.fit.requests.fields import (
     MAX_ITEMS,
     BestField,
@@ -55,6 +56,14 @@ class PairsRequest(ReadingFields):
         Field(description="Fit among the latents of a registered SAE (not logistic)."),
     ] = None
     held_out: HeldOutField = 0.2
+    choose: Annotated[
+        Literal["effect", "separation"],
+        Field(
+            description="How the default layers, tokens and strength are chosen: by what the answers "
+            "to held-out prompts do (where a model answers both prompts of a pair alike, as with the "
+            "other), or by how well the layers tell the pairs apart."
+        ),
+    ] = "effect"
     best: BestField = 1
     seed: SeedField = 0
     beside: Annotated[
@@ -80,8 +89,14 @@ class PairsRequest(ReadingFields):
         split = split_pairs(data.items, self.held_out, self.seed)
         return len(split.fitted) + len(split.measured)
 
+    @property
+    def _where(self) -> WhereName | None:
+        """The place that was asked for, where one was."""
+        return self.where if "where" in self.model_fields_set else None
+
     def run(self, place: FitPlace, data: PairSet) -> Fitted:
-        from steer.fit.methods.fitting import fit
+        from steer.fit.make.for_pairs import choose_for_pairs
+        from steer.fit.methods.fitting import fit, split_pairs
 
         vector = fit(
             place.engine,
@@ -103,7 +118,11 @@ class PairsRequest(ReadingFields):
             beside=RegisteredVectors(place.lookup(), place.engine.info) if self.beside else None,
             progress=place.progress,
         )
-        return Fitted({self.name: vector})
+        if self.choose == "separation":
+            return Fitted({self.name: vector})
+        held_out = split_pairs(data.items, self.held_out, self.seed).measured
+        found = choose_for_pairs(place.engine, vector, held_out, where=self._where, seed=self.seed)
+        return Fitted({self.name: found.vector}, notes=(found.note,))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,158 @@
+"""Layers, tokens and strength of a vector fitted from pairs, chosen by effect.
+
+The positive prompt of a pair is an instruction, and the negative one its opposite: a vector that
+works makes the model answer the negative prompt as it would answer the positive one. So it is
+tried on the negative prompts of pairs that it was not fitted on, and scored as a made vector is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from steer.artefacts.control_vector import ControlVector
+from steer.engines.base import Engine, SamplingParams
+from steer.errors import SteerError
+from steer.fit.data.pairs import Pair, Prompt
+from steer.fit.data.where import WHERES, WhereName
+from steer.fit.make.asking import Asked, unscored
+from steer.fit.make.choosing import Choice, Ground, choose, grid
+from steer.fit.make.choosing import steps as choosing_steps
+from steer.fit.make.obedience import MIN_OBEDIENCE, obedience, said_kl
+from steer.fit.measure.answers import GROUP, Progress, answers_under
+from steer.fit.measure.divergence import References
+from steer.prompts import Marked, render
+
+QUESTIONS = 12
+SCALED_ON = 16
+MATCHED = (4, 24)
+"""Answers that strengths are matched on, and tokens of each."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The vector with its use as the card's default, and how that was chosen: `choice` is None
+    where it could not be chosen by effect, and `note` says why."""
+
+    vector: ControlVector
+    choice: Choice | None
+    note: str
+
+
+def choose_for_pairs(
+    engine: Engine,
+    vector: ControlVector,
+    pairs: Sequence[Pair],
+    *,
+    where: WhereName | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Chosen:
+    """Tries `vector` on `pairs`, which it was not fitted on: runs of its layers, at several
+    strengths, on the tokens `where` (None: on all, and from the answer's opening on).
+
+    Where the model answers both prompts of a pair alike, or no trial leaves the text sound, the
+    card stays as it is. `progress` is told of `steps` in all. Raises `SteerError` as the engine
+    does.
+    """
+    try:
+        found = _choice(engine, vector, pairs, where, seed, progress)
+    except _Unseen as reason:
+        return Chosen(vector, None, f"its use was chosen by separation: {reason}")
+    best = found.best
+    changes = {
+        "default_layers": best.use.layers,
+        "default_where": WHERES[best.use.where],
+        "default_strength": float(f"{best.strength:.4g}"),
+        "provenance": {**vector.card.provenance, "chosen_by": "effect"},
+    }
+    card = vector.card.model_copy(update=changes)
+    note = (
+        f"layers {best.use.layers[0]}–{best.use.layers[-1]}, {best.use.where}, strength "
+        f"{best.strength:.3g}: score {best.score:.2f}, {best.valid:.0%} sound, chosen from "
+        f"{len(found.trials)} trials"
+    )
+    return Chosen(replace(vector, card=card), found, note)
+
+
+def steps(pairs: int, n_layers: int) -> int:
+    """How much `choose_for_pairs` tells `progress` of."""
+    questions = min(QUESTIONS, pairs)
+    return 2 * min(SCALED_ON, pairs) + choosing_steps(
+        len(grid(range(n_layers), ("last",))), questions
+    )
+
+
+class _Unseen(Exception):
+    """Why the effect cannot be seen on these pairs."""
+
+
+def _choice(
+    engine: Engine,
+    vector: ControlVector,
+    pairs: Sequence[Pair],
+    where: WhereName | None,
+    seed: int,
+    progress: Progress | None,
+) -> Choice:
+    sampling = SamplingParams(max_tokens=32, temperature=0.7, seed=seed, logprobs=0)
+    used = [_without_response(pair) for pair in pairs[: max(QUESTIONS, SCALED_ON)]]
+    different = [pair for pair in used if pair.positive != pair.negative]
+    if len(different) < 4:
+        raise _Unseen(
+            f"{len(different)} of {len(used)} pairs that it was not fitted on ask for different things"
+        )
+    scaled = different[:SCALED_ON]
+    told, opposed = answers_under(
+        engine,
+        [[pair.positive for pair in scaled], [pair.negative for pair in scaled]],
+        [None, None],
+        unscored,
+        sampling=sampling,
+        group=GROUP,
+        progress=progress,
+    )
+    asked = [_asked(engine, pair) for pair in different]
+    try:
+        followed = obedience(engine, asked[: len(scaled)], opposed, told, opposed, known=asked)
+    except SteerError as error:
+        raise _Unseen(str(error)) from None
+    if followed.area < MIN_OBEDIENCE:
+        raise _Unseen(
+            "the model's answers to the positive and the negative prompts are told apart "
+            f"{followed.area:.0%} of the time, where chance is 50%"
+        )
+    prompts: list[Prompt] = [pair.negative for pair in different[:QUESTIONS]]
+    references = References(engine, opposed[: len(prompts)]).first(*MATCHED)
+    moved = said_kl(engine, asked[: len(references.answers)], references.answers)
+    ground = Ground(
+        engine,
+        prompts,
+        opposed[: len(prompts)],
+        followed.scorer,
+        references,
+        moved,
+        sampling,
+        progress,
+    )
+    uses = grid(vector.card.layers, ("fitted",), where or "all")
+    wheres: tuple[WhereName, ...] = ("onward",) if where is None else ()
+    try:
+        return choose(ground, {"fitted": vector}, uses, wheres=wheres)
+    except SteerError as error:
+        if error.code != "no_sound_use":
+            raise
+        raise _Unseen(str(error)) from None
+
+
+def _asked(engine: Engine, pair: Pair) -> Asked:
+    told, opposed = (tuple(render(engine.tokenizer, one)) for one in (pair.positive, pair.negative))
+    return Asked(opposed, told, opposed)
+
+
+def _without_response(pair: Pair) -> Pair:
+    """What the model is asked, without what it is made to have said."""
+    sides = (
+        one.prompt if isinstance(one, Marked) else one for one in (pair.positive, pair.negative)
+    )
+    return Pair(*sides)
