@@ -100,7 +100,8 @@ def _choice(
     different = [pair for pair in used if pair.positive != pair.negative]
     if len(different) < 4:
         raise _Unseen(
-            f"{len(different)} of {len(used)} pairs that it was not fitted on ask for different things"
+            f"of {len(used)} pairs that it was not fitted on, {len(different)} ask for different "
+            "things"
         )
     scaled = different[:SCALED_ON]
     told, opposed = answers_under(

@@ -59,9 +59,9 @@ class PairsRequest(ReadingFields):
     choose: Annotated[
         Literal["effect", "separation"],
         Field(
-            description="How the default layers, tokens and strength are chosen: by what the answers "
-            "to held-out prompts do (where a model answers both prompts of a pair alike, as with the "
-            "other), or by how well the layers tell the pairs apart."
+            description="How the default layers, tokens and strength are chosen: by what answers "
+            "to held-out prompts do (where a model answers both prompts of a pair alike, as with "
+            "the other), or by how well the layers tell the pairs apart."
         ),
     ] = "effect"
     best: BestField = 1
