@@ -119,8 +119,8 @@ def choose(
     """
     few = replace(ground, prompts=ground.prompts[:COARSE_QUESTIONS])
     coarse = _tried(few, vectors, [(use, COARSE) for use in uses])
-    best = [one.use for one in sorted(coarse, key=lambda one: -one.both)[:KEPT]]
-    fine = _tried(ground, vectors, [*_finer(best, wheres)])
+    kept = [one.use for one in sorted(coarse, key=lambda one: -one.both)[:KEPT]]
+    fine = _tried(ground, vectors, [*_finer(kept, wheres)])
     trials = (*coarse, *fine)
     floor = min(MIN_VALID, measured(ground.plain).valid or MIN_VALID)
     sound = [one for one in fine if one.valid >= floor]

@@ -52,13 +52,23 @@ def choose_for_pairs(
     strengths, on the tokens `where` (None: on all, and from the answer's opening on).
 
     Where the model answers both prompts of a pair alike, or no trial leaves the text sound, the
-    card stays as it is. `progress` is told of `steps` in all. Raises `SteerError` as the engine
-    does.
+    card stays as it is. `progress` is told of `most_steps` in all, what was not needed at the end.
+    Raises `SteerError` as the engine does.
     """
+    left = most_steps(len(pairs))
+
+    def count(units: int) -> None:
+        nonlocal left
+        left -= units
+        if progress is not None:
+            progress(units)
+
     try:
-        found = _choice(engine, vector, pairs, where, seed, progress)
+        found = _choice(engine, vector, pairs, where, seed, count)
     except _Unseen as reason:
+        count(left)
         return Chosen(vector, None, f"its use was chosen by separation: {reason}")
+    count(left)
     best = found.best
     changes = {
         "default_layers": best.use.layers,
@@ -75,12 +85,11 @@ def choose_for_pairs(
     return Chosen(replace(vector, card=card), found, note)
 
 
-def steps(pairs: int, n_layers: int) -> int:
+def most_steps(pairs: int) -> int:
     """How much `choose_for_pairs` tells `progress` of."""
     questions = min(QUESTIONS, pairs)
-    return 2 * min(SCALED_ON, pairs) + choosing_steps(
-        len(grid(range(n_layers), ("last",))), questions
-    )
+    uses = len(grid(range(1024), ("fitted",)))
+    return 2 * min(SCALED_ON, pairs) + choosing_steps(uses, questions)
 
 
 class _Unseen(Exception):

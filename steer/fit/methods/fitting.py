@@ -65,10 +65,10 @@ def fit(
     site: Site = "resid_post",
     layers: Sequence[int] | None = None,
     positions: Positions = "last",
-    where: WhereName = "last",
+    where: WhereName | None = None,
     held_out: float = 0.2,
     seed: int = 0,
-    best: int = 1,
+    best: int | None = None,
     batch: int = 16,
     description: str = "",
     licence: str = "",
@@ -79,20 +79,22 @@ def fit(
 
     `positions` says which token's state is read (`steer.fit.data.prompt`). `refine={"sae": NAME}`
     fits among the latents of an SAE of `library`, on its layer and site. A share `held_out` of the
-    pairs, drawn with `seed`, only measures; the `best` layers by separation on them become the
-    card's default layers. The card records the cosine to every vector of `beside`, and how parallel
+    pairs, drawn with `seed`, only measures; the `best` layers by separation on them (None: one)
+    become the card's default layers, and `where` (None: the last prompt token) its default place.
+    The card records the cosine to every vector of `beside`, and how parallel
     the pairs' differences are. `progress` is told of every pair that was read.
 
     Raises `SteerError` for unusable arguments and where no layer tells the prompts apart.
     """
     make = _method(method)
+    best = 1 if best is None else best
     _check(pairs, best)
     sae = _refining(refine, library)
     if sae is not None:
         site, layers = _sae_point(sae, site, layers)
         make = _refined(sae, method)
     reading = make_reading(engine, site=site, layers=layers, positions=positions, batch=batch)
-    default_where = where_named(where)
+    default_where = where_named(where or "last")
     parts = split_pairs(pairs.items, held_out, seed)
     directions = _directions(engine, reading, parts.fitted, make, progress)
     measures = _measures(engine, reading, parts.measured, directions, progress)

@@ -56,15 +56,22 @@ class PairsRequest(ReadingFields):
         Field(description="Fit among the latents of a registered SAE (not logistic)."),
     ] = None
     held_out: HeldOutField = 0.2
+    where: Annotated[
+        WhereName | None,
+        Field(
+            description="Where the vector acts unless a request says otherwise: last, onward, "
+            "generation or all. By default what works best, or by separation the last prompt token."
+        ),
+    ] = None  # type: ignore[assignment]
     choose: Annotated[
-        Literal["effect", "separation"],
+        Literal["effect", "separation"] | None,
         Field(
             description="How the default layers, tokens and strength are chosen: by what answers "
             "to held-out prompts do (where a model answers both prompts of a pair alike, as with "
-            "the other), or by how well the layers tell the pairs apart."
+            "the other), or by how well the layers tell the pairs apart, the default with 'best'."
         ),
-    ] = "effect"
-    best: BestField = 1
+    ] = None
+    best: BestField | None = None
     seed: SeedField = 0
     beside: Annotated[
         StrictBool,
@@ -84,15 +91,18 @@ class PairsRequest(ReadingFields):
                 raise error.at("/refine/sae") from None
 
     def work(self, data: PairSet) -> int:
+        """For a model of many layers; `run` tells of the rest at the end."""
+        from steer.fit.make.for_pairs import most_steps
         from steer.fit.methods.fitting import split_pairs
 
         split = split_pairs(data.items, self.held_out, self.seed)
-        return len(split.fitted) + len(split.measured)
+        choosing = most_steps(len(split.measured)) if self.by_effect else 0
+        return len(split.fitted) + len(split.measured) + choosing
 
     @property
-    def _where(self) -> WhereName | None:
-        """The place that was asked for, where one was."""
-        return self.where if "where" in self.model_fields_set else None
+    def by_effect(self) -> bool:
+        """Whether the default use is chosen by what the answers do."""
+        return (self.choose or ("separation" if self.best else "effect")) == "effect"
 
     def run(self, place: FitPlace, data: PairSet) -> Fitted:
         from steer.fit.make.for_pairs import choose_for_pairs
@@ -118,10 +128,17 @@ class PairsRequest(ReadingFields):
             beside=RegisteredVectors(place.lookup(), place.engine.info) if self.beside else None,
             progress=place.progress,
         )
-        if self.choose == "separation":
+        if not self.by_effect:
             return Fitted({self.name: vector})
         held_out = split_pairs(data.items, self.held_out, self.seed).measured
-        found = choose_for_pairs(place.engine, vector, held_out, where=self._where, seed=self.seed)
+        found = choose_for_pairs(
+            place.engine,
+            vector,
+            held_out,
+            where=self.where,
+            seed=self.seed,
+            progress=place.progress,
+        )
         return Fitted({self.name: found.vector}, notes=(found.note,))
 
 
