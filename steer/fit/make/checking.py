@@ -93,7 +93,7 @@ def check(
         nulls,
         seed=seed,
         layers=use.layers,
-        states={layer: torch.cat(sides) for layer, sides in states.items()},
+        states={layer: _within(*sides) for layer, sides in states.items()},
         refit=refit,
     )
     contender = Contender(plan, trial.strength, steered, drawn if nulls else ())
@@ -122,6 +122,12 @@ def check(
 def steps(prompts: int, nulls: int) -> int:
     """How much `check` tells the interview's `progress` of, with `nulls` in all."""
     return 3 * prompts + null_steps(prompts, nulls)
+
+
+def _within(told: Tensor, opposed: Tensor) -> Tensor:
+    """The states `[2n, d]` of both sides about their own means: with what sets the sides apart left
+    in, a draw from their covariance would often be the vector itself."""
+    return torch.cat([told - told.mean(0), opposed - opposed.mean(0)])
 
 
 def _row(

@@ -40,10 +40,10 @@ def test_the_use_is_one_that_was_tried(lively: TransformersEngine, vector: Contr
 def test_a_place_that_was_asked_for_is_kept(
     lively: TransformersEngine, vector: ControlVector
 ) -> None:
-    found = choose_for_pairs(lively, vector, PAIRS[8:], where="onward")
+    found = choose_for_pairs(lively, vector, PAIRS[8:], where="last")
 
     assert found.choice is not None
-    assert {trial.use.where for trial in found.choice.trials} == {"onward"}
+    assert {trial.use.where for trial in found.choice.trials} == {"last"}
 
 
 @pytest.mark.parametrize(
