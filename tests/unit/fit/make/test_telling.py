@@ -33,7 +33,7 @@ def test_a_system_message_that_is_there_is_kept() -> None:
 
     told = Telling("Be brief.", "system")(chat)
 
-    assert told[0]["content"] == "You are a clerk.\nBe brief."  # type: ignore[index, call-overload]
+    assert told[0]["content"] == "You are a clerk.\nBe brief."  # type: ignore[index]
     assert chat[0]["content"] == "You are a clerk."
 
 
