@@ -73,11 +73,14 @@ def known_model(model: str | Path) -> KnownModel | None:
 
 def is_gguf(path: Path) -> bool:
     """Whether `path` is a GGUF file, by its content or its name."""
-    if not path.is_file():
-        # A path that is no file is told of as one, not as a name on the hub.
-        return path.suffix.lower() == _GGUF
-    with path.open("rb") as stream:
-        return stream.read(len(_MAGIC)) == _MAGIC or path.suffix.lower() == _GGUF
+    if path.suffix.lower() == _GGUF and not path.is_dir():
+        # A path without a file is told of as that, not taken for a name on the hub.
+        return True
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
 
 
 def converted(path: Path, say: Say = tell) -> FoundModel:

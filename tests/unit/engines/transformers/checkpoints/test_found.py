@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import steer_vectors
+from liveness import LIVENESS_SECONDS
 from tiny_gguf import write_gguf_model
 
 from steer.artefacts.control_vector import ControlVector
@@ -201,7 +202,7 @@ def test_two_at_once_make_it_once(tmp_path: Path) -> None:
 
     def make(place: Path) -> None:
         other.start()
-        assert waiting.wait(60)  # the other says that it waits before this one ends
+        assert waiting.wait(LIVENESS_SECONDS)  # the other says that it waits before this one ends
         made.append(place)
 
     def said(line: str) -> None:

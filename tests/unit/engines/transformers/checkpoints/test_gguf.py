@@ -14,7 +14,7 @@ from tiny_gguf import END, OLD_END, START, Quantised, tensors, tiny_llama, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from steer.engines.base import GenerationRequest, SamplingParams
-from steer.engines.transformers.checkpoints.found import converted
+from steer.engines.transformers.checkpoints.found import converted, find_model
 from steer.engines.transformers.checkpoints.gguf.configuration import ROPE_FREQUENCIES
 from steer.engines.transformers.checkpoints.gguf.naming import name_of
 from steer.engines.transformers.checkpoints.gguf.tokenizer import SPLITS
@@ -172,7 +172,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
         {"keys": {"tokenizer.ggml.pre": "novel"}},
         "tokenizer.ggml.pre is 'novel', a way of splitting",
     ),
-    "no split of text": ({"keys": {"tokenizer.ggml.pre": None}}, "tokenizer.ggml.pre is None"),
+    "no split of text": ({"keys": {"tokenizer.ggml.pre": None}}, "tokenizer.ggml.pre is 'None'"),
     "vocabulary": ({"keys": {"tokenizer.ggml.model": "rwkv"}}, "its tokenizer cannot be made"),
     "no beginning": (
         {"keys": {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": None}},
@@ -223,6 +223,11 @@ def test_what_is_no_whole_file_is_refused(kind: str, tmp_path: Path) -> None:
     with pytest.raises(SteerError, match=says) as refusal:
         folder_of(path)
     assert refusal.value.code == code
+
+
+def test_a_file_is_known_by_its_content(tmp_path: Path) -> None:
+    path = write_gguf_model(tmp_path / "blob-without-a-name")
+    assert find_model(path, lambda line: None).own_name == "blob-without-a-name"
 
 
 def test_a_file_that_is_not_there_is_not_taken_for_a_name_on_the_hub() -> None:
