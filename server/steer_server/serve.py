@@ -14,9 +14,9 @@ from fastapi import FastAPI
 from rich.console import Console
 
 from steer.engines.base import Engine
+from steer.engines.transformers.checkpoints.shipped import add_shipped
 from steer.errors import SteerError, Unsupported
 from steer.registry.registry import Registry
-from steer_server import shipped
 from steer_server.app import create_app
 from steer_server.banner import banner, example
 from steer_server.http.origin import is_loopback
@@ -32,9 +32,7 @@ def _transformers(settings: ServerSettings) -> Engine:
     # Imported where it is used: loading transformers takes seconds.
     from steer.engines.transformers.engine import TransformersEngine  # noqa: PLC0415
 
-    location = shipped.model_location(settings.model)
-    options = {"name": settings.model, **settings.engine_options}
-    return TransformersEngine.load(location, **options)
+    return TransformersEngine.load(settings.model, **settings.engine_options)
 
 
 def _fake(settings: ServerSettings) -> Engine:
@@ -66,7 +64,7 @@ def build(settings: ServerSettings) -> FastAPI:
         catalogue=settings.catalogue_url,
         max_upload_bytes=settings.max_upload_bytes,
     )
-    shipped.register(registry, settings.model)
+    add_shipped(registry, settings.model)
     return create_app(load_engine(settings), registry, settings)
 
 

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 DEMO_MODEL = "steer-demo"
 
 ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="The demo model, a model folder, or a hub name.")
+    str,
+    typer.Option(
+        "--model", "-m", help="steer-demo, smollm2, a GGUF file, a model folder, or a hub name."
+    ),
 ]
 RegistryOption = Annotated[
     str | None,
@@ -53,30 +56,8 @@ def running_engine(
     quiet()
     from steer.engines.transformers.engine import TransformersEngine
 
-    engine = TransformersEngine.load(
-        model_location(model), name=model_name(model), device=device, dtype=dtype
-    )
-    with engine:
+    with TransformersEngine.load(model, device=device, dtype=dtype) as engine:
         yield engine
-
-
-def model_location(model: str) -> Path | str:
-    """Where `model` is: the shipped demo model's folder, or `model` itself."""
-    if model != DEMO_MODEL:
-        return model
-    return shipped_library() / "model"
-
-
-def model_name(model: str) -> str:
-    """The name a model goes by: the last part of its path."""
-    return Path(model).name
-
-
-def shipped_library() -> Path:
-    """The folder with what is shipped for the demo model."""
-    from steer_vectors import LIBRARY
-
-    return Path(LIBRARY) / "demo"
 
 
 @contextmanager
@@ -84,12 +65,13 @@ def open_registry(chosen: str | None, model: str | None = None) -> Iterator[Regi
     """The registry in its place, with what is shipped for `model` in it."""
     from steer.registry.location import chosen_catalogue
     from steer.registry.registry import Registry
-    from steer.registry.shipped import add_library
 
     catalogue = chosen_catalogue(os.environ)
     with Registry.open(registry_folder(chosen), catalogue=catalogue) as registry:
-        if model == DEMO_MODEL and not registry.read_only:
-            add_library(registry, shipped_library())
+        if model is not None:
+            from steer.engines.transformers.checkpoints.shipped import add_shipped
+
+            add_shipped(registry, model)
         yield registry
 
 

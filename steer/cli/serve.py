@@ -15,7 +15,6 @@ from steer.cli.local import (
     DtypeOption,
     ModelOption,
     RegistryOption,
-    model_name,
     quiet,
     registry_folder,
 )
@@ -181,7 +180,7 @@ def serve(
         host=host,
         port=port,
         model=model,
-        served_name=served_name or model_name(model),
+        served_name=served_name,
         engine=engine,
         engine_options=_options(engine, engine_option, rows, slots, device, dtype),
         registry=registry_folder(registry),

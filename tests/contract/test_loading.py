@@ -65,8 +65,8 @@ def _own_code(folder: Path) -> Path:
 
 
 CASES: dict[str, tuple[Callable[[Path], Path], str, str]] = {
-    "gguf": (_gguf, "model_not_loaded", "GGUF file, which this engine does not read"),
-    "weights": (_weights, "model_not_loaded", "give the folder with config.json"),
+    "gguf": (_gguf, "model_not_loaded", "it is truncated"),
+    "weights": (_weights, "model_not_loaded", "it is a file, and no GGUF: give the folder"),
     "adapter without its base": (
         lambda folder: _adapter(folder, base_model_name_or_path="org/base"),
         "model_not_loaded",

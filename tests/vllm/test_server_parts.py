@@ -21,13 +21,14 @@ from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 from vllm.sampling_params import RequestOutputKind
 
 from steer.engines.base import PointReceipt, Receipt
+from steer.engines.transformers.checkpoints.found import find_model
+from steer.engines.transformers.checkpoints.known import DEMO
 from steer.engines.vllm.core.admission import check_request
 from steer.engines.vllm.front.ends import known_ends, model_ends
 from steer.engines.vllm.ticket import Ticket
 from steer.errors import EngineError, SpecError, Unsupported
 from steer.model import HookPoint
 from steer.plan.selection import EVERYWHERE
-from steer_server import shipped
 from steer_server.generation.steering import Steering
 from steer_server.metrics import Metrics
 from steer_server.settings import ServerSettings
@@ -514,8 +515,8 @@ def test_the_command_becomes_vllms_server() -> None:
         allow_inline_vectors=False,
         api_key="secret",
     )
-    flags = launch.flags(settings)
-    assert flags[:2] == ["--model", shipped.model_location("steer-demo")]
+    flags = launch.flags(settings, find_model("steer-demo"))
+    assert flags[:2] == ["--model", str(DEMO.shipped / "model")]
     assert flags[flags.index("--served-model-name") + 1] == "steer-demo"
     assert flags[-4:] == ["--max-model-len", "256", "--enforce-eager", "--no-enable-prefix-caching"]
     found = launch.environment(settings, {"VLLM_PLUGINS": "other", "PATH": "p"})
@@ -525,21 +526,13 @@ def test_the_command_becomes_vllms_server() -> None:
     assert found["VLLM_API_KEY"] == "secret"
     assert "secret" not in " ".join(flags)
     with pytest.raises(SpecError, match="--port"):
-        launch.flags(ServerSettings(engine_options={"port": "1"}))
+        launch.flags(ServerSettings(engine_options={"port": "1"}), find_model("steer-demo"))
 
 
 def test_without_vllm_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Unsupported, match="steer-llm"):
         launch.launch(ServerSettings(engine="vllm"))
-
-
-def test_the_shipped_model_is_known_by_its_place(tmp_path: Path) -> None:
-    place = shipped.model_location("steer-demo")
-    (tmp_path / "link").symlink_to(place)
-    assert shipped.shipped_model(str(tmp_path / "link")) == "steer-demo"
-    assert shipped.shipped_model(str(tmp_path)) is None
-    assert shipped.shipped_model("some/model") is None
 
 
 async def test_a_request_that_was_not_steered_empties_the_prefix_cache() -> None:

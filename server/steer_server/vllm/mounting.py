@@ -15,12 +15,13 @@ from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute
 
+from steer.engines.transformers.checkpoints.found import known_model
+from steer.engines.transformers.checkpoints.shipped import add_shipped
 from steer.engines.vllm.front.ends import known_ends
 from steer.engines.vllm.front.engine import VllmEngine
 from steer.errors import Unsupported
 from steer.jobs import JobRunner
 from steer.registry.registry import Registry
-from steer_server import shipped
 from steer_server.http.body_limit import BodyLimit
 from steer_server.http.document import complete
 from steer_server.routes import (
@@ -127,9 +128,8 @@ async def serve(client: Any, state: Any, environment: Mapping[str, str]) -> None
     )
     engine = await VllmEngine.of_client(plain, copy.deepcopy(client.get_tokenizer()))
     # Its workers know only the name that it is served under.
-    engine.info = replace(
-        engine.info, origin=shipped.shipped_model(settings.model) or settings.model
-    )
+    known = known_model(settings.model)
+    engine.info = replace(engine.info, origin=known.own_name if known else settings.model)
     # vLLM's requests are its own: Steer's figures count those that are steered or read.
     load = client.output_processor.get_num_unfinished_requests
     state.steer = assemble(engine, registry, settings, load=load, alive=lambda: not client.errored)
@@ -169,9 +169,7 @@ def _registry(settings: ServerSettings) -> Registry:
         catalogue=settings.catalogue_url,
         max_upload_bytes=settings.max_upload_bytes,
     )
-    model = shipped.shipped_model(settings.model)
-    if model is not None:
-        shipped.register(registry, model)
+    add_shipped(registry, settings.model)
     return registry
 
 

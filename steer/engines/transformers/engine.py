@@ -26,6 +26,7 @@ from steer.engines.gradients import DifferentiableModel
 from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
 from steer.engines.transformers.batching import Batching, make_batch
 from steer.engines.transformers.capture import capture_batch
+from steer.engines.transformers.checkpoints.found import find_model
 from steer.engines.transformers.checkpoints.loading import load_checkpoint
 from steer.engines.transformers.checkpoints.placing import chosen_device, chosen_dtype
 from steer.engines.transformers.gradients import differentiating
@@ -111,8 +112,10 @@ class TransformersEngine:
         trust_remote_code: bool = False,
         **options: Any,
     ) -> TransformersEngine:
-        """Loads a model folder or hub name; float32 on a CPU, the model's own dtype on a GPU.
+        """Loads a model: a name that Steer knows, a GGUF file, a folder, or a hub name.
 
+        It runs in float32 on a CPU, in its own dtype on a GPU. `name` is what it is served as. What
+        a known name stands for is fetched once, and a GGUF file converted once (`find_model`).
         Code that lies beside the weights is run only with `trust_remote_code`. Raises `SteerError`
         (`model_not_loaded`) for what transformers cannot load, and for a folder whose files are Git
         LFS pointers (`lfs_pointer`); `Unsupported` (`unsupported_model`) for a model that cannot be
@@ -120,11 +123,14 @@ class TransformersEngine:
         """
         device = chosen_device(device)
         chosen = chosen_dtype(dtype, device)
-        check_model_folder(model)
+        found = find_model(model)
+        check_model_folder(found.location)
         loaded, tokenizer = load_checkpoint(
-            model, dtype=chosen, device=device, trust_remote_code=trust_remote_code
+            found.location, dtype=chosen, device=device, trust_remote_code=trust_remote_code
         )
-        return cls(loaded, tokenizer, name=name or Path(str(model)).name, **options)
+        engine = cls(loaded, tokenizer, name=found.own_name, **options)
+        engine.info = engine.info.served_as(name or found.name)
+        return engine
 
     def start(self) -> None:
         """Starts the engine's thread and proves that steering acts; may be called again."""

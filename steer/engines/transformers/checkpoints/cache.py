@@ -51,20 +51,24 @@ def made_once(folder: Path, make: Callable[[Path], None], say: Say = tell) -> Pa
             say(f"waiting for another process that makes {folder}")
         with exclusive(lock):
             if not folder.is_dir():
-                shutil.rmtree(part, ignore_errors=True)
-                part.mkdir()
-                make(part)
-                part.rename(folder)
+                _make(folder, part, make)
     except OSError as error:
         raise StorageError(
             f"{str(folder)!r} cannot be written ({error.strerror or error}): make room or give "
             f"rights there, or name another cache in the environment variable {CACHE_VARIABLE}",
             code="cache_not_writable",
         ) from error
-    finally:
-        # What was not finished is of no use to anybody.
-        shutil.rmtree(part, ignore_errors=True)
     return folder
+
+
+def _make(folder: Path, part: Path, make: Callable[[Path], None]) -> None:
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    part.mkdir()
+    try:
+        make(part)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def sha256_of(path: Path) -> str:

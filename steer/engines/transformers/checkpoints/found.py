@@ -6,6 +6,7 @@ machine's cache, so that a later start touches neither the network nor the file'
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,10 @@ from steer.engines.transformers.checkpoints.gguf.conversion import (
     convert,
     source_sha256,
 )
+from steer.engines.transformers.checkpoints.gguf.header import not_converted, read_header
 from steer.engines.transformers.checkpoints.gguf.naming import name_of
 from steer.engines.transformers.checkpoints.known import DEMO, KNOWN, KnownModel
 from steer.engines.transformers.checkpoints.wheel import WheelFile
-from steer.errors import SteerError
 from steer.model import bare_name
 
 _GGUF, _MAGIC = ".gguf", b"GGUF"
@@ -41,12 +42,6 @@ class FoundModel:
     own_name: str
     name: str
     known: KnownModel | None = None
-
-    @property
-    def shipped(self) -> Path | None:
-        """The folder with what is shipped for this model; None where nothing is."""
-        folder = None if self.known is None else self.known.shipped
-        return folder if folder is not None and folder.is_dir() else None
 
 
 def find_model(model: str | Path, say: Say = tell) -> FoundModel:
@@ -64,27 +59,36 @@ def find_model(model: str | Path, say: Say = tell) -> FoundModel:
     known = known_at(path)
     if known is not None:
         return FoundModel(str(path), known.own_name, known.name, known)
-    name = bare_name(str(model))
+    name = bare_name(os.path.abspath(path) if path.is_dir() else str(model))
     return FoundModel(str(model), name, name)
+
+
+def known_model(model: str | Path) -> KnownModel | None:
+    """The known model that `model` names; nothing is fetched or converted to find it."""
+    path = Path(model)
+    if (known := KNOWN.get(str(model))) is not None:
+        return known
+    return _known_by(known_sha256(path)) if path.is_file() and is_gguf(path) else known_at(path)
 
 
 def is_gguf(path: Path) -> bool:
     """Whether `path` is a GGUF file, by its content or its name."""
-    if not path.is_file():
-        # A path that is no file is told of as one, not as a name on the hub.
-        return path.suffix.lower() == _GGUF
-    with path.open("rb") as stream:
-        return stream.read(len(_MAGIC)) == _MAGIC or path.suffix.lower() == _GGUF
+    if path.suffix.lower() == _GGUF and not path.is_dir():
+        # A path without a file is told of as that, not taken for a name on the hub.
+        return True
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
 
 
 def converted(path: Path, say: Say = tell) -> FoundModel:
     """The GGUF file at `path` as a folder, converted now or at an earlier time."""
-    if not path.is_file():
-        raise SteerError(
-            f"the model {str(path)!r} cannot be loaded: there is no such file",
-            code="model_not_loaded",
-        )
-    sha256 = known_sha256(path)
+    try:
+        sha256 = known_sha256(path)
+    except OSError as error:
+        raise not_converted(path, f"it cannot be read ({error.strerror})") from error
     known = _known_by(sha256)
     own_name = known.own_name if known is not None else name_of(path.stem)
     folder = made_once(
@@ -140,5 +144,6 @@ def _fetch(source: WheelFile, say: Say, folder: Path) -> None:
 
 
 def _convert(path: Path, sha256: str, say: Say, folder: Path) -> None:
+    header = read_header(path)
     say(f"converting {path.name} once, kept in {folder.parent}")
-    convert(path, folder, sha256)
+    convert(header, folder, sha256)

@@ -25,7 +25,11 @@ def load_checkpoint(
     """
     folder = Path(location)
     if folder.is_file():
-        raise _not_loaded(location, _about_file(folder))
+        raise _not_loaded(
+            location,
+            "it is a file, and no GGUF: give the folder with config.json, the weights and the "
+            "tokenizer",
+        )
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return _with_adapter(folder, dtype, device, trust_remote_code)
     from transformers import AutoConfig, AutoTokenizer  # noqa: PLC0415 (slow import)
@@ -61,15 +65,6 @@ def _not_loaded(location: str | Path, reason: str) -> SteerError:
     return SteerError(
         f"the model {str(location)!r} cannot be loaded: {reason}", code="model_not_loaded"
     )
-
-
-def _about_file(path: Path) -> str:
-    if path.suffix.lower() == ".gguf":
-        return (
-            "it is a GGUF file, which this engine does not read: give the folder of the checkpoint "
-            "that it was made from (config.json, *.safetensors and the tokenizer)"
-        )
-    return "it is a file: give the folder with config.json, the weights and the tokenizer"
 
 
 def auto_class(config: Any, trust_remote_code: bool = False) -> Any:

@@ -21,11 +21,10 @@ from steer.engines.transformers.checkpoints.gguf.header import (
     INSTEAD,
     GGUFHeader,
     not_converted,
-    read_header,
 )
 from steer.engines.transformers.checkpoints.gguf.tokenizer import end_ids, read_tokenizer
 from steer.engines.transformers.checkpoints.loading import auto_class
-from steer.errors import Unsupported
+from steer.errors import SteerError, Unsupported
 
 VERSION = 1
 """Of what is made of a file here: counted on, folders made before are not used any more."""
@@ -34,20 +33,24 @@ _SOURCE = "steer-source.json"
 """What a folder was made from: the file's name and SHA-256."""
 
 
-def convert(path: Path, folder: Path, sha256: str) -> None:
-    """Writes the model in `path`, whose content has that hash, into `folder`.
+_UNREAD = (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError)
+"""What transformers raises for a file that it cannot read."""
+
+
+def convert(header: GGUFHeader, folder: Path, sha256: str) -> None:
+    """Writes the model in a file, whose content has that hash, into `folder`.
 
     Weights are float32, which holds every quantised number exactly. The whole model is in memory at
     once. Raises `SteerError` (`model_not_loaded`) for what cannot be converted exactly.
     """
-    header = read_header(path)
+    config = _configuration(header)
     tokenizer = read_tokenizer(header)
-    model = _dequantised(header)
+    model = _dequantised(header, config)
     ends = end_ids(header)
     model.config.eos_token_id = model.generation_config.eos_token_id = ends or None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    source = {"file": path.name, "sha256": sha256, "version": VERSION}
+    source = {"file": header.path.name, "sha256": sha256, "version": VERSION}
     (folder / _SOURCE).write_text(json.dumps(source))
 
 
@@ -59,9 +62,20 @@ def source_sha256(folder: Path) -> str | None:
         return None
 
 
-def _dequantised(header: GGUFHeader) -> Any:
+def _configuration(header: GGUFHeader) -> Any:
+    """The configuration that transformers makes of the file."""
+    from transformers import AutoConfig  # noqa: PLC0415 (slow import)
+
+    path = header.path
+    try:
+        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except _UNREAD as error:
+        raise _not_read(header, error) from error
+
+
+def _dequantised(header: GGUFHeader, config: Any) -> Any:
     """The model in float32, as if it had never been quantised: `save_pretrained` refuses others."""
-    loaded = _read(header)
+    loaded = _read(header, config)
     config = loaded.config
     vars(config).pop("quantization_config", None)
     vars(config).pop("_model_name_or_path", None)
@@ -75,15 +89,15 @@ def _dequantised(header: GGUFHeader) -> Any:
     return model
 
 
-def _read(header: GGUFHeader) -> Any:
+def _read(header: GGUFHeader, config: Any) -> Any:
     """The model as transformers reads it, with every number of the file in it."""
-    from transformers import AutoConfig, GgufConfig  # noqa: PLC0415 (slow import)
+    from transformers import GgufConfig  # noqa: PLC0415 (slow import)
 
     path = header.path
     try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         loaded, about = auto_class(config).from_pretrained(
             path.parent,
+            config=config,
             gguf_file=path.name,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
@@ -91,13 +105,8 @@ def _read(header: GGUFHeader) -> Any:
         )
     except Unsupported:
         raise
-    except (OSError, ValueError, KeyError, TypeError, NotImplementedError, RuntimeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), repr(error))
-        raise not_converted(
-            path,
-            f"transformers cannot read its architecture {header.architecture!r} ({reason}): "
-            f"{INSTEAD}",
-        ) from error
+    except _UNREAD as error:
+        raise _not_read(header, error) from error
     lost = [*about["missing_keys"], *about["unexpected_keys"], *about["mismatched_keys"]]
     taken = sum(parameter.numel() for parameter in loaded.parameters())
     given = sum(size for name, size in header.tensors.items() if name != ROPE_FREQUENCIES)
@@ -109,3 +118,11 @@ def _read(header: GGUFHeader) -> Any:
             + f": {INSTEAD}",
         )
     return loaded
+
+
+def _not_read(header: GGUFHeader, error: Exception) -> SteerError:
+    reason = next(iter(str(error).strip().splitlines()), repr(error))
+    return not_converted(
+        header.path,
+        f"transformers cannot read its architecture {header.architecture!r} ({reason}): {INSTEAD}",
+    )

@@ -47,7 +47,8 @@ def read_header(path: Path) -> GGUFHeader:
         check_gguf(path, MODEL)
         reader = GGUFReader(path)
     except FileFormatError as error:
-        raise not_converted(path, f"{error.message}; fetch the file again") from error
+        again = "; fetch the file again" if error.code == "truncated_file" else ""
+        raise not_converted(path, error.message + again) from error
     except (ValueError, KeyError, IndexError, OverflowError, MemoryError) as error:
         raise not_converted(path, f"it cannot be parsed ({error})") from error
     keys = {name: field.contents() for name, field in reader.fields.items()}

@@ -118,7 +118,7 @@ def _splits(header: GGUFHeader) -> tuple[str, ...] | None:
     """The expressions that split text; None for a vocabulary that is not of byte-level BPE."""
     if header.keys["tokenizer.ggml.model"] != "gpt2":
         return None
-    name = header.keys.get("tokenizer.ggml.pre")
+    name = str(header.keys.get("tokenizer.ggml.pre"))
     if name not in SPLITS:
         raise not_converted(
             header.path,
