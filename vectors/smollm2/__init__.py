@@ -1,0 +1,1 @@
+"""Vectors for SmolLM2-135M-Instruct, each made from a sentence; `wishes.json` has the sentences."""
