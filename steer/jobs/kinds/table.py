@@ -14,6 +14,7 @@ from steer.jobs.kinds.evaluate import evaluate_kind
 from steer.jobs.kinds.fit import fit_kind
 from steer.jobs.kinds.importing import Download, Fetch, import_kind
 from steer.jobs.kinds.kind import JobKind, JobKinds, Report
+from steer.jobs.kinds.suite import suite_kind
 from steer.jobs.kinds.sweep import sweep_kind
 from steer.plan.resolve import Policy
 
@@ -39,6 +40,7 @@ def builtin_kinds(
         sweep_kind(policy),
         CALIBRATE,
         evaluate_kind(policy),
+        suite_kind(policy),
         import_kind(fetchers),
     )
     return MappingProxyType({kind.name: kind for kind in kinds})
