@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from steer_vectors import LIBRARY
 
 from steer.errors import FileFormatError, SpecError
 from steer.fit.measure.scorers import parse_scorer
 from steer.fit.measure.suite.file import parse_suite, read_suite
-from steer_vectors import LIBRARY
 
 CONCEPT = {"name": "joy", "description": "Joy", "instruction": "Be glad.", "score": "words:joy"}
 SUITE: dict[str, Any] = {"name": "s", "concepts": [CONCEPT], "prompts": ["one", "two"]}
