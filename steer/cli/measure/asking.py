@@ -33,14 +33,18 @@ def parameters(
     """The options of `request`: `first`, those that are required, the rest, and the command's
     `own`. The fields `optional` need not be given here."""
     fields = {one.name: one for one in options(request, leave_out=("prompts",))}
-    fields |= {name: fields[name].replace(default=None) for name in optional}
+    fields |= {n: fields[n].replace(default=None) for n in optional if n in fields}
     spelled = next(
         one for one in request.model_fields["prompts"].metadata if isinstance(one, Spelled)
     )
     yield from first
     if "vector" in fields:
         yield fields.pop("vector")
-    yield keyword("prompts", Annotated[Path, typer.Option(*spelled.flags, help=spelled.help)])
+    named = typer.Option(*spelled.flags, help=spelled.help)
+    if "prompts" in optional:
+        yield keyword("prompts", Annotated[Path | None, named], None)
+    else:
+        yield keyword("prompts", Annotated[Path, named])
     yield from (one for one in fields.values() if one.default is one.empty)
     yield MODEL
     yield from (one for one in fields.values() if one.default is not one.empty)

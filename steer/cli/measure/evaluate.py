@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,9 +11,9 @@ import typer
 from steer.cli.local import open_registry, plans, running_engine
 from steer.cli.measure.asking import AS_JSON, REPORT, asked, parameters
 from steer.cli.measure.scoring import scorer_of
+from steer.cli.measure.suite import named_method, run_suite_command
 from steer.cli.options import checked, command, keyword, read_values
 from steer.cli.reporting import out, progress_bar, table_out
-from steer.cli.steering import add_spec, named_vector, parse_strength, read_spec
 from steer.errors import SteerError
 from steer.fit.requests.measuring import EvaluateRequest
 
@@ -37,8 +36,41 @@ _METHODS = keyword(
     ],
 )
 
+_SUITE = (
+    keyword(
+        "suite",
+        Annotated[
+            str | None,
+            typer.Option(
+                help="Rate the methods on many concepts: a suite's file, or smollm2, which is "
+                "shipped. {concept} in a method is each concept's name; no --prompts and --score."
+            ),
+        ],
+        None,
+    ),
+    keyword(
+        "judge",
+        Annotated[
+            str | None,
+            typer.Option(
+                help="With --suite: URL#model=NAME of an OpenAI-compatible judge (with the key in "
+                "OPENAI_API_KEY); without it the served model and the concepts' scorers rate."
+            ),
+        ],
+        None,
+    ),
+)
+
 
 def _evaluate(values: dict[str, Any]) -> None:
+    if values["suite"] is not None:
+        run_suite_command(values)
+        return
+    for field, flag in (("prompts", "--prompts"), ("score", "--score")):
+        if values[field] is None:
+            raise SteerError(
+                f"give {flag}, or a --suite, which brings its own", code="invalid_option"
+            )
     from steer.fit.measure.report import write_evaluation_report
 
     score, report, texts = values["score"], values["report"], values.pop("methods")
@@ -46,7 +78,7 @@ def _evaluate(values: dict[str, Any]) -> None:
     with open_registry(values["registry"], values["model"]) as library:
         scorer = scorer_of(score, library)
         fields["prompts"] = asked(values)
-        named = [_method(library, text) for text in texts]
+        named = [named_method(library, text) for text in texts]
         told = _instruction(library, values["instruction"], named)
         fields["instruction"] = told.text
         fields["methods"] = [
@@ -77,7 +109,14 @@ def _evaluate(values: dict[str, Any]) -> None:
 evaluate = command(
     _evaluate,
     tuple(
-        parameters(EvaluateRequest, REPORT, AS_JSON, first=(_METHODS,), optional=("instruction",))
+        parameters(
+            EvaluateRequest,
+            *_SUITE,
+            REPORT,
+            AS_JSON,
+            first=(_METHODS,),
+            optional=("instruction", "prompts", "score"),
+        )
     ),
     summary="Compare ways to steer on the same prompts, next to asking in words.",
 )
@@ -127,22 +166,6 @@ def _null_cells(found: NullComparison | None) -> tuple[str, str]:
     if found is None or strongest is None:
         return "–", "–"
     return f"{strongest.score:.2f}", f"{found.p_value:.2g}"
-
-
-def _method(library: Registry, text: str) -> tuple[str, SteeringSpec, dict[str, ControlVector]]:
-    """A row's name, its spec, and vectors that come from files."""
-    label, equals, rest = text.partition("=")
-    if not equals or ":" in label or not label:
-        label, rest = "", text
-    if rest.startswith("profile:"):
-        return label or rest, library.profile(rest.removeprefix("profile:")).spec, {}
-    if rest.endswith(".json"):
-        return label or Path(rest).stem, read_spec(Path(rest)), {}
-    ref, colon, strength = rest.rpartition(":") if ":" in rest else (rest, "", "")
-    name, own = named_vector(ref)
-    value = parse_strength(strength) if colon else None
-    shown = f"{name}:{strength}" if colon else name
-    return label or shown, add_spec(name, value, None, None), own
 
 
 def _instruction(

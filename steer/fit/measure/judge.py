@@ -7,8 +7,9 @@ times and then counted as unjudged; it is never taken for a yes or a no.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -29,6 +30,28 @@ FORMS: dict[Scale, str] = {
 _YES_NO = re.compile(r"(?<!\w)(yes|no)(?!\w)", re.IGNORECASE)
 _OPENING = re.compile(r"\W*(yes|no)\s*(?:[^\w\s]|$)", re.IGNORECASE)
 _NUMBER = re.compile(r"(?<![\w.,-])(\d+(?:[.,]\d+)?)(?:\s*(?:/|out of)\s*10)?(?!\w)", re.IGNORECASE)
+
+
+@contextmanager
+def asking(
+    url: str, model: str, *, api_key: str, retries: int, timeout: float, parallel: int
+) -> Iterator[tuple[OpenAI, ThreadPoolExecutor]]:
+    """A client of the server at `url` and the threads it is asked from; a fault of the server is a
+    `SteerError` (`judge_failed`)."""
+    from openai import OpenAI, OpenAIError  # noqa: PLC0415 (slow import)
+
+    try:
+        with (
+            OpenAI(base_url=url, api_key=api_key, max_retries=retries, timeout=timeout) as client,
+            ThreadPoolExecutor(parallel) as pool,
+        ):
+            yield client, pool
+    except OpenAIError as error:
+        raise SteerError(
+            f"the judge at {url!r} cannot be asked: {error}; check the URL, the model {model!r} "
+            "and the key",
+            code="judge_failed",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -64,26 +87,16 @@ class JudgeScorer:
 
     def judge(self, texts: Sequence[str]) -> list[Score]:
         """A score for each text; the same text is asked about once."""
-        from openai import OpenAI, OpenAIError  # noqa: PLC0415 (slow import)
-
         once = list(dict.fromkeys(texts))
-        try:
-            with (
-                OpenAI(
-                    base_url=self.url,
-                    api_key=self.api_key,
-                    max_retries=self.retries,
-                    timeout=self.timeout,
-                ) as client,
-                ThreadPoolExecutor(self.parallel) as pool,
-            ):
-                found = dict(zip(once, pool.map(lambda t: self._ask(client, t), once), strict=True))
-        except OpenAIError as error:
-            raise SteerError(
-                f"the judge at {self.url!r} cannot be asked: {error}; check the URL, the model "
-                f"{self.model!r} and the key",
-                code="judge_failed",
-            ) from error
+        with asking(
+            self.url,
+            self.model,
+            api_key=self.api_key,
+            retries=self.retries,
+            timeout=self.timeout,
+            parallel=self.parallel,
+        ) as (client, pool):
+            found = dict(zip(once, pool.map(lambda t: self._ask(client, t), once), strict=True))
         silent = sum(not score.judged for score in found.values())
         if silent > self.most_unjudged * len(once):
             raise SteerError(

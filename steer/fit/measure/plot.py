@@ -21,7 +21,7 @@ NULL: dict[str, Any] = {"color": "#555555", "ms": 5, "ls": "none"}
 def plot_dose_response(response: DoseResponse, path: Path, *, title: str) -> None:
     """Score and validity over strength, and the perplexity ratio below. Raises `SteerError` where
     the picture cannot be written."""
-    figure = _figure(5.6)
+    figure = new_figure(5.6)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     strengths = [dose.strength for dose in response.doses]
     upper.plot(strengths, [d.measured.score for d in response.doses], "o-", label="score")
@@ -34,7 +34,7 @@ def plot_dose_response(response: DoseResponse, path: Path, *, title: str) -> Non
     lower.plot(strengths, [d.perplexity_ratio for d in response.doses], "o-", color="C3")
     lower.axhline(1.0, color="grey", ls=":")
     lower.set(xlabel="strength", ylabel="perplexity ratio")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_calibration(
@@ -42,7 +42,7 @@ def plot_calibration(
 ) -> None:
     """Score and validity over strength, KL and perplexity ratio below; the calibrated range is
     shaded, and the upper axis tells the KL at its strengths. Raises `SteerError`."""
-    figure = _figure(6.4)
+    figure = new_figure(6.4)
     scored = calibration.effect is not None
     axes = figure.subplots(3 if scored else 2, 1, sharex=True, squeeze=False)[:, 0]
     strengths = [dose.strength for dose in calibration.doses]
@@ -61,14 +61,14 @@ def plot_calibration(
     axes[0].set_xlim(0, strengths[-1])
     _kl_axis(axes[0], calibration)
     figure.suptitle(title, fontsize="medium")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_evaluation(evaluation: Evaluation, path: Path, *, title: str) -> None:
     """A bar for each method's score, its interval, and marks for validity and nulls. Raises
     `SteerError`."""
     rows = evaluation.rows
-    figure = _figure(1.6 + 0.45 * len(rows))
+    figure = new_figure(1.6 + 0.45 * len(rows))
     axis = figure.subplots()
     colours = {"unsteered": "#999999", "prompt": "#e9a23b", "steering": "C0"}
     places = range(len(rows))
@@ -98,7 +98,7 @@ def plot_evaluation(evaluation: Evaluation, path: Path, *, title: str) -> None:
     axis.invert_yaxis()
     axis.set(xlabel=f"share of answers, {evaluation.prompts} prompts", xlim=(0, 1.03), title=title)
     axis.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _plot_scores(axis: Axes, calibration: Calibration, auto: float | None) -> None:
@@ -128,14 +128,16 @@ def _kl_axis(axis: Axes, calibration: Calibration) -> None:
     top.set_xlabel("KL (nats)")
 
 
-def _figure(height: float) -> Figure:
+def new_figure(height: float) -> Figure:
+    """An empty figure `height` inches high."""
     from matplotlib.figure import Figure  # noqa: PLC0415 (slow import)
 
     # A Figure of its own, without pyplot: nothing global, no window.
     return Figure(figsize=(6.4, height), layout="constrained")
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes the figure; raises `SteerError` (`not_written`)."""
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:

@@ -21,7 +21,7 @@ PAGE = "report.md"
 def write_calibration_report(folder: Path, found: CalibratedVector, *, title: str) -> None:
     """Writes `report.json`, `calibration.png` and `report.md` into `folder`, which is made if
     missing. Raises `SteerError` (`not_written`)."""
-    _write(
+    write_report(
         folder,
         found.as_json(),
         f"# {title}\n\n{_calibration_text(found)}\n\n![Dose and response](calibration.png)\n\n"
@@ -34,7 +34,7 @@ def write_calibration_report(folder: Path, found: CalibratedVector, *, title: st
 
 def write_evaluation_report(folder: Path, evaluation: Evaluation, *, title: str) -> None:
     """Writes `report.json`, `evaluation.png` and `report.md` into `folder`, as above."""
-    _write(
+    write_report(
         folder,
         evaluation.as_json(),
         f"# {title}\n\n{_evaluation_text(evaluation)}\n\n![Scores](evaluation.png)\n\n"
@@ -43,7 +43,11 @@ def write_evaluation_report(folder: Path, evaluation: Evaluation, *, title: str)
     )
 
 
-def _write(folder: Path, figures: Mapping[str, Any], page: str, plot: Callable[[], None]) -> None:
+def write_report(
+    folder: Path, figures: Mapping[str, Any], page: str, plot: Callable[[], None]
+) -> None:
+    """Writes `figures` and `page` into `folder`, which is made if missing, then plots. Raises
+    `SteerError` (`not_written`)."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FIGURES).write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
@@ -102,7 +106,7 @@ def _null_table(found: NullComparison) -> str:
         ]
         for one in sorted(found.nulls, key=lambda one: -one.score)
     ]
-    return _table(["null", "cosine", "strength", "KL (nats)", "score", "wrong way"], rows)
+    return markdown_table(["null", "cosine", "strength", "KL (nats)", "score", "wrong way"], rows)
 
 
 def _calibration_table(found: CalibratedVector) -> str:
@@ -118,10 +122,10 @@ def _calibration_table(found: CalibratedVector) -> str:
                 _text(dose.valid),
                 f"{dose.perplexity_ratio:.3f}",
                 f"{dose.kl:.4f}",
-                _cell(found.examples[place][0]) if found.examples[place] else "",
+                cell(found.examples[place][0]) if found.examples[place] else "",
             ]
         )
-    return _table(
+    return markdown_table(
         ["strength", "score", "effect", "valid", "perplexity ratio", "KL (nats)", "an answer"], rows
     )
 
@@ -138,37 +142,37 @@ def _evaluation_text(evaluation: Evaluation) -> str:
 def _evaluation_table(evaluation: Evaluation) -> str:
     rows = [
         [
-            _cell(row.name),
+            cell(row.name),
             str(row.score),
             "–" if row.valid is None else str(row.valid),
             "–" if row.both is None else str(row.both),
             str(row.perplexity_ratio),
             str(row.over_prompt),
             "–" if row.kind == "unsteered" else str(row.anti_steered),
-            _cell(row.examples[0]) if row.examples else "",
+            cell(row.examples[0]) if row.examples else "",
         ]
         for row in evaluation.rows
     ]
     headings = ["method", "score", "valid", "both", "perplexity ratio", "over prompt"]
-    return _table([*headings, "wrong way", "an answer"], rows)
+    return markdown_table([*headings, "wrong way", "an answer"], rows)
 
 
 def _evaluation_nulls(evaluation: Evaluation) -> str:
     parts = ["## Nulls\n"]
     for row in evaluation.rows:
         if row.nulls is not None:
-            parts.append(f"**{_cell(row.name)}**: {told(row.nulls)}.\n\n{_null_table(row.nulls)}\n")
+            parts.append(f"**{cell(row.name)}**: {told(row.nulls)}.\n\n{_null_table(row.nulls)}\n")
         elif row.no_nulls is not None:
-            parts.append(f"**{_cell(row.name)}**: {row.no_nulls}.\n")
+            parts.append(f"**{cell(row.name)}**: {row.no_nulls}.\n")
     return "\n".join(parts)
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 

@@ -82,18 +82,33 @@ def _probe(rest: str, vectors: FindVector | None) -> ProbeScorer:
     return ProbeScorer.of(vectors(name), layer=layer, threshold=threshold)
 
 
+def judge_place(text: str) -> tuple[str, str]:
+    """URL and model of a judge, from `URL#model=NAME`; raises `SteerError`."""
+    url, options = _judge_options(text, {"model"})
+    return url, options["model"]
+
+
 def _judge(rest: str, key: str) -> JudgeScorer:
-    url, fragment = urldefrag(rest)
-    options = _options(fragment, {"model", "question", "scale"})
+    url, options = _judge_options(rest, {"model", "question"}, {"scale"})
+    return JudgeScorer(url, options["model"], options["question"], _scale(options), api_key=key)
+
+
+def _judge_options(
+    text: str, needed: set[str], more: Collection[str] = ()
+) -> tuple[str, dict[str, str]]:
+    """A judge's URL, and what stands after '#'."""
+    url, fragment = urldefrag(text)
+    options = _options(fragment, {*needed, *more})
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
         raise SteerError(
-            f"{url!r} is not the URL of a judge: write judge:http://HOST/v1#model=…&question=…",
+            f"{url!r} is not the URL of a judge: write http://HOST/v1#"
+            + "&".join(f"{name}=…" for name in sorted(needed)),
             code="invalid_scorer",
         )
-    missing = sorted({"model", "question"} - set(options))
+    missing = sorted(needed - set(options))
     if missing:
         raise SteerError(f"a judge needs {' and '.join(missing)} after '#'", code="invalid_scorer")
-    return JudgeScorer(url, options["model"], options["question"], _scale(options), api_key=key)
+    return url, options
 
 
 def _scale(options: Mapping[str, str]) -> Scale:

@@ -83,12 +83,15 @@ class MeasureRequest(BaseModel):
     temperature: TemperatureField = 0.0
 
     def asked(self, engine: Engine) -> list[Prompt]:
-        """The prompts as measuring takes them: a model for chats is not given bare texts unless
-        they are to be continued, which would measure something that no user meets."""
-        prompts = [prompt_of(prompt) for prompt in self.prompts]
-        if self.plain:
-            return prompts
-        return [as_chat(engine.tokenizer, prompt) for prompt in prompts]
+        """The prompts as measuring takes them."""
+        return as_asked(engine, self.prompts, plain=self.plain)
+
+
+def as_asked(engine: Engine, prompts: Sequence[PromptParam], *, plain: bool) -> list[Prompt]:
+    """Prompts as the engine is asked them: a model for chats is not given bare texts unless they
+    are to be continued (`plain`), which would measure something that no user meets."""
+    given = [prompt_of(prompt) for prompt in prompts]
+    return given if plain else [as_chat(engine.tokenizer, prompt) for prompt in given]
 
 
 class SweepRequest(MeasureRequest):

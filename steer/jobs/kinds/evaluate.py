@@ -18,7 +18,7 @@ from steer.registry.registry import Registry
 from steer.spec import parse_spec
 
 
-def _plans(
+def method_plans(
     engine: Engine, registry: Registry, methods: Sequence[MethodParam], policy: Policy
 ) -> list[SteeringPlan]:
     """The plan of each method, as a chat would get it; errors point at the method."""
@@ -44,12 +44,12 @@ def evaluate_kind(policy: Policy) -> JobKind[EvaluateRequest]:
     def check(engine: Engine, registry: Registry, request: EvaluateRequest) -> None:
         client_scorer(request.score, registry.vector)
         check_answers(request.answers, len(request.prompts))
-        _plans(engine, registry, request.methods, policy)
+        method_plans(engine, registry, request.methods, policy)
 
     def run(context: JobContext, request: EvaluateRequest) -> dict[str, Any]:
         return request.run(
             context.engine,
-            _plans(context.engine, context.registry, request.methods, policy),
+            method_plans(context.engine, context.registry, request.methods, policy),
             client_scorer(request.score, context.registry.vector),
             progress=context.counter(request.answers, "answers"),
         ).as_json()

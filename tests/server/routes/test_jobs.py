@@ -59,6 +59,30 @@ EVALUATE = {
     "instruction": "Be merry.",
     "max_tokens": 24,
 }
+JOY = {"name": "joy", "description": "Joy", "instruction": "Be merry.", "score": SWEEP["score"]}
+SUITE = {
+    "suite": {
+        "name": "small",
+        "concepts": [JOY],
+        "prompts": ["How are you?", "And you?"],
+        "factors": [1.0],
+        "max_tokens": 8,
+    },
+    "methods": [
+        {
+            "name": "added",
+            "steering": {"interventions": [{"kind": "add", "vector": "{concept}"}]},
+        }
+    ],
+    "nulls": 1,
+}
+
+
+def suite_with(**changes: Any) -> dict[str, Any]:
+    """The suite, its concept changed."""
+    return {**SUITE, "suite": {**SUITE["suite"], "concepts": [{**JOY, **changes}]}}  # type: ignore[dict-item]
+
+
 DONE = {"succeeded", "failed", "cancelled", "interrupted"}
 
 
@@ -150,8 +174,12 @@ async def test_a_calibrated_vector_takes_strengths_by_effect(
     assert response.status_code == 202, response.text
     job = await ended(running, response.json()["id"])
     assert job["state"] == "succeeded", job
-    assert job["progress"]["done"] == job["progress"]["total"] == 2 * (2 + 3)
+    assert job["progress"]["done"] == job["progress"]["total"] == 2 * (2 + 3) + 8 * (1 + 2)
     result = job["result"]
+    assert [one["kind"] for one in result["calibration"]["nulls"]["nulls"]] == [
+        *["isotropic"] * 4,
+        *["covariance"] * 4,
+    ]
     assert (result["version"], result["created"]) == (2, True)
     assert [dose["strength"] for dose in result["calibration"]["doses"]] == [0, 1, 2, 4]
     after = (await running.post("/v1/chat/completions", json=chat(steering=steering))).json()
@@ -174,8 +202,28 @@ async def test_methods_are_compared_with_the_prompt_alone(running: httpx.AsyncCl
         ("twice", "steering"),
         ("saved", "steering"),
     ]
-    assert job["progress"]["done"] == job["progress"]["total"] == 8
+    assert job["progress"]["done"] == job["progress"]["total"] == 8 + 2 * 8 * (1 + 2)
     assert job["request"]["prompts"] == 2
+    for row in rows[2:]:
+        assert len(row["nulls"]["nulls"]) == 8
+        assert 0 < row["nulls"]["p_value"] <= 1
+        assert row["anti_steered"]["value"] == 0
+
+
+async def test_a_suite_is_rated_by_concept(running: httpx.AsyncClient) -> None:
+    response = await running.post("/v1/steering/suite", json=SUITE)
+    assert response.status_code == 202, response.text
+    job = await ended(running, response.json()["id"])
+    assert job["state"] == "succeeded", job
+    assert job["progress"]["done"] == job["progress"]["total"]
+    assert job["request"]["suite"] == "small"
+    assert [row["method"] for row in job["result"]["methods"]] == [
+        "unsteered",
+        "prompt only",
+        "added",
+    ]
+    (concept,) = job["result"]["concepts"]
+    assert (concept["concept"], concept["rows"][2]["factor"]) == ("joy", 1.0)
 
 
 async def test_a_sweep_measures_every_strength(
@@ -369,6 +417,15 @@ async def test_a_file_that_is_none_fails_the_job(running: httpx.AsyncClient) -> 
         ("evaluate", {**EVALUATE, "methods": [{"name": "x"}]}, "/methods/0", "invalid_value"),
         ("evaluate", {**EVALUATE, "instruction": ""}, "/instruction", "invalid_value"),
         ("evaluate", {**EVALUATE, "score": "joy"}, "/score", "invalid_scorer"),
+        ("evaluate", {**EVALUATE, "nulls": -1}, "/nulls", "invalid_value"),
+        ("suite", suite_with(score=None), "/suite/concepts/0/score", "no_scorer"),
+        ("suite", suite_with(score="judge:x"), "/suite/concepts/0/score", "scorer_refused"),
+        (
+            "suite",
+            suite_with(name="gloom"),
+            "/methods/0/steering/interventions/0/vector",
+            "unknown_vector",
+        ),
         ("fit", {**FIT, "refine": {"sae": "none"}}, "/refine/sae", "unknown_sae"),
         ("fit", {**FIT, "refine": {}}, "/refine/sae", "missing_field"),
         ("import", {"name": "x"}, "/source", "missing_field"),

@@ -103,7 +103,7 @@ def compare_plans(
     reasons: list[str | None] = []
     for one in steered:
         try:
-            vector = _measurable(engine, one.plan, count)
+            vector = measurable(engine, one.plan, count)
         except Unsupported as error:
             reasons.append(str(error))
             if progress is not None:
@@ -131,7 +131,7 @@ def compare_plans(
     return [next(compared) if reason is None else reason for reason in reasons]
 
 
-def _measurable(engine: Engine, plan: SteeringPlan, count: int) -> ControlVector:
+def measurable(engine: Engine, plan: SteeringPlan, count: int) -> ControlVector:
     """The vector that nulls stand in for; raises `Unsupported` with why there are none."""
     if count == 0:
         raise Unsupported("no nulls were asked for", code="no_nulls")

@@ -1,0 +1,1 @@
+"""Suites: concepts × ways to steer × factors, rated for concept, instruction and fluency."""
