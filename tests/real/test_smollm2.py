@@ -81,16 +81,13 @@ def test_a_fitted_vector_tells_its_concept_and_turns_answers(engine: Transformer
     ]
     vector = fit(engine, PairSet.of(pairs), name="joy", layers=(12, 14, 16, 18), held_out=0.34)
     assert vector.card.model == "SmolLM2-135M-Instruct"
-    assert (
-        max(one.separation or 0 for one in vector.card.measures.values()) > 2
-    )  # on pairs that were held out
+    # On pairs that were held out.
+    assert max(one.separation or 0 for one in vector.card.measures.values()) > 2
     plans = plans_of(engine, type(LIBRARY)(vectors={"joy": vector}))
     add = {"kind": "add", "vector": "joy", "strength": 2, "layers": [12, 14, 16, 18]}
     plan = plans.plan(parse_spec({"interventions": [add]}))
-    prompt, sampling = (
-        chat(engine, "How was your day?"),
-        SamplingParams(max_tokens=16, temperature=0),
-    )
+    prompt = chat(engine, "How was your day?")
+    sampling = SamplingParams(max_tokens=16, temperature=0)
     steered, plain = engine.complete(
         [GenerationRequest("s", prompt, sampling, plan), GenerationRequest("p", prompt, sampling)]
     )
