@@ -237,9 +237,10 @@ def _show_table(heat: HeatMap) -> None:
 
 def _show_controls(result: BaseModel) -> None:
     """What the model says without the states that were read."""
-    from steer.inspection import PatchscopeResult
     from rich.table import Table
     from rich.text import Text
+
+    from steer.inspection import PatchscopeResult
 
     assert isinstance(result, PatchscopeResult)
 
