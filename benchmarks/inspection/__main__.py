@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.inspection import contexts, next_token
+from benchmarks.inspection import attributes, contexts, next_token
 from benchmarks.inspection.figure import draw
 from benchmarks.inspection.readings import Curve
 from steer.artefacts.lens import Lens
@@ -52,6 +52,28 @@ def next_tokens(
             table.columns[-1]._cells.extend(str(gain) for gain in gains.values())
             Console(width=200).print(table)
     _write(panels, png, numbers, surprisal=True)
+
+
+@app.command("facts")
+def facts(
+    model: Model,
+    every: Annotated[int, typer.Option(min=1, help="Read every so many layers.")] = 1,
+    into: Annotated[
+        int | None, typer.Option(help="Put states at this layer; by default the one that is read.")
+    ] = None,
+    png: Picture = None,
+    numbers: Numbers = None,
+) -> None:
+    """An attribute of a subject and two hops, on facts that the model knows, and the controls."""
+    panels: list[tuple[str, list[Curve]]] = []
+    with running_engine(model, device=None, dtype=None) as engine:
+        goals = {layer: layer if into is None else into for layer in _layers(engine, every)}
+        for question in attributes.questions(engine):
+            curves = attributes.measure(engine, question, goals)
+            known = f"{len(question.answers)} of {question.asked} facts known"
+            panels.append((f"{question.title}, {known}", curves))
+            Console(width=200).print(_table(panels[-1][0], curves))
+    _write(panels, png, numbers, surprisal=False)
 
 
 def _lens(engine: Engine, texts: Sequence[contexts.Tokens], path: Path | None, steps: int) -> Lens:
