@@ -56,7 +56,7 @@ class TunedLensRequest(CardFields):
             le=100_000,
             description="Steps of training after the closed form; they need derivatives.",
         ),
-    ] = 24
+    ] = 16
     rows: Annotated[StrictInt, Field(ge=1, le=4096, description="Tokens in one step.")] = 64
     rate: Annotated[
         StrictFloat,

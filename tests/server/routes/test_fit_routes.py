@@ -33,6 +33,7 @@ from steer.fit import (
     fit_lrc,
     fit_nmf,
     fit_snmf,
+    fit_tuned_lens,
     fit_two_prompts,
     transfer,
 )
@@ -49,6 +50,7 @@ from steer.fit.requests.pairs import PairsRequest, RegisteredVectors
 from steer.fit.requests.request import FitRequest
 from steer.fit.requests.table import FIT_REQUESTS
 from steer.fit.requests.transfer import TransferRequest
+from steer.fit.requests.tuned_lens import TunedLensRequest
 from steer.fit.requests.two_prompts import TwoPromptsRequest
 from steer.registry.registry import Registry
 from steer_server.app import create_app
@@ -78,12 +80,17 @@ BODIES: dict[str, tuple[dict[str, Any], str, list[dict[str, Any]] | list[str]]] 
         "exercises",
         EXERCISES,
     ),
+    "fit/tuned-lens": ({"name": "reader", "steps": 2, "rows": 8}, "prompts", [*ASKS, *ASKS]),
     "fit/transfer": (
         {"vector": "glad", "from": "tiny", "name": "moved"},
         "prompts",
         [*ASKS, *ASKS],
     ),
 }
+
+
+KINDS = {"fit/low-rank": "low_rank", "fit/tuned-lens": "lens"}
+"""What a fit makes, where it is not a vector."""
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +151,7 @@ async def test_a_fit_is_a_job(running: httpx.AsyncClient, registry: Registry, ro
     assert job["kind"] == route
     assert job["request"][field] == len(items)
     assert job["progress"]["done"] == job["progress"]["total"] > 0
-    kind = "low_rank" if route == "fit/low-rank" else "vector"
+    kind = KINDS.get(route, "vector")
     for one in made(job):
         assert registry.entry(kind, one[kind]).sha256 == one["sha256"]
         assert one["created"]
@@ -181,6 +188,16 @@ def test_a_model_served_under_another_name_keeps_what_was_made_for_it(registry: 
     with pytest.raises(Unsupported, match="'prod'") as caught:
         checked("other")
     assert caught.value.code == "no_second_model"
+
+
+async def test_a_lens_is_fitted_and_read_through(http: httpx.AsyncClient) -> None:
+    """The closed form alone, which asks an engine for no derivatives."""
+    job = await done(http, "fit/tuned-lens", FAKE["fit/tuned-lens"])
+    assert job["state"] == "succeeded", job
+    assert all(one["tuned"] <= one["plain"] for one in job["result"]["kl"].values())
+    body = {"text": "Paris", "lens": "x", "positions": [-1]}
+    read = (await http.post("/v1/inspect/logit-lens", json=body)).json()
+    assert read["lens"].startswith("x@")
 
 
 async def test_two_prompts_are_a_job(running: httpx.AsyncClient) -> None:
@@ -253,7 +270,7 @@ async def test_a_command_makes_what_its_job_makes(
     job = await done(running, route, {**fields, "data": data.read_text()})
     with Registry.open(place) as other:
         for one in made(job):
-            kind = "low_rank" if "low_rank" in one else "vector"
+            kind = KINDS.get(route, "vector")
             assert other.entry(kind, one["name"]).sha256 == one["sha256"]
 
 
@@ -264,6 +281,7 @@ FAKE = {
     "fit/snmf": {"name": "x", "layer": 1, "prompts": ASKS},
     "fit/nmf": {"name": "x", "layer": 1, "prompts": ASKS},
     "fit/prompts": {"name": "x", "toward": "a", "away": "b"},
+    "fit/tuned-lens": {"name": "x", "prompts": ASKS, "steps": 0},
     "fit/transfer": {"vector": "joy", "from": "fake-model", "prompts": ASKS},
 }
 
@@ -293,6 +311,11 @@ FAKE = {
         ("fit/low-rank", {}, None, "no_gradients"),
         ("fit/lrc", {}, None, "no_gradients"),
         ("fit/lrc", {"relation": None}, "/relation", "invalid_value"),
+        ("fit/tuned-lens", {"steps": 1}, "/steps", "no_gradients"),
+        ("fit/tuned-lens", {"prompts": ASKS[:7]}, "/prompts", "no_prompts"),
+        ("fit/tuned-lens", {"data": '"a"\n', "prompts": None}, "/data", "no_prompts"),
+        ("fit/tuned-lens", {"rows": 257}, "/rows", "too_large"),
+        ("fit/tuned-lens", {"held_out": 0.95}, "/held_out", "invalid_value"),
         ("fit/transfer", {"from": "another"}, "/from", "no_second_model"),
         ("fit/transfer", {"vector": "joi"}, "/vector", "unknown_vector"),
         ("fit/transfer", {"held_out": 0.95}, "/held_out", "invalid_value"),
@@ -348,6 +371,7 @@ FUNCTIONS: dict[type[FitRequest], Any] = {
     SnmfRequest: fit_snmf,
     NmfRequest: fit_nmf,
     TransferRequest: transfer,
+    TunedLensRequest: fit_tuned_lens,
 }
 
 

@@ -27,6 +27,12 @@ async def test_a_patchscope_sweeps_layers(http: httpx.AsyncClient) -> None:
     found = response.json()
     assert [(cell["layer"], cell["target_layer"]) for cell in found["cells"]] == [(1, 1), (3, 3)]
     assert found["cells"][0]["text"] != found["baseline"]["text"]
+    assert {cell["shuffled"]["position"] for cell in found["cells"]} <= set(range(1, 5))
+    assert [one["position"] for one in found["text_only"]] == [5]
+    body["controls"] = ["text"]
+    bare = (await http.post("/v1/inspect/patchscope", json=body)).json()
+    assert "text_only" in bare
+    assert all("shuffled" not in cell for cell in bare["cells"])
 
 
 async def test_the_logit_lens_reads_the_steered_model(
@@ -57,6 +63,7 @@ async def test_activations_are_read_on_vectors_and_features(http: httpx.AsyncCli
         ("patchscope", {"source": {"text": "x"}, "layers": [50]}, "/layers/0"),
         ("patchscope", {"source": {}}, "/source"),
         ("patchscope", {}, "/source"),
+        ("patchscope", {"source": {"text": "x"}, "controls": ["luck"]}, "/controls/0"),
         ("logit-lens", {"text": "x", "positions": [90]}, "/positions/0"),
         ("logit-lens", {"text": "x", "colour": 1}, "/colour"),
         (

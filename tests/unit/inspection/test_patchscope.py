@@ -229,3 +229,102 @@ def test_a_sweep_has_a_limit(engine: TransformersEngine) -> None:
             target_layers="all",
         )
     assert caught.value.code == "answer_too_large"
+
+
+def test_a_shuffled_state_is_another_tokens_of_the_same_length(subject: Any) -> None:
+    engine = subject.engine
+    source, target = ids_of(engine, SOURCE), ids_of(engine, TARGET)
+    states, place = subject.states(source), len(target) - 1
+    result = run(engine, positions=[2, -1], max_tokens=3, expect="token", top=8)
+    others = {cell.position: cell.shuffled.position for cell in result.cells}
+    assert set(others) == {2, len(source) - 1}
+    for cell in result.cells:
+        one, other = others[cell.position], cell.position
+        assert one not in (0, other)
+        own, moved = states[cell.layer][other], states[cell.layer][one]
+        moved = moved * (own.norm() / moved.norm())
+        logits = subject.patched_logits(target, cell.layer, place, moved)[-1]
+        assert cell.shuffled.top[0].id == int(logits.argmax())
+        # What the cell was to say is what counts, not what the other token is.
+        assert cell.shuffled.expected.id == source[cell.position]
+        chance = float(logits.softmax(-1)[source[cell.position]])
+        assert cell.shuffled.expected.probability == pytest.approx(chance, abs=1e-5)
+        assert cell.shuffled.text == subject.patched_text(target, cell.layer, place, moved, 3)
+
+
+def test_the_text_takes_the_place_of_the_state(subject: Any) -> None:
+    """Of the token too: the target prompt reads what the source read, and no state."""
+    engine = subject.engine
+    target = {"text": "what is x now", "placeholder": "x"}
+    result = run(engine, target=target, positions=[2, -1], max_tokens=2, expect="next_token")
+    assert [one.position for one in result.text_only] == [2, len(SOURCE)]
+    for one in result.text_only:
+        # A token for each letter, after the one for the beginning.
+        logits = subject.logits(ids_of(engine, f"what is {SOURCE[: one.position]} now"))[-1]
+        assert one.top[0].id == int(logits.argmax())
+        assert one.hit == (one.top[0].id == one.expected.id)
+        assert one.text is not None
+
+
+def test_a_text_that_leaves_no_room_is_read_from_its_end(subject: Any) -> None:
+    engine = subject.engine
+    source = "a long way " * 10
+    (one,) = run(engine, source={"text": source}, layers=[0], max_tokens=4).text_only
+    room = engine.info.max_length - len(TARGET) - 4
+    logits = subject.logits(ids_of(engine, TARGET[:-1] + source[-room:]))[-1]
+    assert one.top[0].id == int(logits.argmax())
+
+
+def test_precision_stands_beside_that_of_the_controls(engine: TransformersEngine) -> None:
+    result = run(engine, positions="all", max_tokens=0, expect="next_token")
+    for entry in result.precision:
+        cells = [cell for cell in result.cells if cell.layer == entry.layer]
+        shares = {
+            "none": [result.baseline.top[0].id == cell.expected.id for cell in cells],
+            "text": [one.hit for one in result.text_only],
+            "shuffled": [cell.shuffled.hit for cell in cells],
+        }
+        found = {name: sum(hits) / len(cells) for name, hits in shares.items()}
+        assert entry.controls == pytest.approx(found)
+
+
+def test_controls_may_be_left_out(engine: TransformersEngine) -> None:
+    bare = run(engine, positions=[2], controls=[], max_tokens=0, expect="token")
+    assert bare.text_only == ()
+    assert all(cell.shuffled is None for cell in bare.cells)
+    assert set(bare.precision[0].controls) == {"none"}
+    whole = run(engine, positions=[2], max_tokens=0, expect="token")
+    for one, other in zip(bare.cells, whole.cells, strict=True):
+        assert one.top[0].id == other.top[0].id
+        assert chances(one) == pytest.approx(chances(other), abs=1e-5)
+
+
+def test_a_single_token_has_no_other_state(engine: TransformersEngine) -> None:
+    result = run(engine, source={"tokens": [ord("x")]}, max_tokens=0)
+    assert all(cell.shuffled is None for cell in result.cells)
+    assert len(result.text_only) == 1
+
+
+def test_what_runs_share_is_computed_once(engine: TransformersEngine) -> None:
+    """Prompts that begin alike, unsteered there, go through the model as one up to that place."""
+    ids = ids_of(engine, TARGET)
+    cache = PlanCache(MemoryLibrary(), engine.info, engine.capabilities)
+    point = HookPoint(1)
+    generator = torch.Generator().manual_seed(0)
+    plans = []
+    for place in (len(ids) - 1, len(ids) - 3, len(ids) - 1):
+        state = torch.randn(engine.info.d_model, generator=generator)
+        plans.append(patch_plan(StatePatch(place, point, point, state), cache, place))
+    prompts = [ids, ids, (*ids[:-2], ord("a"), ids[-1])]
+    fed: list[int] = []
+    handle = engine._hooked.model.register_forward_pre_hook(
+        lambda _m, _a, inputs: fed.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        together = engine.capture(CaptureRequest(prompts, plans=plans, logits="last"))
+    finally:
+        handle.remove()
+    assert fed == [len(ids) - 3, 3 * 3]
+    for prompt, plan, one in zip(prompts, plans, together, strict=True):
+        (alone,) = engine.capture(CaptureRequest([prompt], plans=[plan], logits="last"))
+        torch.testing.assert_close(one.logits, alone.logits, rtol=0, atol=1e-5)

@@ -56,7 +56,7 @@ def fit_tuned_lens(
     name: str,
     answer_tokens: int = 0,
     held_out: float = 0.2,
-    steps: int = 24,
+    steps: int = 16,
     rows: int = 64,
     rate: float = 3e-4,
     seed: int = 0,

@@ -1,0 +1,117 @@
+"""Repeats the experiments: `python -m benchmarks.inspection next-token --model smollm2`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.inspection import attributes, contexts, next_token
+from benchmarks.inspection.figure import draw
+from benchmarks.inspection.readings import Curve
+from steer.artefacts.lens import Lens
+from steer.cli.local import running_engine
+from steer.engines.base import Engine
+from steer.fit import fit_tuned_lens
+
+app = typer.Typer(no_args_is_help=True, help=__doc__)
+Model = Annotated[str, typer.Option(help="A model folder, or a name that steer knows.")]
+Picture = Annotated[Path | None, typer.Option(help="Where to draw it.")]
+Numbers = Annotated[Path | None, typer.Option("--json", help="Where to write the figures.")]
+LENS_TEXTS = 72
+
+
+@app.command("next-token")
+def next_tokens(
+    model: Model,
+    source: Annotated[list[str], typer.Option(help="docs or answers; may be repeated.")],
+    count: Annotated[int, typer.Option(help="Contexts of each source.")] = 500,
+    every: Annotated[int, typer.Option(min=1, help="Read every so many layers.")] = 1,
+    lens: Annotated[Path | None, typer.Option(help="A lens's file; else one is fitted.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps that a lens is trained for.")] = 0,
+    png: Picture = None,
+    numbers: Numbers = None,
+) -> None:
+    """The next token by layer: patchscope, logit lens and tuned lens, and the controls."""
+    panels: list[tuple[str, list[Curve]]] = []
+    with running_engine(model, device=None, dtype=None) as engine:
+        for name in source:
+            texts = contexts.SOURCES[name](engine)
+            read = contexts.draw_contexts(texts.reading, count)
+            tuned = _lens(engine, texts.fitting, lens, steps)
+            layers = _layers(engine, every)
+            curves, gains = next_token.measure(engine, read, tuned, layers)
+            panels.append((f"next token, {count} contexts ({name})", curves))
+            table = _table(panels[-1][0], curves)
+            table.add_column("patchscope − tuned lens")
+            table.columns[-1]._cells.extend(str(gain) for gain in gains.values())
+            Console(width=200).print(table)
+    _write(panels, png, numbers, surprisal=True)
+
+
+@app.command("facts")
+def facts(
+    model: Model,
+    every: Annotated[int, typer.Option(min=1, help="Read every so many layers.")] = 1,
+    into: Annotated[
+        int | None, typer.Option(help="Put states at this layer; by default the one that is read.")
+    ] = None,
+    png: Picture = None,
+    numbers: Numbers = None,
+) -> None:
+    """An attribute of a subject and two hops, on facts that the model knows, and the controls."""
+    panels: list[tuple[str, list[Curve]]] = []
+    with running_engine(model, device=None, dtype=None) as engine:
+        goals = {layer: layer if into is None else into for layer in _layers(engine, every)}
+        for question in attributes.questions(engine):
+            curves = attributes.measure(engine, question, goals)
+            known = f"{len(question.answers)} of {question.asked} facts known"
+            panels.append((f"{question.title}, {known}", curves))
+            Console(width=200).print(_table(panels[-1][0], curves))
+    _write(panels, png, numbers, surprisal=False)
+
+
+def _lens(engine: Engine, texts: Sequence[contexts.Tokens], path: Path | None, steps: int) -> Lens:
+    if path is not None:
+        return Lens.from_bytes(path.read_bytes())
+    prompts = [engine.tokenizer.decode(tokens) for tokens in texts[:LENS_TEXTS]]
+    return fit_tuned_lens(engine, prompts, name="contexts", steps=steps)
+
+
+def _layers(engine: Engine, every: int) -> list[int]:
+    """Each `every`-th layer, the last one among them."""
+    last = engine.info.n_layers - 1
+    return list(range(last % every, last + 1, every))
+
+
+def _table(title: str, curves: Sequence[Curve]) -> Table:
+    """precision@1 of every curve, a row for each layer."""
+    layers = max((curve.layers for curve in curves), key=len)
+    table = Table("layer", *(curve.name for curve in curves), title=f"precision@1: {title}")
+    for n, layer in enumerate(layers):
+        shares = (curve.precision[min(n, len(curve.precision) - 1)] for curve in curves)
+        table.add_row(str(layer), *map(str, shares))
+    return table
+
+
+def _write(
+    panels: Sequence[tuple[str, Sequence[Curve]]],
+    png: Path | None,
+    numbers: Path | None,
+    *,
+    surprisal: bool,
+) -> None:
+    if numbers is not None:
+        found = {title: [one.model_dump() for one in curves] for title, curves in panels}
+        numbers.write_text(json.dumps(found, indent=1) + "\n")
+    if png is not None:
+        draw(panels, png, surprisal=surprisal)
+
+
+if __name__ == "__main__":
+    app()
