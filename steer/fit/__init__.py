@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from steer.fit.methods.dictionaries.nmf import fit_nmf
     from steer.fit.methods.dictionaries.snmf import fit_snmf
     from steer.fit.methods.fitting import fit
-    from steer.fit.methods.low_rank import fit_low_rank
+    from steer.fit.methods.linear.alphasteer import fit_alphasteer
     from steer.fit.methods.lrc import fit_lrc
     from steer.fit.methods.one_vs_rest import fit_labels
+    from steer.fit.methods.trained.low_rank import fit_low_rank
     from steer.fit.methods.transfer import transfer
     from steer.fit.methods.two_prompts import fit_two_prompts
     from steer.prompts import Marked
@@ -30,6 +31,7 @@ __all__ = [
     "RelationTable",
     "Template",
     "fit",
+    "fit_alphasteer",
     "fit_labels",
     "fit_low_rank",
     "fit_lrc",
@@ -59,7 +61,8 @@ _HOMES = {
     "Template": "steer.fit.data.relations",
     "read_relations": "steer.fit.data.relations",
     "fit": "steer.fit.methods.fitting",
-    "fit_low_rank": "steer.fit.methods.low_rank",
+    "fit_alphasteer": "steer.fit.methods.linear.alphasteer",
+    "fit_low_rank": "steer.fit.methods.trained.low_rank",
     "fit_lrc": "steer.fit.methods.lrc",
     "fit_nmf": "steer.fit.methods.dictionaries.nmf",
     "fit_labels": "steer.fit.methods.one_vs_rest",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from steer.fit.requests.dictionaries import NmfRequest, SnmfRequest
 from steer.fit.requests.labels import LabelsRequest
-from steer.fit.requests.low_rank import LowRankRequest
+from steer.fit.requests.linear.alphasteer import AlphaSteerRequest
 from steer.fit.requests.lrc import LrcRequest
 from steer.fit.requests.pairs import PairsRequest
 from steer.fit.requests.request import FitRequest
+from steer.fit.requests.trained.low_rank import LowRankRequest
 from steer.fit.requests.transfer import TransferRequest
 from steer.fit.requests.two_prompts import TwoPromptsRequest
 
@@ -20,4 +21,5 @@ FIT_REQUESTS: tuple[type[FitRequest], ...] = (
     PairsRequest,
     LabelsRequest,
     TwoPromptsRequest,
+    AlphaSteerRequest,
 )

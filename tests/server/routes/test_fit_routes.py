@@ -42,7 +42,7 @@ from steer.fit.methods.method import METHODS, UNPAIRED
 from steer.fit.methods.transfer import MAPS
 from steer.fit.requests.dictionaries import NmfRequest, SnmfRequest
 from steer.fit.requests.labels import LabelsRequest
-from steer.fit.requests.low_rank import LowRankRequest
+from steer.fit.requests.trained.low_rank import LowRankRequest
 from steer.fit.requests.lrc import LrcRequest
 from steer.fit.requests.measuring import CalibrateRequest, EvaluateRequest, MeasureRequest
 from steer.fit.requests.pairs import PairsRequest, RegisteredVectors
