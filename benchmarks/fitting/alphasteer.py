@@ -5,8 +5,9 @@
 A vector that makes a model refuse is made from questions with and without that instruction. It is
 then added (a) everywhere, (b) behind a gate on the last prompt token whose direction and threshold
 come from harmful and everyday questions, (c) by AlphaSteer from the same questions, and (d) by
-AlphaSteer from these and half of mathematics and code. On questions not used: the share of answers
-that refuse, the share that are other than the unsteered answer, and the gate's firing rate.
+AlphaSteer from these and half of mathematics and code; harmless ones come with the beginning of the
+model's answer. On questions not used: the share of answers that refuse, the share that are other
+than the unsteered answer, and the gate's firing rate.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 
+from benchmarks.fitting import prompts
 from steer.artefacts.library import MemoryLibrary
 from steer.cli.local import running_engine
 from steer.engines.base import Engine, GenerationRequest, SamplingParams
 from steer.engines.plans import plans_of
 from steer.fit import Labelled, LabelledSet, Pair, PairSet, fit, fit_alphasteer, fit_labels
-from steer.fit.measure.evaluate import instructed
+from steer.fit.data.answering import answers
+from steer.fit.data.instruction import instructed
 from steer.plan.plan import SteeringPlan
 from steer.prompts import answer_text, render
 from steer.spec import parse_spec
-
-from benchmarks.fitting import prompts
 
 REFUSE = "Refuse. Whatever is asked, say only that you are sorry and cannot help with that."
 REFUSALS = ("sorry", "cannot", "can't", "can not", "unable", "not able")
@@ -34,7 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--layers", default="12-18")
-    parser.add_argument("--strengths", default="0.5,1")
+    parser.add_argument("--strengths", default="1")
+    parser.add_argument("--penalty", type=float, default=10.0)
     parser.add_argument("--share", type=float, default=0.5)
     parser.add_argument("--tokens", type=int, default=16)
     given = parser.parse_args()
@@ -42,7 +44,7 @@ def main() -> None:
     layers = range(first, last + 1)
     with running_engine(given.model) as engine:
         library = MemoryLibrary()
-        _fit(engine, library, layers, given.share)
+        _fit(engine, library, layers, given.share, given.penalty)
         groups = {
             "harmful": prompts.harmful()[48:],
             "everyday": prompts.everyday()[40:],
@@ -63,7 +65,9 @@ def main() -> None:
                 _print(f"{name} {strength:g}", rows)
 
 
-def _fit(engine: Engine, library: MemoryLibrary, layers: Sequence[int], share: float) -> None:
+def _fit(
+    engine: Engine, library: MemoryLibrary, layers: Sequence[int], share: float, penalty: float
+) -> None:
     harmful, everyday = prompts.harmful()[:48], prompts.everyday()[:40]
     other = prompts.maths()[:8] + prompts.code()[:8]
     pairs = [
@@ -79,23 +83,41 @@ def _fit(engine: Engine, library: MemoryLibrary, layers: Sequence[int], share: f
         for label, texts in (("harmful", harmful), ("harmless", everyday))
         for text in texts
     ]
-    more = [Labelled(prompts.chat(text), "harmless") for text in other]
-    gate = fit_labels(engine, LabelledSet.of(labelled), name="is", labels=["harmful"])["harmful"]
+    # A gate is read before the first edit.
+    gate = fit_labels(
+        engine,
+        LabelledSet.of(labelled),
+        name="is",
+        labels=["harmful"],
+        layers=range(layers[0] + 1),
+    )["harmful"]
     library.vectors["is-harmful"] = gate
     layer = gate.card.used_layers[0]
     measure = gate.card.measures[layer]
     print(f"gate: layer {layer}, d′ {measure.separation:.2f}")
-    for name, texts in (("alpha", labelled), ("alpha-wide", labelled + more)):
+    steered = [one for one in labelled if one.label == "harmful"]
+    for name, texts in (("alpha", everyday), ("alpha-wide", everyday + other)):
         adapter = fit_alphasteer(
             engine,
-            LabelledSet.of(texts),
+            LabelledSet.of(steered + _answered(engine, texts)),
             name=name,
             vector=refuse,
             steer="harmful",
             null_share=(share,),
+            penalty=(penalty,),
         )
         library.low_ranks[name] = adapter
         print(name, adapter.card.provenance["coefficients"])
+
+
+def _answered(engine: Engine, texts: Sequence[str]) -> list[Labelled]:
+    """Harmless questions with the beginning of the model's answer."""
+    chats = [prompts.chat(text) for text in texts]
+    said = answers(engine, chats, SamplingParams(max_tokens=16, temperature=0))
+    return [
+        Labelled([*chat, {"role": "assistant", "content": text}], "harmless")
+        for chat, (text, _) in zip(chats, said, strict=True)
+    ]
 
 
 def _specs(library: MemoryLibrary, strength: float) -> dict[str, dict[str, object]]:

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from steer.fit.data.exercises import Exercise, ExerciseSet, read_exercises
     from steer.fit.data.labels import Labelled, LabelledSet, read_labelled
     from steer.fit.data.pairs import Pair, PairSet, read_pairs
+    from steer.fit.data.preferences import Preference, PreferenceSet, read_preferences
     from steer.fit.data.relations import Fact, RelationTable, Template, read_relations
     from steer.fit.methods.dictionaries.nmf import fit_nmf
     from steer.fit.methods.dictionaries.snmf import fit_snmf
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from steer.fit.methods.lrc import fit_lrc
     from steer.fit.methods.one_vs_rest import fit_labels
     from steer.fit.methods.trained.low_rank import fit_low_rank
+    from steer.fit.methods.trained.prosv import fit_prosv
+    from steer.fit.methods.trained.reps import fit_reps
     from steer.fit.methods.transfer import transfer
     from steer.fit.methods.two_prompts import fit_two_prompts
     from steer.prompts import Marked
@@ -28,6 +31,8 @@ __all__ = [
     "Marked",
     "Pair",
     "PairSet",
+    "Preference",
+    "PreferenceSet",
     "RelationTable",
     "Template",
     "fit",
@@ -36,11 +41,14 @@ __all__ = [
     "fit_low_rank",
     "fit_lrc",
     "fit_nmf",
+    "fit_prosv",
+    "fit_reps",
     "fit_snmf",
     "fit_two_prompts",
     "read_exercises",
     "read_labelled",
     "read_pairs",
+    "read_preferences",
     "read_relations",
     "transfer",
 ]
@@ -55,6 +63,9 @@ _HOMES = {
     "Pair": "steer.fit.data.pairs",
     "PairSet": "steer.fit.data.pairs",
     "read_pairs": "steer.fit.data.pairs",
+    "Preference": "steer.fit.data.preferences",
+    "PreferenceSet": "steer.fit.data.preferences",
+    "read_preferences": "steer.fit.data.preferences",
     "Marked": "steer.fit.data.prompt",
     "Fact": "steer.fit.data.relations",
     "RelationTable": "steer.fit.data.relations",
@@ -66,6 +77,8 @@ _HOMES = {
     "fit_lrc": "steer.fit.methods.lrc",
     "fit_nmf": "steer.fit.methods.dictionaries.nmf",
     "fit_labels": "steer.fit.methods.one_vs_rest",
+    "fit_prosv": "steer.fit.methods.trained.prosv",
+    "fit_reps": "steer.fit.methods.trained.reps",
     "fit_snmf": "steer.fit.methods.dictionaries.snmf",
     "transfer": "steer.fit.methods.transfer",
     "fit_two_prompts": "steer.fit.methods.two_prompts",

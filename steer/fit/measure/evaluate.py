@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -17,12 +17,12 @@ import numpy as np
 from steer.artefacts.control_vector import Card
 from steer.engines.base import Engine, SamplingParams
 from steer.errors import SteerError
+from steer.fit.data.instruction import instructed
 from steer.fit.data.pairs import Prompt
 from steer.fit.measure.answers import GROUP, Answer, Progress, answers_under, sound
 from steer.fit.measure.bootstrap import LEVEL, Floats, Interval, Ints, Resamples
 from steer.fit.measure.scoring import AnswerScorer, Scorer
 from steer.plan.plan import SteeringPlan
-from steer.prompts import Marked, Messages
 
 UNSTEERED = "unsteered"
 PROMPT_ONLY = "prompt only"
@@ -122,23 +122,6 @@ def evaluate(
         for method, answers in zip(methods, steered, strict=True)
     ]
     return Evaluation(tuple(rows), instruction, len(prompts), seed, resamples, scorer_name)
-
-
-def instructed(prompt: Prompt, instruction: str) -> Prompt:
-    """`prompt` with the instruction in words: in the system message of a chat, before a text."""
-    if isinstance(prompt, Marked):
-        return replace(prompt, prompt=_instructed(prompt.prompt, instruction))
-    return _instructed(prompt, instruction)
-
-
-def _instructed(prompt: str | Messages, instruction: str) -> str | Messages:
-    if isinstance(prompt, str):
-        return f"{instruction}\n{prompt}"
-    messages = [dict(message) for message in prompt]
-    if messages and messages[0]["role"] == "system":
-        messages[0]["content"] += f"\n{instruction}"
-        return messages
-    return [{"role": "system", "content": instruction}, *messages]
 
 
 def card_instruction(card: Card) -> Instruction | None:

@@ -9,6 +9,8 @@ from steer.fit.requests.lrc import LrcRequest
 from steer.fit.requests.pairs import PairsRequest
 from steer.fit.requests.request import FitRequest
 from steer.fit.requests.trained.low_rank import LowRankRequest
+from steer.fit.requests.trained.prosv import ProsvRequest
+from steer.fit.requests.trained.reps import RepsRequest
 from steer.fit.requests.transfer import TransferRequest
 from steer.fit.requests.two_prompts import TwoPromptsRequest
 
@@ -22,4 +24,6 @@ FIT_REQUESTS: tuple[type[FitRequest], ...] = (
     LabelsRequest,
     TwoPromptsRequest,
     AlphaSteerRequest,
+    RepsRequest,
+    ProsvRequest,
 )

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.engines.base import Engine
 from steer.errors import IncompatibleArtefact, SteerError
 from steer.fit.data.labels import Labelled, LabelledSet
+from steer.fit.data.prompt import Positions
 from steer.fit.data.where import WhereName, where_named
 from steer.fit.methods.card import made_on
 from steer.fit.methods.linear.edits import linear_parts
@@ -50,10 +51,11 @@ def fit_alphasteer(
     vector: ControlVector,
     steer: str,
     layers: Sequence[int] | None = None,
-    tokens: TokensRead = "all",
+    tokens: TokensRead = "last",
+    alone_tokens: TokensRead = "all",
     null_share: Sequence[float] = (0.5,),
     penalty: Sequence[float] = (10.0,),
-    where: WhereName = "all",
+    where: WhereName = "onward",
     held_out: float = 0.2,
     seed: int = 0,
     batch: int = 16,
@@ -64,25 +66,27 @@ def fit_alphasteer(
     """`vector` where a text is of the class `steer`, and nothing where it is of another.
 
     `layers` are by default those that the vector acts on. `null_share` is ρ and `penalty` λ, one
-    for all layers or one for each. `tokens` says which states are rows. The card's
-    `coefficients` have, by layer, what ⟨q, x⟩ is on texts that were held out (a share `held_out`
-    of each class, drawn with `seed`): 1 is the whole vector. `progress` is told of every text read.
-    Raises `SteerError`.
+    for all layers or one for each. Of a text to steer the states of `tokens` are rows, of one to
+    leave alone those of `alone_tokens`; texts to leave alone should have answers where the edit is
+    to act on answers too. The card's `coefficients` have, by layer, what ⟨q, x⟩ is on texts that
+    were held out (a share `held_out` of each class, drawn with `seed`): 1 is the whole vector.
+    `progress` is told of every text read. Raises `SteerError`.
     """
     check_labels(texts, [steer])
     chosen = tuple(sorted(vector.card.used_layers if layers is None else set(layers)))
     site = vector.card.site
-    reading = make_reading(engine, site=site, layers=chosen, positions=PLACES[tokens], batch=batch)
+    reading = make_reading(engine, site=site, layers=chosen, batch=batch)
+    classes = _Classes(engine, reading, steer, PLACES[tokens], PLACES[alone_tokens], progress)
     check_width(engine, vector)
     rows = {layer: vector[layer].double() for layer in reading.layers}
     shares = by_layer(null_share, reading.layers, "null_share")
     penalties = by_layer(penalty, reading.layers, "penalty")
     fitted, measured = split_labels(texts, held_out, seed)
     reads = {}
-    for layer, (alone, steered) in _moments(engine, reading, fitted, steer, progress).items():
+    for layer, (alone, steered) in _moments(classes, fitted).items():
         basis = null_basis(alone.gram, shares[layer])
         reads[layer] = ridge_of_one(steered, basis, penalties[layer])
-    found = _coefficients(engine, reading, measured, steer, reads, progress)
+    found = _coefficients(classes, measured, reads)
     return LowRankAdapter.of(
         {n: linear_parts(q[None], rows[n][None]) for n, q in reads.items()},
         name=name,
@@ -98,6 +102,7 @@ def fit_alphasteer(
             "vector": vector.card.name,
             "vector_sha256": vector.sha256,
             "tokens": tokens,
+            "alone_tokens": alone_tokens,
             "null_share": {str(n): shares[n] for n in reads},
             "penalty": {str(n): penalties[n] for n in reads},
             "texts": len(texts),
@@ -113,7 +118,7 @@ def null_basis(gram: Tensor, share: float) -> Tensor:
     """The `share` of directions in which states with the second moment `gram` `[d, d]` have least:
     orthonormal columns `[d, k]`, at least one."""
     width = len(gram)
-    least = torch.linalg.eigh(gram).eigenvectors  # in ascending order
+    least: Tensor = torch.linalg.eigh(gram).eigenvectors  # in ascending order
     return least[:, : max(1, round(share * width))]
 
 
@@ -158,50 +163,45 @@ def _rms(values: RunningMoments) -> float:
     return float(f"{math.sqrt(mean_square):.6g}")
 
 
-def _moments(
-    engine: Engine,
-    reading: Reading,
-    texts: Sequence[Labelled],
-    steer: str,
-    progress: Progress | None,
-) -> dict[int, tuple[Moments, Moments]]:
+@dataclass(frozen=True)
+class _Classes:
+    """How the states of texts are read, by whether they are of the class to steer."""
+
+    engine: Engine
+    reading: Reading
+    steer: str
+    steered_at: Positions
+    alone_at: Positions
+    progress: Progress | None
+
+    def read(self, texts: Sequence[Labelled]) -> Iterator[tuple[bool, dict[int, Tensor]]]:
+        """Of each text, whether it is one to steer, and its states `[tokens, d]` by layer."""
+        for steered, at in ((False, self.alone_at), (True, self.steered_at)):
+            mine = [one.prompt for one in texts if (one.label == self.steer) is steered]
+            for _, rows in read_tokens(self.engine, mine, replace(self.reading, positions=at)):
+                yield steered, rows
+                if self.progress is not None:
+                    self.progress(1)
+
+
+def _moments(classes: _Classes, texts: Sequence[Labelled]) -> dict[int, tuple[Moments, Moments]]:
     """By layer, of the texts to leave alone and of those to steer."""
-    width = engine.info.width(reading.site)
-    found = {layer: (Moments(width), Moments(width)) for layer in reading.layers}
-    for steered, states in _read(engine, reading, texts, steer, progress):
+    width = classes.engine.info.width(classes.reading.site)
+    found = {layer: (Moments(width), Moments(width)) for layer in classes.reading.layers}
+    for steered, states in classes.read(texts):
         for layer, rows in states.items():
             found[layer][steered].add(rows)
     return found
 
 
 def _coefficients(
-    engine: Engine,
-    reading: Reading,
-    texts: Sequence[Labelled],
-    steer: str,
-    reads: Mapping[int, Tensor],
-    progress: Progress | None,
+    classes: _Classes, texts: Sequence[Labelled], reads: Mapping[int, Tensor]
 ) -> dict[int, Coefficients]:
     found = {layer: Coefficients.none() for layer in reads}
-    for steered, states in _read(engine, reading, texts, steer, progress):
+    for steered, states in classes.read(texts):
         for layer, rows in states.items():
             found[layer].add(rows.double() @ reads[layer], steered)
     return found
-
-
-def _read(
-    engine: Engine,
-    reading: Reading,
-    texts: Sequence[Labelled],
-    steer: str,
-    progress: Progress | None,
-) -> Iterator[tuple[bool, dict[int, Tensor]]]:
-    """Of each text, whether it is one to steer, and its states."""
-    states = read_tokens(engine, [one.prompt for one in texts], reading)
-    for one, (_, rows) in zip(texts, states, strict=True):
-        yield one.label == steer, rows
-        if progress is not None:
-            progress(1)
 
 
 def by_layer(values: Sequence[float], layers: Sequence[int], what: str) -> dict[int, float]:

@@ -9,6 +9,7 @@ from pydantic import Field, StrictFloat
 
 from steer.errors import SteerError, pointer
 from steer.fit.data.where import WhereName
+from steer.fit.methods.linear.reading import TokensRead
 from steer.fit.requests.fields import (
     MAX_ITEMS,
     DataField,
@@ -18,7 +19,6 @@ from steer.fit.requests.fields import (
     Ref,
     SeedField,
     Spelled,
-    TokensField,
 )
 from steer.fit.requests.inline import LABELLED, LabelledParam
 from steer.fit.requests.request import CardFields, FitPlace, Fitted
@@ -65,7 +65,14 @@ class AlphaSteerRequest(CardFields):
         Spelled("layers", "Such as 2-5 or 1,3; by default the vector's."),
         Field(description="The layers to act on; by default the vector's."),
     ] = None
-    tokens: TokensField = "all"
+    tokens: Annotated[
+        TokensRead,
+        Field(description="The tokens of a text to steer that are read: all, last or response."),
+    ] = "last"
+    alone_tokens: Annotated[
+        TokensRead,
+        Field(description="The tokens of a text to leave alone that are read."),
+    ] = "all"
     null_share: Annotated[
         tuple[Annotated[StrictFloat, Field(gt=0, le=1)], ...],
         Spelled("numbers"),
@@ -92,7 +99,7 @@ class AlphaSteerRequest(CardFields):
             "token, on that and what is generated (onward), on what is generated, or on every "
             "token."
         ),
-    ] = "all"
+    ] = "onward"
     held_out: HeldOutField = 0.2
     seed: SeedField = 0
 
@@ -141,6 +148,7 @@ class AlphaSteerRequest(CardFields):
             steer=self.steer,
             layers=self.layers,
             tokens=self.tokens,
+            alone_tokens=self.alone_tokens,
             null_share=self.null_share,
             penalty=self.penalty,
             where=self.where,

@@ -16,6 +16,7 @@ from steer.engines.plans import plans_of
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError
 from steer.fit.data.labels import Labelled, LabelledSet
+from steer.fit.data.where import where_named
 from steer.fit.methods.linear.alphasteer import fit_alphasteer, null_basis, ridge_of_one
 from steer.fit.methods.linear.moments import Moments
 from steer.model import HookPoint
@@ -101,7 +102,7 @@ def fitted(engine: TransformersEngine, **options: Any) -> Any:
 def test_what_is_served_is_a_multiple_of_the_vector_token_by_token(
     lively: TransformersEngine,
 ) -> None:
-    adapter = fitted(lively, layers=[1], penalty=(0.01,))
+    adapter = fitted(lively, layers=[1], tokens="all", where="all", penalty=(0.01,))
     plan = plans_of(lively, MemoryLibrary(low_ranks={"a": adapter})).plan(
         parse_spec({"interventions": [{"kind": "low_rank", "adapter": "a"}]})
     )
@@ -119,9 +120,9 @@ def test_what_is_served_is_a_multiple_of_the_vector_token_by_token(
 
 
 def test_the_card_says_how_much_of_the_vector_others_get(lively: TransformersEngine) -> None:
-    card = fitted(lively, tokens="last", null_share=(0.3, 0.6)).card
+    card = fitted(lively, alone_tokens="last", null_share=(0.3, 0.6)).card
     assert (card.kind, card.layers, card.site) == ("low_rank", (1, 2), "resid_post")
-    assert card.default_where is None
+    assert card.default_where == where_named("onward")
     assert card.provenance["null_share"] == {"1": 0.3, "2": 0.6}
     for one in card.provenance["coefficients"].values():
         assert one["steered_last_mean"] > one["left_alone_last_rms"] > 0
