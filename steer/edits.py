@@ -1,13 +1,18 @@
-"""The arithmetic of steering: one family of rank-1 edits that every kind compiles to.
+"""The arithmetic of steering: one family of edits that every kind compiles to.
 
 A block reads a residual row x once and writes once:
 
-    x ← x + shift + Σ_k c_k(⟨r_k, x⟩) · w_k
+    x ← x + shift + gain ⊙ x + offset + Σ_k c_k(⟨r_k, x⟩) · w_k
 
-with every scalar law c taken from one family with seven parameters (`Law`):
+with every scalar law c taken from one family with eight parameters (`Law`):
 
+    a    = ⟨r, x⟩                  divided by ‖x‖ where `cosine`
     u    = a + bias                where that exceeds `threshold`, else 0
-    c(a) = clip(intercept + slope · u, floor, ceiling)         times ‖x‖ where `relative`
+    c(a) = clip(intercept + slope · u, floor, ceiling)         times a length where `relative`
+
+The length is ‖x‖, or that of x in the plane that the block's other edits read. Gain and offset, a
+number for each channel, act on the channels whose value is inside their bounds (`CHANNEL_ROWS`).
+A block may act only where x lies on one side of a row.
 
 Dot products, norms and the sum are float32; the result is cast once. This is the only place,
 with `steer.batch.apply` and `steer.artefacts.sae`, where activations are computed with.
@@ -40,11 +45,13 @@ class Law(NamedTuple):
     floor: float = -math.inf
     ceiling: float = math.inf
     relative: float = 0.0
+    """`TO_NORM`, `TO_PLANE`, or 0."""
+    cosine: float = 0.0
 
     @staticmethod
     def constant(value: float, *, relative: bool = False) -> Law:
         """c = value, or value · ‖x‖: the law of an addition."""
-        return Law(intercept=value, slope=0.0, relative=float(relative))
+        return Law(intercept=value, slope=0.0, relative=TO_NORM if relative else 0.0)
 
     @staticmethod
     def toward(
@@ -62,7 +69,13 @@ class Law(NamedTuple):
 
 
 LAW_FIELDS = len(Law._fields)
-BIAS, THRESHOLD, INTERCEPT, SLOPE, FLOOR, CEILING, RELATIVE = range(LAW_FIELDS)
+BIAS, THRESHOLD, INTERCEPT, SLOPE, FLOOR, CEILING, RELATIVE, COSINE = range(LAW_FIELDS)
+TO_NORM, TO_PLANE = 1.0, 2.0
+"""What a relative law is relative to: ‖x‖, or the length of x in the plane that the block's edits
+of other laws read, whose rows are orthonormal."""
+
+CHANNEL_ROWS = GAIN, OFFSET, LOWER, UPPER = range(4)
+"""The rows of a block's `channels`: x gets gain · x + offset where lower ≤ x ≤ upper."""
 
 
 @dataclass(frozen=True)
@@ -94,15 +107,18 @@ class TopKCutoff:
 class Block:
     """What one intervention does at one hook point. All tensors float32.
 
-    `shift` `[d]` is added as it is; `read` and `write` `[K, d]` with `laws` `[K, 7]` are rank-1
-    edits that all see the same x; `replace` discards x and keeps the shift alone;
-    `preserve_norm` rescales the result to ‖x‖.
+    `shift` `[d]` is added as it is; `read` and `write` `[K, d]` with `laws` `[K, 8]` are rank-1
+    edits that all see the same x; `channels` `[4, d]` change each channel by itself
+    (`CHANNEL_ROWS`); where `side` `[d]` is given, rows with ⟨side, x⟩ ≤ 0 are left alone; `replace`
+    discards x and keeps the shift alone; `preserve_norm` rescales the result to ‖x‖.
     """
 
     shift: Float[Tensor, " d"] | None = None
     read: Float[Tensor, "K d"] | None = None
     write: Float[Tensor, "K d"] | None = None
-    laws: Float[Tensor, "K 7"] | None = None
+    laws: Float[Tensor, "K 8"] | None = None
+    channels: Float[Tensor, "4 d"] | None = None
+    side: Float[Tensor, " d"] | None = None
     cutoff: TopKCutoff | None = None
     replace: bool = False
     preserve_norm: bool = False
@@ -122,7 +138,8 @@ class Block:
     @property
     def is_shift(self) -> bool:
         """Whether the block only adds a constant, so that neighbours may be fused into one row."""
-        return self.read is None and not self.replace and not self.preserve_norm
+        reads = any(part is not None for part in (self.read, self.channels, self.side))
+        return not (reads or self.replace or self.preserve_norm)
 
     @cached_property
     def traits(self) -> Traits:
@@ -146,38 +163,54 @@ class Traits(NamedTuple):
     thresholded: bool = True
     clipped: bool = True
     relative: bool = True
+    planar: bool = True
+    cosine: bool = True
 
     @staticmethod
-    def of(laws: Float[Tensor, "K 7"]) -> Traits:
+    def of(laws: Float[Tensor, "K 8"]) -> Traits:
         """The traits of `laws`, which lie on the host."""
         columns = laws.isfinite()
         return Traits(
             thresholded=bool(columns[:, THRESHOLD].any()),
             clipped=bool(columns[:, FLOOR : CEILING + 1].any()),
-            relative=bool(laws[:, RELATIVE].any()),
+            relative=bool((laws[:, RELATIVE] == TO_NORM).any()),
+            planar=bool((laws[:, RELATIVE] == TO_PLANE).any()),
+            cosine=bool(laws[:, COSINE].any()),
         )
+
+    @property
+    def measures(self) -> bool:
+        """Whether a law needs ‖x‖."""
+        return self.relative or self.cosine
 
     def either(self, other: Traits) -> Traits:
         return Traits(*(mine or theirs for mine, theirs in zip(self, other, strict=True)))
 
 
 EVERY_TRAIT = Traits()
-NO_TRAIT = Traits(False, False, False)
+NO_TRAIT = Traits(False, False, False, False, False)
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def coefficients(
     products: Float[Tensor, "T K"],
-    laws: Float[Tensor, "K 7"],
+    laws: Float[Tensor, "K 8"],
     norms: Float[Tensor, "T 1"] | Float[Tensor, "T K"] | None,
     cutoff: Float[Tensor, "T K"] | Float[Tensor, "T 1"] | None = None,
     traits: Traits = EVERY_TRAIT,
+    lengths: Float[Tensor, "T 1"] | Float[Tensor, "T K"] | None = None,
 ) -> Float[Tensor, "T K"]:
-    """c_k(a) for `products` a = ⟨r_k, x⟩, each column by its own law.
+    """c_k(a) for `products` ⟨r_k, x⟩, each column by its own law.
 
     `cutoff` is the least pre-activation that counts as active under a `TopKCutoff`. `traits` are
-    those of `laws`, or more; `norms` are used where a law is relative.
+    those of `laws`, or more; `norms` are used where a law is relative or reads a cosine, `lengths`
+    where one is relative to its block's plane (`squares_in_plane`).
     """
-    value = products + laws[:, BIAS]
+    value = products
+    if traits.cosine and norms is not None:
+        value = torch.where(laws[:, COSINE] > 0, value / norms.clamp_min(_TINY), value)
+    value = value + laws[:, BIAS]
     if traits.thresholded or cutoff is not None:
         inactive = value <= laws[:, THRESHOLD]
         if cutoff is not None:
@@ -187,8 +220,30 @@ def coefficients(
     if traits.clipped:
         c = torch.minimum(torch.maximum(c, laws[:, FLOOR]), laws[:, CEILING])
     if traits.relative and norms is not None:
-        c = torch.where(laws[:, RELATIVE] > 0, c * norms, c)
+        c = torch.where(laws[:, RELATIVE] == TO_NORM, c * norms, c)
+    if traits.planar and lengths is not None:
+        c = torch.where(laws[:, RELATIVE] == TO_PLANE, c * lengths, c)
     return c
+
+
+def squares_in_plane(
+    products: Float[Tensor, "T K"], laws: Float[Tensor, "K 8"]
+) -> Float[Tensor, "T K"]:
+    """What each edit adds to the squared length of x in its block's plane."""
+    return products.square().masked_fill(laws[:, RELATIVE] == TO_PLANE, 0.0)
+
+
+def channel_changes(
+    x: Float[Tensor, "T d"], channels: Float[Tensor, "*T 4 d"]
+) -> Float[Tensor, "T d"]:
+    """What is added to each channel; −0.0 where its value is outside the bounds."""
+    gain, offset, lower, upper = channels.unbind(-2)
+    return torch.addcmul(offset, gain, x).masked_fill((x < lower) | (x > upper), -0.0)
+
+
+def beyond(x: Float[Tensor, "T d"], side: Float[Tensor, "*T d"]) -> Bool[Tensor, "T 1"]:
+    """Whether each row lies on the side that `side` points to; all do, if it is zero."""
+    return ((x * side).sum(-1, keepdim=True) > 0) | ~side.any(-1, keepdim=True)
 
 
 def rescaled(x: Float[Tensor, "T d"], norms: Float[Tensor, "T 1"]) -> Float[Tensor, "T d"]:
@@ -216,13 +271,20 @@ def apply(block: Block, x: Tensor) -> Tensor:
     after = torch.zeros_like(before) if block.replace else before
     if block.shift is not None:
         after = after + block.shift
+    if block.channels is not None:
+        after = after + channel_changes(before, block.channels)
     if block.read is not None and block.write is not None and block.laws is not None:
-        norms = before.norm(dim=-1, keepdim=True) if block.traits.relative else None
+        products, lengths = before @ block.read.T, None
+        norms = before.norm(dim=-1, keepdim=True) if block.traits.measures else None
         cutoff = None if block.cutoff is None else block.cutoff.least_active(before)
-        c = coefficients(before @ block.read.T, block.laws, norms, cutoff, block.traits)
+        if block.traits.planar:
+            lengths = squares_in_plane(products, block.laws).sum(-1, keepdim=True).sqrt()
+        c = coefficients(products, block.laws, norms, cutoff, block.traits, lengths)
         after = after + c @ block.write
     if block.preserve_norm:
         after = rescaled(after, before.norm(dim=-1, keepdim=True))
+    if block.side is not None:
+        after = torch.where(beyond(before, block.side), after, before)
     return overflow_shown(after).to(x.dtype).reshape(x.shape)
 
 
@@ -239,6 +301,6 @@ def gate_open(
     """
     x = x.float()
     value = (x * direction).sum(-1)
-    length = x.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    length = x.norm(dim=-1).clamp_min(_TINY)
     value = torch.where(cosine, value / length, value)
     return (value > above) & (value < below), value

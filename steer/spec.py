@@ -213,6 +213,7 @@ VectorRef: TypeAlias = Annotated[
 ]
 SAERef: TypeAlias = Annotated[Name, Names("sae")]
 AdapterRef: TypeAlias = Annotated[Name, Names("low_rank")]
+MapRef: TypeAlias = Annotated[Name, Names("affine")]
 
 
 class Where(_Frozen):
@@ -423,10 +424,60 @@ class Swap(_Intervention):
     strength: Number = 0.06
 
 
-class LowRank(_Intervention):
-    """x + α·Rᵀ(Wx + b − Rx): a trained low-rank intervention (LoReFT, 2404.03592).
+class Exchange(_Intervention):
+    """What lies along one direction goes to another, by as much as there is of it.
 
-    `strength` is α and defaults to the card's, which is 1 unless the adapter's file says more.
+    With the unit directions v̂ and t̂ of `vector` and `toward`, mode `move` is x + α·⟨v̂, x⟩(t̂ − v̂).
+    In mode `both` the coordinates along the two, by which they make up the part of x that they
+    span, change places: x + α·(c_v − c_t)(t̂ − v̂) for x = c_v v̂ + c_t t̂ + …; in mode `one_way` only
+    where that of `vector` is the larger.
+    """
+
+    takes_card_where: ClassVar[bool] = False
+
+    kind: Literal["exchange"] = "exchange"
+    vector: VectorRef
+    toward: VectorRef
+    mode: Literal["move", "both", "one_way"] = "move"
+    strength: Number = 1.0
+
+
+class ReadWrite(_Intervention):
+    """x + α·f(⟨r, x⟩ + b)·w: reads one direction and writes another (PSR, 2605.03907).
+
+    f is a ReLU, whose `threshold` is where it begins to act: f(u) = u above it, else 0. `measure`
+    says what is read: the `product` with the vector as it is stored, the `projection` on its unit
+    direction, or the `cosine`. `strength` is in multiples of the vector written; with a norm, what
+    is written has the length norm · f · ‖x‖.
+    """
+
+    takes_card_where: ClassVar[bool] = False
+
+    kind: Literal["read_write"] = "read_write"
+    read: VectorRef
+    write: VectorRef
+    measure: Literal["product", "projection", "cosine"] = "product"
+    bias: Number = 0.0
+    activation: Literal["relu", "linear"] = "relu"
+    threshold: Number = 0.0
+    strength: Number | NormStrength = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> ReadWrite:
+        if self.activation == "linear" and self.threshold != 0:
+            raise ValueError(
+                f"a linear activation has no threshold, and {self.threshold!r} would have no "
+                "effect: leave 'threshold' out, or use the activation 'relu'"
+            )
+        return self
+
+
+class LowRank(_Intervention):
+    """x + α·Σ f(⟨r, x⟩ + b)·w over the rows of an adapter: a trained low-rank intervention.
+
+    LoReFT (2404.03592) is one: x + α·Rᵀ(Wx + b − Rx). f is the identity, or a ReLU where the
+    adapter's file has thresholds. `strength` is α and defaults to the card's, which is 1 unless
+    the adapter's file says more.
     """
 
     kind: Literal["low_rank"] = "low_rank"
@@ -434,13 +485,33 @@ class LowRank(_Intervention):
     strength: Number | None = None
 
 
+class Affine(_Intervention):
+    """x + λ((ω ⊙ x + β) − x): a map of each channel by itself (Linear-AcT, 2410.23054).
+
+    Where the map's file gives bounds, a channel outside them keeps its value. `strength` is λ and
+    defaults to the card's.
+    """
+
+    kind: Literal["affine"] = "affine"
+    map: MapRef
+    strength: Number | None = None
+
+
 class Rotate(_Intervention):
-    """Rotate by an angle in the plane of `vector` and `toward`, from the first to the second."""
+    """Rotate in the plane of `vector` and `toward`, from the first to the second.
+
+    Mode `by` turns by an angle; mode `to` turns to it: what x has in the plane then lies at that
+    angle from `vector`, as long as before (Angular Steering, 2510.26243). With `only: "positive"`
+    a state whose projection on `vector` is not positive is left alone.
+    """
 
     kind: Literal["rotate"] = "rotate"
     vector: VectorRef
     toward: VectorRef
     degrees: Number
+    # Written only where they say something, so that older specs keep their fingerprint.
+    mode: Literal["by", "to"] = Field(default="by", exclude_if=lambda value: value == "by")
+    only: Literal["positive"] | None = None
 
 
 class Patch(_Intervention):
@@ -453,7 +524,18 @@ class Patch(_Intervention):
 
 
 Intervention: TypeAlias = Annotated[
-    Add | Ablate | Project | Clamp | Concept | Swap | LowRank | Rotate | Patch,
+    Add
+    | Ablate
+    | Project
+    | Clamp
+    | Concept
+    | Swap
+    | Exchange
+    | ReadWrite
+    | LowRank
+    | Affine
+    | Rotate
+    | Patch,
     Field(discriminator="kind"),
 ]
 KINDS: tuple[str, ...] = tuple(

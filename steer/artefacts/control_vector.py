@@ -15,6 +15,14 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from steer.artefacts.adapter_parts import (
+    AdapterPart,
+    Edits,
+    named_tensors,
+    part_among,
+    part_fault,
+    part_of,
+)
 from steer.artefacts.calibration import Calibration
 from steer.artefacts.kinds import ArtefactKind
 from steer.errors import FileFormatError, IncompatibleArtefact
@@ -212,34 +220,32 @@ class ControlVector:
 
 @dataclass(frozen=True)
 class LowRankAdapter:
-    """A LoReFT intervention: R `[r, d]`, W `[r, d]` and b `[r]` for each layer."""
+    """A few rank-1 edits for each layer: a LoReFT intervention, or read and write rows as such."""
 
-    parts: Mapping[int, tuple[Tensor, Tensor, Tensor]]
+    parts: Mapping[int, AdapterPart]
     card: Card
 
     @staticmethod
-    def of(parts: Mapping[int, tuple[Tensor, Tensor, Tensor]], **card: Any) -> LowRankAdapter:
-        """A checked adapter; each layer's R, W and b must agree in rank and width."""
-        widths = set()
-        for layer, (rotation, weight, bias) in parts.items():
-            if (
-                rotation.ndim != 2
-                or rotation.shape != weight.shape
-                or bias.shape != rotation.shape[:1]
-            ):
-                raise FileFormatError(
-                    f"layer {layer}: R {list(rotation.shape)}, W {list(weight.shape)} and "
-                    f"b {list(bias.shape)} must be [r, d], [r, d] and [r]"
-                )
-            if not all(bool(part.isfinite().all()) for part in (rotation, weight, bias)):
+    def of(
+        parts: Mapping[int, AdapterPart | tuple[Tensor, Tensor, Tensor]], **card: Any
+    ) -> LowRankAdapter:
+        """A checked adapter of one form on all layers; three plain tensors are LoReFT's R, W, b."""
+        copies: dict[int, AdapterPart] = {}
+        for layer, given in sorted(parts.items()):
+            part = part_of(given)
+            fault = part_fault(part)
+            if fault is not None:
+                raise FileFormatError(f"layer {layer}: {fault}")
+            tensors = named_tensors(part)
+            if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
                 raise FileFormatError(f"layer {layer} contains NaN or Inf", code="not_finite")
-            widths.add(rotation.shape[1])
+            copies[layer] = type(part)(**{name: _copy(one) for name, one in tensors.items()})
+        widths = {part[0].shape[1] for part in copies.values()}
         if len(widths) != 1:
             raise FileFormatError(f"an adapter has one width on all layers; got {sorted(widths)}")
-        copies = {
-            layer: (_copy(rotation), _copy(weight), _copy(bias))
-            for layer, (rotation, weight, bias) in sorted(parts.items())
-        }
+        forms = sorted({tuple(named_tensors(part)) for part in copies.values()})
+        if len(forms) != 1:
+            raise FileFormatError(f"an adapter has one form on all layers; got {forms}")
         fields = {"kind": "low_rank", "width": widths.pop(), "layers": tuple(copies), **card}
         return LowRankAdapter(copies, Card(**fields))
 
@@ -247,26 +253,26 @@ class LowRankAdapter:
     def sha256(self) -> str:
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
+    def edits(self, layer: int) -> Edits:
+        """The rank-1 edits on `layer`, whatever the form of the file."""
+        return self.parts[layer].edits
+
     def to_bytes(self) -> bytes:
-        """The canonical file: `layers.N.rotation`, `.weight`, `.bias` and the card."""
-        tensors = {}
-        for layer, (rotation, weight, bias) in self.parts.items():
-            tensors[f"layers.{layer}.rotation"] = rotation
-            tensors[f"layers.{layer}.weight"] = weight
-            tensors[f"layers.{layer}.bias"] = bias
-        return canonical_bytes(tensors, self.card)
+        """The canonical file: `layers.N.rotation`, `.weight`, `.bias`, or `layers.N.read`,
+        `.write`, `.bias` and, where there is one, `.threshold`; and the card."""
+        return canonical_bytes(
+            {
+                f"layers.{layer}.{name}": tensor
+                for layer, part in self.parts.items()
+                for name, tensor in named_tensors(part).items()
+            },
+            self.card,
+        )
 
     @staticmethod
     def from_bytes(data: bytes, *, name: str = "") -> LowRankAdapter:
         tensors, card = parse_canonical(data, name)
-        parts = {
-            layer: (
-                tensors[f"layers.{layer}.rotation"],
-                tensors[f"layers.{layer}.weight"],
-                tensors[f"layers.{layer}.bias"],
-            )
-            for layer in card.layers
-        }
+        parts = {layer: part_among(tensors, layer) for layer in card.layers}
         return LowRankAdapter(parts, card)
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
-ArtefactKind = Literal["vector", "low_rank", "sae", "lens"]
+ArtefactKind = Literal["vector", "low_rank", "sae", "lens", "affine"]
 """A kind, as cards, the catalogue and error codes (`unknown_lens`) call it."""
 
-Plural = Literal["vectors", "adapters", "saes", "lenses"]
+Plural = Literal["vectors", "adapters", "saes", "lenses", "maps"]
 """Artefacts of one kind, as routes and counts call them."""
 
 
@@ -61,6 +61,7 @@ KINDS = (
     ),
     KindRow("sae", "saes", shelf="saes", title="SAEs", home="steer.artefacts.sae.base:SAE"),
     KindRow("lens", "lenses", shelf="lenses", title="Lenses", home="steer.artefacts.lens:Lens"),
+    KindRow("affine", "maps", shelf="maps", title="Maps", home="steer.artefacts.affine:AffineMap"),
 )
 
 NAMED: Mapping[ArtefactKind, KindRow] = {row.name: row for row in KINDS}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
+from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
@@ -28,6 +29,8 @@ class Library(Protocol):
 
     def lens(self, ref: str) -> Lens: ...
 
+    def affine(self, ref: str) -> AffineMap: ...
+
 
 @dataclass(frozen=True)
 class MemoryLibrary:
@@ -37,6 +40,7 @@ class MemoryLibrary:
     saes: Mapping[str, SAE] = field(default_factory=dict)
     low_ranks: Mapping[str, LowRankAdapter] = field(default_factory=dict)
     lenses: Mapping[str, Lens] = field(default_factory=dict)
+    maps: Mapping[str, AffineMap] = field(default_factory=dict)
 
     def vector(self, ref: str) -> ControlVector:
         return _named(self.vectors, ref, "vector")
@@ -49,6 +53,9 @@ class MemoryLibrary:
 
     def lens(self, ref: str) -> Lens:
         return _named(self.lenses, ref, "lens")
+
+    def affine(self, ref: str) -> AffineMap:
+        return _named(self.maps, ref, "affine")
 
 
 def _named(held: Mapping[str, Held], ref: str, kind: str) -> Held:

@@ -7,7 +7,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from steer.batch.tables import TableView
-from steer.edits import coefficients, overflow_shown, rescaled
+from steer.edits import (
+    beyond,
+    channel_changes,
+    coefficients,
+    overflow_shown,
+    rescaled,
+    squares_in_plane,
+)
 
 
 def apply_table(
@@ -27,12 +34,14 @@ def apply_table(
         return (x.float() + view.shift.index_select(0, slots)).to(x.dtype)
     before = after = x.float()
     norms = None
-    if needs.preserving or view.traits.relative:
+    if needs.preserving or view.traits.measures:
         norms = before.norm(dim=-1, keepdim=True)
     if needs.replacing:
         after = before.masked_fill(view.replace.index_select(0, slots)[:, None], 0.0)
     if view.shifting:
         after = after + view.shift.index_select(0, slots)
+    if needs.mapping:
+        after = after + channel_changes(before, view.channels.of(slots))
     if needs.edits and solo is not None:
         after = after.index_add(0, solo, _solo(view, before, norms, slots, solo))
     elif needs.edits:
@@ -40,6 +49,8 @@ def apply_table(
     if needs.preserving and norms is not None:
         preserved = view.preserve.index_select(0, slots)[:, None]
         after = torch.where(preserved, rescaled(after, norms), after)
+    if needs.choosing:
+        after = torch.where(beyond(before, view.sides.of(slots)), after, before)
     return torch.where((slots != 0)[:, None], overflow_shown(after).to(x.dtype), x)
 
 
@@ -50,9 +61,13 @@ def _bank(
     slots: Int[Tensor, " T"],
 ) -> Float[Tensor, "T d"]:
     """Σ c_k(⟨r_k, x⟩) w_k over the bank rows that belong to each token's slot."""
-    c = coefficients(x @ view.read.T, view.laws, norms, _cutoffs(view, x), view.traits)
-    c = c.masked_fill(view.owner != slots[:, None], 0.0)
-    return c @ view.write
+    products, lengths = x @ view.read.T, None
+    others = view.owner != slots[:, None]
+    if view.traits.planar:
+        squares = squares_in_plane(products, view.laws).masked_fill(others, 0.0)
+        lengths = squares.sum(-1, keepdim=True).sqrt()
+    c = coefficients(products, view.laws, norms, _cutoffs(view, x), view.traits, lengths)
+    return c.masked_fill(others, 0.0) @ view.write
 
 
 def _solo(
@@ -64,13 +79,16 @@ def _solo(
 ) -> Float[Tensor, "K d"]:
     """The summands c_k(⟨r_k, x⟩) w_k of the bank rows k, each for its one token: T times less
     arithmetic than `_bank`, which multiplies every row with every token."""
-    products = (x.index_select(0, solo) * view.read).sum(-1)[None]
+    products, lengths = (x.index_select(0, solo) * view.read).sum(-1)[None], None
+    if view.traits.planar:
+        squares = squares_in_plane(products, view.laws)[0]
+        lengths = squares.new_zeros(len(x)).index_add(0, solo, squares).sqrt()[solo][None]
     if norms is not None:
         norms = norms.index_select(0, solo).T
     cutoff = _cutoffs(view, x)
     if cutoff is not None:
         cutoff = cutoff.gather(0, solo[None])
-    c = coefficients(products, view.laws, norms, cutoff, view.traits)
+    c = coefficients(products, view.laws, norms, cutoff, view.traits, lengths)
     c = c.masked_fill(view.owner != slots.index_select(0, solo), 0.0)
     return c.T * view.write
 

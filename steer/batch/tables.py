@@ -38,6 +38,34 @@ class Needs(NamedTuple):
     edits: bool = True
     replacing: bool = True
     preserving: bool = True
+    mapping: bool = True
+    choosing: bool = True
+
+
+class SlotRows:
+    """What few slots have, a row each: `idle` is what the others have."""
+
+    def __init__(self, idle: Tensor, slots: int) -> None:
+        self._rows = idle[None]
+        self._row = torch.zeros(slots, dtype=torch.long, device=idle.device)
+        self._held: dict[int, int] = {}
+
+    def of(self, slots: Tensor) -> Tensor:
+        """The rows `[T, ...]` of `slots` `[T]`."""
+        return self._rows.index_select(0, self._row.index_select(0, slots))
+
+    def write(self, slot: int, row: Tensor) -> None:
+        """Makes `row` that of `slot`, which had none."""
+        taken = set(self._held.values())
+        place = next(n for n in range(1, len(taken) + 2) if n not in taken)
+        if place == len(self._rows):
+            self._rows = torch.cat([self._rows, self._rows[:1].expand_as(self._rows)])
+        self._rows[place] = row.to(self._rows.device)
+        self._row[slot] = self._held[slot] = place
+
+    def clear(self, slot: int) -> None:
+        if self._held.pop(slot, None) is not None:
+            self._row[slot] = 0
 
 
 @dataclass(frozen=True)
@@ -48,6 +76,8 @@ class TableView:
     shift: Tensor
     replace: Tensor
     preserve: Tensor
+    channels: SlotRows
+    sides: SlotRows
     read: Tensor
     write: Tensor
     laws: Tensor
@@ -73,6 +103,8 @@ class Table:
         self.shift = torch.full((slots, width), -0.0, device=device)
         self.replace = torch.zeros(slots, dtype=torch.bool, device=device)
         self.preserve = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.channels = SlotRows(_no_channels(width, device), slots)
+        self.sides = SlotRows(torch.zeros(width, device=device), slots)
         self.read = torch.zeros(0, width, device=device)
         self.write = torch.zeros(0, width, device=device)
         self.laws = torch.zeros(0, LAW_FIELDS, device=device)
@@ -120,6 +152,8 @@ class Table:
             self.shift,
             self.replace,
             self.preserve,
+            self.channels,
+            self.sides,
             self.read[chosen],
             self.write[chosen],
             self.laws[chosen],
@@ -138,6 +172,8 @@ class Table:
             edits=any(block.n_edits for block in blocks),
             replacing=any(block.replace for block in blocks),
             preserving=any(block.preserve_norm for block in blocks),
+            mapping=any(block.channels is not None for block in blocks),
+            choosing=any(block.side is not None for block in blocks),
         )
 
     def write_block(self, slot: int, block: Block) -> None:
@@ -147,6 +183,10 @@ class Table:
             self.shift[slot] = block.shift.to(self.device)
         self.replace[slot] = block.replace
         self.preserve[slot] = block.preserve_norm
+        if block.channels is not None:
+            self.channels.write(slot, block.channels)
+        if block.side is not None:
+            self.sides.write(slot, block.side)
         if block.read is not None and block.write is not None and block.laws is not None:
             rows = self._free_rows(block.n_edits)
             self._owned[slot] = rows
@@ -163,6 +203,8 @@ class Table:
         self.shift[slot] = -0.0
         self.replace[slot] = False
         self.preserve[slot] = False
+        self.channels.clear(slot)
+        self.sides.clear(slot)
         rows = self._owned.pop(slot, [])
         if rows:
             self.read[rows] = 0.0
@@ -208,6 +250,13 @@ class Table:
         self.laws = torch.cat([self.laws, self.laws.new_zeros(extra, LAW_FIELDS)])
         self.owner = torch.cat([self.owner, self.owner.new_full((extra,), -1)])
         self.cutoff_column = torch.cat([self.cutoff_column, self.cutoff_column.new_zeros(extra)])
+
+
+def _no_channels(width: int, device: torch.device) -> Tensor:
+    """`channels` of a block that has none: no value lies inside their bounds."""
+    infinity = float("inf")
+    rows = torch.tensor([0.0, -0.0, infinity, -infinity], device=device)
+    return rows[:, None].repeat(1, width)
 
 
 class GateTable:

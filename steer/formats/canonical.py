@@ -9,7 +9,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
+from torch import Tensor
 
+from steer.artefacts.adapter_parts import Edits
+from steer.artefacts.affine import AffineMap, Channels
 from steer.artefacts.artefact import Artefact
 from steer.artefacts.control_vector import Card, ControlVector, LowRankAdapter
 from steer.artefacts.kinds import ArtefactKind
@@ -20,6 +23,7 @@ from steer.formats.guards.safetensors import SafetensorsFile
 
 _ROW = re.compile(r"layers\.(0|[1-9]\d{0,5})")
 _PART = re.compile(r"layers\.(0|[1-9]\d{0,5})\.(rotation|weight|bias)")
+_NAMED = re.compile(r"layers\.(0|[1-9]\d{0,5})\.([a-z]+)")
 
 
 def is_canonical(file: SafetensorsFile) -> bool:
@@ -91,11 +95,22 @@ def _vector(file: SafetensorsFile, card: Card) -> ControlVector:
 
 
 def _low_rank(file: SafetensorsFile, card: Card) -> LowRankAdapter:
-    for key in file.tensors:
-        _matched(_PART, key)
-    adapter = LowRankAdapter.of(complete_parts(file))
+    if any(key.endswith(".read") for key in file.tensors):
+        found = _by_layer(file, "an adapter", ("read", "write", "bias"), ("threshold",))
+        adapter = LowRankAdapter.of({layer: Edits(**named) for layer, named in found.items()})
+    else:
+        for key in file.tensors:
+            _matched(_PART, key)
+        adapter = LowRankAdapter.of(complete_parts(file))
     check_card(card, adapter.card)
     return LowRankAdapter(adapter.parts, card.model_copy(update={"name": ""}))
+
+
+def _affine(file: SafetensorsFile, card: Card) -> AffineMap:
+    found = _by_layer(file, "an affine map", ("scale", "shift"), ("lower", "upper"))
+    made = AffineMap.of({layer: Channels(**named) for layer, named in found.items()})
+    check_card(card, made.card)
+    return AffineMap(made.channels, card.model_copy(update={"name": ""}))
 
 
 def _lens(file: SafetensorsFile, card: Card) -> Lens:
@@ -127,6 +142,7 @@ READERS: Mapping[ArtefactKind, Callable[[SafetensorsFile, Card], Artefact]] = {
     "low_rank": _low_rank,
     "sae": _sae,
     "lens": _lens,
+    "affine": _affine,
 }
 """Reads the tensors beside a card of each kind, and checks them against it."""
 
@@ -151,6 +167,24 @@ def complete_parts(file: SafetensorsFile) -> dict[int, tuple[Any, Any, Any]]:
         )
         for layer in layers
     }
+
+
+def _by_layer(
+    file: SafetensorsFile, what: str, needed: tuple[str, ...], more: tuple[str, ...]
+) -> dict[int, dict[str, Tensor]]:
+    """The tensors called `layers.N.NAME`, by layer and name; every layer has those `needed`."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in file.load(file.tensors).items():
+        layer, name = _matched(_NAMED, key).groups()
+        found.setdefault(int(layer), {})[name] = tensor
+    for place, named in sorted(found.items()):
+        wrong = sorted(set(named) ^ {*needed, *(name for name in more if name in named)})
+        if wrong:
+            raise FileFormatError(
+                f"{what} has layers.N.{', layers.N.'.join(needed)} for each layer, and may have "
+                f"{' and '.join(more)}; layer {place} has {', '.join(sorted(named))}"
+            )
+    return found
 
 
 def _matched(pattern: re.Pattern[str], key: str) -> re.Match[str]:

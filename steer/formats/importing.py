@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+from steer.artefacts.affine import AffineMap
 from steer.artefacts.artefact import Artefact
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.lens import Lens
@@ -20,6 +21,8 @@ from steer.formats.sniff import sniff
 from steer.formats.table import FORMATS
 from steer.formats.vectors.safetensors import read_vector
 from steer.model import ModelInfo
+
+_WITH_STRENGTH = (ControlVector, LowRankAdapter, AffineMap)
 
 
 def read_artefact(
@@ -114,7 +117,7 @@ def _described(artefact: Artefact, options: ImportOptions) -> Artefact:
             code="invalid_option",
             param="/site",
         )
-    if options.strength is not None and not isinstance(artefact, ControlVector | LowRankAdapter):
+    if options.strength is not None and not isinstance(artefact, _WITH_STRENGTH):
         raise SteerError(
             f"a {artefact.card.kind} has no strength of its own: leave out 'strength'",
             code="invalid_option",

@@ -7,7 +7,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from steer.edits import BIAS, INTERCEPT, LAW_FIELDS, RELATIVE, SLOPE, Block, TopKCutoff
+from steer.edits import (
+    BIAS,
+    CHANNEL_ROWS,
+    COSINE,
+    GAIN,
+    INTERCEPT,
+    LAW_FIELDS,
+    OFFSET,
+    RELATIVE,
+    SLOPE,
+    Block,
+    TopKCutoff,
+)
 from steer.errors import IncompatibleArtefact, NotFinite, SteerError
 from steer.model import HookPoint, ModelInfo
 from steer.plan.plan import Gate, Rule
@@ -62,10 +74,18 @@ def check_model(rules: tuple[Rule, ...], model: ModelInfo) -> None:
 
 
 def _shape_fault(block: Block) -> str | None:
-    if block.shift is not None and (block.shift.ndim != 1 or not len(block.shift)):
-        return f"has a shift of shape {list(block.shift.shape)}; it is one row [d]"
+    for name, row in (("shift", block.shift), ("side", block.side)):
+        if row is not None and (row.ndim != 1 or not len(row)):
+            return f"has a {name} of shape {list(row.shape)}; it is one row [d]"
+    channels = block.channels
+    if channels is not None and (channels.ndim != 2 or len(channels) != len(CHANNEL_ROWS)):
+        return f"has channels {list(channels.shape)}; they are [{len(CHANNEL_ROWS)}, d]"
+    parts = (block.shift, block.side, channels, block.read)
+    widths = sorted({part.shape[-1] for part in parts if part is not None})
+    if len(widths) > 1:
+        return f"has rows of widths {widths}"
     if block.read is None or block.write is None or block.laws is None:
-        if block.cutoff is not None or block.shift is None:
+        if block.cutoff is not None or (block.shift is None and channels is None):
             return "neither adds a row nor reads one"
         return None
     shape = block.read.shape
@@ -73,8 +93,6 @@ def _shape_fault(block: Block) -> str | None:
         return f"reads {list(shape)} and writes {list(block.write.shape)}; both are [K, d]"
     if block.laws.shape != (shape[0], LAW_FIELDS):
         return f"has laws {list(block.laws.shape)}; {shape[0]} edits have {[shape[0], LAW_FIELDS]}"
-    if block.shift is not None and len(block.shift) != shape[1]:
-        return f"reads rows of width {shape[1]} and adds one of width {len(block.shift)}"
     return None if block.cutoff is None else _encoder_fault(block.cutoff, shape[1])
 
 
@@ -91,12 +109,15 @@ def _encoder_fault(cutoff: TopKCutoff, width: int) -> str | None:
 
 
 def _value_fault(block: Block) -> str | None:
-    rows = [row for row in (block.shift, block.read, block.write) if row is not None]
+    named = (block.shift, block.side, block.read, block.write)
+    rows = [row for row in named if row is not None]
+    # Threshold, floor and ceiling may be infinite, and the bounds of channels: they do not bind.
     if block.laws is not None:
-        # Threshold, floor and ceiling may be infinite: then they do not bind.
-        rows.append(block.laws[:, [BIAS, INTERCEPT, SLOPE, RELATIVE]])
-        if bool(block.laws.isnan().any()):
-            return "contains NaN"
+        rows.append(block.laws[:, [BIAS, INTERCEPT, SLOPE, RELATIVE, COSINE]])
+    if block.channels is not None:
+        rows.append(block.channels[[GAIN, OFFSET]])
+    if any(bool(rows.isnan().any()) for rows in (block.laws, block.channels) if rows is not None):
+        return "contains NaN"
     if not all(bool(row.isfinite().all()) for row in rows):
         return "is not finite in float32: use a smaller strength or value"
     return None
@@ -104,8 +125,9 @@ def _value_fault(block: Block) -> str | None:
 
 def _size_fault(block: Block, largest: float, dtype: str) -> str | None:
     """What is wrong with the rows that a block adds or, in place of others, writes."""
-    if block.shift is not None:
-        fault = _row_fault(block.shift[None], largest, dtype)
+    constants = [row for row in (block.shift, _offset(block)) if row is not None]
+    if constants:
+        fault = _row_fault(torch.stack(constants), largest, dtype)
         if fault is not None:
             return fault
     if block.write is None or block.laws is None:
@@ -114,6 +136,10 @@ def _size_fault(block: Block, largest: float, dtype: str) -> str | None:
     # What a relative law adds depends on the state.
     absolute = written[block.laws[:, RELATIVE] == 0]
     return _row_fault(written, torch.inf, dtype) or _row_fault(absolute, largest, dtype)
+
+
+def _offset(block: Block) -> Tensor | None:
+    return None if block.channels is None else block.channels[OFFSET]
 
 
 def _row_fault(rows: Tensor, largest: float, dtype: str) -> str | None:
@@ -133,5 +159,5 @@ def _row_fault(rows: Tensor, largest: float, dtype: str) -> str | None:
 
 
 def _width(block: Block) -> int:
-    row = block.shift if block.read is None else block.read
-    return 0 if row is None else row.shape[-1]
+    parts = (block.read, block.channels, block.shift)
+    return next((part.shape[-1] for part in parts if part is not None), 0)

@@ -24,7 +24,7 @@ from safetensors.numpy import save as save_safetensors
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from steer.edits import Block, TopKCutoff
+from steer.edits import COSINE, Block, TopKCutoff
 from steer.errors import FileFormatError, SpecError, TooLarge
 from steer.formats.guards.safetensors import MAX_HEADER_BYTES
 from steer.model import HookPoint, ModelInfo, forward_order
@@ -132,11 +132,6 @@ def selection_from_json(value: Mapping[str, Any]) -> Selection:
     return selection_of(value)
 
 
-def edit_rows(plan: SteeringPlan) -> int:
-    """How many rank-1 edits the plan has, over all its rules and hook points."""
-    return sum(block.n_edits for one in plan.rules for block in one.blocks.values())
-
-
 # Writing
 
 
@@ -172,7 +167,9 @@ def _block_record(point: HookPoint, block: Block, rows: _RowWriter) -> BlockReco
     edits = cutoff = None
     if block.read is not None and block.write is not None and block.laws is not None:
         edits = EditsRecord(
-            read=rows.name(block.read), write=rows.name(block.write), laws=rows.name(block.laws)
+            read=rows.name(block.read),
+            write=rows.name(block.write),
+            laws=rows.name(_written_laws(block.laws)),
         )
     if block.cutoff is not None:
         cutoff = CutoffRecord(sae=block.cutoff.identity, k=block.cutoff.k)
@@ -180,10 +177,24 @@ def _block_record(point: HookPoint, block: Block, rows: _RowWriter) -> BlockReco
         point=point,
         shift=None if block.shift is None else rows.name(block.shift),
         edits=edits,
+        channels=None if block.channels is None else rows.name(block.channels),
+        side=None if block.side is None else rows.name(block.side),
         competition=cutoff,
         replace=block.replace,
         preserve_norm=block.preserve_norm,
     )
+
+
+def _written_laws(laws: Tensor) -> Tensor:
+    """Without the last column where no law reads a cosine, so that files keep the names they had
+    before there was one."""
+    return laws if bool(laws[:, COSINE].any()) else laws[:, :COSINE]
+
+
+def _read_laws(laws: Tensor) -> Tensor:
+    if laws.ndim == 2 and laws.shape[1] == COSINE:
+        return torch.cat([laws, laws.new_zeros(len(laws), 1)], dim=1)
+    return laws
 
 
 def _gate_record(gate: Gate, rows: _RowWriter) -> GateRecord:
@@ -236,7 +247,9 @@ class _Reader:
             shift=None if record.shift is None else self._row(record.shift),
             read=None if edits is None else self._row(edits.read),
             write=None if edits is None else self._row(edits.write),
-            laws=None if edits is None else self._row(edits.laws),
+            laws=None if edits is None else _read_laws(self._row(edits.laws)),
+            channels=None if record.channels is None else self._row(record.channels),
+            side=None if record.side is None else self._row(record.side),
             cutoff=cutoff,
             replace=record.replace,
             preserve_norm=record.preserve_norm,

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from steer.artefacts.affine import channel_rows
 from steer.artefacts.control_vector import ControlVector
-from steer.edits import Block, Law, TopKCutoff
+from steer.edits import TO_NORM, TO_PLANE, Block, Law, TopKCutoff
 from steer.errors import SpecError, SteerError, Unsupported
 from steer.model import HookPoint
 from steer.plan.points import row
@@ -25,12 +27,15 @@ from steer.plan.resolve import Resolved
 from steer.spec import (
     Ablate,
     Add,
+    Affine,
     Clamp,
     Concept,
+    Exchange,
     LowRank,
     NormStrength,
     Patch,
     Project,
+    ReadWrite,
     Rotate,
     Swap,
 )
@@ -142,42 +147,119 @@ def swap(item: Swap, one: Resolved) -> Blocks:
     }
 
 
+def exchange(item: Exchange, one: Resolved) -> Blocks:
+    """x + α·⟨r, x⟩(t̂ − v̂), r being v̂, or the difference of the coordinates along v̂ and t̂.
+
+    Either way it has rank 1: the rows of the pseudoinverse of [v̂ t̂] read the coordinates, and
+    their difference is what both change by.
+    """
+    vector, toward = one.vector("vector"), one.vector("toward")
+    if item.strength == 0:
+        return {}
+    threshold = 0.0 if item.mode == "one_way" else -math.inf
+    law = Law(threshold=threshold, slope=item.strength)
+    blocks: Blocks = {}
+    for point in one.points:
+        first, second = _plane(row(vector, point.layer), row(toward, point.layer))
+        b = _unit(row(toward, point.layer).double())
+        read = first
+        if item.mode != "move":
+            # x = c_v v̂ + c_t t̂ in the plane: c_t is what stands across v̂, c_v the rest along it.
+            to_toward = second / (second @ b)
+            read = first - (first @ b) * to_toward - to_toward
+        blocks[point] = _edit(read.float(), (b - first).float(), law)
+    return blocks
+
+
+def read_write(item: ReadWrite, one: Resolved) -> Blocks:
+    """x + α·f(⟨r, x⟩ + b)·w (PSR, 2605.03907)."""
+    read, write = one.vector("read"), one.vector("write")
+    relative = isinstance(item.strength, NormStrength)
+    strength = item.strength.norm if isinstance(item.strength, NormStrength) else item.strength
+    if strength == 0:
+        return {}
+    law = Law(
+        bias=item.bias,
+        threshold=item.threshold if item.activation == "relu" else -math.inf,
+        slope=strength,
+        relative=TO_NORM if relative else 0.0,
+        cosine=float(item.measure == "cosine"),
+    )
+    blocks: Blocks = {}
+    for point in one.points:
+        reads, writes = row(read, point.layer), row(write, point.layer)
+        reads = reads if item.measure == "product" else _unit(reads)
+        blocks[point] = _edit(reads, _unit(writes) if relative else writes, law)
+    return blocks
+
+
 def low_rank(item: LowRank, one: Resolved) -> Blocks:
-    """x + α·Rᵀ(Wx + b − Rx) (LoReFT, 2404.03592)."""
+    """x + α·Σ f(⟨r, x⟩ + b)·w; LoReFT (2404.03592) reads W − R and writes R."""
     adapter = one.adapter("adapter")
     strength = adapter.card.default_strength if item.strength is None else item.strength
     if strength == 0:
         return {}
     blocks: Blocks = {}
     for point in one.points:
-        rotation, weight, bias = adapter.parts[point.layer]
-        laws = [Law(bias=value, slope=strength) for value in bias.tolist()]
-        blocks[point] = Block.of_edits(weight - rotation, rotation, laws)
+        read, write, bias, threshold = adapter.edits(point.layer)
+        limits = [-math.inf] * len(bias) if threshold is None else threshold.tolist()
+        laws = [
+            Law(bias=value, threshold=limit, slope=strength)
+            for value, limit in zip(bias.tolist(), limits, strict=True)
+        ]
+        blocks[point] = Block.of_edits(read, write, laws)
     return blocks
+
+
+def affine(item: Affine, one: Resolved) -> Blocks:
+    """x + λ((ω ⊙ x + β) − x) on the channels inside their bounds (Linear-AcT, 2410.23054)."""
+    found = one.affine_map("map")
+    strength = found.card.default_strength if item.strength is None else item.strength
+    if strength == 0:
+        return {}
+    return {p: Block(channels=channel_rows(found.channels[p.layer], strength)) for p in one.points}
 
 
 def rotate(item: Rotate, one: Resolved) -> Blocks:
-    """Rotation by θ in span(a, b): two rank-1 edits on an orthonormal basis of the plane."""
+    """Rotation in span(a, b), on an orthonormal basis of the plane.
+
+    By θ it is two rank-1 edits. To θ (2510.26243) the part in the plane is taken away and written
+    again at that angle: x − Px + ‖Px‖(cos θ·a + sin θ·b), two edits that read the plane and one
+    that is relative to what they read.
+    """
     vector, toward = one.vector("vector"), one.vector("toward")
-    angle = math.radians(item.degrees)
-    if item.degrees == 0:
+    if item.degrees == 0 and item.mode == "by":
         return {}
+    angle = math.radians(item.degrees)
     blocks: Blocks = {}
     for point in one.points:
-        a = _unit(row(vector, point.layer).double())
-        b = row(toward, point.layer).double()
-        rest = b - (a @ b) * a
-        if rest.norm() <= 1e-6 * b.norm():
-            raise SpecError(
-                "'vector' and 'toward' are parallel and span no plane: choose another direction",
-                param="/toward",
-                code="no_plane",
-            )
-        second = _unit(rest)
-        cos, sin = math.cos(angle) - 1.0, math.sin(angle)
-        read = torch.stack([cos * a - sin * second, sin * a + cos * second]).float()
-        blocks[point] = Block.of_edits(read, torch.stack([a, second]).float(), [Law(), Law()])
+        a, b = _plane(row(vector, point.layer), row(toward, point.layer))
+        if item.mode == "by":
+            cos, sin = math.cos(angle) - 1.0, math.sin(angle)
+            read = torch.stack([cos * a - sin * b, sin * a + cos * b])
+            write, laws = torch.stack([a, b]), [Law(), Law()]
+        else:
+            aim = math.cos(angle) * a + math.sin(angle) * b
+            read = torch.stack([a, b, torch.zeros_like(a)])
+            write = torch.stack([a, b, aim])
+            length = Law(intercept=1.0, slope=0.0, relative=TO_PLANE)
+            laws = [Law(slope=-1.0), Law(slope=-1.0), length]
+        block = Block.of_edits(read.float(), write.float(), laws)
+        blocks[point] = block if item.only is None else replace(block, side=a.float())
     return blocks
+
+
+def _plane(vector: Tensor, toward: Tensor) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis, float64, of the plane of both, beginning with the first direction."""
+    a, b = _unit(vector.double()), toward.double()
+    rest = b - (a @ b) * a
+    if rest.norm() <= 1e-6 * b.norm():
+        raise SpecError(
+            "'vector' and 'toward' are parallel and span no plane: choose another direction",
+            param="/toward",
+            code="no_plane",
+        )
+    return a, _unit(rest)
 
 
 def patch(_: Patch, one: Resolved) -> Blocks:
@@ -191,17 +273,34 @@ def _unit(direction: Tensor) -> Tensor:
     return direction / length
 
 
+def _edit(read: Tensor, write: Tensor, law: Law) -> Block:
+    return Block.of_edits(read[None], write[None], [law])
+
+
 def _along(unit: Tensor, law: Law) -> Block:
-    return Block.of_edits(unit[None], unit[None], [law])
+    return _edit(unit, unit, law)
 
 
 def _addition(write: Tensor, law: Law) -> Block:
-    return Block.of_edits(torch.zeros_like(write)[None], write[None], [law])
+    return _edit(torch.zeros_like(write), write, law)
 
 
 _KINDS: Mapping[str, Callable[[Any, Resolved], Blocks]] = MappingProxyType(
     {
         kind.__name__: kind
-        for kind in (add, ablate, project, clamp, concept, swap, low_rank, rotate, patch)
+        for kind in (
+            add,
+            ablate,
+            project,
+            clamp,
+            concept,
+            swap,
+            exchange,
+            read_write,
+            low_rank,
+            affine,
+            rotate,
+            patch,
+        )
     }
 )

@@ -1,7 +1,7 @@
 """Where an intervention acts: at the hook points of what its first field names.
 
 Vectors go where the spec or the first one's card says, an SAE acts at its own hook point, an
-adapter on its own layers. Errors carry a pointer relative to the intervention.
+adapter and a map on their own layers. Errors carry a pointer relative to the intervention.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
+from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.sae.base import SAE
 from steer.errors import IncompatibleArtefact, SpecError, SteerError
@@ -29,8 +30,8 @@ def hook_points(
     reference, first = named[0]
     if isinstance(first, SAE):
         return (_sae_point(item, reference, first, model),)
-    if isinstance(first, LowRankAdapter):
-        return _adapter_points(item, reference, first, model)
+    if isinstance(first, LowRankAdapter | AffineMap):
+        return _own_points(item, reference, first, model)
     vectors = [(one.param, found) for one, found in named if isinstance(found, ControlVector)]
     return _vector_points(item, vectors, model)
 
@@ -92,18 +93,20 @@ def _sae_point(item: Intervention, named: Reference, sae: SAE, model: ModelInfo)
     return point
 
 
-def _adapter_points(
-    item: Intervention, named: Reference, adapter: LowRankAdapter, model: ModelInfo
+def _own_points(
+    item: Intervention, named: Reference, found: LowRankAdapter | AffineMap, model: ModelInfo
 ) -> tuple[HookPoint, ...]:
-    site = item.site or adapter.card.site
+    """Adapters and maps act on the layers that they were made for."""
+    card = found.card
+    site = item.site or card.site
     layers = item.layers if isinstance(item.layers, tuple) else None
-    points = tuple(HookPoint(layer, site) for layer in layers or adapter.card.used_layers)
+    points = tuple(HookPoint(layer, site) for layer in layers or card.used_layers)
     for point in points:
         model.check_point(point, param="/layers" if layers else named.param)
-        if point.layer not in adapter.parts or adapter.card.width != model.width(site):
+        if point.layer not in card.layers or card.width != model.width(site):
             raise IncompatibleArtefact(
-                f"the adapter {named.ref!r} has layers {list(adapter.parts)} of width "
-                f"{adapter.card.width}; layer {point.layer} at {site} needs width "
+                f"the {named.param[1:]} {named.ref!r} has layers {list(card.layers)} of width "
+                f"{card.width}; layer {point.layer} at {site} needs width "
                 f"{model.width(site)}",
                 code="wrong_width",
                 param=named.param,

@@ -78,6 +78,8 @@ class BlockRecord(_Record):
     point: _Point
     shift: StrictStr | None = None
     edits: EditsRecord | None = None
+    channels: StrictStr | None = None
+    side: StrictStr | None = None
     competition: CutoffRecord | None = None
     replace: StrictBool = False
     preserve_norm: StrictBool = False

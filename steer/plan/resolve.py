@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.sae.base import SAE
 from steer.errors import IncompatibleArtefact, SteerError, Unsupported, pointer
@@ -26,7 +27,7 @@ from steer.plan.sources import EncodeText, Named, Sources
 from steer.references import Reference, own_references
 from steer.spec import Intervention, SteeringSpec, When, Where
 
-Kind = TypeVar("Kind", ControlVector, SAE, LowRankAdapter)
+Kind = TypeVar("Kind", ControlVector, SAE, LowRankAdapter, AffineMap)
 Tokenize: TypeAlias = Callable[[str], list[int]]
 StrengthLimit: TypeAlias = Literal["off", "refuse", "cap"]
 """What happens to a strength outside the calibrated range of its vector."""
@@ -140,6 +141,10 @@ class Resolved:
     def adapter(self, field: str) -> LowRankAdapter:
         """The adapter that the field names."""
         return self._artefact(field, LowRankAdapter)
+
+    def affine_map(self, field: str) -> AffineMap:
+        """The affine map that the field names."""
+        return self._artefact(field, AffineMap)
 
     def _artefact(self, field: str, kind: type[Kind]) -> Kind:
         (found,) = [one for reference, one in self.named if reference.param == f"/{field}"]

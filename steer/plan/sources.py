@@ -8,6 +8,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor
 
+from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.lens import Lens
 from steer.artefacts.library import Library
@@ -18,7 +19,7 @@ from steer.references import Reference
 from steer.spec import InlineVector
 
 Found = TypeVar("Found")
-Named: TypeAlias = ControlVector | SAE | LowRankAdapter
+Named: TypeAlias = ControlVector | SAE | LowRankAdapter | AffineMap
 """What a reference in a spec can stand for."""
 EncodeText: TypeAlias = Callable[[str, HookPoint], Tensor]
 """A text and a hook point to its tokens' states `[tokens, width]`, by the model being served."""
@@ -62,6 +63,9 @@ class Snapshot:
 
     def low_rank(self, ref: str) -> LowRankAdapter:
         return self._once("low_rank", ref, self._library.low_rank)
+
+    def affine(self, ref: str) -> AffineMap:
+        return self._once("affine", ref, self._library.affine)
 
     def lens(self, ref: str) -> Lens:
         return self._once("lens", ref, self._library.lens)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, BinaryIO, TypeVar
 
+from steer.artefacts.affine import AffineMap
 from steer.artefacts.artefact import Artefact
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.kinds import NAMED, ArtefactKind, row_of
@@ -391,6 +392,10 @@ class Registry:
     def lens(self, ref: str) -> Lens:
         """The tuned lens that `ref` names."""
         return self.load(Lens, ref)
+
+    def affine(self, ref: str) -> AffineMap:
+        """The affine map that `ref` names."""
+        return self.load(AffineMap, ref)
 
     def content(self, kind: ArtefactKind, ref: str) -> IO[bytes]:
         """The canonical file that `ref` names, open for reading; the caller closes it.

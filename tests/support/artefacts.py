@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from steer.artefacts.adapter_parts import Edits
+from steer.artefacts.affine import AffineMap, Channels
 from steer.artefacts.artefact import Artefact
 from steer.artefacts.calibration import Calibration, MeasuredDose
 from steer.artefacts.control_vector import ControlVector, LayerMeasure, LowRankAdapter
@@ -94,6 +96,33 @@ def random_adapter(seed: int, *layers: int, width: int = 16, rank: int = 3) -> L
     return LowRankAdapter.of(parts)
 
 
+def rectified_adapter(seed: int, *layers: int, width: int = 16, rank: int = 2) -> LowRankAdapter:
+    """Read and write rows as such, with thresholds; some rows are on for random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    return LowRankAdapter.of(
+        {n: Edits(draw(rank, width), draw(rank, width), draw(rank), draw(rank)) for n in layers}
+    )
+
+
+def random_map(seed: int, *layers: int, width: int = 16, **card: Any) -> AffineMap:
+    """Every other channel has bounds, between which about half of all values lie."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw() -> torch.Tensor:
+        return torch.randn(width, generator=generator)
+
+    channels = {}
+    for layer in layers:
+        bound = torch.full((width,), torch.inf)
+        bound[::2] = draw()[::2].abs()
+        channels[layer] = Channels(1.0 + draw() / 4, draw(), -bound, bound)
+    return AffineMap.of(channels, **card)
+
+
 def random_lens(seed: int, layers: int, width: int = 16) -> Lens:
     generator = torch.Generator().manual_seed(seed)
 
@@ -108,19 +137,25 @@ EXAMPLES: Mapping[ArtefactKind, Callable[[], Artefact]] = {
     "low_rank": lambda: random_adapter(2, 2, 3),
     "sae": lambda: random_sae("standard", seed=3, layer=2),
     "lens": lambda: random_lens(4, 6),
+    "affine": lambda: random_map(5, 2, 3),
 }
 """One artefact of each kind, for a model of 6 layers and width 16, such as the fake engine's."""
 
 
 def artefacts(width: int = 16, layers: int = 4) -> dict[str, Any]:
-    """Vectors `v0` … `v5` on every layer, an SAE of each architecture on layer 1, an adapter."""
+    """Vectors `v0` … `v5` on every layer, an SAE of each architecture on layer 1, an adapter of
+    each form and a map."""
     everywhere = range(layers)
     return {
         "vectors": {f"v{n}": random_vector(n, *everywhere, width=width) for n in range(6)},
         "saes": {
             name: random_sae(name, seed=50 + n, width=width) for n, name in enumerate(ARCHITECTURES)
         },
-        "low_ranks": {"lora": random_adapter(90, *everywhere, width=width)},
+        "low_ranks": {
+            "lora": random_adapter(90, *everywhere, width=width),
+            "rectified": rectified_adapter(91, *everywhere, width=width),
+        },
+        "maps": {"map": random_map(92, *everywhere, width=width)},
     }
 
 
@@ -159,8 +194,29 @@ def random_intervention(draw: random.Random, layers: int = 4) -> dict[str, Any]:
             "mode": draw.choice(["set", "at_least", "at_most", "scale"]),
         },
         "swap": {"remove": first, "add": second, "strength": strength / 4},
-        "low_rank": {"adapter": "lora"},
-        "rotate": {"vector": first, "toward": second, "degrees": 60 * strength},
+        "exchange": {
+            "vector": first,
+            "toward": second,
+            "mode": draw.choice(["move", "both", "one_way"]),
+            "strength": strength,
+        },
+        "read_write": {
+            "read": first,
+            "write": second,
+            "measure": draw.choice(["product", "projection", "cosine"]),
+            "bias": strength / 20,
+            "activation": draw.choice(["relu", "linear"]),
+            "strength": draw.choice([strength / 4, {"norm": strength / 4}]),
+        },
+        "low_rank": {"adapter": draw.choice(["lora", "rectified"])},
+        "affine": {"map": "map", "strength": strength / 2},
+        "rotate": {
+            "vector": first,
+            "toward": second,
+            "degrees": 60 * strength,
+            "mode": draw.choice(["by", "to"]),
+            "only": draw.choice([None, "positive"]),
+        },
         "patch": {"vector": first},
     }
     placed = {} if kind == "clamp" else {"layers": sorted(draw.sample(range(layers), 2))}

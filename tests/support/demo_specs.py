@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from artefacts import random_adapter, random_sae, random_vector
+from artefacts import random_adapter, random_map, random_sae, random_vector, rectified_adapter
 
 from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import GenerationRequest, SamplingParams
@@ -21,7 +21,11 @@ SAES = {
     name: random_sae(name, seed=40 + n, width=WIDTH, layer=2)
     for n, name in enumerate(("standard", "jumprelu", "topk"))
 }
-LOW_RANKS = {"reft": random_adapter(7, 1, 4, width=WIDTH)}
+LOW_RANKS = {
+    "reft": random_adapter(7, 1, 4, width=WIDTH),
+    "rectified": rectified_adapter(8, 2, 3, width=WIDTH),
+}
+MAPS = {"map": random_map(9, 1, 3, width=WIDTH)}
 
 
 def add(vector: str, **fields: Any) -> dict[str, Any]:
@@ -88,7 +92,24 @@ SPECS: dict[str, dict[str, Any] | None] = {
     ),
     "swap": one({"kind": "swap", "remove": "v0", "add": "v1", "strength": 0.2, "layers": [2, 3]}),
     "rotate": one({"kind": "rotate", "vector": "v0", "toward": "v3", "degrees": 60, "layers": [1]}),
+    "rotate to an angle": one(
+        {"kind": "rotate", "vector": "v1", "toward": "v2", "degrees": 30, "mode": "to"}
+        | {"only": "positive", "layers": [0, 4]}
+    ),
+    "exchange": one(
+        {"kind": "exchange", "vector": "v2", "toward": "v0", "mode": "one_way", "layers": [3]}
+    ),
+    "read and write": one(
+        {"kind": "read_write", "read": "v1", "write": "v3", "bias": 2.0, "strength": 0.05}
+        | {"layers": [1, 2]}
+    ),
+    "read a cosine": one(
+        {"kind": "read_write", "read": "v0", "write": "v2", "measure": "cosine"}
+        | {"threshold": 0.02, "strength": {"norm": 0.9}, "layers": [2, 4]}
+    ),
     "low rank": one({"kind": "low_rank", "adapter": "reft"}),
+    "low rank of a ReLU": one({"kind": "low_rank", "adapter": "rectified", "strength": 0.05}),
+    "channels": one({"kind": "affine", "map": "map", "strength": 0.3}),
     "patch": one(
         {"kind": "patch", "vector": "v1", "layers": [2], "where": {"positions": [[1, 2]]}}
     ),
@@ -105,12 +126,12 @@ SPECS: dict[str, dict[str, Any] | None] = {
 
 def register(registry: Registry) -> None:
     """Puts the artefacts that the specs name into a registry."""
-    for found in (VECTORS, SAES, LOW_RANKS):
+    for found in (VECTORS, SAES, LOW_RANKS, MAPS):
         for name, artefact in found.items():
             registry.add(name, artefact)
 
 
-LIBRARY = MemoryLibrary(VECTORS, SAES, LOW_RANKS)
+LIBRARY = MemoryLibrary(VECTORS, SAES, LOW_RANKS, maps=MAPS)
 
 
 def compiled(plans: PlanCache) -> dict[str, SteeringPlan | None]:

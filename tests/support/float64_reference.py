@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from steer.artefacts.adapter_parts import LoReFT
+from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.sae.base import SAE
 from steer.model import HookPoint
@@ -66,6 +68,7 @@ class Float64Reference:
     vectors: Mapping[str, ControlVector] = field(default_factory=dict)
     saes: Mapping[str, SAE] = field(default_factory=dict)
     low_ranks: Mapping[str, LowRankAdapter] = field(default_factory=dict)
+    maps: Mapping[str, AffineMap] = field(default_factory=dict)
     encode_text: Callable[[str, HookPoint], Tensor] | None = None
 
     def points(self, item: Any) -> list[HookPoint]:
@@ -182,8 +185,47 @@ class Float64Reference:
         return x + item.strength * np.linalg.norm(x) * change
 
     def _low_rank(self, item: Any, x: Array, layer: int) -> Array:
-        rotation, weight, bias = (f64(part) for part in self.low_ranks[item.adapter].parts[layer])
-        return x + rotation.T @ (weight @ x + bias - rotation @ x)
+        part = self.low_ranks[item.adapter].parts[layer]
+        strength = 1.0 if item.strength is None else item.strength
+        if isinstance(part, LoReFT):
+            rotation, weight, bias = (f64(one) for one in part)
+            return x + strength * rotation.T @ (weight @ x + bias - rotation @ x)
+        assert part.threshold is not None
+        before = f64(part.read) @ x + f64(part.bias)
+        active = np.where(before > f64(part.threshold), before, 0.0)
+        return x + strength * active @ f64(part.write)
+
+    def _exchange(self, item: Any, x: Array, layer: int) -> Array:
+        source, target = self.unit(item.vector, layer), self.unit(item.toward, layer)
+        if item.mode == "move":
+            return x + item.strength * (x @ source) * (target - source)
+        # c = V⁺x, x + α·V(σc − c), σ the exchange of the two (Jacobian lens).
+        both = np.stack([source, target], axis=1)
+        c = np.linalg.pinv(both) @ x
+        if item.mode == "one_way" and c[0] <= c[1]:
+            return x
+        return x + item.strength * both @ (c[::-1] - c)
+
+    def _read_write(self, item: Any, x: Array, layer: int) -> Array:
+        read = self.row(item.read, layer)
+        value = read @ x
+        if item.measure != "product":
+            value /= np.linalg.norm(read)
+        if item.measure == "cosine":
+            value /= np.linalg.norm(x)
+        value += item.bias
+        if item.activation == "relu" and value <= item.threshold:
+            value = 0.0
+        if isinstance(item.strength, float):
+            return x + item.strength * value * self.row(item.write, layer)
+        length = item.strength.norm * value * np.linalg.norm(x)
+        return x + length * self.unit(item.write, layer)
+
+    def _affine(self, item: Any, x: Array, layer: int) -> Array:
+        scale, shift, lower, upper = (f64(one) for one in self.maps[item.map].channels[layer])
+        share = 1.0 if item.strength is None else item.strength
+        inside = (lower <= x) & (x <= upper)
+        return np.where(inside, share * (scale * x + shift) + (1 - share) * x, x)
 
     def _rotate(self, item: Any, x: Array, layer: int) -> Array:
         a, b = self.unit(item.vector, layer), self.unit(item.toward, layer)
@@ -191,6 +233,10 @@ class Float64Reference:
         b = b / np.linalg.norm(b)
         angle = np.radians(item.degrees)
         along, across = a @ x, b @ x
+        if item.only == "positive" and along <= 0:
+            return x
+        if item.mode == "to":
+            angle -= np.arctan2(across, along)
         turned_along = along * np.cos(angle) - across * np.sin(angle)
         turned_across = along * np.sin(angle) + across * np.cos(angle)
         return x + (turned_along - along) * a + (turned_across - across) * b

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from artefacts import random_adapter, random_sae, random_vector
+from artefacts import random_adapter, random_map, random_sae, random_vector
 from hypothesis import strategies as st
 from safetensors.torch import save
 from tiny_models import LAYERS, VOCABULARY, WIDTH
 from together import submit_together
 
+from steer.artefacts.affine import AffineMap, Channels
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.library import MemoryLibrary
 from steer.artefacts.sae.base import SAE
@@ -65,7 +66,11 @@ ADAPTERS = {
     "reft": random_adapter(3, 0, 2, width=WIDTH),
     "wild": _scaled_adapter(random_adapter(4, 1, width=WIDTH), 1e30),
 }
-LIBRARY = MemoryLibrary(VECTORS, SAES, ADAPTERS)
+MAPS = {
+    "map": random_map(5, 0, 1, width=WIDTH),
+    "steep-map": AffineMap.of({2: Channels(1e30 * ALTERNATING, 1e15 * ALTERNATING)}),
+}
+LIBRARY = MemoryLibrary(VECTORS, SAES, ADAPTERS, maps=MAPS)
 
 
 def inline(row: torch.Tensor, layer: int = 0) -> dict[str, Any]:
@@ -158,8 +163,27 @@ _OWN_FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "strength": numbers,
     },
     "swap": {"remove": vectors, "add": vectors, "strength": numbers},
+    "exchange": {
+        "vector": vectors,
+        "toward": vectors,
+        "mode": st.sampled_from(["move", "both", "one_way"]),
+        "strength": numbers,
+    },
+    "read_write": {
+        "read": vectors,
+        "write": vectors,
+        "measure": st.sampled_from(["product", "projection", "cosine"]),
+        "bias": numbers,
+        "strength": numbers | st.fixed_dictionaries({"norm": numbers}),
+    },
     "low_rank": {"adapter": st.sampled_from(list(ADAPTERS))},
-    "rotate": {"vector": vectors, "toward": vectors, "degrees": numbers},
+    "affine": {"map": st.sampled_from(list(MAPS)), "strength": numbers},
+    "rotate": {
+        "vector": vectors,
+        "toward": vectors,
+        "degrees": numbers,
+        "mode": st.sampled_from(["by", "to"]),
+    },
     "patch": {"vector": vectors},
 }
 assert set(_OWN_FIELDS) == set(KINDS), "a kind is not drawn"

@@ -42,8 +42,58 @@ KINDS: dict[str, dict[str, Any]] = {
     "project to a class mean": {"kind": "project", "vector": "v2", "value": "positive"},
     "swap": {"kind": "swap", "remove": "v3", "add": "v4", "strength": 0.5},
     "low_rank": {"kind": "low_rank", "adapter": "lora"},
+    "low_rank of a ReLU": {"kind": "low_rank", "adapter": "rectified", "strength": 0.7},
+    "affine": {"kind": "affine", "map": "map", "strength": 0.6},
     "rotate": {"kind": "rotate", "vector": "v4", "toward": "v5", "degrees": 130.0},
+    "rotate on one side": {
+        "kind": "rotate",
+        "vector": "v4",
+        "toward": "v5",
+        "degrees": 130.0,
+        "only": "positive",
+    },
+    "rotate to an angle": {
+        "kind": "rotate",
+        "vector": "v4",
+        "toward": "v5",
+        "degrees": 50.0,
+        "mode": "to",
+    },
+    "rotate to an angle on one side": {
+        "kind": "rotate",
+        "vector": "v1",
+        "toward": "v3",
+        "degrees": 0.0,
+        "mode": "to",
+        "only": "positive",
+    },
     "patch": {"kind": "patch", "vector": "v5"},
+}
+for _mode in ("move", "both", "one_way"):
+    KINDS[f"exchange {_mode}"] = {
+        "kind": "exchange",
+        "vector": "v0",
+        "toward": "v5",
+        "mode": _mode,
+        "strength": 0.8,
+    }
+for _measure in ("product", "projection", "cosine"):
+    KINDS[f"read_write {_measure}"] = {
+        "kind": "read_write",
+        "read": "v1",
+        "write": "v4",
+        "measure": _measure,
+        "bias": 0.1,
+        "strength": 1.3,
+    }
+KINDS["read_write in the state's norm"] = {
+    **KINDS["read_write cosine"],
+    "threshold": 0.25,
+    "strength": {"norm": -0.8},
+}
+KINDS["read_write without a threshold"] = {
+    **KINDS["read_write product"],
+    "activation": "linear",
 }
 for _architecture in ("standard", "jumprelu", "topk"):
     for _mode in ("set", "at_least", "at_most", "scale"):
@@ -355,6 +405,16 @@ NOTHING: dict[str, dict[str, Any]] = {
     "add of a norm": {"kind": "add", "vector": "v0", "strength": {"norm": 0.0}},
     "ablate": {"kind": "ablate", "vector": "v0", "strength": -0.0},
     "swap": {"kind": "swap", "remove": "v0", "add": "v1", "strength": 0},
+    "exchange": {"kind": "exchange", "vector": "v0", "toward": "v1", "strength": 0},
+    "read_write": {"kind": "read_write", "read": "v0", "write": "v1", "strength": 0},
+    "read_write of a norm": {
+        "kind": "read_write",
+        "read": "v0",
+        "write": "v1",
+        "strength": {"norm": -0.0},
+    },
+    "low_rank": {"kind": "low_rank", "adapter": "rectified", "strength": 0},
+    "affine": {"kind": "affine", "map": "map", "strength": 0},
     "rotate": {"kind": "rotate", "vector": "v0", "toward": "v1", "degrees": 0},
     "clamp": {"kind": "clamp", "sae": "standard", "features": [1, 2], "value": 1, "mode": "scale"},
     "concept": {"kind": "concept", "sae": "standard", "text": "rain", "strength": 0},
@@ -371,7 +431,7 @@ def test_zero_strength_compiles_to_nothing(kind: str, norm: str | None) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("needs", [Needs(), Needs(False, False, False)])
+@pytest.mark.parametrize("needs", [Needs(), Needs(*[False] * len(Needs._fields))])
 def test_slot_0_changes_no_bit(dtype: torch.dtype, needs: Needs) -> None:
     tables = Tables(shape_of(), slots=len(KINDS))
     for name in KINDS:

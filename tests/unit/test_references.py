@@ -33,6 +33,9 @@ FIELDS = {
     "toward": "vector",
     "sae": "sae",
     "adapter": "low_rank",
+    "read": "vector",
+    "write": "vector",
+    "map": "affine",
 }
 
 
@@ -54,7 +57,7 @@ def specs(draw: st.DrawFn) -> dict[str, Any]:
     """Random specs, some of whose vectors come with them, and with gates."""
     spec = random_spec(random.Random(draw(st.integers(0, 1 << 32))), longest=8)
     for item in spec["interventions"]:
-        for field in ("vector", "remove", "add", "toward"):
+        for field in ("vector", "remove", "add", "toward", "read", "write"):
             if field in item and draw(st.booleans()):
                 item[field] = INLINE
     for one in [spec, *spec["interventions"]]:

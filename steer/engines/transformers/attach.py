@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.library import MemoryLibrary
 from steer.artefacts.sae.base import SAE
@@ -58,6 +59,7 @@ def attach(
     vectors: Mapping[str, ControlVector] | None = None,
     saes: Mapping[str, SAE] | None = None,
     low_ranks: Mapping[str, LowRankAdapter] | None = None,
+    maps: Mapping[str, AffineMap] | None = None,
     tokenizer: Any = None,
 ) -> Iterator[Attachment]:
     """Steers every forward pass of `model` inside the `with` block, then unhooks it.
@@ -76,7 +78,8 @@ def attach(
     with torch.compiler.set_stance("force_eager"):
         model = wrapped_model(model)
         hooked = HookedModel(model, _hook_map(model))
-        plan = _plans(hooked, vectors, saes, low_ranks, tokenizer).plan(parse_spec(spec))
+        library = MemoryLibrary(vectors or {}, saes or {}, low_ranks or {}, maps=maps or {})
+        plan = _plans(hooked, library, tokenizer).plan(parse_spec(spec))
         batch = AttachedBatch(hooked, plan)
         block = hooked.map.targets[HookPoint(0, "resid_post")].module
         watch = PassWatch(
@@ -105,15 +108,9 @@ def _hook_map(model: nn.Module) -> HookMap:
     return known[1]
 
 
-def _plans(
-    hooked: HookedModel,
-    vectors: Mapping[str, ControlVector] | None,
-    saes: Mapping[str, SAE] | None,
-    low_ranks: Mapping[str, LowRankAdapter] | None,
-    tokenizer: Any,
-) -> PlanCache:
+def _plans(hooked: HookedModel, library: MemoryLibrary, tokenizer: Any) -> PlanCache:
     return PlanCache(
-        MemoryLibrary(vectors or {}, saes or {}, low_ranks or {}),
+        library,
         hooked.info,
         Capabilities("transformers", KINDS, hooked.info.sites),
         tokenize=_tokenize(tokenizer),

@@ -20,7 +20,7 @@ from steer.errors import NotFinite, SteerError
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
-from steer.spec import parse_spec
+from steer.spec import KINDS, parse_spec
 
 Plans = dict[str, SteeringPlan | None]
 
@@ -160,10 +160,5 @@ def _outcomes(
 
 def test_engines_say_what_they_can_do(engine: Engine) -> None:
     assert engine.capabilities.engine == "vllm"
-    assert set(engine.capabilities.kinds) == {"add", "ablate", "project", "clamp", "concept"} | {
-        "swap",
-        "low_rank",
-        "rotate",
-        "patch",
-    }
+    assert set(engine.capabilities.kinds) == set(KINDS)
     assert engine.info.n_layers == demo_specs.LAYERS

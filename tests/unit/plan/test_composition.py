@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from artefacts import random_sae
+from artefacts import random_map, random_sae
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -193,8 +193,11 @@ OTHER: dict[str, dict[str, Any]] = {
     "project": {"kind": "project", "vector": "b", "value": 1.0},
     "swap": {"kind": "swap", "remove": "b", "add": "a"},
     "rotate": {"kind": "rotate", "vector": "b", "toward": "a", "degrees": 20},
+    "exchange": {"kind": "exchange", "vector": "b", "toward": "a"},
+    "read_write": {"kind": "read_write", "read": "b", "write": "a"},
     "patch": {"kind": "patch", "vector": "b"},
     "low_rank": {"kind": "low_rank", "adapter": "reft"},
+    "affine": {"kind": "affine", "map": "map"},
     "clamp": {"kind": "clamp", "sae": "sae", "features": [0], "value": 1.0},
     "concept": {"kind": "concept", "sae": "sae", "text": "sea"},
 }
@@ -205,7 +208,10 @@ def compiled(*interventions: dict[str, Any]) -> SteeringPlan:
     vectors = {"a": vector("a", draw(D)), "b": vector("b", draw(D, seed=2))}
     reft = LowRankAdapter.of({1: (torch.eye(2, D), draw(2, D), torch.zeros(2))})
     library = MemoryLibrary(
-        vectors, {"sae": random_sae("standard", width=D, layer=1)}, {"reft": reft}
+        vectors,
+        {"sae": random_sae("standard", width=D, layer=1)},
+        {"reft": reft},
+        maps={"map": random_map(3, 1, width=D)},
     )
     sources = Sources(library, fake_model(d_model=D), encode_text=lambda text, point: draw(2, D))
     spec = {"interventions": list(interventions), "compose": "orthogonal"}

@@ -21,6 +21,8 @@ from artefacts import EVERYTHING, calibration, shape_of
 from demo_specs import LAYERS, SPECS, WIDTH, add, one
 from torch import Tensor
 
+from steer.artefacts.adapter_parts import Edits
+from steer.artefacts.affine import AffineMap, Channels
 from steer.artefacts.control_vector import ControlVector, LayerMeasure, LowRankAdapter
 from steer.artefacts.library import MemoryLibrary
 from steer.artefacts.sae.base import SAE
@@ -74,6 +76,16 @@ def adapter() -> LowRankAdapter:
     return LowRankAdapter.of(parts, default_where=Where(positions=((1, None),)))
 
 
+def rectified() -> LowRankAdapter:
+    part = Edits(pattern(2, WIDTH), pattern(2, WIDTH), pattern(2), torch.zeros(2))
+    return LowRankAdapter.of({2: part})
+
+
+def channels() -> AffineMap:
+    row = pattern(WIDTH)
+    return AffineMap.of({n: Channels(row, row, row - 1, row + 1) for n in (1, 3)})
+
+
 def calibrated() -> ControlVector:
     last = Where(phases=("prompt",), positions=((-1, None),))
     found = vector("calibrated", default_layers=(1,), default_where=last)
@@ -92,7 +104,8 @@ LIBRARY = MemoryLibrary(
         "calibrated": calibrated(),
     },
     {**{name: sae(name) for name in ("standard", "jumprelu", "topk")}, "resid-3": sae("topk")},
-    {"reft": adapter()},
+    {"reft": adapter(), "rectified": rectified()},
+    maps={"map": channels()},
 )
 INLINE = {"data": base64.b64encode(vector("").to_bytes()).decode(), "layer": 1}
 MORE: dict[str, dict[str, Any]] = {

@@ -286,6 +286,26 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "unknown_low_rank",
         "/interventions/0/adapter",
     ),
+    "unknown map": (
+        {"kind": "affine", "map": "nobody"},
+        "unknown_affine",
+        "/interventions/0/map",
+    ),
+    "a layer that a map has not": (
+        {"kind": "affine", "map": "map", "layers": [1], "site": "mlp_act"},
+        "wrong_width",
+        "/interventions/0/map",
+    ),
+    "nothing to exchange": (
+        {"kind": "exchange", "vector": "v0", "toward": "v0", "layers": [1]},
+        "no_plane",
+        "/interventions/0/toward",
+    ),
+    "read and written at different layers": (
+        {"kind": "read_write", "read": "v0", "write": "short", "layers": [3]},
+        "layer_not_in_vector",
+        "/interventions/0/layers",
+    ),
     "parallel directions": (
         {"kind": "rotate", "vector": "v0", "toward": "v0", "degrees": 9, "layers": [1]},
         "no_plane",

@@ -13,11 +13,13 @@ from artefacts import (
     artefacts,
     calibration,
     random_adapter,
+    random_map,
     random_sae,
     random_vector,
     shape_of,
 )
 
+from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.lens import Lens
 from steer.artefacts.library import MemoryLibrary
@@ -54,6 +56,9 @@ class Restless:
     def low_rank(self, ref: str) -> LowRankAdapter:
         return random_adapter(self._count(ref), 1)
 
+    def affine(self, ref: str) -> AffineMap:
+        return random_map(self._count(ref), 1)
+
     def lens(self, ref: str) -> Lens:
         raise UnknownArtefact(ref)
 
@@ -71,6 +76,9 @@ EVERY_WAY = {
         {"kind": "rotate", "vector": "b", "toward": "a", "degrees": 9, "layers": [1]},
         {"kind": "clamp", "sae": "s", "features": [1], "value": 1.0},
         {"kind": "low_rank", "adapter": "lora", "layers": [1]},
+        {"kind": "affine", "map": "calm", "layers": [1]},
+        {"kind": "read_write", "read": "b", "write": "a", "layers": [1]},
+        {"kind": "exchange", "vector": "a", "toward": "b", "layers": [1]},
         {**ADD, "when": {"vector": "a", "below": 0.5, "layer": 0}},
     ],
     "when": {"vector": "gate", "above": 0.1, "layer": 0},
@@ -80,7 +88,7 @@ EVERY_WAY = {
 def test_a_name_is_looked_up_once_and_means_one_thing_in_one_plan() -> None:
     library = Restless()
     plan = PlanCache(library, shape_of(), EVERYTHING).plan(parse_spec(EVERY_WAY))
-    assert library.asked == dict.fromkeys(("a", "b", "s", "lora", "gate"), 1)
+    assert library.asked == dict.fromkeys(("a", "b", "s", "lora", "calm", "gate"), 1)
     assert version("a", 1).sha256 in plan.artefacts
     assert version("a", 2).sha256 not in plan.artefacts
     composed = {"interventions": [ADD, {**ADD, "vector": "b"}], "compose": "orthogonal"}

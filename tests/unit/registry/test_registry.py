@@ -214,6 +214,7 @@ def test_profiles(registry: Registry) -> None:
         {"interventions": [{"kind": "add", "vector": "v"}]},
         {"interventions": [{"kind": "swap", "remove": "w", "add": "v"}]},
         {"interventions": [{"kind": "rotate", "vector": "w", "toward": "v", "degrees": 9.0}]},
+        {"interventions": [{"kind": "read_write", "read": "w", "write": "v"}]},
         {"interventions": [{"kind": "add", "vector": "w"}], "when": {"vector": "v", "above": 0.1}},
         {
             "interventions": [

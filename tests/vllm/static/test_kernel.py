@@ -30,7 +30,7 @@ from steer.batch.ledger import PositionLedger
 from steer.batch.requests import Span, SteeredRequest
 from steer.batch.step import build_step
 from steer.batch.tables import Tables
-from steer.edits import Block
+from steer.edits import LAW_FIELDS, LOWER, TO_NORM, TO_PLANE, UPPER, Block, Law
 from steer.engines.vllm.static import form as static_form
 from steer.engines.vllm.static import kernel
 from steer.engines.vllm.static.form import StaticForm, set_form
@@ -389,7 +389,28 @@ KINDS: dict[str, dict[str, Any]] = {
         "kind": "clamp", "sae": "jumprelu", "features": [2, 3, 4], "value": 3.0, "mode": "scale",
     },
     "swap": {"kind": "swap", "remove": "v3", "add": "v4", "strength": 0.4, "layers": [1]},
+    "exchange": {
+        "kind": "exchange", "vector": "v0", "toward": "v2", "mode": "one_way", "layers": [1],
+    },
+    "read_write": {
+        "kind": "read_write", "read": "v4", "write": "v0", "bias": 0.3, "strength": 0.2,
+        "layers": [1],
+    },
+    "read_write-cosine": {
+        "kind": "read_write", "read": "v4", "write": "v0", "measure": "cosine", "threshold": 0.05,
+        "strength": {"norm": -1.2}, "layers": [1],
+    },
     "low_rank": {"kind": "low_rank", "adapter": "lora", "layers": [1]},
+    "low_rank-relu": {"kind": "low_rank", "adapter": "rectified", "layers": [1]},
+    "affine": {"kind": "affine", "map": "map", "strength": 0.7, "layers": [1]},
+    "rotate-to": {
+        "kind": "rotate", "vector": "v1", "toward": "v5", "degrees": 70.0, "mode": "to",
+        "layers": [1],
+    },
+    "rotate-side": {
+        "kind": "rotate", "vector": "v5", "toward": "v2", "degrees": 20.0, "mode": "to",
+        "only": "positive", "layers": [1],
+    },
     "rotate": {"kind": "rotate", "vector": "v1", "toward": "v5", "degrees": 70.0, "layers": [1]},
     "patch": {"kind": "patch", "vector": "v3", "layers": [1]},
 }  # fmt: skip
@@ -419,15 +440,17 @@ def test_every_kind_is_what_its_paper_says(name: str, norm: str | None) -> None:
 def test_rows_of_any_width(width: int) -> None:
     model = replace(shape_of(width, 1), sites=("resid_post",))
     point = HookPoint(0)
-    read, write, shift = torch.randn(3, width, generator=_generator) / width**0.5
-    laws = torch.tensor([[0.1, -0.2, 0.3, 0.4, -1.0, 1.0, 1.0]])
-    block = Block(shift, read[None], write[None], laws, preserve_norm=True)
+    rows = torch.randn(10, width, generator=_generator) / width**0.5
+    read, write, channels = rows[:2], rows[2:4], rows[4:8]
+    channels[LOWER], channels[UPPER] = -channels[UPPER].abs() - 0.5, torch.inf
+    laws = torch.tensor([Law(0.1, -0.2, 0.3, 0.4, -1.0, 1.0, TO_NORM, 1.0), Law(relative=TO_PLANE)])
+    block = Block(rows[8], read, write, laws, channels, side=rows[9], preserve_norm=True)
     plan = replace(
         plan_of(KINDS["ablate"]), rules=(Rule(EVERYWHERE, None, {point: block}),), fingerprint="w"
     )
     ledger = PositionLedger(1, 4, torch.device("cpu"))
     form = StaticForm(
-        model, [2], max_requests=1, batch_tokens=4, edit_rows=1, device=torch.device("cpu")
+        model, [2], max_requests=1, batch_tokens=4, edit_rows=4, device=torch.device("cpu")
     )
     form.bind(lambda: ledger)
     request = SteeredRequest(0, 2, plan, form.tables.acquire(plan))
@@ -717,7 +740,7 @@ def test_a_tap_that_was_not_reached_is_a_fault() -> None:
 def edits(count: int, name: str, *, gate: Any = None) -> SteeringPlan:
     """A plan of `count` rank-1 edits."""
     rows = torch.randn(count, WIDTH, generator=_generator)
-    block = Block(read=rows, write=rows, laws=torch.zeros(count, 7))
+    block = Block(read=rows, write=rows, laws=torch.zeros(count, LAW_FIELDS))
     made = plan_of(KINDS["ablate"])
     return replace(made, fingerprint=name, rules=(Rule(EVERYWHERE, gate, {HookPoint(0): block}),))
 

@@ -43,9 +43,13 @@ _FLAGS = tl.constexpr(static_rows.FLAGS)
 _REPLACES = tl.constexpr(static_rows.REPLACES)
 _PRESERVES = tl.constexpr(static_rows.PRESERVES)
 _NEEDS_NORM = tl.constexpr(static_rows.NEEDS_NORM)
+_NEEDS_PLANE = tl.constexpr(static_rows.NEEDS_PLANE)
+_CHANNELS = tl.constexpr(static_rows.CHANNELS)
+_SIDE = tl.constexpr(static_rows.SIDE)
 _GATE_FIELDS = tl.constexpr(static_rows.GATE_FIELDS)
 _ABOVE = tl.constexpr(static_rows.ABOVE)
 _BELOW = tl.constexpr(static_rows.BELOW)
+_READS_COSINE = tl.constexpr(edits.COSINE)
 _COSINE = tl.constexpr(static_rows.COSINE)
 _TOKEN_FIELDS = tl.constexpr(static_tables.TOKEN_FIELDS)
 _SLOT = tl.constexpr(static_tables.SLOT)
@@ -63,6 +67,8 @@ _SLOPE = tl.constexpr(edits.SLOPE)
 _FLOOR = tl.constexpr(edits.FLOOR)
 _CEILING = tl.constexpr(edits.CEILING)
 _RELATIVE = tl.constexpr(edits.RELATIVE)
+_TO_NORM = tl.constexpr(edits.TO_NORM)
+_TO_PLANE = tl.constexpr(edits.TO_PLANE)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 _FLOATS_PER_THREAD = 16
@@ -84,15 +90,43 @@ def _length(x):
 
 
 @triton.jit
-def _coefficient(product, laws, row, norm):
+def _coefficient(product, laws, row, norm, length):
     """`steer.edits.coefficients` of one edit."""
     law = laws + row * _LAW_STRIDE
-    value = product + tl.load(law + _BIAS)
+    value = product
+    if tl.load(law + _READS_COSINE) > 0:
+        value = value / tl.maximum(norm, _TINY)
+    value += tl.load(law + _BIAS)
     value = tl.where(value > tl.load(law + _THRESHOLD), value, 0.0)
     c = tl.load(law + _INTERCEPT) + tl.load(law + _SLOPE) * value
     c = tl.maximum(c, tl.load(law + _FLOOR), propagate_nan=tl.PropagateNan.ALL)
     c = tl.minimum(c, tl.load(law + _CEILING), propagate_nan=tl.PropagateNan.ALL)
-    return tl.where(tl.load(law + _RELATIVE) > 0, c * norm, c)
+    relative = tl.load(law + _RELATIVE)
+    c = tl.where(relative == _TO_NORM, c * norm, c)
+    return tl.where(relative == _TO_PLANE, c * length, c)
+
+
+@triton.jit
+def _length_in_plane(x, block, read, laws, following, width, BLOCK: tl.constexpr):
+    """The length of `x` in the plane that the edits of a block read (`squares_in_plane`)."""
+    squares = tl.full((), 0.0, tl.float32)
+    row = tl.load(block + _FIRST)
+    for _ in range(tl.load(block + _COUNT)):
+        if tl.load(laws + row * _LAW_STRIDE + _RELATIVE) != _TO_PLANE:
+            product = tl.sum(_row(read, row, width, width, BLOCK) * x, axis=0)
+            squares += product * product
+        row = tl.load(following + row)
+    return tl.sqrt_rn(squares)
+
+
+@triton.jit
+def _channel_changes(x, row, read, write, following, width, BLOCK: tl.constexpr):
+    """`steer.edits.channel_changes` by the channels that begin in `row`."""
+    change = _row(write, row, width, width, BLOCK) + _row(read, row, width, width, BLOCK) * x
+    bounds = tl.load(following + row)
+    outside = x < _row(read, bounds, width, width, BLOCK)
+    outside |= x > _row(write, bounds, width, width, BLOCK)
+    return tl.where(outside, -0.0, change)
 
 
 @triton.jit
@@ -102,24 +136,35 @@ def _after_block(
     """The row after one block, all of whose edits see `before`."""
     flags = tl.load(block + _FLAGS)
     norm = tl.full((), 0.0, tl.float32)
+    length = tl.full((), 0.0, tl.float32)
     if (flags & _NEEDS_NORM) != 0:
         norm = _length(before)
+    if (flags & _NEEDS_PLANE) != 0:
+        length = _length_in_plane(before, block, read, laws, following, width, BLOCK)
     after = before
     if (flags & _REPLACES) != 0:
         after = tl.zeros_like(before)
     constant = tl.load(block + _CONSTANT)
     if constant != 0:
         after += _row(constants, constant, width, width, BLOCK)
+    channels = tl.load(block + _CHANNELS)
+    if channels != 0:
+        after += _channel_changes(before, channels, read, write, following, width, BLOCK)
     row = tl.load(block + _FIRST)
     for _ in range(tl.load(block + _COUNT)):
         product = tl.full((), 0.0, tl.float32)
         if tl.load(laws + row * _LAW_STRIDE + _SLOPE) != 0.0:
             product = tl.sum(_row(read, row, width, width, BLOCK) * before, axis=0)
-        after += _coefficient(product, laws, row, norm) * _row(write, row, width, width, BLOCK)
+        c = _coefficient(product, laws, row, norm, length)
+        after += c * _row(write, row, width, width, BLOCK)
         row = tl.load(following + row)
     if (flags & _PRESERVES) != 0:
         factor = norm / tl.maximum(_length(after), _TINY)
         after = after * tl.where(factor == float("inf"), 0.0, factor)
+    side = tl.load(block + _SIDE)
+    if side != 0:
+        beyond = tl.sum(_row(constants, side, width, width, BLOCK) * before, axis=0) > 0.0
+        after = tl.where(beyond, after, before)
     return after
 
 

@@ -12,26 +12,29 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from steer.edits import LAW_FIELDS, RELATIVE, Block
+from steer.edits import GAIN, LAW_FIELDS, LOWER, OFFSET, UPPER, Block
 from steer.engines.vllm.taps.shifts import only_shifts
-from steer.plan.file import edit_rows
 from steer.plan.plan import Gate, SteeringPlan
 
 # Fields of a block's record, and the bits of its flags.
-FIRST, COUNT, CONSTANT, FLAGS = range(4)
-BLOCK_FIELDS = 4
-REPLACES, PRESERVES, NEEDS_NORM = 1, 2, 4
+FIRST, COUNT, CONSTANT, FLAGS, CHANNELS, SIDE = range(6)
+BLOCK_FIELDS = 8
+REPLACES, PRESERVES, NEEDS_NORM, NEEDS_PLANE = 1, 2, 4, 8
+CHANNEL_EDITS = 2
+"""A block's `channels` lie in the rows of two edits, the second following the first: gain and
+offset where others read and write, then the lower and the upper bounds."""
 
 # Fields of a gate.
 ABOVE, BELOW, COSINE = range(3)
 GATE_FIELDS = 4
-LAW_STRIDE = LAW_FIELDS + 1
-"""Laws and gates are padded to a power of two, so that their rows are aligned."""
+LAW_STRIDE = LAW_FIELDS
+"""Laws, gates and records have a power of two of fields, so that their rows are aligned."""
 
 
 class Rows(NamedTuple):
-    """Rows of one width: rank-1 edits, and constants (shifts, replacements, gates' directions)."""
+    """Rows of one width: edits, and constants (shifts, replacements, sides, gates' directions)."""
 
     edits: int = 0
     constants: int = 0
@@ -43,15 +46,22 @@ class Rows(NamedTuple):
         return self.edits <= other.edits and self.constants <= other.constants
 
 
+def rows_of(block: Block) -> Rows:
+    """The rows that `block` takes."""
+    edits = block.n_edits + CHANNEL_EDITS * (block.channels is not None)
+    return Rows(edits, (block.shift is not None) + (block.side is not None))
+
+
 def rows_needed(plan: SteeringPlan) -> int:
     """The part of the row budget that `plan` takes: its edits or its constants, if those are more.
 
     With as many constant rows as edit rows, plans whose sum is within the budget always fit.
     """
-    blocks = [block for one in plan.rules for block in one.blocks.values()]
-    gates = sum(one.gate is not None for one in plan.rules)
-    constants = gates + sum(block.shift is not None for block in blocks)
-    return max(edit_rows(plan), constants)
+    total = Rows(0, sum(one.gate is not None for one in plan.rules))
+    for one in plan.rules:
+        for block in one.blocks.values():
+            total = total.plus(rows_of(block))
+    return max(total)
 
 
 class Bank:
@@ -80,28 +90,27 @@ class Bank:
     def write_block(self, block: Block, taken: Taken) -> NDArray[np.int32]:
         """Puts `block` into free rows, which are added to `taken`; its record `[4]`."""
         record = np.zeros(BLOCK_FIELDS, dtype=np.int32)
-        flags = REPLACES * block.replace | PRESERVES * block.preserve_norm
-        needs_norm = block.preserve_norm
-        if block.shift is not None:
-            record[CONSTANT] = row = self._take_constant(taken)
-            self.constants[row] = block.shift.to(self.constants)
+        for place, constant in ((CONSTANT, block.shift), (SIDE, block.side)):
+            if constant is not None:
+                record[place] = self._write_constant(constant, taken)
+        if block.channels is not None:
+            read, write = block.channels[[GAIN, LOWER]], block.channels[[OFFSET, UPPER]]
+            record[CHANNELS] = self._write_edits(read, write, taken)[0]
         if block.read is not None and block.write is not None and block.laws is not None:
-            rows = [self._free_edits.pop() for _ in range(block.n_edits)]
-            taken.edits += rows
-            index = torch.tensor(rows, device=self.read.device)
-            self.read[index] = block.read.to(self.read)
-            self.write[index] = block.write.to(self.write)
-            self.laws[index, :LAW_FIELDS] = block.laws.to(self.laws)
-            self.following[index] = torch.tensor([*rows[1:], 0], dtype=torch.int32).to(index.device)
+            rows = self._write_edits(block.read, block.write, taken)
+            self.laws[rows] = block.laws.to(self.laws)
             record[FIRST], record[COUNT] = rows[0], len(rows)
-            needs_norm |= bool((block.laws[:, RELATIVE] > 0).any())
-        record[FLAGS] = flags | NEEDS_NORM * needs_norm
+        record[FLAGS] = (
+            REPLACES * block.replace
+            | PRESERVES * block.preserve_norm
+            | NEEDS_NORM * (block.preserve_norm or block.traits.measures)
+            | NEEDS_PLANE * block.traits.planar
+        )
         return record
 
     def write_gate(self, gate: Gate, taken: Taken) -> int:
         """Puts `gate` into a free constant row, which is added to `taken`."""
-        row = self._take_constant(taken)
-        self.constants[row] = gate.direction.to(self.constants)
+        row = self._write_constant(gate.direction, taken)
         law = torch.tensor([gate.above, gate.below, float(gate.cosine), 0.0])
         self.gates[row] = law.to(self.gates)
         return row
@@ -110,9 +119,20 @@ class Bank:
         self._free_edits += reversed(taken.edits)
         self._free_constants += reversed(taken.constants)
 
-    def _take_constant(self, taken: Taken) -> int:
-        taken.constants.append(self._free_constants.pop())
-        return taken.constants[-1]
+    def _write_constant(self, constant: Tensor, taken: Taken) -> int:
+        row = self._free_constants.pop()
+        taken.constants.append(row)
+        self.constants[row] = constant.to(self.constants)
+        return row
+
+    def _write_edits(self, read: Tensor, write: Tensor, taken: Taken) -> list[int]:
+        """Puts `read` and `write` into free rows, each of which knows the one that follows it."""
+        rows = [self._free_edits.pop() for _ in range(len(read))]
+        taken.edits += rows
+        self.read[rows] = read.to(self.read)
+        self.write[rows] = write.to(self.write)
+        self.following[rows] = torch.tensor([*rows[1:], 0], dtype=torch.int32).to(self.read.device)
+        return rows
 
 
 @dataclass

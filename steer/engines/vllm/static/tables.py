@@ -21,7 +21,7 @@ import torch
 
 from steer.batch.slots import Holding, SlotTables
 from steer.batch.tables import MAX_RULES
-from steer.engines.vllm.static.rows import BLOCK_FIELDS, Bank, Rows, Taken
+from steer.engines.vllm.static.rows import BLOCK_FIELDS, Bank, Rows, Taken, rows_of
 from steer.errors import CapacityError, TooLarge, Unsupported
 from steer.model import HookPoint, ModelInfo
 from steer.plan.plan import SteeringPlan, check_rules
@@ -135,7 +135,7 @@ class StaticTables(SlotTables[_StaticHolding]):
 
         for one in plan.rules:
             for point, block in one.blocks.items():
-                add(point, Rows(block.n_edits, int(block.shift is not None)))
+                add(point, rows_of(block))
             if one.gate is not None:
                 add(one.gate.point, Rows(0, 1))
         return found
