@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from steer.fit.methods.dictionaries.nmf import fit_nmf
     from steer.fit.methods.dictionaries.snmf import fit_snmf
     from steer.fit.methods.fitting import fit
+    from steer.fit.methods.linear.act import fit_act
     from steer.fit.methods.linear.alphasteer import fit_alphasteer
+    from steer.fit.methods.linear.angular import fit_angular
+    from steer.fit.methods.linear.conceptor import fit_conceptor
+    from steer.fit.methods.linear.psr import fit_psr
     from steer.fit.methods.lrc import fit_lrc
     from steer.fit.methods.one_vs_rest import fit_labels
     from steer.fit.methods.trained.low_rank import fit_low_rank
@@ -36,12 +40,16 @@ __all__ = [
     "RelationTable",
     "Template",
     "fit",
+    "fit_act",
     "fit_alphasteer",
+    "fit_angular",
+    "fit_conceptor",
     "fit_labels",
     "fit_low_rank",
     "fit_lrc",
     "fit_nmf",
     "fit_prosv",
+    "fit_psr",
     "fit_reps",
     "fit_snmf",
     "fit_two_prompts",
@@ -72,6 +80,10 @@ _HOMES = {
     "Template": "steer.fit.data.relations",
     "read_relations": "steer.fit.data.relations",
     "fit": "steer.fit.methods.fitting",
+    "fit_act": "steer.fit.methods.linear.act",
+    "fit_angular": "steer.fit.methods.linear.angular",
+    "fit_conceptor": "steer.fit.methods.linear.conceptor",
+    "fit_psr": "steer.fit.methods.linear.psr",
     "fit_alphasteer": "steer.fit.methods.linear.alphasteer",
     "fit_low_rank": "steer.fit.methods.trained.low_rank",
     "fit_lrc": "steer.fit.methods.lrc",

@@ -15,7 +15,7 @@ from steer.errors import SteerError
 from steer.spec import check_name
 
 if TYPE_CHECKING:
-    from steer.artefacts.control_vector import ControlVector, LowRankAdapter
+    from steer.fit.requests.request import Artefact
 
 OutputOption = Annotated[
     Path | None,
@@ -35,7 +35,7 @@ PlainOption = Annotated[
 
 
 def keep(
-    found: Mapping[str, ControlVector | LowRankAdapter],
+    found: Mapping[str, Artefact],
     output: Path | None,
     register: bool,
     registry: str | None,

@@ -24,12 +24,13 @@ from steer.fit.requests.inline import DataForm
 from steer.spec import exactly_one
 
 if TYPE_CHECKING:
+    from steer.artefacts.affine import AffineMap
     from steer.artefacts.control_vector import ControlVector, LowRankAdapter
     from steer.engines.base import Engine
     from steer.model import HookPoint
     from steer.registry.registry import Registry
 
-Artefact: TypeAlias = "ControlVector | LowRankAdapter"
+Artefact: TypeAlias = "ControlVector | LowRankAdapter | AffineMap"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from steer.fit.requests.dictionaries import NmfRequest, SnmfRequest
 from steer.fit.requests.labels import LabelsRequest
+from steer.fit.requests.linear.act import ActRequest
 from steer.fit.requests.linear.alphasteer import AlphaSteerRequest
+from steer.fit.requests.linear.angular import AngularRequest
+from steer.fit.requests.linear.conceptor import ConceptorRequest
+from steer.fit.requests.linear.psr import PsrRequest
 from steer.fit.requests.lrc import LrcRequest
 from steer.fit.requests.pairs import PairsRequest
 from steer.fit.requests.request import FitRequest
@@ -26,4 +30,8 @@ FIT_REQUESTS: tuple[type[FitRequest], ...] = (
     AlphaSteerRequest,
     RepsRequest,
     ProsvRequest,
+    PsrRequest,
+    ActRequest,
+    ConceptorRequest,
+    AngularRequest,
 )

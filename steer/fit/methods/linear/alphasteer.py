@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steer.artefacts.adapter_parts import Edits
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.engines.base import Engine
 from steer.errors import IncompatibleArtefact, SteerError
@@ -35,7 +36,6 @@ from steer.fit.data.labels import Labelled, LabelledSet
 from steer.fit.data.prompt import Positions
 from steer.fit.data.where import WhereName, where_named
 from steer.fit.methods.card import made_on
-from steer.fit.methods.linear.edits import linear_parts
 from steer.fit.methods.linear.moments import Moments
 from steer.fit.methods.linear.reading import PLACES, TokensRead
 from steer.fit.methods.one_vs_rest import check_labels, split_labels
@@ -88,7 +88,7 @@ def fit_alphasteer(
         reads[layer] = ridge_of_one(steered, basis, penalties[layer])
     found = _coefficients(classes, measured, reads)
     return LowRankAdapter.of(
-        {n: linear_parts(q[None], rows[n][None]) for n, q in reads.items()},
+        {n: Edits(q[None], rows[n][None], torch.zeros(1)) for n, q in reads.items()},
         name=name,
         model=engine.info.own_name,
         site=site,
