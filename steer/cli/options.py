@@ -127,14 +127,19 @@ def checked(kind: type[Request], fields: Mapping[str, Any]) -> Request:
 
 
 def parse_strengths(text: str) -> list[float]:
-    """Comma-separated numbers; raises `SteerError`."""
+    """Comma-separated numbers, in order, each once; raises `SteerError`."""
+    return sorted(set(parse_numbers(text, "strengths")))
+
+
+def parse_numbers(text: str, what: str = "numbers") -> list[float]:
+    """Comma-separated numbers, as they stand; raises `SteerError`."""
     try:
-        found = sorted({float(part) for part in text.split(",")})
+        found = [float(part) for part in text.split(",")]
     except ValueError:
         found = []
     if not found or not all(abs(value) < float("inf") for value in found):
         raise SteerError(
-            f"{text!r} is no list of strengths: write numbers such as 0.5,1,2",
+            f"{text!r} is no list of {what}: write numbers such as 0.5,1,2",
             code="invalid_option",
         )
     return found
@@ -175,6 +180,7 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     "position": _position,
     "site": _site,
     "strengths": parse_strengths,
+    "numbers": parse_numbers,
     "names": lambda text: text.split(","),
     "sae": lambda text: {"sae": text},
     "prompt": _prompt,

@@ -18,6 +18,7 @@ from steer.engines.base import CaptureRequest, Engine
 from steer.errors import SteerError
 from steer.fit.data.prompt import POSITION_NAMES, Positions, Prompt, read_positions, render
 from steer.model import HookPoint
+from steer.plan.plan import SteeringPlan
 from steer.prompts import Marked, check_text_length
 from steer.spec import Site
 
@@ -67,9 +68,14 @@ def make_reading(
     return reading
 
 
-def read_rows(engine: Engine, prompts: Sequence[Prompt], reading: Reading) -> dict[int, Tensor]:
+def read_rows(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    reading: Reading,
+    plan: SteeringPlan | None = None,
+) -> dict[int, Tensor]:
     """One state for each prompt, `[n, width]` float32 per layer: the mean where several are
-    read."""
+    read. Under `plan`, as the model has them with its edits."""
     tokens = [prompt_tokens(engine, prompt) for prompt in prompts]
     places = [
         read_positions(engine.tokenizer, prompt, row, reading.positions)
@@ -78,7 +84,8 @@ def read_rows(engine: Engine, prompts: Sequence[Prompt], reading: Reading) -> di
     # One position for the whole batch is read alone; else every token is, and the rest dropped.
     single = -1 if reading.positions == "last" else reading.positions
     wanted = (single,) if isinstance(single, int) else None
-    captured = engine.capture(CaptureRequest(tokens, reading.points, positions=wanted))
+    plans = None if plan is None else [plan] * len(tokens)
+    captured = engine.capture(CaptureRequest(tokens, reading.points, wanted, plans))
     rows: dict[int, Tensor] = {}
     for point in reading.points:
         states = [one.states[point] for one in captured]

@@ -18,6 +18,7 @@ from steer.artefacts.calibration import NullComparison
 from steer.artefacts.control_vector import Card
 from steer.engines.base import Engine, SamplingParams
 from steer.errors import SteerError
+from steer.fit.data.instruction import instructed
 from steer.fit.data.pairs import Prompt
 from steer.fit.measure.answers import GROUP, Answer, Progress, answers_under, sound
 from steer.fit.measure.bootstrap import LEVEL, Floats, Interval, Ints, Resamples
@@ -30,7 +31,6 @@ from steer.fit.measure.nulls.comparison import (
 from steer.fit.measure.nulls.runs import NULLS, null_steps
 from steer.fit.measure.scoring import AnswerScorer, Scorer
 from steer.plan.plan import SteeringPlan
-from steer.prompts import Marked, Messages
 
 UNSTEERED = "unsteered"
 PROMPT_ONLY = "prompt only"
@@ -161,23 +161,6 @@ def evaluate(
 def evaluation_steps(prompts: int, methods: int, nulls: int = NULLS) -> int:
     """How much `evaluate` tells `progress` of: every answer, and the nulls of every method."""
     return prompts * (2 + methods) + methods * null_steps(prompts, 2 * nulls)
-
-
-def instructed(prompt: Prompt, instruction: str) -> Prompt:
-    """`prompt` with the instruction in words: in the system message of a chat, before a text."""
-    if isinstance(prompt, Marked):
-        return replace(prompt, prompt=_instructed(prompt.prompt, instruction))
-    return _instructed(prompt, instruction)
-
-
-def _instructed(prompt: str | Messages, instruction: str) -> str | Messages:
-    if isinstance(prompt, str):
-        return f"{instruction}\n{prompt}"
-    messages = [dict(message) for message in prompt]
-    if messages and messages[0]["role"] == "system":
-        messages[0]["content"] += f"\n{instruction}"
-        return messages
-    return [{"role": "system", "content": instruction}, *messages]
 
 
 def card_instruction(card: Card) -> Instruction | None:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt
 
 from steer.fit.data.prompt import Positions
 from steer.fit.data.where import WhereName
+from steer.fit.methods.linear.reading import TokensRead
 from steer.spec import Index, Site, StoredName, Where
 
 
@@ -20,9 +21,10 @@ class Spelled:
     positional argument, `hidden` leaves it to jobs. `help` replaces the description.
     """
 
-    reads: Literal["layers", "position", "strengths", "sae", "prompt", "names", "where"] | None = (
-        None
-    )
+    reads: (
+        Literal["layers", "position", "strengths", "numbers", "sae", "prompt", "names", "where"]
+        | None
+    ) = None
     help: str | None = None
     flags: tuple[str, ...] = ()
     argument: bool = False
@@ -71,6 +73,10 @@ PositionsField: TypeAlias = Annotated[
         description="Read the last token, the mean over all, the mean over the response, the "
         "subject's last token, or an index: last, mean, response, subject, -2."
     ),
+]
+TokensField: TypeAlias = Annotated[
+    TokensRead,
+    Field(description="The tokens that are read, each by itself: all, the last, or the response."),
 ]
 WhereField: TypeAlias = Annotated[
     WhereName,

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from steer.errors import SteerError
-from steer.fit.data import exercises, labels, pairs, relations
+from steer.fit.data import exercises, labels, pairs, preferences, relations
 from steer.prompts import Prompt, PromptParam, prompt_of
 from steer.prompts.forms import Chat, Text
 from steer.spec import exactly_one
@@ -55,6 +55,15 @@ class ExerciseParam(_Item):
 
     prompt: PromptParam
     answer: Text
+
+
+class PreferenceParam(_Item):
+    """A prompt, the answer to prefer and the one to avoid; where one is missing, the model
+    answers."""
+
+    prompt: PromptParam
+    chosen: Text | None = None
+    rejected: Text | None = None
 
 
 class FactParam(_Item):
@@ -139,6 +148,15 @@ EXERCISES = DataForm(
     exercises.parse_exercises,
     lambda given: exercises.ExerciseSet.of(
         [exercises.Exercise(prompt_of(one.prompt), one.answer) for one in given]
+    ),
+)
+PREFERENCES = DataForm(
+    "preferences",
+    'JSON lines: {"prompt": …, "chosen": …, "rejected": …}.',
+    preferences.read_preferences,
+    preferences.parse_preferences,
+    lambda given: preferences.PreferenceSet.of(
+        [preferences.Preference(prompt_of(one.prompt), one.chosen, one.rejected) for one in given]
     ),
 )
 FACTS = DataForm(

@@ -24,13 +24,14 @@ from steer.fit.requests.inline import DataForm
 from steer.spec import exactly_one
 
 if TYPE_CHECKING:
+    from steer.artefacts.affine import AffineMap
     from steer.artefacts.control_vector import ControlVector, LowRankAdapter
     from steer.artefacts.lens import Lens
     from steer.engines.base import Engine
     from steer.model import HookPoint
     from steer.registry.registry import Registry
 
-Artefact: TypeAlias = "ControlVector | LowRankAdapter | Lens"
+Artefact: TypeAlias = "ControlVector | LowRankAdapter | AffineMap | Lens"
 
 
 @dataclass(frozen=True)

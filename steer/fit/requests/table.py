@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from steer.fit.requests.dictionaries import NmfRequest, SnmfRequest
 from steer.fit.requests.labels import LabelsRequest
-from steer.fit.requests.low_rank import LowRankRequest
+from steer.fit.requests.linear.act import ActRequest
+from steer.fit.requests.linear.alphasteer import AlphaSteerRequest
+from steer.fit.requests.linear.angular import AngularRequest
+from steer.fit.requests.linear.conceptor import ConceptorRequest
+from steer.fit.requests.linear.psr import PsrRequest
 from steer.fit.requests.lrc import LrcRequest
 from steer.fit.requests.pairs import PairsRequest
 from steer.fit.requests.request import FitRequest
+from steer.fit.requests.trained.low_rank import LowRankRequest
+from steer.fit.requests.trained.prosv import ProsvRequest
+from steer.fit.requests.trained.reps import RepsRequest
 from steer.fit.requests.transfer import TransferRequest
 from steer.fit.requests.tuned_lens import TunedLensRequest
 from steer.fit.requests.two_prompts import TwoPromptsRequest
@@ -22,4 +29,11 @@ FIT_REQUESTS: tuple[type[FitRequest], ...] = (
     PairsRequest,
     LabelsRequest,
     TwoPromptsRequest,
+    AlphaSteerRequest,
+    RepsRequest,
+    ProsvRequest,
+    PsrRequest,
+    ActRequest,
+    ConceptorRequest,
+    AngularRequest,
 )

@@ -14,11 +14,8 @@ from steer.jobs.kinds.evaluate import evaluate_kind
 from steer.jobs.kinds.fit import fit_kind
 from steer.jobs.kinds.importing import Download, Fetch, import_kind
 from steer.jobs.kinds.kind import JobKind, JobKinds, Report
-<<<<<<< HEAD
 from steer.jobs.kinds.make import MAKE
-=======
 from steer.jobs.kinds.suite import suite_kind
->>>>>>> nulls
 from steer.jobs.kinds.sweep import sweep_kind
 from steer.plan.resolve import Policy
 

@@ -28,10 +28,17 @@ from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import Unsupported
 from steer.fit import (
     fit,
+    fit_act,
+    fit_alphasteer,
+    fit_angular,
+    fit_conceptor,
     fit_labels,
     fit_low_rank,
     fit_lrc,
     fit_nmf,
+    fit_prosv,
+    fit_psr,
+    fit_reps,
     fit_snmf,
     fit_tuned_lens,
     fit_two_prompts,
@@ -43,12 +50,19 @@ from steer.fit.methods.method import METHODS, UNPAIRED
 from steer.fit.methods.transfer import MAPS
 from steer.fit.requests.dictionaries import NmfRequest, SnmfRequest
 from steer.fit.requests.labels import LabelsRequest
-from steer.fit.requests.low_rank import LowRankRequest
+from steer.fit.requests.linear.act import ActRequest
+from steer.fit.requests.linear.alphasteer import AlphaSteerRequest
+from steer.fit.requests.linear.angular import AngularRequest
+from steer.fit.requests.linear.conceptor import ConceptorRequest
+from steer.fit.requests.linear.psr import PsrRequest
 from steer.fit.requests.lrc import LrcRequest
 from steer.fit.requests.measuring import CalibrateRequest, EvaluateRequest, MeasureRequest
 from steer.fit.requests.pairs import PairsRequest, RegisteredVectors
 from steer.fit.requests.request import FitRequest
 from steer.fit.requests.table import FIT_REQUESTS
+from steer.fit.requests.trained.low_rank import LowRankRequest
+from steer.fit.requests.trained.prosv import ProsvRequest
+from steer.fit.requests.trained.reps import RepsRequest
 from steer.fit.requests.transfer import TransferRequest
 from steer.fit.requests.tuned_lens import TunedLensRequest
 from steer.fit.requests.two_prompts import TwoPromptsRequest
@@ -64,6 +78,8 @@ TEXTS = [
     for word, label in (("a happy", "joy"), ("such a sad", "grief"), ("one", "plain"))
 ]
 EXERCISES = [{"prompt": ask, "answer": "No."} for ask in ASKS[:4]]
+ONE_SIDED = [{"prompt": "a", "chosen": "b"}]
+LIKED = [{"prompt": ask, "chosen": "Yes!", "rejected": "No."} for ask in ASKS[:4]]
 FACTS = [
     {"subject": s, "relation": "home", "object": o}
     for s, o in (("fox", "a"), ("owl", "a"), ("cod", "b"), ("eel", "b"))
@@ -86,7 +102,42 @@ BODIES: dict[str, tuple[dict[str, Any], str, list[dict[str, Any]] | list[str]]] 
         "prompts",
         [*ASKS, *ASKS],
     ),
+    "fit/alphasteer": (
+        {"name": "only", "vector": "glad", "steer": "joy", "layers": [1], "null_share": [0.4]},
+        "texts",
+        TEXTS,
+    ),
+    "fit/reps": (
+        {"name": "liked", "layers": [1], "steps": 2, "batch": 2, "factors": [1.0, 2.0]},
+        "preferences",
+        LIKED,
+    ),
+    "fit/prosv": (
+        {"name": "ends", "layers": [1], "steps": 2, "batch": 2, "first": 2, "last": 1},
+        "preferences",
+        LIKED,
+    ),
+    "fit/psr": (
+        {"name": "told", "instruction": "Shout!", "layers": [0, 1], "max_tokens": 4},
+        "preferences",
+        [*LIKED, *({"prompt": ask, "chosen": "Yes!"} for ask in ASKS)],
+    ),
+    "fit/act": ({"name": "moved", "layers": [0, 2]}, "pairs", PAIRS),
+    "fit/conceptor": (
+        {"name": "fox", "layers": [1], "aperture": 2.0, "max_error": 0.2},
+        "prompts",
+        ASKS,
+    ),
+    "fit/angular": ({"name": "turn"}, "pairs", PAIRS),
 }
+KINDS = {
+    "fit/low-rank": "low_rank",
+    "fit/alphasteer": "low_rank",
+    "fit/psr": "low_rank",
+    "fit/conceptor": "low_rank",
+    "fit/act": "affine",
+}
+"""What comes out, where that is no vector."""
 
 
 KINDS = {"fit/low-rank": "low_rank", "fit/tuned-lens": "lens"}
@@ -259,7 +310,7 @@ async def test_a_command_makes_what_its_job_makes(
     moves = route == "fit/transfer"
     given = ["glad", "--prompts", str(data)] if moves else [str(data)]
     for name, value in fields.items():
-        given += [] if name == "vector" else option(name, value)
+        given += [] if moves and name == "vector" else option(name, value)
     place = tmp_path / "commands"
     with Registry.open(place) as other:
         other.add("glad", registry.vector("glad"))
@@ -283,6 +334,13 @@ FAKE = {
     "fit/prompts": {"name": "x", "toward": "a", "away": "b"},
     "fit/tuned-lens": {"name": "x", "prompts": ASKS, "steps": 0},
     "fit/transfer": {"vector": "joy", "from": "fake-model", "prompts": ASKS},
+    "fit/alphasteer": {"name": "x", "vector": "joy", "steer": "joy", "texts": TEXTS},
+    "fit/reps": {"name": "x", "layers": [1], "preferences": LIKED},
+    "fit/prosv": {"name": "x", "layers": [1], "preferences": LIKED},
+    "fit/psr": {"name": "x", "instruction": "a", "layers": [1], "preferences": LIKED},
+    "fit/act": {"name": "x", "layers": [1], "pairs": PAIRS},
+    "fit/conceptor": {"name": "x", "layers": [1], "prompts": ASKS},
+    "fit/angular": {"name": "x", "pairs": PAIRS},
 }
 
 
@@ -319,6 +377,19 @@ FAKE = {
         ("fit/transfer", {"from": "another"}, "/from", "no_second_model"),
         ("fit/transfer", {"vector": "joi"}, "/vector", "unknown_vector"),
         ("fit/transfer", {"held_out": 0.95}, "/held_out", "invalid_value"),
+        ("fit/alphasteer", {"steer": "fear"}, "/steer", "unknown_label"),
+        ("fit/alphasteer", {"vector": "joi"}, "/vector", "unknown_vector"),
+        ("fit/alphasteer", {"null_share": [1.5]}, "/null_share/0", "invalid_value"),
+        ("fit/alphasteer", {"penalty": [1.0, 2.0], "layers": [1]}, "/penalty", "invalid_option"),
+        ("fit/alphasteer", {"layers": [9]}, "/vector", "layer_not_in_vector"),
+        ("fit/reps", {}, None, "no_gradients"),
+        ("fit/prosv", {"spread": 0.0}, "/spread", "invalid_value"),
+        ("fit/psr", {"instruction": None}, "/instruction", "invalid_value"),
+        ("fit/psr", {"layers": [1, 77]}, "/layers/1", "layer_out_of_range"),
+        ("fit/act", {"transport": "cubic"}, "/transport", "invalid_value"),
+        ("fit/conceptor", {"rank": 999}, "/rank", "invalid_option"),
+        ("fit/conceptor", {"max_error": 1.0}, "/max_error", "invalid_value"),
+        ("fit/angular", {"pairs": PAIRS[:1]}, "/pairs", "invalid_value"),
     ],
 )
 async def test_what_is_wrong_is_said_at_its_field(
@@ -339,6 +410,9 @@ async def test_what_is_wrong_is_said_at_its_field(
         ("fit/low-rank", {"rank": 99}, "/rank", "invalid_option"),
         ("fit/low-rank", {"batch": 65}, "/batch", "too_large"),
         ("fit/low-rank", {"layers": [1, 8]}, "/layers/1", "layer_out_of_range"),
+        ("fit/reps", {"preferences": ONE_SIDED}, "/instruction", "no_answers"),
+        ("fit/reps", {"batch": 33}, "/batch", "too_large"),
+        ("fit/prosv", {"first": 0, "last": 0}, "/last", "invalid_option"),
         ("fit/lrc", {"relation": "none"}, "/relation", "unknown_relation"),
         ("fit/lrc", {"prompt": "Where?"}, "/prompt", "invalid_template"),
         ("fit/lrc", {"object_layer": 9}, "/object_layer", "layer_out_of_range"),
@@ -372,6 +446,13 @@ FUNCTIONS: dict[type[FitRequest], Any] = {
     NmfRequest: fit_nmf,
     TransferRequest: transfer,
     TunedLensRequest: fit_tuned_lens,
+    AlphaSteerRequest: fit_alphasteer,
+    RepsRequest: fit_reps,
+    ProsvRequest: fit_prosv,
+    PsrRequest: fit_psr,
+    ActRequest: fit_act,
+    ConceptorRequest: fit_conceptor,
+    AngularRequest: fit_angular,
 }
 
 

@@ -20,7 +20,8 @@ from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError, Unsupported
 from steer.fit.data.exercises import Exercise, ExerciseSet
 from steer.fit.data.where import WHERES, WhereName, where_named
-from steer.fit.methods.low_rank import LoReFT, _Row, answer_loss, fit_low_rank
+from steer.fit.methods.trained.low_rank import LoReFTLayer, answer_loss, fit_low_rank
+from steer.fit.methods.trained.rows import AnswerRow
 from steer.model import HookPoint
 from steer.spec import parse_spec
 
@@ -71,7 +72,7 @@ def test_what_is_served_is_what_was_trained(engine: TransformersEngine, site: An
     torch.testing.assert_close(served.states[point][-1].double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(served.states[point][:-1], before[:-1], rtol=0, atol=1e-6)
 
-    edit = LoReFT(32, 4, torch.Generator().manual_seed(0))
+    edit = LoReFTLayer(32, 4, torch.Generator().manual_seed(0))
     with torch.no_grad():
         edit.free.copy_(one.parts[1][0].T)
         edit.weight.copy_(one.parts[1][1])
@@ -93,7 +94,7 @@ def test_what_is_served_is_what_was_trained(engine: TransformersEngine, site: An
 
 
 def test_an_untrained_adapter_is_the_identity() -> None:
-    edit = LoReFT(16, 3, torch.Generator().manual_seed(0))
+    edit = LoReFTLayer(16, 3, torch.Generator().manual_seed(0))
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(edit(x), x, rtol=0, atol=1e-6)
 
@@ -104,7 +105,7 @@ def test_an_untrained_adapter_is_the_identity() -> None:
 )
 def test_the_adapter_acts_on_the_tokens_it_will_serve(where: Any, steered: list[int]) -> None:
     """Of five tokens, two of them the prompt's, the last is never fed."""
-    assert list(_Row((9, 9, 9, 9, 9), 2).steered(where)) == steered
+    assert AnswerRow((9, 9, 9, 9, 9), 2).steered(where_named(where)) == steered
     assert [n for n in range(4) if selected(where_named(where), n, 2, 9)] == steered
 
 
@@ -115,9 +116,9 @@ def test_every_place_has_a_name_to_train_at() -> None:
 
 def test_the_loss_is_the_answers_own(engine: TransformersEngine) -> None:
     """Rows of different lengths in one batch: the mean over all answer tokens, by themselves."""
-    rows = [_Row((3, 4, 5, 6), 2), _Row((7, 8, 9, 10, 11, 12, 13), 6)]
+    rows = [AnswerRow((3, 4, 5, 6), 2), AnswerRow((7, 8, 9, 10, 11, 12, 13), 6)]
     whole = differentiable(engine).differentiate(
-        lambda model: answer_loss(model, rows, {}, "last").detach()
+        lambda model: answer_loss(model, rows, {}, None).detach()
     )
     total = 0.0
     for row in rows:

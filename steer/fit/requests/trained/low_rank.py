@@ -96,7 +96,7 @@ class LowRankRequest(CardFields):
         return self.steps
 
     def run(self, place: FitPlace, data: ExerciseSet) -> Fitted:
-        from steer.fit.methods.low_rank import fit_low_rank
+        from steer.fit.methods.trained.low_rank import fit_low_rank
 
         adapter = fit_low_rank(
             place.engine,

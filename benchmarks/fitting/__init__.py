@@ -1,0 +1,1 @@
+"""What the fitting methods do on a real model: `python -m benchmarks.fitting.NAME`."""

@@ -1,0 +1,180 @@
+"""A vector trained so that added it brings an answer about, and removed it keeps it away.
+
+RePS (2505.20809). Two sides are trained at once, on the same prompts:
+
+    steer      x ← x + f·v                          prefers the chosen answer
+    suppress   x ← x − ReLU(⟨v, x⟩)·v / ‖v‖²        prefers the rejected one
+
+with the factor f drawn for every batch, so that the vector works at many strengths. What is stored
+is v times the middle factor: strength 1 is in the middle of what was trained. `add` serves the
+first side and `project` with mode `at_most` 0 the second. With the loss `lm` or `simpo` the vector
+is trained to steer alone.
+
+Memory: v and Adam's two moments, 3·d per layer; and the graph of one batch of both answers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from steer.artefacts.control_vector import ControlVector
+from steer.engines.base import Engine
+from steer.engines.gradients import DifferentiableModel, differentiable
+from steer.errors import SteerError
+from steer.fit.data.answering import completed
+from steer.fit.data.preferences import PreferenceSet, sides_needed
+from steer.fit.data.where import WhereName, where_named
+from steer.fit.methods.card import made_on
+from steer.fit.methods.trained.preference import (
+    LossName,
+    PreferenceRow,
+    preference_loss,
+    preference_rows,
+)
+from steer.fit.methods.trained.training import check_training, told_losses, train
+from steer.fit.states import Progress, make_reading
+from steer.model import HookPoint
+from steer.spec import Site, Where
+
+FACTORS = (2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 18.0, 20.0)
+
+
+def fit_reps(
+    engine: Engine,
+    preferences: PreferenceSet,
+    *,
+    name: str,
+    layers: Sequence[int],
+    instruction: str | None = None,
+    loss: LossName = "reps",
+    factors: Sequence[float] = FACTORS,
+    site: Site = "resid_post",
+    where: WhereName = "all",
+    steps: int = 100,
+    batch: int = 6,
+    rate: float = 0.08,
+    max_tokens: int = 48,
+    seed: int = 0,
+    description: str = "",
+    licence: str = "",
+    progress: Progress | None = None,
+) -> ControlVector:
+    """A vector under which the model prefers the chosen answers.
+
+    Answers that `preferences` lack are the model's own, with and without `instruction`. AdamW with
+    linear decay of `rate` over `steps` batches. `progress` is told of every answer that is asked
+    for and of every step.
+
+    Raises `Unsupported` (`no_gradients`) on an engine that cannot differentiate, `SteerError` for
+    unusable arguments.
+    """
+    differentiable(engine)
+    reading = make_reading(engine, site=site, layers=layers)
+    default_where = where_named(where)
+    check_training(steps, batch)
+    if not factors or min(factors) <= 0:
+        raise SteerError(
+            f"factors are numbers above 0, at least one; got {list(factors)!r}",
+            param="/factors",
+            code="invalid_option",
+        )
+    data = completed(
+        engine,
+        preferences,
+        instruction,
+        sides=sides_needed(loss),
+        max_tokens=max_tokens,
+        progress=progress,
+    )
+    rows = preference_rows(engine, data, both=loss != "lm", batch=batch)
+    vectors = _started(engine, reading.points, seed)
+    losses = train(
+        engine,
+        rows,
+        _loss(vectors, default_where, loss, factors, seed),
+        torch.optim.AdamW(vectors.values(), lr=rate, weight_decay=0.0),
+        steps=steps,
+        batch=batch,
+        seed=seed,
+        progress=progress,
+    )
+    middle = sum(factors) / len(factors)
+    return ControlVector.of(
+        {point.layer: middle * v.detach().cpu() for point, v in vectors.items()},
+        name=name,
+        model=engine.info.own_name,
+        site=site,
+        default_where=default_where,
+        description=description,
+        licence=licence,
+        provenance={
+            "method": "reps",
+            "loss": loss,
+            "data_sha256": preferences.sha256,
+            "preferences": len(rows),
+            **({} if instruction is None else {"instruction": instruction}),
+            "trained_strengths": [round(f / middle, 4) for f in (min(factors), max(factors))],
+            "where": where,
+            "steps": steps,
+            "batch": batch,
+            "rate": rate,
+            "seed": seed,
+            **told_losses(losses),
+            **made_on(engine),
+        },
+    )
+
+
+def _started(
+    engine: Engine, points: Sequence[HookPoint], seed: int
+) -> dict[HookPoint, nn.Parameter]:
+    """Random vectors of length near 1, on the model's device."""
+    device = differentiable(engine).differentiate(lambda model: model.device)
+    generator = torch.Generator().manual_seed(seed)
+    widths = {point: engine.info.width(point.site) for point in points}
+    return {
+        point: nn.Parameter((torch.randn(d, generator=generator) / d**0.5).to(device))
+        for point, d in widths.items()
+    }
+
+
+def _loss(
+    vectors: Mapping[HookPoint, Tensor],
+    where: Where | None,
+    name: LossName,
+    factors: Sequence[float],
+    seed: int,
+) -> Callable[[DifferentiableModel, list[PreferenceRow]], Tensor]:
+    draw = random.Random(seed)
+
+    def loss(model: DifferentiableModel, rows: list[PreferenceRow]) -> Tensor:
+        factor = draw.choice(list(factors))
+        adds = {point: added(factor * v) for point, v in vectors.items()}
+        steering = preference_loss(model, rows, adds, where, name)
+        if name != "reps":
+            return steering
+        taken = {point: suppressed(v) for point, v in vectors.items()}
+        turned = [row.turned() for row in rows]
+        return (steering + preference_loss(model, turned, taken, where, name)) / 2
+
+    return loss
+
+
+def added(vector: Tensor) -> Callable[[Tensor], Tensor]:
+    """x + v, as `add` does it."""
+    return lambda x: x.float() + vector
+
+
+def suppressed(vector: Tensor) -> Callable[[Tensor], Tensor]:
+    """x − ReLU(⟨v, x⟩)·v/‖v‖², as `project` does it with `at_most` 0."""
+
+    def edit(x: Tensor) -> Tensor:
+        x = x.float()
+        along = (x @ vector).relu() / vector.square().sum()
+        return x - along[..., None] * vector
+
+    return edit
