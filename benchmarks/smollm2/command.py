@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -72,6 +74,8 @@ def main(
 ) -> None:
     """All programs are started first, and then take turns in every round; a run that was cut off
     goes on where it was. Prints a table in Markdown."""
+    # However it is ended, the servers that it started are.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     settings = {
         **{"model": model, "chats": chats, "tokens": tokens, "specs": specs, "dtype": dtype},
         **{"eager": eager, "threads": threads},
@@ -188,7 +192,7 @@ def versions() -> dict[str, str]:
     found: dict[str, str] = {}
     for python, packages in asked.items():
         if python.exists():
-            command = [python, "-c", _VERSION, *packages]
+            command = [str(python), "-c", _VERSION, *packages]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found[packages[0]] = done.stdout.strip()
     wheel = LLAMA.parents[2] / ".ready"
