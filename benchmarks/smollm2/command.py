@@ -35,7 +35,6 @@ from benchmarks.smollm2.programs import (
 )
 from benchmarks.smollm2.record import Record
 from benchmarks.vllm.report import machine
-from steer_server.shipped import model_location
 
 LEAST = 0.9
 """Of the reference's tokens, in rows that compute the same. Near ties may fall the other way where
@@ -57,10 +56,9 @@ class Part(StrEnum):
 def main(
     rounds: Annotated[int, typer.Option(help="Counted rounds in all.")] = 7,
     part: Annotated[list[Part] | None, typer.Option(help="Default: all.")] = None,
-    model: Annotated[str, typer.Option(help="Its name or folder.")] = NAME,
-    gguf: Annotated[
-        Path | None, typer.Option(help="The GGUF that the model's folder was made from.")
-    ] = None,
+    model: Annotated[
+        str, typer.Option(help="A name or a GGUF file; of a folder, llama.cpp has no form.")
+    ] = NAME,
     chats: Annotated[int, typer.Option(help="Chats in a round, all at once.")] = 64,
     tokens: Annotated[int, typer.Option(help="Of each answer.")] = 32,
     specs: Annotated[int, typer.Option(help="Different ones, in turn.")] = 16,
@@ -82,8 +80,9 @@ def main(
     }
     record = Record.of(out, settings, machine(PACKAGES), fresh=fresh)
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        weights, gguf = workload.model_files(model)
         job = workload.make(
-            model_location(model), Path(name), dtype=dtype, chats=chats, tokens=tokens, specs=specs
+            weights, Path(name), dtype=dtype, chats=chats, tokens=tokens, specs=specs
         )
         setting = Setting(job, Path(name), threads, eager, gguf)
         every = programs(setting)

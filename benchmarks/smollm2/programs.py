@@ -265,7 +265,8 @@ def _llama_server(setting: Setting, precision: str, vector: list[str]) -> Progra
         return _OverHttp(setting, name, command, {})
 
     computes = precision if precision == "float32" else "4-bit weights (Q4_1), 8-bit states"
-    needs = LLAMA if setting.gguf is not None else Path("--gguf")
-    install = "make oracles" if setting.gguf is not None else "--gguf FILE"
+    needs, install = (
+        (LLAMA, "make oracles") if setting.gguf else (Path("no GGUF"), "--model X.gguf")
+    )
     row = Row(title, steered, steered, plain if vector else None, computes, exact)
     return Program(name, "llama.cpp", needs, install, start, (row,))

@@ -11,6 +11,7 @@ from steer_vectors import LIBRARY
 
 from benchmarks.smollm2.job import Chat, Edit, Job
 from steer.artefacts.control_vector import ControlVector
+from steer.engines.transformers.checkpoints.found import find_model, is_gguf, known_file
 from steer.formats.vectors.gguf import write_gguf
 from steer.prompts import chat_tokens
 from steer.registry.registry import Registry
@@ -19,6 +20,16 @@ LAYERS = tuple(range(12, 19))
 VECTORS = 4
 NORM = 12.0
 """Of a direction at one layer; the residual stream's is 150 to 200 there."""
+
+
+def model_files(model: str) -> tuple[str, Path | None]:
+    """The model as a folder, and the GGUF file that it was made from, if it was."""
+    found, path = find_model(model), Path(model)
+    if is_gguf(path):
+        return found.location, path
+    if found.known is None or found.known.source is None:
+        return found.location, None
+    return found.location, known_file(found.known)
 
 
 def make(model: str, folder: Path, *, dtype: str, chats: int, tokens: int, specs: int) -> Job:
