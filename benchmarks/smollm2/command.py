@@ -156,7 +156,11 @@ class Check:
 
     def of_answers(self, row: Row, answers: Any) -> Agreement:
         """Raises `RuntimeError` where they are not what the row should compute."""
-        found = agreement(self.expected[row.steered], answers, self.decode, self.ends)
+        expected = self.expected[row.steered]
+        for reference, answer in zip(expected, answers, strict=True):
+            if isinstance(answer, list) and len(answer) != len(reference):
+                raise RuntimeError(f"an answer has {len(answer)} tokens")
+        found = agreement(expected, answers, self.decode, self.ends)
         if row.exact and found.share < LEAST:
             raise RuntimeError(f"its answers are not the reference's: {found} tokens agree")
         return found
