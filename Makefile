@@ -21,8 +21,8 @@ VLLM_SEAMS := core/test_admission core/test_cache_keys core/test_scheduler test_
   test_server worker/test_runner_v2
 VLLM_READY := $(VLLM_VERSIONS:%=vllm-%)
 
-.PHONY: serve test check fuzz-http bench bench-vllm docs-outputs demo-model demo-eval models-page \
-  oracles clients vllm \
+.PHONY: serve test check fuzz-http bench bench-vllm bench-smollm2 docs-outputs demo-model \
+  demo-eval models-page oracles clients vllm \
   $(VLLM_READY) clean
 
 ifeq ($(ENGINE),vllm)
@@ -57,6 +57,10 @@ bench: $(READY) oracles
 
 bench-vllm: vllm-$(VLLM_VERSION)
 	$(VLLM_BIN)/python -m benchmarks vllm
+
+# On a real model, both engines and all peers side by side; options: ARGS="--rounds 9 --part vllm".
+bench-smollm2: $(READY) oracles vllm-$(VLLM_VERSION)
+	$(BIN)/python -m benchmarks smollm2 $(ARGS)
 
 # Runs the pages whose code is run and writes what they print, and their pictures, into them.
 docs-outputs: $(READY) oracles clients

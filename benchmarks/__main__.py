@@ -1,6 +1,7 @@
 """Runs the benchmarks and prints one table each: `python -m benchmarks [--rounds N] [NAME …]`.
 
-`python -m benchmarks vllm` has options of its own and runs in vLLM's environment.
+Two have options of their own: `python -m benchmarks vllm`, which runs in vLLM's environment, and
+`python -m benchmarks smollm2`, which runs everybody side by side on a real model.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def main(
     rounds: Annotated[int, typer.Option(help="Counted rounds of each contestant.")] = 7,
     threads: Annotated[int, typer.Option(help="torch threads.")] = 2,
 ) -> None:
-    """Medians over interleaved rounds; the range in brackets. `vllm`, as the first argument, runs
-    the benchmarks of the vLLM engine."""
+    """Medians over interleaved rounds; the range in brackets. `vllm` or `smollm2`, as the first
+    argument, runs the benchmarks of the vLLM engine, or of a real model."""
     torch.set_num_threads(threads)
     console = Console(width=120)
     console.print(machine())
@@ -50,5 +51,10 @@ if __name__ == "__main__":
 
         del sys.argv[1]
         typer.run(command.main)
+    elif sys.argv[1:2] == ["smollm2"]:
+        from benchmarks.smollm2 import command as smollm2
+
+        del sys.argv[1]
+        typer.run(smollm2.main)
     else:
         typer.run(main)

@@ -13,9 +13,10 @@ from typing import Annotated
 import torch
 import typer
 
+from benchmarks.child import ROOT
 from benchmarks.vllm import chats, decoding
 from benchmarks.vllm.diets import DIETS, TRIGGERED
-from benchmarks.vllm.pair import ROOT, Pair
+from benchmarks.vllm.pair import Pair
 from benchmarks.vllm.report import Report
 from benchmarks.vllm.shapes import SHAPES, SLOTS, register
 from steer.registry.registry import Registry

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
+from benchmarks.child import Child
 from benchmarks.vllm.diets import Batch
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 PROMPT = 16
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -28,63 +24,19 @@ ENVIRONMENT = {
 }
 
 
-class Child:
-    """A process of `benchmarks.vllm.worker`. Raises `RuntimeError` with its words if it fails."""
-
-    def __init__(
-        self, model: Path, registry: Path, log: Path, *, steered: bool, eager: bool, threads: int
-    ) -> None:
-        mine, theirs = socket.socketpair()
-        settings = {"model": str(model), "steered": steered, "eager": eager}
-        self._log = log
-        with log.open("w") as output:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "benchmarks.vllm.worker"),
-                    *(str(theirs.fileno()), json.dumps(settings)),
-                ],
-                cwd=ROOT,
-                env=os.environ
-                | ENVIRONMENT
-                | {
-                    "OMP_NUM_THREADS": str(threads),
-                    "VLLM_PLUGINS": "steer" if steered else "",
-                    "STEER_REGISTRY": str(registry),
-                },
-                pass_fds=[theirs.fileno()],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-        theirs.close()
-        self._socket = mine
-        self._channel = mine.makefile("rw")
-
-    def wait(self) -> None:
-        """Until the engine has started."""
-        self._answer()
-
-    def do(self, order: str, **fields: Any) -> Any:
-        self._channel.write(json.dumps({"do": order, **fields}) + "\n")
-        self._channel.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        """Ends the process, which leaves when nobody speaks to it."""
-        self._channel.close()
-        self._socket.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def _answer(self) -> Any:
-        line = self._channel.readline()
-        answer = json.loads(line) if line else {"error": f"see {self._log}"}
-        if "error" in answer:
-            tail = "".join(self._log.read_text(errors="replace").splitlines(True)[-20:])
-            raise RuntimeError(f"an engine failed:\n{answer['error']}\n{tail}")
-        return answer["ok"]
+def child(
+    model: Path, registry: Path, log: Path, *, steered: bool, eager: bool, threads: int
+) -> Child:
+    """A process of `benchmarks.vllm.worker`."""
+    settings = {"model": str(model), "steered": steered, "eager": eager}
+    environment = {
+        **ENVIRONMENT,
+        "OMP_NUM_THREADS": str(threads),
+        "VLLM_PLUGINS": "steer" if steered else "",
+        "STEER_REGISTRY": str(registry),
+    }
+    worker = "benchmarks.vllm.worker"
+    return Child(sys.executable, worker, [json.dumps(settings)], log, environment)
 
 
 @dataclass(frozen=True)
@@ -109,10 +61,10 @@ class Pair:
             for steered in (False, True):
                 log = logs / f"{'steer' if steered else 'plain'}.log"
                 self.children.append(
-                    Child(model, registry, log, steered=steered, eager=eager, threads=threads)
+                    child(model, registry, log, steered=steered, eager=eager, threads=threads)
                 )
-            for child in self.children:
-                child.wait()
+            for one in self.children:
+                one.wait()
         except BaseException:
             self.close()
             raise
@@ -132,8 +84,8 @@ class Pair:
         ratios = []
         for number in range(steps // turn):
             sides = [(self.plain, plain), (self.steer, steer)]
-            for child, seconds in sides if number % 2 else reversed(sides):
-                seconds.extend(child.do("steps", count=turn))
+            for one, seconds in sides if number % 2 else reversed(sides):
+                seconds.extend(one.do("steps", count=turn))
             ratios.append(sum(steer[-turn:]) / sum(plain[-turn:]))
         self.plain.do("finish")
         steered = self.steer.do("finish")
@@ -147,8 +99,8 @@ class Pair:
         )
 
     def close(self) -> None:
-        for child in self.children:
-            child.close()
+        for one in self.children:
+            one.close()
 
     def __enter__(self) -> Pair:
         return self

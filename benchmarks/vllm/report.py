@@ -55,8 +55,8 @@ class Report:
         self._path.write_text(json.dumps(self._content, indent=1) + "\n")
 
 
-def machine() -> dict[str, Any]:
-    """What this runs on, and when."""
+def machine(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+    """What this runs on, and when; the versions are those of this environment."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -67,7 +67,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
+        **{name: version(name) for name in packages},
         "date": datetime.date.today().isoformat(),
     }
 

@@ -1,22 +1,21 @@
 """One vLLM engine in a process of its own, idle until it is told to compute.
 
-Started by `benchmarks.vllm.pair` as `python -m benchmarks.vllm.worker FD SETTINGS`. Orders and
-answers are lines of JSON on the socket FD; what vLLM prints goes to the process's own output.
+Started by `benchmarks.vllm.pair` as `python -m benchmarks.vllm.worker FD SETTINGS`, and told what
+to do through the socket FD.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import socket
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from benchmarks.child import obey
 from benchmarks.vllm.shapes import MAX_LENGTH, SLOTS
 from steer.engines.vllm import plugin
 from steer.engines.vllm.front.engine import VllmEngine
@@ -196,26 +195,8 @@ ORDERS = ("start", "steps", "finish", "chats", "hooked")
 
 
 def main() -> None:
-    channel = socket.socket(fileno=int(sys.argv[1])).makefile("rw")
     settings = json.loads(sys.argv[2])
-    engine: Engine | None = None
-
-    def answer(content: dict[str, Any]) -> None:
-        channel.write(json.dumps(content) + "\n")
-        channel.flush()
-
-    try:
-        engine = Engine(**settings)
-        answer({"ok": "ready"})
-        for line in channel:
-            order = json.loads(line)
-            name = order.pop("do")
-            if name not in ORDERS:
-                raise ValueError(f"there is no order {name!r}")
-            answer({"ok": getattr(engine, name)(**order)})
-    except Exception:
-        answer({"error": traceback.format_exc()})
-        raise
+    obey(int(sys.argv[1]), lambda: Engine(**settings), ORDERS)
 
 
 if __name__ == "__main__":

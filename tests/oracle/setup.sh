@@ -54,3 +54,5 @@ environment() {
 environment peers "nnsight==0.8.1 scikit-learn>=1.4" "steering-vectors==0.12.2 tuned-lens==0.2.0"
 environment repeng "repeng==0.4.0 numpy==1.26.*"
 environment sae-lens "sae-lens==6.54.0"
+
+bash "$root/tests/oracle/llama_cpp.sh"
