@@ -7,13 +7,17 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from steer.engines.base import Engine, SamplingParams
+from steer.fit.data.instruction import Placement, Telling
 from steer.fit.data.pairs import Prompt
-from steer.fit.make.telling import NEUTRAL, Placement, Telling
 from steer.fit.measure.answers import GROUP, Answer, Progress, answers_under
 from steer.fit.measure.scoring import Score
 from steer.prompts import render
 
 Tokens: TypeAlias = tuple[int, ...]
+
+NEUTRAL = "Answer as you usually would."
+"""What the other side of the contrast is told where no opposite is given: that something is said at
+all, and where, is then no part of what differs."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ _BATCH = 16
 
 
 @dataclass(frozen=True)
-class Exchange:
+class AnswerPair:
     """One question: the answers of the model that is told the instruction, and of the one that is
     told its opposite (or nothing of the kind). Their prompts are in the answers."""
 
@@ -44,7 +44,7 @@ class Exchange:
 
 def contrast_states(
     engine: Engine,
-    exchanges: Sequence[Exchange],
+    exchanges: Sequence[AnswerPair],
     *,
     site: Site,
     layers: Sequence[int],

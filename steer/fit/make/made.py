@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from steer.artefacts.control_vector import ControlVector
+from steer.fit.data.instruction import Placement
+from steer.fit.make.asking import NEUTRAL
 from steer.fit.make.checking import Check
 from steer.fit.make.choosing import Choice
-from steer.fit.make.telling import NEUTRAL, Placement
 from steer.fit.make.wish import Wish
 
 

@@ -19,12 +19,11 @@ from steer.errors import SteerError
 from steer.fit.data.pairs import Prompt
 from steer.fit.data.where import WHERES
 from steer.fit.make import checking, choosing, placing
-from steer.fit.make.asking import Interview
-from steer.fit.make.contrast import SOURCES, Exchange, contrast_states, directions
+from steer.fit.make.asking import NEUTRAL, Interview
+from steer.fit.make.contrast import SOURCES, AnswerPair, contrast_states, directions
 from steer.fit.make.made import Made
 from steer.fit.make.obedience import MIN_OBEDIENCE, Obedience, SoundScorer, obedience, said_kl
-from steer.fit.make.telling import NEUTRAL
-from steer.fit.make.wish import Parts, Wish
+from steer.fit.make.wish import QuestionParts, Wish
 from steer.fit.measure.answers import Progress
 from steer.fit.measure.calibrate import calibrate, prompts_sha256, steps_of
 from steer.fit.measure.divergence import References
@@ -58,7 +57,7 @@ def make(
     `no_prompts`, `instruction_not_followed` where the words do nothing to this model,
     `no_sound_use` where every trial breaks the text.
     """
-    parts = Parts.of(prompts, wish.seed)
+    parts = QuestionParts.of(prompts, wish.seed)
     talk = Interview(engine, wish.instruction, wish.opposite, wish.sampling, progress=progress)
     talk = talk.at(wish.place or placing.best_place(talk, parts.fitted))
     exchanges, followed = _listen(talk, parts)
@@ -92,7 +91,7 @@ def make(
 
 def work_of(wish: Wish, prompts: int, n_layers: int) -> int:
     """How much `make` tells `progress` of."""
-    parts = Parts.of(["?"] * prompts, wish.seed)
+    parts = QuestionParts.of(["?"] * prompts, wish.seed)
     fitted, chosen, checked = map(len, (parts.fitted, parts.chosen, parts.checked))
     uses = len(choosing.grid(range(n_layers), SOURCES))
     return (
@@ -107,7 +106,7 @@ def work_of(wish: Wish, prompts: int, n_layers: int) -> int:
     )
 
 
-def _listen(talk: Interview, parts: Parts) -> tuple[list[Exchange], Obedience]:
+def _listen(talk: Interview, parts: QuestionParts) -> tuple[list[AnswerPair], Obedience]:
     """The answers to the questions that are fitted on, and how the model follows the words."""
     scaled = parts.fitted[:_SCALED_ON]
     told, opposed, plain = talk.answers(
@@ -131,7 +130,7 @@ def _listen(talk: Interview, parts: Parts) -> tuple[list[Exchange], Obedience]:
             code="instruction_not_followed",
             param="/instruction",
         )
-    return [Exchange(a, b) for a, b in zip(told, opposed, strict=True)], followed
+    return [AnswerPair(a, b) for a, b in zip(told, opposed, strict=True)], followed
 
 
 def _vector(
@@ -170,7 +169,7 @@ def _story(
     talk: Interview,
     wish: Wish,
     prompts: Sequence[Prompt],
-    parts: Parts,
+    parts: QuestionParts,
     followed: Obedience,
     moved: float,
     choice: choosing.Choice,

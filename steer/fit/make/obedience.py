@@ -33,7 +33,7 @@ _DEVIATIONS = 2.0
 
 
 @dataclass(frozen=True)
-class Reading:
+class AnswerReading:
     """An answer read unsteered: the mean of log p of its tokens, in nats."""
 
     told: float
@@ -78,7 +78,7 @@ class InstructionScorer:
             for read, tokens in zip(readings(engine, asked, answers), answers, strict=True)
         ]
 
-    def _score(self, read: Reading, tokens: Sequence[int]) -> Score:
+    def _score(self, read: AnswerReading, tokens: Sequence[int]) -> Score:
         deviations = (read.gain - self.mean) / self.deviation
         logit = _STEEPNESS * (deviations - _DEVIATIONS)
         value = 1 / (1 + math.exp(-max(-60.0, min(60.0, logit))))
@@ -172,12 +172,12 @@ def said_kl(engine: Engine, asked: Sequence[Asked], plain: Sequence[Answer]) -> 
 
 def readings(
     engine: Engine, asked: Sequence[Asked], answers: Sequence[Sequence[int]]
-) -> list[Reading | None]:
+) -> list[AnswerReading | None]:
     """Each answer read after both forms of its question; None for an answer without tokens."""
     pairs = [(one, tokens) for one, tokens in zip(asked, answers, strict=True) if len(tokens)]
     told = _mean_logprobs(engine, [(one.told, tokens) for one, tokens in pairs])
     opposed = _mean_logprobs(engine, [(one.opposed, tokens) for one, tokens in pairs])
-    found = map(Reading, told, opposed)
+    found = map(AnswerReading, told, opposed)
     return [next(found) if len(tokens) else None for tokens in answers]
 
 

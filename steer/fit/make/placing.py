@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from steer.fit.data.instruction import Placement
 from steer.fit.data.pairs import Prompt
 from steer.fit.make.asking import Interview
 from steer.fit.make.obedience import readings
-from steer.fit.make.telling import Placement
 
 TRIED: tuple[Placement, ...] = ("system", "after")
 QUESTIONS = 6

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from steer.engines.base import SamplingParams
 from steer.errors import SteerError
+from steer.fit.data.instruction import Placement
 from steer.fit.data.pairs import Prompt
 from steer.fit.make.questions import shuffled
-from steer.fit.make.telling import Placement
 from steer.spec import Site
 
 FITTED, CHOSEN, CHECKED = 48, 12, 20
@@ -48,7 +48,7 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Parts:
+class QuestionParts:
     """The questions to fit on, to choose on and to check on; no question is in two of them."""
 
     fitted: tuple[Prompt, ...]
@@ -56,7 +56,7 @@ class Parts:
     checked: tuple[Prompt, ...]
 
     @staticmethod
-    def of(prompts: Sequence[Prompt], seed: int) -> Parts:
+    def of(prompts: Sequence[Prompt], seed: int) -> QuestionParts:
         """`prompts` in an order drawn with `seed`, in shares of 4, 1 and 2, up to what is used.
         Raises `SteerError` (`no_prompts`) for fewer than `LEAST`."""
         if len(prompts) < LEAST:
@@ -70,4 +70,4 @@ class Parts:
         chosen = min(CHOSEN, len(order) // 7)
         checked = min(CHECKED, 2 * len(order) // 7)
         fitted = order[chosen + checked :][:FITTED]
-        return Parts(fitted, order[:chosen], order[chosen : chosen + checked])
+        return QuestionParts(fitted, order[:chosen], order[chosen : chosen + checked])

@@ -128,10 +128,10 @@ class MakeRequest(BaseModel):
 
     def check(self, engine: Engine) -> None:
         """Raises what is wrong, before anything is asked."""
-        from steer.fit.make.wish import Parts
+        from steer.fit.make.wish import QuestionParts
         from steer.model import HookPoint
 
-        Parts.of(self.asked(engine), self.seed)
+        QuestionParts.of(self.asked(engine), self.seed)
         engine.info.check_point(HookPoint(0, self.site), param="/site")
 
     def work(self, engine: Engine) -> int:

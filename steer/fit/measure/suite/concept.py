@@ -8,11 +8,12 @@ from typing import Any
 
 from steer.engines.base import Engine, SamplingParams
 from steer.errors import Unsupported
+from steer.fit.data.instruction import instructed
 from steer.fit.data.prompt import Prompt
 from steer.fit.measure.answers import Answer, Progress, answers_under, mean
 from steer.fit.measure.bootstrap import Resamples
 from steer.fit.measure.divergence import References
-from steer.fit.measure.evaluate import PROMPT_ONLY, UNSTEERED, instructed
+from steer.fit.measure.evaluate import PROMPT_ONLY, UNSTEERED
 from steer.fit.measure.nulls.comparison import compare, measurable
 from steer.fit.measure.nulls.directions import answer_states, null_vectors
 from steer.fit.measure.nulls.in_plans import added_vector, with_vector

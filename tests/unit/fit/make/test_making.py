@@ -14,11 +14,11 @@ from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError
 from steer.fit.data.where import WHERES
 from steer.fit.make.choosing import COARSE, FINE, grid, likely_strength
-from steer.fit.make.contrast import Exchange, contrast_states, directions
+from steer.fit.make.contrast import AnswerPair, contrast_states, directions
 from steer.fit.make.made import Made
 from steer.fit.make.making import make, work_of
 from steer.fit.make.report import lines, rows, write_report
-from steer.fit.make.wish import Parts, Wish
+from steer.fit.make.wish import QuestionParts, Wish
 from steer.fit.measure.answers import Answer
 from steer.fit.measure.scoring import Score
 from steer.fit.methods.diffmean import DifferenceOfMeans
@@ -68,7 +68,7 @@ def test_the_check_has_words_and_chance_beside_it(made: Made) -> None:
     assert against.p_value is not None
     assert against.p_value >= 1 / 4
     assert made.works == (against.above_null is True)
-    assert made.check.questions == len(Parts.of(PROMPTS, WISH.seed).checked)
+    assert made.check.questions == len(QuestionParts.of(PROMPTS, WISH.seed).checked)
 
 
 def test_it_is_the_same_again_and_counts_its_steps(lively: TransformersEngine, made: Made) -> None:
@@ -113,9 +113,9 @@ def test_contrasts_are_of_both_sides_own_answers(lively: TransformersEngine) -> 
         return Answer(prompt, tokens, "", (), Score(0.0))
 
     exchanges = [
-        Exchange(answer((65, 66, 67), (70, 71)), answer((65, 68), (72,))),
-        Exchange(answer((65,), ()), answer((65,), (70,))),  # nothing to read
-        Exchange(answer((66, 66), (73,)), answer((66, 67), (70, 71, 72))),
+        AnswerPair(answer((65, 66, 67), (70, 71)), answer((65, 68), (72,))),
+        AnswerPair(answer((65,), ()), answer((65,), (70,))),  # nothing to read
+        AnswerPair(answer((66, 66), (73,)), answer((66, 67), (70, 71, 72))),
     ]
 
     states = contrast_states(lively, exchanges, site="resid_post", layers=[0, 2])

@@ -12,8 +12,8 @@ from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError
 from steer.fit.make.asking import Asked, Interview
 from steer.fit.make.obedience import (
+    AnswerReading,
     InstructionScorer,
-    Reading,
     SoundScorer,
     obedience,
     readings,
@@ -78,7 +78,7 @@ def test_the_scorer_puts_a_half_at_two_deviations() -> None:
     scorer = InstructionScorer({}, mean=0.1, deviation=0.05, soundness=Soundness(3.0))
 
     def score(gain: float, loss: float = 1.0) -> Score:
-        return scorer._score(Reading(-loss, -loss - gain), [1, 2, 3])
+        return scorer._score(AnswerReading(-loss, -loss - gain), [1, 2, 3])
 
     assert score(0.2).value == pytest.approx(0.5)
     assert score(0.1).value == pytest.approx(1 / (1 + math.exp(3)))

@@ -6,12 +6,12 @@ import pytest
 
 from steer.errors import SteerError
 from steer.fit.make.questions import neutral_questions
-from steer.fit.make.wish import CHECKED, CHOSEN, FITTED, LEAST, Parts
+from steer.fit.make.wish import CHECKED, CHOSEN, FITTED, LEAST, QuestionParts
 
 
 @pytest.mark.parametrize("count", [LEAST, 40, FITTED + CHOSEN + CHECKED, 160])
 def test_no_question_is_in_two_parts(count: int) -> None:
-    parts = Parts.of([str(n) for n in range(count)], seed=3)
+    parts = QuestionParts.of([str(n) for n in range(count)], seed=3)
 
     every = [*parts.fitted, *parts.chosen, *parts.checked]
     assert len(set(map(str, every))) == len(every) <= FITTED + CHOSEN + CHECKED
@@ -22,12 +22,14 @@ def test_no_question_is_in_two_parts(count: int) -> None:
 def test_the_seed_draws_the_parts() -> None:
     prompts = [str(n) for n in range(50)]
 
-    assert Parts.of(prompts, 0) == Parts.of(prompts, 0) != Parts.of(prompts, 1)
+    assert (
+        QuestionParts.of(prompts, 0) == QuestionParts.of(prompts, 0) != QuestionParts.of(prompts, 1)
+    )
 
 
 def test_too_few_prompts_are_refused() -> None:
     with pytest.raises(SteerError, match="23 prompts are too few") as caught:
-        Parts.of(["?"] * (LEAST - 1), 0)
+        QuestionParts.of(["?"] * (LEAST - 1), 0)
     assert (caught.value.code, caught.value.param) == ("no_prompts", "/prompts")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from steer.errors import SteerError
-from steer.fit.make.telling import PLACEMENTS, Placement, Telling
+from steer.fit.data.instruction import PLACEMENTS, Placement, Telling
 from steer.prompts import Marked
 
 CHAT = [
