@@ -1,7 +1,8 @@
 """Pages of documentation whose code is run: `python tests/support/doc_pages.py --update PAGE...`.
 
 A page is a session: its ```python blocks share one namespace, its ```bash blocks run in the same
-folder with the same registry, and the demo model is served at the address that the page names. The
+folder with the same registry, and the demo model, or the one that the page tells `make serve` of, is
+served at the address that the page names. The
 ```text block that follows a block at once is what it prints. A block that cannot run here has a
 comment in front of it that readers do not see, `<!-- not run: REASON -->`, and code of another
 package `<!-- run with: ENVIRONMENT -->`: it runs alone, by that environment of `make oracles` or
@@ -30,6 +31,8 @@ import typer
 from live_server import live_server
 from liveness import LIVENESS_SECONDS
 
+from steer.engines.transformers.checkpoints.known import DEMO
+
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = "http://127.0.0.1:8000"
 RUN = ("python", "bash")
@@ -40,6 +43,7 @@ _FENCE = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 _PICTURE = re.compile(r"\((?:\.\./)*(?:docs/)?images/(tutorial-[\w-]+\.png)\)")
+_SERVED = re.compile(r"^make serve MODEL=(\w+)$", re.MULTILINE)
 _DECIMAL = re.compile(r"-?\d+\.\d+")
 _HASH = re.compile(r"@[0-9a-f]{12}\b")
 
@@ -100,6 +104,12 @@ class Page:
                 )
             )
         return cls(path, text, tuple(blocks))
+
+    @property
+    def model(self) -> str:
+        """The model that the page serves: the one that it tells `make serve` of."""
+        named = _SERVED.search(self.text)
+        return DEMO.name if named is None else named[1]
 
     @property
     def pictures(self) -> tuple[str, ...]:
@@ -183,7 +193,7 @@ def session(page: Page, folder: Path) -> Iterator[Session]:
     work.mkdir(parents=True)
     # As in a clone, where a page's commands are typed.
     (work / "vectors").symlink_to(ROOT / "vectors", target_is_directory=True)
-    with live_server(registry) as url:
+    with live_server(registry, page.model) as url:
         yield Session(page, work, url, _environment(registry))
 
 

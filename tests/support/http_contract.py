@@ -31,7 +31,9 @@ OF_THE_MODEL = frozenset(
         "unsupported_source",
     }
 )
-OF_THE_REGISTRY = frozenset(f"unknown_{kind}" for kind in ("vector", "sae", "low_rank", "lens"))
+OF_THE_REGISTRY = frozenset(
+    f"unknown_{kind}" for kind in ("vector", "sae", "low_rank", "lens", "affine")
+)
 OF_A_FILE = frozenset(
     {
         "invalid_file",
@@ -50,6 +52,7 @@ OF_DATA = frozenset(
         "invalid_labels",
         "invalid_relations",
         "invalid_exercises",
+        "invalid_preferences",
         "unknown_label",
         "invalid_base64",
     }
@@ -61,6 +64,7 @@ OF_EACH_OTHER = frozenset(
         "invalid_spec",
         "invalid_option",
         "no_heat_map",
+        "no_scorer",
         "nothing_to_compare",
     }
 )

@@ -9,14 +9,15 @@ from pathlib import Path
 
 from liveness import LIVENESS_SECONDS
 
+from steer.engines.transformers.checkpoints.known import DEMO
 from steer_server.serve import Server, build
 from steer_server.settings import ServerSettings
 
 
 @contextmanager
-def live_server(registry: Path) -> Iterator[str]:
-    """The demo model, served as `make serve` does, on a port of its own; yields its URL."""
-    settings = ServerSettings(port=0, registry=str(registry))
+def live_server(registry: Path, model: str = DEMO.name) -> Iterator[str]:
+    """`model`, served as `make serve` does, on a port of its own; yields its URL."""
+    settings = ServerSettings(model=model, port=0, registry=str(registry))
     server = Server(build(settings), settings)
     started = threading.Event()
     startup = server.startup

@@ -68,10 +68,10 @@ class MakeRequest(BaseModel):
         tuple[PromptParam, ...] | None,
         Spelled(hidden=True),
         Field(
-            min_length=1,
+            min_length=24,
             max_length=MAX_ITEMS,
-            description="What is asked, at least 24 texts or lists of messages; by default the "
-            "shipped questions.",
+            description="What is asked, texts or lists of messages; by default the shipped "
+            "questions.",
             fail_fast=True,
         ),
     ] = None

@@ -88,7 +88,7 @@ async def test_a_job_makes_and_registers_it(running: httpx.AsyncClient, registry
     ("change", "code", "param"),
     [
         ({"instruction": " "}, "invalid_value", "instruction"),
-        ({"prompts": ["one"]}, "no_prompts", "prompts"),
+        ({"prompts": ["one"]}, "invalid_value", "prompts"),
         ({"site": "attn_gone"}, "invalid_value", "site"),
         ({"score": "python:os:system"}, "scorer_refused", "score"),
         ({"place": "nowhere"}, "invalid_value", "place"),
