@@ -26,7 +26,13 @@ from steer.fit.measure.divergence import BATCH, References, divergences
 from steer.fit.measure.doses import DIGITS, measured_doses, tabulated
 from steer.fit.measure.nulls.comparison import anti_steered, compare, on_card, values
 from steer.fit.measure.nulls.directions import NullVector, Refit, answer_states, null_vectors
-from steer.fit.measure.nulls.runs import NULLS, Contender, null_steps, run_nulls
+from steer.fit.measure.nulls.runs import (
+    NULLS,
+    Contender,
+    ContenderRuns,
+    null_steps,
+    run_nulls,
+)
 from steer.fit.measure.scoring import AnswerScorer, Score, Scorer
 from steer.model import HookPoint
 from steer.plan.plan import SteeringPlan
@@ -149,15 +155,7 @@ def calibrate(
             group=group,
             progress=progress,
         )
-        draws = Resamples.draw(len(prompts), seed=seed)
-        in_range = everything[: len(calibration.kl)]
-        wrong = anti_steered(draws, calibration.strengths, [values(one) for one in in_range])
-        calibration = calibration.model_copy(
-            update={
-                "nulls": compare(draws, everything[0], contender, runs),
-                "anti_steered": on_card(wrong),
-            }
-        )
+        calibration = _beside_chance(calibration, everything, contender, runs)
     changes: dict[str, Any] = {"calibration": calibration}
     if layers is not None:
         changes["default_layers"] = used
@@ -169,6 +167,21 @@ def calibrate(
         tuple(one.examples for one in figures),
         tuple(one.unjudged for one in figures),
     )
+
+
+def _beside_chance(
+    calibration: Calibration,
+    everything: Sequence[Sequence[Answer]],
+    contender: Contender,
+    runs: ContenderRuns,
+) -> Calibration:
+    """The calibration with its nulls, and the share of prompts steered the wrong way; `everything`
+    are the answers at its doses."""
+    draws = Resamples.draw(len(everything[0]), seed=calibration.seed)
+    scores = [values(answers) for answers in everything[: len(calibration.kl)]]
+    wrong = anti_steered(draws, calibration.strengths, scores)
+    nulls = compare(draws, everything[0], contender, runs)
+    return calibration.model_copy(update={"nulls": nulls, "anti_steered": on_card(wrong)})
 
 
 def check_use(

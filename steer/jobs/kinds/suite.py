@@ -33,7 +33,7 @@ def _plans(
     engine: Engine, registry: Registry, request: SuiteRequest, policy: Policy
 ) -> dict[tuple[str, str], SteeringPlan]:
     """The plan of each method towards each concept; errors point at the method."""
-    found = {}
+    found: dict[tuple[str, str], SteeringPlan] = {}
     for concept in request.suite.concepts:
         methods = [towards(one, concept.name) for one in request.methods]
         plans = method_plans(engine, registry, methods, policy)

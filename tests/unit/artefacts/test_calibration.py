@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from steer.artefacts.calibration import MeasuredInterval, MeasuredNull, NullComparison
 from steer.artefacts.control_vector import ControlVector
 from steer.errors import SteerError
 from steer.spec import EffectStrength, KLStrength
@@ -122,3 +123,29 @@ def test_nothing_without_a_calibration_speaks_of_one() -> None:
     cards = [one.card for one in (*made["vectors"].values(), *made["saes"].values())]
     assert all("calibration" not in card.model_dump_json() for card in cards)
     assert all(b"calibration" not in sae.to_bytes() for sae in made["saes"].values())
+
+
+def test_nulls_stand_on_a_card_only_where_they_were_measured() -> None:
+    """Cards from before there were any keep their bytes, and so their hash."""
+    old = calibration()
+    assert {"nulls", "anti_steered"}.isdisjoint(old.model_dump(mode="json"))
+    assert (old.nulls, old.above_null) == (None, None)
+    null = MeasuredNull(
+        kind="covariance", seed=3, cosine=0.1, strength=1.2, kl=0.2, matched=True, score=0.3
+    )
+    beside = NullComparison(
+        strength=1.0,
+        kl=0.2,
+        score=0.8,
+        unsteered=0.1,
+        nulls=(null,),
+        p_value=0.5,
+        margin=MeasuredInterval(value=0.5, low=0.4, high=0.6),
+        above_null=True,
+    )
+    share = MeasuredInterval(value=0.0, low=0.0, high=0.0)
+    new = calibration(nulls=beside, anti_steered=share)
+    assert new.above_null
+    assert beside.strongest == null
+    card = ControlVector.of({1: torch.ones(4)}, calibration=new)
+    assert ControlVector.from_bytes(card.to_bytes()).card.calibration == new

@@ -198,6 +198,49 @@ def test_evaluate_prints_the_prompt_only_baseline(registry: Path, tmp_path: Path
     assert (tmp_path / "report" / "evaluation.png").exists()
 
 
+def test_evaluate_runs_a_suite_and_goes_on(registry: Path, tmp_path: Path) -> None:
+    suite, folder = tmp_path / "mine.json", tmp_path / "report"
+    concept = {
+        "name": "german",
+        "description": "German",
+        "instruction": "Answer in German.",
+        "score": "demo:german",
+    }
+    prompts = ["What is the weather like?", "Tell me about music.", "How are you?", "What is new?"]
+    value = {"name": "mine", "concepts": [concept], "prompts": prompts, "factors": [0.01, 1.0]}
+    suite.write_text(json.dumps(value), "utf-8")
+    common = ["--suite", suite, "--registry", registry, "--nulls", "1"]
+    arguments = ["evaluate", "{concept}", *common, "--report", folder]
+    found = json.loads(steer(*arguments, "--json").output)
+    assert [one["method"] for one in found["methods"]] == ["unsteered", "prompt only", "vector"]
+    row = found["concepts"][0]["rows"][2]
+    assert [factor for factor, _ in row["chosen_from"]] == [0.01, 1.0]
+    assert row["concept"] >= found["concepts"][0]["rows"][0]["concept"]
+    assert len(row["nulls"]["nulls"]) == 2
+    assert {path.name for path in folder.iterdir()} == {
+        "concepts",
+        "report.json",
+        "report.md",
+        "suite.png",
+    }
+    shown = steer(*arguments).output
+    assert "prompt only" in shown
+    assert "1 concepts, 4 prompts" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["german", "--score", "regex:x"], "give --prompts, or a --suite"),
+        (["german", "--suite", "smollm2", "--score", "regex:x"], "--score and --suite exclude"),
+        (["german", "--suite", "nowhere.json"], "'nowhere.json' cannot be read"),
+    ],
+)
+def test_what_evaluate_cannot_run(arguments: list[str], says: str, tmp_path: Path) -> None:
+    failed = steer("evaluate", *arguments, "--registry", tmp_path, "-m", "nothing", code=2)
+    assert says in failed.stderr.replace("\n", " ")
+
+
 def test_vectors_come_and_go(tmp_path: Path) -> None:
     place = ["--registry", tmp_path / "registry"]
     file = tmp_path / "v.safetensors"

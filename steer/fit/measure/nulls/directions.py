@@ -82,9 +82,9 @@ def null_vectors(
     refit: Refit | None = None,
 ) -> tuple[NullVector, ...]:
     """`count` nulls of each kind that there is material for: `isotropic` always, `covariance`
-    with `states`, `shuffled` with `refit`. Raises `SteerError`."""
+    with `states` of more than one token, `shuffled` with `refit`. Raises `SteerError`."""
     kinds: list[NullKind] = ["isotropic"]
-    kinds += ["covariance"] if states is not None else []
+    kinds += ["covariance"] if states and all(len(rows) > 1 for rows in states.values()) else []
     kinds += ["shuffled"] if refit is not None else []
     return tuple(
         null_vector(vector, kind, seed=seed + n, layers=layers, states=states, refit=refit)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from steer.artefacts.calibration import NullComparison
 from steer.engines.base import Engine, SamplingParams
 from steer.errors import Unsupported
 from steer.fit.data.instruction import instructed
@@ -17,11 +18,11 @@ from steer.fit.measure.evaluate import PROMPT_ONLY, UNSTEERED
 from steer.fit.measure.nulls.comparison import compare, measurable
 from steer.fit.measure.nulls.directions import answer_states, null_vectors
 from steer.fit.measure.nulls.in_plans import added_vector, with_vector
-from steer.fit.measure.nulls.runs import Contender, null_steps, run_nulls
+from steer.fit.measure.nulls.runs import Contender, ContenderRuns, null_steps, run_nulls
 from steer.fit.measure.scoring import Score
 from steer.fit.measure.suite.file import Suite, SuiteConcept
 from steer.fit.measure.suite.rating import Panel, Rating
-from steer.fit.measure.suite.result import ConceptResult, ConceptRow
+from steer.fit.measure.suite.result import ConceptResult, ConceptRow, RowKind
 from steer.plan.plan import SteeringPlan
 
 
@@ -100,37 +101,22 @@ class ConceptBench:
             replace(one, answers=said, ratings=ratings)
             for one, said, ratings in zip(cells, steered, rated, strict=True)
         ]
-        best = []
-        rows = []
-        for name in plans:
-            mine = [one for one in cells if one.method == name]
-            # Of equals the weakest: it changes least.
-            best.append(max(mine, key=lambda one: (one.chosen_by(), -one.factor)))
-            rows.append(
-                ConceptRow(
-                    name,
-                    "steering",
-                    tuple(held_out(best[-1].ratings)),
-                    factor=best[-1].factor,
-                    chosen_from=tuple((one.factor, one.chosen_by()) for one in mine),
-                    example=held_out(best[-1].answers)[0].text,
-                )
+        best = [_best([one for one in cells if one.method == name]) for name in plans]
+        rows = [
+            replace(
+                _row(one.method, "steering", one.ratings, one.answers),
+                factor=one.factor,
+                chosen_from=tuple(
+                    (each.factor, each.chosen_by()) for each in cells if each.method == one.method
+                ),
             )
+            for one in best
+        ]
         return ConceptResult(
             concept.name,
             (
-                ConceptRow(
-                    UNSTEERED,
-                    "unsteered",
-                    tuple(held_out(plain)),
-                    example=held_out(self.plain)[0].text,
-                ),
-                ConceptRow(
-                    PROMPT_ONLY,
-                    "prompt",
-                    tuple(held_out(prompted)),
-                    example=held_out(asked)[0].text,
-                ),
+                _row(UNSTEERED, "unsteered", plain, self.plain),
+                _row(PROMPT_ONLY, "prompt", prompted, asked),
                 *self._beside_nulls(concept, rows, best, plain, progress),
             ),
         )
@@ -183,29 +169,37 @@ class ConceptBench:
             group=self.group,
             progress=progress,
         )
-        said = [run.answers for one in runs for run in one.nulls]
-        places = held_out(range(len(self.prompts)))
-        ratings = iter(self._rated(concept, said, places))
-        draws = Resamples.draw(len(prompts), seed=self.seed)
-        before = _marked(unsteered, held_out(plain))
-        compared = iter(
-            compare(
-                draws,
-                before,
-                contender,
-                replace(
-                    one,
-                    nulls=tuple(
-                        replace(run, answers=_marked(run.answers, next(ratings)))
-                        for run in one.nulls
-                    ),
-                ),
-            )
-            for contender, one in zip(contenders, runs, strict=True)
-        )
+        compared = iter(self._compared(concept, contenders, runs, plain))
         return [
             replace(row, nulls=next(compared)) if done is None else done
             for row, done in zip(rows, found, strict=True)
+        ]
+
+    def _compared(
+        self,
+        concept: SuiteConcept,
+        contenders: Sequence[Contender],
+        runs: Sequence[ContenderRuns],
+        plain: Sequence[Rating],
+    ) -> list[NullComparison]:
+        """The contenders beside their nulls, by the overall rating."""
+        said = [run.answers for one in runs for run in one.nulls]
+        places = held_out(range(len(self.prompts)))
+        ratings = iter(self._rated(concept, said, places))
+        marked = [
+            replace(
+                one,
+                nulls=tuple(
+                    replace(run, answers=_marked(run.answers, next(ratings))) for run in one.nulls
+                ),
+            )
+            for one in runs
+        ]
+        draws = Resamples.draw(len(places), seed=self.seed)
+        before = _marked(held_out(self.plain), held_out(plain))
+        return [
+            compare(draws, before, contender, one)
+            for contender, one in zip(contenders, marked, strict=True)
         ]
 
     def _contender(self, one: Turned, unsteered: Sequence[Answer]) -> Contender:
@@ -216,6 +210,18 @@ class ConceptBench:
         return Contender(
             one.plan, 1.0, _marked(held_out(one.answers), held_out(one.ratings)), drawn
         )
+
+
+def _best(cells: Sequence[Turned]) -> Turned:
+    """The best on the prompts that choose; of equals the weakest, which changes least."""
+    return max(cells, key=lambda one: (one.chosen_by(), -one.factor))
+
+
+def _row(
+    method: str, kind: RowKind, ratings: Sequence[Rating], answers: Sequence[Answer]
+) -> ConceptRow:
+    """What is rated of the answers to all prompts."""
+    return ConceptRow(method, kind, tuple(held_out(ratings)), example=held_out(answers)[0].text)
 
 
 def held_out(items: Sequence[Any]) -> Sequence[Any]:

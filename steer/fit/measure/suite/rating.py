@@ -47,8 +47,9 @@ class Rating:
 class Panel(Protocol):
     """Rates answers; answer n is to prompt `places[n]`."""
 
-    identity: str
-    """What tells panels apart, for results that are kept."""
+    @property
+    def identity(self) -> str:
+        """What tells panels apart, for results that are kept."""
 
     def rate(
         self, concept: SuiteConcept, answers: Sequence[Answer], places: Sequence[int]

@@ -90,7 +90,8 @@ def test_nulls_stand_on_the_card_beside_it(found: CalibratedVector) -> None:
     assert all(null.matched for null in one.nulls)
     assert [null.kl for null in one.nulls] == pytest.approx([one.kl] * 8, rel=0.06)
     dose = next(d for d in found.calibration.doses if d.strength == one.strength)
-    assert (dose.score, dose.kl) == (one.score, pytest.approx(one.kl))
+    assert dose.score == one.score
+    assert dose.kl == pytest.approx(one.kl)
     assert found.auto is not None
     assert one.strength >= found.auto
     assert one.strongest is not None

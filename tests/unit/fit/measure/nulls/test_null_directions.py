@@ -48,7 +48,8 @@ KINDS: list[Any] = ["isotropic", "covariance", "shuffled"]
 
 def unit(vector: ControlVector) -> torch.Tensor:
     rows = torch.stack([vector[layer] for layer in vector.card.layers]).double()
-    return rows / rows.norm(dim=1, keepdim=True)
+    lengths: torch.Tensor = rows.norm(dim=1, keepdim=True)
+    return rows / lengths
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -142,6 +143,8 @@ def test_as_many_kinds_as_there_is_material_for() -> None:
     assert [(n.kind, n.seed) for n in everything] == [(k, s) for k in KINDS for s in (7, 8)]
     assert all(n.vector.card.layers == (3,) for n in everything)
     assert null_vectors(VECTOR, 0, **MATERIAL) == ()
+    one = {layer: rows[:1] for layer, rows in STATES.items()}
+    assert [n.kind for n in null_vectors(VECTOR, 1, states=one)] == ["isotropic"]
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class Letters:
 
 
 def run(engine: TransformersEngine, **fields: Any) -> tuple[SuiteResult, Letters]:
-    head = engine._hooked.model.get_output_embeddings().weight.detach()  # type: ignore[union-attr]
+    head = engine._hooked.model.get_output_embeddings().weight.detach()  # type: ignore[operator]
     vectors = {
         name: ControlVector.of({2: 20 * head[ord(name)] / head[ord(name)].norm()}, name=name)
         for name in "ez"
