@@ -1,8 +1,8 @@
 """Pages of documentation whose code is run: `python tests/support/doc_pages.py --update PAGE...`.
 
 A page is a session: its ```python blocks share one namespace, its ```bash blocks run in the same
-folder with the same registry, and the demo model, or the one that the page tells `make serve` of, is
-served at the address that the page names. The
+folder with the same registry, and the demo model, or the one that the page tells `make serve` of,
+is served at the address that the page names. The
 ```text block that follows a block at once is what it prints. A block that cannot run here has a
 comment in front of it that readers do not see, `<!-- not run: REASON -->`, and code of another
 package `<!-- run with: ENVIRONMENT -->`: it runs alone, by that environment of `make oracles` or

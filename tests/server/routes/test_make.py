@@ -12,6 +12,7 @@ import httpx
 import pytest
 import torch
 from liveness import LIVENESS_SECONDS
+from steer_vectors import LIBRARY
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -22,7 +23,6 @@ from steer.engines.transformers.engine import TransformersEngine
 from steer.registry.registry import Registry
 from steer_server.app import create_app
 from steer_server.settings import ServerSettings
-from steer_vectors import LIBRARY
 
 BODY: dict[str, Any] = {
     "instruction": "be loud!",
