@@ -56,18 +56,16 @@ def llama_server(model: Path, *options: str) -> Iterator[httpx.Client]:
         port = free.getsockname()[1]
     command = [str(SERVER), "-m", str(model), "--host", "127.0.0.1", "--port", str(port)]
     command += ["-t", "1", "-tb", "1", "-c", "512", "-np", "1", "--offline", *EXACT, *options]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert run.stdout is not None
+    run = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace"
+    )
     said: list[str] = []
+    settled = threading.Event()
+    reading = threading.Thread(target=_read, args=(run, said, settled), daemon=True)
+    reading.start()
     try:
-        for line in run.stdout:
-            said.append(line)
-            if "is listening" in line:
-                break
-        else:
+        if not settled.wait(LIVENESS_SECONDS) or run.poll() is not None:
             pytest.fail("llama.cpp did not start:\n" + "".join(said[-20:]))
-        # What it says later is read as well, or it would wait for that.
-        threading.Thread(target=run.stdout.read, daemon=True).start()
         with httpx.Client(
             base_url=f"http://127.0.0.1:{port}", timeout=LIVENESS_SECONDS, trust_env=False
         ) as client:
@@ -75,11 +73,29 @@ def llama_server(model: Path, *options: str) -> Iterator[httpx.Client]:
     finally:
         run.terminate()
         run.wait()
+        reading.join()
+
+
+def _read(run: subprocess.Popen[str], said: list[str], settled: threading.Event) -> None:
+    """Reads what a server says, or it would wait for that; `settled` once it listens or ends."""
+    assert run.stdout is not None
+    for line in run.stdout:
+        said.append(line)
+        if "listening on http" in line:
+            settled.set()
+    settled.set()
 
 
 def greedy(client: httpx.Client, prompt: Sequence[int], count: int) -> list[int]:
-    asked = {"prompt": list(prompt), "n_predict": count, "temperature": 0, "return_tokens": True}
-    answer = client.post("/completion", json={**asked, "cache_prompt": False})
+    asked: dict[str, Any] = {
+        "prompt": list(prompt),
+        "n_predict": count,
+        "temperature": 0,
+        "return_tokens": True,
+    }
+    # Its text is left out: random bytes are no text, and JSON cannot hold them.
+    asked |= {"cache_prompt": False, "response_fields": ["tokens"]}
+    answer = client.post("/completion", json=asked)
     return list(answer.raise_for_status().json()["tokens"])
 
 
