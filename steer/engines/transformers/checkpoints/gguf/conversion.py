@@ -91,8 +91,11 @@ def _dequantised(header: GGUFHeader, config: Any) -> Any:
 
 def _read(header: GGUFHeader, config: Any) -> Any:
     """The model as transformers reads it, with every number of the file in it."""
-    from transformers import GgufConfig  # noqa: PLC0415 (slow import)
+    import transformers  # noqa: PLC0415 (slow import)
 
+    # Releases that can keep the matrices quantised are told not to; those before always unpack.
+    config_class = getattr(transformers, "GgufConfig", None)
+    unpacked = {"quantization_config": config_class(dequantize=True)} if config_class else {}
     path = header.path
     try:
         loaded, about = auto_class(config).from_pretrained(
@@ -100,7 +103,7 @@ def _read(header: GGUFHeader, config: Any) -> Any:
             config=config,
             gguf_file=path.name,
             dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
+            **unpacked,
             output_loading_info=True,
         )
     except Unsupported:
