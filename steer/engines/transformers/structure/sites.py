@@ -11,8 +11,8 @@ no to the bit, however large the model's own stream is and whatever its weights 
   change of that tensor moves the output by as much.
 - `head_out`, `mlp_act`: the inputs of the weight matrices whose outputs are, as they are, what the
   attention and the MLP return.
-- `attn_in`, `mlp_in`: the outputs of norms of the stream (ten times their input gives the same)
-  that the attention, or the MLP, takes as they are, and that nothing else sees.
+- `attn_in`, `mlp_in`: the outputs of children without a weight matrix that read the stream, which
+  the attention, or the MLP, takes as they are, and which nothing else sees.
 
 A site that nothing satisfies is left out, so parallel residuals, sandwich norms and mixtures of
 experts are described as they are.
@@ -45,9 +45,6 @@ _LARGEST = 8
 """Of the whole numbers: four of them add up to what bfloat16 holds exactly (256), with room."""
 
 _MIXES = {torch.float32: 1e-3, torch.float64: 1e-3}
-_NORM = 2e-2
-"""Relative change of a norm's output by ten times its input, above the rounding of half precision
-and the epsilon under its root."""
 _MIXES_HALF = 3e-2
 """Relative change of a token's row by another token, above the rounding of an expert's batch."""
 
@@ -119,35 +116,35 @@ class _Trials:
         return sites | self._norms(first, second)
 
     def _norms(self, first: nn.Module, second: nn.Module) -> dict[Site, HookTarget]:
-        """The norms before the attention and before the MLP."""
+        """The norms that the attention and the MLP read, where they alone do."""
         made = {first: self._numbers(first, 1), second: self._numbers(second, 2)}
-        total, calls = self._run(made)
-        stream = self.stream.float()
-        streams = (stream, stream + made[first].float())
+        out, calls = self._run(made)
+        streams = (self.stream.float(), self.stream.float() + made[first].float())
         sites: dict[Site, HookTarget] = {}
-        for norm in self.children:
-            read = calls[norm].input if norm in calls else None
+        for child in self.children:
+            read = calls[child].input if child in calls else None
             if (
-                norm in made
+                child in made
+                or _mixes_channels(child)
                 or not any(_is(read, one) for one in streams)
-                or not _scales(norm, read)
             ):
                 continue
-            numbers = self._numbers(norm, 3)
-            beside, _ = self._run({**made, norm: numbers})
-            _, calls_after = self._run({norm: numbers})
-            readers = {
-                one
-                for one in self.block.children()
-                if one in calls_after and _is(calls_after[one].input, numbers.float())
-            }
-            if not torch.equal(beside, total) or not readers:
+            without, _ = self._run({**made, child: self._numbers(child, 3)})
+            readers = self._readers(child)
+            if not readers or not torch.equal(without, out):
                 continue
             if readers == {self.attention}:
-                sites["attn_in"] = HookTarget(norm, "output")
-            elif self.attention not in readers and "mlp_in" not in sites:
-                sites["mlp_in"] = HookTarget(norm, "output")
+                sites["attn_in"] = HookTarget(child, "output")
+            elif self.attention not in readers:
+                sites["mlp_in"] = HookTarget(child, "output")
         return sites
+
+    def _readers(self, source: nn.Module) -> set[nn.Module]:
+        """The children that take what `source` returns as it is."""
+        made = self._numbers(source, 3)
+        _, calls = self._run({source: made})
+        children = (child for child in self.block.children() if child in calls)
+        return {child for child in children if _is(calls[child].input, made.float())}
 
     def _summands(self) -> tuple[nn.Module, nn.Module] | None:
         """The children whose outputs, added to the block's input, give its output."""
@@ -270,13 +267,9 @@ def attends(module: nn.Module) -> bool:
     return "attention" in type(module).__name__.lower()
 
 
-def _scales(module: nn.Module, read: Tensor | None) -> bool:
-    """Whether `module` divides by the size of what it reads, and so is a norm."""
-    assert read is not None
-    one, ten = (first_tensor(module(factor * read)).float() for factor in (1, 10))
-    return bool(one.any()) and torch.allclose(
-        one, ten, rtol=_NORM, atol=_NORM * float(one.abs().max())
-    )
+def _mixes_channels(module: nn.Module) -> bool:
+    """Whether `module` has weights that mix channels; a norm weighs each by itself."""
+    return any(parameter.ndim > 1 for parameter in module.parameters())
 
 
 def _with_matrix(owner: nn.Module) -> Iterator[nn.Module]:
