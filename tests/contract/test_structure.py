@@ -17,7 +17,9 @@ from steer.errors import Unsupported
 from steer.model import HookPoint
 from steer.spec import Site
 
+_NORMS = {"attn_in": "input_layernorm", "mlp_in": "post_attention_layernorm"}
 _LLAMA = {
+    **_NORMS,
     "attn_out": "self_attn",
     "resid_mid": "post_attention_layernorm",
     "mlp_out": "mlp",
@@ -26,11 +28,13 @@ _LLAMA = {
 }
 _SANDWICH = {
     **_LLAMA,
+    "mlp_in": "pre_feedforward_layernorm",
     "attn_out": "post_attention_layernorm",
     "resid_mid": "pre_feedforward_layernorm",
     "mlp_out": "post_feedforward_layernorm",
 }
 _NEOX = {
+    **_NORMS,
     "attn_out": "attention",
     "resid_mid": "post_attention_layernorm",
     "mlp_out": "mlp",
@@ -38,6 +42,8 @@ _NEOX = {
     "mlp_act": "mlp.dense_4h_to_h",
 }
 _BART = {
+    "attn_in": "self_attn_layer_norm",
+    "mlp_in": "final_layer_norm",
     "attn_out": "self_attn",
     "resid_mid": "final_layer_norm",
     "mlp_out": "fc2",
@@ -54,16 +60,19 @@ MODULES: dict[str, tuple[str, dict[str, str]]] = {
     "llama": ("model.layers", _LLAMA),
     "granite": ("model.layers", _LLAMA),
     "mixtral": ("model.layers", _without(_LLAMA, "mlp_act")),
-    "cohere": ("model.layers", _without(_LLAMA, "resid_mid")),
+    # One norm for both parts: what it gives is neither's alone.
+    "cohere": ("model.layers", _without(_LLAMA, "resid_mid", *_NORMS)),
     "phi": (
         "model.layers",
-        _without(_LLAMA, "resid_mid") | {"head_out": "self_attn.dense", "mlp_act": "mlp.fc2"},
+        _without(_LLAMA, "resid_mid", *_NORMS)
+        | {"head_out": "self_attn.dense", "mlp_act": "mlp.fc2"},
     ),
     "gemma2": ("model.layers", _SANDWICH),
     "gemma3-images": ("model.language_model.layers", _SANDWICH),
     # Its heads are wider where they see everything.
     "gemma4": ("model.layers", _without(_SANDWICH, "head_out")),
-    "olmo2": ("model.layers", {**_SANDWICH, "resid_mid": "mlp"}),
+    # Its parts read the stream as it is.
+    "olmo2": ("model.layers", {**_without(_SANDWICH, *_NORMS), "resid_mid": "mlp"}),
     "glm4": (
         "model.layers",
         {**_LLAMA, "attn_out": "post_self_attn_layernorm", "mlp_out": "post_mlp_layernorm"},
@@ -73,13 +82,16 @@ MODULES: dict[str, tuple[str, dict[str, str]]] = {
     "falcon": (
         "transformer.h",
         _without(_NEOX, "resid_mid")
-        | {"attn_out": "self_attention", "head_out": "self_attention.dense"},
+        | {"attn_in": "ln_attn", "mlp_in": "ln_mlp", "attn_out": "self_attention"}
+        | {"head_out": "self_attention.dense"},
     ),
     "gpt2": (
         "transformer.h",
         {
+            "attn_in": "ln_1",
             "attn_out": "attn",
             "resid_mid": "ln_2",
+            "mlp_in": "ln_2",
             "mlp_out": "mlp",
             "head_out": "attn.c_proj",
             "mlp_act": "mlp.c_proj",

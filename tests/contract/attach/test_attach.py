@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from artefacts import random_vector
+from artefacts import random_map, random_vector
 from tiny_models import ARCHITECTURES, LAYERS, VOCABULARY, WIDTH, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import nn
@@ -25,6 +25,7 @@ from steer.spec import parse_spec
 
 TinyModel = Callable[[str], nn.Module]
 VECTORS = {f"v{n}": random_vector(n, *range(LAYERS), width=WIDTH) for n in range(3)}
+MAPS = {"map": random_map(50, 0, 1, width=WIDTH)}
 ADD: dict[str, Any] = {"kind": "add", "vector": "v0", "layers": [0, 1], "strength": 1.5}
 SPECS: dict[str, dict[str, Any]] = {
     "everything": {"interventions": [ADD]},
@@ -36,6 +37,16 @@ SPECS: dict[str, dict[str, Any]] = {
         "interventions": [{**ADD, "layers": [1]}],
         "when": {"vector": "v1", "above": 0.0, "layer": 0},
         "where": {"phases": ["generation"]},
+    },
+    "new kinds": {
+        "interventions": [
+            {"kind": "affine", "map": "map"},
+            {"kind": "read_write", "read": "v1", "write": "v2", "measure": "cosine"}
+            | {"strength": {"norm": 4.0}, "layers": [0, 1]},
+            {"kind": "exchange", "vector": "v0", "toward": "v1", "mode": "both", "layers": [1]},
+            {"kind": "rotate", "vector": "v0", "toward": "v2", "degrees": 120, "mode": "to"}
+            | {"layers": [0, 2]},
+        ]
     },
     "token gate": {
         "interventions": [{"kind": "ablate", "vector": "v2", "layers": [1, 2]}],
@@ -76,14 +87,14 @@ def test_attach_gives_the_engines_tokens_and_receipts(
     ids = torch.tensor([[0] * (12 - len(p)) + list(p) for p in prompts])
     mask = torch.tensor([[0] * (12 - len(p)) + [1] * len(p) for p in prompts])
     with TransformersEngine(model, None, rows=4, slots=2) as engine:
-        plans = PlanCache(MemoryLibrary(VECTORS), engine.info, engine.capabilities)
+        plans = PlanCache(MemoryLibrary(VECTORS, maps=MAPS), engine.info, engine.capabilities)
         compiled = plans.plan(parse_spec(SPECS[name]))
         sampling = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
         wanted = [
             engine.complete([GenerationRequest("x", p, sampling, compiled)])[0] for p in prompts
         ]
 
-    with steer.attach(model, SPECS[name], vectors=VECTORS) as attached:
+    with steer.attach(model, SPECS[name], vectors=VECTORS, maps=MAPS) as attached:
         tokens = generate(model, ids, mask)
 
     assert [tuple(row) for row in tokens] == [done.tokens for done in wanted]

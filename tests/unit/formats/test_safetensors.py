@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
+from steer.artefacts.adapter_parts import EditRows
+from steer.artefacts.affine import AffineMap, Channels
 from steer.artefacts.control_vector import Card, ControlVector, LayerMeasure, LowRankAdapter
 from steer.errors import FileFormatError, SteerError
 from steer.formats.importing import read_artefact
@@ -69,13 +71,70 @@ def test_canonical_files_come_back_exactly(
     assert all(torch.equal(back[layer], vector[layer]) for layer in vector.directions)
 
 
-def test_a_canonical_adapter_comes_back_exactly(tmp_path: Path) -> None:
-    adapter = LowRankAdapter.of({2: (torch.randn(2, 4), torch.randn(2, 4), torch.randn(2))})
+_TWO = (torch.randn(2, 4), torch.randn(2, 4), torch.randn(2))
+_ROWS = (torch.randn(4), torch.randn(4))
+
+
+@pytest.mark.parametrize(
+    "artefact",
+    [
+        LowRankAdapter.of({2: _TWO}),
+        LowRankAdapter.of({2: EditRows(*_TWO)}),
+        LowRankAdapter.of({2: EditRows(*_TWO, torch.zeros(2)), 5: EditRows(*_TWO, torch.ones(2))}),
+        AffineMap.of({1: Channels(*_ROWS)}),
+        AffineMap.of({1: Channels(*_ROWS, -torch.ones(4), torch.full((4,), torch.inf))}),
+    ],
+    ids=["loreft", "linear rows", "rectified rows", "map", "bounded map"],
+)
+def test_a_canonical_adapter_or_map_comes_back_exactly(tmp_path: Path, artefact) -> None:
     path = tmp_path / "a"
-    path.write_bytes(adapter.to_bytes())
+    path.write_bytes(artefact.to_bytes())
     back = read(path)
-    assert isinstance(back, LowRankAdapter)
-    assert back.to_bytes() == adapter.to_bytes()
+    assert type(back) is type(artefact)
+    assert back.to_bytes() == artefact.to_bytes()
+    assert back.sha256 == artefact.sha256
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: LowRankAdapter.of({1: EditRows(*_TWO[:2], torch.zeros(3))}), "bias [3]"),
+        (lambda: LowRankAdapter.of({1: EditRows(*_TWO), 2: _TWO}), "one form on all layers"),
+        (
+            lambda: LowRankAdapter.of({1: EditRows(*_TWO), 2: EditRows(*_TWO, torch.zeros(2))}),
+            "one form on all layers",
+        ),
+        (lambda: AffineMap.of({1: Channels(*_ROWS, lower=_ROWS[0])}), "one bound"),
+        (lambda: AffineMap.of({1: Channels(_ROWS[0], torch.zeros(3))}), "shift [3]"),
+        (lambda: AffineMap.of({1: Channels(_ROWS[0] / 0, _ROWS[1])}), "NaN or Inf"),
+        (lambda: AffineMap.of({}), "one width"),
+    ],
+)
+def test_rows_that_disagree_are_no_artefact(make, says: str) -> None:
+    with pytest.raises(FileFormatError) as raised:
+        make()
+    assert says in raised.value.message
+
+
+@pytest.mark.parametrize(
+    "artefact", [LowRankAdapter.of({2: EditRows(*_TWO)}), AffineMap.of({2: Channels(*_ROWS)})]
+)
+@pytest.mark.parametrize("change", ["missing", "more", "name"])
+def test_a_card_beside_other_tensors_than_its_own_is_refused(
+    tmp_path: Path, artefact, change: str
+) -> None:
+    tensors = {f"layers.2.{name}": row for name, row in artefact_rows(artefact).items()}
+    if change == "missing":
+        tensors.pop("layers.2.write" if "layers.2.write" in tensors else "layers.2.shift")
+    else:
+        tensors["layers.2.other" if change == "more" else "other"] = torch.ones(2)
+    about = artefact.card.model_dump_json(by_alias=True, exclude={"name"})
+    assert refused(written(tmp_path, tensors, steer=about)).code == "invalid_file"
+
+
+def artefact_rows(artefact) -> dict[str, torch.Tensor]:
+    parts = artefact.channels if isinstance(artefact, AffineMap) else artefact.parts
+    return {name: row for name, row in parts[2]._asdict().items() if row is not None}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ no to the bit, however large the model's own stream is and whatever its weights 
   change of that tensor moves the output by as much.
 - `head_out`, `mlp_act`: the inputs of the weight matrices whose outputs are, as they are, what the
   attention and the MLP return.
+- `attn_in`, `mlp_in`: the outputs of children without a weight matrix that read the stream, which
+  the attention, or the MLP, takes as they are, and which nothing else sees.
 
 A site that nothing satisfies is left out, so parallel residuals, sandwich norms and mixtures of
 experts are described as they are.
@@ -111,7 +113,38 @@ class _Trials:
             projection = next(filter(None, map(self._projection, owners)), None)
             if projection is not None:
                 sites[site] = HookTarget(projection, "input")
+        return sites | self._norms(first, second)
+
+    def _norms(self, first: nn.Module, second: nn.Module) -> dict[Site, HookTarget]:
+        """The norms that the attention and the MLP read, where they alone do."""
+        made = {first: self._numbers(first, 1), second: self._numbers(second, 2)}
+        out, calls = self._run(made)
+        streams = (self.stream.float(), self.stream.float() + made[first].float())
+        sites: dict[Site, HookTarget] = {}
+        for child in self.children:
+            read = calls[child].input if child in calls else None
+            if (
+                child in made
+                or _mixes_channels(child)
+                or not any(_is(read, one) for one in streams)
+            ):
+                continue
+            without, _ = self._run({**made, child: self._numbers(child, 3)})
+            readers = self._readers(child)
+            if not readers or not torch.equal(without, out):
+                continue
+            if readers == {self.attention}:
+                sites["attn_in"] = HookTarget(child, "output")
+            elif self.attention not in readers:
+                sites["mlp_in"] = HookTarget(child, "output")
         return sites
+
+    def _readers(self, source: nn.Module) -> set[nn.Module]:
+        """The children that take what `source` returns as it is."""
+        made = self._numbers(source, 3)
+        _, calls = self._run({source: made})
+        children = (child for child in self.block.children() if child in calls)
+        return {child for child in children if _is(calls[child].input, made.float())}
 
     def _summands(self) -> tuple[nn.Module, nn.Module] | None:
         """The children whose outputs, added to the block's input, give its output."""
@@ -232,6 +265,11 @@ class _Trials:
 def attends(module: nn.Module) -> bool:
     """Whether a module says that it is an attention."""
     return "attention" in type(module).__name__.lower()
+
+
+def _mixes_channels(module: nn.Module) -> bool:
+    """Whether `module` has weights that mix channels; a norm weighs each by itself."""
+    return any(parameter.ndim > 1 for parameter in module.parameters())
 
 
 def _with_matrix(owner: nn.Module) -> Iterator[nn.Module]:
