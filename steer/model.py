@@ -20,8 +20,9 @@ class HookPoint(NamedTuple):
     """A place in the forward pass: a 0-based decoder block and a site within it.
 
     `resid_post` of block i is that block's true output; `resid_mid` is the stream between
-    attention and MLP; `attn_out` and `mlp_out` are what those parts add to the stream; `mlp_act`
-    and `head_out` are the inputs of their output projections.
+    attention and MLP; `attn_out` and `mlp_out` are what those parts add to the stream; `attn_in`
+    and `mlp_in` are what they read, the outputs of their norms; `mlp_act` and `head_out` are the
+    inputs of their output projections.
     """
 
     layer: int
@@ -33,12 +34,14 @@ class HookPoint(NamedTuple):
 
 SITE_ORDER: dict[Site, int] = {
     "resid_pre": 0,
-    "head_out": 1,
-    "attn_out": 2,
-    "resid_mid": 3,
-    "mlp_act": 4,
-    "mlp_out": 5,
-    "resid_post": 6,
+    "attn_in": 1,
+    "head_out": 2,
+    "attn_out": 3,
+    "resid_mid": 4,
+    "mlp_in": 5,
+    "mlp_act": 6,
+    "mlp_out": 7,
+    "resid_post": 8,
 }
 
 

@@ -36,7 +36,15 @@ MAX_INTEGER = 2**53 - 1
 
 Phase: TypeAlias = Literal["prompt", "generation"]
 Site: TypeAlias = Literal[
-    "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_act", "head_out"
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    "attn_out",
+    "mlp_out",
+    "mlp_act",
+    "head_out",
+    "attn_in",
+    "mlp_in",
 ]
 SITES: tuple[Site, ...] = get_args(Site)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 from torch import Tensor
 
 
-class Edits(NamedTuple):
+class EditRows(NamedTuple):
     """k rank-1 edits x + Σ f(⟨read, x⟩ + bias) · write: `read` and `write` `[k, d]`, `bias` `[k]`.
 
     f(u) is u where that exceeds `threshold` `[k]`, else 0 (0 makes it a ReLU); without a threshold
@@ -21,11 +21,11 @@ class Edits(NamedTuple):
     threshold: Tensor | None = None
 
     @property
-    def edits(self) -> Edits:
+    def edits(self) -> EditRows:
         return self
 
 
-class LoReFT(NamedTuple):
+class LoReFTRows(NamedTuple):
     """x + Rᵀ(Wx + b − Rx) (2404.03592): R `[r, d]`, W `[r, d]` and b `[r]`."""
 
     rotation: Tensor
@@ -33,23 +33,23 @@ class LoReFT(NamedTuple):
     bias: Tensor
 
     @property
-    def edits(self) -> Edits:
-        return Edits(self.weight - self.rotation, self.rotation, self.bias)
+    def edits(self) -> EditRows:
+        return EditRows(self.weight - self.rotation, self.rotation, self.bias)
 
 
-AdapterPart: TypeAlias = Edits | LoReFT
+AdapterPart: TypeAlias = EditRows | LoReFTRows
 
 
 def part_of(tensors: AdapterPart | tuple[Tensor, Tensor, Tensor]) -> AdapterPart:
     """`tensors` in their form; three without a name are LoReFT's."""
-    return tensors if isinstance(tensors, Edits | LoReFT) else LoReFT(*tensors)
+    return tensors if isinstance(tensors, EditRows | LoReFTRows) else LoReFTRows(*tensors)
 
 
 def part_among(tensors: Mapping[str, Tensor], layer: int) -> AdapterPart:
     """The part of `layer` among the tensors of a file."""
     start = f"layers.{layer}."
     named = {k.removeprefix(start): tensor for k, tensor in tensors.items() if k.startswith(start)}
-    return (LoReFT if "rotation" in named else Edits)(**named)
+    return (LoReFTRows if "rotation" in named else EditRows)(**named)
 
 
 def named_tensors(part: AdapterPart) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from steer.artefacts.adapter_parts import (
     AdapterPart,
-    Edits,
+    EditRows,
     named_tensors,
     part_among,
     part_fault,
@@ -253,7 +253,7 @@ class LowRankAdapter:
     def sha256(self) -> str:
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
-    def edits(self, layer: int) -> Edits:
+    def edits(self, layer: int) -> EditRows:
         """The rank-1 edits on `layer`, whatever the form of the file."""
         return self.parts[layer].edits
 

@@ -187,7 +187,7 @@ app.command("import")(
             keyword("max_hub_mib", MostOption, 512),
             REGISTRY,
         ),
-        summary="Register a vector, adapter, SAE or tuned lens from a file, a folder or the hub.",
+        summary="Register a vector, adapter, map, SAE or lens from a file, a folder or the hub.",
     )
 )
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 from torch import Tensor
 
-from steer.artefacts.adapter_parts import Edits
+from steer.artefacts.adapter_parts import EditRows
 from steer.artefacts.affine import AffineMap, Channels
 from steer.artefacts.artefact import Artefact
 from steer.artefacts.control_vector import Card, ControlVector, LowRankAdapter
@@ -97,7 +97,7 @@ def _vector(file: SafetensorsFile, card: Card) -> ControlVector:
 def _low_rank(file: SafetensorsFile, card: Card) -> LowRankAdapter:
     if any(key.endswith(".read") for key in file.tensors):
         found = _by_layer(file, "an adapter", ("read", "write", "bias"), ("threshold",))
-        adapter = LowRankAdapter.of({layer: Edits(**named) for layer, named in found.items()})
+        adapter = LowRankAdapter.of({layer: EditRows(**named) for layer, named in found.items()})
     else:
         for key in file.tensors:
             _matched(_PART, key)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from artefacts import random_sae, random_vector
+from artefacts import random_map, random_sae, random_vector
 from float64_reference import selected
 from liveness import LIVENESS_SECONDS
 from tiny_models import ARCHITECTURES, LAYERS, VOCABULARY, WIDTH
@@ -32,6 +32,9 @@ SAES = {
     name: random_sae(name, seed=40 + n, width=WIDTH, layer=1)
     for n, name in enumerate(("jumprelu", "topk"))
 }
+
+
+MAPS = {"map": random_map(50, 0, 1, width=WIDTH)}
 
 
 def add(vector: str, **fields: Any) -> dict[str, Any]:
@@ -76,6 +79,15 @@ SPECS: dict[str, dict[str, Any] | None] = {
             add("v3", strength={"norm": 0.4}),
         ]
     },
+    "read a cosine": one(
+        {"kind": "read_write", "read": "v1", "write": "v2", "measure": "cosine"}
+        | {"strength": {"norm": 4.0}, "layers": [0, 1]}
+    ),
+    "channels": one({"kind": "affine", "map": "map"}),
+    "an angle": one(
+        {"kind": "rotate", "vector": "v0", "toward": "v3", "degrees": 120, "mode": "to"}
+        | {"only": "positive", "layers": [0, 1, 2]}
+    ),
     "norm preserved": {
         "interventions": [add("v0", strength=4), ablate("v1", layers=[0, 1])],
         "norm": "preserve",
@@ -101,7 +113,8 @@ def llama(tiny_model: TinyModel) -> Iterator[TransformersEngine]:
 
 
 def plans_of(engine: TransformersEngine) -> PlanCache:
-    return PlanCache(MemoryLibrary(VECTORS, SAES), engine.info, engine.capabilities)
+    library = MemoryLibrary(VECTORS, SAES, maps=MAPS)
+    return PlanCache(library, engine.info, engine.capabilities)
 
 
 def plan(engine: TransformersEngine, spec: dict[str, Any] | None) -> SteeringPlan | None:

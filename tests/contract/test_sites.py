@@ -22,7 +22,9 @@ from steer.spec import Site, parse_spec
 TinyModel = Callable[[str], nn.Module]
 Change = Callable[[Tensor], Tensor]
 
+_NORMS = {"attn_in": "input_layernorm", "mlp_in": "post_attention_layernorm"}
 _LLAMA = {
+    **_NORMS,
     "blocks": "model.layers",
     "attn_out": "self_attn",
     "mlp_out": "mlp",
@@ -30,6 +32,7 @@ _LLAMA = {
     "mlp_act": "mlp.down_proj",
 }
 _NEOX = {
+    **_NORMS,
     "blocks": "gpt_neox.layers",
     "attn_out": "attention",
     "mlp_out": "mlp",
@@ -42,11 +45,14 @@ MODULES: dict[str, dict[str, str]] = {
     "mixtral": {name: path for name, path in _LLAMA.items() if name != "mlp_act"},
     "gemma3": {
         **_LLAMA,
+        "mlp_in": "pre_feedforward_layernorm",
         "attn_out": "post_attention_layernorm",
         "mlp_out": "post_feedforward_layernorm",
     },
     "gpt2": {
         "blocks": "transformer.h",
+        "attn_in": "ln_1",
+        "mlp_in": "ln_2",
         "attn_out": "attn",
         "mlp_out": "mlp",
         "head_out": "attn.c_proj",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from steer.artefacts.adapter_parts import Edits
+from steer.artefacts.adapter_parts import EditRows
 from steer.artefacts.affine import AffineMap, Channels
 from steer.artefacts.artefact import Artefact
 from steer.artefacts.calibration import Calibration, MeasuredDose
@@ -104,7 +104,7 @@ def rectified_adapter(seed: int, *layers: int, width: int = 16, rank: int = 2) -
         return torch.randn(shape, generator=generator)
 
     return LowRankAdapter.of(
-        {n: Edits(draw(rank, width), draw(rank, width), draw(rank), draw(rank)) for n in layers}
+        {n: EditRows(draw(rank, width), draw(rank, width), draw(rank), draw(rank)) for n in layers}
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steer.artefacts.adapter_parts import LoReFT
+from steer.artefacts.adapter_parts import LoReFTRows
 from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.sae.base import SAE
@@ -187,7 +187,7 @@ class Float64Reference:
     def _low_rank(self, item: Any, x: Array, layer: int) -> Array:
         part = self.low_ranks[item.adapter].parts[layer]
         strength = 1.0 if item.strength is None else item.strength
-        if isinstance(part, LoReFT):
+        if isinstance(part, LoReFTRows):
             rotation, weight, bias = (f64(one) for one in part)
             return x + strength * rotation.T @ (weight @ x + bias - rotation @ x)
         assert part.threshold is not None

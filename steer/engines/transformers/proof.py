@@ -35,7 +35,12 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _HALF_TOLERANCE = 5e-2
 """Relative to the larger of a stream and its change."""
 
-_PARTS: dict[Site, Site] = {"head_out": "attn_out", "mlp_act": "mlp_out"}
+_PARTS: dict[Site, Site] = {
+    "attn_in": "attn_out",
+    "head_out": "attn_out",
+    "mlp_in": "mlp_out",
+    "mlp_act": "mlp_out",
+}
 
 States = Mapping[HookPoint, Tensor]
 

@@ -21,7 +21,7 @@ from artefacts import EVERYTHING, calibration, shape_of
 from demo_specs import LAYERS, SPECS, WIDTH, add, one
 from torch import Tensor
 
-from steer.artefacts.adapter_parts import Edits
+from steer.artefacts.adapter_parts import EditRows
 from steer.artefacts.affine import AffineMap, Channels
 from steer.artefacts.control_vector import ControlVector, LayerMeasure, LowRankAdapter
 from steer.artefacts.library import MemoryLibrary
@@ -77,7 +77,7 @@ def adapter() -> LowRankAdapter:
 
 
 def rectified() -> LowRankAdapter:
-    part = Edits(pattern(2, WIDTH), pattern(2, WIDTH), pattern(2), torch.zeros(2))
+    part = EditRows(pattern(2, WIDTH), pattern(2, WIDTH), pattern(2), torch.zeros(2))
     return LowRankAdapter.of({2: part})
 
 

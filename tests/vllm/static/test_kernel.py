@@ -47,7 +47,7 @@ from steer.spec import parse_spec
 
 WIDTH, LAYERS, VOCABULARY, LONGEST = 24, 2, 64, 64
 TAPS = range(2 * LAYERS + 1)
-SLOTS, ROWS, BATCH = 4, 8, 64
+SLOTS, ROWS, BATCH, REQUESTS = 4, 8, 64, 20
 MODEL = replace(shape_of(WIDTH, LAYERS), sites=SITES)
 MADE = artefacts(WIDTH, LAYERS)
 MADE["vectors"] |= {
@@ -287,7 +287,7 @@ def random_requests(draw: random.Random, count: int) -> list[Request]:
     requests = []
     for _ in range(count):
         prompt_length = draw.randint(1, 6)
-        tokens = [draw.randrange(VOCABULARY) for _ in range(prompt_length + draw.randint(0, 6))]
+        tokens = [draw.randrange(VOCABULARY) for _ in range(prompt_length + draw.randint(0, 10))]
         plan = draw.choice(plans) if draw.random() < 0.85 else None
         requests.append(Request(prompt_length, tokens, plan, draw.random() < 0.3))
     return requests
@@ -301,7 +301,7 @@ def random_requests(draw: random.Random, count: int) -> list[Request]:
 )
 def test_both_forms_agree_on_every_pass(dtype: torch.dtype, seed: int) -> None:
     simulation = Simulation(seed, dtype)
-    simulation.run(random_requests(random.Random(300 + seed), 10))
+    simulation.run(random_requests(random.Random(300 + seed), REQUESTS))
     assert simulation.untouched > 20
     assert simulation.edited > 20
 
@@ -309,7 +309,7 @@ def test_both_forms_agree_on_every_pass(dtype: torch.dtype, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_stream_of_one_half_is_edited_whole(seed: int) -> None:
     simulation = Simulation(seed, torch.float32, split=False)
-    simulation.run(random_requests(random.Random(400 + seed), 10))
+    simulation.run(random_requests(random.Random(400 + seed), REQUESTS))
     assert simulation.edited > 20
 
 
@@ -320,7 +320,7 @@ def test_the_simulation_meets_what_it_is_about(monkeypatch: pytest.MonkeyPatch) 
     plans: set[str] = set()
     kinds: set[str] = set()
     for seed in range(8):
-        requests = random_requests(random.Random(300 + seed), 10)
+        requests = random_requests(random.Random(300 + seed), REQUESTS)
         simulation = Simulation(seed, torch.float32)
         simulation.run(requests)
         steered = [r.plan for r in requests if r.plan is not None]

@@ -11,6 +11,8 @@ no to the bit, however large the model's own stream is and whatever its weights 
   change of that tensor moves the output by as much.
 - `head_out`, `mlp_act`: the inputs of the weight matrices whose outputs are, as they are, what the
   attention and the MLP return.
+- `attn_in`, `mlp_in`: the outputs of norms of the stream (ten times their input gives the same)
+  that the attention, or the MLP, takes as they are, and that nothing else sees.
 
 A site that nothing satisfies is left out, so parallel residuals, sandwich norms and mixtures of
 experts are described as they are.
@@ -43,6 +45,9 @@ _LARGEST = 8
 """Of the whole numbers: four of them add up to what bfloat16 holds exactly (256), with room."""
 
 _MIXES = {torch.float32: 1e-3, torch.float64: 1e-3}
+_NORM = 2e-2
+"""Relative change of a norm's output by ten times its input, above the rounding of half precision
+and the epsilon under its root."""
 _MIXES_HALF = 3e-2
 """Relative change of a token's row by another token, above the rounding of an expert's batch."""
 
@@ -111,6 +116,37 @@ class _Trials:
             projection = next(filter(None, map(self._projection, owners)), None)
             if projection is not None:
                 sites[site] = HookTarget(projection, "input")
+        return sites | self._norms(first, second)
+
+    def _norms(self, first: nn.Module, second: nn.Module) -> dict[Site, HookTarget]:
+        """The norms before the attention and before the MLP."""
+        made = {first: self._numbers(first, 1), second: self._numbers(second, 2)}
+        total, calls = self._run(made)
+        stream = self.stream.float()
+        streams = (stream, stream + made[first].float())
+        sites: dict[Site, HookTarget] = {}
+        for norm in self.children:
+            read = calls[norm].input if norm in calls else None
+            if (
+                norm in made
+                or not any(_is(read, one) for one in streams)
+                or not _scales(norm, read)
+            ):
+                continue
+            numbers = self._numbers(norm, 3)
+            beside, _ = self._run({**made, norm: numbers})
+            _, calls_after = self._run({norm: numbers})
+            readers = {
+                one
+                for one in self.block.children()
+                if one in calls_after and _is(calls_after[one].input, numbers.float())
+            }
+            if not torch.equal(beside, total) or not readers:
+                continue
+            if readers == {self.attention}:
+                sites["attn_in"] = HookTarget(norm, "output")
+            elif self.attention not in readers and "mlp_in" not in sites:
+                sites["mlp_in"] = HookTarget(norm, "output")
         return sites
 
     def _summands(self) -> tuple[nn.Module, nn.Module] | None:
@@ -232,6 +268,15 @@ class _Trials:
 def attends(module: nn.Module) -> bool:
     """Whether a module says that it is an attention."""
     return "attention" in type(module).__name__.lower()
+
+
+def _scales(module: nn.Module, read: Tensor | None) -> bool:
+    """Whether `module` divides by the size of what it reads, and so is a norm."""
+    assert read is not None
+    one, ten = (first_tensor(module(factor * read)).float() for factor in (1, 10))
+    return bool(one.any()) and torch.allclose(
+        one, ten, rtol=_NORM, atol=_NORM * float(one.abs().max())
+    )
 
 
 def _with_matrix(owner: nn.Module) -> Iterator[nn.Module]:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.artefacts.adapter_parts import Edits
+from steer.artefacts.adapter_parts import EditRows
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.engines.base import Engine
 from steer.errors import IncompatibleArtefact, SteerError
@@ -88,7 +88,7 @@ def fit_alphasteer(
         reads[layer] = ridge_of_one(steered, basis, penalties[layer])
     found = _coefficients(classes, measured, reads)
     return LowRankAdapter.of(
-        {n: Edits(q[None], rows[n][None], torch.zeros(1)) for n, q in reads.items()},
+        {n: EditRows(q[None], rows[n][None], torch.zeros(1)) for n, q in reads.items()},
         name=name,
         model=engine.info.own_name,
         site=site,

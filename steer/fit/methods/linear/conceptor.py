@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steer.artefacts.adapter_parts import Edits
+from steer.artefacts.adapter_parts import EditRows
 from steer.artefacts.control_vector import LowRankAdapter
 from steer.engines.base import Engine
 from steer.errors import SteerError
@@ -57,10 +57,10 @@ class Conceptor:
         enough = left <= error**2 * squares.sum()
         return int(enough.int().argmax()) + 1
 
-    def edits(self, rank: int) -> Edits:
+    def edits(self, rank: int) -> EditRows:
         """x + C_k x."""
         rows = self.rows[:rank]
-        return Edits(self.values[:rank, None] * rows, rows, torch.zeros(rank))
+        return EditRows(self.values[:rank, None] * rows, rows, torch.zeros(rank))
 
 
 def fit_conceptor(

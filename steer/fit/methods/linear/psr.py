@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steer.artefacts.adapter_parts import Edits
+from steer.artefacts.adapter_parts import EditRows
 from steer.artefacts.control_vector import LowRankAdapter
 from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import CaptureRequest, Engine
@@ -67,10 +67,10 @@ class ShiftFit:
     along: float
 
     @property
-    def edits(self) -> Edits:
+    def edits(self) -> EditRows:
         """x + ReLU(⟨w, x⟩ + b)·z as an adapter's part."""
         bias = torch.tensor([self.read.bias])
-        return Edits(self.read.weight[None], self.write[None], bias, torch.zeros(1))
+        return EditRows(self.read.weight[None], self.write[None], bias, torch.zeros(1))
 
     def as_json(self) -> dict[str, float]:
         found = {
