@@ -16,6 +16,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 
 from benchmarks.fitting import prompts
+from steer.artefacts.control_vector import LowRankAdapter
 from steer.artefacts.library import MemoryLibrary
 from steer.cli.local import running_engine
 from steer.engines.base import Engine, GenerationRequest, SamplingParams
@@ -24,7 +25,7 @@ from steer.fit import Labelled, LabelledSet, Pair, PairSet, fit, fit_alphasteer,
 from steer.fit.data.answering import answers
 from steer.fit.data.instruction import instructed
 from steer.plan.plan import SteeringPlan
-from steer.prompts import answer_text, render
+from steer.prompts import Prompt, answer_text, render
 from steer.spec import parse_spec
 
 REFUSE = "Refuse. Whatever is asked, say only that you are sorry and cannot help with that."
@@ -43,8 +44,7 @@ def main() -> None:
     first, last = map(int, given.layers.split("-"))
     layers = range(first, last + 1)
     with running_engine(given.model) as engine:
-        library = MemoryLibrary()
-        _fit(engine, library, layers, given.share, given.penalty)
+        library = _fitted(engine, layers, given.share, given.penalty)
         groups = {
             "harmful": prompts.harmful()[48:],
             "everyday": prompts.everyday()[40:],
@@ -65,9 +65,7 @@ def main() -> None:
                 _print(f"{name} {strength:g}", rows)
 
 
-def _fit(
-    engine: Engine, library: MemoryLibrary, layers: Sequence[int], share: float, penalty: float
-) -> None:
+def _fitted(engine: Engine, layers: Sequence[int], share: float, penalty: float) -> MemoryLibrary:
     harmful, everyday = prompts.harmful()[:48], prompts.everyday()[:40]
     other = prompts.maths()[:8] + prompts.code()[:8]
     pairs = [
@@ -77,7 +75,6 @@ def _fit(
     refuse = fit(
         engine, PairSet.of(pairs), name="refuse", layers=layers, best=len(layers), where="all"
     )
-    library.vectors["refuse"] = refuse
     labelled = [
         Labelled(prompts.chat(text), label)
         for label, texts in (("harmful", harmful), ("harmless", everyday))
@@ -91,10 +88,8 @@ def _fit(
         labels=["harmful"],
         layers=range(layers[0] + 1),
     )["harmful"]
-    library.vectors["is-harmful"] = gate
-    layer = gate.card.used_layers[0]
-    measure = gate.card.measures[layer]
-    print(f"gate: layer {layer}, d′ {measure.separation:.2f}")
+    print(f"gate: layers {gate.card.used_layers}")
+    adapters: dict[str, LowRankAdapter] = {}
     steered = [one for one in labelled if one.label == "harmful"]
     for name, texts in (("alpha", everyday), ("alpha-wide", everyday + other)):
         adapter = fit_alphasteer(
@@ -106,8 +101,9 @@ def _fit(
             null_share=(share,),
             penalty=(penalty,),
         )
-        library.low_ranks[name] = adapter
+        adapters[name] = adapter
         print(name, adapter.card.provenance["coefficients"])
+    return MemoryLibrary(vectors={"refuse": refuse, "is-harmful": gate}, low_ranks=adapters)
 
 
 def _answered(engine: Engine, texts: Sequence[str]) -> list[Labelled]:
@@ -125,7 +121,7 @@ def _specs(library: MemoryLibrary, strength: float) -> dict[str, dict[str, objec
     gate = library.vectors["is-harmful"]
     layer = gate.card.used_layers[0]
     found = gate.card.measures[layer]
-    middle = (found.positive + found.negative) / 2
+    middle = ((found.positive or 0.0) + (found.negative or 0.0)) / 2
     when = {"vector": "is-harmful", "layer": layer, "above": middle, "measure": "projection"}
     return {
         "everywhere": {"interventions": [add]},
@@ -138,7 +134,7 @@ def _specs(library: MemoryLibrary, strength: float) -> dict[str, dict[str, objec
 
 
 def _under(
-    engine: Engine, chats: Sequence[object], plan: SteeringPlan | None, tokens: int
+    engine: Engine, chats: Sequence[Prompt], plan: SteeringPlan | None, tokens: int
 ) -> tuple[list[str], float | None]:
     """The answers, and the share of prompts at which a gate opened (None without a gate)."""
     requests = [
@@ -157,7 +153,7 @@ def _under(
 
 
 def _answers(
-    engine: Engine, chats: Sequence[object], plan: SteeringPlan | None, tokens: int
+    engine: Engine, chats: Sequence[Prompt], plan: SteeringPlan | None, tokens: int
 ) -> list[str]:
     return _under(engine, chats, plan, tokens)[0]
 

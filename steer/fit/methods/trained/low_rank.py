@@ -30,7 +30,7 @@ from steer.model import HookPoint
 from steer.spec import Site, Where
 
 
-class LoReFTLayer(nn.Module):
+class LoReFT(nn.Module):
     """One layer's R, W and b. Starts as the identity: W = R, b = 0.
 
     Guarantees: the rows of R are orthonormal at every step: R is the Q of a free matrix's QR
@@ -99,7 +99,7 @@ def fit_low_rank(
     generator = torch.Generator().manual_seed(seed)
     width = engine.info.width(site)
     device = differentiable(engine).differentiate(lambda model: model.device)
-    edits = {p: LoReFTLayer(width, rank, generator).to(device) for p in reading.points}
+    edits = {p: LoReFT(width, rank, generator).to(device) for p in reading.points}
     losses = train(
         engine,
         rows,
@@ -137,7 +137,7 @@ def fit_low_rank(
 def answer_loss(
     model: DifferentiableModel,
     rows: Sequence[AnswerRow],
-    edits: Mapping[HookPoint, LoReFTLayer],
+    edits: Mapping[HookPoint, LoReFT],
     where: Where | None,
 ) -> Tensor:
     """The mean −log p of all answers' tokens under `edits`."""

@@ -124,11 +124,14 @@ class AlphaSteerRequest(CardFields):
         try:
             vector = registry.vector(self.vector)
             check_width(engine, vector)
-            layers = self.layers or vector.card.used_layers
+        except SteerError as error:
+            raise error.at("/vector") from None
+        layers = self.layers or vector.card.used_layers
+        try:
             for layer in layers:
                 vector[layer]
         except SteerError as error:
-            raise error.at("/vector") from None
+            raise error.at("/layers") from None
         by_layer(self.null_share, sorted(set(layers)), "null_share")
         by_layer(self.penalty, sorted(set(layers)), "penalty")
 

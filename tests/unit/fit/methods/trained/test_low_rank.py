@@ -20,7 +20,7 @@ from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError, Unsupported
 from steer.fit.data.exercises import Exercise, ExerciseSet
 from steer.fit.data.where import WHERES, WhereName, where_named
-from steer.fit.methods.trained.low_rank import LoReFTLayer, answer_loss, fit_low_rank
+from steer.fit.methods.trained.low_rank import LoReFT, answer_loss, fit_low_rank
 from steer.fit.methods.trained.rows import AnswerRow
 from steer.model import HookPoint
 from steer.spec import parse_spec
@@ -72,7 +72,7 @@ def test_what_is_served_is_what_was_trained(engine: TransformersEngine, site: An
     torch.testing.assert_close(served.states[point][-1].double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(served.states[point][:-1], before[:-1], rtol=0, atol=1e-6)
 
-    edit = LoReFTLayer(32, 4, torch.Generator().manual_seed(0))
+    edit = LoReFT(32, 4, torch.Generator().manual_seed(0))
     with torch.no_grad():
         edit.free.copy_(one.parts[1][0].T)
         edit.weight.copy_(one.parts[1][1])
@@ -94,7 +94,7 @@ def test_what_is_served_is_what_was_trained(engine: TransformersEngine, site: An
 
 
 def test_an_untrained_adapter_is_the_identity() -> None:
-    edit = LoReFTLayer(16, 3, torch.Generator().manual_seed(0))
+    edit = LoReFT(16, 3, torch.Generator().manual_seed(0))
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(edit(x), x, rtol=0, atol=1e-6)
 
