@@ -74,9 +74,7 @@ def test_states_at_one_position_are_those_of_that_token(name: str) -> None:
         assert torch.allclose(all_states[1].states[point], alone.states[point], atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name", [*ALONE, "Gemma3ForCausalLM", "GPT2LMHeadModel"]
-)
+@pytest.mark.parametrize("name", [*ALONE, "Gemma3ForCausalLM", "GPT2LMHeadModel"])
 def test_prompts_that_begin_alike_say_what_each_says_alone(name: str) -> None:
     """Whatever the engine computes once for them, windows and recurrent states included."""
     with TransformersEngine(tiny(getattr(transformers, name)), None, rows=4, slots=4) as engine:
