@@ -35,7 +35,7 @@ def draw(panels: Sequence[tuple[str, Sequence[Curve]]], path: Path, *, surprisal
                 _line(axes[1][column], curve, curve.surprisal)
             axes[1][column].set(ylabel="surprisal (nats)", ylim=(0, None))
         axes[-1][column].set(xlabel="layer that is read")
-    axes[0][0].legend(fontsize="small", loc="upper left")
+    axes[0][0].legend(fontsize="small")
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+from typing import TYPE_CHECKING
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -17,9 +18,12 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from steer.inspection.heatmap import COLUMNS_PER_PANEL, HeatMap
 from steer.inspection.token_labels import fonts, token_label
 
+if TYPE_CHECKING:
+    from steer.inspection.heatmap import HeatMap
+
+COLUMNS_PER_PANEL = 16
 _CELL_WIDTH, _CELL_HEIGHT = 0.88, 0.36
 _LEFT, _RIGHT, _TOP, _BOTTOM, _GAP = 0.75, 1.05, 0.72, 0.62, 0.06
 _DPI = 144
@@ -30,7 +34,7 @@ _SHADES = LinearSegmentedColormap.from_list(
 
 
 def draw_png(heat: HeatMap) -> bytes:
-    """The picture of `heat`."""
+    """The picture of `heat`; wide tables are folded into panels of `COLUMNS_PER_PANEL` columns."""
     buffer = io.BytesIO()
     # Without the version of the library that drew it: the same input gives the same bytes.
     _Drawing(heat).figure().savefig(buffer, format="png", dpi="figure", metadata={"Software": None})

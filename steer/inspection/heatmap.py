@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from steer.errors import TooLarge
 
 MAX_CELLS = 4096
-COLUMNS_PER_PANEL = 16
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class HeatMap:
     marked: frozenset[tuple[int, int]] = frozenset()
 
     def png(self) -> bytes:
-        """The picture. Wide tables are folded into panels of `COLUMNS_PER_PANEL` columns.
+        """The picture, wide tables folded into several rows of panels.
 
         Raises `TooLarge` for more than `MAX_CELLS` cells.
         """

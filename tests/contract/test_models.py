@@ -74,6 +74,19 @@ def test_states_at_one_position_are_those_of_that_token(name: str) -> None:
         assert torch.allclose(all_states[1].states[point], alone.states[point], atol=1e-4)
 
 
+@pytest.mark.parametrize("name", [*ALONE, "Gemma3ForCausalLM", "GPT2LMHeadModel"])
+def test_prompts_that_begin_alike_say_what_each_says_alone(name: str) -> None:
+    """Whatever the engine computes once for them, windows and recurrent states included."""
+    with TransformersEngine(tiny(getattr(transformers, name)), None, rows=4, slots=4) as engine:
+        plan = _plan(engine, where={"phases": ["prompt"], "positions": [[-2, None]]})
+        prompts = [PROMPTS[1], (*PROMPTS[1][:-2], 41, 37), PROMPTS[1]]
+        plans = [None, plan, plan]
+        together = engine.capture(CaptureRequest(prompts, plans=plans, logits="last"))
+        for prompt, one, said in zip(prompts, plans, together, strict=True):
+            (alone,) = engine.capture(CaptureRequest([prompt], plans=[one], logits="last"))
+            torch.testing.assert_close(said.logits, alone.logits, rtol=1e-4, atol=1e-4)
+
+
 def test_the_blocks_are_the_text_decoders() -> None:
     model: Any = tiny(transformers.Qwen2VLForConditionalGeneration)
     assert _blocks(model) == list(model.model.language_model.layers)

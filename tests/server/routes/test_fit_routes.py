@@ -241,13 +241,16 @@ def test_a_model_served_under_another_name_keeps_what_was_made_for_it(registry: 
     assert caught.value.code == "no_second_model"
 
 
-async def test_a_lens_is_fitted_and_read_through(http: httpx.AsyncClient) -> None:
+async def test_a_lens_is_fitted_and_read_through(
+    registry: Registry, settings: ServerSettings
+) -> None:
     """The closed form alone, which asks an engine for no derivatives."""
-    job = await done(http, "fit/tuned-lens", FAKE["fit/tuned-lens"])
-    assert job["state"] == "succeeded", job
-    assert all(one["tuned"] <= one["plain"] for one in job["result"]["kl"].values())
-    body = {"text": "Paris", "lens": "x", "positions": [-1]}
-    read = (await http.post("/v1/inspect/logit-lens", json=body)).json()
+    async for client in served(create_app(FakeEngine(fake_model()), registry, settings)):
+        job = await done(client, "fit/tuned-lens", FAKE["fit/tuned-lens"])
+        assert job["state"] == "succeeded", job
+        assert all(one["tuned"] <= one["plain"] for one in job["result"]["kl"].values())
+        body = {"text": "Paris", "lens": "x", "positions": [-1]}
+        read = (await client.post("/v1/inspect/logit-lens", json=body)).json()
     assert read["lens"].startswith("x@")
 
 

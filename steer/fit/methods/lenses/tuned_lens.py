@@ -45,9 +45,6 @@ class _Best:
     bias: Tensor
     origin: str
 
-    def read(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-        return x + functional.linear(x, self.weight, self.bias)
-
 
 def fit_tuned_lens(
     engine: Engine,
@@ -204,16 +201,18 @@ def _solved(
 
 
 def _tried(on: Yardstick, block: int, weight: Tensor, bias: Tensor, origin: str) -> _Best:
-    one = _Best(0.0, weight, bias, origin)
-    divergence = on.divergence(one.read(on.states[block]))
-    return _Best(divergence, weight, bias, origin)
+    return _Best(on.divergence(_read(on.states[block], weight, bias)), weight, bias, origin)
+
+
+def _read(x: Float[Tensor, "n d"], weight: Tensor, bias: Tensor) -> Float[Tensor, "n d"]:
+    return x + functional.linear(x, weight, bias)
 
 
 def _measured(on: Yardstick, block: int, one: _Best) -> tuple[_Best, dict[str, float | str]]:
     """The translator to keep, and what the card says: where the plain lens reads no worse on the
     texts that measure, the layer keeps the plain one."""
     plain = on.divergence(on.states[block])
-    tuned = on.divergence(one.read(on.states[block]))
+    tuned = on.divergence(_read(on.states[block], one.weight, one.bias))
     if not tuned < plain:
         nothing = torch.zeros_like(one.weight), torch.zeros_like(one.bias)
         one, tuned = _Best(plain, *nothing, "plain lens"), plain
