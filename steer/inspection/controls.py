@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 from jaxtyping import Float
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from steer.engines.base import Engine
@@ -25,7 +25,9 @@ def _each_once(given: tuple[Control, ...]) -> tuple[Control, ...]:
     return tuple(one for one in CONTROLS if one in given)
 
 
-ControlChoice: TypeAlias = Annotated[tuple[Control, ...], AfterValidator(_each_once)]
+ControlChoice: TypeAlias = Annotated[
+    tuple[Control, ...], Field(max_length=8, fail_fast=True), AfterValidator(_each_once)
+]
 
 
 def text_target(

@@ -16,6 +16,9 @@ _LENS_SITES: dict[str, Site] = {
     "hook_mlp_out": "mlp_out",
     "mlp.hook_post": "mlp_act",
     "attn.hook_z": "head_out",
+    # Names of ours: TransformerLens has its hook on a norm before some norms' weights.
+    "attn_in": "attn_in",
+    "mlp_in": "mlp_in",
 }
 _LENS_NAMES: dict[Site, str] = {site: name for name, site in _LENS_SITES.items()}
 _PART_SITES: dict[str, Site] = {

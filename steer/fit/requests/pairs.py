@@ -71,7 +71,10 @@ class PairsRequest(ReadingFields):
             "the other), or by how well the layers tell the pairs apart, the default with 'best'."
         ),
     ] = None
-    best: BestField | None = None
+    best: Annotated[
+        BestField | None,
+        Field(description="How many of the best layers by separation become the default."),
+    ] = None
     seed: SeedField = 0
     beside: Annotated[
         StrictBool,

@@ -136,11 +136,8 @@ KINDS = {
     "fit/psr": "low_rank",
     "fit/conceptor": "low_rank",
     "fit/act": "affine",
+    "fit/tuned-lens": "lens",
 }
-"""What comes out, where that is no vector."""
-
-
-KINDS = {"fit/low-rank": "low_rank", "fit/tuned-lens": "lens"}
 """What a fit makes, where it is not a vector."""
 
 

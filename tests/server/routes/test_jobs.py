@@ -37,7 +37,7 @@ PAIRS = [
     }
     for n in range(12)
 ]
-FIT = {"name": "happy", "pairs": PAIRS, "layers": [1, 2]}
+FIT = {"name": "happy", "pairs": PAIRS, "layers": [1, 2], "choose": "separation"}
 SWEEP = {
     "vector": "joy",
     "prompts": ["How are you?", [{"role": "user", "content": "And you?"}]],

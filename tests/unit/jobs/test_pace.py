@@ -237,7 +237,9 @@ def test_a_vector_fitted_in_pieces_is_the_same(
 ) -> None:
     pairs = [Pair(f"a happy day {n}", f"a sad {n * n} day") for n in range(12)]
     lines = [{"positive": one.positive, "negative": one.negative} for one in pairs]
-    params = PairsRequest.model_validate({"name": "v", "pairs": lines, "method": method})
+    params = PairsRequest.model_validate(
+        {"name": "v", "pairs": lines, "method": method, "choose": "separation"}
+    )
     time = Time()
     time.load = 1
     reports = []

@@ -49,8 +49,12 @@ class Suite(_SuitePart):
 
     name: StoredName
     description: Annotated[str, Field(max_length=4096)] = ""
-    concepts: Annotated[tuple[SuiteConcept, ...], Field(min_length=1, max_length=1024)]
-    prompts: Annotated[tuple[PromptParam, ...], Field(min_length=2, max_length=1024)]
+    concepts: Annotated[
+        tuple[SuiteConcept, ...], Field(min_length=1, max_length=1024, fail_fast=True)
+    ]
+    prompts: Annotated[
+        tuple[PromptParam, ...], Field(min_length=2, max_length=1024, fail_fast=True)
+    ]
     factors: Annotated[
         tuple[Annotated[StrictFloat, Field(gt=0, allow_inf_nan=False)], ...],
         Field(min_length=1, max_length=64),

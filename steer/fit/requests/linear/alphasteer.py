@@ -79,6 +79,7 @@ class AlphaSteerRequest(CardFields):
         Field(
             min_length=1,
             max_length=1024,
+            fail_fast=True,
             description="ρ: the share of directions, those in which the texts left alone have "
             "least, that may be read. One for all layers, or one for each.",
         ),
@@ -89,6 +90,7 @@ class AlphaSteerRequest(CardFields):
         Field(
             min_length=1,
             max_length=1024,
+            fail_fast=True,
             description="λ: the price of what is read. One for all layers, or one for each.",
         ),
     ] = (10.0,)
