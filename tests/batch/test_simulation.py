@@ -320,7 +320,7 @@ def test_the_simulation_meets_what_it_is_about() -> None:
     """Waiting for slots, preemption, gates of both scopes, clamps that compete: all occur."""
     waits = preemptions = 0
     specs: list[SteeringSpec] = []
-    for seed in range(25):
+    for seed in range(30):
         requests = random_requests(random.Random(1_000 + seed), 25)
         specs += [r.spec for r in requests if r.spec is not None]
         simulation = Simulation(seed)
