@@ -18,7 +18,7 @@ from steer.engines.vllm.front.engine import VllmEngine
 from steer.plan.cache import PlanCache
 from steer.registry.registry import Registry
 
-CLIENTS, WAVES = 150, 3
+CLIENTS, WAVES = 240, 3
 
 
 @pytest.fixture(scope="module")
