@@ -54,7 +54,7 @@ def _make(values: dict[str, Any]) -> None:
     from steer.fit.data.pairs import read_prompts
     from steer.fit.data.prompt import prompt_json
     from steer.fit.make.journal import JournaledEngine, journal_of
-    from steer.fit.make.report import write_report
+    from steer.fit.make.report import write_made_report
 
     fields = read_values(MakeRequest, values)
     if values["prompts"] is not None:
@@ -76,7 +76,7 @@ def _make(values: dict[str, Any]) -> None:
         found = request.run(JournaledEngine(engine, journal), scorer, progress=done)
     journal.unlink(missing_ok=True)
     if values["report"] is not None:
-        write_report(values["report"], found)
+        write_made_report(values["report"], found)
     kept = keep(
         {request.name: found.vector}, values["output"], values["register"], values["registry"]
     )

@@ -20,7 +20,9 @@ from steer.engines.plans import plans_of
 from steer.errors import SteerError
 from steer.fit.data.pairs import Prompt
 from steer.fit.data.where import WHERES, WhereName
+from steer.fit.make.asking import Asked
 from steer.fit.make.contrast import Source
+from steer.fit.make.obedience import said_kl
 from steer.fit.measure.answers import GROUP, Answer, Measured, Progress, answers_under, measured
 from steer.fit.measure.divergence import References
 from steer.fit.measure.nulls.matching import Match, matched_strengths
@@ -44,12 +46,15 @@ KEPT = 2
 """How many uses go on from the coarse grid to the fine one."""
 
 MIN_VALID = 0.9
-"""A trial with a smaller share of sound answers is not chosen, unless the unsteered model's own
-share is smaller: then no smaller one than that."""
+"""A trial with a smaller share of sound answers is not chosen."""
 
 SLACK = 0.1
 """What a trial's `both` may fall short of the highest: on so few questions it is no difference, and
 the farther the model is moved, the more does chance, and the less is left of everything else."""
+
+_MATCHED_ANSWERS = 4
+_MATCHED_TOKENS = 24
+"""What KLs are read on while trials are chosen, of the answers and of each."""
 
 _SPANS = ((0.15, 0.4), (0.3, 0.55), (0.45, 0.7), (0.6, 0.85), (0.25, 0.75))
 """Runs of layers that are tried, as shares of the depth; one layer alone seldom does anything."""
@@ -92,7 +97,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Ground:
-    """What trials are run on: prompts with their unsteered answers, and how answers are scored.
+    """What trials are run on: prompts, and how answers to them are scored.
 
     `said_kl` is the KL in nats of the instruction in words, `references` the unsteered answers that
     strengths are matched on.
@@ -100,12 +105,28 @@ class Ground:
 
     engine: Engine
     prompts: Sequence[Prompt]
-    plain: Sequence[Answer]
     scorer: AnswerScorer | Scorer
     references: References
     said_kl: float
     sampling: SamplingParams
     progress: Progress | None = None
+
+    @staticmethod
+    def of(
+        engine: Engine,
+        prompts: Sequence[Prompt],
+        asked: Sequence[Asked],
+        plain: Sequence[Answer],
+        scorer: AnswerScorer | Scorer,
+        sampling: SamplingParams,
+        progress: Progress | None = None,
+    ) -> Ground:
+        """The ground of `prompts`, which are `asked` in three forms, with their unsteered answers:
+        of the first of these the KLs are read."""
+        references = References(engine, plain).first(_MATCHED_ANSWERS, _MATCHED_TOKENS)
+        few = references.answers
+        moved = said_kl(engine, asked[: len(few)], few)
+        return Ground(engine, prompts, scorer, references, moved, sampling, progress)
 
 
 def choose(
@@ -124,18 +145,17 @@ def choose(
     coarse = _tried(few, vectors, [(use, COARSE) for use in uses])
     kept = [one.use for one in sorted(coarse, key=lambda one: -one.both)[:KEPT]]
     fine = _tried(ground, vectors, [*_finer(kept, wheres)])
-    floor = min(MIN_VALID, measured(ground.plain).valid or MIN_VALID)
-    sound = [one for one in fine if one.valid >= floor]
+    sound = [one for one in fine if one.valid >= MIN_VALID]
     if not sound:
         # Words that move a model far allow too much; this is seldom, and counted by nobody.
         quiet = replace(ground, progress=None)
         gentle = _tried(quiet, vectors, [(use, budget) for use in kept for budget in GENTLE])
         fine = [*fine, *gentle]
-        sound = [one for one in gentle if one.valid >= floor]
+        sound = [one for one in gentle if one.valid >= MIN_VALID]
     if not sound:
         raise SteerError(
-            f"in none of {len(fine)} trials were {floor:.0%} of the steered answers sound: make "
-            "it with other words, more questions, or for a larger model",
+            f"in none of {len(fine)} trials were {MIN_VALID:.0%} of the steered answers sound: "
+            "make it with other words, more questions, or for a larger model",
             code="no_sound_use",
         )
     enough = max(one.both for one in sound) - SLACK
@@ -158,6 +178,17 @@ def _finer(best: Sequence[Use], wheres: Sequence[WhereName]) -> Iterator[tuple[U
         yield from ((use, budget) for budget in FINE)
     for where in wheres:
         yield from ((replace(best[0], where=where), budget) for budget in FINE[1:])
+
+
+def with_use(vector: ControlVector, best: Trial, **provenance: Any) -> ControlVector:
+    """The vector with the use of a trial as its default, and `provenance` added to its card's."""
+    changes = {
+        "default_layers": best.use.layers,
+        "default_where": WHERES[best.use.where],
+        "default_strength": float(f"{best.strength:.4g}"),
+        "provenance": {**vector.card.provenance, **provenance, "chosen_by": "effect"},
+    }
+    return replace(vector, card=vector.card.model_copy(update=changes))
 
 
 def plan_of(engine: Engine, vector: ControlVector, use: Use, strength: float) -> SteeringPlan:

@@ -8,25 +8,22 @@ tried on the negative prompts of pairs that it was not fitted on, and scored as 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from steer.artefacts.control_vector import ControlVector
 from steer.engines.base import Engine, SamplingParams
 from steer.errors import SteerError
 from steer.fit.data.pairs import Pair, Prompt
-from steer.fit.data.where import WHERES, WhereName
+from steer.fit.data.where import WhereName
 from steer.fit.make.asking import Asked, unscored
-from steer.fit.make.choosing import Choice, Ground, choose, grid
+from steer.fit.make.choosing import Choice, Ground, choose, grid, with_use
 from steer.fit.make.choosing import steps as choosing_steps
-from steer.fit.make.obedience import MIN_OBEDIENCE, obedience, said_kl
+from steer.fit.make.obedience import MIN_OBEDIENCE, obedience
 from steer.fit.measure.answers import GROUP, Progress, answers_under
-from steer.fit.measure.divergence import References
 from steer.prompts import Marked, render
 
 QUESTIONS = 12
 SCALED_ON = 16
-MATCHED = (4, 24)
-"""Answers that strengths are matched on, and tokens of each."""
 
 
 @dataclass(frozen=True)
@@ -70,19 +67,12 @@ def choose_for_pairs(
         return Chosen(vector, None, f"its use was chosen by separation: {reason}")
     count(left)
     best = found.best
-    changes = {
-        "default_layers": best.use.layers,
-        "default_where": WHERES[best.use.where],
-        "default_strength": float(f"{best.strength:.4g}"),
-        "provenance": {**vector.card.provenance, "chosen_by": "effect"},
-    }
-    card = vector.card.model_copy(update=changes)
     note = (
         f"layers {best.use.layers[0]}–{best.use.layers[-1]}, {best.use.where}, strength "
         f"{best.strength:.3g}: score {best.score:.2f}, {best.valid:.0%} sound, chosen from "
         f"{len(found.trials)} trials"
     )
-    return Chosen(replace(vector, card=card), found, note)
+    return Chosen(with_use(vector, best), found, note)
 
 
 def most_steps(pairs: int) -> int:
@@ -133,17 +123,8 @@ def _choice(
             f"{followed.area:.0%} of the time, where chance is 50%"
         )
     prompts: list[Prompt] = [pair.negative for pair in different[:QUESTIONS]]
-    references = References(engine, opposed[: len(prompts)]).first(*MATCHED)
-    moved = said_kl(engine, asked[: len(references.answers)], references.answers)
-    ground = Ground(
-        engine,
-        prompts,
-        opposed[: len(prompts)],
-        followed.scorer,
-        references,
-        moved,
-        sampling,
-        progress,
+    ground = Ground.of(
+        engine, prompts, asked, opposed[: len(prompts)], followed.scorer, sampling, progress
     )
     uses = grid(vector.card.layers, ("fitted",), where or "all")
     wheres: tuple[WhereName, ...] = ("onward",) if where is None else ()

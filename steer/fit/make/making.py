@@ -17,16 +17,14 @@ from steer.artefacts.control_vector import ControlVector
 from steer.engines.base import Engine
 from steer.errors import SteerError
 from steer.fit.data.pairs import Prompt
-from steer.fit.data.where import WHERES
 from steer.fit.make import checking, choosing, placing
 from steer.fit.make.asking import NEUTRAL, Interview
 from steer.fit.make.contrast import SOURCES, AnswerPair, contrast_states, directions
 from steer.fit.make.made import Made
-from steer.fit.make.obedience import MIN_OBEDIENCE, Obedience, SoundScorer, obedience, said_kl
+from steer.fit.make.obedience import MIN_OBEDIENCE, Obedience, SoundScorer, obedience
 from steer.fit.make.wish import QuestionParts, Wish
 from steer.fit.measure.answers import Progress
 from steer.fit.measure.calibrate import calibrate, prompts_sha256, steps_of
-from steer.fit.measure.divergence import References
 from steer.fit.measure.nulls.directions import refit_pairs
 from steer.fit.measure.scoring import AnswerScorer, Scorer
 from steer.fit.methods.card import made_on
@@ -37,8 +35,6 @@ DOSES = (0.25, 0.5, 0.75, 1.0, 1.25)
 """The strengths of the calibration, in multiples of the one that was chosen."""
 
 _SCALED_ON = 16
-_MATCHED_ANSWERS = 4
-_MATCHED_TOKENS = 24
 
 
 def make(
@@ -65,7 +61,16 @@ def make(
     layers = range(engine.info.n_layers)
     states = contrast_states(engine, exchanges, site=wish.site, layers=layers, progress=progress)
     vectors = {source: _vector(engine, wish, rows) for source, rows in states.items()}
-    ground = _ground(talk, parts.chosen, judge)
+    [plain] = talk.answers(parts.chosen)
+    ground = choosing.Ground.of(
+        engine,
+        parts.chosen,
+        talk.asked(parts.chosen),
+        plain,
+        judge,
+        wish.sampling,
+        progress,
+    )
     choice = choosing.choose(ground, vectors, choosing.grid(layers, SOURCES))
     chosen = vectors[choice.best.use.source]
     rows = states[choice.best.use.source]
@@ -81,7 +86,7 @@ def make(
         seed=wish.seed,
     )
     story = _story(talk, wish, prompts, parts, followed, ground.said_kl, choice)
-    used = _used(chosen, choice.best, {**story, **made_on(engine)})
+    used = choosing.with_use(chosen, choice.best, **story, **made_on(engine))
     calibration, notes = _calibration(talk, used, ground, scorer_name)
     if calibration is not None:
         calibration = calibration.model_copy(update={"nulls": found.comparison})
@@ -153,18 +158,6 @@ def _vector(
     )
 
 
-def _ground(
-    talk: Interview, prompts: Sequence[Prompt], judge: AnswerScorer | Scorer
-) -> choosing.Ground:
-    [plain] = talk.answers(prompts)
-    references = References(talk.engine, plain).first(_MATCHED_ANSWERS, _MATCHED_TOKENS)
-    few = references.answers
-    moved = said_kl(talk.engine, talk.asked(prompts[: len(few)]), few)
-    return choosing.Ground(
-        talk.engine, prompts, plain, judge, references, moved, talk.sampling, talk.progress
-    )
-
-
 def _story(
     talk: Interview,
     wish: Wish,
@@ -186,23 +179,11 @@ def _story(
         "questions": [len(parts.fitted), len(parts.chosen), len(parts.checked)],
         "obedience": round(followed.area, 4),
         "instruction_kl": round(moved, 4),
-        "chosen_by": "effect",
         "trials": len(choice.trials),
         "max_tokens": wish.max_tokens,
         "temperature": wish.temperature,
         "seed": wish.seed,
     }
-
-
-def _used(vector: ControlVector, best: choosing.Trial, story: dict[str, Any]) -> ControlVector:
-    """The vector with the use that was chosen as its default."""
-    changes = {
-        "default_layers": best.use.layers,
-        "default_where": WHERES[best.use.where],
-        "default_strength": float(f"{best.strength:.4g}"),
-        "provenance": story,
-    }
-    return replace(vector, card=vector.card.model_copy(update=changes))
 
 
 def _calibration(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steer.errors import SteerError
 from steer.fit.make.made import Made
+from steer.fit.measure.plot import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,19 +18,12 @@ _MARKS = {"all": "o", "onward": "s", "last": "v", "generation": "^"}
 def plot_made(found: Made, path: Path) -> None:
     """Left: every trial by its KL, the chosen one ringed. Right: the check's scores with their
     intervals, and the nulls as dots. Raises `SteerError` where the picture cannot be written."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 (slow import)
-
-    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+    figure = new_figure(3.8, width=9.6)
     left, right = figure.subplots(1, 2)
     _trials(left, found)
     _check(right, found)
     figure.suptitle(f"{found.wish.name}: “{found.wish.instruction}”", fontsize="medium")
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise SteerError(
-            f"the plot {str(path)!r} cannot be written: {error}", code="not_written"
-        ) from error
+    save_figure(figure, path)
 
 
 def _trials(axis: Axes, found: Made) -> None:

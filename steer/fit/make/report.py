@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from steer.artefacts.calibration import MeasuredNull, NullKind
-from steer.errors import SteerError
 from steer.fit.make.made import Made
 from steer.fit.make.plot import plot_made
+from steer.fit.measure.report import cell, markdown_table, write_report
 
 
 @dataclass(frozen=True)
@@ -78,40 +77,25 @@ def lines(found: Made) -> list[str]:
     return [*told, verdict if against.p_value is not None else "no chance was run", *found.notes]
 
 
-def write_report(folder: Path, found: Made) -> None:
+def write_made_report(folder: Path, found: Made) -> None:
     """Writes `report.json`, `made.png` and `report.md` into `folder`, which is made if missing.
     Raises `SteerError` (`not_written`)."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        figures = json.dumps(found.as_json(), indent=2, ensure_ascii=False) + "\n"
-        (folder / "report.json").write_text(figures, "utf-8")
-        (folder / "report.md").write_text(_page(found), "utf-8")
-    except OSError as error:
-        raise SteerError(
-            f"the report {str(folder)!r} cannot be written: {error.strerror}", code="not_written"
-        ) from error
-    plot_made(found, folder / "made.png")
+    write_report(
+        folder, found.as_json(), _page(found), lambda: plot_made(found, folder / "made.png")
+    )
 
 
 def _page(found: Made) -> str:
     head = ["", "score", "valid", "wrong way", "cosine", "an answer"]
     cells = [
-        [one.name, one.score, one.valid, one.wrong_way, one.cosine, _cell(one.example)]
+        [one.name, one.score, one.valid, one.wrong_way, one.cosine, cell(one.example)]
         for one in rows(found)
     ]
     said = "\n".join(f"- {line}" for line in lines(found))
     return (
         f"# {found.wish.name}\n\n“{found.wish.instruction}”\n\n![What it does](made.png)\n\n"
-        f"{_table(head, cells)}\n\n{said}\n"
+        f"{markdown_table(head, cells)}\n\n{said}\n"
     )
-
-
-def _table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *cells))
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _mean(values: Sequence[float]) -> float:

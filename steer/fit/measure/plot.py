@@ -128,12 +128,12 @@ def _kl_axis(axis: Axes, calibration: Calibration) -> None:
     top.set_xlabel("KL (nats)")
 
 
-def new_figure(height: float) -> Figure:
-    """An empty figure `height` inches high."""
+def new_figure(height: float, width: float = 6.4) -> Figure:
+    """An empty figure, in inches."""
     from matplotlib.figure import Figure  # noqa: PLC0415 (slow import)
 
     # A Figure of its own, without pyplot: nothing global, no window.
-    return Figure(figsize=(6.4, height), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure: Any, path: Path) -> None:

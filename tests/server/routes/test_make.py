@@ -10,10 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 from liveness import LIVENESS_SECONDS
 from steer_vectors import LIBRARY
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import byte_model
 from typer.testing import CliRunner
 
 from steer.artefacts.control_vector import ControlVector
@@ -37,19 +36,7 @@ BODY: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def lively() -> Iterator[TransformersEngine]:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=ByteTokenizer.vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        eos_token_id=ByteTokenizer.eos_token_id,
-        initializer_range=0.2,
-    )
-    model = LlamaForCausalLM(config)
+    model = byte_model(initializer_range=0.2)
     with TransformersEngine(model, ByteTokenizer(), name="lively") as running:
         yield running
 

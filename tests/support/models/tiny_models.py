@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -22,6 +23,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from steer.engines.fake.tokenizer import ByteTokenizer
 
 VOCABULARY, WIDTH, LAYERS = 99, 32, 3
 _SHAPE = {
@@ -76,6 +79,23 @@ ARCHITECTURES = tuple(BUILDERS)
 def build(name: str) -> PreTrainedModel:
     torch.manual_seed(list(BUILDERS).index(name))
     return BUILDERS[name]().eval()
+
+
+def byte_model(**changes: Any) -> LlamaForCausalLM:
+    """A random Llama of three layers over the bytes of `ByteTokenizer`."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=ByteTokenizer.vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        eos_token_id=ByteTokenizer.eos_token_id,
+        **changes,
+    )
+    return LlamaForCausalLM(config)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -20,8 +20,10 @@ from torch.nn import functional
 
 from steer.engines.base import Engine
 from steer.engines.gradients import DifferentiableModel, differentiable
-from steer.fit.data.preferences import Preference, PreferenceSet, Side
+from steer.fit.data.answering import completed
+from steer.fit.data.preferences import Preference, PreferenceSet, Side, sides_needed
 from steer.fit.methods.trained.rows import AnswerRow, answer_row, log_probabilities
+from steer.fit.states import Progress
 from steer.model import HookPoint
 from steer.spec import Where
 
@@ -45,6 +47,29 @@ class PreferenceRow:
         """The same with what to prefer and what to avoid exchanged."""
         assert self.rejected is not None
         return PreferenceRow(self.rejected, self.chosen, self.rejected_before, self.chosen_before)
+
+
+def asked_rows(
+    engine: Engine,
+    preferences: PreferenceSet,
+    instruction: str | None,
+    *,
+    loss: LossName,
+    max_tokens: int,
+    batch: int,
+    progress: Progress | None = None,
+) -> list[PreferenceRow]:
+    """The rows that `loss` needs; answers that are missing are asked of the model
+    (`steer.fit.data.answering.completed`, whose errors it raises)."""
+    data = completed(
+        engine,
+        preferences,
+        instruction,
+        sides=sides_needed(loss),
+        max_tokens=max_tokens,
+        progress=progress,
+    )
+    return preference_rows(engine, data, both=loss != "lm", batch=batch)
 
 
 def preference_rows(

@@ -22,13 +22,12 @@ from steer.artefacts.control_vector import ControlVector
 from steer.engines.base import Engine
 from steer.engines.gradients import DifferentiableModel, differentiable
 from steer.errors import SteerError
-from steer.fit.data.answering import completed
-from steer.fit.data.preferences import PreferenceSet, sides_needed
+from steer.fit.data.preferences import PreferenceSet
 from steer.fit.methods.card import made_on
 from steer.fit.methods.trained.preference import (
     PreferenceRow,
+    asked_rows,
     preference_loss,
-    preference_rows,
 )
 from steer.fit.methods.trained.reps import added
 from steer.fit.methods.trained.training import check_training, told_losses, train
@@ -89,15 +88,15 @@ def fit_prosv(
         raise SteerError(
             f"beta ({beta!r}) and spread ({spread!r}) must be above 0", code="invalid_option"
         )
-    data = completed(
+    rows = asked_rows(
         engine,
         preferences,
         instruction,
-        sides=sides_needed(loss),
+        loss=loss,
         max_tokens=max_tokens,
+        batch=batch,
         progress=progress,
     )
-    rows = preference_rows(engine, data, both=loss != "lm", batch=batch)
     generator = torch.Generator().manual_seed(seed)
     width = engine.info.width(site)
     device = differentiable(engine).differentiate(lambda model: model.device)

@@ -25,15 +25,14 @@ from steer.artefacts.control_vector import ControlVector
 from steer.engines.base import Engine
 from steer.engines.gradients import DifferentiableModel, differentiable
 from steer.errors import SteerError
-from steer.fit.data.answering import completed
-from steer.fit.data.preferences import PreferenceSet, sides_needed
+from steer.fit.data.preferences import PreferenceSet
 from steer.fit.data.where import WhereName, where_named
 from steer.fit.methods.card import made_on
 from steer.fit.methods.trained.preference import (
     LossName,
     PreferenceRow,
+    asked_rows,
     preference_loss,
-    preference_rows,
 )
 from steer.fit.methods.trained.training import check_training, told_losses, train
 from steer.fit.states import Progress, make_reading
@@ -82,15 +81,15 @@ def fit_reps(
             param="/factors",
             code="invalid_option",
         )
-    data = completed(
+    rows = asked_rows(
         engine,
         preferences,
         instruction,
-        sides=sides_needed(loss),
+        loss=loss,
         max_tokens=max_tokens,
+        batch=batch,
         progress=progress,
     )
-    rows = preference_rows(engine, data, both=loss != "lm", batch=batch)
     vectors = _started(engine, reading.points, seed)
     losses = train(
         engine,

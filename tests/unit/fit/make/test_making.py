@@ -17,7 +17,7 @@ from steer.fit.make.choosing import COARSE, FINE, grid, likely_strength
 from steer.fit.make.contrast import AnswerPair, contrast_states, directions
 from steer.fit.make.made import Made
 from steer.fit.make.making import make, work_of
-from steer.fit.make.report import lines, rows, write_report
+from steer.fit.make.report import lines, rows, write_made_report
 from steer.fit.make.wish import QuestionParts, Wish
 from steer.fit.measure.answers import Answer
 from steer.fit.measure.scoring import Score
@@ -82,7 +82,7 @@ def test_it_is_the_same_again_and_counts_its_steps(lively: TransformersEngine, m
 
 
 def test_a_report_is_a_page_figures_and_a_picture(made: Made, tmp_path: Path) -> None:
-    write_report(tmp_path / "loud", made)
+    write_made_report(tmp_path / "loud", made)
 
     page = (tmp_path / "loud" / "report.md").read_text("utf-8")
     assert all(row.name in page for row in rows(made))
