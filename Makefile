@@ -21,7 +21,7 @@ VLLM_SEAMS := core/test_admission core/test_cache_keys core/test_scheduler test_
   test_server worker/test_runner_v2
 VLLM_READY := $(VLLM_VERSIONS:%=vllm-%)
 
-.PHONY: serve test check fuzz-http bench bench-vllm bench-smollm2 docs-outputs demo-model \
+.PHONY: serve test lint check fuzz-http bench bench-vllm bench-smollm2 docs-outputs demo-model \
   demo-eval models-page oracles clients vllm \
   $(VLLM_READY) clean
 
@@ -40,11 +40,13 @@ test: $(READY) oracles clients vllm
 	set -e; for version in $(filter-out $(VLLM_VERSION),$(VLLM_VERSIONS)); do \
 	  bash tests/vllm/run.sh $$version $(VLLM_SEAMS:%=tests/vllm/%.py); done
 
-check: $(READY)
+lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+check: lint
 	$(BIN)/pytest $(PARALLEL) -m "not slow" -x
 
 # Requests of every kind to a server over the fake engine, held against its OpenAPI document; for
