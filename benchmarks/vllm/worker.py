@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.child import obey
+from benchmarks.vllm.calls import Calls, counted
 from benchmarks.vllm.shapes import MAX_LENGTH, SLOTS
 from steer.engines.vllm import plugin
 from steer.engines.vllm.front.engine import VllmEngine
@@ -115,6 +116,13 @@ class Engine:
         found = [self._made[key] for key in self._asked]
         return sum(map(len, found)) / seconds, found
 
+    def counted(self, specs: Specs, prompts: Prompts, tokens: int) -> dict[str, Any]:
+        """The calls of the job that `chats` times."""
+        calls = Calls()
+        with counted(calls):
+            self.chats(specs, prompts, tokens)
+        return calls.as_json()
+
     def hooked(
         self, rows: Sequence[Sequence[float]], layer: int, prompts: Prompts, tokens: int
     ) -> tuple[float, list[list[int]]]:
@@ -191,7 +199,7 @@ class Engine:
         return sum(read_receipt(answer[0]).tokens_steered for answer in answers)
 
 
-ORDERS = ("start", "steps", "finish", "chats", "hooked")
+ORDERS = ("start", "steps", "finish", "chats", "counted", "hooked")
 
 
 def main() -> None:
