@@ -142,9 +142,7 @@ def _tell(console: Console, found: dict[str, dict[str, Any]], top: int) -> None:
         for who, one in found.items():
             cells = [f"{one[kind][per]:.1f}" for kind in ("python", "compiled", "steer")]
             if per == "request":
-                cells += [
-                    f"{one['by function'].get(name, {}).get(per, 0):.1f}" for name in WATCHED
-                ]
+                cells += [f"{one['by function'].get(name, {}).get(per, 0):.1f}" for name in WATCHED]
             table.add_row(who, *cells)
         console.print(table)
         for who, one in found.items() if top else ():
