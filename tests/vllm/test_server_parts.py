@@ -287,7 +287,7 @@ async def test_a_ticket_is_good_only_while_somebody_waits_for_it() -> None:
     changed = Ticket("key", fingerprint="print", plan="1" * 64, rows=1, selections=(EVERYWHERE,))
     with pytest.raises(VLLMValidationError):
         client.generate("p", params(changed.as_extra_args()), "id")
-    with pytest.raises(VLLMValidationError, match="not a ticket"):
+    with pytest.raises(VLLMValidationError, match="only the server itself"):
         client.generate("p", params({"steer": "{"}), "id")
     assert client.generate("p", params(TICKET.as_extra_args()), "id") is not None
     del pending

@@ -60,11 +60,13 @@ class ReceiptGuard:
             client.reset_prefix_cache,
         )
         self._pending: WeakValueDictionary[str, PendingReceipts] = WeakValueDictionary()
+        """By the texts of their tickets: of one that was not made here nothing is read."""
         client.generate = self.generate
 
     def expect(self, ticket: Ticket) -> PendingReceipts:
         """The ticket is good for as long as somebody holds this."""
-        pending = self._pending[ticket.key] = PendingReceipts(ticket)
+        pending = PendingReceipts(ticket)
+        self._pending[pending.extra_args[EXTRA_ARG]] = pending
         return pending
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, **named: Any) -> Outputs:
@@ -80,13 +82,10 @@ class ReceiptGuard:
         return self._watched(start, sampling_params, pending, pending.begin())
 
     def _pending_of(self, extra: Mapping[str, Any]) -> PendingReceipts:
-        try:
-            ticket = Ticket.of(extra)
-            pending = None if ticket is None else self._pending.get(ticket.key)
-            if pending is None or pending.ticket != ticket or SPEC_ARG in extra:
-                raise foreign_ticket()
-        except SteerError as error:
-            raise refusal(error.at(f"/vllm_xargs/{EXTRA_ARG}")) from error
+        text = extra[EXTRA_ARG]
+        pending = self._pending.get(text) if isinstance(text, str) else None
+        if pending is None or SPEC_ARG in extra:
+            raise refusal(foreign_ticket())
         return pending
 
     async def _ordered(self, start: Callable[..., Outputs], params: Any) -> Outputs:
@@ -98,8 +97,7 @@ class ReceiptGuard:
         except SteerError as error:
             raise refusal(error) from error
         pending = self.expect(ticket)
-        params = with_ticket(params, None, without=SPEC_ARG)
-        params.extra_args = {**(params.extra_args or {}), **ticket.as_extra_args()}
+        params = with_ticket(params, pending.extra_args, without=SPEC_ARG)
         with self._metrics.request(None, steering.vectors, steering.strengths):
             outputs = self._watched(start, params, pending, pending.begin())
             async with aclosing(outputs):
@@ -110,13 +108,18 @@ class ReceiptGuard:
         self, start: Callable[..., Outputs], params: Any, pending: PendingReceipts, number: int
     ) -> Outputs:
         ticket = None
-        if pending.ticket.plan is not None:
+        if pending.ticket.plan is None:
+            params = with_ticket(params, None)
+        elif number == 0 and params.n == pending.ticket.n:
+            ticket = pending.ticket
+        else:
             ticket = renewed(pending.ticket, uuid.uuid4().hex, params.n)
+            params = with_ticket(params, ticket.as_extra_args())
         count = Count(delta=params.output_kind == RequestOutputKind.DELTA)
         clock = _Clock(self._metrics) if ticket is not None else None
         fetched = ticket is None
         try:
-            outputs = start(sampling_params=with_ticket(params, ticket))
+            outputs = start(sampling_params=params)
             async with aclosing(outputs):
                 async for output in outputs:
                     count.take(output)

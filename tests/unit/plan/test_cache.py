@@ -28,7 +28,7 @@ SPEC = {
 
 @dataclass(frozen=True)
 class Shelf(MemoryLibrary):
-    """A dated library that notes what it is asked; each of its `changes` makes its state another."""
+    """A dated library that notes what it is asked; each of its `changes` gives it another state."""
 
     vectors: dict[str, ControlVector] = field(
         default_factory=lambda: {"v": random_vector(1, 1), "w": random_vector(2, 1)}
