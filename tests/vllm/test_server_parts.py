@@ -300,7 +300,7 @@ async def test_a_spec_in_the_arguments_becomes_a_ticket() -> None:
     client = Client(output((0, 3), finished=True))
     texts: list[str] = []
 
-    def fields(text: str) -> tuple[Steering, Ticket]:
+    async def fields(text: str) -> tuple[Steering, Ticket]:
         texts.append(text)
         if text == "bad":
             raise SpecError("no such thing", param="/vllm_xargs/steering")

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
-from anyio import to_thread
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 
@@ -32,8 +31,8 @@ SPEC_ARG = "steering"
 """The entry of `vllm_xargs` that holds a spec, as JSON text."""
 
 Outputs = AsyncGenerator[Any, None]
-ReadText = Callable[[str], tuple[Steering, Ticket]]
-"""From the JSON text of a spec to its plan and a ticket; raises `SteerError`. May block."""
+ReadText = Callable[[Any], Awaitable[tuple[Steering, Ticket]]]
+"""From the JSON text of a spec to its plan and a ticket; raises `SteerError`."""
 
 
 class ReceiptGuard:
@@ -91,9 +90,7 @@ class ReceiptGuard:
     async def _ordered(self, start: Callable[..., Outputs], params: Any) -> Outputs:
         """A request with a spec of its own."""
         try:
-            steering, ticket = await to_thread.run_sync(
-                self._read_text, params.extra_args[SPEC_ARG]
-            )
+            steering, ticket = await self._read_text(params.extra_args[SPEC_ARG])
         except SteerError as error:
             raise refusal(error) from error
         pending = self.expect(ticket)
