@@ -88,7 +88,7 @@ async def test_a_new_spec_takes_one_thread_and_a_known_one_none(
         assert ticket is not None
         assert ticket.plan == first.ticket.plan  # type: ignore[union-attr]
         assert ticket.key != first.ticket.key  # type: ignore[union-attr]
-    serving.registry.add("v", ControlVector.of({1: torch.zeros(16)}))
+    serving.registry.add("v", ControlVector.of({1: -torch.ones(16)}))
     changed = await fields_of(serving, issuer, asked(steering=SPEC))
     assert len(hops) == 1
     assert changed.ticket.plan != first.ticket.plan  # type: ignore[union-attr]
@@ -106,7 +106,7 @@ async def test_a_plan_that_is_not_in_the_store_is_written_by_a_thread(
     ("request_", "size", "threads"),
     [
         (asked(receipt="full"), 1, 0),
-        (asked(inspect={"method": "logit_lens"}), 1, 0),
+        (asked(inspect={"kind": "logit_lens"}), 1, 0),
         (asked(model="other"), 1, 0),
         (asked(model="tiny:calm"), 1, 1),
         (asked(steering=SPEC), SMALL + 1, 1),

@@ -20,6 +20,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 
 from steer.engines.base import Receipt
+from steer.engines.vllm.messages import take_off
 from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
 from steer.errors import NotFinite, SpecError, SteerError
 from steer_server.generation.steering import Steering
@@ -126,7 +127,7 @@ class ReceiptGuard:
                     if output.finished and not count.failed:
                         receipts = []
                         if ticket is not None:
-                            receipts = await self._fetch(ticket.key, count.fed, pending)
+                            receipts = await self._receipts(ticket.key, output, count.fed, pending)
                             fetched = True
                         pending.close(number, receipts)
                         self._finished(receipts, clock, max(count.generated.values()))
@@ -135,10 +136,14 @@ class ReceiptGuard:
             if ticket is not None and not fetched:
                 self._calls.drop(ticket.key)
 
-    async def _fetch(
-        self, key: str, fed: dict[int, int], pending: PendingReceipts
+    async def _receipts(
+        self, key: str, output: Any, fed: dict[int, int], pending: PendingReceipts
     ) -> list[Receipt]:
+        """The receipts that came with the last output; otherwise those that are asked for."""
+        attached = take_off(output)
         try:
+            if attached is not None and fed == {0: attached[0]}:
+                return await self._calls.received(attached[1])
             return await self._calls.fetch(key, fed)
         except NotFinite as error:
             pending.refused = error

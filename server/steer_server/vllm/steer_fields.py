@@ -140,7 +140,7 @@ def _with_ticket(
             param="/use_beam_search",
             code="unsupported_parameter",
         )
-    ticket = issuer.issue(plan, measure=added.receipt == "full")
+    ticket = issuer.issue(plan, measure=added.receipt == "full", attached=True)
     # Beside those that ask for it, a share of all requests is measured.
     if plan is not None and serving.settings.measures(ticket.key):
         ticket = replace(ticket, measure=True)

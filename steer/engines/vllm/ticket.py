@@ -52,7 +52,8 @@ class Ticket:
     `key` names what the request leaves behind (receipt, captured states); `n` is the number of
     choices that share it. `plan` is the plan's hash in the plan store, None where the request is
     only read. `rows` is the number of edit rows that the plan takes in the tables. `selections`
-    has one entry per rule of the plan.
+    has one entry per rule of the plan. With `measure` the sizes of edits are measured; with
+    `attached` the receipt comes on the engine's last output where it can (`core/attached.py`).
     """
 
     key: str
@@ -62,6 +63,7 @@ class Ticket:
     rows: int = 0
     selections: tuple[Selection, ...] = ()
     measure: bool = False
+    attached: bool = False
     capture: CaptureOrder | None = field(default=None, compare=False)
 
     def as_extra_args(self) -> dict[str, str]:
@@ -70,6 +72,7 @@ class Ticket:
         if self.plan is not None:
             steering = _Steering(self.fingerprint, self.plan, self.rows, self.selections)
             content |= {"steering": _written(steering), "measure": self.measure}
+            content |= {"attached": True} if self.attached else {}
         if self.capture is not None:
             content["capture"] = {
                 "points": [[point.layer, point.site] for point in self.capture.points],
@@ -157,5 +160,6 @@ def _read(text: str) -> Ticket:
         int(content["n"]),
         *steering,
         measure=bool(content.get("measure", False)),
+        attached=bool(content.get("attached", False)),
         capture=capture,
     )

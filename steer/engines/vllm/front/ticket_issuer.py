@@ -33,6 +33,7 @@ class TicketIssuer:
         *,
         n: int = 1,
         measure: bool = False,
+        attached: bool = False,
         capture: CaptureOrder | None = None,
     ) -> Ticket:
         """A ticket with a key of its own for one request of `n` choices."""
@@ -48,6 +49,7 @@ class TicketIssuer:
             rows=rows,
             selections=plan.selections,
             measure=measure,
+            attached=attached,
             capture=capture,
         )
 
