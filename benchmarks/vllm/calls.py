@@ -35,9 +35,10 @@ SHORT, LONG = 8, 40
 
 WATCHED = {
     "steer/engines/vllm/ticket.py:_read": "tickets parsed",
-    "steer/registry/catalogue/catalogue.py:state": "states of the catalogue asked",
-    "steer/registry/catalogue/catalogue.py:resolve": "names looked up in the catalogue",
-    "steer/spec.py:SteeringSpec.fingerprint": "specs serialised",
+    "steer/plan/file.py:selection_from_json": "selections parsed",
+    "steer/registry/catalogue/catalogue.py:Catalogue.state": "asked for the state of the catalogue",
+    "steer/registry/registry.py:Registry.entry": "names looked up",
+    "steer/spec.py:SteeringSpec._fingerprint": "specs serialised",
     "steer/spec.py:parse_spec": "specs parsed",
 }
 _CONTESTANTS = {one.name: one for one in DIETS}

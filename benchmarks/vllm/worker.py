@@ -27,7 +27,7 @@ from steer.engines.vllm.ticket import Ticket
 from steer.plan.cache import PlanCache
 from steer.registry.blobs.plan_store import PlanStore
 from steer.registry.registry import Registry
-from steer.spec import parse_spec
+from steer_server.generation.kept_specs import spec_of
 
 Prompts = Sequence[Sequence[int]]
 Specs = Sequence[dict[str, Any] | None]
@@ -155,7 +155,7 @@ class Engine:
             if spec is not None:
                 if self._front is None:
                     raise RuntimeError("the plain engine cannot steer")
-                plan = self._plan_cache(registry or registry_location()).plan(parse_spec(spec))
+                plan = self._plan_cache(registry or registry_location()).plan(spec_of(spec, at=""))
                 ticket = self._front.tickets.issue(plan)
             self._number += 1
             key = f"r{self._number}"

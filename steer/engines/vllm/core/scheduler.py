@@ -115,6 +115,7 @@ class SteerAsyncScheduler(_WaitsForRows, AsyncScheduler):  # type: ignore[misc]
 
 
 _SUBCLASSES: dict[type, type] = {Scheduler: SteerScheduler, AsyncScheduler: SteerAsyncScheduler}
+_NAMES = frozenset(f"{one.__module__}.{one.__qualname__}" for one in _SUBCLASSES.values())
 
 
 def scheduler_name(scheduler_config: Any) -> str:
@@ -142,7 +143,7 @@ def holds_back(scheduler_config: Any) -> bool:
     """Whether requests of an engine with this configuration wait for edit rows."""
     chosen = scheduler_config.scheduler_cls
     if isinstance(chosen, str):
-        return chosen in {f"{one.__module__}.{one.__qualname__}" for one in _SUBCLASSES.values()}
+        return chosen in _NAMES
     return isinstance(chosen, type) and issubclass(chosen, _WaitsForRows)
 
 
