@@ -135,7 +135,7 @@ class Block:
         table = torch.tensor(laws, dtype=torch.float32)
         return Block(read=read, write=write, laws=table, cutoff=cutoff)
 
-    @property
+    @cached_property
     def is_shift(self) -> bool:
         """Whether the block only adds a constant, so that neighbours may be fused into one row."""
         reads = any(part is not None for part in (self.read, self.channels, self.side))

@@ -12,7 +12,8 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args, get_origin
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -572,6 +573,23 @@ class SteeringSpec(_Frozen):
 
     def fingerprint(self) -> str:
         """32 hex digits that identify this spec's meaning (names are taken as written)."""
+        return self._fingerprint
+
+    def references(self) -> Iterator[Reference]:
+        """Every artefact that the spec refers to, vectors that it carries included."""
+        return iter(self._references)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with other fields, which has nothing of what was worked out of the old ones."""
+        copied = super().model_copy(update=update, deep=deep)
+        for name in ("_fingerprint", "_references"):
+            copied.__dict__.pop(name, None)
+        return copied
+
+    # A spec is frozen, and one that is kept is asked for these by every request.
+
+    @cached_property
+    def _fingerprint(self) -> str:
         canonical = json.dumps(
             self.model_dump(mode="json", by_alias=True, exclude_none=True),
             sort_keys=True,
@@ -580,9 +598,9 @@ class SteeringSpec(_Frozen):
         )
         return hashlib.sha256(b"steer/spec/1\n" + canonical.encode()).hexdigest()[:32]
 
-    def references(self) -> Iterator[Reference]:
-        """Every artefact that the spec refers to, vectors that it carries included."""
-        return references_in(self)
+    @cached_property
+    def _references(self) -> tuple[Reference, ...]:
+        return tuple(references_in(self))
 
 
 def parse_spec(value: Mapping[str, Any] | SteeringSpec, *, at: str = "") -> SteeringSpec:

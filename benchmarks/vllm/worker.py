@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.child import obey
+from benchmarks.vllm.calls import Calls, counted
 from benchmarks.vllm.shapes import MAX_LENGTH, SLOTS
 from steer.engines.vllm import plugin
 from steer.engines.vllm.front.engine import VllmEngine
@@ -26,7 +27,7 @@ from steer.engines.vllm.ticket import Ticket
 from steer.plan.cache import PlanCache
 from steer.registry.blobs.plan_store import PlanStore
 from steer.registry.registry import Registry
-from steer.spec import parse_spec
+from steer_server.generation.kept_specs import spec_of
 
 Prompts = Sequence[Sequence[int]]
 Specs = Sequence[dict[str, Any] | None]
@@ -115,6 +116,13 @@ class Engine:
         found = [self._made[key] for key in self._asked]
         return sum(map(len, found)) / seconds, found
 
+    def counted(self, specs: Specs, prompts: Prompts, tokens: int) -> dict[str, Any]:
+        """The calls of the job that `chats` times."""
+        calls = Calls()
+        with counted(calls):
+            self.chats(specs, prompts, tokens)
+        return calls.as_json()
+
     def hooked(
         self, rows: Sequence[Sequence[float]], layer: int, prompts: Prompts, tokens: int
     ) -> tuple[float, list[list[int]]]:
@@ -147,7 +155,7 @@ class Engine:
             if spec is not None:
                 if self._front is None:
                     raise RuntimeError("the plain engine cannot steer")
-                plan = self._plan_cache(registry or registry_location()).plan(parse_spec(spec))
+                plan = self._plan_cache(registry or registry_location()).plan(spec_of(spec, at=""))
                 ticket = self._front.tickets.issue(plan)
             self._number += 1
             key = f"r{self._number}"
@@ -191,7 +199,7 @@ class Engine:
         return sum(read_receipt(answer[0]).tokens_steered for answer in answers)
 
 
-ORDERS = ("start", "steps", "finish", "chats", "hooked")
+ORDERS = ("start", "steps", "finish", "chats", "counted", "hooked")
 
 
 def main() -> None:

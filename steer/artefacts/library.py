@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
@@ -30,6 +30,22 @@ class Library(Protocol):
     def lens(self, ref: str) -> Lens: ...
 
     def affine(self, ref: str) -> AffineMap: ...
+
+
+@runtime_checkable
+class DatedLibrary(Library, Protocol):
+    """A library that knows when its names may have come to mean something else, so that whoever
+    has looked one up need not do it again until then."""
+
+    @property
+    def local(self) -> bool:
+        """Whether `state` and `keep` are answered by this machine, and so at once."""
+
+    def state(self) -> int:
+        """A number that is another one after every change of what a name means."""
+
+    def keep(self, sha256s: Iterable[str]) -> None:
+        """What has these contents was found here and is still in use, without being asked for."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -11,6 +13,8 @@ from steer.batch.requests import NOBODY, Ints
 from steer.batch.tables import MAX_RULES
 from steer.model import HookPoint
 
+_LOOKED_AT = 256
+"""Positions that are looked at together."""
 UNSEEN = 0xFFFF
 """Marks a position that no pass has computed."""
 
@@ -79,7 +83,14 @@ class PositionLedger(Ledger):
     def contained(self, rows: Tensor, before: Tensor, after: Tensor) -> Tensor:
         """`after`, and `before` for tokens that the edit drove beyond all numbers: their requests
         are known by it and get no answer, and the cache holds nothing by which attention over a
-        block's unused end (0 · NaN) would harm others."""
+        block's unused end (0 · NaN) would harm others.
+
+        Beyond all numbers is a state whose norm is not finite. It has to be kept out here, since
+        the next layer writes keys and values of it; on a CPU one look at the whole pass, the
+        norm of all its states together, tells that there is none.
+        """
+        if after.device.type == "cpu" and _all_finite(after):
+            return after
         sound = after.float().norm(dim=-1).isfinite()
         lost = ~sound & before.float().norm(dim=-1).isfinite()
         counts = torch.zeros(len(self.not_finite), device=after.device)
@@ -104,16 +115,34 @@ class PositionLedger(Ledger):
     def write(self, rows: Ints, positions: Ints, applied: Ints) -> None:
         self.applied[rows, positions] = applied.astype(np.uint16)
 
-    def row(self, row: int) -> PositionLedger:
-        """A ledger that holds a copy of one row, as far as positions were computed."""
-        seen = np.flatnonzero(self.applied[row] != UNSEEN)
-        length = int(seen[-1]) + 1 if len(seen) else 0
+    def row(self, row: int, prompt_length: int) -> PositionLedger:
+        """A ledger that holds a copy of one row, as far as positions were computed.
+
+        Assumes: behind the prompt no position was left out, so that those after the first unseen
+        one need not be looked at.
+        """
+        length = self._end(row, prompt_length)
         alone = PositionLedger(1, length, self.gate_open.device)
         alone.tokens[0], alone.applied[0] = self.tokens[row], self.applied[row, :length]
         alone.gate_open[0], alone.gate_value[0] = self.gate_open[row], self.gate_value[row]
         alone.not_finite[0] = self.not_finite[row]
         alone.relative = {p: sums[row : row + 1].clone() for p, sums in self.relative.items()}
         return alone
+
+    def _end(self, row: int, prompt_length: int) -> int:
+        """The position behind the last one of `row` that was computed."""
+        applied = self.applied[row]
+        start, size = min(prompt_length, len(applied)), _LOOKED_AT
+        while start < len(applied):
+            unseen = np.flatnonzero(applied[start : start + size] == UNSEEN)
+            if len(unseen):
+                start += int(unseen[0])
+                break
+            start, size = start + size, 2 * size
+        if start > prompt_length:
+            return min(start, len(applied))
+        seen = np.flatnonzero(applied[:start] != UNSEEN)
+        return int(seen[-1]) + 1 if len(seen) else 0
 
     def forget(self, row: int, first: int) -> None:
         """Positions of `row` from `first` on, which its sequence has not kept."""
@@ -138,3 +167,13 @@ class PositionLedger(Ledger):
         self.tokens, self.applied, self.relative = bigger.tokens, bigger.applied, bigger.relative
         self.gate_open, self.gate_value = bigger.gate_open, bigger.gate_value
         self.not_finite = bigger.not_finite
+
+
+def _all_finite(states: Tensor) -> bool:
+    """Whether the norm of `states` `[T, d]` is finite, all together; then each one's is.
+
+    Assumes: on a CPU, where looking at a number waits for nobody.
+    """
+    flat = states.reshape(-1)
+    flat = flat if flat.dtype == torch.float32 else flat.float()
+    return math.isfinite(float(torch.dot(flat, flat)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -67,16 +68,23 @@ class SteeringPlan:
     strengths: tuple[float, ...]
     summary: tuple[Mapping[str, Any], ...]
 
-    @property
+    # A plan is kept and asked by every request of its spec.
+
+    @cached_property
     def points(self) -> tuple[HookPoint, ...]:
         """Every hook point that is edited, in forward order."""
         return tuple(sorted({p for one in self.rules for p in one.blocks}, key=forward_order))
 
-    @property
+    @cached_property
+    def selections(self) -> tuple[Selection, ...]:
+        """The tokens that each rule selects."""
+        return tuple(one.selection for one in self.rules)
+
+    @cached_property
     def gated(self) -> bool:
         return any(one.gate is not None for one in self.rules)
 
-    @property
+    @cached_property
     def resolved_strengths(self) -> tuple[Mapping[str, Any], ...]:
         """Every strength that is not as written: what was asked for, and the number it became.
 

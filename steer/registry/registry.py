@@ -340,6 +340,20 @@ class Registry:
 
     # Reading
 
+    @property
+    def local(self) -> bool:
+        """Whether `state` and `keep` are answered by this machine, and so at once."""
+        return self._catalogue.local and self._leases.local
+
+    def state(self) -> int:
+        """A number that is another one after every change of what a name means, by any process."""
+        return self._catalogue.state()
+
+    def keep(self, sha256s: Iterable[str]) -> None:
+        """Renews the leases of artefacts that are in use without being loaded again."""
+        for sha256 in sha256s:
+            self._leases.take(sha256)
+
     def entry(self, kind: ArtefactKind, ref: str) -> Entry:
         """The newest entry that `ref` (`name`, or `name@` and at least 6 hex digits) names.
 

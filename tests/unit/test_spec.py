@@ -126,3 +126,13 @@ def test_the_schema_names_every_kind() -> None:
     schema = SteeringSpec.model_json_schema(by_alias=True)
     mapping = schema["properties"]["interventions"]["items"]["discriminator"]["mapping"]
     assert set(mapping) == set(KINDS)
+
+
+def test_a_copy_has_nothing_that_was_worked_out_of_the_old_fields() -> None:
+    spec = parse_spec({"interventions": [{"kind": "add", "vector": "v"}]})
+    known = spec.fingerprint(), list(spec.references())
+    other = parse_spec({"interventions": [{"kind": "add", "vector": "w"}]})
+    copied = spec.model_copy(update={"interventions": other.interventions})
+    assert copied.fingerprint() == other.fingerprint() != known[0]
+    assert list(copied.references()) == list(other.references()) != known[1]
+    assert spec.model_copy() == spec == copied.model_copy(update=dict(spec))

@@ -12,9 +12,11 @@ import pytest
 import vllm_engine
 
 from steer.engines.vllm.front.offline import Steered
+from steer.engines.vllm.messages import read_receipt, take_off
 from steer.errors import SteerError
 from steer.registry.registry import Registry
 from steer.registry.shipped import add_library
+from steer.spec import parse_spec
 
 FRENCH = {"interventions": [{"kind": "add", "vector": "french"}]}
 QUESTION = [{"role": "user", "content": "What is in the park?"}]
@@ -57,6 +59,21 @@ def test_a_chat_is_steered_and_leaves_a_receipt(steered: Steered) -> None:
     fed = len(french.output.prompt_token_ids) + len(french.output.outputs[0].token_ids) - 1
     assert french.receipt.tokens_steered + french.receipt.tokens_skipped == fed
     assert french.receipt.tokens_steered == 1  # the shipped vector acts on the last prompt token
+
+
+def test_a_receipt_comes_with_the_engines_last_output(steered: Steered, llm: Any) -> None:
+    plan = steered.plans.plan(parse_spec(FRENCH))
+    ticket = steered.engine.tickets.issue(plan, attached=True)
+    prompt = steered.chat(QUESTION, params(), FRENCH, use_tqdm=False)[0].output.prompt_token_ids
+    asked = params(extra_args=ticket.as_extra_args())
+    (output,) = llm.generate([{"prompt_token_ids": prompt}], asked, use_tqdm=False)
+    found = take_off(output)
+    assert found is not None
+    fed, answer = found
+    assert fed == len(prompt) + len(output.outputs[0].token_ids) - 1
+    assert read_receipt(answer).tokens_steered == 1
+    again = llm.collective_rpc("steer_receipts", args=([(ticket.key, {0: fed})],))
+    assert "error" in again[0][0][0]  # nothing is kept of what was told
 
 
 def test_prompts_may_have_a_spec_each_and_share_a_batch(steered: Steered) -> None:

@@ -25,6 +25,7 @@ from steer.engines.transformers.checkpoints.found import find_model
 from steer.engines.transformers.checkpoints.known import DEMO
 from steer.engines.vllm.core.admission import check_request
 from steer.engines.vllm.front.ends import known_ends, model_ends
+from steer.engines.vllm.messages import put_on
 from steer.engines.vllm.ticket import Ticket
 from steer.errors import EngineError, SpecError, Unsupported
 from steer.model import HookPoint
@@ -126,7 +127,9 @@ def output(
         SimpleNamespace(index=index, token_ids=list(range(count)), finish_reason=why)
         for index, count in choices
     ]
-    return SimpleNamespace(prompt_token_ids=prompt, outputs=made, finished=finished)
+    return SimpleNamespace(
+        prompt_token_ids=prompt, outputs=made, finished=finished, kv_transfer_params=None
+    )
 
 
 def test_tokens_are_counted_by_delta_and_by_sum() -> None:
@@ -245,6 +248,33 @@ async def test_prompts_of_one_claim_have_keys_of_their_own() -> None:
     assert pending.prompts == {0: tuple(PROMPT), 1: tuple(PROMPT)}
 
 
+@pytest.mark.parametrize(
+    ("fed", "code"), [(4, None), (5, None), (4, "not_finite"), (4, "not_steered")]
+)
+async def test_a_receipt_that_comes_with_the_last_output_is_not_asked_for(
+    fed: int, code: str | None
+) -> None:
+    """One about other tokens than the answer's is none."""
+    last = output((0, 1), finished=True)
+    answer = made(fed).as_json() if code is None else {"error": "why", "code": code}
+    put_on(last, fed, answer)
+    client = Client(output((0, 1)), last)
+    pending = watched(client).expect(TICKET)
+    stream = client.generate("p", params(TICKET.as_extra_args()), "id")
+    await anext(stream)
+    if code is None:
+        assert await anext(stream) is last
+        assert last.kv_transfer_params is None
+        assert [one.tokens_steered for one in pending.receipts] == [4]
+        assert len(client.workers.calls) == (fed != 4)
+    else:
+        with pytest.raises((VLLMValidationError, EngineError), match="why"):
+            await anext(stream)
+        assert not client.workers.calls
+        assert client.emptied == (code == "not_steered")
+        assert not pending.complete
+
+
 async def test_without_a_receipt_the_end_is_withheld() -> None:
     client = Client(output((0, 1)), output((0, 1), finished=True))
     client.workers.forgets = True
@@ -287,7 +317,7 @@ async def test_a_ticket_is_good_only_while_somebody_waits_for_it() -> None:
     changed = Ticket("key", fingerprint="print", plan="1" * 64, rows=1, selections=(EVERYWHERE,))
     with pytest.raises(VLLMValidationError):
         client.generate("p", params(changed.as_extra_args()), "id")
-    with pytest.raises(VLLMValidationError, match="not a ticket"):
+    with pytest.raises(VLLMValidationError, match="only the server itself"):
         client.generate("p", params({"steer": "{"}), "id")
     assert client.generate("p", params(TICKET.as_extra_args()), "id") is not None
     del pending
@@ -300,7 +330,7 @@ async def test_a_spec_in_the_arguments_becomes_a_ticket() -> None:
     client = Client(output((0, 3), finished=True))
     texts: list[str] = []
 
-    def fields(text: str) -> tuple[Steering, Ticket]:
+    async def fields(text: str) -> tuple[Steering, Ticket]:
         texts.append(text)
         if text == "bad":
             raise SpecError("no such thing", param="/vllm_xargs/steering")

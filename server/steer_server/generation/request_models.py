@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from steer.errors import SteerError, Unsupported
-from steer.spec import SteeringSpec, parse_spec
+from steer.spec import SteeringSpec
 from steer_server.generation.answer_format import ResponseFormat
 from steer_server.generation.field_types import (
     MAX_SEED,
@@ -37,6 +37,7 @@ from steer_server.generation.field_types import (
     TopK,
 )
 from steer_server.generation.inspect_spec import InspectSpec
+from steer_server.generation.kept_specs import spec_of
 from steer_server.generation.neutral_values import (
     CHAT,
     COMPLETION,
@@ -58,7 +59,7 @@ def _spec(value: Any) -> SteeringSpec | None:
         return value
     if not isinstance(value, dict):
         raise ValueError("'steering' is an object with a list 'interventions'")
-    return parse_spec(value, at="/steering")
+    return spec_of(value, at="/steering")
 
 
 def _text_parts(value: Any) -> Any:

@@ -25,7 +25,7 @@ MAX_CONTAINERS = 1 << 19
 """Lists and objects in all, brackets in texts counted with them: the interpreter makes them in one
 go, and holds everything else up for a microsecond each."""
 
-_SMALL = 16 << 10
+SMALL = 16 << 10
 """Bytes of a body that are parsed and checked faster than a thread takes over."""
 
 
@@ -62,7 +62,7 @@ async def read_body(request: Request, field: BodyField) -> Request:
     data = await request.body()
     if not data:
         return request
-    if len(data) <= _SMALL:
+    if len(data) <= SMALL:
         return JSONBodyRequest(request, data, _validated(data, field))
     return JSONBodyRequest(request, data, await to_thread.run_sync(_validated, data, field))
 

@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, ClassVar, cast
 
-from anyio import to_thread
 from fastapi import APIRouter, Request
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
@@ -26,9 +25,8 @@ from steer_server.http.error_route import SteerRoute
 from steer_server.state import Serving
 from steer_server.vllm.answers import receipt_of, with_fields, with_receipt
 from steer_server.vllm.pending_receipts import PendingReceipts
-from steer_server.vllm.receipt_guard import ReceiptGuard
 from steer_server.vllm.requests import PlainChatRequest, PlainCompletionRequest
-from steer_server.vllm.steer_fields import SteerFields, concerns, make_ticket, read_fields
+from steer_server.vllm.steer_fields import SteerFields, concerns, planned, take_fields
 
 Call = Callable[[Any, Request], Awaitable[Response | None]]
 """One of vLLM's routes; answers None where the client has gone."""
@@ -70,13 +68,15 @@ async def _answered(call: Call, request: Any, raw_request: Request) -> Response 
     if not concerns(request, state.openai_serving_models):
         return await call(request, raw_request)
     serving: Serving = state.steer
-    fields = await to_thread.run_sync(read_fields, serving, request, state.openai_serving_models)
+    issuer = cast("Any", serving.engine).tickets
+    take = partial(take_fields, serving, request, state.openai_serving_models)
+    fields = await planned(serving, issuer, take, len(await raw_request.body()))
     request.model = fields.model
-    if fields.empty:
+    if fields.ticket is None:
         return await call(request, raw_request)
     plain = request.model_copy() if fields.added.compare else None
-    pending = await _expected(state.steer_guard, serving, fields)
-    request.vllm_xargs = {**(request.vllm_xargs or {}), **pending.ticket.as_extra_args()}
+    pending = state.steer_guard.expect(fields.ticket)
+    request.vllm_xargs = {**(request.vllm_xargs or {}), **pending.extra_args}
     if request.stream:
         response = await call(request, raw_request)
         if isinstance(response, StreamingResponse):
@@ -100,13 +100,6 @@ class _Refused(Exception):
     def __init__(self, response: Response) -> None:
         super().__init__()
         self.response = response
-
-
-async def _expected(guard: ReceiptGuard, serving: Serving, fields: SteerFields) -> PendingReceipts:
-    issuer = cast("Any", serving.engine).tickets
-    measure = fields.added.receipt == "full"
-    make = partial(make_ticket, issuer, serving, fields.steering, measure=measure)
-    return guard.expect(await to_thread.run_sync(make))
 
 
 async def _whole(

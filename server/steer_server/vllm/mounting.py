@@ -40,7 +40,7 @@ from steer_server.vllm import generation, listing
 from steer_server.vllm.figures import expose
 from steer_server.vllm.receipt_guard import ReceiptGuard
 from steer_server.vllm.settings import settings_of
-from steer_server.vllm.steer_fields import fields_of_text
+from steer_server.vllm.steer_fields import planned_text
 
 _PATIENCE = 5.0
 """Seconds in which a job must come to its next step when the server stops; none waits for it
@@ -136,7 +136,7 @@ async def serve(client: Any, state: Any, environment: Mapping[str, str]) -> None
     state.steer_guard = ReceiptGuard(
         client,
         state.steer.metrics,
-        partial(fields_of_text, state.steer, engine.tickets),
+        partial(planned_text, state.steer, engine.tickets),
         engine.ends - known_ends(client.vllm_config, engine.tokenizer),
     )
     expose(state.steer.metrics.registry)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from steer.engines.base import Receipt
@@ -23,6 +25,11 @@ class PendingReceipts:
     refused: SteerError | None = None
     """What the client is told where its steering left nothing to answer from."""
     _receipts: dict[int, list[Receipt] | None] = field(default_factory=dict)
+
+    @cached_property
+    def extra_args(self) -> dict[str, str]:
+        """What requests to the engine carry: the ticket, written once."""
+        return self.ticket.as_extra_args()
 
     def begin(self) -> int:
         """A new request of the engine; its number, in the order of the prompts."""
@@ -73,11 +80,11 @@ class Count:
         }
 
 
-def with_ticket(params: Any, ticket: Ticket | None, without: str = EXTRA_ARG) -> Any:
-    """A copy of vLLM's `SamplingParams` that carries `ticket` instead of `without`."""
+def with_ticket(params: Any, ticket: Mapping[str, str] | None, without: str = EXTRA_ARG) -> Any:
+    """A copy of vLLM's `SamplingParams` that carries `ticket`, as in `Ticket.as_extra_args`, in the
+    place of `without`."""
     extra = {name: value for name, value in params.extra_args.items() if name != without}
-    if ticket is not None:
-        extra |= ticket.as_extra_args()
+    extra |= ticket or {}
     copied = params.clone()
     copied.extra_args = extra or None
     return copied

@@ -53,6 +53,12 @@ class ReceiptFetcher:
         missing = {"error": "no worker answered for this choice"}
         return [read_receipt(answer.get(choice, missing)) for choice in sorted(fed)]
 
+    async def received(self, answer: Mapping[str, Any]) -> list[Receipt]:
+        """The receipt in an answer that came without a call; raises as `fetch` does."""
+        if leaves_unsteered(answer) and self._cleanse is not None:
+            await self._cleanse()
+        return [read_receipt(answer)]
+
     def drop(self, key: str) -> None:
         """Nobody will ask for what `key` left; the workers forget it with the next call."""
         self._dropped.append(key)

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
-from anyio import to_thread
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 
 from steer.engines.base import Receipt
+from steer.engines.vllm.messages import take_off
 from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
 from steer.errors import NotFinite, SpecError, SteerError
 from steer_server.generation.steering import Steering
@@ -32,8 +32,8 @@ SPEC_ARG = "steering"
 """The entry of `vllm_xargs` that holds a spec, as JSON text."""
 
 Outputs = AsyncGenerator[Any, None]
-ReadText = Callable[[str], tuple[Steering, Ticket]]
-"""From the JSON text of a spec to its plan and a ticket; raises `SteerError`. May block."""
+ReadText = Callable[[Any], Awaitable[tuple[Steering, Ticket]]]
+"""From the JSON text of a spec to its plan and a ticket; raises `SteerError`."""
 
 
 class ReceiptGuard:
@@ -60,11 +60,13 @@ class ReceiptGuard:
             client.reset_prefix_cache,
         )
         self._pending: WeakValueDictionary[str, PendingReceipts] = WeakValueDictionary()
+        """By the texts of their tickets: of one that was not made here nothing is read."""
         client.generate = self.generate
 
     def expect(self, ticket: Ticket) -> PendingReceipts:
         """The ticket is good for as long as somebody holds this."""
-        pending = self._pending[ticket.key] = PendingReceipts(ticket)
+        pending = PendingReceipts(ticket)
+        self._pending[pending.extra_args[EXTRA_ARG]] = pending
         return pending
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str, **named: Any) -> Outputs:
@@ -80,26 +82,20 @@ class ReceiptGuard:
         return self._watched(start, sampling_params, pending, pending.begin())
 
     def _pending_of(self, extra: Mapping[str, Any]) -> PendingReceipts:
-        try:
-            ticket = Ticket.of(extra)
-            pending = None if ticket is None else self._pending.get(ticket.key)
-            if pending is None or pending.ticket != ticket or SPEC_ARG in extra:
-                raise foreign_ticket()
-        except SteerError as error:
-            raise refusal(error.at(f"/vllm_xargs/{EXTRA_ARG}")) from error
+        text = extra[EXTRA_ARG]
+        pending = self._pending.get(text) if isinstance(text, str) else None
+        if pending is None or SPEC_ARG in extra:
+            raise refusal(foreign_ticket())
         return pending
 
     async def _ordered(self, start: Callable[..., Outputs], params: Any) -> Outputs:
         """A request with a spec of its own."""
         try:
-            steering, ticket = await to_thread.run_sync(
-                self._read_text, params.extra_args[SPEC_ARG]
-            )
+            steering, ticket = await self._read_text(params.extra_args[SPEC_ARG])
         except SteerError as error:
             raise refusal(error) from error
         pending = self.expect(ticket)
-        params = with_ticket(params, None, without=SPEC_ARG)
-        params.extra_args = {**(params.extra_args or {}), **ticket.as_extra_args()}
+        params = with_ticket(params, pending.extra_args, without=SPEC_ARG)
         with self._metrics.request(None, steering.vectors, steering.strengths):
             outputs = self._watched(start, params, pending, pending.begin())
             async with aclosing(outputs):
@@ -110,13 +106,18 @@ class ReceiptGuard:
         self, start: Callable[..., Outputs], params: Any, pending: PendingReceipts, number: int
     ) -> Outputs:
         ticket = None
-        if pending.ticket.plan is not None:
+        if pending.ticket.plan is None:
+            params = with_ticket(params, None)
+        elif number == 0 and params.n == pending.ticket.n:
+            ticket = pending.ticket
+        else:
             ticket = renewed(pending.ticket, uuid.uuid4().hex, params.n)
+            params = with_ticket(params, ticket.as_extra_args())
         count = Count(delta=params.output_kind == RequestOutputKind.DELTA)
         clock = _Clock(self._metrics) if ticket is not None else None
         fetched = ticket is None
         try:
-            outputs = start(sampling_params=with_ticket(params, ticket))
+            outputs = start(sampling_params=params)
             async with aclosing(outputs):
                 async for output in outputs:
                     count.take(output)
@@ -126,7 +127,7 @@ class ReceiptGuard:
                     if output.finished and not count.failed:
                         receipts = []
                         if ticket is not None:
-                            receipts = await self._fetch(ticket.key, count.fed, pending)
+                            receipts = await self._receipts(ticket.key, output, count.fed, pending)
                             fetched = True
                         pending.close(number, receipts)
                         self._finished(receipts, clock, max(count.generated.values()))
@@ -135,10 +136,14 @@ class ReceiptGuard:
             if ticket is not None and not fetched:
                 self._calls.drop(ticket.key)
 
-    async def _fetch(
-        self, key: str, fed: dict[int, int], pending: PendingReceipts
+    async def _receipts(
+        self, key: str, output: Any, fed: dict[int, int], pending: PendingReceipts
     ) -> list[Receipt]:
+        """The receipts that came with the last output; otherwise those that are asked for."""
+        attached = take_off(output)
         try:
+            if attached is not None and fed == {0: attached[0]}:
+                return await self._calls.received(attached[1])
             return await self._calls.fetch(key, fed)
         except NotFinite as error:
             pending.refused = error

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from anyio import to_thread
 from pydantic import ValidationError
 
 from steer.engines.vllm.front.ticket_issuer import TicketIssuer
 from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
 from steer.errors import SpecError, Unsupported
-from steer.spec import SteeringSpec, parse_spec
+from steer.spec import SteeringSpec
+from steer_server.generation.kept_specs import spec_of
 from steer_server.generation.request_models import AddedFields
 from steer_server.generation.steering import Steering, resolve
-from steer_server.http.json_body import bounded_json
+from steer_server.http.json_body import SMALL, bounded_json
 from steer_server.http.openai_errors import invalid_field
 from steer_server.state import Serving
 from steer_server.vllm.receipt_guard import SPEC_ARG, foreign_ticket
@@ -23,17 +26,24 @@ FIELDS = frozenset(AddedFields.model_fields)
 
 
 @dataclass(frozen=True)
+class AskedFields:
+    """What a request asks of Steer: of the model `name`, which vLLM knows as `model`."""
+
+    added: AddedFields
+    name: str
+    model: str | None
+    beams: bool = False
+
+
+@dataclass(frozen=True)
 class SteerFields:
-    """What a request asks of Steer. `model` is the name that vLLM knows."""
+    """What a request asks of Steer, planned. `model` is the name that vLLM knows; `ticket` is None
+    where vLLM's own answer is all that is asked for."""
 
     added: AddedFields
     steering: Steering
     model: str | None
-
-    @property
-    def empty(self) -> bool:
-        """Whether vLLM's own answer is all that is asked for."""
-        return self.steering.plan is None and self.added.inspect is None
+    ticket: Ticket | None
 
 
 def concerns(request: Any, models: Any) -> bool:
@@ -49,11 +59,24 @@ def concerns(request: Any, models: Any) -> bool:
     return request.model is not None and not _known(models, request.model) and ":" in request.model
 
 
-def read_fields(serving: Serving, request: Any, models: Any) -> SteerFields:
-    """Takes Steer's fields off `request` and plans what they say. Runs in a worker thread.
+async def planned(
+    serving: Serving, issuer: TicketIssuer, take: Callable[[], AskedFields], size: int
+) -> SteerFields:
+    """What `take`, from a text of `size` bytes, finds asked for.
 
-    Raises `SteerError` with pointers into the request.
+    What is short and known is dealt with here and now, without waiting for a thread; a worker
+    thread takes over what may take longer. Raises `SteerError` with pointers into the request.
     """
+    if size > SMALL:
+        return await to_thread.run_sync(lambda: _planned(serving, issuer, take()))
+    asked = take()
+    held = _held(serving, issuer, asked)
+    return held or await to_thread.run_sync(_planned, serving, issuer, asked)
+
+
+def take_fields(serving: Serving, request: Any, models: Any) -> AskedFields:
+    """Takes Steer's fields off one of vLLM's requests. Raises `SteerError` for what is wrong with
+    them; names are not looked up."""
     added = _added(request)
     added.check_stream(request.stream)
     model = request.model
@@ -63,37 +86,65 @@ def read_fields(serving: Serving, request: Any, models: Any) -> SteerFields:
         # Any other name that is not served is vLLM's to refuse.
         if prefix and _known(models, prefix):
             name, base = f"{serving.model_name}:{profile}", prefix
-    steering = resolve(serving, name, added.steering)
-    if added.compare and steering.plan is None:
+    return AskedFields(added, name, base, beams=bool(request.use_beam_search))
+
+
+async def planned_text(
+    serving: Serving, issuer: TicketIssuer, text: Any
+) -> tuple[Steering, Ticket]:
+    """The steering and the ticket for a spec in `vllm_xargs`; raises `SteerError`."""
+    size = len(text) if isinstance(text, str) else 0
+    fields = await planned(serving, issuer, partial(_take_text, serving, text), size)
+    assert fields.ticket is not None
+    return fields.steering, fields.ticket
+
+
+def _take_text(serving: Serving, text: Any) -> AskedFields:
+    """What a spec in `vllm_xargs` asks for."""
+    return AskedFields(AddedFields(steering=_spec(text)), serving.model_name, None)
+
+
+def _planned(serving: Serving, issuer: TicketIssuer, asked: AskedFields) -> SteerFields:
+    steering = resolve(serving, asked.name, asked.added.steering)
+    return _with_ticket(serving, issuer, asked, steering)
+
+
+def _held(serving: Serving, issuer: TicketIssuer, asked: AskedFields) -> SteerFields | None:
+    """As `_planned`, from what is held here; None where something has to be waited for."""
+    if asked.name != serving.model_name:
+        return None
+    steering = Steering()
+    if asked.added.steering is not None:
+        plan = serving.plans.at_once(asked.added.steering)
+        if plan is None or not issuer.holds(plan):
+            return None
+        steering = Steering(plan)
+    return _with_ticket(serving, issuer, asked, steering)
+
+
+def _with_ticket(
+    serving: Serving, issuer: TicketIssuer, asked: AskedFields, steering: Steering
+) -> SteerFields:
+    added, plan = asked.added, steering.plan
+    if added.compare and plan is None:
         raise Unsupported(
             "'compare' needs something to compare with: add 'steering', or use a profile as model",
             param="/compare",
             code="nothing_to_compare",
         )
-    fields = SteerFields(added, steering, base)
-    if not fields.empty and request.use_beam_search:
+    if plan is None and added.inspect is None:
+        return SteerFields(added, steering, asked.model, None)
+    if asked.beams:
         raise Unsupported(
             "a beam search cannot be steered or inspected: leave 'use_beam_search' out",
             param="/use_beam_search",
             code="unsupported_parameter",
         )
-    return fields
-
-
-def make_ticket(
-    issuer: TicketIssuer, serving: Serving, steering: Steering, *, measure: bool
-) -> Ticket:
-    """A ticket for `steering`, measured where it is asked for or belongs to the sampled share."""
-    ticket = issuer.issue(steering.plan, measure=measure)
-    if steering.plan is None or measure or not serving.settings.measures(ticket.key):
-        return ticket
-    return issuer.issue(steering.plan, measure=True)
-
-
-def fields_of_text(serving: Serving, issuer: TicketIssuer, text: Any) -> tuple[Steering, Ticket]:
-    """The steering and the ticket for a spec in `vllm_xargs`."""
-    steering = resolve(serving, serving.model_name, _spec(text))
-    return steering, make_ticket(issuer, serving, steering, measure=False)
+    ticket = issuer.issue(plan, measure=added.receipt == "full", attached=True)
+    # Beside those that ask for it, a share of all requests is measured.
+    if plan is not None and serving.settings.measures(ticket.key):
+        ticket = replace(ticket, measure=True)
+    return SteerFields(added, steering, asked.model, ticket)
 
 
 def _added(request: Any) -> AddedFields:
@@ -125,7 +176,7 @@ def _spec(text: Any) -> SteeringSpec:
         raise SpecError(f"the spec in 'vllm_xargs' is not JSON text: {error}", param=at) from None
     if not isinstance(content, Mapping):
         raise SpecError("the spec in 'vllm_xargs' is not a JSON object", param=at)
-    return parse_spec(dict(content), at=at)
+    return spec_of(content, at=at)
 
 
 def _known(models: Any, name: str) -> bool:

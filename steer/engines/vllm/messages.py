@@ -16,6 +16,9 @@ from steer.engines.base import GateReceipt, PointReceipt, Receipt
 from steer.errors import EngineError, NotFinite
 from steer.model import HookPoint, ModelInfo
 
+_ATTACHED = "steer_receipt"
+"""The entry of an output's `kv_transfer_params` that holds a receipt."""
+
 
 def read_info(answer: Mapping[str, Any]) -> ModelInfo:
     """The model in a worker's answer."""
@@ -49,6 +52,23 @@ def read_receipt(answer: Mapping[str, Any]) -> Receipt:
         ),
         strengths=tuple(answer.get("strengths", ())),
     )
+
+
+def put_on(output: Any, fed: int, answer: Mapping[str, Any]) -> None:
+    """Puts a worker's answer about a request, which fed `fed` tokens, on the request's last
+    `EngineCoreOutput`."""
+    mine = {_ATTACHED: {"fed": fed, "answer": dict(answer)}}
+    output.kv_transfer_params = {**(output.kv_transfer_params or {}), **mine}
+
+
+def take_off(output: Any) -> tuple[int, Mapping[str, Any]] | None:
+    """The tokens fed and the answer that came on a `RequestOutput`, which is vLLM's own again."""
+    found = (output.kv_transfer_params or {}).get(_ATTACHED)
+    if found is None:
+        return None
+    rest = {name: one for name, one in output.kv_transfer_params.items() if name != _ATTACHED}
+    output.kv_transfer_params = rest or None
+    return int(found["fed"]), found["answer"]
 
 
 def leaves_unsteered(answer: Mapping[str, Any]) -> bool:

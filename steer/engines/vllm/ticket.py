@@ -4,6 +4,10 @@ A ticket rides in `SamplingParams.extra_args["steer"]` as a JSON string (vLLM's 
 `vllm_xargs` holds flat values only). The front end makes it, the engine core forks the keys of
 cached blocks by it, every worker finds the plan by it. The plan itself lies in the plan store and
 is named by its hash, so that a request costs some hundred bytes however large its vectors are.
+
+All requests of one plan say the same of it, in a text inside the ticket's own: so that part is
+written once and read once in a process, and each whole ticket is read once in a process, whoever
+asks for it there.
 """
 
 from __future__ import annotations
@@ -12,18 +16,24 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from steer.batch.tables import MAX_RULES
 from steer.errors import SpecError, SteerError
 from steer.model import HookPoint
 from steer.plan.file import selection_from_json, selection_to_json
 from steer.plan.selection import Selection
 
 EXTRA_ARG = "steer"
-_VERSION = 1
+_VERSION = 2
+_PLANS, _TICKETS = 1024, 256
+"""How many plans' parts, and whole tickets, a process remembers."""
+_SHORT = 16_384
+"""Characters of the longest ticket that is remembered."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -42,7 +52,8 @@ class Ticket:
     `key` names what the request leaves behind (receipt, captured states); `n` is the number of
     choices that share it. `plan` is the plan's hash in the plan store, None where the request is
     only read. `rows` is the number of edit rows that the plan takes in the tables. `selections`
-    has one entry per rule of the plan.
+    has one entry per rule of the plan. With `measure` the sizes of edits are measured; with
+    `attached` the receipt comes on the engine's last output where it can (`core/attached.py`).
     """
 
     key: str
@@ -52,19 +63,16 @@ class Ticket:
     rows: int = 0
     selections: tuple[Selection, ...] = ()
     measure: bool = False
+    attached: bool = False
     capture: CaptureOrder | None = field(default=None, compare=False)
 
     def as_extra_args(self) -> dict[str, str]:
         """The entry of `SamplingParams.extra_args`, or of `vllm_xargs`."""
         content: dict[str, Any] = {"v": _VERSION, "key": self.key, "n": self.n}
         if self.plan is not None:
-            content |= {
-                "fingerprint": self.fingerprint,
-                "plan": self.plan,
-                "rows": self.rows,
-                "selections": [selection_to_json(one) for one in self.selections],
-                "measure": self.measure,
-            }
+            steering = _Steering(self.fingerprint, self.plan, self.rows, self.selections)
+            content |= {"steering": _written(steering), "measure": self.measure}
+            content |= {"attached": True} if self.attached else {}
         if self.capture is not None:
             content["capture"] = {
                 "points": [[point.layer, point.site] for point in self.capture.points],
@@ -82,7 +90,7 @@ class Ticket:
         if text is None:
             return None
         try:
-            return _read(json.loads(text))
+            return (_read if len(text) <= _SHORT else _read.__wrapped__)(text)
         except (SteerError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise SpecError(
                 f"extra_args[{EXTRA_ARG!r}] is not a ticket of this version of Steer ({error}): "
@@ -100,32 +108,58 @@ class Ticket:
             bits |= chosen.astype(np.uint8) << np.uint8(number)
         return bits
 
-    @property
+    @cached_property
     def reads_tokens(self) -> bool:
+        """Whether which tokens it selects depends on their ids."""
         return any(selection.reads_tokens for selection in self.selections)
 
 
-def _read(content: Mapping[str, Any]) -> Ticket:
-    if content["v"] != _VERSION:
-        raise ValueError(f"version {content['v']!r}")
+class _Steering(NamedTuple):
+    """What a ticket says of its plan, in the words of `Ticket`."""
+
+    fingerprint: str = ""
+    plan: str | None = None
+    rows: int = 0
+    selections: tuple[Selection, ...] = ()
+
+
+@lru_cache(_PLANS)
+def _written(steering: _Steering) -> str:
+    content = steering._asdict() | {
+        "selections": [selection_to_json(one) for one in steering.selections]
+    }
+    return json.dumps(content, separators=(",", ":"), sort_keys=True)
+
+
+@lru_cache(_PLANS)
+def _steering(text: str) -> _Steering:
+    content: Mapping[str, Any] = json.loads(text)
     plan = content.get("plan")
     if plan is not None and not _SHA256.fullmatch(plan):
         raise ValueError(f"plan {plan!r}")
+    selections = tuple(selection_from_json(one) for one in content.get("selections", ()))
+    if len(selections) > MAX_RULES:
+        raise ValueError(f"{len(selections)} rules")
+    fingerprint, rows = content.get("fingerprint", ""), content.get("rows", 0)
+    return _Steering(str(fingerprint), plan, int(rows), selections)
+
+
+@lru_cache(_TICKETS)
+def _read(text: str) -> Ticket:
+    content: Mapping[str, Any] = json.loads(text)
+    if content["v"] != _VERSION:
+        raise ValueError(f"version {content['v']!r}")
     order = content.get("capture")
     capture = None
     if order is not None:
         points = tuple(HookPoint(int(layer), site) for layer, site in order["points"])
         capture = CaptureOrder(points, tuple(int(position) for position in order["positions"]))
-    selections = tuple(selection_from_json(one) for one in content.get("selections", ()))
-    if len(selections) > 8:
-        raise ValueError(f"{len(selections)} rules")
+    steering = _steering(content["steering"]) if "steering" in content else _Steering()
     return Ticket(
-        key=str(content["key"]),
-        n=int(content["n"]),
-        fingerprint=str(content.get("fingerprint", "")),
-        plan=plan,
-        rows=int(content.get("rows", 0)),
-        selections=selections,
+        str(content["key"]),
+        int(content["n"]),
+        *steering,
         measure=bool(content.get("measure", False)),
+        attached=bool(content.get("attached", False)),
         capture=capture,
     )

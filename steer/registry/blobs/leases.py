@@ -40,7 +40,8 @@ class Leases:
 
     def __init__(self, location: str, *, clock: Callable[[], float] = time.time) -> None:
         self._fs, self._root = open_filesystem(location)
-        self._local = isinstance(self._fs, LocalFileSystem)
+        self.local = isinstance(self._fs, LocalFileSystem)
+        """Whether leases are files of this machine."""
         self._clock = clock
         self._lock = threading.Lock()
         self._taken: OrderedDict[str, float] = OrderedDict()
@@ -71,7 +72,7 @@ class Leases:
         until = str(self._clock() + LEASE_SECONDS).encode()
         path = self._path(sha256)
         with store_errors("leasing a blob"):
-            if not self._local:
+            if not self.local:
                 self._fs.pipe_file(path, until)
                 return
         # A lease is read as a whole, so it is never half written.

@@ -56,6 +56,11 @@ class Catalogue:
     def close(self) -> None:
         self._database.close()
 
+    @property
+    def local(self) -> bool:
+        """Whether `state` is answered by this machine."""
+        return self._database.local
+
     def state(self) -> int:
         """A number that changes whenever a commit of any process changes rows."""
         try:

@@ -22,6 +22,8 @@ class Database(Protocol):
     engine: Engine
     fresh: bool
     """Whether opening it made its tables."""
+    local: bool
+    """Whether it is a file of this machine, so that `state` waits for no other."""
 
     def state(self) -> int:
         """A number that changes whenever a commit of any process changes rows."""

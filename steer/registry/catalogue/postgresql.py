@@ -25,6 +25,8 @@ class PostgresDatabase:
     the transaction that changes rows: whoever sees the changes sees the number, and the reverse.
     """
 
+    local = False
+
     def __init__(self, url: URL) -> None:
         # Connections that the server has closed meanwhile are found before they are used.
         self.engine = create_engine(url, pool_size=8, max_overflow=32, pool_pre_ping=True)

@@ -23,6 +23,8 @@ class SqliteDatabase:
     """See `Database`. Writers take SQLite's write lock when they begin; changes are counted by
     SQLite itself, for a connection that never writes."""
 
+    local = True
+
     def __init__(self, url: URL) -> None:
         if url.database in (None, "", ":memory:"):
             raise Unsupported(

@@ -349,7 +349,7 @@ def test_a_pass_that_fails_is_not_counted(by_hand: v2_by_hand.ByHand, plans: Pla
     by_hand.request("a", range(8), 6, plans["everything"])
     with pytest.raises(RuntimeError, match="out of memory"):
         by_hand.step({"a": 6}, new=["a"], forward=fail)
-    assert ops._running is None
+    assert ops.running is None
     assert not any(by_hand.dummy_run(2))
     with pytest.raises(EngineError, match="not all seen"):
         by_hand.steered_tokens("a", 6)

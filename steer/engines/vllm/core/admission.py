@@ -10,7 +10,7 @@ ends that request with the finish reason "error", which its server answers with 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property, lru_cache, wraps
+from functools import cached_property, lru_cache, partial, wraps
 from typing import Any, NamedTuple
 
 from steer.batch.tables import MAX_RULES
@@ -69,22 +69,23 @@ def check_tickets(examine: Examine | None = None) -> None:
 
         @wraps(preprocess)
         def preprocess_add_request(self: Any, request: Any) -> Any:
-            check_request(request, self.vllm_config, examine)
+            if check_request(request, self.vllm_config, examine) is not None:
+                self.scheduler.receipts.ask(partial(_receipts, self.model_executor))
             return preprocess(self, request)
 
         setattr(preprocess_add_request, CHECKED, True)
         EngineCore.preprocess_add_request = preprocess_add_request
 
 
-def check_request(request: Any, config: Any, examine: Examine | None = None) -> None:
-    """Raises a `SteerError` where an `EngineCoreRequest` has a ticket that cannot be honoured.
+def check_request(request: Any, config: Any, examine: Examine | None = None) -> Ticket | None:
+    """The ticket of an `EngineCoreRequest`; raises a `SteerError` where it cannot be honoured.
 
     Sets `skip_reading_prefix_cache` on the request's own parameters where states are captured:
     what comes from the cache is never computed, and so never seen.
     """
     ticket = _ticket(request)
     if ticket is None:
-        return
+        return None
     _check_engine(config, ticket)
     _check_ways_in(request)
     _check_content(ticket, len(request.prompt_token_ids or ()))
@@ -94,6 +95,12 @@ def check_request(request: Any, config: Any, examine: Examine | None = None) -> 
             examine(ticket, config)
     if ticket.capture is not None:
         request.sampling_params.skip_reading_prefix_cache = True
+    return ticket
+
+
+def _receipts(executor: Any, asked: list[Any]) -> list[Any]:
+    """What the workers of an engine core's executor say to `steer_receipts`."""
+    return list(executor.collective_rpc("steer_receipts", args=(asked,)))
 
 
 def check_rows(ticket: Ticket, budget: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from steer.engines.vllm.core.attached import AttachedReceipts
 from steer.engines.vllm.core.cache_keys import assert_forked, ticket_of
 from steer.engines.vllm.options import SteerOptions
 from steer.engines.vllm.seams import calls, known
@@ -78,6 +79,7 @@ class _WaitsForRows(Scheduler):  # type: ignore[misc]  # vLLM comes without type
         _check_seams()
         super().__init__(*args, **named)
         self.edit_rows = RowBudget(SteerOptions.of(self.vllm_config.additional_config).edit_rows)
+        self.receipts = AttachedReceipts()
 
     def schedule(self, *args: Any, **named: Any) -> Any:
         self.edit_rows.new_round()
@@ -95,7 +97,13 @@ class _WaitsForRows(Scheduler):  # type: ignore[misc]  # vLLM comes without type
         # The next scheduler output tells the workers of the end of this request together with
         # those it makes room for, and they take ends first.
         self.edit_rows.release(request.request_id)
+        self.receipts.note(request)
         return super()._free_request(request, *args, **named)
+
+    def update_from_output(self, *args: Any, **named: Any) -> Any:
+        outputs = super().update_from_output(*args, **named)
+        self.receipts.attach(outputs)
+        return outputs
 
 
 class SteerScheduler(_WaitsForRows):
@@ -107,6 +115,7 @@ class SteerAsyncScheduler(_WaitsForRows, AsyncScheduler):  # type: ignore[misc]
 
 
 _SUBCLASSES: dict[type, type] = {Scheduler: SteerScheduler, AsyncScheduler: SteerAsyncScheduler}
+_NAMES = frozenset(f"{one.__module__}.{one.__qualname__}" for one in _SUBCLASSES.values())
 
 
 def scheduler_name(scheduler_config: Any) -> str:
@@ -134,7 +143,7 @@ def holds_back(scheduler_config: Any) -> bool:
     """Whether requests of an engine with this configuration wait for edit rows."""
     chosen = scheduler_config.scheduler_cls
     if isinstance(chosen, str):
-        return chosen in {f"{one.__module__}.{one.__qualname__}" for one in _SUBCLASSES.values()}
+        return chosen in _NAMES
     return isinstance(chosen, type) and issubclass(chosen, _WaitsForRows)
 
 

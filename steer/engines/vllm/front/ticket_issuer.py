@@ -33,6 +33,7 @@ class TicketIssuer:
         *,
         n: int = 1,
         measure: bool = False,
+        attached: bool = False,
         capture: CaptureOrder | None = None,
     ) -> Ticket:
         """A ticket with a key of its own for one request of `n` choices."""
@@ -46,15 +47,19 @@ class TicketIssuer:
             fingerprint=plan.fingerprint,
             plan=sha256,
             rows=rows,
-            selections=tuple(one.selection for one in plan.rules),
+            selections=plan.selections,
             measure=measure,
+            attached=attached,
             capture=capture,
         )
 
+    def holds(self, plan: SteeringPlan) -> bool:
+        """Whether `issue` has nothing to write for `plan`."""
+        with self._lock:
+            return _name(plan) in self._published
+
     def _publish(self, plan: SteeringPlan) -> tuple[str, int]:
-        # Strengths that were asked for in other words mean the same, but the receipt, which is
-        # made from the file, tells them apart.
-        name = f"{plan.fingerprint} {json.dumps(plan.resolved_strengths)}"
+        name = _name(plan)
         with self._lock:
             known = self._published.get(name)
             if known is not None:
@@ -66,3 +71,10 @@ class TicketIssuer:
                 while len(self._published) > _REMEMBERED:
                     self._published.popitem(last=False)
         return known
+
+
+def _name(plan: SteeringPlan) -> str:
+    # Strengths that were asked for in other words mean the same, but the receipt, which is made
+    # from the file, tells them apart.
+    asked = plan.resolved_strengths
+    return f"{plan.fingerprint} {json.dumps(asked)}" if asked else plan.fingerprint

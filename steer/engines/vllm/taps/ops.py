@@ -22,19 +22,20 @@ class Visitor(Protocol):
         """Edits and reads `hidden` and `residual` `[T, d]`, whose sum is the stream, in place."""
 
 
-_running: Visitor | None = None
+running: Visitor | None = None
+"""The pass that the operators reach; read it as `ops.running`, and change it by `set_running`."""
 
 
 def set_running(visitor: Visitor | None) -> None:
     """Makes `visitor` the pass that the operators reach; None between passes."""
-    global _running  # noqa: PLW0603
-    _running = visitor
+    global running  # noqa: PLW0603
+    running = visitor
 
 
 def visit(tap: int, hidden: Tensor, residual: Tensor | None) -> None:
     """Shows the two halves of the stream at `tap` to the running pass."""
-    if _running is not None and tap in _running.taps:
-        _running.visit(tap, hidden, residual)
+    if running is not None and tap in running.taps:
+        running.visit(tap, hidden, residual)
 
 
 def _visit_pair(hidden: Tensor, residual: Tensor, tap: int) -> None:

@@ -63,8 +63,12 @@ class EagerTap(nn.Module):
         self.index = index
 
     def forward(self, hidden: Tensor, residual: Tensor | None) -> Halves:
-        ops.visit(self.index, hidden, residual)
+        if ops.running is not None:
+            ops.visit(self.index, hidden, residual)
         return hidden, residual
+
+    # Nobody hooks a tap, and a module's own call makes three of each.
+    __call__ = forward
 
 
 class OpaqueTap(nn.Module):

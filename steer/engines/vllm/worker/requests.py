@@ -223,7 +223,7 @@ class WorkerRequests:
             request.steered = None
 
     def _row_of(self, request: WorkerRequest) -> PositionLedger:
-        return self.ledger.row(request.row)
+        return self.ledger.row(request.row, len(request.prompt))
 
 
 def receipt(record: Record, fed: int) -> Receipt:

@@ -74,6 +74,7 @@ class WorkerSteering:
         self.edits.bind(lambda: self.requests.ledger)
         self.edits.rest()
         self.shifts.clear()
+        self._resting = True
 
     def admit(self, req_id: str, prompt: Sequence[int] | None, ticket: Ticket | None) -> None:
         """A request is scheduled for the first time, or again after a preemption."""
@@ -95,13 +96,17 @@ class WorkerSteering:
 
     def rest(self) -> None:
         """The coming pass steers nobody."""
+        if self._resting:
+            return
         self._unread = None
         ops.set_running(None)
         self.edits.rest()
         self.shifts.rest()
+        self._resting = True
 
     def begin(self, batch: BatchTokens) -> None:
         """Makes the pass over `batch` the one that the taps reach."""
+        self._resting = False
         decoding = bool((batch.counts == 1).all())
         order = tuple(batch.req_ids)
         prepared = self._carried_on(order, batch) if decoding else None
