@@ -62,16 +62,17 @@ def running_engine(
 
 @contextmanager
 def open_registry(chosen: str | None, model: str | None = None) -> Iterator[Registry]:
-    """The registry in its place, with what is shipped for `model` in it."""
+    """The registry in its place; with `model` read for that one, and with what is shipped for it."""
     from steer.registry.location import chosen_catalogue
     from steer.registry.registry import Registry
 
     catalogue = chosen_catalogue(os.environ)
     with Registry.open(registry_folder(chosen), catalogue=catalogue) as registry:
         if model is not None:
-            from steer.engines.transformers.checkpoints.shipped import add_shipped
+            from steer.engines.transformers.checkpoints.shipped import add_shipped, names_of
 
             add_shipped(registry, model)
+            registry = registry.for_model(*names_of(model))
         yield registry
 
 

@@ -84,7 +84,7 @@ def test_export_and_import(registry: Path, tmp_path: Path) -> None:
     assert "damaged_archive" in refused.output
     assert "no_such_file" in steer(copy, "registry", "import", tmp_path / "no", code=2).output
     assert "not_written" in steer(copy, "registry", "export", tmp_path / "n/o", code=2).output
-    assert "schema 0003" in steer(copy, "registry", "migrate").output
+    assert "schema 0004" in steer(copy, "registry", "migrate").output
 
 
 def test_the_place_may_come_from_the_environment(
