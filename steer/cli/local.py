@@ -25,6 +25,12 @@ ModelOption = Annotated[
         "--model", "-m", help="steer-demo, smollm2, a GGUF file, a model folder, or a hub name."
     ),
 ]
+NamesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", help="Whose names are meant; by default the newest of all models."
+    ),
+]
 RegistryOption = Annotated[
     str | None,
     typer.Option(

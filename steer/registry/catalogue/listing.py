@@ -49,9 +49,7 @@ def found_entries(
         shown = view.is_listed(artefacts) if search.model is None else None
     else:
         names = view.names_of(search.model)
-        outdated = outdated.where(
-            others.c.model.in_(names), EVERYONE.is_better(others, artefacts)
-        )
+        outdated = outdated.where(others.c.model.in_(names), EVERYONE.is_better(others, artefacts))
         shown = artefacts.c.model.in_(names)
     query = select(artefacts).where(
         _alive(artefacts, search.deleted), ~outdated, *_conditions(search)
