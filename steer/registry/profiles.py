@@ -9,7 +9,6 @@ from typing import Annotated, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from sqlalchemy import ColumnElement, Connection, delete, select
 
-from steer.artefacts.kinds import ArtefactKind
 from steer.errors import UnknownArtefact
 from steer.model import bare_name
 from steer.references import Reference, put_at

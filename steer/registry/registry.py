@@ -448,9 +448,9 @@ class Registry:
     def put_profile(self, profile: Profile, *, pin: bool = False) -> Profile:
         """Stores a profile, in place of one with the same name and model; as it was stored.
 
-        It is for the model that the registry is read for, unless it names another itself. With `pin`, every name in its spec becomes `name@hash` of what it means now, so that the
-        profile keeps its meaning. Raises `UnknownArtefact` if its spec names what is not
-        registered.
+        It is for the model that the registry is read for, unless it names another itself. With
+        `pin`, every name in its spec becomes `name@hash` of what it means now, so that the profile
+        keeps its meaning. Raises `UnknownArtefact` if its spec names what is not registered.
         """
         stored = save_profile(self._catalogue, profile, pin=pin)
         self._figures.count("put_profile")

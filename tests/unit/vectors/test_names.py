@@ -1,5 +1,5 @@
-"""What ships for different models lies in one registry, and each model sees its own: also where names
-are equal, whichever is served first."""
+"""What ships for different models lies in one registry, and each model sees its own: also where
+names are equal, whichever is served first."""
 
 from __future__ import annotations
 

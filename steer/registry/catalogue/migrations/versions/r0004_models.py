@@ -1,4 +1,4 @@
-"""Names belong to models: profiles have one each, and artefacts' are compared by their bare names."""
+"""Profiles belong to models, and the models of artefacts are compared by their bare names."""
 
 from __future__ import annotations
 
