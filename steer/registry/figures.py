@@ -13,7 +13,7 @@ from steer.registry.profiles import stored_profiles
 
 @dataclass(frozen=True)
 class RegistryStats:
-    """Figures for metrics: bytes of all that has a name and of what can be restored, names by
+    """RegistryFigures for metrics: bytes of all that has a name and of what can be restored, names by
     kind, operations since it was opened."""
 
     blob_bytes: int
@@ -23,7 +23,7 @@ class RegistryStats:
     operations: dict[str, int]
 
 
-class Figures:
+class RegistryFigures:
     """Counts operations, and all that is registered, for whatever model. Safe from any thread."""
 
     def __init__(self, catalogue: Catalogue) -> None:

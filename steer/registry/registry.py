@@ -36,7 +36,7 @@ from steer.registry.catalogue.listing import Search, found_entries
 from steer.registry.catalogue.model_view import EVERYONE, ModelView
 from steer.registry.catalogue.tags import tags_of_names
 from steer.registry.entry import Entry, parse_ref
-from steer.registry.figures import Figures, RegistryStats
+from steer.registry.figures import RegistryFigures, RegistryStats
 from steer.registry.jobs.job_files import JobFiles
 from steer.registry.jobs.job_store import JobStore
 from steer.registry.location import locate
@@ -77,7 +77,7 @@ class Registry:
         self.job_files = JobFiles(parts.location.work / "jobs")
         self._max_upload_bytes = max_upload_bytes
         self._loaded: LoadedCache[tuple[str, str, str], Any] = LoadedCache(cache_bytes)
-        self._figures = Figures(parts.catalogue)
+        self._figures = RegistryFigures(parts.catalogue)
         self._read_for(EVERYONE)
 
     def _read_for(self, view: ModelView) -> None:
@@ -475,10 +475,10 @@ class Registry:
         delete_profiles(self._catalogue, name)
         self._figures.count("remove_profile")
 
-    # Figures
+    # RegistryFigures
 
     def stats(self) -> RegistryStats:
-        """Figures for metrics."""
+        """RegistryFigures for metrics."""
         return self._figures.stats()
 
 
