@@ -13,7 +13,7 @@ from steer.registry.profiles import stored_profiles
 
 @dataclass(frozen=True)
 class RegistryStats:
-    """RegistryFigures for metrics: bytes of all that has a name and of what can be restored, names by
+    """Figures for metrics: bytes of all that has a name and of what can be restored, names by
     kind, operations since it was opened."""
 
     blob_bytes: int

@@ -478,7 +478,7 @@ class Registry:
     # RegistryFigures
 
     def stats(self) -> RegistryStats:
-        """RegistryFigures for metrics."""
+        """Figures for metrics."""
         return self._figures.stats()
 
 
