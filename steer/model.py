@@ -123,6 +123,12 @@ class ModelInfo:
         without the folder or organisation."""
         return bare_name(self.origin or self.name)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that cards and clients may call the model, without folder or organisation; its own
+        name first."""
+        return tuple(dict.fromkeys((self.own_name, bare_name(self.name))))
+
     def served_as(self, name: str) -> ModelInfo:
         """The same model under the name that clients use."""
         if name == self.name:
@@ -131,7 +137,7 @@ class ModelInfo:
 
     def is_called(self, model: str) -> bool:
         """Whether `model`, as a card or a client states it, is this model."""
-        return bare_name(model) in (bare_name(self.name), self.own_name)
+        return bare_name(model) in self.names
 
     def width(self, site: Site) -> int:
         """The length of an activation row at `site`."""

@@ -80,8 +80,7 @@ def _suitable(serving: Serving) -> str | None:
     fitting = [
         card
         for card in cards
-        if (card.model is None or info.is_called(card.model))
-        and card.site in info.sites
+        if card.site in info.sites
         and card.width == info.width(card.site)
         and max(card.layers) < info.n_layers
     ]

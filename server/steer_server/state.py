@@ -60,11 +60,13 @@ def assemble(
 ) -> Serving:
     """Joins the parts: a plan cache over the registry, jobs, and metrics over all of them.
 
-    The engine's model takes the name that it is served under. `load` counts the sequences that run
+    The engine's model takes the name that it is served under, and the registry is read for it.
+    `load` counts the sequences that run
     or wait, where the engine's own figures do not; `alive` says whether the engine still runs,
     where it may end by itself.
     """
     engine.info = engine.info.served_as(_served_name(engine, settings))
+    registry = registry.for_model(engine.info)
     metrics = Metrics(name_limit=settings.metric_names)
     policy = settings.spec_policy
     plans = plans_of(

@@ -25,6 +25,12 @@ ModelOption = Annotated[
         "--model", "-m", help="steer-demo, smollm2, a GGUF file, a model folder, or a hub name."
     ),
 ]
+NamesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", help="Whose names are meant; by default the newest of all models."
+    ),
+]
 RegistryOption = Annotated[
     str | None,
     typer.Option(
@@ -62,17 +68,19 @@ def running_engine(
 
 @contextmanager
 def open_registry(chosen: str | None, model: str | None = None) -> Iterator[Registry]:
-    """The registry in its place, with what is shipped for `model` in it."""
+    """The registry in its place; for a `model` read for that one, with what is shipped for it."""
     from steer.registry.location import chosen_catalogue
     from steer.registry.registry import Registry
 
     catalogue = chosen_catalogue(os.environ)
     with Registry.open(registry_folder(chosen), catalogue=catalogue) as registry:
-        if model is not None:
-            from steer.engines.transformers.checkpoints.shipped import add_shipped
+        if model is None:
+            yield registry
+            return
+        from steer.engines.transformers.checkpoints.shipped import add_shipped, names_of
 
-            add_shipped(registry, model)
-        yield registry
+        add_shipped(registry, model)
+        yield registry.for_model(*names_of(model))
 
 
 def plans(engine: TransformersEngine, library: Library) -> PlanCache:

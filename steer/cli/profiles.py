@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from steer.cli.local import RegistryOption, open_registry
+from steer.cli.local import NamesOption, RegistryOption, open_registry
 from steer.cli.reporting import nothing_yet, out, table_out
 from steer.cli.steering import read_json, read_spec
 from steer.errors import SteerError
@@ -21,10 +21,11 @@ NameArgument = Annotated[str, typer.Argument(help="The profile's name.")]
 @app.command("list")
 def list_profiles(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    model: NamesOption = None,
     registry: RegistryOption = None,
 ) -> None:
-    """List the profiles."""
-    with open_registry(registry) as library:
+    """List the profiles, of all models or those that serve one."""
+    with open_registry(registry, model) as library:
         profiles = library.profiles()
     if as_json:
         dumped = [p.model_dump(mode="json", by_alias=True, exclude_none=True) for p in profiles]
@@ -33,11 +34,11 @@ def list_profiles(
     from rich.table import Table
 
     table = Table()
-    for heading in ("name", "interventions", "description"):
+    for heading in ("name", "model", "interventions", "description"):
         table.add_column(heading)
     for profile in profiles:
         kinds = ", ".join(item.kind for item in profile.spec.interventions)
-        table.add_row(profile.name, kinds, profile.description)
+        table.add_row(profile.name, profile.model or "all", kinds, profile.description)
     table_out().print(table)
     if not profiles:
         nothing_yet("profiles")
@@ -53,9 +54,15 @@ def add(
     pin: Annotated[
         bool, typer.Option("--pin", help="Replace names by name@hash of what they mean now.")
     ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="The model it is for; by default the file's own, or every model."
+        ),
+    ] = None,
     registry: RegistryOption = None,
 ) -> None:
-    """Save a spec under a name, in place of one with the same name."""
+    """Save a spec under a name, in place of one with the same name and model."""
     from steer.registry.profiles import Profile
     from steer.spec import check_name
 
@@ -70,22 +77,26 @@ def add(
         raise SteerError(str(error), code="invalid_name", param="/name") from None
     if len(told) > 4096:
         raise SteerError("a description has at most 4096 characters", code="invalid_option")
-    with open_registry(registry) as library:
-        library.put_profile(Profile(name=chosen, spec=spec, description=told), pin=pin)
+    own = str(about["model"]) if model is None and about.get("model") else None
+    if own is not None and len(own) > 512:
+        raise SteerError("the name of a model has at most 512 characters", code="invalid_option")
+    profile = Profile(name=chosen, spec=spec, description=told, model=own)
+    with open_registry(registry, model) as library:
+        library.put_profile(profile, pin=pin)
     out().print(f"saved {chosen}", highlight=False)
 
 
 @app.command("show")
-def show(name: NameArgument, registry: RegistryOption = None) -> None:
+def show(name: NameArgument, model: NamesOption = None, registry: RegistryOption = None) -> None:
     """Print a profile as JSON."""
-    with open_registry(registry) as library:
+    with open_registry(registry, model) as library:
         profile = library.profile(name)
     typer.echo(profile.model_dump_json(indent=2, by_alias=True, exclude_none=True))
 
 
 @app.command("remove")
-def remove(name: NameArgument, registry: RegistryOption = None) -> None:
-    """Remove a profile."""
-    with open_registry(registry) as library:
+def remove(name: NameArgument, model: NamesOption = None, registry: RegistryOption = None) -> None:
+    """Remove a profile, of all models or of one."""
+    with open_registry(registry, model) as library:
         library.remove_profile(name)
     out().print(f"removed {name}", highlight=False)

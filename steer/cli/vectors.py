@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from steer.artefacts.kinds import NAMED
 from steer.cli.fit.saving import file_errors
-from steer.cli.local import RegistryOption, open_registry
+from steer.cli.local import NamesOption, RegistryOption, open_registry
 from steer.cli.names import KindOption
 from steer.cli.options import command, keyword
 from steer.cli.reporting import err, nothing_yet, out, table_out
@@ -91,10 +91,11 @@ def list_vectors(
     ] = False,
     kind: KindOption = "vector",
     as_json: JsonOption = False,
+    model: NamesOption = None,
     registry: RegistryOption = None,
 ) -> None:
     """List the vectors, or artefacts of another kind, the newest version of each."""
-    with open_registry(registry) as library:
+    with open_registry(registry, model) as library:
         entries = library.entries(kind, query=query, limit=limit, tag=tag, deleted=deleted)
     if as_json:
         typer.echo(json.dumps([described(entry) for entry in entries], indent=2))
@@ -231,9 +232,14 @@ app.command("convert")(
 
 
 @app.command("show")
-def show(ref: RefArgument, kind: KindOption = "vector", registry: RegistryOption = None) -> None:
+def show(
+    ref: RefArgument,
+    kind: KindOption = "vector",
+    model: NamesOption = None,
+    registry: RegistryOption = None,
+) -> None:
     """Print a vector's card, and all its versions, as JSON."""
-    with open_registry(registry) as library:
+    with open_registry(registry, model) as library:
         entry = library.entry(kind, ref)
         versions = library.versions(kind, entry.name)
     listed = [{"version": one.version, "id": one.id} for one in versions]
@@ -241,20 +247,30 @@ def show(ref: RefArgument, kind: KindOption = "vector", registry: RegistryOption
 
 
 @app.command("remove")
-def remove(ref: RefArgument, kind: KindOption = "vector", registry: RegistryOption = None) -> None:
-    """Remove a vector with all its versions, or with name@hash that version.
+def remove(
+    ref: RefArgument,
+    kind: KindOption = "vector",
+    model: NamesOption = None,
+    registry: RegistryOption = None,
+) -> None:
+    """Remove a vector with all its versions, those for one model, or with name@hash that version.
 
     It can be restored until `steer registry gc`.
     """
-    with open_registry(registry) as library:
+    with open_registry(registry, model) as library:
         entry = library.remove(kind, ref)
     out().print(f"removed {entry.id if '@' in ref else entry.name}", highlight=False)
 
 
 @app.command("restore")
-def restore(ref: RefArgument, kind: KindOption = "vector", registry: RegistryOption = None) -> None:
+def restore(
+    ref: RefArgument,
+    kind: KindOption = "vector",
+    model: NamesOption = None,
+    registry: RegistryOption = None,
+) -> None:
     """Bring back what was removed: a name with all its versions, or with name@hash that version."""
-    with open_registry(registry) as library:
+    with open_registry(registry, model) as library:
         entry = library.restore(kind, ref)
     out().print(f"restored {entry.id if '@' in ref else entry.name}", highlight=False)
 
@@ -279,6 +295,7 @@ def export(
         str | None, typer.Option(help="Only these, such as 1-5 or 2,3; GGUF has no block 0.")
     ] = None,
     kind: KindOption = "vector",
+    model: NamesOption = None,
     registry: RegistryOption = None,
 ) -> None:
     """Write a vector to a file: safetensors with its card, or GGUF for llama.cpp and repeng.
@@ -294,7 +311,7 @@ def export(
             code="invalid_option",
             param="/format",
         )
-    with open_registry(registry) as library:
+    with open_registry(registry, model) as library:
         entry = library.entry(kind, ref)
         path = output or Path(f"{entry.name}{SUFFIXES[chosen]}")
         warnings = _exported(library, entry, path, chosen, layers)

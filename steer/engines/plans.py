@@ -12,10 +12,16 @@ from steer.engines.base import CaptureRequest, Engine
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.prompts import text_tokens, trigger_tokens
+from steer.registry.registry import Registry
 
 
 def plans_of(engine: Engine, library: Library, **options: Any) -> PlanCache:
-    """Compiles specs for `engine` with artefacts from `library`; `options` are `PlanCache`'s."""
+    """Compiles specs for `engine` with artefacts from `library`; `options` are `PlanCache`'s.
+
+    A registry's names mean what they mean for the engine's model.
+    """
+    if isinstance(library, Registry):
+        library = library.for_model(engine.info)
     tokenizer = engine.tokenizer
 
     def encode_text(text: str, point: HookPoint) -> Tensor:

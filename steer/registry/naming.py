@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from sqlalchemy import Connection
 
@@ -17,26 +17,29 @@ from steer.registry.catalogue.aliases import (
     unknown_alias,
 )
 from steer.registry.catalogue.catalogue import Catalogue
+from steer.registry.catalogue.model_view import ModelView
 from steer.registry.catalogue.tags import check_tag, store_tags, stored_tags
 from steer.registry.entry import Entry, Ref, parse_ref
 from steer.registry.profiles import profiles_naming, users_of
 
 
 def remove(catalogue: Catalogue, kind: ArtefactKind, ref: str) -> Entry:
-    """Removes a name with all its versions, or with `name@hash` only that content.
+    """Removes a name with all its versions for the model whose view this is, or with `name@hash`
+    only that content.
 
     Returns the newest entry removed. Raises `Conflict` while a profile or an alias needs it.
     """
     parsed = parse_ref(kind, ref)
     with catalogue.writing() as connection:
         live = catalogue.versions(connection, kind, parsed.name)
-        gone = [entry for entry in live if entry.sha256.startswith(parsed.hash_prefix)]
+        gone = _meant(catalogue.view, live, parsed)
         if not gone:
             _refuse_alias(connection, kind, parsed)
+            _refuse_other_models(catalogue, kind, parsed, live, "removed")
             raise catalogue.unknown(connection, kind, ref)
         removed = {entry.sha256 for entry in gone}
-        kept = {entry.sha256 for entry in live} - removed
-        users = users_of(connection, kind, parsed.name, removed, kept)
+        kept = [entry for entry in live if entry.sha256 not in removed]
+        users = users_of(connection, catalogue.view, gone, kept)
         if users.aliases or users.profiles:
             raise Conflict(
                 f"the {kind} {ref!r} is used by {users}: change or remove them first",
@@ -44,6 +47,31 @@ def remove(catalogue: Catalogue, kind: ArtefactKind, ref: str) -> Entry:
             )
         catalogue.mark_removed(connection, gone)
         return gone[0]
+
+
+def _meant(view: ModelView, entries: Sequence[Entry], ref: Ref) -> list[Entry]:
+    """Those of a name's versions that `ref` means all together: with this hash, or for the model.
+
+    Never what is another model's alone, though the bare name is found by it: removing a name twice
+    would remove theirs.
+    """
+    if ref.newest:
+        return [entry for entry in entries if view.is_for(entry.card)]
+    return [entry for entry in entries if entry.sha256.startswith(ref.hash_prefix)]
+
+
+def _refuse_other_models(
+    catalogue: Catalogue, kind: ArtefactKind, ref: Ref, entries: Sequence[Entry], done: str
+) -> None:
+    """Raises `UnknownArtefact` where a bare name has versions, but none for this model."""
+    if not (ref.newest and entries):
+        return
+    listed = ", ".join(f"{entry.id} ({entry.card.model or 'no model'})" for entry in entries[:5])
+    raise UnknownArtefact(
+        f"the {kind} {ref.name!r} has no version for {catalogue.view.own_name!r} that can be "
+        f"{done}, but for other models: {listed}. Name one exactly",
+        code=f"unknown_{kind}",
+    )
 
 
 def _refuse_alias(connection: Connection, kind: ArtefactKind, ref: Ref) -> None:
@@ -58,15 +86,18 @@ def _refuse_alias(connection: Connection, kind: ArtefactKind, ref: Ref) -> None:
 
 
 def restore(catalogue: Catalogue, blobs: BlobStore, kind: ArtefactKind, ref: str) -> Entry:
-    """Brings back a name with all its versions that are still there, or `name@hash` alone.
+    """Brings back a name with all its versions for this model that are still there, or
+    `name@hash` alone.
 
     Returns the newest entry restored. Raises `UnknownArtefact` where nothing can be restored,
     `Conflict` where the name has become an alias.
     """
     parsed = parse_ref(kind, ref)
     with catalogue.writing() as connection:
-        back = catalogue.removed(connection, kind, parsed)
+        removed = catalogue.removed(connection, kind, parsed)
+        back = _meant(catalogue.view, removed, parsed)
         if not back:
+            _refuse_other_models(catalogue, kind, parsed, removed, "restored")
             raise _nothing_to_restore(catalogue, connection, kind, parsed, ref)
         catalogue.check_free(connection, kind, parsed.name)
         for entry in back:

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from sqlalchemy import Connection, delete, select, update
+from sqlalchemy import ColumnElement, Connection, delete, select
 
-from steer.artefacts.kinds import ArtefactKind
 from steer.errors import UnknownArtefact
+from steer.model import bare_name
 from steer.references import Reference, put_at
 from steer.registry.catalogue.aliases import Alias, stored_aliases
+from steer.registry.catalogue.catalogue import Catalogue
+from steer.registry.catalogue.model_view import EVERY_MODEL, ModelView
 from steer.registry.catalogue.schema import profiles
-from steer.registry.entry import Ref, parse_ref
+from steer.registry.entry import Entry, Ref, parse_ref
 from steer.spec import SteeringSpec, check_name, parse_spec
 
 
 class Profile(BaseModel):
-    """A steering spec that clients use by its name, as `model: "<model>:<name>"`."""
+    """A steering spec that clients use by its name, as `model: "<model>:<name>"`.
+
+    Its own `model` is the one that it was saved for, without folder or organisation; None where it
+    serves every model. Each model may have a profile of the same name.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Annotated[str, AfterValidator(check_name)]
     spec: SteeringSpec
     description: Annotated[str, Field(max_length=4096)] = ""
+    model: Annotated[str, Field(min_length=1, max_length=512), AfterValidator(bare_name)] | None = (
+        None
+    )
 
 
 def references(spec: SteeringSpec) -> Iterator[Reference]:
@@ -42,36 +50,125 @@ def pinned(spec: SteeringSpec, exact: Callable[[Reference], str]) -> SteeringSpe
     return parse_spec(document)
 
 
-def stored_profile(connection: Connection, name: str) -> Profile | None:
-    query = select(profiles.c.profile).where(profiles.c.name == name)
-    text = connection.execute(query).scalar()
-    return Profile.model_validate_json(text) if text is not None else None
+def save_profile(catalogue: Catalogue, profile: Profile, *, pin: bool) -> Profile:
+    """Stores a profile, in place of one with the same name and model; as it was stored.
+
+    It is for the model whose view this is, unless it names its own. With `pin`, names in its spec
+    become `name@hash` of what they mean now. Raises `UnknownArtefact` for what is not registered.
+    """
+    if profile.model is None:
+        profile = profile.model_copy(update={"model": catalogue.view.own_name})
+    with catalogue.writing() as connection:
+        exact: dict[Reference, str] = {}
+        for reference in references(profile.spec):
+            kind, ref, param = reference
+            entry = catalogue.find(connection, kind, parse_ref(kind, ref))
+            if entry is None:
+                raise catalogue.unknown(connection, kind, ref).at("/spec" + param)
+            exact[reference] = entry.id
+        if pin:
+            spec = pinned(profile.spec, exact.__getitem__)
+            profile = profile.model_copy(update={"spec": spec})
+        store_profile(connection, profile)
+    return profile
+
+
+def find_profile(catalogue: Catalogue, name: str) -> Profile:
+    """The profile called `name` of the model whose view this is; where it has none, the one for
+    every model; and only where there is none either, another model's.
+
+    Raises `UnknownArtefact` (`unknown_profile`).
+    """
+    view = catalogue.view
+    with catalogue.reading() as connection:
+        named = _read(connection, profiles.c.name == name)
+        if not named:
+            raise unknown_profile(connection, name)
+    if view.everyones:
+        return min(named, key=lambda one: one.model is not None)
+    return min(named, key=lambda one: (not view.holds(one.model), one.model is None))
+
+
+def profiles_for(catalogue: Catalogue, model: str | None) -> list[Profile]:
+    """The profiles that serve the model whose view this is, by name; or those saved for `model`;
+    or where that is `EVERY_MODEL`, all."""
+    view = catalogue.view
+    with catalogue.reading() as connection:
+        stored = stored_profiles(connection)
+        if model == EVERY_MODEL:
+            return stored
+        if model is not None:
+            return [one for one in stored if one.model in view.names_of(model)]
+        if view.everyones:
+            return stored
+        own = {one.name for one in stored if one.model and view.holds(one.model)}
+        return [
+            one
+            for one in stored
+            if view.holds(one.model)
+            and (one.model or one.name not in own)
+            and _can_serve(catalogue, connection, one)
+        ]
+
+
+def _can_serve(catalogue: Catalogue, connection: Connection, profile: Profile) -> bool:
+    """False for a profile whose every use would be refused: by what it names, which is of another
+    model's shape."""
+    for kind, ref, _ in references(profile.spec):
+        entry = catalogue.find(connection, kind, parse_ref(kind, ref))
+        if entry is None or not catalogue.view.can_use(entry.card):
+            return False
+    return True
+
+
+def stored_profile(connection: Connection, name: str, model: str | None) -> Profile | None:
+    """The profile called `name` that was saved for `model`, or for every one."""
+    found = _read(connection, profiles.c.name == name, profiles.c.model == (model or ""))
+    return found[0] if found else None
 
 
 def stored_profiles(connection: Connection) -> list[Profile]:
-    """All profiles by name."""
-    query = select(profiles.c.profile).order_by(profiles.c.name)
+    """All profiles by name, and by model."""
+    return _read(connection)
+
+
+def _read(connection: Connection, *which: ColumnElement[bool]) -> list[Profile]:
+    query = select(profiles.c.profile).where(*which).order_by(profiles.c.name, profiles.c.model)
     return [Profile.model_validate_json(text) for text in connection.execute(query).scalars()]
 
 
 def store_profile(connection: Connection, profile: Profile) -> None:
-    """Writes the profile, in the place of one with the same name."""
+    """Writes the profile, in the place of one with the same name and model."""
     text = profile.model_dump_json(by_alias=True, exclude_none=True)
-    changed = update(profiles).where(profiles.c.name == profile.name).values(profile=text)
-    if connection.execute(changed).rowcount == 0:
-        connection.execute(profiles.insert().values(name=profile.name, profile=text))
+    key = {"name": profile.name, "model": profile.model or ""}
+    connection.execute(delete(profiles).where(*(profiles.c[c] == key[c] for c in key)))
+    connection.execute(profiles.insert().values(**key, profile=text))
 
 
-def delete_profile(connection: Connection, name: str) -> bool:
-    """Whether there was one."""
-    return connection.execute(delete(profiles).where(profiles.c.name == name)).rowcount > 0
+def delete_profiles(catalogue: Catalogue, name: str) -> None:
+    """Removes the profile called `name` that the model has and the one for every model; in nobody's
+    view, those of all models. Raises `UnknownArtefact`, also where only other models have one."""
+    view = catalogue.view
+    gone = delete(profiles).where(profiles.c.name == name)
+    if not view.everyones:
+        gone = gone.where(profiles.c.model.in_(("", *view.names)))
+    with catalogue.writing() as connection:
+        if connection.execute(gone).rowcount == 0:
+            raise unknown_profile(connection, name)
 
 
 def unknown_profile(connection: Connection, name: str) -> UnknownArtefact:
     """The error for a profile that is not there, with the names it may have meant."""
-    names = list(connection.execute(select(profiles.c.name).order_by(profiles.c.name)).scalars())
+    stored = connection.execute(select(profiles.c.name, profiles.c.model)).all()
+    others = sorted(row.model for row in stored if row.name == name)
+    names = sorted({row.name for row in stored})
     near = difflib.get_close_matches(name, names, n=3) or names[:5]
-    hint = f"did you mean {', '.join(map(repr, near))}?" if near else "none is stored"
+    if others:
+        hint = f"the one there is serves {', '.join(map(repr, others))}, not this model"
+    elif near:
+        hint = f"did you mean {', '.join(map(repr, near))}?"
+    else:
+        hint = "none is stored"
     return UnknownArtefact(f"there is no profile named {name!r}; {hint}", code="unknown_profile")
 
 
@@ -87,24 +184,22 @@ class Users(NamedTuple):
 
 
 def users_of(
-    connection: Connection,
-    kind: ArtefactKind,
-    name: str,
-    removed: AbstractSet[str],
-    kept: AbstractSet[str],
+    connection: Connection, view: ModelView, removed: Sequence[Entry], kept: Sequence[Entry]
 ) -> Users:
-    """The aliases and profiles that would name nothing if `removed` hashes went and `kept`
-    stayed."""
+    """The aliases and profiles that would name nothing if of a name's versions `removed` went and
+    `kept` stayed; or, of a model for which there is a version, nothing for that one."""
+    kind, name = removed[0].kind, removed[0].name
     pointing = {alias.name: alias for alias in stored_aliases(connection, kind, name)}
 
-    def breaks(ref: Ref) -> bool:
+    def breaks(ref: Ref, model: str | None = None) -> bool:
         meant = pointing[ref.name].applied(ref) if ref.name in pointing else ref
-        return (
-            meant is not None
-            and meant.name == name
-            and any(sha256.startswith(meant.hash_prefix) for sha256 in removed)
-            and not any(sha256.startswith(meant.hash_prefix) for sha256 in kept)
-        )
+        if meant is None or meant.name != name:
+            return False
+        if meant.newest:
+            models = {model} if model else {entry.card.model for entry in removed}
+            served = (ModelView(view.names_of(one)) for one in models if one)
+            return not kept or any(_is_lost(one, removed, kept) for one in served)
+        return _holds(removed, meant) and not _holds(kept, meant)
 
     return Users(
         [alias for alias in pointing if breaks(Ref(alias))],
@@ -112,11 +207,22 @@ def users_of(
             profile.name
             for profile in stored_profiles(connection)
             if any(
-                reference.kind == kind and breaks(parse_ref(kind, reference.ref))
+                reference.kind == kind and breaks(parse_ref(kind, reference.ref), profile.model)
                 for reference in references(profile.spec)
             )
         ],
     )
+
+
+def _is_lost(view: ModelView, removed: Sequence[Entry], kept: Sequence[Entry]) -> bool:
+    """Whether a model has a version among `removed` and none among `kept`."""
+    return any(view.is_for(entry.card) for entry in removed) and not any(
+        view.is_for(entry.card) for entry in kept
+    )
+
+
+def _holds(entries: Sequence[Entry], ref: Ref) -> bool:
+    return any(entry.sha256.startswith(ref.hash_prefix) for entry in entries)
 
 
 def profiles_naming(connection: Connection, alias: Alias) -> list[tuple[str, Ref]]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, BinaryIO, TypeVar
@@ -22,7 +21,6 @@ from steer.errors import FileFormatError, SteerError, StorageError
 from steer.formats.importing import check_model, read_artefact
 from steer.formats.options import ImportOptions
 from steer.model import ModelInfo
-from steer.references import Reference
 from steer.registry import naming
 from steer.registry.archive import transfer
 from steer.registry.archive.archive import Exported
@@ -35,21 +33,20 @@ from steer.registry.blobs.staging import Upload
 from steer.registry.catalogue.aliases import Alias, stored_aliases
 from steer.registry.catalogue.catalogue import Draft
 from steer.registry.catalogue.listing import Search, found_entries
+from steer.registry.catalogue.model_view import EVERYONE, ModelView
 from steer.registry.catalogue.tags import tags_of_names
 from steer.registry.entry import Entry, parse_ref
+from steer.registry.figures import RegistryFigures, RegistryStats
 from steer.registry.jobs.job_files import JobFiles
 from steer.registry.jobs.job_store import JobStore
 from steer.registry.location import locate
 from steer.registry.opening import Parts, open_parts
 from steer.registry.profiles import (
     Profile,
-    delete_profile,
-    pinned,
-    references,
-    store_profile,
-    stored_profile,
-    stored_profiles,
-    unknown_profile,
+    delete_profiles,
+    find_profile,
+    profiles_for,
+    save_profile,
 )
 from steer.registry.read_only import is_read_only, open_read_only
 from steer.spec import check_name
@@ -60,18 +57,7 @@ A = TypeVar("A", bound=Artefact)
 _MAX_UPLOAD = 512 << 20
 _CACHE_BYTES = 1 << 30
 _CACHED_ANSWERS = 65_536
-
-
-@dataclass(frozen=True)
-class RegistryStats:
-    """Figures for metrics: bytes of all that has a name and of what can be restored, names by
-    kind, operations since it was opened."""
-
-    blob_bytes: int
-    removed_bytes: int
-    artefacts: dict[str, int]
-    profiles: int
-    operations: dict[str, int]
+_CACHED_LISTS = 64
 
 
 class Registry:
@@ -84,19 +70,21 @@ class Registry:
 
     def __init__(self, parts: Parts, max_upload_bytes: int, cache_bytes: int) -> None:
         self._parts = parts
-        self._catalogue = parts.catalogue
         self._blobs = parts.blobs
         self._leases = parts.leases
         self._staging = parts.staging
         self.jobs = JobStore(parts.catalogue)
         self.job_files = JobFiles(parts.location.work / "jobs")
         self._max_upload_bytes = max_upload_bytes
+        self._loaded: LoadedCache[tuple[str, str, str], Any] = LoadedCache(cache_bytes)
+        self._figures = RegistryFigures(parts.catalogue)
+        self._read_for(EVERYONE)
+
+    def _read_for(self, view: ModelView) -> None:
+        self._catalogue = self._parts.catalogue.for_model(view)
         self._entries: AnswerCache[tuple[ArtefactKind, str], Entry] = AnswerCache(_CACHED_ANSWERS)
         self._profiles: AnswerCache[str, Profile] = AnswerCache(_CACHED_ANSWERS)
-        self._totals: AnswerCache[None, tuple[int, int, dict[str, int], int]] = AnswerCache(1)
-        self._loaded: LoadedCache[tuple[str, str, str], Any] = LoadedCache(cache_bytes)
-        self._operations: Counter[str] = Counter()
-        self._operations_lock = threading.Lock()
+        self._profile_lists: AnswerCache[str | None, list[Profile]] = AnswerCache(_CACHED_LISTS)
 
     @classmethod
     def open(
@@ -118,6 +106,18 @@ class Registry:
         place = locate(location, catalogue)
         parts = open_read_only(place) if is_read_only(place) else open_parts(place)
         return cls(parts, max_upload_bytes, cache_bytes)
+
+    def for_model(self, model: ModelInfo | str, *also: str) -> Registry:
+        """This registry, read for `model` (which may `also` be called so): a name means its newest
+        version for that model, and only where there is none the newest of all; what is another
+        model's is not listed. `name@hash` means the same for every model.
+
+        A version is for the model that its card names, or for all that have its width. Both are
+        one registry: closing one closes the other.
+        """
+        seen = copy.copy(self)
+        seen._read_for(ModelView.of(model, *also))
+        return seen
 
     @property
     def read_only(self) -> bool:
@@ -144,14 +144,14 @@ class Registry:
     def add(self, name: str, artefact: Artefact) -> tuple[Entry, bool]:
         """Registers `artefact` under `name`; its entry, and whether that is new.
 
-        It is not new if the newest version of that name has the same content already; otherwise
-        it becomes the newest version.
+        It is not new if the newest version of that name, of those for its model, has the same
+        content already; otherwise it becomes the newest version.
         """
         _check_stored_name(name)
         data = artefact.to_bytes()
         card = artefact.card
         draft = Draft(card.kind, name, hashlib.sha256(data).hexdigest(), len(data), card)
-        self._count("add")
+        self._figures.count("add")
         self._catalogue.check_writable()
         with disk_errors(f"storing {name!r}"):
             # First the blob, then the row: a row whose blob is missing must never be seen.
@@ -182,7 +182,7 @@ class Registry:
 
     def upload(self) -> Upload:
         """A file to be received piece by piece: `with registry.upload() as upload: …`."""
-        self._count("upload")
+        self._figures.count("upload")
         return Upload(self._staging, self._max_upload_bytes)
 
     def scratch(self) -> AbstractContextManager[Path]:
@@ -206,7 +206,7 @@ class Registry:
         `IncompatibleArtefact` for what does not fit.
         """
         chosen = _check_stored_name(name if name is not None else path.stem)
-        self._count("import")
+        self._figures.count("import")
         if not path.exists():
             raise FileFormatError(f"there is no file {str(path)!r}", code="no_such_file")
         try:
@@ -231,23 +231,25 @@ class Registry:
         return self.add(chosen, artefact)
 
     def remove(self, kind: ArtefactKind, ref: str) -> Entry:
-        """Removes a name with all its versions, or with `name@hash` only that content.
+        """Removes a name with all its versions for the model that the registry is read for, or with
+        `name@hash` only that content.
 
         They can be restored until garbage collection. Returns the newest entry removed. Raises
         `Conflict` (`in_use`) while a profile or an alias needs it.
         """
         removed = naming.remove(self._catalogue, kind, ref)
-        self._count("remove")
+        self._figures.count("remove")
         return removed
 
     def restore(self, kind: ArtefactKind, ref: str) -> Entry:
-        """Brings back what was removed: a name with all its versions, or `name@hash` alone.
+        """Brings back what was removed: a name with all its versions for this model, or `name@hash`
+        alone.
 
         Returns the newest entry restored. Raises `UnknownArtefact` where there is nothing (any
         more), `Conflict` (`name_taken`) where the name has become an alias.
         """
         restored = naming.restore(self._catalogue, self._blobs, kind, ref)
-        self._count("restore")
+        self._figures.count("restore")
         return restored
 
     def collect_garbage(
@@ -275,7 +277,7 @@ class Registry:
             if not dry_run:
                 plans = PlanStore(self._parts.location.root)
                 pruned = plans.prune(max(grace_seconds, 2 * TOUCH_SECONDS))
-        self._count("collect_garbage")
+        self._figures.count("collect_garbage")
         return replace(done, plans=pruned)
 
     # Names
@@ -287,13 +289,13 @@ class Registry:
         """
         _check_stored_name(name)
         alias = naming.set_alias(self._catalogue, kind, name, target)
-        self._count("set_alias")
+        self._figures.count("set_alias")
         return alias
 
     def unset_alias(self, kind: ArtefactKind, name: str) -> Alias:
         """Removes an alias; raises `UnknownArtefact`, or `Conflict` while a profile uses it."""
         alias = naming.unset_alias(self._catalogue, kind, name)
-        self._count("unset_alias")
+        self._figures.count("unset_alias")
         return alias
 
     def aliases(self, kind: ArtefactKind | None = None, target: str | None = None) -> list[Alias]:
@@ -311,7 +313,7 @@ class Registry:
     ) -> tuple[str, ...]:
         """Puts tags on a name and takes others off; the tags it has then, in order."""
         held = naming.change_tags(self._catalogue, kind, name, add=add, remove=remove)
-        self._count("change_tags")
+        self._figures.count("change_tags")
         return held
 
     def tags(self, kind: ArtefactKind, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -325,7 +327,7 @@ class Registry:
         self, target: BinaryIO, progress: Callable[[int], None] = lambda _: None
     ) -> Exported:
         """Writes everything to one tar file; `progress` is told the bytes of each blob."""
-        self._count("export")
+        self._figures.count("export")
         return transfer.export_archive(self._parts, target, progress)
 
     def import_archive(
@@ -335,7 +337,7 @@ class Registry:
 
         Nothing is visible before all of it is here. Raises `FileFormatError` (`damaged_archive`).
         """
-        self._count("import_archive")
+        self._figures.count("import_archive")
         return transfer.import_archive(self._parts, source, progress)
 
     # Reading
@@ -355,7 +357,8 @@ class Registry:
             self._leases.take(sha256)
 
     def entry(self, kind: ArtefactKind, ref: str) -> Entry:
-        """The newest entry that `ref` (`name`, or `name@` and at least 6 hex digits) names.
+        """What `ref` (`name`, or `name@` and at least 6 hex digits) means: the newest version, of
+        those for the model that the registry is read for where there is one (`for_model`).
 
         Raises `UnknownArtefact`, its code `unknown_` and the kind.
         """
@@ -375,16 +378,21 @@ class Registry:
         limit: int = 100,
         offset: int = 0,
     ) -> list[Entry]:
-        """The newest version of each name, in order, where everything given fits.
+        """The version that each name means here, in order, where everything given fits.
 
-        `query` is part of a name, description or tag. `deleted` lists what can be restored.
+        `query` is part of a name, description or tag. `deleted` lists what can be restored. Names
+        that are another model's alone are left out, unless with that `model`, or `EVERY_MODEL`.
         """
         search = Search(kind, query, model, width, tag, deleted)
+        view = self._catalogue.view
         with self._catalogue.reading() as connection:
-            return found_entries(connection, search, limit=limit, offset=offset)
+            return found_entries(connection, view, search, limit=limit, offset=offset)
 
     def versions(self, kind: ArtefactKind, name: str) -> list[Entry]:
-        """All versions of a name, newest first; raises `UnknownArtefact` if there is none."""
+        """All versions of a name, for whatever models, newest first.
+
+        Raises `UnknownArtefact` if there is none.
+        """
         with self._catalogue.reading() as connection:
             entry = self._catalogue.find(connection, kind, parse_ref(kind, name))
             if entry is None:
@@ -418,7 +426,7 @@ class Registry:
         """
         entry = self.entry(kind, ref)
         self._leases.take(entry.sha256)
-        self._count("content")
+        self._figures.count("content")
         return self._present(entry, lambda: self._blobs.open(entry.sha256))
 
     def load(self, artefact: type[A], ref: str) -> A:
@@ -431,7 +439,7 @@ class Registry:
         self._leases.take(entry.sha256)
 
         def read() -> A:
-            self._count("load")
+            self._figures.count("load")
             data = self._present(entry, lambda: self._blobs.read(entry.sha256))
             return artefact.from_bytes(data, name=entry.name)
 
@@ -452,70 +460,40 @@ class Registry:
     # Profiles
 
     def put_profile(self, profile: Profile, *, pin: bool = False) -> Profile:
-        """Stores a profile, in place of one with the same name; as it was stored.
+        """Stores a profile, in place of one with the same name and model; as it was stored.
 
-        With `pin`, every name in its spec becomes `name@hash` of what it means now, so that the
-        profile keeps its meaning. Raises `UnknownArtefact` if its spec names what is not
-        registered.
+        It is for the model that the registry is read for, unless it names another itself. With
+        `pin`, every name in its spec becomes `name@hash` of what it means now, so that the profile
+        keeps its meaning. Raises `UnknownArtefact` if its spec names what is not registered.
         """
-        with self._catalogue.writing() as connection:
-            exact: dict[Reference, str] = {}
-            for reference in references(profile.spec):
-                kind, ref, param = reference
-                entry = self._catalogue.find(connection, kind, parse_ref(kind, ref))
-                if entry is None:
-                    raise self._catalogue.unknown(connection, kind, ref).at("/spec" + param)
-                exact[reference] = entry.id
-            if pin:
-                spec = pinned(profile.spec, exact.__getitem__)
-                profile = profile.model_copy(update={"spec": spec})
-            store_profile(connection, profile)
-        self._count("put_profile")
-        return profile
+        stored = save_profile(self._catalogue, profile, pin=pin)
+        self._figures.count("put_profile")
+        return stored
 
     def profile(self, name: str) -> Profile:
         """The profile called `name`; raises `UnknownArtefact` (`unknown_profile`)."""
-        return self._profiles.get(name, self._catalogue.state(), lambda: self._find_profile(name))
+        return self._profiles.get(
+            name, self._catalogue.state(), lambda: find_profile(self._catalogue, name)
+        )
 
-    def profiles(self) -> list[Profile]:
-        """All profiles by name."""
-        with self._catalogue.reading() as connection:
-            return stored_profiles(connection)
+    def profiles(self, model: str | None = None) -> list[Profile]:
+        """The profiles that serve the model that the registry is read for, by name; those saved for
+        another `model`; or with `EVERY_MODEL`, all."""
+        found = self._profile_lists.get(
+            model, self._catalogue.state(), lambda: profiles_for(self._catalogue, model)
+        )
+        return list(found)
 
     def remove_profile(self, name: str) -> None:
-        """Removes a profile; raises `UnknownArtefact` if there is none."""
-        with self._catalogue.writing() as connection:
-            if not delete_profile(connection, name):
-                raise unknown_profile(connection, name)
-        self._count("remove_profile")
+        """Removes a profile of this model or of all; raises `UnknownArtefact` if there is none."""
+        delete_profiles(self._catalogue, name)
+        self._figures.count("remove_profile")
 
-    def _find_profile(self, name: str) -> Profile:
-        with self._catalogue.reading() as connection:
-            found = stored_profile(connection, name)
-            if found is None:
-                raise unknown_profile(connection, name)
-            return found
-
-    # Figures
+    # RegistryFigures
 
     def stats(self) -> RegistryStats:
         """Figures for metrics."""
-        blob_bytes, removed_bytes, artefacts, profile_count = self._totals.get(
-            None, self._catalogue.state(), self._count_all
-        )
-        with self._operations_lock:
-            operations = dict(self._operations)
-        return RegistryStats(blob_bytes, removed_bytes, dict(artefacts), profile_count, operations)
-
-    def _count_all(self) -> tuple[int, int, dict[str, int], int]:
-        with self._catalogue.reading() as connection:
-            blob_bytes, removed_bytes = self._catalogue.totals(connection)
-            counts = self._catalogue.counts(connection)
-            return blob_bytes, removed_bytes, counts, len(stored_profiles(connection))
-
-    def _count(self, operation: str) -> None:
-        with self._operations_lock:
-            self._operations[operation] += 1
+        return self._figures.stats()
 
 
 def _check_stored_name(name: str) -> str:

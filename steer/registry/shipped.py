@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from steer.artefacts.kinds import KINDS
-from steer.errors import FileFormatError, UnknownArtefact
+from steer.errors import FileFormatError
 from steer.formats.folders import is_artefact
 from steer.formats.importing import read_artefact
 from steer.formats.options import ImportOptions
@@ -26,15 +26,19 @@ def add_library(registry: Registry, folder: Path) -> list[Entry]:
     `<part>/<name>.safetensors` are single files in each of `PARTS`, `<part>/<name>/` folders of a
     known layout (SAELens, tuned lens); `profiles/<name>.json` hold a spec and its description.
     Content that has had its name before is left as it is now, so that users may replace or remove
-    what was shipped. Profiles are stored where none of their name exists.
+    what was shipped. Profiles are stored where none of their name serves the model that the
+    registry is read for.
     """
     if not folder.is_dir():
         raise FileFormatError(f"{str(folder)!r} is not a folder of artefacts", code="no_library")
     parts = [folder / part for part in PARTS]
     files = [path for part in parts for path in (*_files(part), *_folders(part))]
     added = [_add_artefact(registry, path) for path in files]
+    held = {profile.name for profile in registry.profiles()}
     for path in sorted((folder / "profiles").glob("*.json")):
-        _add_profile(registry, path)
+        profile = _read_profile(path)
+        if profile.name not in held:
+            registry.put_profile(profile)
     return [entry for entry in added if entry is not None]
 
 
@@ -53,12 +57,8 @@ def _add_artefact(registry: Registry, path: Path) -> Entry | None:
     return registry.add_shipped(name, artefact)
 
 
-def _add_profile(registry: Registry, path: Path) -> None:
+def _read_profile(path: Path) -> Profile:
     try:
-        profile = Profile.model_validate({"name": path.stem, **json.loads(path.read_text())})
+        return Profile.model_validate({"name": path.stem, **json.loads(path.read_text())})
     except (ValidationError, ValueError, TypeError) as error:
         raise FileFormatError(f"{path.name} is not a profile: {error}") from error
-    try:
-        registry.profile(profile.name)
-    except UnknownArtefact:
-        registry.put_profile(profile)

@@ -71,7 +71,7 @@ def test_the_wheel_is_used_and_not_the_checkout(installed: Path, tmp_path: Path)
 def test_the_wheel_brings_its_migrations(installed: Path, tmp_path: Path) -> None:
     command = [installed / "steer", "registry", "migrate", "--registry", tmp_path / "registry"]
     done = subprocess.run(command, check=True, cwd=tmp_path, capture_output=True, text=True)
-    assert "schema 0003" in done.stdout
+    assert "schema 0004" in done.stdout
     assert (tmp_path / "registry" / "catalogue.sqlite").exists()
 
 

@@ -72,14 +72,19 @@ def compile_spec(serving: Serving, spec: SteeringSpec, *, at: str) -> SteeringPl
 
 def profile_of(serving: Serving, model: str) -> Profile:
     """The profile that `<served model>:<profile>` names."""
-    served = serving.model_name
-    name = model.removeprefix(served + ":")
+    name = model.removeprefix(serving.model_name + ":")
     try:
         if name != model:
             return serving.registry.profile(name)
     except UnknownArtefact:
         pass  # what is missing is the model that the caller named
-    raise UnknownModel(
+    raise unknown_model(serving, model)
+
+
+def unknown_model(serving: Serving, model: str) -> UnknownModel:
+    """The error for a model that is not in the list of models."""
+    served = serving.model_name
+    return UnknownModel(
         f"the model {model!r} does not exist: this server has {served!r}, and "
         f"'{served}:<profile>' for each saved profile (GET /v1/models lists them)",
         param="/model",

@@ -64,7 +64,7 @@ TagPath = Annotated[str, PathParameter(json_schema_extra={"pattern": f"^{TAG.pat
 
 
 class ArtefactBody(BaseModel):
-    """One version of an artefact. `id` names exactly this content, `name` its newest version.
+    """One version of an artefact. `id` names exactly this content, `name` the newest for a model.
 
     `removed_at` is there for one that was deleted and can be restored.
     """
@@ -158,9 +158,10 @@ def _artefact_router(row: KindRow) -> APIRouter:
         tag: Annotated[str | None, Query(max_length=64)] = None,
         deleted: bool = False,
     ) -> Response:
-        """The newest version of each name where all that is given fits.
+        """The version that each name means here, where all that is given fits.
 
         `q` is part of a name, description or tag; `deleted` lists what can be restored instead.
+        Names that are another model's alone are left out, unless with that `model`; `*` is all.
         """
         found = serving.registry.entries(
             kind,
@@ -178,7 +179,10 @@ def _artefact_router(row: KindRow) -> APIRouter:
 
     @router.get("/{name}", name=f"show_{kind}", response_model=ArtefactBody)
     def show(name: str, serving: ServingDep) -> Response:
-        """One artefact, by name (its newest version), `name@hash` or alias; lists all versions."""
+        """One artefact, by name, `name@hash` or alias; lists the versions for all models.
+
+        A name means its newest version for this model; where there is none, the newest of all.
+        """
         entry = serving.registry.entry(kind, name)
         versions = [one.id for one in serving.registry.versions(kind, entry.name)]
         aliases = [alias.name for alias in serving.registry.aliases(kind, entry.name)]
@@ -220,7 +224,7 @@ def _artefact_router(row: KindRow) -> APIRouter:
 
     @router.delete("/{name}", name=f"delete_{kind}", response_model=Deleted)
     def delete(name: str, serving: ServingDep) -> Response:
-        """Removes a name with all its versions, or with `name@hash` only that content.
+        """Removes a name with all its versions for this model, or with `name@hash` that content.
 
         It can be restored until the registry's garbage is collected.
         """
@@ -229,7 +233,8 @@ def _artefact_router(row: KindRow) -> APIRouter:
 
     @router.post("/{name}/restore", name=f"restore_{kind}", response_model=ArtefactBody)
     def restore(name: str, serving: ServingDep) -> Response:
-        """Brings back what was deleted: a name with all its versions, or `name@hash` alone."""
+        """Brings back what was deleted: a name with all its versions for this model, or
+        `name@hash` alone."""
         return _json(_tagged(serving, kind, serving.registry.restore(kind, name)))
 
     @router.put("/{name}/tags/{tag}", name=f"tag_{kind}", response_model=Tagged)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends, Query, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
 from starlette.responses import JSONResponse
 
@@ -42,17 +42,21 @@ class ProfileRequest(BaseModel):
 
 
 class ProfileBody(BaseModel):
-    """A saved profile; `model` is what clients send as `model` to use it."""
+    """A saved profile; `model` is what clients send as `model` to use it.
+
+    `for_model` is the model that it was saved for; left out where it serves every model.
+    """
 
     object: str = "steering.profile"
     name: str
     model: str
+    for_model: str | None = None
     spec: SteeringSpec
     description: str
 
 
 class ProfileList(BaseModel):
-    """All profiles by name."""
+    """Profiles by name."""
 
     object: str = "list"
     data: list[ProfileBody]
@@ -67,16 +71,19 @@ class ProfileDeleted(BaseModel):
 
 @router.post("", response_model=ProfileBody)
 def save_profile(body: ProfileRequest, serving: ServingDep) -> Response:
-    """Saves a profile, in place of one with the same name, once its spec fits this model."""
+    """Saves a profile for this model, in place of its own with the same name, once the spec fits
+    it."""
     compile_spec(serving, body.spec, at="/spec")
     profile = Profile(name=body.name, spec=body.spec, description=body.description)
     return _json(_body(serving, serving.registry.put_profile(profile, pin=body.pin)))
 
 
 @router.get("", response_model=ProfileList)
-def list_profiles(serving: ServingDep) -> Response:
-    """All profiles by name."""
-    found = [_body(serving, profile) for profile in serving.registry.profiles()]
+def list_profiles(
+    serving: ServingDep, model: Annotated[str | None, Query(max_length=256)] = None
+) -> Response:
+    """The profiles that serve this model by name, those of another `model`, or with `*` all."""
+    found = [_body(serving, profile) for profile in serving.registry.profiles(model)]
     return _json(ProfileList(data=found))
 
 
@@ -88,15 +95,18 @@ def show_profile(name: str, serving: ServingDep) -> Response:
 
 @router.delete("/{name}", response_model=ProfileDeleted)
 def delete_profile(name: str, serving: ServingDep) -> Response:
-    """Removes a profile."""
+    """Removes a profile of this model, and the one that serves every model."""
     serving.registry.remove_profile(name)
     return _json(ProfileDeleted(name=name))
 
 
 def _body(serving: Serving, profile: Profile) -> ProfileBody:
+    own = profile.model is None or serving.engine.info.is_called(profile.model)
+    served = serving.model_name if own else profile.model
     return ProfileBody(
         name=profile.name,
-        model=f"{serving.model_name}:{profile.name}",
+        model=f"{served}:{profile.name}",
+        for_model=profile.model,
         spec=profile.spec,
         description=profile.description,
     )

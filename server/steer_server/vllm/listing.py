@@ -20,7 +20,7 @@ router = APIRouter(route_class=SteerRoute)
 
 @router.get("/v1/models", tags=["models"])
 async def list_models(raw_request: Request, serving: ServingDep) -> Response:
-    """vLLM's models, adapters included, and `<model>:<profile>` for each profile."""
+    """vLLM's models, adapters included, and `<model>:<profile>` for each that serves this one."""
     listed = json.loads(bytes((await theirs.show_available_models(raw_request)).body))
     listed["data"] += await _profiles(serving, listed["data"])
     return JSONResponse(listed)

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from steer.artefacts.control_vector import ControlVector
     from steer.engines.base import Engine
     from steer.fit.data.pairs import PairSet
-    from steer.model import ModelInfo
     from steer.registry.registry import Registry
 
 
@@ -128,7 +127,7 @@ class PairsRequest(ReadingFields):
             batch=self.at_once(place),
             description=self.description,
             licence=self.licence,
-            beside=RegisteredVectors(place.lookup(), place.engine.info) if self.beside else None,
+            beside=_beside(place) if self.beside else None,
             progress=place.progress,
         )
         if not self.by_effect:
@@ -145,21 +144,24 @@ class PairsRequest(ReadingFields):
         return Fitted({self.name: found.vector}, notes=(found.note,))
 
 
+def _beside(place: FitPlace) -> RegisteredVectors:
+    """What a new vector is compared with: those for the model that it is fitted on."""
+    return RegisteredVectors(place.lookup().for_model(place.engine.info))
+
+
 @dataclass(frozen=True)
 class RegisteredVectors(Mapping[str, "ControlVector"]):
-    """A registry's vectors for `model`, by whichever of its names their cards call it; each is read
-    when it is looked at: they may be many."""
+    """The vectors of a registry that is read for one model; each is read when it is looked at: they
+    may be many."""
 
     registry: Registry
-    model: ModelInfo
 
     def __getitem__(self, name: str) -> ControlVector:
         return self.registry.vector(name)
 
     def __iter__(self) -> Iterator[str]:
         for entry in self.registry.entries("vector", limit=10_000):
-            if entry.card.model is None or self.model.is_called(entry.card.model):
-                yield entry.name
+            yield entry.name
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

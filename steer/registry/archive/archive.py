@@ -28,7 +28,9 @@ from steer.registry.catalogue.catalogue import Catalogue
 from steer.registry.catalogue.schema import artefacts, profiles, tags
 
 FORMAT = "steer-registry"
-VERSION = 1
+VERSION = 2
+_READ = (1, VERSION)
+"""In the first version, profiles had no models."""
 MANIFEST = "manifest.json"
 ROWS = "catalogue.jsonl"
 BLOBS = "blobs/"
@@ -117,7 +119,7 @@ def _spool_rows(catalogue: Catalogue, spool: Path) -> tuple[dict[str, int], dict
             _line(stream, counts, "tags", dict(row))
         for alias in stored_aliases(connection):
             _line(stream, counts, "alias", vars(alias))
-        stored = select(profiles.c.profile).order_by(profiles.c.name)
+        stored = select(profiles.c.profile).order_by(profiles.c.name, profiles.c.model)
         for text in streamed.execute(stored).scalars():
             _line(stream, counts, "profile", json.loads(text))
     return counts, contents
@@ -240,10 +242,10 @@ class Reader:
             raise damaged(f"its {MANIFEST} is {member.size} bytes long")
         try:
             described = json.loads(stream.read())
-            if described.get("format") == FORMAT and described.get("version") != VERSION:
+            if described.get("format") == FORMAT and described.get("version") not in _READ:
                 raise FileFormatError(
                     f"the archive has version {described.get('version')!r}; this Steer reads "
-                    f"version {VERSION}: use the Steer that wrote it, or a newer one",
+                    f"{' and '.join(map(str, _READ))}: use the Steer that wrote it, or a newer one",
                     code="unknown_archive_version",
                 )
             return Manifest.model_validate(described)

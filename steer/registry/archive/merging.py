@@ -169,7 +169,7 @@ class _Merge:
             self.done.aliases += 1
 
     def _profile(self, profile: Profile) -> None:
-        present = stored_profile(self._connection, profile.name)
+        present = stored_profile(self._connection, profile.name, profile.model)
         if present == profile:
             return
         if present is not None:

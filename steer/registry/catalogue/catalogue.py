@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from steer.artefacts.control_vector import Card
 from steer.artefacts.kinds import ArtefactKind
 from steer.errors import Conflict, StorageError, UnknownArtefact
+from steer.model import bare_name
 from steer.registry.catalogue.aliases import stored_alias
 from steer.registry.catalogue.database import WRITES, Database, identity_of
+from steer.registry.catalogue.model_view import EVERYONE, ModelView
 from steer.registry.catalogue.schema import artefacts
 from steer.registry.catalogue.tags import add_card_tags
 from steer.registry.entry import Entry, Ref, parse_ref
@@ -37,7 +40,7 @@ class Draft(NamedTuple):
 
 
 class Catalogue:
-    """Rows about artefacts.
+    """Rows about artefacts, as one model sees them (`for_model`) or nobody in particular.
 
     Assumes: the blob of a draft exists before it is inserted.
     Guarantees: every change is one transaction; a lookup is one indexed query, however many
@@ -48,6 +51,13 @@ class Catalogue:
         self._database = database
         self.read_only = read_only
         """Why nothing may be changed, and what to do; None where changes are welcome."""
+        self.view: ModelView = EVERYONE
+
+    def for_model(self, view: ModelView) -> Catalogue:
+        """The same catalogue, in which a name means what it means for a model."""
+        seen = copy.copy(self)
+        seen.view = view
+        return seen
 
     @property
     def engine(self) -> Engine:
@@ -105,9 +115,10 @@ class Catalogue:
             raise _failed(error) from error
 
     def insert(self, connection: Connection, draft: Draft) -> tuple[Entry, bool]:
-        """The entry of `draft`, and whether it is new: it is not if the newest version of its
-        name already has this content. Raises `Conflict` where the name is an alias."""
-        found = self.find_named(connection, draft.kind, Ref(draft.name))
+        """The entry of `draft`, and whether it is new: it is not if its name already means this
+        content for the model that its card names. Raises `Conflict` where the name is an alias."""
+        theirs = self.for_model(self.view.of_card(draft.card))
+        found = theirs.find_named(connection, draft.kind, Ref(draft.name))
         if found is not None and found.sha256 == draft.sha256:
             return found, False
         self.check_free(connection, draft.kind, draft.name)
@@ -142,13 +153,18 @@ class Catalogue:
             )
 
     def find_named(self, connection: Connection, kind: ArtefactKind, ref: Ref) -> Entry | None:
-        """The newest entry with the name (and hash) in `ref`; aliases are not followed."""
-        query = _named(kind, ref).order_by(artefacts.c.version.desc()).limit(1)
+        """The newest entry with the name (and hash) in `ref`; aliases are not followed.
+
+        By the name alone it is the newest one for the model whose view this is; only where there
+        is none for it, the newest of all.
+        """
+        view = self.view if ref.newest else EVERYONE
+        query = _named(kind, ref).order_by(*view.best_first(artefacts)).limit(1)
         row = connection.execute(query).mappings().first()
         return entry_of(row) if row else None
 
     def find(self, connection: Connection, kind: ArtefactKind, ref: Ref) -> Entry | None:
-        """The newest entry that `ref` names, by its own name or by an alias."""
+        """The entry that `ref` means (`find_named`), by its own name or by an alias."""
         entry = self.find_named(connection, kind, ref)
         if entry is None:
             alias = stored_alias(connection, kind, ref.name)
@@ -157,7 +173,7 @@ class Catalogue:
         return entry
 
     def resolve(self, kind: ArtefactKind, ref: str) -> Entry:
-        """The newest entry that `ref` names; raises `UnknownArtefact` with near names."""
+        """The entry that `ref` means; raises `UnknownArtefact` with near names."""
         parsed = parse_ref(kind, ref)
         with self.reading() as connection:
             entry = self.find(connection, kind, parsed)
@@ -189,7 +205,7 @@ class Catalogue:
         return UnknownArtefact(f"there is no {kind} named {ref!r}; {hint}", code=f"unknown_{kind}")
 
     def versions(self, connection: Connection, kind: ArtefactKind, name: str) -> list[Entry]:
-        """The live versions of a name, newest first."""
+        """The live versions of a name, newest first, whatever model they are for."""
         query = _named(kind, Ref(name)).order_by(artefacts.c.version.desc())
         return [entry_of(row) for row in connection.execute(query).mappings()]
 
@@ -276,7 +292,7 @@ def row_of(entry: Entry) -> dict[str, Any]:
         "description": entry.card.description,
         "created_at": entry.created_at.replace(tzinfo=None),
         "removed_at": None if removed is None else removed.replace(tzinfo=None),
-        "model": entry.card.model,
+        "model": bare_name(entry.card.model) if entry.card.model else None,
         "width": entry.card.width,
     }
 

@@ -9,6 +9,7 @@ from sqlalchemy import ColumnElement, Connection, FromClause, exists, or_, selec
 
 from steer.artefacts.kinds import ArtefactKind
 from steer.registry.catalogue.catalogue import entry_of
+from steer.registry.catalogue.model_view import EVERY_MODEL, EVERYONE, ModelView
 from steer.registry.catalogue.schema import artefacts, tags
 from steer.registry.entry import Entry
 
@@ -16,8 +17,9 @@ from steer.registry.entry import Entry
 @dataclass(frozen=True)
 class Search:
     """What to look for. `text` is part of a name, a description or a tag, in any case; all that is
-    given must fit. `deleted` looks among what was removed and can be restored, instead of among
-    what is live."""
+    given must fit. `model` is one that cards name, or `EVERY_MODEL`; without it, names that are
+    another model's alone are left out. `deleted` looks among what was removed and can be restored,
+    instead of among what is live."""
 
     kind: ArtefactKind | None = None
     text: str | None = None
@@ -28,20 +30,32 @@ class Search:
 
 
 def found_entries(
-    connection: Connection, search: Search, *, limit: int, offset: int
+    connection: Connection, view: ModelView, search: Search, *, limit: int, offset: int
 ) -> list[Entry]:
-    """The newest fitting version of each name, by kind and name."""
-    newer = artefacts.alias()
+    """The version that counts for `view` of each name, where it fits, by kind and name.
+
+    Where a model is asked for, the newest version whose card names that one.
+    """
+    others = artefacts.alias()
     # An index has this order, so that a page costs a page, however many names there are.
     outdated = exists().where(
-        _alive(newer, search.deleted),
-        newer.c.kind == artefacts.c.kind,
-        newer.c.name == artefacts.c.name,
-        newer.c.version > artefacts.c.version,
+        _alive(others, search.deleted),
+        others.c.kind == artefacts.c.kind,
+        others.c.name == artefacts.c.name,
     )
+    shown: ColumnElement[bool] | None = None
+    if search.model is None or search.model == EVERY_MODEL:
+        outdated = outdated.where(view.is_better(others, artefacts))
+        shown = view.is_listed(artefacts) if search.model is None else None
+    else:
+        names = view.names_of(search.model)
+        outdated = outdated.where(others.c.model.in_(names), EVERYONE.is_better(others, artefacts))
+        shown = artefacts.c.model.in_(names)
     query = select(artefacts).where(
         _alive(artefacts, search.deleted), ~outdated, *_conditions(search)
     )
+    if shown is not None:
+        query = query.where(shown)
     query = query.order_by(artefacts.c.kind, artefacts.c.name).limit(limit).offset(offset)
     return [entry_of(row) for row in connection.execute(query).mappings()]
 
@@ -56,8 +70,6 @@ def _conditions(search: Search) -> list[ColumnElement[bool]]:
     conditions: list[ColumnElement[bool]] = []
     if search.kind is not None:
         conditions.append(artefacts.c.kind == search.kind)
-    if search.model is not None:
-        conditions.append(artefacts.c.model == search.model)
     if search.width is not None:
         conditions.append(artefacts.c.width == search.width)
     if search.tag is not None:

@@ -18,7 +18,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-HEAD = "0003"
+HEAD = "0004"
 """The newest migration."""
 
 # Names sort by code point everywhere; PostgreSQL would otherwise ask the machine's locale.
@@ -42,6 +42,7 @@ artefacts = Table(
     Column("removed_at", DateTime),
     # Set when garbage collection has given up the blob: the row is a number that was used.
     Column("purged_at", DateTime),
+    # Of the card's model, its name without folder or organisation.
     Column("model", String),
     Column("width", Integer),
     UniqueConstraint("kind", "name", "version"),
@@ -61,6 +62,8 @@ profiles = Table(
     "profiles",
     metadata,
     Column("name", NAME, primary_key=True),
+    # As for artefacts; empty for a profile that serves every model.
+    Column("model", String, primary_key=True),
     Column("profile", Text, nullable=False),
 )
 

@@ -224,7 +224,7 @@ def test_a_model_served_under_another_name_keeps_what_was_made_for_it(registry: 
     rows = {1: torch.ones(16)}
     for name, made_for in (("own", "tiny"), ("under", "prod"), ("far", "other"), ("any", None)):
         registry.add(name, ControlVector.of(rows, model=made_for))
-    known = set(RegisteredVectors(registry, served.info))
+    known = set(RegisteredVectors(registry.for_model(served.info)))
     assert known & {"own", "under", "far", "any"} == {"own", "under", "any"}
 
     def checked(source: str) -> None:

@@ -84,7 +84,7 @@ def test_export_and_import(registry: Path, tmp_path: Path) -> None:
     assert "damaged_archive" in refused.output
     assert "no_such_file" in steer(copy, "registry", "import", tmp_path / "no", code=2).output
     assert "not_written" in steer(copy, "registry", "export", tmp_path / "n/o", code=2).output
-    assert "schema 0003" in steer(copy, "registry", "migrate").output
+    assert "schema 0004" in steer(copy, "registry", "migrate").output
 
 
 def test_the_place_may_come_from_the_environment(
@@ -103,3 +103,33 @@ def test_the_place_may_come_from_the_environment(
         json.loads(CliRunner().invoke(app, ["registry", "stats", "--json"]).stdout)["vectors"] == 0
     )
     assert other.exists()
+
+
+def test_names_of_one_model_beside_another(tmp_path: Path) -> None:
+    """Without `--model` a name means the newest of all; with it, what it means for that model."""
+    place = tmp_path / "registry"
+    with Registry.open(place) as opened:
+        for width, model in ((4, "org/A"), (6, "B")):
+            opened.add("formal", ControlVector.of({0: torch.ones(width)}, model=model))
+    spec = tmp_path / "polite.json"
+    spec.write_text(json.dumps({"interventions": [{"kind": "add", "vector": "formal"}]}))
+
+    assert figures(place, "vectors", "list")[0]["card"]["model"] == "B"
+    assert figures(place, "vectors", "list", "--model", "A")[0]["card"]["model"] == "org/A"
+    shown = json.loads(steer(place, "vectors", "show", "formal", "--model", "A").stdout)
+    assert (shown["version"], len(shown["versions"])) == (1, 2)
+    for model in ("A", "B"):
+        steer(place, "profiles", "add", spec, "--model", model, "--description", f"of {model}")
+    kept = tmp_path / "kept.json"
+    kept.write_text(steer(place, "profiles", "show", "polite", "--model", "A").stdout)
+    assert json.loads(kept.read_text())["description"] == "of A"
+    assert [row["model"] for row in figures(place, "profiles", "list")] == ["A", "B"]
+    assert [row["model"] for row in figures(place, "profiles", "list", "--model", "B")] == ["B"]
+
+    steer(place, "profiles", "remove", "polite", "--model", "A")
+    steer(place, "vectors", "remove", "formal", "--model", "A")
+    assert [row["card"]["model"] for row in figures(place, "vectors", "list")] == ["B"]
+    assert "in_use" in steer(place, "vectors", "remove", "formal", "--model", "B", code=2).output
+    steer(place, "vectors", "restore", "formal", "--model", "A")
+    steer(place, "profiles", "add", kept)  # which says itself whose it is
+    assert [row["model"] for row in figures(place, "profiles", "list")] == ["A", "B"]

@@ -139,7 +139,7 @@ def test_what_is_no_archive_or_a_newer_one(registry: Registry, tmp_path: Path) -
         result.addfile(tarfile.TarInfo("notes.txt"), io.BytesIO())
     newer = repacked(
         exported(registry),
-        lambda name, data: (name, data.replace(b'"version": 1', b'"version": 2')),
+        lambda name, data: (name, data.replace(b'"version": 2', b'"version": 3')),
     )
     for data, code in (
         (b"", "damaged_archive"),

@@ -1,5 +1,6 @@
 """Catalogues of other schemas: older ones are brought up to date, newer ones refused by name."""
 
+import json
 import shutil
 import sqlite3
 from pathlib import Path
@@ -57,6 +58,24 @@ def test_a_folder_of_version_1_keeps_everything(old: Path) -> None:
         assert registry.vector("fr").sha256 == FRENCH[1]
     with Registry.open(old) as registry:  # the second time there is nothing to do
         assert registry.vector("fr").sha256 == FRENCH[1]
+
+
+def test_what_was_there_is_for_the_models_it_was_for(old: Path) -> None:
+    with sqlite3.connect(old / "catalogue.sqlite") as connection:
+        stated = connection.execute("SELECT card FROM artefacts WHERE name = 'same'").fetchone()[0]
+        long = json.dumps({**json.loads(stated), "model": "/models/org/demo/"})
+        connection.execute("UPDATE artefacts SET card = ? WHERE name = 'same'", [long])
+    connection.close()
+    with Registry.open(old) as registry:
+        assert registry.entry("vector", "same").card.model == "/models/org/demo/"
+        assert [e.name for e in registry.entries("vector", model="demo")] == ["french", "same"]
+        # Saved before profiles had models, they serve every one, by their names as well.
+        assert [p.model for p in registry.profiles()] == [None, None]
+        for model in ("org/demo", "other"):
+            seen = registry.for_model(model)
+            assert seen.entry("vector", "french").version == 2
+            assert seen.profile("plain") == registry.profile("plain")
+        assert [p.name for p in registry.for_model("demo").profiles()] == ["held", "plain"]
 
 
 def _one() -> ControlVector:

@@ -7,6 +7,13 @@ from steer.registry.registry import Registry
 from steer.registry.shipped import add_library
 
 
+def names_of(model: str) -> tuple[str, ...]:
+    """All that the model which `model` names may be called, as far as it is known before it is
+    loaded; its own name first."""
+    known = known_model(model)
+    return (model,) if known is None else (known.own_name, known.name)
+
+
 def add_shipped(registry: Registry, model: str) -> int:
     """Registers what is shipped for `model`, profiles included, unless it has been replaced or
     removed; how many artefacts are new.
@@ -17,4 +24,4 @@ def add_shipped(registry: Registry, model: str) -> int:
     known = known_model(model)
     if known is None or registry.read_only or not known.shipped.is_dir():
         return 0
-    return len(add_library(registry, known.shipped))
+    return len(add_library(registry.for_model(*names_of(model)), known.shipped))

@@ -53,7 +53,7 @@ class Steered:
         self.engine = VllmEngine.of_llm(llm)
         self.library = library or Registry.open(
             registry or registry_location(), catalogue=chosen_catalogue(os.environ)
-        )
+        ).for_model(self.engine.info)
         self.plans = plans_of(self.engine, self.library)
 
     def generate(
