@@ -60,7 +60,7 @@ def run_nulls(
     prompts: Sequence[Prompt],
     references: References,
     contenders: Sequence[Contender],
-    scorer: AnswerScorer | Scorer,
+    scorer: AnswerScorer | Scorer | None,
     *,
     sampling: SamplingParams,
     group: int = GROUP,
