@@ -83,7 +83,7 @@ def _running(name: str) -> Iterator[Engine]:
 def _checked(engine: Engine, path: Path) -> dict[str, Any]:
     """The rows of one vector, with every answer's tokens and score."""
     vector = ControlVector.from_bytes(path.read_bytes(), name=path.stem)
-    how = vector.card.provenance
+    how: dict[str, Any] = dict(vector.card.provenance)
     talk = Interview(engine, how["instruction"], how["opposite"], GREEDY, place=how["place"])
     asked = [as_chat(engine.tokenizer, one) for one in neutral_questions()]
     parts = QuestionParts.of(asked, how["seed"])

@@ -47,6 +47,11 @@ def remembered(engine: Engine, what: Any, work: Callable[[], Tensor]) -> Tensor:
     return cast("Remembering", engine).recall(what, work)
 
 
+def remembering(engine: Engine) -> Engine:
+    """`engine`, or one over it that does not ask twice for the same."""
+    return engine if hasattr(engine, "recall") else JournaledEngine(engine)
+
+
 def journal_of(request: BaseModel, engine: Engine) -> Path:
     """Where the work for `request` on this model is written down, in the user's cache."""
     what = [request.model_dump(mode="json"), _identity(engine)]
@@ -56,21 +61,21 @@ def journal_of(request: BaseModel, engine: Engine) -> Path:
 
 
 class JournaledEngine:
-    """An engine that remembers, in the file `path`, its answers, the log-probabilities that it
-    read, and what is `remembered`; states and logits are read anew.
+    """An engine that remembers, in the file `path` (None: for as long as it lives), its answers,
+    the log-probabilities that it read, and what is `remembered`; states and logits are read anew.
 
     Guarantees: a file of another engine, model or release is begun anew; a line that was cut off by
     a crash is passed over; what is drawn anew each time is asked anew (`_repeatable`). The file is
     there once there is something in it. Answers have no receipts.
     """
 
-    def __init__(self, engine: Engine, path: Path) -> None:
+    def __init__(self, engine: Engine, path: Path | None = None) -> None:
         self.engine = engine
         self.info, self.capabilities = engine.info, engine.capabilities
         self.tokenizer = engine.tokenizer
         self._path = path
         self._identity = _digest(_identity(engine))
-        known = _lines(path)
+        known = {} if path is None else _lines(path)
         self._known = known if known.pop("engine", None) == self._identity else {}
 
     @property
@@ -125,6 +130,9 @@ class JournaledEngine:
         return getattr(self.engine, name)
 
     def _write(self, entries: Iterable[tuple[str, Any]]) -> None:
+        if self._path is None:
+            self._known.update(entries)
+            return
         try:
             with self._path.open("a" if self._known else "w", encoding="utf-8") as file:
                 if not self._known:

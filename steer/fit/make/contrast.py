@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -60,13 +61,8 @@ def contrast_states(
         group = kept[first : first + _BATCH]
         sides = [one.told for one in group], [one.opposed for one in group]
         texts = [[(one.prompt, one.tokens) for one in side] for side in sides]
-        read.append(
-            remembered(
-                engine,
-                ["contrast", points, texts],
-                lambda sides=sides: torch.stack([_read(engine, side, points) for side in sides]),
-            )
-        )
+        read_both = partial(_read_both, engine, sides, points)
+        read.append(remembered(engine, ["contrast", points, texts], read_both))
         if progress is not None:
             progress(len(group))
     told, opposed = torch.cat(read, 1)
@@ -84,6 +80,12 @@ def directions(states: PairStates, make: MakeMethod) -> dict[int, Tensor]:
         method.add(positive, negative)
         found[layer] = method.direction()
     return found
+
+
+def _read_both(
+    engine: Engine, sides: Sequence[Sequence[Answer]], points: tuple[HookPoint, ...]
+) -> Float[Tensor, "2 n sources layers d"]:
+    return torch.stack([_read(engine, side, points) for side in sides])
 
 
 def _read(

@@ -91,11 +91,17 @@ def answers_under(
         )
         for request, one, text in zip(requests, completions, texts, strict=True)
     ]
-    if scorer is not None:
-        scores = scored(engine, scorer, said)
-        said = [replace(one, score=score) for one, score in zip(said, scores, strict=True)]
     found = iter(said)
-    return [tuple(next(found) for _ in asked) for asked in prompts]
+    parted = [tuple(next(found) for _ in asked) for asked in prompts]
+    return parted if scorer is None else marked(engine, scorer, parted)
+
+
+def marked(
+    engine: Engine, scorer: AnswerScorer | Scorer, answers: Sequence[Sequence[Answer]]
+) -> list[tuple[Answer, ...]]:
+    """The answers with their scores, read together: what they share is then read once."""
+    scores = iter(scored(engine, scorer, [one for each in answers for one in each]))
+    return [tuple(replace(one, score=next(scores)) for one in each) for each in answers]
 
 
 def scored(engine: Engine, scorer: AnswerScorer | Scorer, answers: Sequence[Answer]) -> list[Score]:

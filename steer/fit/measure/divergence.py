@@ -83,7 +83,8 @@ class References:
         """The divergences on a few answers, `batch` texts at once."""
         plain = self._unsteered(group)
         found = torch.zeros(len(plans), len(group), dtype=torch.float64)
-        cells = [(row, column) for row in range(len(plans)) for column in group]
+        # One answer under all plans comes together, so that what is unsteered is read once.
+        cells = [(row, column) for column in group for row in range(len(plans))]
         for start in range(0, len(cells), self._batch):
             together = cells[start : start + self._batch]
             steered = self._read([(plans[row], column) for row, column in together])

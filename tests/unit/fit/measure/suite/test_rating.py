@@ -101,9 +101,7 @@ def test_a_judge_is_asked_three_questions_of_each_answer(monkeypatch: pytest.Mon
     monkeypatch.setattr(JudgePanel, "_ask", ask)
     prompts: Any = ["What is tea?", [{"role": "user", "content": "And {coffee}?"}]]
     panel = JudgePanel("http://localhost:9/v1", "judge", prompts)
-    answers = [
-        Answer((1,), (2,), text) for text in ("A drink.", "A {drink}.", "A drink.")
-    ]
+    answers = [Answer((1,), (2,), text) for text in ("A drink.", "A {drink}.", "A drink.")]
     found = panel.rate(CONCEPT, answers, [0, 1, 0])
     assert found == [Rating(2, 1, 1)] * 3
     assert len(asked) == 6  # the third answer is the first again
