@@ -5,7 +5,7 @@
     python -m benchmarks.fitting.both_engines compare out/transformers.json out/vllm.json
 
 Greedy, in float32, on the questions that `make` checks on: unsteered, told in words, steered. Each
-engine scores its own answers, by its own readings.
+engine scores its own answers, by its own readings. What a file holds is not measured again.
 """
 
 from __future__ import annotations
@@ -51,12 +51,14 @@ def main() -> None:
     if given.what == "compare":
         print(compared(*(json.loads(path.read_text("utf-8")) for path in given.files)))
         return
+    [file] = given.files
+    file.parent.mkdir(parents=True, exist_ok=True)
+    found = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     with _running(given.what) as engine:
-        found = {
-            path.stem: _checked(engine, path) for path in sorted(SHIPPED.glob("*.safetensors"))
-        }
-    given.files[0].parent.mkdir(parents=True, exist_ok=True)
-    given.files[0].write_text(json.dumps(found, ensure_ascii=False) + "\n", "utf-8")
+        for path in sorted(SHIPPED.glob("*.safetensors")):
+            if path.stem not in found:
+                found[path.stem] = _checked(engine, path)
+                file.write_text(json.dumps(found, ensure_ascii=False) + "\n", "utf-8")
 
 
 @contextmanager
@@ -124,9 +126,9 @@ def compared(one: dict[str, Any], other: dict[str, Any]) -> str:
         "| | | score | | sound | | wrong way | | same answers | tokens before they part |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, rows in one.items():
+    for name in sorted(one.keys() & other.keys()):
         for row in ROWS:
-            a, b = rows[row], other[name][row]
+            a, b = one[name][row], other[name][row]
             pairs = list(zip(a["tokens"], b["tokens"], strict=True))
             same = sum(mine == theirs for mine, theirs in pairs)
             apart = [_alike(*pair) for pair in pairs if pair[0] != pair[1]]
