@@ -23,7 +23,7 @@ from steer.engines.base import (
     GenerationRequest,
     TokenLogprob,
 )
-from steer.errors import SteerError
+from steer.errors import StorageError
 from steer.plan.plan import SteeringPlan
 from steer.registry.location import cache_folder
 
@@ -145,9 +145,9 @@ class JournaledEngine:
                     file.write("\n" + json.dumps([key, value]))
         except OSError as error:
             # Without its folder: a client may read this.
-            raise SteerError(
-                f"what was said cannot be kept in {self._path.name!r}: {error.strerror}",
-                code="not_written",
+            raise StorageError(
+                f"what the model said cannot be kept in {self._path.name!r}: {error.strerror}; make "
+                "room on the disk, or let it be written"
             ) from error
 
 

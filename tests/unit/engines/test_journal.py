@@ -19,7 +19,7 @@ from steer.engines.base import (
 )
 from steer.engines.fake.engine import FakeEngine, fake_model
 from steer.engines.journal import JournaledEngine, remembered
-from steer.errors import SteerError
+from steer.errors import StorageError
 from steer.model import HookPoint
 
 SEEDED = SamplingParams(max_tokens=4, temperature=0.7, seed=3, logprobs=2)
@@ -139,7 +139,7 @@ def test_an_engine_without_a_journal_works_it_out() -> None:
 
 def test_a_disk_that_refuses_is_an_error(tmp_path: Path) -> None:
     engine = JournaledEngine(Counted(), tmp_path / "missing" / "journal.jsonl")
-    with pytest.raises(SteerError) as raised:
+    with pytest.raises(StorageError) as raised:
         engine.complete(requests())
-    assert raised.value.code == "not_written"
+    assert raised.value.code == "storage_error"
     assert str(tmp_path) not in str(raised.value)
