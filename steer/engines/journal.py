@@ -146,8 +146,8 @@ class JournaledEngine:
         except OSError as error:
             # Without its folder: a client may read this.
             raise StorageError(
-                f"what the model said cannot be kept in {self._path.name!r}: {error.strerror}; make "
-                "room on the disk, or let it be written"
+                f"what the model said cannot be kept in {self._path.name!r}: {error.strerror}; "
+                "make room on the disk, or let it be written"
             ) from error
 
 
