@@ -22,8 +22,8 @@ from steer.cli.local import running_engine
 from steer.engines.base import Engine, GenerationRequest, SamplingParams
 from steer.engines.plans import plans_of
 from steer.fit import Labelled, LabelledSet, Pair, PairSet, fit, fit_alphasteer, fit_labels
-from steer.fit.data.answering import answers
 from steer.fit.data.instruction import instructed
+from steer.fit.measure.answers import answers_under
 from steer.plan.plan import SteeringPlan
 from steer.prompts import Prompt, answer_text, render
 from steer.spec import parse_spec
@@ -109,10 +109,11 @@ def _fitted(engine: Engine, layers: Sequence[int], share: float, penalty: float)
 def _answered(engine: Engine, texts: Sequence[str]) -> list[Labelled]:
     """Harmless questions with the beginning of the model's answer."""
     chats = [prompts.chat(text) for text in texts]
-    said = answers(engine, chats, SamplingParams(max_tokens=16, temperature=0))
+    sampling = SamplingParams(max_tokens=16, temperature=0)
+    [said] = answers_under(engine, [chats], [None], sampling=sampling)
     return [
-        Labelled([*chat, {"role": "assistant", "content": text}], "harmless")
-        for chat, (text, _) in zip(chats, said, strict=True)
+        Labelled([*chat, {"role": "assistant", "content": one.text}], "harmless")
+        for chat, one in zip(chats, said, strict=True)
     ]
 
 

@@ -77,8 +77,8 @@ class NullComparison(_CalibrationPart):
     At `strength` it has `kl` nats and the mean score `score`, on the prompts where `unsteered` is
     that of the unsteered model. `p_value` is (1 + nulls with an effect at least as great) / (1 +
     nulls). `margin` is its score less that of the strongest null, paired by prompt, and
-    `above_null` whether the whole interval of the margin is above 0: only then is what it does
-    called steering. All three are None where no null was run.
+    `above_null` whether the whole interval of such a margin is above 0 for every null: only then is
+    what it does called steering. All three are None where no null was run.
     """
 
     strength: Finite

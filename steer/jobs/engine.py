@@ -20,6 +20,7 @@ from steer.engines.base import (
     TokenEvent,
 )
 from steer.engines.gradients import DifferentiableModel, differentiable
+from steer.engines.journal import remembered
 from steer.jobs.limits import JobLimits
 from steer.jobs.pace import Pace
 from steer.jobs.tokenizing import PacedTokenizer
@@ -94,6 +95,10 @@ class BackgroundEngine:
         """The result of `work`, which is one piece; raises `Unsupported` without gradients."""
         engine = differentiable(self._engine)
         return self._timed(lambda: engine.differentiate(work))
+
+    def recall(self, what: Any, work: Callable[[], Tensor]) -> Tensor:
+        """See `remembered`; `work` is this engine's own business, piece by piece."""
+        return remembered(self._engine, what, work)
 
     def stats(self) -> EngineStats:
         return self._engine.stats()

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from steer.engines.base import Engine
+from steer.engines.journal import JournaledEngine
 from steer.errors import SteerError
 from steer.jobs.engine import BackgroundEngine
 from steer.jobs.kinds.kind import JobContext, JobKind, JobKinds
@@ -52,7 +53,9 @@ class JobRunner:
     Guarantees: at most `limits.workers` jobs run here; a job whose runner dies is taken up again
     or ends as interrupted, here or in another server on the same registry; no exception of a job
     leaves its thread; no job fails because its server stops, or because the engine has died, which
-    `alive` tells. `ended` is called with each job that this runner ends, and with its seconds.
+    `alive` tells; what the engine has told a job of a repeatable kind is not asked again by the
+    next attempt at it on this machine. `ended` is called with each job that this runner ends, and
+    with its seconds.
     """
 
     def __init__(
@@ -267,7 +270,7 @@ class JobRunner:
         with self._registry.scratch() as scratch:
             scratch.mkdir()
             context = JobContext(
-                engine=BackgroundEngine(self._engine, pace, self.limits),
+                engine=BackgroundEngine(self._remembering(run, kind), pace, self.limits),
                 registry=self._registry,
                 scratch=scratch,
                 files=self._registry.job_files.folder(run.claim.job_id),
@@ -278,6 +281,12 @@ class JobRunner:
             result = kind.run(context, params)
         json.dumps(result, allow_nan=False)  # what is no JSON is the kind's bug: it fails here
         return result
+
+    def _remembering(self, run: _Run, kind: JobKind[Any]) -> Engine:
+        """The engine, with what an earlier attempt at the job had said and read with it."""
+        if not kind.repeatable:
+            return self._engine
+        return JournaledEngine(self._engine, self._registry.job_files.journal(run.claim.job_id))
 
     def _progress(self, run: _Run, progress: JobProgress) -> None:
         self._check(run)

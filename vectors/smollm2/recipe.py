@@ -14,9 +14,9 @@ from pathlib import Path
 from steer_vectors.smollm2.shelf import REPORTS, keep, write_page
 from tqdm import tqdm
 
+from steer.engines.journal import JournaledEngine, journal_of
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError
-from steer.fit.make.journal import JournaledEngine, journal_of
 from steer.fit.requests.make import MakeRequest
 
 FOLDER = Path(__file__).resolve().parent
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def _make(engine: TransformersEngine, request: MakeRequest, report: Path, dtype: str) -> None:
-    journal = journal_of(request, engine, dtype)
+    journal = journal_of(request, engine)
     with tqdm(total=request.work(engine), desc=request.name) as bar:
         try:
             found = request.run(JournaledEngine(engine, journal), None, progress=bar.update)

@@ -51,9 +51,9 @@ def _parameters() -> Iterator[Parameter]:
 
 
 def _make(values: dict[str, Any]) -> None:
+    from steer.engines.journal import JournaledEngine, journal_of
     from steer.fit.data.pairs import read_prompts
     from steer.fit.data.prompt import prompt_json
-    from steer.fit.make.journal import JournaledEngine, journal_of
     from steer.fit.make.report import write_made_report
 
     fields = read_values(MakeRequest, values)
@@ -69,11 +69,12 @@ def _make(values: dict[str, Any]) -> None:
             running_engine(values["model"], device=values["device"], dtype=values["dtype"])
         )
         request.check(engine)
-        journal = journal_of(request, engine, str(values["dtype"]))
-        if journal.is_file():
+        journal = journal_of(request, engine)
+        journaled = JournaledEngine(engine, journal)
+        if journaled.begun:
             out().print("going on where it was ended", highlight=False)
         done = stack.enter_context(progress_bar("making a vector", request.work(engine)))
-        found = request.run(JournaledEngine(engine, journal), scorer, progress=done)
+        found = request.run(journaled, scorer, progress=done)
     journal.unlink(missing_ok=True)
     if values["report"] is not None:
         write_made_report(values["report"], found)

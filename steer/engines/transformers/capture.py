@@ -12,7 +12,7 @@ from steer.engines.transformers.sequences import Batch
 from steer.errors import SpecError
 from steer.plan.plan import SteeringPlan
 
-_WORTH_SHARING = 4
+_WORTH_SHARING = 3
 """Prompts with a common beginning that are worth a pass of their own: fewer fill no batch."""
 
 
@@ -36,12 +36,14 @@ def _groups(request: CaptureRequest, rows: int) -> list[list[int]]:
     """The prompts by number, at most `rows` together."""
     order = sorted(range(len(request.prompts)), key=lambda n: len(request.prompts[n]))
     together: list[list[int]] = []
-    if request.tail is not None and request.plans is None:
+    if request.tail is not None:
+        plans = request.plans or [None] * len(request.prompts)
         alike: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for n in order:
             prompt = request.prompts[n]
             start = max(len(prompt) - request.tail, 0)
-            alike.setdefault((len(prompt), tuple(prompt[:start])), []).append(n)
+            if not _steered_before(start, plans[n], prompt):
+                alike.setdefault((len(prompt), tuple(prompt[:start])), []).append(n)
         together = [group for group in alike.values() if len(group) >= _WORTH_SHARING]
         alone = {n for group in together for n in group}
         order = [n for n in order if n not in alone]
@@ -117,6 +119,11 @@ def _shared(
         first = None if plan is None else plan.first_steered(tuple(prompt), length)
         alike = alike if first is None else min(alike, first)
     return alike
+
+
+def _steered_before(start: int, plan: SteeringPlan | None, prompt: Sequence[int]) -> bool:
+    first = None if plan is None else plan.first_steered(tuple(prompt), len(prompt))
+    return first is not None and first < start
 
 
 def _columns(positions: tuple[int, ...] | None, length: int, width: int) -> list[int]:

@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-from steer.engines.base import Engine, GenerationRequest, SamplingParams
+from steer.engines.base import Engine, SamplingParams
 from steer.errors import SteerError
 from steer.fit.data.instruction import instructed
 from steer.fit.data.preferences import PreferenceSet, Side, require_answers
-from steer.prompts import Prompt, answer_text, render
-
-GROUP = 64
-"""Answers asked for at once."""
-
-
-def answers(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    sampling: SamplingParams,
-    progress: Callable[[int], None] | None = None,
-) -> list[tuple[str, bool]]:
-    """The model's answer to each prompt, unsteered, and whether it came to its end."""
-    found: list[tuple[str, bool]] = []
-    for first in range(0, len(prompts), GROUP):
-        requests = [
-            GenerationRequest(f"answer-{first + n}", tuple(render(engine.tokenizer, one)), sampling)
-            for n, one in enumerate(prompts[first : first + GROUP])
-        ]
-        for one in engine.complete(requests):
-            found.append((answer_text(engine.tokenizer, one.tokens), one.finish == "stop"))
-        if progress is not None:
-            progress(len(requests))
-    return found
+from steer.fit.measure.answers import Progress, answers_under
 
 
 def completed(
@@ -44,7 +21,7 @@ def completed(
     max_tokens: int = 48,
     temperature: float = 0.0,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> PreferenceSet:
     """`given` with both answers (or those of `sides`) to every prompt.
 
@@ -61,10 +38,10 @@ def completed(
         if side == "chosen":
             prompts = [instructed(one, instruction or "") for one in prompts]
         sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-        said = answers(engine, prompts, sampling, progress)
-        for n, (text, ended) in zip(missing, said, strict=True):
-            cut = items[n].cut if ended else items[n].cut | {side}
-            items[n] = replace(items[n], **{side: text}, cut=cut)
+        [said] = answers_under(engine, [prompts], [None], sampling=sampling, progress=progress)
+        for n, one in zip(missing, said, strict=True):
+            cut = items[n].cut if one.ended else items[n].cut | {side}
+            items[n] = replace(items[n], **{side: one.text}, cut=cut)
     kept = [
         one
         for one in items

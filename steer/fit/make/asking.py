@@ -10,7 +10,6 @@ from steer.engines.base import Engine, SamplingParams
 from steer.fit.data.instruction import Placement, Telling
 from steer.fit.data.pairs import Prompt
 from steer.fit.measure.answers import GROUP, Answer, Progress, answers_under
-from steer.fit.measure.scoring import Score
 from steer.prompts import render
 
 Tokens: TypeAlias = tuple[int, ...]
@@ -69,14 +68,7 @@ class Interview:
             self.engine,
             sides,
             [None] * len(sides),
-            unscored,
             sampling=self.sampling,
             group=GROUP,
             progress=self.progress,
         )
-
-
-def unscored(text: str) -> Score:
-    """No score, for answers that are only read."""
-    del text
-    return Score(0.0)

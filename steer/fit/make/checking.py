@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from steer.artefacts.control_vector import ControlVector
 from steer.fit.data.pairs import Prompt
 from steer.fit.make.asking import Interview
 from steer.fit.make.choosing import Trial, plan_of
-from steer.fit.measure.answers import GROUP, Answer, answers_under
+from steer.fit.measure.answers import GROUP, Answer, answers_under, marked
 from steer.fit.measure.bootstrap import Interval, Resamples
 from steer.fit.measure.divergence import References
 from steer.fit.measure.nulls.comparison import compare, values, wrong_way
@@ -83,7 +83,6 @@ def check(
         engine,
         [prompts, [interview.told(one) for one in prompts], prompts],
         [None, None, plan],
-        scorer,
         sampling=interview.sampling,
         group=GROUP,
         progress=interview.progress,
@@ -102,9 +101,12 @@ def check(
         prompts,
         References(engine, plain[:MATCHED_ON]),
         [contender],
-        scorer,
+        None,
         sampling=interview.sampling,
         progress=interview.progress,
+    )
+    plain, told, steered, *by_chance = marked(
+        engine, scorer, [plain, told, steered, *(run.answers for run in runs.nulls)]
     )
     draws = Resamples.draw(len(prompts), seed=seed)
     return Check(
@@ -112,7 +114,9 @@ def check(
             _row(name, draws, plain, answers)
             for name, answers in (("unsteered", plain), ("in words", told), ("steered", steered))
         ),
-        comparison=compare(draws, plain, contender, runs),
+        comparison=compare(
+            draws, plain, replace(contender, answers=steered), runs.with_answers(by_chance)
+        ),
         over_words=draws.difference(values(steered), values(told)),
         questions=len(prompts),
         asked=tuple(engine.tokenizer.decode(one.prompt) for one in plain[:3]),

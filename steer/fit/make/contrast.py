@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -17,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steer.engines.base import CaptureRequest, Engine
+from steer.engines.journal import remembered
 from steer.fit.measure.answers import Answer, Progress
 from steer.fit.methods.method import MakeMethod
 from steer.model import HookPoint
@@ -53,18 +55,21 @@ def contrast_states(
     """The states of every source, one of each side for an exchange; exchanges whose answers have no
     tokens are left out. `progress` is told of every exchange that was read."""
     points = tuple(HookPoint(layer, site) for layer in layers)
-    sides: dict[Source, list[tuple[Tensor, Tensor]]] = {source: [] for source in SOURCES}
     kept = [one for one in exchanges if one.told.tokens and one.opposed.tokens]
+    read = [torch.empty(2, 0, len(SOURCES), len(points), engine.info.width(site))]
     for first in range(0, len(kept), _BATCH):
         group = kept[first : first + _BATCH]
-        told_states = _read(engine, [one.told for one in group], points)
-        opposed_states = _read(engine, [one.opposed for one in group], points)
-        for told, opposed in zip(told_states, opposed_states, strict=True):
-            sides["response"].append((told.answer, opposed.answer))
-            sides["last"].append((told.opening, opposed.opening))
+        sides = [one.told for one in group], [one.opposed for one in group]
+        texts = [[(one.prompt, one.tokens) for one in side] for side in sides]
+        read_both = partial(_read_both, engine, sides, points)
+        read.append(remembered(engine, ["contrast", points, texts], read_both))
         if progress is not None:
             progress(len(group))
-    return {source: _by_layer(rows, layers) for source, rows in sides.items()}
+    told, opposed = torch.cat(read, 1)
+    return {
+        source: {layer: (told[:, s, n], opposed[:, s, n]) for n, layer in enumerate(layers)}
+        for s, source in enumerate(SOURCES)
+    }
 
 
 def directions(states: PairStates, make: MakeMethod) -> dict[int, Tensor]:
@@ -77,32 +82,21 @@ def directions(states: PairStates, make: MakeMethod) -> dict[int, Tensor]:
     return found
 
 
-@dataclass(frozen=True)
-class _States:
-    """Of one text, `[layers, d]` each: the mean over the answer, and at the prompt's last token."""
-
-    answer: Tensor
-    opening: Tensor
+def _read_both(
+    engine: Engine, sides: Sequence[Sequence[Answer]], points: tuple[HookPoint, ...]
+) -> Float[Tensor, "2 n sources layers d"]:
+    return torch.stack([_read(engine, side, points) for side in sides])
 
 
 def _read(
-    engine: Engine,
-    answers: Sequence[Answer],
-    points: tuple[HookPoint, ...],
-) -> list[_States]:
+    engine: Engine, answers: Sequence[Answer], points: tuple[HookPoint, ...]
+) -> Float[Tensor, "n sources layers d"]:
+    """The states of every source, in their order: the mean over the answer, and the state at the
+    prompt's last token."""
     captured = engine.capture(CaptureRequest([one.prompt + one.tokens for one in answers], points))
-    return [
-        _States(
-            torch.stack([one.states[point][len(answer.prompt) :].mean(0) for point in points]),
-            torch.stack([one.states[point][len(answer.prompt) - 1] for point in points]),
-        )
-        for answer, one in zip(answers, captured, strict=True)
-    ]
-
-
-def _by_layer(
-    rows: Sequence[tuple[Tensor, Tensor]], layers: Sequence[int]
-) -> dict[int, tuple[Tensor, Tensor]]:
-    positive = torch.stack([one for one, _ in rows])
-    negative = torch.stack([one for _, one in rows])
-    return {layer: (positive[:, n], negative[:, n]) for n, layer in enumerate(layers)}
+    rows = []
+    for answer, one in zip(answers, captured, strict=True):
+        states = torch.stack([one.states[point] for point in points])  # [layers, tokens, d]
+        start = len(answer.prompt)
+        rows.append(torch.stack([states[:, start:].mean(1), states[:, start - 1]]))
+    return torch.stack(rows)

@@ -10,17 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from steer.artefacts.control_vector import ControlVector
 from steer.engines.base import Engine, SamplingParams
+from steer.engines.journal import remembered
 from steer.errors import SteerError
 from steer.fit.data.pairs import Pair, Prompt
 from steer.fit.data.where import WhereName
-from steer.fit.make.asking import Asked, unscored
+from steer.fit.make.asking import Asked
 from steer.fit.make.choosing import Choice, Ground, choose, grid, with_use
 from steer.fit.make.choosing import steps as choosing_steps
 from steer.fit.make.obedience import MIN_OBEDIENCE, obedience
 from steer.fit.measure.answers import GROUP, Progress, answers_under
-from steer.prompts import Marked, render
+from steer.prompts import Marked, prompt_json, render
 
 QUESTIONS = 12
 SCALED_ON = 16
@@ -61,7 +64,8 @@ def choose_for_pairs(
             progress(units)
 
     try:
-        found = _choice(engine, vector, pairs, where, seed, count)
+        known = _as_before(engine, vector, pairs)
+        found = _choice(engine, known, pairs, where, seed, count)
     except _Unseen as reason:
         count(left)
         return Chosen(vector, None, f"its use was chosen by separation: {reason}")
@@ -72,7 +76,7 @@ def choose_for_pairs(
         f"{best.strength:.3g}: score {best.score:.2f}, {best.valid:.0%} sound, chosen from "
         f"{len(found.trials)} trials"
     )
-    return Chosen(with_use(vector, best), found, note)
+    return Chosen(with_use(known, best), found, note)
 
 
 def most_steps(pairs: int) -> int:
@@ -107,7 +111,6 @@ def _choice(
         engine,
         [[pair.positive for pair in scaled], [pair.negative for pair in scaled]],
         [None, None],
-        unscored,
         sampling=sampling,
         group=GROUP,
         progress=progress,
@@ -134,6 +137,17 @@ def _choice(
         if error.code != "no_sound_use":
             raise
         raise _Unseen(str(error)) from None
+
+
+def _as_before(engine: Engine, vector: ControlVector, pairs: Sequence[Pair]) -> ControlVector:
+    """The vector to the bit as it was when this work was begun: what was said belongs to that."""
+    tried_on = [[prompt_json(one.positive), prompt_json(one.negative)] for one in pairs]
+    known = remembered(
+        engine,
+        ["fitted", vector.card.name, vector.card.layers, tried_on],
+        lambda: torch.frombuffer(bytearray(vector.to_bytes()), dtype=torch.uint8),
+    )
+    return ControlVector.from_bytes(known.numpy().tobytes(), name=vector.card.name)
 
 
 def _asked(engine: Engine, pair: Pair) -> Asked:

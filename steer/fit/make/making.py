@@ -15,6 +15,7 @@ from torch import Tensor
 from steer.artefacts.calibration import Calibration
 from steer.artefacts.control_vector import ControlVector
 from steer.engines.base import Engine
+from steer.engines.journal import remembering
 from steer.errors import SteerError
 from steer.fit.data.pairs import Prompt
 from steer.fit.make import checking, choosing, placing
@@ -54,6 +55,7 @@ def make(
     `no_sound_use` where every trial breaks the text.
     """
     parts = QuestionParts.of(prompts, wish.seed)
+    engine = remembering(engine)
     talk = Interview(engine, wish.instruction, wish.opposite, wish.sampling, progress=progress)
     talk = talk.at(wish.place or placing.best_place(talk, parts.fitted))
     exchanges, followed = _listen(talk, parts)

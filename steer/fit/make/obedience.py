@@ -15,8 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from steer.engines.base import CaptureRequest, Engine
+from steer.engines.journal import remembered
 from steer.errors import SteerError
 from steer.fit.make.asking import Asked, Tokens
 from steer.fit.make.soundness import Soundness
@@ -157,6 +160,11 @@ def obedience(
 def said_kl(engine: Engine, asked: Sequence[Asked], plain: Sequence[Answer]) -> float:
     """How far the words move the model: the mean KL in nats of the told model's next-token
     distributions from the plain one's, along the plain answers."""
+    what = ["said", [(one.told, answer.tokens) for one, answer in zip(asked, plain, strict=True)]]
+    return float(remembered(engine, what, lambda: _moved(engine, asked, plain)))
+
+
+def _moved(engine: Engine, asked: Sequence[Asked], plain: Sequence[Answer]) -> Tensor:
     found = []
     for one, answer in zip(asked, plain, strict=True):
         said = answer.tokens
@@ -166,8 +174,8 @@ def said_kl(engine: Engine, asked: Sequence[Asked], plain: Sequence[Answer]) -> 
             for rows, prompt in zip(captured, (one.told, one.plain), strict=True)
             if rows.logits is not None
         )
-        found.append(float(kl_divergence(told, usual).mean()))
-    return sum(found) / len(found)
+        found.append(kl_divergence(told, usual).mean())
+    return torch.stack(found).mean()
 
 
 def readings(

@@ -9,6 +9,7 @@ from pathlib import Path
 from steer.artefacts.calibration import MeasuredNull, NullKind
 from steer.fit.make.made import Made
 from steer.fit.make.plot import plot_made
+from steer.fit.measure.bootstrap import Interval
 from steer.fit.measure.report import cell, markdown_table, write_report
 
 
@@ -68,10 +69,11 @@ def lines(found: Made) -> list[str]:
         f"over asking in words: {found.check.over_words}",
     ]
     if against.p_value is not None:
-        count = len(against.nulls)
+        count, margin = len(against.nulls), against.margin
+        interval = "" if margin is None else Interval(margin.value, margin.low, margin.high)
         told.append(
             f"beside {count} vectors of chance of the same KL: p = {against.p_value:.3g}, over the "
-            f"strongest {against.margin}"
+            f"strongest {interval}"
         )
     verdict = "it steers" if found.works else "IT DOES NOT STEER: no more than chance does"
     return [*told, verdict if against.p_value is not None else "no chance was run", *found.notes]

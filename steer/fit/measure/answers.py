@@ -1,9 +1,9 @@
-"""Answers of a model under plans, scored: what sweeps, calibrations and evaluations measure."""
+"""Answers of a model under plans: the one way to ask for them, for data and for measuring."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from steer.engines.base import Completion, Engine, GenerationRequest, SamplingParams
@@ -17,16 +17,21 @@ GROUP = 256
 """Requests handed to the engine at once; they share its rolling batch."""
 
 
+UNSCORED = Score(0.0)
+"""What answers that nobody scores have for a score."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What the model said to a prompt, as tokens and as text; `losses` holds −log p of each token,
-    in nats, under the model that chose it."""
+    in nats, under the model that chose it. `ended` is whether it came to its end by itself."""
 
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
     text: str
-    losses: tuple[float, ...]
-    score: Score
+    losses: tuple[float, ...] = ()
+    score: Score = UNSCORED
+    ended: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,13 +57,13 @@ def answers_under(
     engine: Engine,
     prompts: Sequence[Sequence[Prompt]],
     plans: Sequence[SteeringPlan | None],
-    scorer: AnswerScorer | Scorer,
+    scorer: AnswerScorer | Scorer | None = None,
     *,
     sampling: SamplingParams,
     group: int = GROUP,
     progress: Progress | None = None,
 ) -> list[tuple[Answer, ...]]:
-    """The scored answers to `prompts[n]` under `plans[n]`, for each n.
+    """The answers to `prompts[n]` under `plans[n]`, for each n, scored where there is a `scorer`.
 
     Requests go to the engine `group` at a time, which bounds memory and feeds `progress` with the
     number of answers just finished; what `progress` raises ends the work. `sampling` should ask
@@ -76,22 +81,27 @@ def answers_under(
         if progress is not None:
             progress(len(together))
     texts = [answer_text(engine.tokenizer, one.tokens) for one in completions]
-    unscored = [
+    said = [
         Answer(
             request.prompt,
             one.tokens,
             text,
             tuple(-entry.logprob for entry in one.logprobs),
-            Score(0.0),
+            ended=one.finish == "stop",
         )
         for request, one, text in zip(requests, completions, texts, strict=True)
     ]
-    scores = scored(engine, scorer, unscored)
-    found = iter(
-        Answer(a.prompt, a.tokens, a.text, a.losses, score)
-        for a, score in zip(unscored, scores, strict=True)
-    )
-    return [tuple(next(found) for _ in asked) for asked in prompts]
+    found = iter(said)
+    parted = [tuple(next(found) for _ in asked) for asked in prompts]
+    return parted if scorer is None else marked(engine, scorer, parted)
+
+
+def marked(
+    engine: Engine, scorer: AnswerScorer | Scorer, answers: Sequence[Sequence[Answer]]
+) -> list[tuple[Answer, ...]]:
+    """The answers with their scores, read together: what they share is then read once."""
+    scores = iter(scored(engine, scorer, [one for each in answers for one in each]))
+    return [tuple(replace(one, score=next(scores)) for one in each) for each in answers]
 
 
 def scored(engine: Engine, scorer: AnswerScorer | Scorer, answers: Sequence[Answer]) -> list[Score]:

@@ -33,7 +33,7 @@ from steer.fit.measure.nulls.runs import (
     null_steps,
     run_nulls,
 )
-from steer.fit.measure.scoring import AnswerScorer, Score, Scorer
+from steer.fit.measure.scoring import AnswerScorer, Scorer
 from steer.model import HookPoint
 from steer.plan.plan import SteeringPlan
 from steer.prompts import prompt_json
@@ -117,7 +117,7 @@ def calibrate(
         engine,
         [prompts] * (1 + len(plans)),
         [None, *plans],
-        scorer or _unscored,
+        scorer,
         sampling=sampling,
         group=group,
         progress=progress,
@@ -270,11 +270,6 @@ def _grid(vector: ControlVector, strengths: Sequence[float] | None) -> tuple[flo
             param="/strengths",
         )
     return chosen
-
-
-def _unscored(text: str) -> Score:
-    del text
-    return Score(0.0)
 
 
 def mean_kl(

@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from steer.engines.base import CaptureRequest, Engine
+from steer.engines.journal import remembered
 from steer.errors import Unsupported
 from steer.fit.measure.answers import Answer, Progress
 from steer.plan.plan import SteeringPlan
@@ -67,15 +69,27 @@ class References:
         found = torch.zeros(len(plans), len(self.answers), dtype=torch.float64)
         for first in range(0, len(self.answers), self._batch):
             group = range(first, min(first + self._batch, len(self.answers)))
-            plain = self._unsteered(group)
-            cells = [(row, column) for row in range(len(plans)) for column in group]
-            for start in range(0, len(cells), self._batch):
-                together = cells[start : start + self._batch]
-                steered = self._read([(plans[row], column) for row, column in together])
-                for cell, p in zip(together, steered, strict=True):
-                    found[cell] = kl_divergence(p, plain[cell[1]]).mean()
+            texts = [(one.prompt, one.tokens) for one in self.answers[group.start : group.stop]]
+            found[:, group.start : group.stop] = remembered(
+                self._engine,
+                ["kl", [one.fingerprint for one in plans], texts],
+                partial(self._group, plans, group),
+            )
             if progress is not None:
                 progress(len(group))
+        return found
+
+    def _group(self, plans: Sequence[SteeringPlan], group: range) -> Float[Tensor, "plans answers"]:
+        """The divergences on a few answers, `batch` texts at once."""
+        plain = self._unsteered(group)
+        found = torch.zeros(len(plans), len(group), dtype=torch.float64)
+        # One answer under all plans comes together, so that what is unsteered is read once.
+        cells = [(row, column) for column in group for row in range(len(plans))]
+        for start in range(0, len(cells), self._batch):
+            together = cells[start : start + self._batch]
+            steered = self._read([(plans[row], column) for row, column in together])
+            for (row, column), p in zip(together, steered, strict=True):
+                found[row, column - group.start] = kl_divergence(p, plain[column]).mean()
         return found
 
     def _unsteered(self, group: Sequence[int]) -> dict[int, Float[Tensor, "T vocab"]]:

@@ -1,4 +1,5 @@
-"""Files that clients sent with a job: they wait on this machine's disk until the job has run."""
+"""Files of jobs, on this machine's disk until the job has run: what clients sent with it, and what
+it has kept of its work."""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ from pathlib import Path
 from steer.registry.blobs import locks
 from steer.registry.blobs.disk import disk_errors
 
+_JOURNAL = ".journal"
+
 
 class JobFiles:
-    """One folder under `root` for each job that has files.
+    """One folder under `root` for each job that has files, and beside it what it keeps of its work.
 
     Guarantees: files outlive a crash of the process that received them; what belongs to no
     unfinished job is removed by `clean`, and never while a job is being queued.
@@ -51,18 +54,27 @@ class JobFiles:
         """Where the job's files are, if it has any."""
         return self._root / job_id
 
+    def journal(self, job_id: str) -> Path:
+        """The file in which the job may write down what it would otherwise do again."""
+        return self._root / f"{job_id}{_JOURNAL}"
+
     def remove(self, job_id: str) -> None:
-        """Removes the job's files. May be called for a job without files."""
+        """Removes all that belongs to the job. May be called for a job without files."""
         shutil.rmtree(self.folder(job_id), ignore_errors=True)
+        self.journal(job_id).unlink(missing_ok=True)
 
     def clean(self, unfinished: Callable[[], AbstractSet[str]]) -> int:
-        """Removes what no unfinished job needs; how many folders there were."""
+        """Removes what no unfinished job needs; how many jobs it was of."""
         with locks.exclusive(self._lock):
             needed = unfinished()
-            gone = [one for one in self._root.iterdir() if one.is_dir() and one.name not in needed]
-            for folder in gone:
-                shutil.rmtree(folder, ignore_errors=True)
-            return len(gone)
+            held = {
+                one.name.removesuffix(_JOURNAL)
+                for one in self._root.iterdir()
+                if one.is_dir() or one.name.endswith(_JOURNAL)
+            }
+            for job_id in held - needed:
+                self.remove(job_id)
+            return len(held - needed)
 
     def _identity(self) -> str:
         path = self._root / "place"

@@ -42,10 +42,7 @@ def compare(
     runs, nulls = found.nulls, [values(run.answers) for run in found.nulls]
     means = [_rounded(draws.mean(one).value) for one in nulls]
     own = _rounded(draws.mean(scores).value)
-    margin = None
-    if nulls:
-        strongest = nulls[int(np.argmax(means))]
-        margin = on_card(draws.difference(scores, strongest))
+    margins = [draws.difference(scores, one) for one in nulls]
     return NullComparison(
         strength=_rounded(contender.strength),
         kl=_rounded(found.kl),
@@ -65,8 +62,10 @@ def compare(
             for run, one, mean in zip(runs, nulls, means, strict=True)
         ),
         p_value=_rounded(p_value(own, means)) if nulls else None,
-        margin=margin,
-        above_null=None if margin is None else margin.low > 0,
+        margin=on_card(margins[int(np.argmax(means))]) if nulls else None,
+        # Over each of them, not the strongest alone: one that is weaker here may vary more, and be
+        # the stronger on other prompts. Where all must hold, no level has to be corrected.
+        above_null=all(one.low > 0 for one in margins) if nulls else None,
     )
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from steer.artefacts.calibration import NullKind
 from steer.artefacts.control_vector import ControlVector
 from steer.engines.base import CaptureRequest, Engine
+from steer.engines.journal import remembered
 from steer.errors import SteerError
 from steer.fit.measure.answers import Answer
 from steer.fit.methods.diffmean import DifferenceOfMeans
@@ -183,17 +184,27 @@ def answer_states(
 ) -> dict[int, Float[Tensor, "n d"]]:
     """The unsteered states of up to `MOST_STATES` tokens of the answers, from the last prompt token
     on: where edits act, and away from a context's first token, whose state is like no other."""
-    points = tuple(HookPoint(layer, site) for layer in layers)
     every = max(1, -(-sum(len(one.tokens) + 1 for one in answers) // MOST_STATES))
-    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    rows = remembered(
+        engine,
+        ["states", site, list(layers), [(one.prompt, one.tokens) for one in answers]],
+        lambda: _read(engine, answers, tuple(HookPoint(layer, site) for layer in layers), every),
+    )
+    return dict(zip(layers, rows, strict=True))
+
+
+def _read(
+    engine: Engine, answers: Sequence[Answer], points: tuple[HookPoint, ...], every: int
+) -> Float[Tensor, "layers n d"]:
+    """The states from each prompt's last token on, one of `every` few."""
+    found: list[Tensor] = []
     for first in range(0, len(answers), _BATCH):
         group = answers[first : first + _BATCH]
         captured = engine.capture(CaptureRequest([a.prompt + a.tokens for a in group], points))
         for answer, one in zip(group, captured, strict=True):
-            for point in points:
-                kept = one.states[point][len(answer.prompt) - 1 :][::every]
-                found[point.layer].append(kept)
-    return {layer: torch.cat(rows) for layer, rows in found.items()}
+            states = torch.stack([one.states[point] for point in points])
+            found.append(states[:, len(answer.prompt) - 1 :: every].contiguous())
+    return torch.cat(found, 1)
 
 
 def _rotated(rows: Float[Tensor, "L d"], generator: torch.Generator) -> Float[Tensor, "L d"]:

@@ -1,8 +1,8 @@
 """The strength at which a vector moves the model as far as another one: equal KL.
 
-The KL grows with the square of the strength near 0, so its root is nearly a line, and a few secant
-steps on the root find the strength. All vectors that are matched take each step together, in the
-same batches.
+The KL grows about as a power of the strength, near 0 as its square: a few steps, each along the
+power that the last two reads tell, find the strength. All vectors that are matched take each step
+together, in the same batches.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ TOLERANCE = 0.05
 MOST_READS = 8
 _FURTHEST = 4.0
 """A step outward goes no further than this factor: far out, the KL is no longer what it was."""
+
+_LEAST_POWER = 0.5
+"""What grows more slowly saturates, and its power says little of what comes."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def matched_strengths(
 
 @dataclass
 class _Search:
-    """A bracketed secant on the root of the KL, for one vector.
+    """Bracketed steps along a power of the strength, for one vector.
 
     `low` and `high` are the nearest points on either side, as (strength, root of the KL).
     """
@@ -117,14 +120,28 @@ class _Search:
 
     def _outward(self, strength: float, root: float) -> float:
         ahead = strength * math.sqrt(self.wanted) / root if root > 0 else math.inf
-        return min(ahead, strength * _FURTHEST)
+        return min(self._along_power() or ahead, strength * _FURTHEST)
 
     def _between(self) -> float:
         assert self.high is not None
         (a, low), (b, high) = self.low, self.high
+        guess = self._along_power()
+        if guess is not None and a < guess < b:
+            return guess
         share = (math.sqrt(self.wanted) - low) / (high - low)
         # Kept off the ends: where the root is bent, a secant creeps along one of them.
         return a + (b - a) * min(max(share, 0.1), 0.9)
+
+    def _along_power(self) -> float | None:
+        """Where the power through the last two reads has the KL that is wanted; None where two
+        reads make none that a KL could have."""
+        if len(self.taken) < 2:
+            return None
+        (a, before), (b, nats) = self.taken[-2:]
+        if a == b or min(before, nats) <= 0:
+            return None
+        power = math.log(nats / before) / math.log(b / a)
+        return b * (self.wanted / nats) ** (1 / power) if power >= _LEAST_POWER else None
 
     def match(self) -> Match:
         if not self.taken:

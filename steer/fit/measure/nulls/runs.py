@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from steer.engines.base import Engine, SamplingParams
 from steer.fit.data.prompt import Prompt
@@ -54,13 +54,18 @@ class ContenderRuns:
     kl: float
     nulls: tuple[NullRun, ...]
 
+    def with_answers(self, answers: Sequence[Sequence[Answer]]) -> ContenderRuns:
+        """The same runs with other answers, such as those that were scored later."""
+        runs = zip(self.nulls, answers, strict=True)
+        return replace(self, nulls=tuple(replace(run, answers=said) for run, said in runs))
+
 
 def run_nulls(
     engine: Engine,
     prompts: Sequence[Prompt],
     references: References,
     contenders: Sequence[Contender],
-    scorer: AnswerScorer | Scorer,
+    scorer: AnswerScorer | Scorer | None,
     *,
     sampling: SamplingParams,
     group: int = GROUP,

@@ -87,7 +87,6 @@ class ConceptBench:
             self.engine,
             [told, *[self.prompts] * len(cells)],
             [None, *(one.plan for one in cells)],
-            unscored,
             sampling=self.sampling,
             group=self.group,
             progress=progress,
@@ -164,7 +163,7 @@ class ConceptBench:
             prompts,
             References(self.engine, unsteered),
             contenders,
-            unscored,
+            None,
             sampling=self.sampling,
             group=self.group,
             progress=progress,
@@ -235,9 +234,3 @@ def _marked(answers: Sequence[Answer], ratings: Sequence[Rating]) -> list[Answer
         replace(answer, score=Score(rating.overall))
         for answer, rating in zip(answers, ratings, strict=True)
     ]
-
-
-def unscored(text: str) -> Score:
-    """For answers that a panel rates later."""
-    del text
-    return Score(0.0)

@@ -16,7 +16,7 @@ from steer.fit.data.prompt import Prompt
 from steer.fit.measure.answers import GROUP, Answer, Progress, answers_under
 from steer.fit.measure.evaluate import PROMPT_ONLY, UNSTEERED
 from steer.fit.measure.nulls.runs import NULLS
-from steer.fit.measure.suite.concept import ConceptBench, concept_steps, unscored
+from steer.fit.measure.suite.concept import ConceptBench, concept_steps
 from steer.fit.measure.suite.file import Suite, SuiteConcept
 from steer.fit.measure.suite.kept import KeptResult
 from steer.fit.measure.suite.rating import Panel
@@ -56,7 +56,6 @@ def run_suite(
         engine,
         [prompts],
         [None],
-        unscored,
         sampling=sampling,
         group=group,
         progress=progress,

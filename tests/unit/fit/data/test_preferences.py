@@ -9,8 +9,9 @@ import pytest
 from steer.engines.base import SamplingParams
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import FileFormatError, SteerError
-from steer.fit.data.answering import answers, completed
+from steer.fit.data.answering import completed
 from steer.fit.data.preferences import Preference, PreferenceSet, read_preferences, sides_needed
+from steer.fit.measure.answers import answers_under
 
 
 def test_a_file_is_what_a_set_from_memory_is(tmp_path: Path) -> None:
@@ -52,9 +53,10 @@ def test_missing_answers_are_the_models_with_and_without_the_instruction(
     found = completed(lively, given, "Shout!", max_tokens=5, progress=done.append)
     assert sum(done) == 3
     sampling = SamplingParams(max_tokens=5, temperature=0)
-    ((told, _), (plain, _)) = answers(lively, ["Shout!\na day", "a day"], sampling)
+    asked = ["Shout!\na day", "a day"]
+    [(told, plain)] = answers_under(lively, [asked], [None], sampling=sampling)
     assert found.items[0].rejected == "no"
-    assert (found.items[1].chosen, found.items[1].rejected) == (told, plain)
+    assert (found.items[1].chosen, found.items[1].rejected) == (told.text, plain.text)
     # Cut off where the model was stopped: there is no end to learn.
     assert found.items[1].cut == {"chosen", "rejected"}
     assert found.items[0].cut == {"chosen"}

@@ -110,7 +110,7 @@ def test_without_a_place_the_model_is_told_where_it_listens(lively: Transformers
 
 def test_contrasts_are_of_both_sides_own_answers(lively: TransformersEngine) -> None:
     def answer(prompt: tuple[int, ...], tokens: tuple[int, ...]) -> Answer:
-        return Answer(prompt, tokens, "", (), Score(0.0))
+        return Answer(prompt, tokens, "")
 
     exchanges = [
         AnswerPair(answer((65, 66, 67), (70, 71)), answer((65, 68), (72,))),

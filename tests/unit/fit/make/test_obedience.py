@@ -128,7 +128,7 @@ def test_how_far_words_move_the_model(talk: Interview) -> None:
 
 def test_answers_that_say_nothing_are_refused(talk: Interview) -> None:
     asked = talk.asked(QUESTIONS[:2])
-    silent = [Answer(one.plain, (), "", (), Score(0.0)) for one in asked]
+    silent = [Answer(one.plain, (), "") for one in asked]
 
     with pytest.raises(SteerError) as caught:
         obedience(talk.engine, asked, silent, silent, silent, known=asked)

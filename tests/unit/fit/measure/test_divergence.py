@@ -14,7 +14,7 @@ from steer.engines.base import CaptureRequest, GenerationRequest, SamplingParams
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import Unsupported
 from steer.fit.measure.answers import Answer, answers_under
-from steer.fit.measure.divergence import anchored, divergences, kl_divergence
+from steer.fit.measure.divergence import References, anchored, divergences, kl_divergence
 from steer.fit.measure.scoring import Score
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
@@ -108,3 +108,29 @@ def test_gated_specs_are_refused(engine: TransformersEngine) -> None:
     with pytest.raises(Unsupported) as caught:
         anchored(plan, 3)
     assert caught.value.code == "unsupported_gate"
+
+
+@pytest.mark.parametrize(
+    ("where", "fed"),
+    [({"positions": [[-1, None]]}, [10, 4 * 8]), (None, [4 * 18])],
+    ids=["on the answer alone", "on every token"],
+)
+def test_an_unsteered_prompt_is_read_once_under_all_plans(
+    engine: TransformersEngine, where: Any, fed: list[int]
+) -> None:
+    """What is of interest is left, the six tokens and the two distributions around them."""
+    prompt = tuple(range(65, 77))
+    answer = Answer(prompt, tuple(range(97, 103)), "")
+    references = References(engine, [answer])
+    plans = [plan_of(engine, strength, where) for strength in (0.5, 1.0, 1.5, 2.0)]
+    alone = [references.divergences([plan])[0, 0] for plan in plans]
+    seen: list[int] = []
+    handle = engine._hooked.model.register_forward_pre_hook(
+        lambda _m, _a, inputs: seen.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        together = references.divergences(plans)[:, 0]
+    finally:
+        handle.remove()
+    assert seen == fed
+    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-4, atol=1e-7)

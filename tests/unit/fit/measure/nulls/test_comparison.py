@@ -67,6 +67,18 @@ def test_a_null_that_does_as_much() -> None:
     assert told(found).endswith("2 of them did not reach that KL")
 
 
+def test_a_weaker_null_that_varies_more_counts_too() -> None:
+    """Over the strongest alone the interval is above 0; over the other it is not."""
+    strongest = [0.68] * 7 + [-0.32]
+    varying = [-1.0, -1.0, 2.0, 2.0, 2.0, -1.0, 2.0, -1.0]
+    alone, both = compared(strongest), compared(strongest, varying)
+    assert alone.above_null is True
+    assert both.strongest == alone.strongest == both.nulls[0]
+    assert both.margin == alone.margin
+    assert both.p_value == pytest.approx(1 / 3, rel=1e-5)
+    assert both.above_null is False
+
+
 def test_a_margin_that_may_be_chance_is_not_above() -> None:
     """Two prompts more than the null, of eight: the interval reaches 0."""
     found = compared([1.0] * 5 + [0.0] * 3)

@@ -153,7 +153,7 @@ def test_unsteered_answers_are_read_once_and_plans_share_batches(
     assert max(reads) == 4
     # A part of the answers needs no more unsteered reads, and has the KL of its tokens.
     part = references.first(2, 3)
-    shorter = [Answer(one.prompt, one.tokens[:3], "", (), Score(0.0)) for one in answers[:2]]
+    shorter = [Answer(one.prompt, one.tokens[:3], "") for one in answers[:2]]
     before = sum(reads)
     found = part.divergences(three[:1])
     assert torch.allclose(found, divergences(lively, shorter, three[:1]), rtol=1e-4)

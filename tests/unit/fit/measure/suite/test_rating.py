@@ -54,9 +54,9 @@ def test_the_model_rates_what_it_would_say_itself(lively: TransformersEngine) ->
     assert sum(one.instruction for one in own) / 4 > 1
     swapped = panel.rate(CONCEPT, [plain[1], plain[0]], [0, 1])
     assert sum(one.instruction for one in swapped) < sum(one.instruction for one in own[:2])
-    noise = [Answer(tokens[0], tuple(range(60, 68)), "", (), Score(0.0))]
+    noise = [Answer(tokens[0], tuple(range(60, 68)), "")]
     assert panel.rate(CONCEPT, noise, [0])[0].fluency < own[0].fluency
-    nothing = [Answer(tokens[0], (), "", (), Score(0.0))]
+    nothing = [Answer(tokens[0], (), "")]
     assert panel.rate(CONCEPT, nothing, [0]) == [Rating(0, 0, 0)]
 
 
@@ -68,7 +68,7 @@ def test_the_same_answer_after_the_same_prompt_is_read_once(lively: Transformers
         return lively.capture(request)
 
     engine: Any = SimpleNamespace(capture=capture)
-    answer = Answer((1, 2), (3, 4), "", (), Score(0.0))
+    answer = Answer((1, 2), (3, 4), "")
     panel = ModelPanel(engine, {"e": lambda _: Score(1.0)}, [(1, 2), (5, 6)], [answer])
     before = sum(read)
     panel.rate(CONCEPT, [answer] * 5, [0] * 5)
@@ -101,9 +101,7 @@ def test_a_judge_is_asked_three_questions_of_each_answer(monkeypatch: pytest.Mon
     monkeypatch.setattr(JudgePanel, "_ask", ask)
     prompts: Any = ["What is tea?", [{"role": "user", "content": "And {coffee}?"}]]
     panel = JudgePanel("http://localhost:9/v1", "judge", prompts)
-    answers = [
-        Answer((1,), (2,), text, (), Score(0.0)) for text in ("A drink.", "A {drink}.", "A drink.")
-    ]
+    answers = [Answer((1,), (2,), text) for text in ("A drink.", "A {drink}.", "A drink.")]
     found = panel.rate(CONCEPT, answers, [0, 1, 0])
     assert found == [Rating(2, 1, 1)] * 3
     assert len(asked) == 6  # the third answer is the first again
