@@ -51,7 +51,7 @@ INNER_SITES: dict[Site, Site] = {
     "mlp_in": "mlp_out",
     "mlp_act": "mlp_out",
 }
-"""The sites inside attention and MLP, each with the site where what that part makes of them shows."""
+"""The sites inside attention and MLP, each with that where what the part makes of it shows."""
 
 
 def forward_order(point: HookPoint) -> tuple[int, int]:

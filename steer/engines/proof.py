@@ -68,8 +68,8 @@ def unchanged(row: Tensor, plain: Tensor, *, experts: bool) -> bool:
 def misplaced(
     point: HookPoint, shift: Tensor, moved: States, unmoved: States, dtype: torch.dtype
 ) -> HookPoint | None:
-    """The first point of the block that an edit at `point`, which adds `shift`, did not move by what
-    it adds there; that a point before it moves at all is as wrong.
+    """The first point of the block that an edit at `point`, which adds `shift`, did not move by
+    what it adds there; that a point before it moves at all is as wrong.
 
     `unmoved` are the states of the block without the edit, and `moved` by how much they differ with
     it; the model computes in `dtype`.

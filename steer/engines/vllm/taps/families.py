@@ -173,7 +173,7 @@ FAMILIES: tuple[Family, ...] = (
         PlainAdd("self_attn", "post_attention_layernorm", "block_sparse_moe"),
         _experts(mlp="block_sparse_moe"),
     ),
-    # Parts scaled (Granite, MiniCPM) or in parallel (GPT-J, Falcon, Cohere): the stream's ends alone.
+    # Parts scaled (Granite, MiniCPM) or in parallel (GPT-J, Falcon, Cohere): ends alone.
     _vllm("granite", "GraniteModel", "GraniteDecoderLayer", EndsOnly()),
     _vllm(
         "granitemoe",

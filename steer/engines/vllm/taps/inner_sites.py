@@ -3,8 +3,8 @@
     attn_in, mlp_in      the input of attention and of the MLP, which is their norm's output
     head_out, mlp_act    the input of the matrix that makes what the part adds to the stream
 
-So each is the input of a module that a layer's family names, and one tensor by itself: an edit of it
-is an edit of what that module reads, and of nothing else. Under tensor parallelism the inputs of
+So each is the input of a module that a layer's family names, and one tensor by itself: an edit of
+it is an edit of what that module reads, and of nothing else. Under tensor parallelism the inputs of
 output projections are split over the workers, each of which has its own heads and neurons.
 """
 
@@ -22,8 +22,8 @@ from steer.spec import Site
 
 @dataclass(frozen=True)
 class InnerSite:
-    """`site` is the input of the module `path` of each layer, in whole rows of `width`, which lie on
-    so many `workers` in equal parts."""
+    """`site` is the input of the module `path` of each layer, in whole rows of `width`, which lie
+    on so many `workers` in equal parts."""
 
     site: Site
     path: str

@@ -36,8 +36,8 @@ _SHIFT_SPECS = 256
 
 @dataclass(frozen=True)
 class ReadModel:
-    """The layers of a model as they can be tapped, why they lack other sites, and the way from their
-    last state to logits."""
+    """The layers of a model as they can be tapped, why they lack other sites, and the way from
+    their last state to logits."""
 
     stack: DecoderStack
     absent: Absent
@@ -66,8 +66,8 @@ def read_model(model: nn.Module, run: TrialPass, vllm_config: Any, *, largest: i
 
 
 def check_unsplit(inner: Sequence[InnerSite]) -> None:
-    """Raises `Unsupported` for sites whose rows lie on several workers: a kernel in a CUDA graph sees
-    its own worker's part alone."""
+    """Raises `Unsupported` for sites whose rows lie on several workers: a kernel in a CUDA graph
+    sees its own worker's part alone."""
     for one in inner:
         if one.workers > 1:
             raise Unsupported(

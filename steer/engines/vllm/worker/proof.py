@@ -79,7 +79,6 @@ def _prove_acts(
     for number, point in enumerate(points, 1):
         if torch.equal(steered[number], plain[number]):
             raise _unproven(
-                steering,
                 f"an edit at {point} of {steering.model.architecture} changes nothing on this vLLM",
             )
     if not unchanged(steered[0], plain[0], experts=experts):
@@ -114,13 +113,12 @@ def _prove_places(steering: WorkerSteering, run: Run, points: Sequence[HookPoint
         wrong = misplaced(point, shift, moved, before, dtype)
         if wrong is not None:
             raise _unproven(
-                steering,
                 f"{wrong} of {steering.model.architecture} does not move on this vLLM by what an "
                 f"edit at {point} adds there",
             )
 
 
-def _unproven(steering: WorkerSteering, what: str) -> Unsupported:
+def _unproven(what: str) -> Unsupported:
     return Unsupported(
         f"{what}: the model is not served, because it would not be steered",
         code="steering_does_not_act",
