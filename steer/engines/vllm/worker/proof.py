@@ -24,7 +24,7 @@ from steer.engines.vllm.ticket import CaptureOrder, Ticket
 from steer.engines.vllm.worker.prepared import BatchTokens
 from steer.engines.vllm.worker.steering import WorkerSteering
 from steer.errors import Unsupported
-from steer.model import HookPoint
+from steer.model import INNER_SITES, HookPoint
 from steer.plan.plan import SteeringPlan
 from steer.plan.selection import EVERYWHERE
 
@@ -77,7 +77,7 @@ def _prove_acts(
     probes = [_Probe(probe_plan(steering.model, point, constant=constant)) for point in points]
     steered, _ = _rehearse(steering, probes, run)
     for number, point in enumerate(points, 1):
-        if torch.equal(steered[number], plain[number]):
+        if torch.equal(steered[number], plain[number]) and not _is_idle(steering, run, point):
             raise _unproven(
                 f"an edit at {point} of {steering.model.architecture} changes nothing on this vLLM",
             )
@@ -87,6 +87,22 @@ def _prove_acts(
             "without steering beside it: the model is not served",
             code="neighbour_changed",
         )
+
+
+def _is_idle(steering: WorkerSteering, run: Run, point: HookPoint) -> bool:
+    """Whether the part around `point` adds the same whatever it reads, its weights being zero; False
+    where its output cannot be read."""
+    if point.site not in INNER_SITES or steering.edits.static:
+        return False
+    start, out = (
+        HookPoint(point.layer, "resid_pre"),
+        HookPoint(point.layer, INNER_SITES[point.site]),
+    )
+    if not {start.site, out.site} <= {*steering.model.sites}:
+        return False
+    plans = (None, probe_plan(steering.model, start, constant=False))
+    one, other = (_rehearse(steering, [_Probe(plan, (out,))], run)[1][0][out] for plan in plans)
+    return torch.equal(one, other)
 
 
 def _prove_places(steering: WorkerSteering, run: Run, points: Sequence[HookPoint]) -> None:

@@ -18,7 +18,12 @@ from torch import Tensor
 
 from steer.batch.requests import Ints
 from steer.engines.vllm.worker.prepared import BatchTokens
-from steer.engines.vllm.worker.states import empty_states, filled_null_block, own_blocks
+from steer.engines.vllm.worker.states import (
+    empty_states,
+    filled_null_block,
+    own_blocks,
+    reads_attention,
+)
 from steer.engines.vllm.worker.steering import WorkerSteering, take_note
 from steer.errors import Unsupported
 
@@ -52,7 +57,7 @@ class RunnerV1:
         with ExitStack() as stack:
             stack.enter_context(empty_states(runner, tokens))
             stack.enter_context(own_blocks(runner, tokens))
-            if "attn_in" in self._steering.model.sites:
+            if reads_attention(self._steering.model):
                 stack.enter_context(filled_null_block(runner))
             return _joined(runner._dummy_run(tokens, force_attention=True)[0])
 

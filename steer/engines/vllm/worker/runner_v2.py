@@ -29,6 +29,7 @@ from steer.engines.vllm.worker.states import (
     NULL_CONTEXT,
     empty_states,
     filled_null_block,
+    reads_attention,
     state_groups,
 )
 from steer.engines.vllm.worker.steering import WorkerSteering, take_note
@@ -79,7 +80,7 @@ class RunnerV2:
         options: dict[str, Any] = {"valid_dummy_state_slots": bool(state_groups(runner))}
         with ExitStack() as stack:
             stack.enter_context(empty_states(runner, tokens))
-            if "attn_in" in self._steering.model.sites:
+            if reads_attention(self._steering.model):
                 stack.enter_context(filled_null_block(runner))
                 options["context_len"] = NULL_CONTEXT
             return _dummy_pass(runner, tokens, **options)

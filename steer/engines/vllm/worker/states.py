@@ -20,9 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steer.model import INNER_SITES, ModelInfo
+
 NULL_CONTEXT = 7
 """Tokens before a dummy request that its attention reads in the null block, where it can be told
 how many; a block holds more."""
+
+
+def reads_attention(model: ModelInfo) -> bool:
+    """Whether a proof needs attention to give what it makes of its input: it has sites inside."""
+    return any(INNER_SITES.get(site) == "attn_out" for site in model.sites)
 
 
 def state_groups(runner: Any) -> dict[int, list[str]]:
@@ -86,9 +93,11 @@ def _null_blocks(runner: Any) -> Iterator[Tensor]:
     config = runner.kv_cache_config
     modules = runner.vllm_config.compilation_config.static_forward_context
     for group in config.kv_cache_groups:
-        if not isinstance(group.kv_cache_spec, AttentionSpec):
-            continue
+        specs = getattr(group.kv_cache_spec, "kv_cache_specs", None)
         for name in group.layer_names:
+            spec = group.kv_cache_spec if specs is None else specs[name]
+            if not isinstance(spec, AttentionSpec):
+                continue
             cache = modules[name].kv_cache
             for one in [cache] if isinstance(cache, Tensor) else cache:
                 place = next(n for n in (0, 1) if one.shape[n] % config.num_blocks == 0)

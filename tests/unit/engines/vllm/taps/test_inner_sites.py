@@ -309,6 +309,13 @@ def test_the_proof_finds_every_site_where_it_is() -> None:
     prove(steering, model.run, 64, experts=False)
 
 
+@pytest.mark.parametrize("site", ["head_out", "mlp_act"])
+def test_the_proof_passes_a_part_that_adds_the_same_whatever_it_reads(site: Site) -> None:
+    steering, model = steering_of()
+    nn.init.zeros_(model.layers[1].get_submodule(PATHS[site]).weight)
+    prove(steering, model.run, 64, experts=False)
+
+
 @pytest.mark.parametrize(
     ("site", "path", "moved"),
     [
