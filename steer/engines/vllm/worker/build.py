@@ -3,7 +3,7 @@ plans are found."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,7 +15,6 @@ from steer.engines.vllm.options import KEY, SteerOptions, is_static, registry_lo
 from steer.engines.vllm.pipeline import own_part
 from steer.engines.vllm.static.form import StaticForm, set_form
 from steer.engines.vllm.taps.decoder import find_decoder, unsupported
-from steer.engines.vllm.taps.inner_sites import InnerSite, Shard
 from steer.engines.vllm.taps.inner_trial import Absent, open_inner_sites
 from steer.engines.vllm.taps.layouts import Unembed, choose_stack, find_unembedding
 from steer.engines.vllm.taps.shifts import ShiftTables
@@ -23,12 +22,12 @@ from steer.engines.vllm.taps.streams import TrialPass, read_streams
 from steer.engines.vllm.taps.taps import CompiledTap, DecoderStack, EagerTap, OpaqueTap, install
 from steer.engines.vllm.worker.edits import Edits, StaticEdits, TapEdits
 from steer.engines.vllm.worker.steering import WorkerSteering
-from steer.errors import EngineError, Unsupported
+from steer.engines.vllm.worker.tensor_parallel import check_unsplit, load_together, shards_of
+from steer.errors import Unsupported
 from steer.model import ModelInfo
 from steer.plan.file import load_plan
 from steer.plan.plan import SteeringPlan
 from steer.registry.blobs.plan_store import PlanStore
-from steer.spec import Site
 
 _KEPT_PLANS = 2048
 _SHIFT_SPECS = 256
@@ -63,19 +62,6 @@ def read_model(model: nn.Module, run: TrialPass, vllm_config: Any, *, largest: i
         check_unsplit(inner)
     stack = choose_stack(decoder, streams, inner)
     return ReadModel(stack, absent, find_unembedding(decoder, streams))
-
-
-def check_unsplit(inner: Sequence[InnerSite]) -> None:
-    """Raises `Unsupported` for sites whose rows lie on several workers: a kernel in a CUDA graph
-    sees its own worker's part alone."""
-    for one in inner:
-        if one.workers > 1:
-            raise Unsupported(
-                f"the rows of {one.site!r} are split over {one.workers} workers, and inside CUDA "
-                "graphs nothing brings them together: start vLLM with --enforce-eager, or leave "
-                f"the site out of additional_config[{KEY!r}]['sites']",
-                code="cuda_graphs",
-            )
 
 
 def attach(read: ReadModel, vllm_config: Any, device: torch.device) -> WorkerSteering:
@@ -168,48 +154,6 @@ def model_info(vllm_config: Any, read: ReadModel) -> ModelInfo:
         head_dim=None if over_heads is None or heads is None else over_heads // heads,
         absent=tuple(read.absent.items()),
     )
-
-
-def shards_of(inner: Sequence[InnerSite]) -> dict[Site, Shard]:
-    """This worker's part of the sites that are split over its tensor-parallel group."""
-    if all(one.workers == 1 for one in inner):
-        return {}
-    from vllm.distributed import (  # noqa: PLC0415
-        get_tensor_model_parallel_rank,
-        tensor_model_parallel_all_gather,
-    )
-
-    rank = get_tensor_model_parallel_rank()
-    return {
-        one.site: Shard(tensor_model_parallel_all_gather, rank, one.workers)
-        for one in inner
-        if one.workers > 1
-    }
-
-
-def load_together(load: Callable[[str], SteeringPlan]) -> Callable[[str], SteeringPlan]:
-    """`load` for workers that bring rows together where a plan edits: one that has not got the plan
-    would not come to the taps where the others wait for it, so then nobody has it."""
-    from vllm.distributed import get_tp_group  # noqa: PLC0415
-
-    def together(sha256: str) -> SteeringPlan:
-        plan, error = None, None
-        try:
-            plan = load(sha256)
-        except Exception as raised:  # the others are waiting
-            error = raised
-        lacking = torch.tensor(int(error is not None))
-        torch.distributed.all_reduce(lacking, group=get_tp_group().cpu_group)
-        if error is not None:
-            raise error
-        if plan is None or int(lacking):
-            raise EngineError(
-                f"{int(lacking)} of the tensor-parallel workers could not load the plan "
-                f"{sha256!r}: give all of them the same registry"
-            )
-        return plan
-
-    return together
 
 
 def plan_loader(store: PlanStore, model: ModelInfo) -> Callable[[str], SteeringPlan]:

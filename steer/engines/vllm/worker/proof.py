@@ -90,8 +90,8 @@ def _prove_acts(
 
 
 def _is_idle(steering: WorkerSteering, run: Run, point: HookPoint) -> bool:
-    """Whether the part around `point` adds the same whatever it reads, its weights being zero; False
-    where its output cannot be read."""
+    """Whether the part around `point` adds the same whatever it reads, its weights being zero;
+    False where its output cannot be read."""
     if point.site not in INNER_SITES or steering.edits.static:
         return False
     start, out = (
