@@ -125,7 +125,9 @@ def reference(
     """Writes the model; the requests for vLLM, and what the transformers engine makes of those
     that it can run."""
     with TransformersEngine(write(one, folder), None, rows=32, slots=32) as engine:
-        info = dataclasses.replace(engine.info, sites=one.sites, **one.widths)
+        # transformers does not find every site that vLLM has.
+        widths = {**one.widths, "d_mlp": engine.info.d_mlp or one.widths["d_mlp"]}
+        info = dataclasses.replace(engine.info, sites=one.sites, **widths)
         plans = {PLAIN: None, **plans_of(info)}
         points = points_of(info)
         requests = [request(name, plan, points, store) for name, plan in plans.items()]

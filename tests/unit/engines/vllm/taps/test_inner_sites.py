@@ -188,6 +188,13 @@ def test_nothing_is_tapped_and_no_pass_is_run_where_nobody_asks() -> None:
     assert told.value.code == "unsupported_site"
 
 
+def test_modules_whose_inputs_nobody_taps_are_as_they_were() -> None:
+    model = tapped(Model(), {})
+    for layer in model.layers:
+        for path in PATHS.values():
+            assert "forward" not in vars(layer.get_submodule(path))
+
+
 def test_all_sites_are_found_with_their_widths() -> None:
     found, absent = opened(Model(), None)
     assert {one.site: one.width for one in found} == {
