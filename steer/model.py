@@ -45,6 +45,15 @@ SITE_ORDER: dict[Site, int] = {
 }
 
 
+INNER_SITES: dict[Site, Site] = {
+    "attn_in": "attn_out",
+    "head_out": "attn_out",
+    "mlp_in": "mlp_out",
+    "mlp_act": "mlp_out",
+}
+"""The sites inside attention and MLP, each with that where what the part makes of it shows."""
+
+
 def forward_order(point: HookPoint) -> tuple[int, int]:
     """Sorts hook points in the order in which a forward pass reaches them."""
     return (point.layer, SITE_ORDER[point.site])
@@ -101,7 +110,8 @@ class ModelInfo:
 
     `name` is what the model is called in answers and errors. `origin` is where it comes from (a
     folder, a hub name) where it is served under a name of its own: by it artefacts are known to be
-    for this model, and it stands in no answer, because it may be a path of the server.
+    for this model, and it stands in no answer, because it may be a path of the server. `absent`
+    are sites that `sites` lacks, each with why, and what to do where something can be done.
     """
 
     name: str
@@ -116,6 +126,7 @@ class ModelInfo:
     n_heads: int | None = None
     head_dim: int | None = None
     origin: str | None = None
+    absent: tuple[tuple[Site, str], ...] = ()
 
     @property
     def own_name(self) -> str:
@@ -157,9 +168,9 @@ class ModelInfo:
                 param=param,
             )
         if point.site not in self.sites:
+            reason = dict(self.absent).get(point.site, f"does not exist in {self.architecture}")
             raise Unsupported(
-                f"the site {point.site!r} does not exist in {self.architecture}: "
-                f"use one of {', '.join(self.sites)}",
+                f"the site {point.site!r} {reason}: use one of {', '.join(self.sites)}",
                 code="unsupported_site",
                 param=param,
             )

@@ -3,14 +3,26 @@ with what the model computes without it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from steer.edits import Block, Law
-from steer.model import HookPoint, ModelInfo
+from steer.model import INNER_SITES, SITE_ORDER, HookPoint, ModelInfo
 from steer.plan.plan import Rule, SteeringPlan
 from steer.plan.selection import EVERYWHERE
 from steer.spec import Patch, Site, SteeringSpec
+
+_TIMES = 4.0
+"""Size of an edit against the numbers around it: above what half precision rounds away."""
+
+_PLACES = {torch.float32: 1e-3, torch.float64: 1e-3}
+_HALF_PLACES = 5e-2
+"""How far a state may be from where an edit should move it, relative to the larger of the state and
+its change."""
+
+States = Mapping[HookPoint, Tensor]
 
 
 def probe_shift(model: ModelInfo, site: Site, size: float = 10.0) -> Tensor:
@@ -34,6 +46,13 @@ def probe_plan(
     return SteeringPlan(name, spec, (Rule(EVERYWHERE, None, {point: block}),), (), (), ())
 
 
+def edit_size(site: Site, states: States) -> float:
+    """A size that shows at `site`: of what passes there, or of the stream that it is added to."""
+    around = {site} if site in INNER_SITES else {"resid_pre", "resid_post"}
+    sizes = [s.float().square().mean().sqrt() for at, s in states.items() if at.site in around]
+    return max(10.0, _TIMES * float(torch.stack(sizes).max()))
+
+
 def unchanged(row: Tensor, plain: Tensor, *, experts: bool) -> bool:
     """Bit-identical; in a mixture of experts, equal to rounding.
 
@@ -44,6 +63,40 @@ def unchanged(row: Tensor, plain: Tensor, *, experts: bool) -> bool:
         return True
     tolerance = 1e-4 if plain.dtype == torch.float32 else 5e-2
     return experts and torch.allclose(row, plain, rtol=tolerance, atol=tolerance)
+
+
+def misplaced(
+    point: HookPoint, shift: Tensor, moved: States, unmoved: States, dtype: torch.dtype
+) -> HookPoint | None:
+    """The first point of the block that an edit at `point`, which adds `shift`, did not move by
+    what it adds there; that a point before it moves at all is as wrong.
+
+    `unmoved` are the states of the block without the edit, and `moved` by how much they differ with
+    it; the model computes in `dtype`.
+    """
+    tolerance = _PLACES.get(dtype, _HALF_PLACES)
+    before = (at for at in moved if SITE_ORDER[at.site] < SITE_ORDER[point.site])
+    wanted = {at: torch.zeros_like(moved[at]) for at in before}
+    wanted[point] = shift.expand_as(moved[point])
+    if point.site != "resid_post":  # after which comes nothing of the block
+        wanted |= _sums(point, {at.site: change for at, change in moved.items()})
+    for at, change in wanted.items():
+        size = max(float(unmoved[at].norm()), float(change.norm()))
+        if not float((moved[at] - change).norm()) <= tolerance * size:
+            return at
+    return None
+
+
+def _sums(point: HookPoint, moved: Mapping[Site, Tensor]) -> dict[HookPoint, Tensor]:
+    """By what the streams after `point` move: the stream before them, and what is added to it."""
+    sums: dict[HookPoint, Tensor] = {}
+    base: Site = "resid_mid" if "resid_mid" in moved else "resid_pre"
+    parts: list[Site] = ["mlp_out"] if base == "resid_mid" else ["attn_out", "mlp_out"]
+    if moved.keys() >= {*parts}:
+        sums[HookPoint(point.layer, "resid_post")] = sum((moved[p] for p in parts), moved[base])
+    if moved.keys() >= {"attn_out", "resid_mid"} and point.site != "resid_mid":
+        sums[HookPoint(point.layer, "resid_mid")] = moved["resid_pre"] + moved["attn_out"]
+    return sums
 
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}

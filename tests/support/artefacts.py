@@ -66,7 +66,9 @@ def calibration(
     return Calibration(**{**base, **fields}, doses=doses, kl=kl, effect=effect)
 
 
-def random_sae(architecture: str, *, seed: int = 0, width: int = 16, layer: int = 1) -> SAE:
+def random_sae(
+    architecture: str, *, seed: int = 0, width: int = 16, layer: int = 1, **card: Any
+) -> SAE:
     """64 features; a middling share of them is on for random tokens."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -83,20 +85,25 @@ def random_sae(architecture: str, *, seed: int = 0, width: int = 16, layer: int 
         threshold=0.5 * draw(size).abs() if architecture == "jumprelu" else None,
         k=8 if architecture == "topk" else None,
         layer=layer,
+        **card,
     )
 
 
-def random_adapter(seed: int, *layers: int, width: int = 16, rank: int = 3) -> LowRankAdapter:
+def random_adapter(
+    seed: int, *layers: int, width: int = 16, rank: int = 3, **card: Any
+) -> LowRankAdapter:
     generator = torch.Generator().manual_seed(seed)
     parts = {}
     for layer in layers:
         rotation = torch.linalg.qr(torch.randn(width, rank, generator=generator))[0].T
         weight = torch.randn(rank, width, generator=generator) / width**0.5
         parts[layer] = (rotation.contiguous(), weight, torch.randn(rank, generator=generator))
-    return LowRankAdapter.of(parts)
+    return LowRankAdapter.of(parts, **card)
 
 
-def rectified_adapter(seed: int, *layers: int, width: int = 16, rank: int = 2) -> LowRankAdapter:
+def rectified_adapter(
+    seed: int, *layers: int, width: int = 16, rank: int = 2, **card: Any
+) -> LowRankAdapter:
     """Read and write rows as such, with thresholds; some rows are on for random tokens."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -104,7 +111,8 @@ def rectified_adapter(seed: int, *layers: int, width: int = 16, rank: int = 2) -
         return torch.randn(shape, generator=generator)
 
     return LowRankAdapter.of(
-        {n: EditRows(draw(rank, width), draw(rank, width), draw(rank), draw(rank)) for n in layers}
+        {n: EditRows(draw(rank, width), draw(rank, width), draw(rank), draw(rank)) for n in layers},
+        **card,
     )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import demo_specs
+import inner_specs
 import parallel_runner
 import pytest
 import torch
@@ -56,7 +57,7 @@ def reference() -> Iterator[TransformersEngine]:
 @pytest.fixture(scope="module")
 def plans(reference: TransformersEngine) -> parallel_runner.Plans:
     cache = PlanCache(demo_specs.LIBRARY, reference.info, reference.capabilities)
-    return demo_specs.compiled(cache)
+    return demo_specs.compiled(cache) | inner_specs.compiled(reference.info, reference.capabilities)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("registry")
     with Registry.open(folder) as opened:
         demo_specs.register(opened)
+        inner_specs.register(opened)
     return folder
 
 
@@ -77,7 +79,7 @@ def run(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
             options["distributed_executor_backend"] = EXECUTOR
         job = {
             "registry": str(registry),
-            "options": vllm_engine.OPTIONS | {"model": str(vllm_engine.DEMO_MODEL), **options},
+            "options": {**vllm_engine.OPTIONS, **vllm_engine.ALL_SITES, **options},
             "as_client": as_client,
             "gates": gates,
             "out": str(root / f"{name}.json"),

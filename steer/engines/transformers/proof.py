@@ -8,8 +8,6 @@ by as much as what is added to them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,31 +16,15 @@ from steer.batch.ledger import Ledger
 from steer.batch.requests import Span, SteeredRequest
 from steer.batch.step import build_step
 from steer.batch.tables import Tables
-from steer.engines.proof import probe_plan, probe_shift, unchanged
+from steer.engines.proof import States, edit_size, misplaced, probe_plan, probe_shift, unchanged
 from steer.engines.transformers.hooks import HookedModel
 from steer.errors import Unsupported
-from steer.model import HookPoint
+from steer.model import INNER_SITES, HookPoint
 from steer.spec import Site
 
 _PROBE_LENGTH = 4
 _LAYERS_AT_ONCE = 16
 """Layers proven by one batch, whose states are all held."""
-
-_TIMES = 4.0
-"""Size of an edit against the numbers around it: above what half precision rounds away."""
-
-_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-_HALF_TOLERANCE = 5e-2
-"""Relative to the larger of a stream and its change."""
-
-_PARTS: dict[Site, Site] = {
-    "attn_in": "attn_out",
-    "head_out": "attn_out",
-    "mlp_in": "mlp_out",
-    "mlp_act": "mlp_out",
-}
-
-States = Mapping[HookPoint, Tensor]
 
 
 @torch.inference_mode()
@@ -73,8 +55,7 @@ def _prove_site(
         here = [at for at in before if at.layer == layer]
         unmoved = {at: before[at][row].float() for at in here}
         moved = {at: after[at][row].float() - unmoved[at] for at in here}
-        tolerance = _TOLERANCE.get(before[point].dtype, _HALF_TOLERANCE)
-        wrong = _misplaced(point, shift, moved, unmoved, tolerance)
+        wrong = misplaced(point, shift, moved, unmoved, before[point].dtype)
         if wrong is not None:
             raise _unsupported(
                 hooked, f"does not move at {wrong} by what an edit at {point} adds there"
@@ -94,46 +75,13 @@ def _unsupported(
     return Unsupported(f"{hooked.info.architecture} {what}: this model is not supported", code=code)
 
 
-def edit_size(site: Site, states: States) -> float:
-    """A size that shows at `site`: of what passes there, or of the stream that it is added to."""
-    around = {site} if site in _PARTS else {"resid_pre", "resid_post"}
-    sizes = [s.float().square().mean().sqrt() for at, s in states.items() if at.site in around]
-    return max(10.0, _TIMES * float(torch.stack(sizes).max()))
-
-
 def is_idle(point: HookPoint, states: States) -> bool:
     """Whether the part around `point` adds the same to every token, whatever it reads: a block
     with weights of zero."""
-    if point.site not in _PARTS:
+    if point.site not in INNER_SITES:
         return False
-    added = states.get(HookPoint(point.layer, _PARTS[point.site]))
+    added = states.get(HookPoint(point.layer, INNER_SITES[point.site]))
     return added is not None and bool((added == added[:, :1]).all())
-
-
-def _misplaced(
-    point: HookPoint, shift: Tensor, moved: States, unmoved: States, tolerance: float
-) -> HookPoint | None:
-    """The first point of the block that an edit at `point` did not move by what it adds."""
-    wanted = {point: shift.expand_as(moved[point])}
-    if point.site != "resid_post":  # after which comes nothing of the block
-        wanted |= _sums(point, {at.site: change for at, change in moved.items()})
-    for at, change in wanted.items():
-        size = max(float(unmoved[at].norm()), float(change.norm()))
-        if float((moved[at] - change).norm()) > tolerance * size:
-            return at
-    return None
-
-
-def _sums(point: HookPoint, moved: Mapping[Site, Tensor]) -> dict[HookPoint, Tensor]:
-    """By what the streams after `point` move: the stream before them, and what is added to it."""
-    sums: dict[HookPoint, Tensor] = {}
-    base: Site = "resid_mid" if "resid_mid" in moved else "resid_pre"
-    parts: list[Site] = ["mlp_out"] if base == "resid_mid" else ["attn_out", "mlp_out"]
-    if moved.keys() >= {*parts}:
-        sums[HookPoint(point.layer, "resid_post")] = sum((moved[p] for p in parts), moved[base])
-    if moved.keys() >= {"attn_out", "resid_mid"} and point.site != "resid_mid":
-        sums[HookPoint(point.layer, "resid_mid")] = moved["resid_pre"] + moved["attn_out"]
-    return sums
 
 
 def _probe(

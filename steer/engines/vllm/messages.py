@@ -23,7 +23,8 @@ _ATTACHED = "steer_receipt"
 def read_info(answer: Mapping[str, Any]) -> ModelInfo:
     """The model in a worker's answer."""
     model = dict(answer["model"])
-    return ModelInfo(**{**model, "sites": tuple(model["sites"])})
+    pairs = tuple((site, reason) for site, reason in model["absent"])
+    return ModelInfo(**{**model, "sites": tuple(model["sites"]), "absent": pairs})
 
 
 def read_receipt(answer: Mapping[str, Any]) -> Receipt:

@@ -21,8 +21,11 @@ REGISTRY_VARIABLE = "STEER_REGISTRY"
 DEFAULT_REGISTRY = "steer-registry"
 
 
+InnerName = Literal["attn_in", "head_out", "mlp_in", "mlp_act"]
+
+
 class SteerOptions(BaseModel):
-    """Options of the plugin; the defaults serve every kind at every site.
+    """Options of the plugin; the defaults serve every kind at every site of the stream.
 
     `edit_rows` bounds the rank-1 edits of all running plans together; requests beyond it wait.
     `form` is how edits that read the state run: `python` looks at the running pass in an operator
@@ -30,7 +33,8 @@ class SteerOptions(BaseModel):
     graphs replay, and does neither TopK clamps nor captures; `auto` is `static` where vLLM captures
     graphs. `shift_rows` are the rows of constants inside compiled graphs (0: as many as 256 specs
     on every layer need, or all that can run); plans that find no room there are steered by the
-    general operator.
+    general operator. `sites` are those inside attention and MLP that are tapped as well, `all` or a
+    list: each is one operator more in every layer of every pass, whether anybody uses it or not.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,6 +43,7 @@ class SteerOptions(BaseModel):
     form: Literal["auto", "python", "static"] = "auto"
     edit_rows: int = Field(default=4096, ge=1)
     shift_rows: int = Field(default=0, ge=0)
+    sites: Literal["all"] | tuple[InnerName, ...] = ()
 
     @staticmethod
     def stamped(additional_config: Mapping[str, Any] | Any) -> SteerOptions:

@@ -77,4 +77,4 @@ def configure(config: Any) -> None:
     config.scheduler_config.scheduler_cls = scheduler_name(config.scheduler_config)
     given = config.additional_config or {}
     options = SteerOptions.of(given).model_copy(update={"abi": ABI})
-    config.additional_config = {**given, KEY: options.model_dump()}
+    config.additional_config = {**given, KEY: options.model_dump(mode="json")}

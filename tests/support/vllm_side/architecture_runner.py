@@ -12,7 +12,11 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from steer.model import ModelInfo
+    from steer.spec import Site
 
 
 def main(jobs: list[Path]) -> None:
@@ -42,6 +46,7 @@ def main(jobs: list[Path]) -> None:
 def _run(job: dict[str, Any]) -> None:
     from vllm import LLM
 
+    from steer.engines.vllm.messages import read_info
     from steer.errors import SteerError
 
     out = Path(job["out"])
@@ -58,19 +63,20 @@ def _run(job: dict[str, Any]) -> None:
             gpu_memory_utilization=0.3,
             max_logprobs=-1,
             logprobs_mode="raw_logits",
+            additional_config={"steer": {"sites": "all"}},
         )
     except SteerError as error:
         out.write_text(json.dumps({"error": error.code, "message": error.message}))
         return
     info = llm.collective_rpc("steer_info")[0]
-    tensors = _ask(llm, job["requests"], info["model"]["d_model"]) if job["requests"] else {}
+    tensors = _ask(llm, job["requests"], read_info(info)) if job["requests"] else {}
     from safetensors.torch import save_file
 
     save_file(tensors, out.with_suffix(".safetensors"))
     out.write_text(json.dumps({"info": info}))
 
 
-def _ask(llm: Any, requests: list[dict[str, Any]], width: int) -> dict[str, Any]:
+def _ask(llm: Any, requests: list[dict[str, Any]], model: ModelInfo) -> dict[str, Any]:
     """All requests in one batch; `name/point` are their states `[T, d]`, `name/logits` those of
     the last token `[vocab]`, and `name/unembedded` what the last state unembeds to."""
     import torch
@@ -98,6 +104,7 @@ def _ask(llm: Any, requests: list[dict[str, Any]], width: int) -> dict[str, Any]
         found[f"{name}/logits"] = logits
         captured = llm.collective_rpc("steer_captured", args=(request["key"],))[0]
         for point, data in captured.items():
+            width = model.width(cast("Site", point.partition(".")[2]))
             found[f"{name}/{point}"] = unpack(data, width)
         last = found[f"{name}/{request['last']}"][-1:]
         answer = llm.collective_rpc("steer_unembed", args=(pack(last),))[0]

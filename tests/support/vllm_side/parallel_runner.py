@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import demo_specs
+import inner_specs
 import torch
 import vllm_engine
 from artefacts import random_vector
@@ -32,20 +33,27 @@ from steer.engines.base import (
     SamplingParams,
 )
 from steer.engines.vllm.front.engine import VllmEngine
-from steer.engines.vllm.taps.taps import SITES
 from steer.errors import SteerError
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
 from steer.registry.blobs.plan_store import PlanStore
 from steer.registry.registry import Registry
+from steer.spec import SITES
 
 LATE = "late"
 CONTEXT = 1 << 16
 """Tokens that a sequence may have. A request that has all of them does not end by itself before it
 is told to: what it has to outlast takes a few dozen steps."""
 LATE_SPEC = demo_specs.one(demo_specs.add(LATE, strength=0.6))
-CAPTURED = ("unsteered", "everything", "a clamp that competes", "ablate at attn_out")
+CAPTURED = (
+    "unsteered",
+    "everything",
+    "a clamp that competes",
+    "ablate at attn_out",
+    "low rank at head_out",
+    "norm preserved at mlp_act",
+)
 PROMPT = tuple(random.Random(4).randrange(3, demo_specs.VOCABULARY) for _ in range(40))
 PROMPTS = ((5, 9, 200, 31), tuple(range(40, 75)), (7,))
 
@@ -95,7 +103,8 @@ def capture_all(engine: Engine, plans: Plans) -> dict[str, torch.Tensor]:
 def _compiled(engine: VllmEngine) -> Plans:
     """All specs, also those with gates where the engine has none: it has to refuse their plans."""
     every = replace(engine.capabilities, gate_scopes=("prompt", "token"))
-    return demo_specs.compiled(PlanCache(demo_specs.LIBRARY, engine.info, every))
+    stream = demo_specs.compiled(PlanCache(demo_specs.LIBRARY, engine.info, every))
+    return stream | inner_specs.compiled(engine.info, every)
 
 
 def _run(engine: VllmEngine, plans: Plans, job: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import demo_specs
+import inner_specs
 import pytest
 import torch
 import vllm_engine
@@ -20,7 +21,7 @@ from steer.errors import NotFinite, SteerError
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
-from steer.spec import KINDS, parse_spec
+from steer.spec import KINDS, SITES, parse_spec
 
 Plans = dict[str, SteeringPlan | None]
 
@@ -34,7 +35,7 @@ def reference() -> Iterator[TransformersEngine]:
 @pytest.fixture(scope="module")
 def plans(engine: VllmEngine) -> Plans:
     cache = PlanCache(demo_specs.LIBRARY, engine.info, engine.capabilities)
-    return demo_specs.compiled(cache)
+    return demo_specs.compiled(cache) | inner_specs.compiled(engine.info, engine.capabilities)
 
 
 def assert_same(mine: Completion, other: Completion, name: str) -> None:
@@ -77,7 +78,15 @@ def test_every_state_and_logit_is_the_same(
 ) -> None:
     points = tuple(HookPoint(layer, site) for layer in range(6) for site in engine.info.sites)
     prompts = [(5, 9, 200, 31), tuple(range(40, 75)), (7,)]
-    for name in ("unsteered", "everything", "a clamp that competes", "ablate at attn_out"):
+    for name in (
+        "unsteered",
+        "everything",
+        "a clamp that competes",
+        "ablate at attn_out",
+        "low rank at head_out",
+        "channels at mlp_act",
+        "ablate at attn_in",
+    ):
         request = CaptureRequest(prompts, points, plans=[plans[name]] * 3, logits="all")
         for mine, other in zip(engine.capture(request), reference.capture(request), strict=True):
             for point in points:
@@ -162,3 +171,4 @@ def test_engines_say_what_they_can_do(engine: Engine) -> None:
     assert engine.capabilities.engine == "vllm"
     assert set(engine.capabilities.kinds) == set(KINDS)
     assert engine.info.n_layers == demo_specs.LAYERS
+    assert set(engine.info.sites) == set(SITES)

@@ -46,6 +46,9 @@ OPTIONS: dict[str, Any] = {
     "gpu_memory_utilization": 0.3,
 }
 
+ALL_SITES: dict[str, Any] = {"additional_config": {"steer": {"sites": "all"}}}
+"""The sites inside attention and MLP are tapped as well."""
+
 
 def start_engine(registry: Path, **options: Any) -> VllmEngine:
     """vLLM with steering over the demo model; `options` are vLLM's."""

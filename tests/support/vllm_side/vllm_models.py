@@ -14,6 +14,7 @@ import transformers
 from tiny_models import LAYERS, VOCABULARY
 from transformers import PreTrainedModel
 
+from steer.model import SITE_ORDER
 from steer.spec import Site
 
 WIDTH = 128
@@ -21,6 +22,11 @@ WIDTH = 128
 
 ENDS: tuple[Site, ...] = ("resid_pre", "resid_post")
 ALL: tuple[Site, ...] = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+INSIDE: tuple[Site, ...] = ("attn_in", "head_out", "mlp_in", "mlp_act")
+PROJECTIONS: tuple[Site, ...] = ("head_out", "mlp_act")
+"""Without a norm that attention alone, or the MLP alone, reads."""
+EXPERTS: tuple[Site, ...] = ("attn_in", "head_out", "mlp_in")
+"""An MLP of experts has no one place for its neurons."""
 
 _SHAPE = {
     "vocab_size": VOCABULARY,
@@ -66,7 +72,8 @@ _STATE = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """A class of transformers, a small configuration of it, and the sites that are exact in vLLM.
+    """A class of transformers, a small configuration of it, and the sites that are exact in vLLM:
+    those of the `stream`, and those `inside` attention and MLP.
 
     `layer` is the class of its layers in vLLM, where a test names it; `tolerance` is how far the
     two engines may lie apart, as a share of the largest value. `alike` is False where vLLM by
@@ -76,10 +83,22 @@ class Architecture:
     model: str
     config: str
     options: dict[str, Any]
-    sites: tuple[Site, ...] = ALL
+    stream: tuple[Site, ...] = ALL
+    inside: tuple[Site, ...] = INSIDE
     layer: str = ""
     tolerance: float = 1e-4
     alike: bool = True
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """All of them, in forward order."""
+        return tuple(sorted((*self.stream, *self.inside), key=SITE_ORDER.__getitem__))
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Of rows inside attention and MLP, as `ModelInfo` has them."""
+        d_mlp = self.options.get("intermediate_size") or self.options.get("ffn_dim") or 4 * WIDTH
+        return {"d_mlp": d_mlp, "n_heads": 4, "head_dim": WIDTH // 4}
 
     def build(self) -> PreTrainedModel:
         """The same weights each time."""
@@ -111,12 +130,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     "apertus": _causal("Apertus", _GROUPED, tolerance=2e-3),
     "ernie45": _causal("Ernie4_5", _HEADS),
     # The same with mixtures of experts.
-    "mixtral": _causal("Mixtral", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen2-moe": _causal(
-        "Qwen2Moe", {**_GROUPED, **_EXPERTS, "shared_expert_intermediate_size": 64}
+    "mixtral": _causal(
+        "Mixtral", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}, inside=EXPERTS
     ),
-    "qwen3-moe": _causal("Qwen3Moe", {**_HEADS, **_EXPERTS}),
-    "olmoe": _causal("Olmoe", {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2-moe": _causal(
+        "Qwen2Moe", {**_GROUPED, **_EXPERTS, "shared_expert_intermediate_size": 64}, inside=EXPERTS
+    ),
+    "qwen3-moe": _causal("Qwen3Moe", {**_HEADS, **_EXPERTS}, inside=EXPERTS),
+    "olmoe": _causal(
+        "Olmoe", {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2}, inside=EXPERTS
+    ),
     "glm4-moe": _causal(
         "Glm4Moe",
         {
@@ -126,19 +149,23 @@ ARCHITECTURES: dict[str, Architecture] = {
             "num_experts_per_tok": 2,
             "first_k_dense_replace": 1,
         },
+        inside=EXPERTS,
     ),
     "ernie45-moe": _causal(
         "Ernie4_5_Moe",
         {**_GROUPED, "moe_intermediate_size": 64, "moe_num_experts": 4, "moe_k": 2},
+        inside=EXPERTS,
     ),
-    "gpt-oss": _causal("GptOss", {**_HEADS, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt-oss": _causal(
+        "GptOss", {**_HEADS, "num_local_experts": 4, "num_experts_per_tok": 2}, inside=EXPERTS
+    ),
     # One tensor, to which attention and then the MLP are added.
     "gpt2": Architecture("GPT2LMHeadModel", "GPT2Config", _GPT),
     "opt": _causal("OPT", {**_SHAPE, "ffn_dim": 160, "word_embed_proj_dim": WIDTH}),
     # vLLM computes the GELU itself, transformers an approximation of it.
     "bloom": _causal("Bloom", {**_GPT, "hidden_size": WIDTH}, tolerance=1e-3),
     "stablelm": _causal("StableLm", _GROUPED),
-    "exaone4": _causal("Exaone4", {**_HEADS, "sliding_window": 8}),
+    "exaone4": _causal("Exaone4", {**_HEADS, "sliding_window": 8}, inside=PROJECTIONS),
     # Scaled or parallel parts.
     "granite": _causal(
         "Granite",
@@ -149,7 +176,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "logits_scaling": 2.0,
             "attention_multiplier": 0.2,
         },
-        sites=ENDS,
+        stream=ENDS,
     ),
     "granite-moe": _causal(
         "GraniteMoe",
@@ -162,7 +189,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
         },
-        sites=ENDS,
+        stream=ENDS,
+        inside=EXPERTS,
     ),
     "granite-moe-shared": _causal(
         "GraniteMoeShared",
@@ -173,16 +201,19 @@ ARCHITECTURES: dict[str, Architecture] = {
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
         },
-        sites=ENDS,
+        stream=ENDS,
+        inside=("attn_in", "head_out"),
     ),
-    "gpt-j": _causal("GPTJ", {**_GPT, "rotary_dim": 16}, sites=ENDS),
-    "falcon": _causal("Falcon", _SHAPE, sites=ENDS),
-    "cohere": _causal("Cohere", {**_GROUPED, "logit_scale": 0.25}, sites=ENDS),
-    "cohere2": _causal("Cohere2", {**_GROUPED, "sliding_window": 8}, sites=ENDS, alike=False),
+    "gpt-j": _causal("GPTJ", {**_GPT, "rotary_dim": 16}, stream=ENDS, inside=PROJECTIONS),
+    "falcon": _causal("Falcon", _SHAPE, stream=ENDS, inside=PROJECTIONS),
+    "cohere": _causal("Cohere", {**_GROUPED, "logit_scale": 0.25}, stream=ENDS, inside=PROJECTIONS),
+    "cohere2": _causal(
+        "Cohere2", {**_GROUPED, "sliding_window": 8}, stream=ENDS, alike=False, inside=PROJECTIONS
+    ),
     # Served through vLLM's backend for models of transformers.
     "olmo": _causal("Olmo", _GROUPED),
-    "olmo2": _causal("Olmo2", _GROUPED),
-    "olmo3": _causal("Olmo3", {**_GROUPED, "sliding_window": 8}),
+    "olmo2": _causal("Olmo2", _GROUPED, inside=PROJECTIONS),
+    "olmo3": _causal("Olmo3", {**_GROUPED, "sliding_window": 8}, inside=PROJECTIONS),
     "starcoder2": _causal("Starcoder2", _GROUPED),
     "smollm3": _causal("SmolLM3", _GROUPED),
     "seed-oss": _causal("SeedOss", _HEADS),
@@ -190,8 +221,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "arcee": _causal("Arcee", _HEADS),
     "cwm": _causal("Cwm", {**_HEADS, "sliding_window": 8}),
     "neox": _causal("GPTNeoX", {**_SHAPE, "use_parallel_residual": False}),
-    "neox-parallel": _causal("GPTNeoX", {**_SHAPE, "use_parallel_residual": True}, sites=ENDS),
-    "phi": _causal("Phi", _GROUPED, sites=ENDS),
+    "neox-parallel": _causal("GPTNeoX", {**_SHAPE, "use_parallel_residual": True}, stream=ENDS),
+    "phi": _causal("Phi", _GROUPED, stream=ENDS, inside=PROJECTIONS),
     # Layers that nobody read: what they hand on is found by trial passes. Mixers with a state:
     "granite-hybrid": _causal(
         "GraniteMoeHybrid",
@@ -204,10 +235,14 @@ ARCHITECTURES: dict[str, Architecture] = {
             "shared_intermediate_size": 64,
             "num_local_experts": 0,
         },
-        sites=ENDS,
+        stream=ENDS,
+        inside=(),
     ),
     "falcon-h1": _causal(
-        "FalconH1", {**_GROUPED, **_MAMBA, "mamba_d_ssm": 256, "head_dim": 32}, sites=ENDS
+        "FalconH1",
+        {**_GROUPED, **_MAMBA, "mamba_d_ssm": 256, "head_dim": 32},
+        stream=ENDS,
+        inside=(),
     ),
     "lfm2": _causal(
         "Lfm2",
@@ -219,13 +254,15 @@ ARCHITECTURES: dict[str, Architecture] = {
             "conv_dim_out": WIDTH,
             "block_auto_adjust_ff_dim": False,
         },
-        sites=ENDS,
+        stream=ENDS,
+        inside=(),
         alike=False,
     ),
     "mamba2": _causal(
         "Mamba2",
         {**_STATE, "num_heads": 8, "head_dim": 32, "n_groups": 1, "chunk_size": 16},
-        sites=ENDS,
+        stream=ENDS,
+        inside=(),
     ),
     "nemotron-h": _causal(
         "NemotronH",
@@ -241,7 +278,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             "moe_intermediate_size": 64,
             "moe_shared_expert_intermediate_size": 64,
         },
-        sites=ENDS,
+        stream=ENDS,
+        inside=(),
     ),
     "zamba2": _causal(
         "Zamba2",
@@ -256,12 +294,13 @@ ARCHITECTURES: dict[str, Architecture] = {
             "num_mem_blocks": 1,
             "use_mem_rope": True,
         },
-        sites=ENDS,
+        stream=ENDS,
+        inside=(),
     ),
     # Served through transformers, and not read.
-    "gpt-bigcode": _causal("GPTBigCode", {**_GPT, "multi_query": True}, sites=ENDS),
-    "hunyuan": _causal("HunYuanDenseV1", _HEADS, sites=ENDS),
-    "vaultgemma": _causal("VaultGemma", {**_HEADS, "sliding_window": 8}, sites=ENDS),
+    "gpt-bigcode": _causal("GPTBigCode", {**_GPT, "multi_query": True}, stream=ENDS, inside=()),
+    "hunyuan": _causal("HunYuanDenseV1", _HEADS, stream=ENDS, inside=()),
+    "vaultgemma": _causal("VaultGemma", {**_HEADS, "sliding_window": 8}, stream=ENDS, inside=()),
     # Scaled streams, latent attention, and more experts.
     "gemma4": _causal(
         "Gemma4",
@@ -272,7 +311,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             "vocab_size_per_layer_input": VOCABULARY,
         },
         config="Gemma4TextConfig",
-        sites=ENDS,
+        stream=ENDS,
+        inside=(),
     ),
     "deepseek-v3": _causal(
         "DeepseekV3",
@@ -292,13 +332,15 @@ ARCHITECTURES: dict[str, Architecture] = {
             "v_head_dim": 32,
             "topk_method": "noaux_tc",
         },
-        sites=ENDS,
+        stream=ENDS,
+        inside=(),
         alike=False,
     ),
     "exaone-moe": _causal(
         "ExaoneMoe",
         {**_HEADS, **_EXPERTS, "sliding_window": 8, "first_k_dense_replace": 1},
-        sites=ENDS,
+        stream=ENDS,
+        inside=(),
     ),
     "minicpm3": _causal(
         "MiniCPM3",
@@ -311,7 +353,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             "qk_nope_head_dim": 32,
             "v_head_dim": 32,
         },
-        sites=ENDS,
+        stream=ENDS,
+        inside=(),
     ),
     "afmoe": _causal(
         "Afmoe",
@@ -327,7 +370,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             "topk_group": 1,
             "sliding_window": 8,
         },
-        sites=ENDS,
+        stream=ENDS,
+        inside=(),
     ),
 }
 
@@ -345,7 +389,8 @@ HALF: dict[str, Architecture] = {
             "linear_key_head_dim": 32,
             "linear_value_head_dim": 32,
         },
-        sites=ENDS,
+        stream=ENDS,
+        inside=(),
     ),
 }
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import demo_specs
+import inner_specs
 import pytest
 import torch
 import vllm_engine
@@ -53,6 +54,12 @@ SPECS = {
     "from 70": demo_specs.one(demo_specs.add("v3"), where={"positions": [[70, None]]}),
     "at 350": demo_specs.one(demo_specs.add("v0", strength=-1), where={"tokens": [350]}),
     "last two": demo_specs.one(demo_specs.add("v3"), where={"positions": [[-2, None]]}),
+    # Keys and values of the layer itself are made of what it reads there.
+    "first keys from 70": demo_specs.one(
+        {"kind": "add", "vector": "attn_in-0", "layers": [0]}, where={"positions": [[70, None]]}
+    ),
+    "channels": inner_specs.SPECS["channels at mlp_in"],
+    "generation inside": inner_specs.SPECS["on what is generated at head_out"],
 }
 
 
@@ -61,13 +68,15 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
     folder = tmp_path_factory.mktemp("registry")
     with Registry.open(folder) as registry:
         demo_specs.register(registry)
-    with vllm_engine.start_engine(folder, enable_prefix_caching=True) as running:
+        inner_specs.register(registry)
+    options = {"enable_prefix_caching": True, **vllm_engine.ALL_SITES}
+    with vllm_engine.start_engine(folder, **options) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def plans(engine: VllmEngine) -> Plans:
-    cache = PlanCache(demo_specs.LIBRARY, engine.info, engine.capabilities)
+    cache = PlanCache(inner_specs.LIBRARY, engine.info, engine.capabilities)
     return {
         name: None if spec is None else cache.plan(demo_specs.parse_spec(spec))
         for name, spec in SPECS.items()
@@ -165,6 +174,13 @@ def assert_exact(engine: VllmEngine, plan: SteeringPlan | None, found: Answer) -
         ("clamp", "clamp", WHOLE),
         ("clamp", "norms", 0),
         ("norms", "norms", WHOLE),
+        ("plain", "first keys from 70", 64),
+        ("first keys from 70", "plain", 64),
+        ("first keys from 70", "first keys from 70", WHOLE),
+        ("plain", "channels", 0),
+        ("channels", "channels", WHOLE),
+        ("plain", "generation inside", WHOLE),
+        ("generation inside", "plain", WHOLE),
     ],
 )
 def test_a_second_request_with_the_same_prompt(
@@ -198,6 +214,9 @@ def test_a_second_request_with_the_same_prompt(
         ("prompt gate", "plain", WHOLE),
         ("prompt gate", "prompt gate", WHOLE),
         ("token gate", "token gate", 128),
+        ("first keys from 70", "plain", 64),
+        ("generation inside", "plain", WHOLE),
+        ("channels", "channels", 128),
     ],
 )
 def test_the_next_turn(

@@ -9,6 +9,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 from collections.abc import Iterator
 
 import demo_specs
+import inner_specs
 import pytest
 import vllm_engine
 from vllm_contract import Plans, assert_same
@@ -29,14 +30,19 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
     folder = tmp_path_factory.mktemp("registry")
     with Registry.open(folder) as registry:
         demo_specs.register(registry)
-    options = {"steer": {"form": "static"}}
+        inner_specs.register(registry)
+    options = {"steer": {"form": "static", "sites": "all"}}
     with vllm_engine.start_engine(folder, additional_config=options) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def plans(engine: VllmEngine) -> Plans:
-    return demo_specs.compiled(PlanCache(demo_specs.LIBRARY, engine.info, engine.capabilities))
+    cache = PlanCache(demo_specs.LIBRARY, engine.info, engine.capabilities)
+    inside = inner_specs.compiled(engine.info, engine.capabilities)
+    return demo_specs.compiled(cache) | {
+        name: plan for name, plan in inside.items() if TOPK not in name
+    }
 
 
 def test_mixed_requests_equal_the_transformers_engine(engine: VllmEngine, plans: Plans) -> None:

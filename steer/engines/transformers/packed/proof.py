@@ -18,9 +18,9 @@ from steer.batch.ledger import Ledger
 from steer.batch.requests import Span, SteeredRequest
 from steer.batch.step import Step, build_step
 from steer.batch.tables import Tables
-from steer.engines.proof import agree, probe_plan
+from steer.engines.proof import agree, edit_size, probe_plan
 from steer.engines.transformers.packed.model import PackedModel
-from steer.engines.transformers.proof import edit_size, is_idle
+from steer.engines.transformers.proof import is_idle
 from steer.errors import Unsupported
 from steer.model import HookPoint
 

@@ -14,16 +14,21 @@ from torch import Tensor
 from steer.batch.requests import Ints
 from steer.batch.step import Step
 from steer.engines.vllm.taps import ops
+from steer.engines.vllm.taps.inner_sites import Shard
 from steer.engines.vllm.taps.taps import ADDED, points_of, tap_of
 from steer.model import HookPoint
+from steer.spec import Site
 
 Keep = Callable[[HookPoint, Tensor], None]
+
+_WHOLE: Mapping[Site, Shard] = {}
 
 
 class ForwardPass:
     """A `Visitor` over the first `tokens` rows of the batch; the rest is padding.
 
     `keep` is shown the state `[tokens, d]` at each point of `wanted`, after the edits there.
+    `shards` are the sites whose rows are split over workers; there every worker edits whole rows.
     """
 
     def __init__(
@@ -33,7 +38,9 @@ class ForwardPass:
         n_layers: int,
         wanted: frozenset[HookPoint] = frozenset(),
         keep: Keep | None = None,
+        shards: Mapping[Site, Shard] = _WHOLE,
     ) -> None:
+        self._shards = shards
         self._step, self._tokens, self._wanted, self._keep = step, tokens, wanted, keep
         edited = step.points if step is not None else frozenset()
         self.taps = frozenset(tap_of(point) for point in edited | wanted)
@@ -67,9 +74,11 @@ class ForwardPass:
             self._step.finish()
 
     def _visit_whole(self, point: HookPoint, x: Tensor) -> None:
-        edited = x if self._step is None else self._step.edit(point, x)
-        if edited is not x:
-            x.copy_(edited)
+        shard = self._shards.get(point.site)
+        state = x if shard is None else shard.gather(x)
+        edited = state if self._step is None else self._step.edit(point, state)
+        if edited is not state:
+            x.copy_(edited if shard is None else shard.own(edited))
         if self._keep is not None and point in self._wanted:
             self._keep(point, edited)
 

@@ -7,18 +7,15 @@ tensors that it is shown; a tap of a compiled one returns others, which take the
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from steer.engines.vllm.taps.arguments import BEFORE, STREAM, Argument, rows_of, shown
 from steer.engines.vllm.taps.taps import SITES, LayerTaps
 from steer.spec import Site
 
-STREAM = "hidden_states"
-BEFORE = "residual"
 ENDS: tuple[Site, ...] = ("resid_pre", "resid_post")
 
 
@@ -84,7 +81,7 @@ class PlainAdd:
         def forward(*args: Any, **named: Any) -> Any:
             hidden = hidden_at.of(args, named)
             if first is not None:
-                hidden = _shown(first, hidden)
+                hidden = shown(first, hidden)
                 args, named = hidden_at.put(args, named, hidden)
             stream.clear()
             stream.append(hidden)
@@ -113,40 +110,15 @@ class EndsOnly:
 
         def forward(*args: Any, **named: Any) -> Any:
             if first is not None:
-                hidden = _shown(first, hidden_at.of(args, named))
+                hidden = shown(first, hidden_at.of(args, named))
                 args, named = hidden_at.put(args, named, hidden)
             output = inner(*args, **named)
-            return _with_first(output, _shown(last, _first(output)))
+            return _with_first(output, shown(last, _first(output)))
 
         if first is not None:
             layer.steer_first_tap = first
         layer.steer_tap = last
         layer.forward = forward
-
-
-class Argument:
-    """One parameter of a module's `forward`, however a caller passes it."""
-
-    @staticmethod
-    def names(module: nn.Module) -> list[str]:
-        """What the `forward` of `module` takes, in order."""
-        return list(inspect.signature(module.forward).parameters)
-
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self.name = name
-        self.place = self.names(module).index(name)
-
-    def of(self, args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-        if self.name in named:
-            return named[self.name]
-        return args[self.place] if self.place < len(args) else None
-
-    def put(
-        self, args: tuple[Any, ...], named: dict[str, Any], value: Any
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self.name in named or self.place >= len(args):
-            return args, {**named, self.name: value}
-        return (*args[: self.place], value, *args[self.place + 1 :]), named
 
 
 def _before_norm(norm: nn.Module, tap: nn.Module) -> None:
@@ -192,18 +164,6 @@ def _hold_input(module: nn.Module, stream: list[Tensor]) -> None:
         return inner(x, *args, **named)
 
     module.forward = forward
-
-
-def _shown(tap: nn.Module, x: Tensor) -> Tensor:
-    """`x`, a whole stream, after `tap` has seen it."""
-    rows = rows_of(x)
-    edited, _ = tap(rows, None)
-    return x if edited is rows else edited.view_as(x)
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """The same memory as `[T, d]`: models of transformers keep a batch dimension of 1."""
-    return x.view(-1, x.shape[-1])
 
 
 def _first(output: Any) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from steer.engines.vllm.taps.decoder import TextDecoder, unsupported
+from steer.engines.vllm.taps.inner_sites import InnerSite
 from steer.engines.vllm.taps.layer_streams import ENDS, EndsOnly, FusedAdd
 from steer.engines.vllm.taps.streams import Streams
 from steer.engines.vllm.taps.taps import DecoderStack, Layout
@@ -24,10 +25,12 @@ _ADDED_BETWEEN = "deepstack_input_embeds"
 """A parameter of models that add the features of images to the stream between two layers."""
 
 
-def choose_stack(decoder: TextDecoder, streams: Streams) -> DecoderStack:
-    """The layers of `decoder` with their layout. Raises `Unsupported` where a family's layers are
-    not what was read."""
-    return DecoderStack(decoder.layers, _layout(decoder, streams), decoder.n_layers)
+def choose_stack(
+    decoder: TextDecoder, streams: Streams, inner: tuple[InnerSite, ...] = ()
+) -> DecoderStack:
+    """The layers of `decoder` with their layout, and with `inner` sites as well. Raises
+    `Unsupported` where a family's layers are not what was read."""
+    return DecoderStack(decoder.layers, _layout(decoder, streams), decoder.n_layers, inner)
 
 
 def find_unembedding(decoder: TextDecoder, streams: Streams) -> Unembed | None:

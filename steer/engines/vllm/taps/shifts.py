@@ -18,7 +18,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from steer.model import HookPoint
+from steer.model import INNER_SITES, HookPoint
 from steer.plan.plan import SteeringPlan
 
 Key = tuple[str, int]
@@ -159,9 +159,13 @@ Shifts: TypeAlias = ShiftTables | NoShifts
 
 
 def only_shifts(plan: SteeringPlan) -> bool:
-    """Whether all that `plan` ever does is to add constants to tokens known beforehand."""
+    """Whether all that `plan` ever does is to add constants to the stream of tokens known
+    beforehand: inside attention and MLP a graph has no constants."""
     return all(
-        one.gate is None and all(block.is_shift for block in one.blocks.values())
+        one.gate is None
+        and all(
+            block.is_shift and point.site not in INNER_SITES for point, block in one.blocks.items()
+        )
         for one in plan.rules
     )
 

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from steer.engines.proof import unchanged
+from steer.engines.vllm.taps.arguments import BEFORE, STREAM, Argument, rows_of
 from steer.engines.vllm.taps.decoder import TextDecoder, class_path, unsupported
 from steer.engines.vllm.taps.ending import Ending, find_ending
-from steer.engines.vllm.taps.layer_streams import BEFORE, STREAM, Argument, rows_of
 from steer.engines.vllm.taps.taps import Halves
 from steer.errors import SteerError
 
@@ -37,7 +37,7 @@ TrialPass = Callable[[int], Tensor]
 
 Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-_TOKENS = 3
+TRIAL_TOKENS = 3
 _UNWRITTEN = {torch.empty, torch.empty_like, torch.empty_strided, Tensor.new_empty}
 
 
@@ -64,7 +64,7 @@ def read_streams(
         if STREAM not in Argument.names(layer):
             takes = ", ".join(Argument.names(layer))
             raise _refused(decoder, number, layer, f"takes {takes} and not {STREAM}")
-    tokens = min(largest, _TOKENS)
+    tokens = min(largest, TRIAL_TOKENS)
     trials = [_Trial(decoder, change) for change in (_keep, _swap, _forge)]
     plain, swapped, forged = (trial.run(run, tokens) for trial in trials)
     calls = trials[0]
@@ -105,8 +105,8 @@ class _Trial:
     def run(self, run: TrialPass, tokens: int) -> Tensor:
         """What the pass makes of `tokens` tokens, float32 `[T, ...]`."""
         with ExitStack() as stack:
-            stack.enter_context(_uncompiled(self._decoder.model))
-            stack.enter_context(_ZeroedMemory())
+            stack.enter_context(uncompiled(self._decoder.model))
+            stack.enter_context(ZeroedMemory())
             for number, layer in self._decoder.layers:
                 stack.enter_context(self._watched(number, layer))
             for module in _beside(self._decoder):
@@ -288,7 +288,7 @@ def _beside(decoder: TextDecoder) -> Iterator[nn.Module]:
             yield module
 
 
-class _ZeroedMemory(TorchFunctionMode):
+class ZeroedMemory(TorchFunctionMode):
     """Tensors made without values are zero, so that two passes over the same tokens are equal."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -297,7 +297,7 @@ class _ZeroedMemory(TorchFunctionMode):
 
 
 @contextmanager
-def _uncompiled(model: nn.Module) -> Iterator[None]:
+def uncompiled(model: nn.Module) -> Iterator[None]:
     """vLLM's own switch, for parts that are to be compiled and are not yet."""
     switched = [one for one in model.modules() if getattr(one, "do_not_compile", None) is False]
     for module in switched:

@@ -9,6 +9,11 @@ sites:
     tap 2i + 1     attn_out, resid_mid of layer i      (between attention and MLP)
     tap 2i + 2     mlp_out, resid_post of layer i, resid_pre of layer i + 1
 
+The sites inside attention and MLP have taps of their own, in front of the module that reads them
+(`inner_sites.py`); these count down:
+
+    tap −4i − 1    attn_in of layer i, and then head_out, mlp_in, mlp_act
+
 Models that keep one tensor have the same two halves at the same places: a part's output, and the
 stream that it is about to be added to. Where the halves are found is the family's `Layout`.
 
@@ -26,19 +31,25 @@ import torch
 from torch import Tensor, nn
 
 from steer.engines.vllm.taps import ops
+from steer.engines.vllm.taps.inner_sites import InnerSite, show_input
 from steer.engines.vllm.taps.shifts import ShiftTables
-from steer.model import HookPoint
+from steer.model import INNER_SITES, SITE_ORDER, HookPoint
 from steer.spec import Site
 
 SITES: tuple[Site, ...] = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 ADDED: frozenset[Site] = frozenset({"attn_out", "mlp_out"})
 """Sites that are a part's contribution, `hidden` alone; the others are the stream."""
 
+_INNER: tuple[Site, ...] = tuple(INNER_SITES)
+
 Halves = tuple[Tensor, Tensor | None]
 
 
 def points_of(tap: int, n_layers: int) -> tuple[HookPoint, ...]:
     """The hook points at `tap`, in the order in which their edits run."""
+    if tap < 0:
+        layer, site = divmod(-1 - tap, len(_INNER))
+        return (HookPoint(layer, _INNER[site]),)
     layer, part = divmod(tap - 1, 2)
     if part == 0:
         return (HookPoint(layer, "attn_out"), HookPoint(layer, "resid_mid"))
@@ -50,6 +61,8 @@ def points_of(tap: int, n_layers: int) -> tuple[HookPoint, ...]:
 
 def tap_of(point: HookPoint) -> int:
     """The tap that serves `point`."""
+    if point.site in INNER_SITES:
+        return -1 - len(_INNER) * point.layer - _INNER.index(point.site)
     if point.site == "resid_pre":
         return 2 * point.layer
     return 2 * point.layer + (1 if point.site in ("attn_out", "resid_mid") else 2)
@@ -148,28 +161,41 @@ class Layout(Protocol):
 class DecoderStack:
     """The decoder layers that this worker owns, by their number in the whole model.
 
-    `n_layers` counts those of all workers.
+    `n_layers` counts those of all workers; `inner` are the sites inside attention and MLP that are
+    tapped as well.
     """
 
     layers: Sequence[tuple[int, nn.Module]]
     layout: Layout
     n_layers: int
+    inner: tuple[InnerSite, ...] = ()
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites that these layers have taps for, in forward order."""
+        found = {*self.layout.sites, *(one.site for one in self.inner)}
+        return tuple(sorted(found, key=SITE_ORDER.__getitem__))
 
     @property
     def taps(self) -> list[int]:
-        """The taps in these layers, in forward order."""
+        """The taps in these layers: those of the stream, then those of the parts."""
         first = [0] if any(index == 0 for index, _ in self.layers) else []
-        return first + [2 * index + part for index, _ in self.layers for part in (1, 2)]
+        stream = [2 * index + part for index, _ in self.layers for part in (1, 2)]
+        inner = [tap_of(HookPoint(n, one.site)) for n, _ in self.layers for one in self.inner]
+        return first + stream + inner
 
     def owns(self, point: HookPoint) -> bool:
         """Whether the tap that serves `point` is in one of these layers."""
         tap = tap_of(point)
-        return max(tap - 1, 0) // 2 in {index for index, _ in self.layers}
+        layer = point.layer if tap < 0 else max(tap - 1, 0) // 2
+        return layer in {index for index, _ in self.layers}
 
 
 def install(stack: DecoderStack, make_tap: Callable[[int], nn.Module]) -> None:
     """Puts the taps of every layer of `stack` in place."""
     for index, layer in stack.layers:
+        for one in stack.inner:  # first, because the layout wraps what these look at
+            show_input(one.module(layer), make_tap(tap_of(HookPoint(index, one.site))))
         first = make_tap(0) if index == 0 else None
         taps = LayerTaps(first, make_tap(2 * index + 1), make_tap(2 * index + 2))
         stack.layout.install(layer, taps)

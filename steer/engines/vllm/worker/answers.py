@@ -22,6 +22,7 @@ def info_answer(steering: WorkerSteering) -> dict[str, Any]:
     """The worker's model and limits, for `read_info`."""
     answer = dataclasses.asdict(steering.model)
     answer["sites"] = list(steering.model.sites)
+    answer["absent"] = [list(one) for one in steering.model.absent]
     return {
         "model": answer,
         "compiled": steering.compiled,

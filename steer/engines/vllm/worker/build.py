@@ -4,58 +4,73 @@ plans are found."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 
-from steer.engines.vllm.options import SteerOptions, is_static, registry_location
+from steer.engines.vllm.options import KEY, SteerOptions, is_static, registry_location
 from steer.engines.vllm.pipeline import own_part
 from steer.engines.vllm.static.form import StaticForm, set_form
 from steer.engines.vllm.taps.decoder import find_decoder, unsupported
+from steer.engines.vllm.taps.inner_trial import Absent, open_inner_sites
 from steer.engines.vllm.taps.layouts import Unembed, choose_stack, find_unembedding
 from steer.engines.vllm.taps.shifts import ShiftTables
 from steer.engines.vllm.taps.streams import TrialPass, read_streams
 from steer.engines.vllm.taps.taps import CompiledTap, DecoderStack, EagerTap, OpaqueTap, install
 from steer.engines.vllm.worker.edits import Edits, StaticEdits, TapEdits
 from steer.engines.vllm.worker.steering import WorkerSteering
+from steer.engines.vllm.worker.tensor_parallel import check_unsplit, load_together, shards_of
+from steer.errors import Unsupported
 from steer.model import ModelInfo
 from steer.plan.file import load_plan
 from steer.plan.plan import SteeringPlan
 from steer.registry.blobs.plan_store import PlanStore
-from steer.spec import Site
 
 _KEPT_PLANS = 2048
 _SHIFT_SPECS = 256
 
 
-def read_model(
-    model: nn.Module, run: TrialPass, config: Any, *, largest: int
-) -> tuple[DecoderStack, Unembed | None]:
-    """The layers of `model` as they can be tapped, and the way from their last state to logits.
+@dataclass(frozen=True)
+class ReadModel:
+    """The layers of a model as they can be tapped, why they lack other sites, and the way from
+    their last state to logits."""
 
-    `run` makes trial passes, of `largest` tokens at most; `config` is vLLM's of the model. Raises
-    `Unsupported` for a model that cannot be steered.
+    stack: DecoderStack
+    absent: Absent
+    unembed: Unembed | None
+
+
+def read_model(model: nn.Module, run: TrialPass, vllm_config: Any, *, largest: int) -> ReadModel:
+    """What `model` is found to be.
+
+    `run` makes trial passes, of `largest` tokens at most. Raises `Unsupported` for a model that
+    cannot be steered, or not at the sites that the options name.
     """
+    config = vllm_config.model_config
     if config.is_encoder_decoder:
         raise unsupported(model, "it is an encoder with a decoder")
     decoder = find_decoder(model, config.get_total_num_hidden_layers())
-    streams = read_streams(
-        decoder,
-        run,
-        width=config.get_hidden_size(),
-        largest=largest,
-        experts=bool(config.is_moe),
-    )
-    return choose_stack(decoder, streams), find_unembedding(decoder, streams)
+    width, experts = config.get_hidden_size(), bool(config.is_moe)
+    streams = read_streams(decoder, run, width=width, largest=largest, experts=experts)
+    options = SteerOptions.stamped(vllm_config.additional_config)
+    asked = None if options.sites == "all" else options.sites
+    inner, absent = open_inner_sites(decoder, run, asked, width=width, largest=largest)
+    if is_static(vllm_config, options):
+        check_unsplit(inner)
+    stack = choose_stack(decoder, streams, inner)
+    return ReadModel(stack, absent, find_unembedding(decoder, streams))
 
 
-def attach(stack: DecoderStack, vllm_config: Any, device: torch.device) -> WorkerSteering:
-    """Taps the layers of `stack` and gives the worker's steering."""
+def attach(read: ReadModel, vllm_config: Any, device: torch.device) -> WorkerSteering:
+    """Taps the layers that were read and gives the worker's steering."""
     options = SteerOptions.stamped(vllm_config.additional_config)
     static = is_static(vllm_config, options)
-    info = model_info(vllm_config, stack.layout.sites)
+    stack = read.stack
+    info = model_info(vllm_config, read)
+    shards = shards_of(stack.inner)
     scheduler = vllm_config.scheduler_config
     requests, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
     tokens = max(tokens, *(vllm_config.compilation_config.cudagraph_capture_sizes or [0]))
@@ -72,7 +87,7 @@ def attach(stack: DecoderStack, vllm_config: Any, device: torch.device) -> Worke
         set_form(form)
         edits = StaticEdits(form)
     else:
-        edits = TapEdits(info, requests, device)
+        edits = TapEdits(info, requests, device, shards)
     shifts = None
     if compiles(vllm_config):
         specs = min(requests, _SHIFT_SPECS)
@@ -86,6 +101,8 @@ def attach(stack: DecoderStack, vllm_config: Any, device: torch.device) -> Worke
         )
     install(stack, lambda index: _tap(index, shifts, static=static))
     load = plan_loader(PlanStore(registry_location()), info)
+    if shards:
+        load = load_together(load)
     stages = vllm_config.parallel_config.pipeline_parallel_size
     return WorkerSteering(
         info,
@@ -99,9 +116,10 @@ def attach(stack: DecoderStack, vllm_config: Any, device: torch.device) -> Worke
 
 
 def _tap(index: int, shifts: ShiftTables | None, *, static: bool) -> nn.Module:
-    if shifts is not None:
-        return CompiledTap(index, shifts, OpaqueTap(index, static=static))
-    return OpaqueTap(index, static=True) if static else EagerTap(index)
+    if shifts is None:
+        return OpaqueTap(index, static=True) if static else EagerTap(index)
+    opaque = OpaqueTap(index, static=static)
+    return opaque if index < 0 else CompiledTap(index, shifts, opaque)
 
 
 def compiles(vllm_config: Any) -> bool:
@@ -109,9 +127,19 @@ def compiles(vllm_config: Any) -> bool:
     return str(vllm_config.compilation_config.mode.name) != "NONE"
 
 
-def model_info(vllm_config: Any, sites: tuple[Site, ...]) -> ModelInfo:
-    """The shape of the model that vLLM serves, whose layers have `sites`."""
+def model_info(vllm_config: Any, read: ReadModel) -> ModelInfo:
+    """The shape of the model that vLLM serves, whose layers were read."""
     config = vllm_config.model_config
+    widths = {one.site: one.width for one in read.stack.inner}
+    heads = int(getattr(config.hf_text_config, "num_attention_heads", 0)) or None
+    over_heads = widths.get("head_out")
+    if over_heads is not None and (heads is None or over_heads % heads):
+        raise Unsupported(
+            f"the rows of 'head_out' have {over_heads} numbers, which the {heads} heads of "
+            f"{config.architectures[0]} do not share: leave the site out of additional_config"
+            f"[{KEY!r}]['sites']",
+            code="unsupported_site",
+        )
     return ModelInfo(
         name=str(config.served_model_name or config.model),
         architecture=config.architectures[0],
@@ -120,7 +148,11 @@ def model_info(vllm_config: Any, sites: tuple[Site, ...]) -> ModelInfo:
         vocab_size=config.get_vocab_size(),
         max_length=config.max_model_len,
         dtype=str(config.dtype).removeprefix("torch."),
-        sites=sites,
+        sites=read.stack.sites,
+        d_mlp=widths.get("mlp_act"),
+        n_heads=heads,
+        head_dim=None if over_heads is None or heads is None else over_heads // heads,
+        absent=tuple(read.absent.items()),
     )
 
 

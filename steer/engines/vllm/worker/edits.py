@@ -6,7 +6,7 @@ static buffers (`static/form.py`) are what CUDA graphs can replay; Python at the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,8 +20,10 @@ from steer.batch.step import build_step
 from steer.batch.tables import Tables
 from steer.engines.vllm.static.form import Fault, StaticForm
 from steer.engines.vllm.taps.forward_pass import ForwardPass
+from steer.engines.vllm.taps.inner_sites import Shard
 from steer.engines.vllm.worker.prepared import RunningPass, ScheduledRequest
 from steer.model import HookPoint, ModelInfo
+from steer.spec import Site
 
 
 @dataclass(frozen=True)
@@ -74,15 +76,23 @@ class TapEdits:
 
     static = False
 
-    def __init__(self, model: ModelInfo, requests: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: ModelInfo,
+        requests: int,
+        device: torch.device,
+        shards: Mapping[Site, Shard] | None = None,
+    ) -> None:
+        """`shards` are the sites whose rows are split over workers."""
         self._model, self.tables = model, Tables(model, slots=requests, device=device)
+        self._shards = shards or {}
         self._ledger: Callable[[], PositionLedger] | None = None
 
     def bind(self, ledger: Callable[[], PositionLedger]) -> None:
         self._ledger = ledger
 
     def rehearsal(self, requests: int) -> TapEdits:
-        return TapEdits(self._model, requests, self.tables.device)
+        return TapEdits(self._model, requests, self.tables.device, self._shards)
 
     def lasts(self, request: ScheduledRequest) -> bool:  # noqa: ARG002 - slots may change
         return True
@@ -100,7 +110,7 @@ class TapEdits:
         if step is None and not wanted:
             return None
         keep = (lambda point, x: _keep(coming.reading, point, x)) if wanted else None
-        return ForwardPass(step, coming.tokens, self._model.n_layers, wanted, keep)
+        return ForwardPass(step, coming.tokens, self._model.n_layers, wanted, keep, self._shards)
 
     def rest(self) -> None:
         """Taps look at the running pass alone."""

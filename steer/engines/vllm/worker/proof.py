@@ -1,25 +1,30 @@
-"""The start-up proof: at every tap steering acts, and doing nothing changes no bit.
+"""The start-up proof: at every hook point steering acts, and doing nothing changes no bit.
 
 One dummy pass is run in which the first token is not steered and each other one at a hook point of
 its own. Each steered token must end in another hidden state than in a plain pass, the first in the
 same to the bit: where a dummy request has several tokens, none comes before it. The compiled
 graph's constants and its operator are proved one after the other.
+
+Where states can be read, each site must also be what its name says: what an edit adds there arrives
+as it is, nothing of its layer that comes before moves, and the streams after it move by as much as
+what is added to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from steer.engines.proof import probe_plan, unchanged
-from steer.engines.vllm.ticket import Ticket
+from steer.engines.proof import States, edit_size, misplaced, probe_plan, probe_shift, unchanged
+from steer.engines.vllm.ticket import CaptureOrder, Ticket
 from steer.engines.vllm.worker.prepared import BatchTokens
 from steer.engines.vllm.worker.steering import WorkerSteering
 from steer.errors import Unsupported
-from steer.model import HookPoint
+from steer.model import INNER_SITES, HookPoint
 from steer.plan.plan import SteeringPlan
 from steer.plan.selection import EVERYWHERE
 
@@ -28,6 +33,14 @@ _POINTS_AT_ONCE = 32
 Run = Callable[[int], Tensor]
 """A dummy pass over so many tokens: what this worker makes of them, `[>= T, ...]`; its last hidden
 states, or what it hands to the next stage of a pipeline."""
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A dummy request of one token: steered by `plan`, read at `read`."""
+
+    plan: SteeringPlan | None
+    read: tuple[HookPoint, ...] = ()
 
 
 def prove(steering: WorkerSteering, run: Run, largest: int, *, experts: bool) -> None:
@@ -43,24 +56,30 @@ def prove(steering: WorkerSteering, run: Run, largest: int, *, experts: bool) ->
         if steering.owns(HookPoint(layer, site))
     ]
     group = max(min(largest, steering.edits.tables.slots, _POINTS_AT_ONCE + 1) - 1, 1)
-    for constant in (True, False):
-        for first in range(0, len(points), group):
-            _prove_points(steering, run, points[first : first + group], constant, experts)
+    for first in range(0, len(points), group):
+        some = points[first : first + group]
+        plain = run(len(some) + 1)
+        _prove_acts(steering, run, some, plain, constant=True, experts=experts)
+        _prove_acts(steering, run, some, plain, constant=False, experts=experts)
+        if not steering.edits.static:
+            _prove_places(steering, run, some)
 
 
-def _prove_points(
-    steering: WorkerSteering, run: Run, points: Sequence[HookPoint], constant: bool, experts: bool
+def _prove_acts(
+    steering: WorkerSteering,
+    run: Run,
+    points: Sequence[HookPoint],
+    plain: Tensor,
+    *,
+    constant: bool,
+    experts: bool,
 ) -> None:
-    plans = {f"{point}": probe_plan(steering.model, point, constant=constant) for point in points}
-    tokens = len(points) + 1
-    plain = run(tokens)
-    steered = _rehearse(steering, plans, run, tokens)
+    probes = [_Probe(probe_plan(steering.model, point, constant=constant)) for point in points]
+    steered, _ = _rehearse(steering, probes, run)
     for number, point in enumerate(points, 1):
-        if torch.equal(steered[number], plain[number]):
-            raise Unsupported(
-                f"an edit at {point} of {steering.model.architecture} changes nothing on this "
-                "vLLM: the model is not served, because it would not be steered",
-                code="steering_does_not_act",
+        if torch.equal(steered[number], plain[number]) and not _is_idle(steering, run, point):
+            raise _unproven(
+                f"an edit at {point} of {steering.model.architecture} changes nothing on this vLLM",
             )
     if not unchanged(steered[0], plain[0], experts=experts):
         raise Unsupported(
@@ -70,31 +89,102 @@ def _prove_points(
         )
 
 
+def _is_idle(steering: WorkerSteering, run: Run, point: HookPoint) -> bool:
+    """Whether the part around `point` adds the same whatever it reads, its weights being zero;
+    False where its output cannot be read."""
+    if point.site not in INNER_SITES or steering.edits.static:
+        return False
+    start, out = (
+        HookPoint(point.layer, "resid_pre"),
+        HookPoint(point.layer, INNER_SITES[point.site]),
+    )
+    if not {start.site, out.site} <= {*steering.model.sites}:
+        return False
+    plans = (None, probe_plan(steering.model, start, constant=False))
+    one, other = (_rehearse(steering, [_Probe(plan, (out,))], run)[1][0][out] for plan in plans)
+    return torch.equal(one, other)
+
+
+def _prove_places(steering: WorkerSteering, run: Run, points: Sequence[HookPoint]) -> None:
+    """Raises `Unsupported` for a point at which an edit does something else than its name says."""
+    layers = [
+        tuple(
+            HookPoint(point.layer, site)
+            for site in steering.model.sites
+            if steering.owns(HookPoint(point.layer, site))
+        )
+        for point in points
+    ]
+    dtype = getattr(torch, steering.model.dtype)
+    _, unmoved = _rehearse(steering, [_Probe(None, read) for read in layers], run)
+    sizes = [edit_size(point.site, here) for point, here in zip(points, unmoved, strict=True)]
+    probes = [
+        _Probe(probe_plan(steering.model, point, constant=False, size=size), read)
+        for point, size, read in zip(points, sizes, layers, strict=True)
+    ]
+    _, steered = _rehearse(steering, probes, run)
+    for point, size, before, after in zip(points, sizes, unmoved, steered, strict=True):
+        moved = {at: state - before[at] for at, state in after.items()}
+        shift = probe_shift(steering.model, point.site, size)
+        wrong = misplaced(point, shift, moved, before, dtype)
+        if wrong is not None:
+            raise _unproven(
+                f"{wrong} of {steering.model.architecture} does not move on this vLLM by what an "
+                f"edit at {point} adds there",
+            )
+
+
+def _unproven(what: str) -> Unsupported:
+    return Unsupported(
+        f"{what}: the model is not served, because it would not be steered",
+        code="steering_does_not_act",
+    )
+
+
 def _rehearse(
-    steering: WorkerSteering, plans: Mapping[str, SteeringPlan], run: Run, tokens: int
-) -> Tensor:
-    """A dummy pass in which token i belongs to plan i − 1, with tables of its own; static buffers
-    are the worker's, because the model's taps have no others."""
+    steering: WorkerSteering, probes: Sequence[_Probe], run: Run
+) -> tuple[Tensor, list[States]]:
+    """A dummy pass in which token i belongs to probe i − 1, with tables of its own, and what each
+    probe read; static buffers are the worker's, because the model's taps have no others."""
+    plans = {str(n): probe.plan for n, probe in enumerate(probes) if probe.plan is not None}
     rehearsed = WorkerSteering(
         steering.model,
         plans.__getitem__,
-        steering.edits.rehearsal(len(plans)),
-        max_requests=len(plans),
+        steering.edits.rehearsal(len(probes)),
+        max_requests=len(probes),
         shifts=steering.shifts,
     )
-    names = list(plans)
-    for name in names:
-        ticket = Ticket(
-            name, fingerprint=plans[name].fingerprint, plan=name, selections=(EVERYWHERE,)
-        )
-        rehearsed.admit(name, [0], ticket)
+    names = [str(n) for n in range(len(probes))]
+    for name, probe in zip(names, probes, strict=True):
+        rehearsed.admit(name, [0], _ticket(name, probe))
+    tokens = len(probes) + 1
     each = np.zeros(tokens, dtype=np.int64)
     token = np.zeros(1, dtype=np.int64)
     rehearsed.begin(BatchTokens(["nobody", *names], each, each + 1, lambda _: token))
     try:
-        return run(tokens)
+        made = run(tokens)
+        return made, [_states(rehearsed, name) for name in names]
     finally:
         rehearsed.end()
         for name in names:
             rehearsed.retire(name)
         steering.recover()
+
+
+def _ticket(name: str, probe: _Probe) -> Ticket:
+    capture = CaptureOrder(probe.read, (0,)) if probe.read else None
+    if probe.plan is None:
+        return Ticket(name, capture=capture)
+    return Ticket(
+        name,
+        fingerprint=probe.plan.fingerprint,
+        plan=name,
+        selections=(EVERYWHERE,),
+        capture=capture,
+    )
+
+
+def _states(steering: WorkerSteering, name: str) -> States:
+    request = steering.requests.get(name)
+    assert request is not None
+    return request.states

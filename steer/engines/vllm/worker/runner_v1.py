@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,12 @@ from torch import Tensor
 
 from steer.batch.requests import Ints
 from steer.engines.vllm.worker.prepared import BatchTokens
-from steer.engines.vllm.worker.states import empty_states, own_blocks
+from steer.engines.vllm.worker.states import (
+    empty_states,
+    filled_null_block,
+    own_blocks,
+    reads_attention,
+)
 from steer.engines.vllm.worker.steering import WorkerSteering, take_note
 from steer.errors import Unsupported
 
@@ -49,7 +54,11 @@ class RunnerV1:
     def dummy_pass(self, tokens: int) -> Tensor:
         """What the model makes of `tokens` dummy requests of one token: `[>= tokens, ...]`."""
         runner = self._runner
-        with empty_states(runner, tokens), own_blocks(runner, tokens):
+        with ExitStack() as stack:
+            stack.enter_context(empty_states(runner, tokens))
+            stack.enter_context(own_blocks(runner, tokens))
+            if reads_attention(self._steering.model):
+                stack.enter_context(filled_null_block(runner))
             return _joined(runner._dummy_run(tokens, force_attention=True)[0])
 
     @staticmethod

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
@@ -25,7 +25,13 @@ from torch import Tensor
 from steer.batch.requests import Ints
 from steer.engines.vllm.seams import calls, known, version
 from steer.engines.vllm.worker.prepared import BatchTokens
-from steer.engines.vllm.worker.states import empty_states, state_groups
+from steer.engines.vllm.worker.states import (
+    NULL_CONTEXT,
+    empty_states,
+    filled_null_block,
+    reads_attention,
+    state_groups,
+)
 from steer.engines.vllm.worker.steering import WorkerSteering, take_note
 from steer.errors import Unsupported
 
@@ -71,9 +77,13 @@ class RunnerV2:
     def dummy_pass(self, tokens: int) -> Tensor:
         """What the model makes of `tokens` dummy requests of one token: `[>= tokens, ...]`."""
         runner = self._runner
-        with empty_states(runner, tokens):
-            stateful = bool(state_groups(runner))
-            return _dummy_pass(runner, tokens, valid_dummy_state_slots=stateful)
+        options: dict[str, Any] = {"valid_dummy_state_slots": bool(state_groups(runner))}
+        with ExitStack() as stack:
+            stack.enter_context(empty_states(runner, tokens))
+            if reads_attention(self._steering.model):
+                stack.enter_context(filled_null_block(runner))
+                options["context_len"] = NULL_CONTEXT
+            return _dummy_pass(runner, tokens, **options)
 
     @staticmethod
     def trial_pass(runner: Any, tokens: int) -> Tensor:
@@ -89,7 +99,7 @@ class RunnerV2:
         return self._model_inputs(input_batch, req_states)
 
 
-def _dummy_pass(runner: Any, tokens: int, **options: bool) -> Tensor:
+def _dummy_pass(runner: Any, tokens: int, **options: Any) -> Tensor:
     """What the model makes of dummy requests, or what its stage of a pipeline hands on."""
     made: list[Any] = []
     execute = runner.execute_model

@@ -71,13 +71,14 @@ class SteerWorker:
         worker: Any = self
         runner = worker.model_runner
         steered = adapter(runner)
-        stack, self._unembed = read_model(
+        read = read_model(
             runner.get_model(),
             partial(steered.trial_pass, runner),
-            worker.vllm_config.model_config,
+            worker.vllm_config,
             largest=runner.max_num_tokens,
         )
-        self.steering = attach(stack, worker.vllm_config, worker.device)
+        self._unembed = read.unembed
+        self.steering = attach(read, worker.vllm_config, worker.device)
         self._runner = steered(runner, self.steering)
         look_at_logits(runner.get_model(), self.steering)
 
