@@ -25,10 +25,10 @@ class SteerOptions(BaseModel):
     """Options of the plugin; the defaults serve every kind at every site.
 
     `edit_rows` bounds the rank-1 edits of all running plans together; requests beyond it wait.
-    `form` is how edits that read the state run: `python` looks at the running pass in an operator
-    and does everything; `static` launches one Triton kernel per tap from fixed buffers, which CUDA
-    graphs replay, and does neither TopK clamps nor captures; `auto` is `static` where vLLM captures
-    graphs. `shift_rows` are the rows of constants inside compiled graphs (0: as many as 256 specs
+    `form` is how edits that read the state run: `python` looks at the running pass in an operator;
+    `static` launches one Triton kernel per tap from fixed buffers, which CUDA graphs replay, and
+    runs the steps of requests that capture states or clamp a TopK SAE without a graph, in Python;
+    `auto` is `static` where vLLM captures graphs. `shift_rows` are the rows of constants inside compiled graphs (0: as many as 256 specs
     on every layer need, or all that can run); plans that find no room there are steered by the
     general operator.
     """

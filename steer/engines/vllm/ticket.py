@@ -41,8 +41,8 @@ class Ticket:
 
     `key` names what the request leaves behind (receipt, captured states); `n` is the number of
     choices that share it. `plan` is the plan's hash in the plan store, None where the request is
-    only read. `rows` is the number of edit rows that the plan takes in the tables. `selections`
-    has one entry per rule of the plan.
+    only read. `rows` is the number of edit rows that the plan takes in the tables, `competes` what
+    the plan says of itself. `selections` has one entry per rule of the plan.
     """
 
     key: str
@@ -52,6 +52,7 @@ class Ticket:
     rows: int = 0
     selections: tuple[Selection, ...] = ()
     measure: bool = False
+    competes: bool = False
     capture: CaptureOrder | None = field(default=None, compare=False)
 
     def as_extra_args(self) -> dict[str, str]:
@@ -64,6 +65,7 @@ class Ticket:
                 "rows": self.rows,
                 "selections": [selection_to_json(one) for one in self.selections],
                 "measure": self.measure,
+                "competes": self.competes,
             }
         if self.capture is not None:
             content["capture"] = {
@@ -101,6 +103,13 @@ class Ticket:
         return bits
 
     @property
+    def graphless(self) -> bool:
+        """Whether steps with this request run without their CUDA graph: it takes states out of the
+        pass, or chooses among all latents of an SAE. Every worker must say the same of a step,
+        so that it depends on nothing but the ticket."""
+        return self.competes or self.capture is not None
+
+    @property
     def reads_tokens(self) -> bool:
         return any(selection.reads_tokens for selection in self.selections)
 
@@ -127,5 +136,6 @@ def _read(content: Mapping[str, Any]) -> Ticket:
         rows=int(content.get("rows", 0)),
         selections=selections,
         measure=bool(content.get("measure", False)),
+        competes=bool(content.get("competes", False)),
         capture=capture,
     )

@@ -48,6 +48,7 @@ class TicketIssuer:
             rows=rows,
             selections=tuple(one.selection for one in plan.rules),
             measure=measure,
+            competes=plan.competes,
             capture=capture,
         )
 

@@ -70,7 +70,7 @@ def attach(stack: DecoderStack, vllm_config: Any, device: torch.device) -> Worke
             device=device,
         )
         set_form(form)
-        edits = StaticEdits(form)
+        edits = StaticEdits(form, TapEdits(info, requests, device))
     else:
         edits = TapEdits(info, requests, device)
     shifts = None
