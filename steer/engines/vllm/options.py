@@ -28,9 +28,9 @@ class SteerOptions(BaseModel):
     `form` is how edits that read the state run: `python` looks at the running pass in an operator;
     `static` launches one Triton kernel per tap from fixed buffers, which CUDA graphs replay, and
     runs the steps of requests that capture states or clamp a TopK SAE without a graph, in Python;
-    `auto` is `static` where vLLM captures graphs. `shift_rows` are the rows of constants inside compiled graphs (0: as many as 256 specs
-    on every layer need, or all that can run); plans that find no room there are steered by the
-    general operator.
+    `auto` is `static` where vLLM captures graphs. `shift_rows` are the rows of constants inside
+    compiled graphs (0: as many as 256 specs on every layer need, or all that can run); plans that
+    find no room there are steered by the general operator.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
