@@ -101,15 +101,17 @@ class Worker:
         return record.request.states
 
 
-def random_plan(draw: random.Random) -> SteeringPlan:
+def random_plan(draw: random.Random, *, competes: bool) -> SteeringPlan:
     while True:
         raw = random_spec(draw, layers=LAYERS, longest=3)
-        if draw.random() < 0.1:
+        if competes:
             raw["interventions"].insert(0, TOPK)
         try:
-            return PLANS.plan(parse_spec(raw))
+            plan = PLANS.plan(parse_spec(raw))
         except SteerError:
             continue
+        if plan.competes == competes:
+            return plan
 
 
 def random_request(draw: random.Random, number: int, plans: dict[str, SteeringPlan]) -> Request:
@@ -148,7 +150,7 @@ def static_edits() -> StaticEdits:
 @pytest.mark.parametrize("seed", range(3))
 def test_both_workers_do_the_same_whoever_meets_in_a_step(seed: int) -> None:
     draw = random.Random(seed)
-    plans = {one.fingerprint: one for one in (random_plan(draw) for _ in range(12))}
+    plans = {one.fingerprint: one for one in (random_plan(draw, competes=n < 3) for n in range(12))}
     workers = [Worker(static_edits(), plans), Worker(TapEdits(MODEL, RUNNING, CPU), plans)]
     waiting = [random_request(draw, number, plans) for number in range(REQUESTS)]
     running: list[Request] = []
@@ -172,7 +174,7 @@ def test_both_workers_do_the_same_whoever_meets_in_a_step(seed: int) -> None:
     fast, reference = workers
     assert 10 < fast.graphless < met["steps"] - 10
     assert reference.graphless == 0
-    assert min(met[one] for one in ("preempted", "captured", "competing", "mixed")) > 3
+    assert min(met[one] for one in ("preempted", "captured", "competing", "mixed")) > 2
     assert met["finished"] == REQUESTS
     assert (fast.steering.stats().slots_in_use, len(fast.steering.requests)) == (0, 0)
 
