@@ -1,6 +1,6 @@
 """Which plan holds which slot: shared by fingerprint, counted by reference, oldest reused first.
 
-What a slot means in tensors is the tables' own (`tables.py`, `static_tables.py`).
+What a slot means in tensors is the tables' own (`tables.py`; on vLLM also `static/tables.py`).
 """
 
 from __future__ import annotations

@@ -85,6 +85,12 @@ class SteeringPlan:
         return any(one.gate is not None for one in self.rules)
 
     @cached_property
+    def competes(self) -> bool:
+        """Whether features of a TopK SAE are clamped, which reads every latent of the SAE."""
+        blocks = (block for one in self.rules for block in one.blocks.values())
+        return any(block.cutoff is not None for block in blocks)
+
+    @cached_property
     def resolved_strengths(self) -> tuple[Mapping[str, Any], ...]:
         """Every strength that is not as written: what was asked for, and the number it became.
 

@@ -20,6 +20,7 @@ from steer.engines.vllm.taps.taps import SITES, CompiledTap, EagerTap, tap_of
 from steer.engines.vllm.ticket import Ticket
 from steer.engines.vllm.worker.edits import TapEdits
 from steer.engines.vllm.worker.prepared import BatchTokens
+from steer.engines.vllm.worker.requests import receipt
 from steer.engines.vllm.worker.steering import WorkerSteering
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
@@ -39,6 +40,40 @@ def triggered(tokens: set[int], strength: float, kind: str) -> SteeringPlan:
     item = {"kind": "add", "vector": "v0", "strength": amount, "layers": [POINT.layer]}
     where = {"tokens": sorted(tokens), "phases": ["generation"]}
     return PLANS.plan(parse_spec({"interventions": [item], "where": where}))
+
+
+def _ticket(name: str, plan: SteeringPlan) -> Ticket:
+    selections = tuple(one.selection for one in plan.rules)
+    return Ticket(name, fingerprint=plan.fingerprint, plan=plan.fingerprint, selections=selections)
+
+
+def test_a_plan_that_does_nothing_harms_nobody_and_has_its_receipt() -> None:
+    """Every strength 0: its tokens are in no table, alone as beside others that are steered."""
+    nothing = PLANS.plan(
+        parse_spec({"interventions": [{"kind": "add", "vector": "v0", "strength": 0}]})
+    )
+    assert not nothing.rules
+    plans = {"nothing": nothing, "steered": triggered({0}, 1.0, "relative to the norm")}
+    for names in (["nothing"], ["nothing", "steered"]):
+        steering = WorkerSteering(
+            MODEL,
+            {plan.fingerprint: plan for plan in plans.values()}.__getitem__,
+            TapEdits(MODEL, 4, torch.device("cpu")),
+            max_requests=4,
+        )
+        for name in names:
+            steering.admit(name, [0] * PROMPT, _ticket(name, plans[name]))
+        for start, count in ((0, PROMPT), (PROMPT, 1)):
+            ids = np.zeros(count, dtype=np.int64)
+            each = np.full(len(names), 1, dtype=np.int64)
+            steering.begin(
+                BatchTokens(names, start * each, count * each, lambda _, ids=ids: ids)  # type: ignore[misc]
+            )
+            EagerTap(tap_of(POINT))(*torch.randn(2, count * len(names), WIDTH))
+            steering.end()
+        for name in names:
+            found = receipt(steering.requests.records(name)[0], PROMPT + 1)
+            assert found.tokens_steered == (name == "steered")
 
 
 @pytest.mark.parametrize("kind", ["constant", "relative to the norm"])
@@ -69,15 +104,7 @@ def test_every_token_gets_what_it_triggers(seed: int, compiled: bool, kind: str)
     order = [*plans, "plain"]
     for req_id in order:
         plan = plans.get(req_id)
-        ticket = None
-        if plan is not None:
-            selections = tuple(one.selection for one in plan.rules)
-            ticket = Ticket(
-                req_id,
-                fingerprint=plan.fingerprint,
-                plan=plan.fingerprint,
-                selections=selections,
-            )
+        ticket = None if plan is None else _ticket(req_id, plan)
         steering.admit(req_id, [0] * PROMPT, ticket)
     vector = MADE["vectors"]["v0"][POINT.layer]
     expected_bits: dict[str, list[int]] = {req_id: [] for req_id in plans}

@@ -10,7 +10,7 @@ import pytest
 from tiny_models import tiny_tokenizer
 from torch import nn
 
-from steer.artefacts.sae.architectures import ARCHITECTURES, INDEPENDENT, SUPPORTED
+from steer.artefacts.sae.architectures import ARCHITECTURES, SUPPORTED
 from steer.engines.base import CaptureRequest, Engine
 from steer.engines.fake.engine import FakeEngine, fake_model
 from steer.engines.fake.tokenizer import ByteTokenizer
@@ -78,7 +78,7 @@ def test_saes_are_named_as_their_architectures_are(engine: Engine) -> None:
     assert engine.capabilities.sae_architectures == SUPPORTED
     assert tuple(one.name for one in ARCHITECTURES) == SUPPORTED
     assert "relu" not in SUPPORTED
-    assert set(SUPPORTED) - set(INDEPENDENT) == {"topk"}
+    assert [one.name for one in ARCHITECTURES if one.competitive] == ["topk"]
 
 
 def test_inspections_are_offered_by_what_can_be_read(engine: Engine) -> None:
@@ -116,19 +116,15 @@ def test_the_table_holds_every_method_once() -> None:
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_vllm_says_what_its_form_allows(static: bool) -> None:
-    """Inside CUDA graphs no state is read and no feature competes; and it never has gradients."""
+def test_vllm_offers_the_same_in_both_forms(static: bool) -> None:
+    """What is not done inside CUDA graphs is done beside them; gradients it never has."""
     model = asdict(fake_model())
     answer = {"model": model, "passes": 4, "stages": 1, "static": static, "slots": 8}
     nobody: Any = None
     engine = VllmEngine(nobody, ByteTokenizer(), answer, nobody, frozenset())
     able = engine.capabilities
-    assert able.captures == (() if static else engine.info.sites)
-    assert offered(able) == (() if static else EVERY)
-    assert able.sae_architectures == (INDEPENDENT if static else SUPPORTED)
+    assert able.captures == engine.info.sites
+    assert offered(able) == EVERY
+    assert able.sae_architectures == SUPPORTED
     assert not able.gradients
     assert not hasattr(engine, "differentiate")
-    if static:
-        with pytest.raises(Unsupported, match="CUDA graphs") as caught:
-            engine.capture(CaptureRequest([(1, 2)], (HookPoint(1),)))
-        assert caught.value.code == "no_captures"

@@ -10,8 +10,6 @@ from steer.errors import Unsupported
 
 ARCHITECTURES: tuple[Architecture, ...] = (RELU, JUMPRELU, TOPK)
 SUPPORTED: tuple[str, ...] = tuple(one.name for one in ARCHITECTURES)
-INDEPENDENT: tuple[str, ...] = tuple(one.name for one in ARCHITECTURES if not one.competitive)
-"""Those of which each feature can be read by itself."""
 
 _WHY_NOT = {
     "abstopk": "its features are negative too, which thresholds and clamps here do not read",

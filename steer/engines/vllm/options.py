@@ -28,13 +28,14 @@ class SteerOptions(BaseModel):
     """Options of the plugin; the defaults serve every kind at every site of the stream.
 
     `edit_rows` bounds the rank-1 edits of all running plans together; requests beyond it wait.
-    `form` is how edits that read the state run: `python` looks at the running pass in an operator
-    and does everything; `static` launches one Triton kernel per tap from fixed buffers, which CUDA
-    graphs replay, and does neither TopK clamps nor captures; `auto` is `static` where vLLM captures
-    graphs. `shift_rows` are the rows of constants inside compiled graphs (0: as many as 256 specs
-    on every layer need, or all that can run); plans that find no room there are steered by the
-    general operator. `sites` are those inside attention and MLP that are tapped as well, `all` or a
-    list: each is one operator more in every layer of every pass, whether anybody uses it or not.
+    `form` is how edits that read the state run: `python` looks at the running pass in an operator;
+    `static` launches one Triton kernel per tap from fixed buffers, which CUDA graphs replay, and
+    runs the steps of requests that capture states or clamp a TopK SAE without a graph, in Python;
+    `auto` is `static` where vLLM captures graphs. `shift_rows` are the rows of constants inside
+    compiled graphs (0: as many as 256 specs on every layer need, or all that can run); plans that
+    find no room there are steered by the general operator. `sites` are those inside attention
+    and MLP that are tapped as well, `all` or a list: each is one operator more in every layer of
+    every pass, whether anybody uses it or not.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

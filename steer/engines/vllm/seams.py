@@ -7,6 +7,8 @@ against, and a function that looks different is refused by name and version, at 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from steer.errors import EngineError, Unsupported
@@ -59,6 +61,37 @@ def calls(function: Any, *names: str) -> None:
             "version of vLLM that this version of Steer names as supported",
             code="unknown_vllm",
         )
+
+
+def takes(owner: Any, name: str, parameter: str) -> None:
+    """Raises `Unsupported` where a module or object has no function `name` with this parameter."""
+    function = getattr(owner, name, None)
+    actual = () if function is None else tuple(inspect.signature(function).parameters)
+    if parameter not in actual:
+        raise Unsupported(
+            f"in vLLM {version()}, {name} takes {actual} and not {parameter!r}: install a version "
+            "of vLLM that this version of Steer names as supported",
+            code="unknown_vllm",
+        )
+
+
+@contextmanager
+def forced(owner: Any, name: str, **arguments: Any) -> Iterator[None]:
+    """Inside the block, each call of the function `name` of a module or object is given
+    `arguments`, whatever its caller says."""
+    own, function = vars(owner).get(name), getattr(owner, name)
+
+    def call(*args: Any, **named: Any) -> Any:
+        return function(*args, **{**named, **arguments})
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
 
 
 def assert_checked() -> None:

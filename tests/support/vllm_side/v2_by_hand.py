@@ -132,7 +132,11 @@ class ByHand:
             self.plans[sha256] = plan
             chosen = tuple(one.selection for one in plan.rules)
             ticket = Ticket(
-                f"key of {name}", fingerprint=plan.fingerprint, plan=sha256, selections=chosen
+                f"key of {name}",
+                fingerprint=plan.fingerprint,
+                plan=sha256,
+                selections=chosen,
+                competes=plan.competes,
             )
         self.known[name] = Known(name, list(tokens), prompt_length, plan, ticket)
         return self.known[name]

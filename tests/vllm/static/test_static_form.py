@@ -1,4 +1,8 @@
-"""The form for CUDA graphs, in a real engine: its kernel under Triton's interpreter, on a CPU."""
+"""The form for CUDA graphs, in a real engine: its kernel under Triton's interpreter, on a CPU.
+
+The whole contract, and a crowd with too little memory that reads states and clamps a TopK SAE among
+the rest. A CPU replays no graphs, so what must run without one is counted where vLLM chooses.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,21 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import demo_specs
 import inner_specs
 import pytest
 import vllm_engine
-from vllm_contract import Plans, assert_same
+from vllm.config import CUDAGraphMode
+from vllm_contract import *  # noqa: F403
+from vllm_contract import Plans
+from vllm_simulation import core, steering
 
 from steer.engines.base import CaptureRequest
-from steer.engines.transformers.engine import TransformersEngine
 from steer.engines.vllm.front.engine import VllmEngine
-from steer.errors import SteerError
 from steer.model import HookPoint
-from steer.plan.cache import PlanCache
 from steer.registry.registry import Registry
 
 TOPK = "a clamp that competes"
@@ -33,33 +38,51 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
         inner_specs.register(registry)
     options = {"steer": {"form": "static", "sites": "all"}}
     with vllm_engine.start_engine(folder, additional_config=options) as running:
+        assert steering(running).edits.static
         yield running
 
 
-@pytest.fixture(scope="module")
-def plans(engine: VllmEngine) -> Plans:
-    cache = PlanCache(demo_specs.LIBRARY, engine.info, engine.capabilities)
-    inside = inner_specs.compiled(engine.info, engine.capabilities)
-    return demo_specs.compiled(cache) | {
-        name: plan for name, plan in inside.items() if TOPK not in name
-    }
+@pytest.fixture
+def forced(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each step, whether vLLM let it have no graph."""
+    runner = core(engine).model_executor.driver_worker.worker.model_runner
+    dispatch, seen = runner.cudagraph_dispatcher.dispatch, []
+
+    def seen_to_dispatch(*args: Any, **named: Any) -> Any:
+        seen.append(named["valid_modes"] == {CUDAGraphMode.NONE})
+        return dispatch(*args, **named)
+
+    monkeypatch.setattr(runner.cudagraph_dispatcher, "dispatch", seen_to_dispatch)
+    return seen
 
 
-def test_mixed_requests_equal_the_transformers_engine(engine: VllmEngine, plans: Plans) -> None:
-    known = {name: plan for name, plan in plans.items() if name != TOPK}
-    requests = demo_specs.requests_for(known, len(known), seed=3, longest=24)
-    with TransformersEngine.load(vllm_engine.DEMO_MODEL, name="steer-demo") as reference:
-        expected = reference.complete(requests)
-    for request, mine, other in zip(requests, engine.complete(requests), expected, strict=True):
-        assert_same(mine, other, request.id)
-    stats = engine.stats()
-    assert (stats.slots_in_use, stats.requests_running) == (0, 0)
+def sites(engine: VllmEngine) -> tuple[HookPoint, ...]:
+    return tuple(HookPoint(3, site) for site in engine.info.sites)
 
 
-def test_what_graphs_cannot_do_is_refused_by_name(engine: VllmEngine, plans: Plans) -> None:
-    assert "topk" not in engine.capabilities.sae_architectures
-    request = demo_specs.requests_for({TOPK: plans[TOPK]}, 1)
-    with pytest.raises(SteerError, match="TopK SAE"):
-        engine.complete(request)
-    with pytest.raises(SteerError, match="CUDA graphs"):
-        engine.capture(CaptureRequest([(1, 2, 3)], (HookPoint(1),)))
+def test_only_steps_that_read_states_or_choose_features_leave_their_graph(
+    engine: VllmEngine, plans: Plans, forced: list[bool]
+) -> None:
+    rest: Mapping[str, Any] = {name: plan for name, plan in plans.items() if name != TOPK}
+    engine.complete(demo_specs.requests_for(rest, len(rest), seed=3, longest=8))
+    assert forced
+    assert not any(forced)
+    forced.clear()
+    engine.capture(
+        CaptureRequest([tuple(range(40, 75))], sites(engine), plans=[plans["everything"]])
+    )
+    assert forced
+    assert all(forced)
+    forced.clear()
+    both = demo_specs.requests_for({TOPK: plans[TOPK], "unsteered": None}, 2, seed=4, longest=8)
+    engine.complete(both)
+    assert any(forced)
+    assert steering(engine).stats().slots_in_use == 0
+    forced.clear()
+    engine.complete(demo_specs.requests_for({"unsteered": None}, 1))
+    assert not any(forced)
+
+
+def test_everything_is_offered(engine: VllmEngine) -> None:
+    assert "topk" in engine.capabilities.sae_architectures
+    assert engine.capabilities.captures == engine.info.sites

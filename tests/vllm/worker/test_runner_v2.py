@@ -28,6 +28,7 @@ import vllm.v1.worker.gpu.input_batch as input_batches  # noqa: E402
 from vllm.config import CUDAGraphMode  # noqa: E402
 from vllm.sequence import IntermediateTensors  # noqa: E402
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner  # noqa: E402
+from vllm.v1.worker.gpu import model_runner  # noqa: E402
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner  # noqa: E402
 from vllm_contract import Plans, assert_same  # noqa: E402
 from vllm_simulation import (  # noqa: E402
@@ -46,6 +47,8 @@ from steer.engines.transformers.engine import TransformersEngine  # noqa: E402
 from steer.engines.vllm.front.engine import VllmEngine  # noqa: E402
 from steer.engines.vllm.options import SteerOptions, is_static  # noqa: E402
 from steer.engines.vllm.taps import ops  # noqa: E402
+from steer.engines.vllm.ticket import CaptureOrder, Ticket  # noqa: E402
+from steer.engines.vllm.worker.edits import TapEdits  # noqa: E402
 from steer.engines.vllm.worker.prepared import BatchTokens  # noqa: E402
 from steer.engines.vllm.worker.runner_v1 import RunnerV1  # noqa: E402
 from steer.engines.vllm.worker.runner_v2 import RunnerV2  # noqa: E402
@@ -339,6 +342,33 @@ def test_tokens_leave_the_device_once_and_only_for_plans_that_read_them(
     expected = [flag for name, n in scheduled.items() for flag in by_hand.known[name].steered(n)]
     assert by_hand.step(scheduled, new=["token triggers", other.name]) == expected
     assert by_hand.ids.copies == 1
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_steps_that_read_states_or_choose_features_leave_their_graph(
+    by_hand: v2_by_hand.ByHand, plans: Plans, monkeypatch: pytest.MonkeyPatch, static: bool
+) -> None:
+    """As vLLM's own dispatcher decides, which here has a graph for everything. In the form without
+    kernels there is nothing to leave."""
+    graph = SimpleNamespace(cg_mode=CUDAGraphMode.FULL)
+    manager = SimpleNamespace(dispatch=lambda *_, **__: graph)
+    chosen: list[CUDAGraphMode] = []
+
+    def forward(stream: torch.Tensor) -> list[bool]:
+        found, _ = model_runner.dispatch_cg_and_sync_dp(manager, 1, 4, None, 1, 0, need_eager=False)
+        chosen.append(found.cg_mode)
+        return by_hand.forward(stream)
+
+    monkeypatch.setattr(TapEdits, "static", static)
+    for name, plan in {"all": "everything", "topk": "a clamp that competes", "read": None}.items():
+        by_hand.request(name, range(8), 6, plans[plan] if plan else None)
+    order = CaptureOrder((HookPoint(1),), (2,))
+    by_hand.known["read"].ticket = Ticket("key of read", capture=order)
+    for scheduled in (["all"], ["all", "topk"], ["topk"], ["all", "read"], ["all"]):
+        new = [name for name in scheduled if not by_hand.known[name].computed]
+        by_hand.step(dict.fromkeys(scheduled, 1), new=new, forward=forward)
+    without = CUDAGraphMode.NONE if static else CUDAGraphMode.FULL
+    assert chosen == [CUDAGraphMode.FULL, without, without, without, CUDAGraphMode.FULL]
 
 
 def test_a_pass_that_fails_is_not_counted(by_hand: v2_by_hand.ByHand, plans: Plans) -> None:

@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 
 from steer.batch.tables import MAX_RULES
 from steer.engines.vllm.core.scheduler import holds_back
-from steer.engines.vllm.options import KEY, SteerOptions, is_static, registry_location
+from steer.engines.vllm.options import KEY, SteerOptions, registry_location
 from steer.engines.vllm.seams import CHECKED, known
 from steer.engines.vllm.static.rows import budget_rows
-from steer.engines.vllm.static.tables import no_cutoff
 from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
 from steer.errors import SpecError, SteerError, TooLarge, Unsupported
 from steer.plan.file import load_plan
@@ -249,24 +248,20 @@ class PlanCheck:
     def _store(self) -> PlanStore:
         return PlanStore(registry_location())
 
-    def __call__(self, ticket: Ticket, config: Any) -> None:
+    def __call__(self, ticket: Ticket, config: Any) -> None:  # noqa: ARG002 - as `Examine` has it
         """Raises a `SteerError` for a plan that is missing, damaged or another than claimed."""
         if ticket.plan is None:
             return
         facts = self._facts(ticket.plan)
-        if facts[:3] != (ticket.fingerprint, ticket.rows, ticket.selections):
+        if facts != (ticket.fingerprint, ticket.rows, ticket.selections, ticket.competes):
             raise SpecError(
                 "the ticket says something else than the plan that it names: send the spec in the "
                 "field 'steering' instead",
                 code="invalid_ticket",
             )
-        if facts.competes and is_static(config, SteerOptions.of(config.additional_config)):
-            raise no_cutoff()
 
     def _look(self, plan: str) -> _Facts:
         loaded = load_plan(self._store.get(plan), self._store.sae_encoder)
         check_rules(len(loaded.rules), MAX_RULES)
         selections = tuple(one.selection for one in loaded.rules)
-        blocks = [block for one in loaded.rules for block in one.blocks.values()]
-        competes = any(block.cutoff is not None for block in blocks)
-        return _Facts(loaded.fingerprint, budget_rows(loaded), selections, competes)
+        return _Facts(loaded.fingerprint, budget_rows(loaded), selections, loaded.competes)

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from steer.artefacts.sae.architectures import INDEPENDENT, SUPPORTED
+from steer.artefacts.sae.architectures import SUPPORTED
 from steer.engines.base import (
     Captured,
     CaptureRequest,
@@ -68,15 +68,14 @@ class VllmEngine:
         self._driver, self.tokenizer, self.tickets, self.ends = driver, tokenizer, issuer, ends
         self.info = read_info(answer)
         self._passes, self._stages = int(answer["passes"]), int(answer["stages"])
-        self._static = bool(answer["static"])
         self.capabilities = Capabilities(
             engine="vllm",
             kinds=KINDS,
             sites=self.info.sites,
             gate_scopes=("prompt", "token") if self._stages == 1 else (),
-            sae_architectures=INDEPENDENT if self._static else SUPPORTED,
+            sae_architectures=SUPPORTED,
             sampling=SAMPLING,
-            captures=() if self._static else self.info.sites,
+            captures=self.info.sites,
             limits={
                 "slots": int(answer["slots"]),
                 "passes": self._passes,
@@ -195,12 +194,6 @@ class VllmEngine:
                 self._driver.cancel(sequence)
 
     def capture(self, request: CaptureRequest) -> list[Captured]:
-        if not self.capabilities.captures:
-            raise Unsupported(
-                "states cannot be read inside CUDA graphs: start vLLM with --enforce-eager to "
-                "inspect and to fit",
-                code="no_captures",
-            )
         for point in request.points:
             self.info.check_point(point)
         plans = request.plans or [None] * len(request.prompts)

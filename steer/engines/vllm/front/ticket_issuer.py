@@ -50,6 +50,7 @@ class TicketIssuer:
             selections=plan.selections,
             measure=measure,
             attached=attached,
+            competes=plan.competes,
             capture=capture,
         )
 

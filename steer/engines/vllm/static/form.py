@@ -37,6 +37,7 @@ from steer.engines.vllm.static.tables import (
     StaticTables,
     StepBuffers,
 )
+from steer.engines.vllm.taps import ops
 from steer.engines.vllm.taps.taps import ADDED, points_of
 from steer.errors import EngineError
 from steer.model import HookPoint, ModelInfo
@@ -91,10 +92,12 @@ class StaticForm:
         self._written = 0
         self._epoch = 0
         self._waiting: deque[_Report] = deque()
+        self._rows: Ints | None = None
+        """The ledger rows of the last pass that steered, whose `lost` may still come."""
 
     def bind(self, ledger: Callable[[], PositionLedger]) -> None:
         """What passes do is written down in the ledger that `ledger` gives from now on."""
-        self._ledger = ledger
+        self._ledger, self._rows = ledger, None
 
     def edit(self, tap: int, hidden: Tensor, residual: Tensor | None) -> None:
         """Launches the kernel for the hook points of `tap`; what an operator does."""
@@ -109,6 +112,8 @@ class StaticForm:
         The same pass may be run again as long as no token's rules change and no plan is gated.
         """
         self.collect()
+        self._take_lost()
+        self._rows = None
         steered = [span for span in spans if span.request.rules]
         if not steered:
             self.clear()
@@ -128,6 +133,7 @@ class StaticForm:
         self._epoch = self._epoch % _LAST_EPOCH + 1
         self.buffers.epoch.fill_(self._epoch)
         running = StaticPass(self, self._ledger, steered, records, self._epoch, fault)
+        self._rows = running.rows
         if running.measured:
             self.buffers.sizes.zero_()  # a pass that failed, or a dummy pass, may have left some
         if running.holds:
@@ -145,6 +151,8 @@ class StaticForm:
         """
         while self._waiting and (wait or self._waiting[0].arrived()):
             self._waiting.popleft().write(self._ledger())
+        if wait:
+            self._take_lost()
 
     def report_later(self, running: StaticPass, positions: Ints, tokens: int) -> None:
         """Asks for what a pass over `tokens` tokens did; `collect` writes it down."""
@@ -180,6 +188,15 @@ class StaticForm:
         for point in points:
             self._ledger().add_relative(point, index, sizes[self.tables.index(point)])
         sizes.zero_()
+
+    def _take_lost(self) -> None:
+        """Writes down which requests an edit would have driven beyond all numbers. Waits for no
+        device; passes that are carried on gather it, their rows being the same."""
+        if self._rows is not None:
+            lost = self.buffers.lost[: len(self._rows)]
+            index = torch.from_numpy(self._rows).to(lost.device)
+            self._ledger().not_finite[index] |= lost != 0
+            self.buffers.lost.zero_()
 
     def _forget(self, kept: int) -> None:
         """Makes slot 0 of the tokens from `kept` on that the last pass named."""
@@ -353,6 +370,8 @@ def _edit(hidden: Tensor, residual: Tensor | None, tap: int) -> None:
     if _form is None:
         raise EngineError("a tap was reached before its tables were made")
     _form.edit(tap, hidden, residual)
+    # Where a graph is captured or replayed, nobody runs in Python.
+    ops.visit(tap, hidden, residual)
 
 
 def _edit_pair(hidden: Tensor, residual: Tensor, tap: int) -> None:

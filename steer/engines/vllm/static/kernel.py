@@ -210,6 +210,21 @@ def _stream(hidden_row, residual_row, summed, inside, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def _stored(x, hidden_row, summed, SPLIT: tl.constexpr):
+    """`x` as `hidden` holds it, where it is no sum."""
+    kept = x.to(hidden_row.dtype.element_ty).to(tl.float32)
+    if SPLIT:
+        kept = tl.where(summed, x, kept)
+    return kept
+
+
+@triton.jit
+def _runs_over(x):
+    """Whether float32 cannot hold the norm of the row: infinite, or NaN."""
+    return (_length(x) < float("inf")) == 0
+
+
+@triton.jit
 def _write_back(x, before, hidden_row, residual_row, summed, inside, SPLIT: tl.constexpr):
     """Puts the row `x` in the place of `before`: a sum changes by the difference in `residual`."""
     if SPLIT:
@@ -237,6 +252,7 @@ def _at_point(
     blocks,
     gate_rows,
     values,
+    lost,
     size,
     read,
     write,
@@ -284,6 +300,11 @@ def _at_point(
                     )
             # Loaded again, so that it needs no registers meanwhile.
             before = _stream(hidden_row, residual_row, summed, inside, SPLIT)
+            x = _stored(x, hidden_row, summed, SPLIT)
+            if _runs_over(x):  # noqa: SIM102 -- the second is computed where the first is true
+                if not _runs_over(before):
+                    x = before
+                    tl.store(lost, 1)
             if (marks & _MEASURED) != 0:
                 tl.atomic_add(size, _length(x - before) / tl.maximum(_length(before), _TINY))
             _write_back(x, before, hidden_row, residual_row, summed, inside, SPLIT)
@@ -302,6 +323,7 @@ def _edit_group(
     opened,
     held,
     values,
+    lost,
     sizes,
     reached,
     epoch,
@@ -375,6 +397,7 @@ def _edit_group(
                 blocks + (slot * n_points + point) * _PASSES * _BLOCK_FIELDS,
                 gate_rows + slot * _PASSES,
                 values + row * _PASSES,
+                lost + row,
                 sizes + point * requests + row,
                 read,
                 write,
@@ -427,6 +450,7 @@ def edit_group(
         buffers.opened,
         buffers.held,
         buffers.values,
+        buffers.lost,
         buffers.sizes,
         buffers.reached,
         buffers.epoch,

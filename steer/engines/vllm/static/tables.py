@@ -92,6 +92,8 @@ class StaticTables(SlotTables[_StaticHolding]):
         return frozenset(self._group_of[point] for point in {*plan.points, *read})
 
     def check(self, plan: SteeringPlan) -> None:
+        if plan.competes:
+            raise AssertionError("features that compete are not chosen inside CUDA graphs")
         check_rules(len(plan.rules), self.max_rules)
         for one in plan.rules:
             points = [*one.blocks, *([one.gate.point] if one.gate is not None else [])]
@@ -102,8 +104,6 @@ class StaticTables(SlotTables[_StaticHolding]):
                         f"{', '.join(map(str, self.points))}",
                         code="unsupported_site",
                     )
-            if any(block.cutoff is not None for block in one.blocks.values()):
-                raise no_cutoff()
         for width, needed in self._rows(plan).items():
             capacity = self.banks[width].capacity
             if not needed.within(capacity):
@@ -206,16 +206,6 @@ class StaticTables(SlotTables[_StaticHolding]):
         return torch.zeros(shape, dtype=torch.int32, device=self.device)
 
 
-def no_cutoff() -> Unsupported:
-    """For a clamp of a TopK SAE, which these tables cannot hold."""
-    return Unsupported(
-        "clamping a TopK SAE reads every latent of the SAE, which the tables of CUDA graphs do not "
-        "hold: start vLLM with enforce_eager=True, or clamp an SAE with fixed thresholds",
-        code="unsupported_sae",
-        param="/interventions",
-    )
-
-
 class StepBuffers:
     """What differs from one pass to the next. A token whose slot is 0 is left alone.
 
@@ -224,7 +214,9 @@ class StepBuffers:
     `opened` `[B]` are the rules that act on a token, as bits: those of gates that are still closed
     are missing, and the kernel adds them as it decides. `held` `[Q]` are the gates' decisions that
     each request holds, as bits, with the values read `[Q, P]`. `sizes` `[N, Q]` sums ‖Δx‖/‖x‖ where
-    a request measures. `reached[g]` is set to `epoch` by every launch for group g.
+    a request measures. `lost` `[Q]` is 1 where an edit would have driven a row of the request
+    beyond all numbers, and left it alone. `reached[g]` is set to `epoch` by every launch for
+    group g.
     """
 
     def __init__(self, tables: StaticTables, *, batch_tokens: int, requests: int) -> None:
@@ -238,4 +230,5 @@ class StepBuffers:
         self.epoch = torch.zeros(1, dtype=torch.int32, device=device)
         self.held = torch.zeros(requests, dtype=torch.int32, device=device)
         self.values = torch.full((requests, MAX_RULES), float("nan"), device=device)
+        self.lost = torch.zeros(requests, dtype=torch.int32, device=device)
         self.sizes = torch.zeros(len(tables.points), requests, device=device)

@@ -131,7 +131,7 @@ class ShiftTables:
 
 
 class NoShifts:
-    """The shifts of an engine without a compiled graph: it carries no plan."""
+    """The shifts of an engine without a compiled graph: it has none but adding nothing."""
 
     def carries(self, plan: SteeringPlan) -> bool:  # noqa: ARG002
         return False
@@ -139,11 +139,11 @@ class NoShifts:
     def find(
         self,
         plan: SteeringPlan,  # noqa: ARG002
-        selected: int,  # noqa: ARG002
+        selected: int,
         tap_of: Callable[[HookPoint], int],  # noqa: ARG002
         keep: Set[Key],  # noqa: ARG002
     ) -> int | None:
-        return None
+        return 0 if selected == 0 else None
 
     def assign(self, variants: Tensor) -> None: ...
 

@@ -88,7 +88,8 @@ class OpaqueTap(nn.Module):
     """A tap as an operator that torch.compile does not look into.
 
     `static` operators launch a kernel over fixed buffers, which a CUDA graph replays
-    (`static_form.py`); the others look at the running pass, in Python.
+    (`static/form.py`), and where none is replayed look at the running pass as the others do, in
+    Python.
     """
 
     def __init__(self, index: int, *, static: bool) -> None:

@@ -85,7 +85,7 @@ def attach(read: ReadModel, vllm_config: Any, device: torch.device) -> WorkerSte
             device=device,
         )
         set_form(form)
-        edits = StaticEdits(form)
+        edits = StaticEdits(form, TapEdits(info, requests, device))
     else:
         edits = TapEdits(info, requests, device, shards)
     shifts = None

@@ -1,26 +1,31 @@
 """Two ways in which a worker's edits run: in Python at the model's taps, or in kernels.
 
 `WorkerSteering` says who is in the coming pass; what carries it out is one of these. Kernels over
-static buffers (`static/form.py`) are what CUDA graphs can replay; Python at the taps runs anywhere.
+static buffers (`static/form.py`) are what CUDA graphs can replay; Python at the taps runs wherever
+no graph is replayed, and there it does what kernels do not: it takes states out of the pass, and
+chooses among all latents of an SAE. A worker with kernels has it beside them, for the requests that
+ask for such things and for the steps that they are in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from steer.batch.ledger import PositionLedger
-from steer.batch.requests import Span
+from steer.batch.requests import Ints, Span
 from steer.batch.slots import SlotTables
 from steer.batch.step import build_step
 from steer.batch.tables import Tables
 from steer.engines.vllm.static.form import Fault, StaticForm
 from steer.engines.vllm.taps.forward_pass import ForwardPass
 from steer.engines.vllm.taps.inner_sites import Shard
+from steer.engines.vllm.ticket import Ticket
 from steer.engines.vllm.worker.prepared import RunningPass, ScheduledRequest
 from steer.model import HookPoint, ModelInfo
 from steer.spec import Site
@@ -49,7 +54,15 @@ class Edits(Protocol):
         """Whether edits run in kernels over static buffers."""
 
     @property
-    def tables(self) -> SlotTables[Any]: ...
+    def tables(self) -> SlotTables[Any]:
+        """The tables of requests that may run inside CUDA graphs; of all, where there are none."""
+
+    @property
+    def in_use(self) -> int:
+        """Slots that running requests hold, of all tables."""
+
+    def tables_of(self, ticket: Ticket) -> SlotTables[Any]:
+        """The tables in which the plan of a request with this ticket has its slot."""
 
     def bind(self, ledger: Callable[[], PositionLedger]) -> None:
         """What passes do is written into the ledger that `ledger` gives from now on."""
@@ -88,6 +101,13 @@ class TapEdits:
         self._shards = shards or {}
         self._ledger: Callable[[], PositionLedger] | None = None
 
+    @property
+    def in_use(self) -> int:
+        return self.tables.in_use
+
+    def tables_of(self, ticket: Ticket) -> Tables:  # noqa: ARG002 - all are alike here
+        return self.tables
+
     def bind(self, ledger: Callable[[], PositionLedger]) -> None:
         self._ledger = ledger
 
@@ -109,7 +129,7 @@ class TapEdits:
         wanted = frozenset(point for one in coming.reading for point in one.request.states)
         if step is None and not wanted:
             return None
-        keep = (lambda point, x: _keep(coming.reading, point, x)) if wanted else None
+        keep = _Keep(coming.reading) if wanted else None
         return ForwardPass(step, coming.tokens, self._model.n_layers, wanted, keep, self._shards)
 
     def rest(self) -> None:
@@ -120,26 +140,50 @@ class TapEdits:
 
 
 class StaticEdits:
-    """`Edits` in kernels over static buffers."""
+    """`Edits` in kernels over static buffers, with `TapEdits` beside them for requests whose steps
+    run without their graph (`Ticket.graphless`)."""
 
     static = True
 
-    def __init__(self, form: StaticForm) -> None:
-        self._form, self.tables = form, form.tables
+    def __init__(self, form: StaticForm, graphless: TapEdits) -> None:
+        self._form, self.tables, self._graphless = form, form.tables, graphless
+        self._ledger: Callable[[], PositionLedger] | None = None
+
+    @property
+    def in_use(self) -> int:
+        return self.tables.in_use + self._graphless.in_use
+
+    def tables_of(self, ticket: Ticket) -> SlotTables[Any]:
+        return self._graphless.tables if ticket.graphless else self.tables
 
     def bind(self, ledger: Callable[[], PositionLedger]) -> None:
+        self._ledger = ledger
         self._form.bind(ledger)
+        self._graphless.bind(ledger)
 
-    def rehearsal(self, requests: int) -> StaticEdits:  # noqa: ARG002 - taps know no other buffers
-        return self
+    def rehearsal(self, requests: int) -> StaticEdits:
+        """Its kernels write into the same buffers: taps know no others."""
+        return StaticEdits(self._form, self._graphless.rehearsal(requests))
 
     def lasts(self, request: ScheduledRequest) -> bool:
-        """As long as its tokens' slots stay the same."""
-        plan = request.request.plan
-        return plan is None or not (request.request.reads_tokens or plan.gated)
+        """In kernels, as long as its tokens' slots stay the same."""
+        one = request.request
+        reads = one.reads_tokens or (one.plan is not None and one.plan.gated)
+        return one.ticket.graphless or one.plan is None or not reads
 
     def begin(self, coming: ComingPass) -> RunningPass | None:
-        return self._form.begin(coming.spans, coming.tokens, coming.fault)
+        apart = [one for one in coming.steered if one.request.ticket.graphless]
+        places = {one.offset for one in apart}
+        spans = [span for span in coming.spans if span.offset not in places]
+        kernels = self._form.begin(spans, coming.tokens, coming.fault)
+        if not apart and not coming.reading:
+            return kernels
+        others = [span for span in coming.spans if span.offset in places]
+        taps = self._graphless.begin(replace(coming, spans=others, steered=apart))
+        if taps is None or kernels is None:
+            return taps or kernels
+        assert self._ledger is not None
+        return MixedPass(kernels, taps, others, self._ledger)
 
     def rest(self) -> None:
         self._form.clear()
@@ -148,13 +192,58 @@ class StaticEdits:
         self._form.collect(wait=True)
 
 
-def _keep(reading: Sequence[ScheduledRequest], point: HookPoint, x: Tensor) -> None:
-    """Copies the states `[T, d]` that the requests in `reading` asked for at `point`."""
-    for one in reading:
-        kept = one.request.states.get(point)
-        if kept is None or one.request.ticket.capture is None:
-            continue
-        for row, position in enumerate(one.request.ticket.capture.positions):
-            place = position - one.start
-            if 0 <= place < len(one.ids):
-                kept[row] = x[one.offset + place].detach().float().cpu()
+class MixedPass:
+    """A pass in which kernels steer some requests and Python, at the same taps, the others.
+
+    Both change the rows of their own tokens alone, so that it does not matter who comes first.
+    """
+
+    def __init__(
+        self,
+        kernels: RunningPass,
+        taps: RunningPass,
+        spans: Sequence[Span],
+        ledger: Callable[[], PositionLedger],
+    ) -> None:
+        """`spans` are those that `taps` steer."""
+        self._kernels, self._taps, self._spans, self._ledger = kernels, taps, spans, ledger
+
+    def start(self) -> None:
+        self._kernels.start()
+        self._taps.start()
+
+    def carry_on(self, changes: Mapping[int, Ints]) -> None:
+        """Only requests that Python steers have `changes`, or none could be carried on."""
+        self._kernels.carry_on({})
+        self._taps.carry_on(changes)
+
+    def finish(self) -> None:
+        self._kernels.finish()
+        if self._spans:
+            rows = [np.full(len(one.positions), one.request.row) for one in self._spans]
+            positions = [one.positions for one in self._spans]
+            self._ledger().expect(np.concatenate(rows), np.concatenate(positions))
+        self._taps.finish()
+
+
+class _Keep:
+    """Copies the states `[T, d]` at a hook point that the requests in `reading` ask for: one copy
+    from the device for each of them."""
+
+    def __init__(self, reading: Sequence[ScheduledRequest]) -> None:
+        self._parts = [(one.request.states, *_asked(one)) for one in reading]
+
+    def __call__(self, point: HookPoint, x: Tensor) -> None:
+        for states, rows, places in self._parts:
+            if point in states and len(rows):
+                index = torch.from_numpy(places).to(x.device)
+                states[point][rows] = x.detach().index_select(0, index).float().cpu()
+
+
+def _asked(one: ScheduledRequest) -> tuple[Ints, Ints]:
+    """The rows of a request's states that the coming pass computes, and their tokens' places in
+    the batch."""
+    order = one.request.ticket.capture
+    positions = np.array(order.positions if order is not None else (), dtype=np.int64)
+    rows = np.flatnonzero((positions >= one.start) & (positions < one.start + len(one.ids)))
+    return rows, positions[rows] - one.start + one.offset

@@ -2,18 +2,19 @@
 
 One dummy pass is run in which the first token is not steered and each other one at a hook point of
 its own. Each steered token must end in another hidden state than in a plain pass, the first in the
-same to the bit: where a dummy request has several tokens, none comes before it. The compiled
-graph's constants and its operator are proved one after the other.
+same to the bit: where a dummy request has several tokens, none comes before it. Each way in which
+edits run is proved by itself: the compiled graph's constants, its operator, and, where the operator
+is a kernel in CUDA graphs, Python in passes without them.
 
-Where states can be read, each site must also be what its name says: what an edit adds there arrives
-as it is, nothing of its layer that comes before moves, and the streams after it move by as much as
-what is added to them.
+Each site must also be what its name says: what an edit adds there arrives as it is, nothing of its
+layer that comes before moves, and the streams after it move by as much as what is added to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -30,9 +31,20 @@ from steer.plan.selection import EVERYWHERE
 
 _POINTS_AT_ONCE = 32
 
-Run = Callable[[int], Tensor]
-"""A dummy pass over so many tokens: what this worker makes of them, `[>= T, ...]`; its last hidden
-states, or what it hands to the next stage of a pipeline."""
+
+class Run(Protocol):
+    """A dummy pass over so many tokens, without CUDA graphs where `graphless`: what this worker
+    makes of them, `[>= T, ...]`; its last hidden states, or what it hands to the next stage of a
+    pipeline."""
+
+    def __call__(self, tokens: int, *, graphless: bool = False) -> Tensor: ...
+
+
+class Way(NamedTuple):
+    """How the edits of a proof run: as constants or as what reads the state; without graphs."""
+
+    constant: bool
+    graphless: bool
 
 
 @dataclass(frozen=True)
@@ -56,26 +68,22 @@ def prove(steering: WorkerSteering, run: Run, largest: int, *, experts: bool) ->
         if steering.owns(HookPoint(layer, site))
     ]
     group = max(min(largest, steering.edits.tables.slots, _POINTS_AT_ONCE + 1) - 1, 1)
+    ways = [Way(constant=True, graphless=False), Way(constant=False, graphless=False)]
+    if steering.edits.static:
+        ways.append(Way(constant=False, graphless=True))
     for first in range(0, len(points), group):
         some = points[first : first + group]
-        plain = run(len(some) + 1)
-        _prove_acts(steering, run, some, plain, constant=True, experts=experts)
-        _prove_acts(steering, run, some, plain, constant=False, experts=experts)
-        if not steering.edits.static:
-            _prove_places(steering, run, some)
+        for way in ways:
+            _prove_acts(steering, run, some, way, experts=experts)
+        _prove_places(steering, run, some)
 
 
 def _prove_acts(
-    steering: WorkerSteering,
-    run: Run,
-    points: Sequence[HookPoint],
-    plain: Tensor,
-    *,
-    constant: bool,
-    experts: bool,
+    steering: WorkerSteering, run: Run, points: Sequence[HookPoint], way: Way, *, experts: bool
 ) -> None:
-    probes = [_Probe(probe_plan(steering.model, point, constant=constant)) for point in points]
-    steered, _ = _rehearse(steering, probes, run)
+    probes = [_Probe(probe_plan(steering.model, point, constant=way.constant)) for point in points]
+    plain = run(len(points) + 1, graphless=way.graphless)
+    steered, _ = _rehearse(steering, probes, run, graphless=way.graphless)
     for number, point in enumerate(points, 1):
         if torch.equal(steered[number], plain[number]) and not _is_idle(steering, run, point):
             raise _unproven(
@@ -92,7 +100,7 @@ def _prove_acts(
 def _is_idle(steering: WorkerSteering, run: Run, point: HookPoint) -> bool:
     """Whether the part around `point` adds the same whatever it reads, its weights being zero;
     False where its output cannot be read."""
-    if point.site not in INNER_SITES or steering.edits.static:
+    if point.site not in INNER_SITES:
         return False
     start, out = (
         HookPoint(point.layer, "resid_pre"),
@@ -101,7 +109,7 @@ def _is_idle(steering: WorkerSteering, run: Run, point: HookPoint) -> bool:
     if not {start.site, out.site} <= {*steering.model.sites}:
         return False
     plans = (None, probe_plan(steering.model, start, constant=False))
-    one, other = (_rehearse(steering, [_Probe(plan, (out,))], run)[1][0][out] for plan in plans)
+    one, other = (_read(steering, [_Probe(plan, (out,))], run)[0][out] for plan in plans)
     return torch.equal(one, other)
 
 
@@ -116,13 +124,13 @@ def _prove_places(steering: WorkerSteering, run: Run, points: Sequence[HookPoint
         for point in points
     ]
     dtype = getattr(torch, steering.model.dtype)
-    _, unmoved = _rehearse(steering, [_Probe(None, read) for read in layers], run)
+    unmoved = _read(steering, [_Probe(None, read) for read in layers], run)
     sizes = [edit_size(point.site, here) for point, here in zip(points, unmoved, strict=True)]
     probes = [
         _Probe(probe_plan(steering.model, point, constant=False, size=size), read)
         for point, size, read in zip(points, sizes, layers, strict=True)
     ]
-    _, steered = _rehearse(steering, probes, run)
+    steered = _read(steering, probes, run)
     for point, size, before, after in zip(points, sizes, unmoved, steered, strict=True):
         moved = {at: state - before[at] for at, state in after.items()}
         shift = probe_shift(steering.model, point.site, size)
@@ -141,8 +149,13 @@ def _unproven(what: str) -> Unsupported:
     )
 
 
+def _read(steering: WorkerSteering, probes: Sequence[_Probe], run: Run) -> list[States]:
+    """What each probe reads: states leave a pass in Python, and so without a graph."""
+    return _rehearse(steering, probes, run, graphless=steering.edits.static)[1]
+
+
 def _rehearse(
-    steering: WorkerSteering, probes: Sequence[_Probe], run: Run
+    steering: WorkerSteering, probes: Sequence[_Probe], run: Run, *, graphless: bool
 ) -> tuple[Tensor, list[States]]:
     """A dummy pass in which token i belongs to probe i − 1, with tables of its own, and what each
     probe read; static buffers are the worker's, because the model's taps have no others."""
@@ -156,13 +169,13 @@ def _rehearse(
     )
     names = [str(n) for n in range(len(probes))]
     for name, probe in zip(names, probes, strict=True):
-        rehearsed.admit(name, [0], _ticket(name, probe))
+        rehearsed.admit(name, [0], _ticket(name, probe, graphless=graphless))
     tokens = len(probes) + 1
     each = np.zeros(tokens, dtype=np.int64)
     token = np.zeros(1, dtype=np.int64)
     rehearsed.begin(BatchTokens(["nobody", *names], each, each + 1, lambda _: token))
     try:
-        made = run(tokens)
+        made = run(tokens, graphless=graphless)
         return made, [_states(rehearsed, name) for name in names]
     finally:
         rehearsed.end()
@@ -171,7 +184,7 @@ def _rehearse(
         steering.recover()
 
 
-def _ticket(name: str, probe: _Probe) -> Ticket:
+def _ticket(name: str, probe: _Probe, *, graphless: bool) -> Ticket:
     capture = CaptureOrder(probe.read, (0,)) if probe.read else None
     if probe.plan is None:
         return Ticket(name, capture=capture)
@@ -180,6 +193,7 @@ def _ticket(name: str, probe: _Probe) -> Ticket:
         fingerprint=probe.plan.fingerprint,
         plan=name,
         selections=(EVERYWHERE,),
+        competes=graphless,  # what such plans run by, though these compete for nothing
         capture=capture,
     )
 

@@ -20,7 +20,7 @@ from steer.engines.checks import not_finite
 from steer.engines.receipts import receipt_of
 from steer.engines.vllm.ticket import Ticket
 from steer.errors import EngineError, NotFinite, SteerError
-from steer.model import HookPoint
+from steer.model import HookPoint, ModelInfo
 from steer.plan.plan import SteeringPlan
 
 _KEPT_RECORDS = 4096
@@ -40,6 +40,8 @@ class WorkerRequest:
     prompt: Ints
     plan: SteeringPlan | None
     row: int
+    tables: SlotTables[Any]
+    """Where its plan holds a slot."""
     inline: bool = False
     fault: str | None = None
     steered: SteeredRequest | None = None
@@ -90,20 +92,22 @@ class WorkerRequests:
 
     def __init__(
         self,
-        tables: SlotTables[Any],
+        model: ModelInfo,
+        tables_of: Callable[[Ticket], SlotTables[Any]],
         load: Callable[[str], SteeringPlan],
         *,
         rows: int,
-        max_length: int,
+        device: torch.device,
         inline: Callable[[SteeringPlan], bool],
         owns: Callable[[HookPoint], bool],
         collect: Callable[[], None] = lambda: None,
     ) -> None:
-        """`collect` is called before the ledger is read: passes may still report to it."""
+        """`tables_of` says which tables hold the plan of a request with this ticket. `collect` is
+        called before the ledger is read: passes may still report to it."""
         self._collect = collect
-        self._tables, self._load, self._inline, self._owns = tables, load, inline, owns
-        self.ledger = PositionLedger(rows, max_length, tables.device)
-        self._max_length = max_length
+        self._model, self._tables_of = model, tables_of
+        self._load, self._inline, self._owns = load, inline, owns
+        self.ledger = PositionLedger(rows, model.max_length, device)
         self._free = list(range(rows - 1, -1, -1))
         self._running: dict[str, WorkerRequest] = {}
         self._records: OrderedDict[str, dict[int, Record]] = OrderedDict()
@@ -120,27 +124,29 @@ class WorkerRequests:
         if req_id in self._running:
             self.retire(req_id)
         plan, fault = None, None
+        tables = self._tables_of(ticket)
         try:
             if prompt is None:
                 raise EngineError("a prompt of embeddings has no tokens to steer")
             if ticket.plan is not None:
                 plan = self._load(ticket.plan)
-                self._tables.check(plan)
+                tables.check(plan)
         except Exception as error:  # an exception here would end the engine for everybody
             plan, fault = None, str(error)
         ids = np.array(prompt if prompt is not None else (), dtype=np.int64)
-        request = WorkerRequest(ticket, ids, plan, self._row(), fault=fault)
+        request = WorkerRequest(ticket, ids, plan, self._row(), tables, fault=fault)
         if plan is not None:
             # Inline constants go to one half of the stream: who measures or reads needs them apart.
             apart = ticket.measure or ticket.capture is not None
-            request.inline = not apart and self._inline(plan)
+            # A plan without rules (every strength is 0) has nothing to do in the tables either.
+            request.inline = not plan.rules or (not apart and self._inline(plan))
             bounds = [one.fixed_from(len(ids)) for one in ticket.selections]
             request.fixed_from = max(bounds, default=0)
             request.reads_tokens = ticket.reads_tokens
         if ticket.capture is not None:
             count = len(ticket.capture.positions)
             for point in filter(self._owns, ticket.capture.points):
-                width = self._tables.model.width(point.site)
+                width = self._model.width(point.site)
                 request.states[point] = torch.full((count, width), -float("inf"))
         self.ledger.reset(request.row)
         self._running[req_id] = request
@@ -173,12 +179,12 @@ class WorkerRequests:
         if request.plan is None:
             raise AssertionError("only steered requests have requests")
         if request.steered is None:
-            if not self._tables.can_acquire(request.plan):
+            if not request.tables.can_acquire(request.plan):
                 kept = {id(other) for other in scheduled()}
                 for other in self._running.values():
                     if id(other) not in kept:
                         self._free_slot(other)
-            slot = self._tables.acquire(request.plan)
+            slot = request.tables.acquire(request.plan)
             request.steered = SteeredRequest(
                 request.row, len(request.prompt), request.plan, slot, request.ticket.measure
             )
@@ -219,7 +225,7 @@ class WorkerRequests:
 
     def _free_slot(self, request: WorkerRequest) -> None:
         if request.steered is not None and request.plan is not None:
-            self._tables.release(request.plan)
+            request.tables.release(request.plan)
             request.steered = None
 
     def _row_of(self, request: WorkerRequest) -> PositionLedger:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from steer.batch.requests import Ints
+from steer.engines.vllm.seams import forced, takes
 from steer.engines.vllm.worker.prepared import BatchTokens
 from steer.engines.vllm.worker.states import (
     empty_states,
@@ -28,6 +29,8 @@ from steer.engines.vllm.worker.steering import WorkerSteering, take_note
 from steer.errors import Unsupported
 
 _MODEL_FORWARD = {"input_ids", "positions", "intermediate_tensors", "inputs_embeds"}
+_DISPATCH = "_determine_batch_execution_and_padding"
+"""Chooses the graph of a pass, or none."""
 _INPUT_BATCH = ("req_ids", "num_computed_tokens_cpu", "token_ids_cpu")
 
 
@@ -47,16 +50,18 @@ class RunnerV1:
         take_note(self._steering, output)
         self._scheduled = output.num_scheduled_tokens or None
         try:
-            yield
+            with self._graphs(off=self._steering.graphless(output.num_scheduled_tokens)):
+                yield
         finally:
             self._scheduled = None
 
-    def dummy_pass(self, tokens: int) -> Tensor:
+    def dummy_pass(self, tokens: int, *, graphless: bool = False) -> Tensor:
         """What the model makes of `tokens` dummy requests of one token: `[>= tokens, ...]`."""
         runner = self._runner
         with ExitStack() as stack:
             stack.enter_context(empty_states(runner, tokens))
             stack.enter_context(own_blocks(runner, tokens))
+            stack.enter_context(self._graphs(off=graphless))
             if reads_attention(self._steering.model):
                 stack.enter_context(filled_null_block(runner))
             return _joined(runner._dummy_run(tokens, force_attention=True)[0])
@@ -80,6 +85,10 @@ class RunnerV1:
             raise
         self._steering.end()
         return output
+
+    def _graphs(self, *, off: bool) -> AbstractContextManager[None]:
+        """Inside the block, passes run without CUDA graphs where these are `off`."""
+        return forced(self._runner, _DISPATCH, force_eager=True) if off else nullcontext()
 
     def _batch(self, scheduled: dict[str, int]) -> BatchTokens:
         batch = self._runner.input_batch
@@ -118,6 +127,7 @@ def _check(runner: Any) -> None:
             "supported version of vLLM",
             code="unsupported_vllm",
         )
+    takes(runner, _DISPATCH, "force_eager")
     if runner.speculative_config is not None:
         raise Unsupported(
             "speculative decoding is not supported beside steering: start vLLM without it",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from steer.batch.requests import Ints
-from steer.engines.vllm.seams import calls, known, version
+from steer.engines.vllm.seams import calls, forced, known, takes, version
 from steer.engines.vllm.worker.prepared import BatchTokens
 from steer.engines.vllm.worker.states import (
     NULL_CONTEXT,
@@ -43,6 +43,8 @@ _BATCH_FIELDS = {
     "num_tokens",
     "input_ids",
 }
+_DISPATCH = "dispatch_cg_and_sync_dp"
+"""Chooses the graph of a pass, or none, and agrees on it with other data-parallel ranks."""
 _PREPARE_INPUTS = ("input_batch", "req_states")
 
 
@@ -64,7 +66,8 @@ class RunnerV2:
         take_note(self._steering, output)
         self._computing = bool(output.num_scheduled_tokens)
         try:
-            yield
+            with _graphs(off=self._steering.graphless(output.num_scheduled_tokens)):
+                yield
         except BaseException:
             self._steering.abandon()
             raise
@@ -74,12 +77,13 @@ class RunnerV2:
         finally:
             self._computing = False
 
-    def dummy_pass(self, tokens: int) -> Tensor:
+    def dummy_pass(self, tokens: int, *, graphless: bool = False) -> Tensor:
         """What the model makes of `tokens` dummy requests of one token: `[>= tokens, ...]`."""
         runner = self._runner
         options: dict[str, Any] = {"valid_dummy_state_slots": bool(state_groups(runner))}
         with ExitStack() as stack:
             stack.enter_context(empty_states(runner, tokens))
+            stack.enter_context(_graphs(off=graphless))
             if reads_attention(self._steering.model):
                 stack.enter_context(filled_null_block(runner))
                 options["context_len"] = NULL_CONTEXT
@@ -97,6 +101,13 @@ class RunnerV2:
             else:
                 self._steering.rest()
         return self._model_inputs(input_batch, req_states)
+
+
+def _graphs(*, off: bool) -> AbstractContextManager[None]:
+    """Inside the block, passes run without CUDA graphs where these are `off`."""
+    from vllm.v1.worker.gpu import model_runner  # noqa: PLC0415
+
+    return forced(model_runner, _DISPATCH, need_eager=True) if off else nullcontext()
 
 
 def _dummy_pass(runner: Any, tokens: int, **options: Any) -> Tensor:
@@ -139,10 +150,12 @@ def _batch(batch: Any) -> BatchTokens:
 
 def _check(runner: Any) -> None:
     """Refuses a runner that is not built as this adapter expects, or that splits its batches."""
+    from vllm.v1.worker.gpu import model_runner  # noqa: PLC0415
     from vllm.v1.worker.gpu.input_batch import InputBatch  # noqa: PLC0415
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner  # noqa: PLC0415
 
-    calls(vars(GPUModelRunner)["execute_model"], "model_state", "prepare_inputs")
+    calls(vars(GPUModelRunner)["execute_model"], "model_state", "prepare_inputs", _DISPATCH)
+    takes(model_runner, _DISPATCH, "need_eager")
     known(GPUModelRunner, "add_requests", "self", "scheduler_output")
     missing = _BATCH_FIELDS - {field.name for field in dataclasses.fields(InputBatch)}
     parameters = tuple(inspect.signature(runner.model_state.prepare_inputs).parameters)

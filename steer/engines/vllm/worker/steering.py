@@ -6,7 +6,7 @@ of which requests the next forward pass computes, and when that pass is over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,10 +50,11 @@ class WorkerSteering:
         self.model, self.edits, self.shifts = model, edits, shifts or NoShifts()
         self.owns, self.stages = owns, stages
         self.requests = WorkerRequests(
-            edits.tables,
+            model,
+            edits.tables_of,
             load,
             rows=2 * max_requests,
-            max_length=model.max_length,
+            device=edits.tables.device,
             inline=self.shifts.carries,
             owns=owns,
             collect=edits.collect,
@@ -93,6 +94,13 @@ class WorkerSteering:
     def busy(self) -> bool:
         """Whether any request that runs, or waits in preemption, is steered or read."""
         return len(self.requests) > 0
+
+    def graphless(self, req_ids: Iterable[str]) -> bool:
+        """Whether a step with these requests must run without its CUDA graph."""
+        if not self.edits.static:
+            return False
+        known = (self.requests.get(req_id) for req_id in req_ids)
+        return any(one.ticket.graphless for one in known if one is not None)
 
     def rest(self) -> None:
         """The coming pass steers nobody."""
@@ -154,7 +162,7 @@ class WorkerSteering:
         """Live figures: slots, and the requests that hold them."""
         return EngineStats(
             slots=self.edits.tables.slots,
-            slots_in_use=self.edits.tables.in_use,
+            slots_in_use=self.edits.in_use,
             requests_running=len(self.requests),
         )
 
@@ -183,9 +191,9 @@ class WorkerSteering:
             self.shifts, [one for one in placed if one.request.inline], total
         )
         general = [one for one in placed if not one.variants and one.request.plan is not None]
-        for one in general:
-            rows[one.place] = one.request.row
         spans = self._spans(general, positions)
+        for span in spans:
+            rows[span.place] = span.request.row
         reading = [one for one in placed if one.request.states]
         running = self.edits.begin(
             ComingPass(spans, general, reading, total, lambda why: self._at_fault(general, why))
