@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +158,8 @@ def _method(library: Registry, text: str, suite: Suite) -> dict[str, Any]:
     fit = _fit_named(text)
     if fit is not None:
         return {"name": _label(text), "fit": fit}
-    spec = _towards(library, text, suite.concepts[0])[1]
+    with _explained(text, suite.concepts[0]):
+        spec = _towards(library, text, suite.concepts[0])[1]
     return {"name": _label(text), "steering": spec.model_dump(mode="json", by_alias=True)}
 
 
@@ -168,25 +171,29 @@ def _fit_named(text: str) -> str | None:
 
 def _ways(library: Registry, cache: PlanCache, text: str, suite: Suite) -> WayOf:
     """The ways to steer towards the concepts of `suite` that `text` stands for. Raises
-    `SteerError`; where a concept's artefact is missing, with how to do without."""
+    `SteerError`."""
     from steer.fit.measure.suite.way import Way, known_ways
 
     found = {}
     for concept in suite.concepts:
-        try:
+        with _explained(text, concept):
             _, spec, own = _towards(library, text, concept)
             found[concept.name] = Way.of(cache.plan(spec, vectors=own))
-        except UnknownArtefact as error:
-            raise UnknownArtefact(_missing(text, concept, suite, str(error))) from None
     return known_ways(found)
 
 
-def _missing(text: str, concept: SuiteConcept, suite: Suite, why: str) -> str:
-    return (
-        f"{why}. {text!r} needs one for each concept of the suite {suite.name!r}: make it, with "
-        f"'steer make {concept.instruction!r} --name NAME --register' for {concept.name!r}, or "
-        f"let the suite fit them all, with '{FIT}diffmean' in its place"
-    )
+@contextmanager
+def _explained(text: str, concept: SuiteConcept) -> Iterator[None]:
+    """An artefact that is missing, with how to make it or do without."""
+    try:
+        yield
+    except UnknownArtefact as error:
+        raise UnknownArtefact(
+            f"{error}. {text!r} needs one for each concept: make that of {concept.name!r} with "
+            f"steer make {concept.instruction!r} --name NAME --register, or let the suite fit all "
+            f"of them, with '{FIT}diffmean' in its place",
+            code=error.code,
+        ) from None
 
 
 def _towards(

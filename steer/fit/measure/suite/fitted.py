@@ -2,7 +2,8 @@
 
 For every concept the model answers shipped questions, none of them the suite's, with the concept's
 instruction and without. All methods are fitted on these answers, on the same layers, and factor 1
-is the strength at which a method moves the model by `REACH` nats: so factors mean the same for all.
+is the strength at which a method moves the model by `REACH` nats, so that factors mean the same for
+all.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from steer.fit.measure.divergence import References
 from steer.fit.measure.nulls.matching import PlanAt, matched_strength
 from steer.fit.measure.scoring import Score
 from steer.fit.measure.suite.file import Suite, SuiteConcept
+from steer.fit.measure.suite.kept import write_whole
 from steer.fit.measure.suite.way import Way, WayOf
 from steer.fit.methods.fitting import fit
 from steer.fit.methods.linear.psr import fit_psr
@@ -195,19 +197,23 @@ class SuiteFitter:
         if path is not None and path.is_file():
             kind = LowRankAdapter if method in ADAPTERS else ControlVector
             return kind.from_bytes(path.read_bytes(), name=_NAME)
-        fit = FITS[method](self._lesson(concept))
-        found = _with_strength(fit, self._reach(fit))
+        found = self._reaching(FITS[method](self._lesson(concept)))
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(found.to_bytes())
+            write_whole(path, found.to_bytes())
         if self.progress is not None:
             self.progress(1)
         return found
 
-    def _reach(self, fit: Fit) -> float:
-        """The strength at which it moves the model by `REACH` nats."""
+    def _reaching(self, made: Fit) -> Fit:
+        """It with the strength at which it moves the model by `REACH` nats, or comes nearest; the
+        card says by how many it does."""
         references = References(self.engine, self._plain).first(_MATCHED_ANSWERS, _MATCHED_TOKENS)
-        return matched_strength(references, _turned(self.engine, fit), REACH).strength
+        match = matched_strength(references, _turned(self.engine, made), REACH)
+        changes = {
+            "default_strength": float(f"{match.strength:.6g}"),
+            "provenance": {**made.card.provenance, "kl": round(match.kl, 4)},
+        }
+        return replace(made, card=made.card.model_copy(update=changes))
 
     def _lesson(self, concept: SuiteConcept) -> Lesson:
         if concept.name not in self._lessons:
@@ -277,20 +283,16 @@ def fit_questions(suite: Suite) -> tuple[str, ...]:
     return tuple(free[:QUESTIONS])
 
 
-def _turned(engine: Engine, fit: Fit) -> PlanAt:
+def _turned(engine: Engine, made: Fit) -> PlanAt:
     """The plan of what was fitted, by multiples of its card's strength."""
-    adapter = isinstance(fit, LowRankAdapter)
-    kind = _LOW_RANK if adapter else _ADD
-    library = MemoryLibrary(low_ranks={_NAME: fit}) if adapter else MemoryLibrary({_NAME: fit})
+    if isinstance(made, LowRankAdapter):
+        kind, library = _LOW_RANK, MemoryLibrary(low_ranks={_NAME: made})
+    else:
+        kind, library = _ADD, MemoryLibrary(vectors={_NAME: made})
     cache = plans_of(engine, library)
 
     def at(factor: float) -> SteeringPlan:
-        strength = factor * fit.card.default_strength
+        strength = factor * made.card.default_strength
         return cache.plan(parse_spec({"interventions": [{**kind, "strength": strength}]}))
 
     return at
-
-
-def _with_strength(fit: Fit, strength: float) -> Fit:
-    card = fit.card.model_copy(update={"default_strength": float(f"{strength:.6g}")})
-    return replace(fit, card=card)
