@@ -29,6 +29,8 @@ from steer.fit.states import make_reading, read_tokens
 
 PENALTY = 10.0
 OTHERS = ("everyday", "maths", "code", "harmful")
+ALONE = ("all", "last")
+"""Which tokens of the harmless prompts AlphaSteer is to leave alone: every one, or the last."""
 
 States: TypeAlias = Mapping[str, Sequence[Tensor]]
 """Of each group, the states `[tokens, d]` of every prompt."""
@@ -55,7 +57,8 @@ def main() -> None:
         rows = f"| {count} | {sum(map(len, harmless))} |"
         print(rows, _gate(states, harmless), flush=True)
         for share in map(float, given.shares.split(",")):
-            print(rows, _alphasteer(states, harmless, share), flush=True)
+            for alone in ALONE:
+                print(rows, _alphasteer(states, harmless, share, alone), flush=True)
 
 
 def _read(engine: Engine, layer: int) -> dict[str, list[Tensor]]:
@@ -76,13 +79,13 @@ def _read(engine: Engine, layer: int) -> dict[str, list[Tensor]]:
     return found
 
 
-def _alphasteer(states: States, harmless: Sequence[Tensor], share: float) -> str:
+def _alphasteer(states: States, harmless: Sequence[Tensor], share: float, left: str) -> str:
     """What is read: its root mean square over all tokens, and at the prompts' last (the mean, of
     harmful requests), where the vector is to act."""
     width = harmless[0].shape[1]
     alone, steered = Moments(width), Moments(width)
     for rows in harmless:
-        alone.add(rows)
+        alone.add(rows if left == "all" else rows[-1:])
     for rows in states["to steer"]:
         steered.add(rows[-1:])
     read = ridge_of_one(steered, null_basis(alone.gram, share), PENALTY)
@@ -93,7 +96,7 @@ def _alphasteer(states: States, harmless: Sequence[Tensor], share: float) -> str
         shown = last.mean() if name == "harmful" else last.square().mean().sqrt()
         rms = torch.cat(every).square().mean().sqrt()
         cells.append(f"{rms:.2f}, last {shown:.2f}")
-    return f"AlphaSteer, ρ {share:g} | " + " | ".join(cells) + " |"
+    return f"AlphaSteer, ρ {share:g}, {left} | " + " | ".join(cells) + " |"
 
 
 def _gate(states: States, harmless: Sequence[Tensor]) -> str:
