@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -43,8 +44,17 @@ _SUITE = (
             str | None,
             typer.Option(
                 help="Rate the methods on many concepts: a suite's file, or smollm2, which is "
-                "shipped. {concept} in a method is each concept's name; no --prompts and --score."
+                "shipped. {concept} in a method is each concept's name, and fit:NAME is fitted for "
+                "each (diffmean, logistic, pca, psr, reps, low-rank); no --prompts and --score."
             ),
+        ],
+        None,
+    ),
+    keyword(
+        "concepts",
+        Annotated[
+            str | None,
+            typer.Option(help="With --suite: only these of its concepts, such as sea,money."),
         ],
         None,
     ),
@@ -66,6 +76,9 @@ def _evaluate(values: dict[str, Any]) -> None:
     if values["suite"] is not None:
         run_suite_command(values)
         return
+    for field in ("concepts", "judge"):
+        if values[field] is not None:
+            raise SteerError(f"--{field} is for a --suite: name one", code="invalid_option")
     for field, flag in (("prompts", "--prompts"), ("score", "--score")):
         if values[field] is None:
             raise SteerError(
@@ -80,6 +93,8 @@ def _evaluate(values: dict[str, Any]) -> None:
         fields["prompts"] = asked(values)
         named = [named_method(library, text) for text in texts]
         told = _instruction(library, values["instruction"], named)
+        if values["place"] is not None:
+            told = replace(told, place=values["place"])
         fields["instruction"] = told.text
         fields["methods"] = [
             {"name": name, "steering": spec.model_dump(mode="json", by_alias=True)}
@@ -146,12 +161,7 @@ def show_evaluation(found: Evaluation) -> None:
             *_null_cells(row.nulls),
         )
     table_out().print(table)
-    instruction = found.instruction
-    out().print(
-        f"prompt only: told “{instruction.text}” ({instruction.source})",
-        highlight=False,
-        markup=False,
-    )
+    out().print(f"prompt only: told {found.instruction}", highlight=False, markup=False)
     for row in found.rows:
         said = row.no_nulls if row.nulls is None else told(row.nulls)
         if said is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +16,17 @@ from steer.cli.measure.scoring import scorer_of
 from steer.cli.options import checked
 from steer.cli.reporting import out, progress_bar, table_out
 from steer.cli.steering import add_spec, named_vector, parse_strength, read_spec
-from steer.errors import SteerError
+from steer.errors import SteerError, UnknownArtefact
+
+FIT = "fit:"
+"""Before the name of a method that is fitted for each concept."""
 
 if TYPE_CHECKING:
     from steer.artefacts.control_vector import ControlVector
-    from steer.fit.measure.suite.file import SuiteConcept
+    from steer.fit.measure.suite.file import Suite, SuiteConcept
     from steer.fit.measure.suite.result import SuiteResult
-    from steer.fit.measure.suite.run import PanelOf, PlanOf
+    from steer.fit.measure.suite.run import PanelOf
+    from steer.fit.measure.suite.way import WayOf
     from steer.plan.cache import PlanCache
     from steer.registry.registry import Registry
     from steer.spec import SteeringSpec
@@ -34,23 +40,15 @@ def run_suite_command(values: dict[str, Any]) -> None:
     from steer.fit.requests.suite import SuiteRequest
 
     _check(values)
-    suite, texts = read_suite(suite_path(values["suite"])), values["methods"]
+    suite = _part(read_suite(suite_path(values["suite"])), values)
+    texts = values["methods"]
     report = values["report"]
     with open_registry(values["registry"], values["model"]) as library:
-        first = suite.concepts[0].name
         request = checked(
             SuiteRequest,
             {
                 "suite": suite.model_dump(),
-                "methods": [
-                    {
-                        "name": _label(text),
-                        "steering": _towards(library, text, first)[1].model_dump(
-                            mode="json", by_alias=True
-                        ),
-                    }
-                    for text in texts
-                ],
+                "methods": [_method(library, text, suite) for text in texts],
                 "nulls": values["nulls"],
                 "seed": values["seed"],
                 "plain": values["plain"],
@@ -67,7 +65,11 @@ def run_suite_command(values: dict[str, Any]) -> None:
             cache = plans(engine, library)
             found = request.run(
                 engine,
-                {_label(text): _plan_of(library, cache, text) for text in texts},
+                {
+                    one.name: _ways(library, cache, text, suite)
+                    for one, text in zip(request.methods, texts, strict=True)
+                    if one.fit is None
+                },
                 scorers={
                     one.name: scorer_of(one.score, library)
                     for one in suite.concepts
@@ -85,6 +87,28 @@ def run_suite_command(values: dict[str, Any]) -> None:
     show_suite(found)
     if report is not None:
         out().print(f"wrote {report}", highlight=False)
+
+
+def _part(suite: Suite, values: dict[str, Any]) -> Suite:
+    """What is run of a suite: the concepts that were named, in its own order, and as many prompts;
+    told in another place, if one was given. Raises `SteerError` (`invalid_option`)."""
+    from steer.fit.measure.suite.file import parse_suite
+
+    named = [one.name for one in suite.concepts]
+    given = values["concepts"]
+    chosen = named if given is None else [one.strip() for one in given.split(",")]
+    unknown = [one for one in chosen if one not in named]
+    if unknown:
+        raise SteerError(
+            f"the suite {suite.name!r} has no concept {unknown[0]!r}: its concepts are "
+            + ", ".join(named),
+            code="invalid_option",
+        )
+    part = suite.model_dump()
+    part["concepts"] = [one for one in part["concepts"] if one["name"] in chosen]
+    part["prompts"] = part["prompts"][: values["limit"]]
+    part["place"] = values["place"] or suite.place
+    return parse_suite(part)
 
 
 def suite_path(named: str) -> Path:
@@ -129,22 +153,55 @@ def named_method(
     return label or shown, add_spec(name, value, None, None), own
 
 
-def _plan_of(library: Registry, cache: PlanCache, text: str) -> PlanOf:
-    """The plan towards a concept that `text`, with `{concept}` in it, stands for."""
+def _method(library: Registry, text: str, suite: Suite) -> dict[str, Any]:
+    """The method that `text` names, as a request has it; a spec is the first concept's."""
+    fit = _fit_named(text)
+    if fit is not None:
+        return {"name": _label(text), "fit": fit}
+    with _explained(text, suite.concepts[0]):
+        spec = _towards(library, text, suite.concepts[0])[1]
+    return {"name": _label(text), "steering": spec.model_dump(mode="json", by_alias=True)}
 
-    def plan(concept: SuiteConcept) -> Any:
-        _, spec, own = _towards(library, text, concept.name)
-        return cache.plan(spec, vectors=own)
 
-    return plan
+def _fit_named(text: str) -> str | None:
+    """The method that `fit:NAME` or `LABEL=fit:NAME` names; None for another way to steer."""
+    _, _, named = text.rpartition("=")
+    return named.removeprefix(FIT) if named.startswith(FIT) else None
+
+
+def _ways(library: Registry, cache: PlanCache, text: str, suite: Suite) -> WayOf:
+    """The ways to steer towards the concepts of `suite` that `text` stands for. Raises
+    `SteerError`."""
+    from steer.fit.measure.suite.way import Way, known_ways
+
+    found = {}
+    for concept in suite.concepts:
+        with _explained(text, concept):
+            _, spec, own = _towards(library, text, concept)
+            found[concept.name] = Way.of(cache.plan(spec, vectors=own))
+    return known_ways(found)
+
+
+@contextmanager
+def _explained(text: str, concept: SuiteConcept) -> Iterator[None]:
+    """An artefact that is missing, with how to make it or do without."""
+    try:
+        yield
+    except UnknownArtefact as error:
+        raise UnknownArtefact(
+            f"{error}. {text!r} needs one for each concept: make that of {concept.name!r} with "
+            f"steer make {concept.instruction!r} --name NAME --register, or let the suite fit all "
+            f"of them, with '{FIT}diffmean' in its place",
+            code=error.code,
+        ) from None
 
 
 def _towards(
-    library: Registry, text: str, concept: str
+    library: Registry, text: str, concept: SuiteConcept
 ) -> tuple[str, SteeringSpec, dict[str, ControlVector]]:
     from steer.fit.requests.suite import CONCEPT
 
-    return named_method(library, text.replace(CONCEPT, concept))
+    return named_method(library, text.replace(CONCEPT, concept.name))
 
 
 def _label(text: str) -> str:
@@ -154,7 +211,7 @@ def _label(text: str) -> str:
     label, equals, _ = text.partition("=")
     if equals and label and ":" not in label:
         return label
-    return text.replace(CONCEPT, "").strip("-_.: ") or "vector"
+    return text.removeprefix(FIT).replace(CONCEPT, "").strip("-_.: ") or "vector"
 
 
 def _judge(text: str) -> PanelOf:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from steer.engines.base import Engine, SamplingParams
 from steer.errors import SteerError
-from steer.fit.data.instruction import instructed
+from steer.fit.data.instruction import Placement, Telling
 from steer.fit.data.preferences import PreferenceSet, Side, require_answers
 from steer.fit.measure.answers import Progress, answers_under
 
@@ -18,6 +18,7 @@ def completed(
     instruction: str | None,
     *,
     sides: Sequence[Side] = ("chosen", "rejected"),
+    place: Placement = "system",
     max_tokens: int = 48,
     temperature: float = 0.0,
     seed: int = 0,
@@ -25,8 +26,8 @@ def completed(
 ) -> PreferenceSet:
     """`given` with both answers (or those of `sides`) to every prompt.
 
-    What is missing is asked of the model, unsteered: the answer to prefer with `instruction` in the
-    system message, the other without. A prompt to which it gives nothing, or the same answer both
+    What is missing is asked of the model, unsteered: the answer to prefer with `instruction` at
+    `place`, the other without. A prompt to which it gives nothing, or the same answer both
     times, teaches nothing and is left out. `progress` is told of every answer. Raises `SteerError`
     where answers are missing and there is no instruction, or where no prompt is left.
     """
@@ -36,7 +37,7 @@ def completed(
         missing = [n for n, one in enumerate(items) if getattr(one, side) is None]
         prompts = [items[n].prompt for n in missing]
         if side == "chosen":
-            prompts = [instructed(one, instruction or "") for one in prompts]
+            prompts = list(map(Telling(instruction or "", place), prompts))
         sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
         [said] = answers_under(engine, [prompts], [None], sampling=sampling, progress=progress)
         for n, one in zip(missing, said, strict=True):

@@ -8,7 +8,7 @@ baseline, the unsteered model that was told in words.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from steer.artefacts.calibration import NullComparison
 from steer.artefacts.control_vector import Card
 from steer.engines.base import Engine, SamplingParams
 from steer.errors import SteerError
-from steer.fit.data.instruction import instructed
+from steer.fit.data.instruction import PLACEMENTS, Placement, Telling
 from steer.fit.data.pairs import Prompt
 from steer.fit.measure.answers import GROUP, Answer, Progress, answers_under, sound
 from steer.fit.measure.bootstrap import LEVEL, Floats, Interval, Ints, Resamples
@@ -46,10 +46,22 @@ class ComparedMethod:
 
 @dataclass(frozen=True)
 class Instruction:
-    """What the prompt-only baseline is told, and where that text comes from."""
+    """What the prompt-only baseline is told, where that text comes from, and where it is told:
+    a model may pass over its system message and follow what stands after the question."""
 
     text: str
     source: Literal["given", "card instruction", "card description"] = "given"
+    place: Placement = "system"
+
+    def __str__(self) -> str:
+        return f"“{self.text}” ({self.source}, {_PLACES[self.place]})"
+
+
+_PLACES: Mapping[Placement, str] = {
+    "system": "in the system message",
+    "after": "after the question",
+    "before": "before the question",
+}
 
 
 @dataclass(frozen=True)
@@ -125,7 +137,7 @@ def evaluate(
     """
     _check(prompts, methods)
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, logprobs=0)
-    told = [instructed(prompt, instruction.text) for prompt in prompts]
+    told = list(map(Telling(instruction.text, instruction.place), prompts))
     plain, asked, *steered = answers_under(
         engine,
         [prompts, told, *[prompts] * len(methods)],
@@ -166,11 +178,13 @@ def evaluation_steps(prompts: int, methods: int, nulls: int = NULLS) -> int:
 def card_instruction(card: Card) -> Instruction | None:
     """What a card says about how to ask for its attribute in words; None where it says nothing.
 
-    `provenance["instruction"]` is meant for this; the description is the next best.
+    `provenance["instruction"]` is meant for this, told at `provenance["place"]` if that is there;
+    the description is the next best.
     """
-    said = card.provenance.get("instruction")
+    said, at = card.provenance.get("instruction"), card.provenance.get("place")
     if isinstance(said, str) and said:
-        return Instruction(said, "card instruction")
+        place = next((one for one in PLACEMENTS if one == at), "system")
+        return Instruction(said, "card instruction", place)
     return Instruction(card.description, "card description") if card.description else None
 
 

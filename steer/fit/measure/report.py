@@ -131,10 +131,9 @@ def _calibration_table(found: CalibratedVector) -> str:
 
 
 def _evaluation_text(evaluation: Evaluation) -> str:
-    instruction = evaluation.instruction
     return (
         f"{evaluation.prompts} prompts, scorer {evaluation.scorer or 'unnamed'}; the prompt-only "
-        f"baseline is told “{instruction.text}” ({instruction.source}). Intervals: 95 %, bootstrap "
+        f"baseline is told {evaluation.instruction}. Intervals: 95 %, bootstrap "
         f"over prompts, {evaluation.resamples} resamples, seed {evaluation.seed}."
     )
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt
 
+from steer.fit.data.instruction import Placement
 from steer.fit.data.prompt import Positions
 from steer.fit.data.where import WhereName
 from steer.fit.methods.linear.reading import TokensRead
@@ -129,6 +130,13 @@ UsedWhereField: TypeAlias = Annotated[
     Where | None,
     Spelled("where"),
     Field(description="Which tokens are steered; by default the card's."),
+]
+PlaceField: TypeAlias = Annotated[
+    Placement,
+    Field(
+        description="Where the instruction is told: in the system message, after what the user "
+        "says last, or before it. Small models may pass over the system message."
+    ),
 ]
 MaxTokensField: TypeAlias = Annotated[
     StrictInt, Field(ge=1, le=4096, description="The length of an answer.")

@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from steer.fit.data.instruction import Placement
 from steer.fit.requests.fields import (
     MAX_ITEMS,
     SCORES,
@@ -299,6 +300,14 @@ class EvaluateRequest(MeasureRequest):
         ),
         Field(description="What the prompt-only baseline is told."),
     ]
+    place: Annotated[
+        Placement | None,
+        Field(
+            description="Where it is told: in the system message, after what the user says last, "
+            "or before it; by default where the card of a vector from a sentence says, or in the "
+            "system message."
+        ),
+    ] = None
     nulls: NullsField = NULLS
     seed: Annotated[
         Seed, Field(description="Draws the bootstrap, the nulls, and samples above 0.")
@@ -340,7 +349,7 @@ class EvaluateRequest(MeasureRequest):
             self.asked(engine),
             [ComparedMethod(one.name, plan) for one, plan in zip(self.methods, plans, strict=True)],
             scorer,
-            instruction=told or Instruction(self.instruction),
+            instruction=told or Instruction(self.instruction, place=self.place or "system"),
             scorer_name=self.score,
             max_tokens=self.max_tokens,
             temperature=self.temperature,

@@ -5,24 +5,60 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 from steer.errors import SteerError, pointer
 from steer.fit.measure.suite.file import Suite
-from steer.fit.requests.fields import NullsField, Seed
-from steer.fit.requests.measuring import GROUP, NULLS, MethodParam, as_asked
+from steer.fit.requests.fields import NullsField, Ref, Seed
+from steer.fit.requests.measuring import NULLS, MethodParam, as_asked
+from steer.spec import exactly_one
 
 if TYPE_CHECKING:
     from steer.engines.base import Engine
     from steer.fit.measure.answers import Progress
     from steer.fit.measure.scoring import AnswerScorer, Scorer
     from steer.fit.measure.suite.result import SuiteResult
-    from steer.fit.measure.suite.run import PanelOf, PlanOf
+    from steer.fit.measure.suite.run import PanelOf
+    from steer.fit.measure.suite.way import WayOf
+
+SUITE_GROUP = 64
+"""Answers between two reports: those of a concept are many, and each is short."""
 
 CONCEPT = "{concept}"
 """Stands for the concept's name in what a method names."""
+
+
+FitName: TypeAlias = Literal["diffmean", "logistic", "pca", "psr", "reps", "low-rank"]
+"""The keys of `steer.fit.measure.suite.fitted.FITS`, which needs torch."""
+
+
+class SuiteMethodParam(BaseModel):
+    """A way to steer towards every concept, under its name in the table: a spec, a saved profile,
+    or a method that is fitted for each concept."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, json_schema_extra=exactly_one("steering", "profile", "fit")
+    )
+
+    name: Annotated[str, Field(min_length=1, max_length=128)]
+    steering: dict[str, Any] | None = None
+    profile: Ref | None = None
+    fit: FitName | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> SuiteMethodParam:
+        if [self.steering, self.profile, self.fit].count(None) != 2:
+            raise ValueError(
+                "a method is either a spec ('steering'), a 'profile', or a method to 'fit'"
+            )
+        return self
+
+    def towards(self, concept: str) -> MethodParam:
+        """The spec or profile with the concept's name in it."""
+        text = json.dumps(self.model_dump(mode="json", exclude={"name", "fit"}))
+        return MethodParam(name=self.name, **json.loads(text.replace(CONCEPT, concept)))
 
 
 class SuiteRequest(BaseModel):
@@ -33,12 +69,13 @@ class SuiteRequest(BaseModel):
 
     suite: Annotated[Suite, Field(description="Concepts, prompts and factors.")]
     methods: Annotated[
-        tuple[MethodParam, ...],
+        tuple[SuiteMethodParam, ...],
         Field(
             min_length=1,
             max_length=32,
             fail_fast=True,
-            description="Ways to steer; {concept} in them is each concept's name.",
+            description="Ways to steer; {concept} in them is each concept's name, and those to "
+            "'fit' are fitted for each concept.",
         ),
     ]
     nulls: NullsField = NULLS
@@ -56,10 +93,17 @@ class SuiteRequest(BaseModel):
 
     @property
     def answers(self) -> int:
-        """Everything that `run` tells `progress` of."""
+        """Everything that `run` tells `progress` of, where nothing was fitted before."""
+        from steer.fit.measure.suite.fitted import fit_steps
         from steer.fit.measure.suite.run import suite_steps
 
-        return suite_steps(self.suite, len(self.methods), self.nulls)
+        fits = fit_steps(len(self.suite.concepts), len(self.fits))
+        return fits + suite_steps(self.suite, len(self.methods), self.nulls)
+
+    @property
+    def fits(self) -> dict[str, FitName]:
+        """The methods that are fitted, by their names in the table."""
+        return {one.name: one.fit for one in self.methods if one.fit is not None}
 
     def check_scores(self) -> None:
         """Raises `SteerError` (`no_scorer`) for a concept that only a judge could rate."""
@@ -75,15 +119,15 @@ class SuiteRequest(BaseModel):
     def run(
         self,
         engine: Engine,
-        methods: Mapping[str, PlanOf],
+        methods: Mapping[str, WayOf],
         *,
         scorers: Mapping[str, Scorer | AnswerScorer] | None = None,
         panel_of: PanelOf | None = None,
         folder: Path | None = None,
         progress: Progress | None = None,
     ) -> SuiteResult:
-        """Runs the suite; it is rated by `panel_of`, or else with the `scorers` of the concepts by
-        the model itself. Raises `SteerError`."""
+        """Runs the suite by `methods`, and by those that it fits; it is rated by `panel_of`, or
+        else with the `scorers` of the concepts by the model itself. Raises `SteerError`."""
         from steer.fit.measure.suite.rating import ModelPanel
         from steer.fit.measure.suite.run import run_suite
 
@@ -91,21 +135,25 @@ class SuiteRequest(BaseModel):
             prompts = [answer.prompt for answer in plain]
             return ModelPanel(engine, dict(scorers or {}), prompts, plain)
 
+        ways = {**methods, **self._fitted(engine, folder, progress)}
         return run_suite(
             engine,
             self.suite,
             as_asked(engine, self.suite.prompts, plain=self.plain),
-            methods,
+            {one.name: ways[one.name] for one in self.methods},
             panel_of or own_panel,
             nulls=self.nulls,
             seed=self.seed,
             folder=folder,
-            group=GROUP,
+            group=SUITE_GROUP,
             progress=progress,
         )
 
+    def _fitted(
+        self, engine: Engine, folder: Path | None, progress: Progress | None
+    ) -> dict[str, WayOf]:
+        from steer.fit.measure.suite.fitted import SuiteFitter, fit_questions
 
-def towards(method: MethodParam, concept: str) -> MethodParam:
-    """`method` with the concept's name in it."""
-    text = json.dumps(method.model_dump(mode="json", exclude={"name"}))
-    return MethodParam(name=method.name, **json.loads(text.replace(CONCEPT, concept)))
+        questions = as_asked(engine, fit_questions(self.suite), plain=self.plain)
+        fitter = SuiteFitter(engine, self.suite, questions, self.seed, folder, progress)
+        return {name: fitter.way_of(fit) for name, fit in self.fits.items()}

@@ -12,30 +12,33 @@ from steer.fit.requests.measuring import EvaluateRequest, MethodParam
 from steer.jobs.client_scorers import client_scorer
 from steer.jobs.kinds.kind import JobContext, JobKind
 from steer.jobs.kinds.sweep import check_answers, shown
+from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
 from steer.plan.resolve import Policy
 from steer.registry.registry import Registry
 from steer.spec import parse_spec
 
 
+def method_plan(
+    plans: PlanCache, registry: Registry, method: MethodParam, place: int
+) -> SteeringPlan:
+    """The plan of the method at `place` of a request, as a chat gets it; errors point at it."""
+    at = pointer("methods", place, "profile" if method.steering is None else "steering")
+    try:
+        if method.steering is None:
+            return plans.plan(registry.profile(str(method.profile)).spec)
+        return plans.plan(parse_spec(method.steering))
+    except SteerError as error:
+        error.param = at if method.steering is None else at + (error.param or "")
+        raise
+
+
 def method_plans(
     engine: Engine, registry: Registry, methods: Sequence[MethodParam], policy: Policy
 ) -> list[SteeringPlan]:
-    """The plan of each method, as a chat would get it; errors point at the method."""
+    """The plan of each method of a request."""
     plans = plans_of(engine, registry, policy=policy)
-    found = []
-    for place, method in enumerate(methods):
-        at = pointer("methods", place, "profile" if method.steering is None else "steering")
-        try:
-            if method.steering is not None:
-                spec = parse_spec(method.steering)
-            else:
-                spec = registry.profile(str(method.profile)).spec
-            found.append(plans.plan(spec))
-        except SteerError as error:
-            error.param = at + (error.param or "") if method.steering is not None else at
-            raise
-    return found
+    return [method_plan(plans, registry, one, place) for place, one in enumerate(methods)]
 
 
 def evaluate_kind(policy: Policy) -> JobKind[EvaluateRequest]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from steer.engines.base import Engine
-from steer.errors import pointer
+from steer.engines.gradients import differentiable
+from steer.engines.plans import plans_of
+from steer.errors import SteerError, pointer
 from steer.fit.measure.scoring import AnswerScorer, Scorer
-from steer.fit.requests.suite import SuiteRequest, towards
+from steer.fit.measure.suite.fitted import TRAINED
+from steer.fit.measure.suite.way import Way, WayOf, known_ways
+from steer.fit.requests.suite import SuiteRequest
 from steer.jobs.client_scorers import client_scorer
-from steer.jobs.kinds.evaluate import method_plans
+from steer.jobs.kinds.evaluate import method_plan
 from steer.jobs.kinds.kind import JobContext, JobKind
 from steer.jobs.kinds.sweep import check_answers
-from steer.plan.plan import SteeringPlan
 from steer.plan.resolve import Policy
 from steer.registry.registry import Registry
 
@@ -29,16 +32,30 @@ def _scorers(registry: Registry, request: SuiteRequest) -> dict[str, Scorer | An
     }
 
 
-def _plans(
+def _ways(
     engine: Engine, registry: Registry, request: SuiteRequest, policy: Policy
-) -> dict[tuple[str, str], SteeringPlan]:
-    """The plan of each method towards each concept; errors point at the method."""
-    found: dict[tuple[str, str], SteeringPlan] = {}
-    for concept in request.suite.concepts:
-        methods = [towards(one, concept.name) for one in request.methods]
-        plans = method_plans(engine, registry, methods, policy)
-        found |= {(one.name, concept.name): p for one, p in zip(methods, plans, strict=True)}
+) -> dict[str, WayOf]:
+    """The methods that are not fitted; errors point at the method."""
+    cache = plans_of(engine, registry, policy=policy)
+    found: dict[str, WayOf] = {}
+    for place, one in enumerate(request.methods):
+        if one.fit is None:
+            plans = {
+                concept.name: method_plan(cache, registry, one.towards(concept.name), place)
+                for concept in request.suite.concepts
+            }
+            found[one.name] = known_ways({name: Way.of(plan) for name, plan in plans.items()})
     return found
+
+
+def _check_fits(engine: Engine, request: SuiteRequest) -> None:
+    """Raises `Unsupported` at a method that this engine cannot fit."""
+    for place, one in enumerate(request.methods):
+        if one.fit in TRAINED:
+            try:
+                differentiable(engine)
+            except SteerError as error:
+                raise error.at(pointer("methods", place, "fit")) from None
 
 
 def suite_kind(policy: Policy) -> JobKind[SuiteRequest]:
@@ -47,16 +64,13 @@ def suite_kind(policy: Policy) -> JobKind[SuiteRequest]:
     def check(engine: Engine, registry: Registry, request: SuiteRequest) -> None:
         _scorers(registry, request)
         check_answers(request.answers, len(request.suite.prompts))
-        _plans(engine, registry, request, policy)
+        _check_fits(engine, request)
+        _ways(engine, registry, request, policy)
 
     def run(context: JobContext, request: SuiteRequest) -> dict[str, Any]:
-        plans = _plans(context.engine, context.registry, request, policy)
         return request.run(
             context.engine,
-            {
-                one.name: lambda concept, name=one.name: plans[name, concept.name]  # type: ignore[misc]
-                for one in request.methods
-            },
+            _ways(context.engine, context.registry, request, policy),
             scorers=_scorers(context.registry, request),
             progress=context.counter(request.answers, "answers"),
         ).as_json()

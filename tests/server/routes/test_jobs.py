@@ -426,6 +426,13 @@ async def test_a_file_that_is_none_fails_the_job(running: httpx.AsyncClient) -> 
             "/methods/0/steering/interventions/0/vector",
             "unknown_vector",
         ),
+        (
+            "suite",
+            {**SUITE, "methods": [{"name": "x", "fit": "diffmean"}, {"name": "y", "fit": "reps"}]},
+            "/methods/1/fit",
+            "no_gradients",
+        ),
+        ("suite", {**SUITE, "methods": [{"name": "x", "fit": "magic"}]}, "/methods/0/fit", None),
         ("fit", {**FIT, "refine": {"sae": "none"}}, "/refine/sae", "unknown_sae"),
         ("fit", {**FIT, "refine": {}}, "/refine/sae", "missing_field"),
         ("import", {"name": "x"}, "/source", "missing_field"),

@@ -194,7 +194,7 @@ def test_evaluate_prints_the_prompt_only_baseline(registry: Path, tmp_path: Path
     assert values[:4] == [0, 1, pytest.approx(1, abs=0.2), 0]
     assert values[4] == values[2]
     shown = steer(*arguments[:2], *common, "--report", tmp_path / "report")
-    assert "told “Answers in German.” (card description)" in shown.output
+    assert "told “Answers in German.” (card description, in the system message)" in shown.output
     assert (tmp_path / "report" / "evaluation.png").exists()
 
 
@@ -228,12 +228,24 @@ def test_evaluate_runs_a_suite_and_goes_on(registry: Path, tmp_path: Path) -> No
     assert "1 concepts, 4 prompts" in shown
 
 
+def test_a_suite_says_what_would_make_what_is_missing(registry: Path) -> None:
+    failed = steer(
+        "evaluate", "{concept}-v", "--suite", "smollm2", "--registry", registry, code=2
+    ).stderr.replace("\n", " ")
+    assert "cheerful-v" in failed
+    assert "steer make 'You are bubbling over" in failed
+    assert "'fit:diffmean'" in failed
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["german", "--score", "regex:x"], "give --prompts, or a --suite"),
         (["german", "--suite", "smollm2", "--score", "regex:x"], "--score and --suite exclude"),
         (["german", "--suite", "nowhere.json"], "'nowhere.json' cannot be read"),
+        (["german", "--suite", "smollm2", "--concepts", "sea,joy"], "has no concept 'joy'"),
+        (["fit:magic", "--suite", "smollm2"], "magic"),
+        (["german", "--concepts", "sea"], "--concepts is for a --suite"),
     ],
 )
 def test_what_evaluate_cannot_run(arguments: list[str], says: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from steer.artefacts.calibration import NullComparison
 from steer.engines.base import Engine, SamplingParams
 from steer.errors import Unsupported
-from steer.fit.data.instruction import instructed
+from steer.fit.data.instruction import Telling
 from steer.fit.data.prompt import Prompt
 from steer.fit.measure.answers import Answer, Progress, answers_under, mean
 from steer.fit.measure.bootstrap import Resamples
@@ -17,12 +17,12 @@ from steer.fit.measure.divergence import References
 from steer.fit.measure.evaluate import PROMPT_ONLY, UNSTEERED
 from steer.fit.measure.nulls.comparison import compare, measurable
 from steer.fit.measure.nulls.directions import answer_states, null_vectors
-from steer.fit.measure.nulls.in_plans import added_vector, with_vector
 from steer.fit.measure.nulls.runs import Contender, ContenderRuns, null_steps, run_nulls
 from steer.fit.measure.scoring import Score
 from steer.fit.measure.suite.file import Suite, SuiteConcept
 from steer.fit.measure.suite.rating import Panel, Rating
 from steer.fit.measure.suite.result import ConceptResult, ConceptRow, RowKind
+from steer.fit.measure.suite.way import Way
 from steer.plan.plan import SteeringPlan
 
 
@@ -61,12 +61,12 @@ class ConceptBench:
     seed: int
     group: int
 
-    def asked(self, concept: SuiteConcept, plans: Mapping[str, SteeringPlan]) -> list[Any]:
+    def asked(self, concept: SuiteConcept, ways: Mapping[str, Way]) -> list[Any]:
         """All that a concept's result depends on, as JSON."""
         return [
             self.suite.sha256,
             concept.model_dump(mode="json"),
-            [[name, plan.fingerprint] for name, plan in plans.items()],
+            [[name, way.plan.fingerprint] for name, way in ways.items()],
             self.engine.info.own_name,
             self.panel.identity,
             self.nulls,
@@ -76,23 +76,23 @@ class ConceptBench:
     def run(
         self,
         concept: SuiteConcept,
-        plans: Mapping[str, SteeringPlan],
+        ways: Mapping[str, Way],
         progress: Progress | None,
     ) -> ConceptResult:
-        """Rates `plans`, each turned by every factor, and the nulls of the best. Raises
+        """Rates `ways`, each turned by every factor, and the nulls of the best. Raises
         `SteerError`."""
-        told = [instructed(prompt, concept.instruction) for prompt in self.prompts]
-        cells = [one for name, plan in plans.items() for one in self._turned(name, plan)]
+        telling = Telling(concept.instruction, self.suite.place)
+        cells = [one for name, way in ways.items() for one in self._turned(name, way)]
         asked, *steered = answers_under(
             self.engine,
-            [told, *[self.prompts] * len(cells)],
+            [list(map(telling, self.prompts)), *[self.prompts] * len(cells)],
             [None, *(one.plan for one in cells)],
             sampling=self.sampling,
             group=self.group,
             progress=progress,
         )
         if progress is not None:  # what cannot be turned has fewer answers
-            whole = len(plans) * len(self.suite.factors)
+            whole = len(ways) * len(self.suite.factors)
             progress(len(self.prompts) * (whole - len(cells)))
         everywhere = range(len(self.prompts))
         plain, prompted, *rated = self._rated(concept, [self.plain, asked, *steered], everywhere)
@@ -100,7 +100,7 @@ class ConceptBench:
             replace(one, answers=said, ratings=ratings)
             for one, said, ratings in zip(cells, steered, rated, strict=True)
         ]
-        best = [_best([one for one in cells if one.method == name]) for name in plans]
+        best = [_best([one for one in cells if one.method == name]) for name in ways]
         rows = [
             replace(
                 _row(one.method, "steering", one.ratings, one.answers),
@@ -120,15 +120,11 @@ class ConceptBench:
             ),
         )
 
-    def _turned(self, name: str, plan: SteeringPlan) -> list[Turned]:
-        """The plan at each factor; where it does more than to add, as it is alone."""
-        try:
-            vector = added_vector(plan)
-        except Unsupported:
-            return [Turned(name, 1.0, plan)]
-        return [
-            Turned(name, factor, with_vector(plan, vector, factor)) for factor in self.suite.factors
-        ]
+    def _turned(self, name: str, way: Way) -> list[Turned]:
+        """The plan at each factor; what cannot be turned as it is alone."""
+        if way.at is None:
+            return [Turned(name, 1.0, way.plan)]
+        return [Turned(name, factor, way.at(factor)) for factor in self.suite.factors]
 
     def _rated(
         self, concept: SuiteConcept, said: Sequence[Sequence[Answer]], places: Sequence[int]

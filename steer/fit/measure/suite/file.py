@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from steer.errors import FileFormatError, Problem, SpecError, pointer
+from steer.fit.data.instruction import Placement
 from steer.prompts import PromptParam
 from steer.spec import StoredName
 
@@ -45,7 +46,8 @@ class SuiteConcept(_SuitePart):
 
 class Suite(_SuitePart):
     """Concepts and prompts. `factors` multiply every way to steer as it stands; the best of them is
-    chosen on every second prompt, from the first on, and rated on the others."""
+    chosen on every second prompt, from the first on, and rated on the others. `place` is where the
+    instructions are told."""
 
     name: StoredName
     description: Annotated[str, Field(max_length=4096)] = ""
@@ -60,6 +62,7 @@ class Suite(_SuitePart):
         Field(min_length=1, max_length=64),
     ] = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
     max_tokens: Annotated[StrictInt, Field(ge=1, le=4096)] = 48
+    place: Placement = "system"
 
     @model_validator(mode="after")
     def _distinct(self) -> Suite:

@@ -45,13 +45,18 @@ class KeptResult:
             return
         rows = [row.as_json() for row in found.rows]
         value = {"key": self.key, "concept": found.concept, "rows": rows}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            whole = self.path.with_suffix(".partial")
-            whole.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
-            whole.replace(self.path)
-        except OSError as error:
-            raise SteerError(
-                f"the result {str(self.path)!r} cannot be written: {error.strerror}",
-                code="not_written",
-            ) from error
+        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        write_whole(self.path, text.encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file that is there wholly or not at all; raises `SteerError` (`not_written`)."""
+    partial = path.with_suffix(".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        raise SteerError(
+            f"the result {str(path)!r} cannot be written: {error.strerror}", code="not_written"
+        ) from error

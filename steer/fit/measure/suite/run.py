@@ -17,14 +17,11 @@ from steer.fit.measure.answers import GROUP, Answer, Progress, answers_under
 from steer.fit.measure.evaluate import PROMPT_ONLY, UNSTEERED
 from steer.fit.measure.nulls.runs import NULLS
 from steer.fit.measure.suite.concept import ConceptBench, concept_steps
-from steer.fit.measure.suite.file import Suite, SuiteConcept
+from steer.fit.measure.suite.file import Suite
 from steer.fit.measure.suite.kept import KeptResult
 from steer.fit.measure.suite.rating import Panel
 from steer.fit.measure.suite.result import SuiteResult
-from steer.plan.plan import SteeringPlan
-
-PlanOf: TypeAlias = Callable[[SuiteConcept], SteeringPlan]
-"""A way to steer: the plan towards a concept, as it is at factor 1."""
+from steer.fit.measure.suite.way import WayOf
 
 PanelOf: TypeAlias = Callable[[Sequence[Prompt], Sequence[Answer]], Panel]
 """The panel, from the suite's prompts and the unsteered answers to them."""
@@ -34,7 +31,7 @@ def run_suite(
     engine: Engine,
     suite: Suite,
     prompts: Sequence[Prompt],
-    methods: Mapping[str, PlanOf],
+    methods: Mapping[str, WayOf],
     panel_of: PanelOf,
     *,
     nulls: int = NULLS,
@@ -45,7 +42,7 @@ def run_suite(
 ) -> SuiteResult:
     """Rates `methods` on every concept of `suite`, beside the unsteered model and asking in words.
 
-    `prompts` are the suite's, as the engine is asked. A way to steer that only adds is turned by
+    `prompts` are the suite's, as the engine is asked. What can be turned (`Way`) is, by
     each of the suite's factors; another stays as it is. `folder` keeps each concept's result, and
     is where one that is there already comes from. `progress` is told of `suite_steps` in all.
     Raises `SteerError`.
@@ -64,9 +61,9 @@ def run_suite(
         engine, suite, prompts, plain, panel_of(prompts, plain), sampling, nulls, seed, group
     )
     # Every plan is made before the first is run: a name that is wrong is told at once.
-    plans = [{name: of(concept) for name, of in methods.items()} for concept in suite.concepts]
+    ways = [{name: of(concept) for name, of in methods.items()} for concept in suite.concepts]
     found = []
-    for concept, mine in zip(suite.concepts, plans, strict=True):
+    for concept, mine in zip(suite.concepts, ways, strict=True):
         kept = KeptResult.of(folder, concept.name, bench.asked(concept, mine))
         result = kept.read()
         if result is None:
@@ -85,7 +82,7 @@ def suite_steps(suite: Suite, methods: int, nulls: int = NULLS) -> int:
     return len(suite.prompts) + len(suite.concepts) * concept_steps(suite, methods, nulls)
 
 
-def _check(suite: Suite, methods: Mapping[str, PlanOf]) -> None:
+def _check(suite: Suite, methods: Mapping[str, WayOf]) -> None:
     reserved = sorted({UNSTEERED, PROMPT_ONLY} & methods.keys())
     if reserved or not methods:
         raise SteerError(

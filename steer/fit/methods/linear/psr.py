@@ -29,7 +29,7 @@ from steer.engines.base import CaptureRequest, Engine
 from steer.engines.plans import plans_of
 from steer.errors import SteerError
 from steer.fit.data.answering import completed
-from steer.fit.data.instruction import instructed
+from steer.fit.data.instruction import Placement, Telling
 from steer.fit.data.preferences import Preference, PreferenceSet
 from steer.fit.data.where import WhereName, where_named
 from steer.fit.measure.divergence import anchored
@@ -88,6 +88,7 @@ def fit_psr(
     name: str,
     instruction: str,
     layers: Sequence[int],
+    place: Placement = "system",
     site: Site = "resid_post",
     where: WhereName = "onward",
     penalty: float = 1.0,
@@ -101,7 +102,7 @@ def fit_psr(
     licence: str = "",
     progress: Progress | None = None,
 ) -> LowRankAdapter:
-    """An edit that does to the states what `instruction` in the system message does.
+    """An edit that does to the states what `instruction`, at its `place` in the prompt, does.
 
     The answers are those to prefer in `preferences`; where one is missing, the model gives it under
     `instruction`, at `temperature`. Each layer's regression pays `penalty` for ‖w‖² in units of the
@@ -117,12 +118,14 @@ def fit_psr(
         preferences,
         instruction,
         sides=("chosen",),
+        place=place,
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
         progress=progress,
     )
-    rows = [_told(engine, one, instruction) for one in data.items]
+    telling = Telling(instruction, place)
+    rows = [_told(engine, one, telling) for one in data.items]
     fitted, measured = split(rows, held_out, seed)
     found: dict[int, ShiftFit] = {}
     for point in reading.points:
@@ -142,6 +145,7 @@ def fit_psr(
             "method": "psr",
             "data_sha256": preferences.sha256,
             "instruction": instruction,
+            "place": place,
             "prompts": len(data),
             "held_out_prompts": 0 if len(fitted) == len(data) else len(measured),
             "penalty": penalty,
@@ -180,9 +184,9 @@ def shift_fit(
     )
 
 
-def _told(engine: Engine, one: Preference, instruction: str) -> _Told:
+def _told(engine: Engine, one: Preference, telling: Telling) -> _Told:
     assert one.chosen is not None, "an answer is missing"
-    prompts = (one.prompt, instructed(one.prompt, instruction))
+    prompts = (one.prompt, telling(one.prompt))
     return _Told(*(answer_row(engine, prompt, one.chosen, ends=False) for prompt in prompts))
 
 

@@ -21,6 +21,7 @@ from torch.nn import functional
 from steer.engines.base import Engine
 from steer.engines.gradients import DifferentiableModel, differentiable
 from steer.fit.data.answering import completed
+from steer.fit.data.instruction import Placement
 from steer.fit.data.preferences import Preference, PreferenceSet, Side, sides_needed
 from steer.fit.methods.trained.rows import AnswerRow, answer_row, log_probabilities
 from steer.fit.states import Progress
@@ -54,6 +55,7 @@ def asked_rows(
     preferences: PreferenceSet,
     instruction: str | None,
     *,
+    place: Placement,
     loss: LossName,
     max_tokens: int,
     batch: int,
@@ -66,6 +68,7 @@ def asked_rows(
         preferences,
         instruction,
         sides=sides_needed(loss),
+        place=place,
         max_tokens=max_tokens,
         progress=progress,
     )

@@ -22,6 +22,7 @@ from steer.artefacts.control_vector import ControlVector
 from steer.engines.base import Engine
 from steer.engines.gradients import DifferentiableModel, differentiable
 from steer.errors import SteerError
+from steer.fit.data.instruction import Placement
 from steer.fit.data.preferences import PreferenceSet
 from steer.fit.methods.card import made_on
 from steer.fit.methods.trained.preference import (
@@ -60,6 +61,7 @@ def fit_prosv(
     name: str,
     layers: Sequence[int],
     instruction: str | None = None,
+    place: Placement = "system",
     loss: ProSVLoss = "simpo",
     first: int = 4,
     last: int = 4,
@@ -92,6 +94,7 @@ def fit_prosv(
         engine,
         preferences,
         instruction,
+        place=place,
         loss=loss,
         max_tokens=max_tokens,
         batch=batch,
@@ -124,7 +127,7 @@ def fit_prosv(
             "loss": loss,
             "data_sha256": preferences.sha256,
             "preferences": len(rows),
-            **({} if instruction is None else {"instruction": instruction}),
+            **({} if instruction is None else {"instruction": instruction, "place": place}),
             "first": first,
             "last": last,
             "beta": beta,

@@ -25,6 +25,7 @@ from steer.artefacts.control_vector import ControlVector
 from steer.engines.base import Engine
 from steer.engines.gradients import DifferentiableModel, differentiable
 from steer.errors import SteerError
+from steer.fit.data.instruction import Placement
 from steer.fit.data.preferences import PreferenceSet
 from steer.fit.data.where import WhereName, where_named
 from steer.fit.methods.card import made_on
@@ -49,6 +50,7 @@ def fit_reps(
     name: str,
     layers: Sequence[int],
     instruction: str | None = None,
+    place: Placement = "system",
     loss: LossName = "reps",
     factors: Sequence[float] = FACTORS,
     site: Site = "resid_post",
@@ -64,7 +66,8 @@ def fit_reps(
 ) -> ControlVector:
     """A vector under which the model prefers the chosen answers.
 
-    Answers that `preferences` lack are the model's own, with and without `instruction`. AdamW with
+    Answers that `preferences` lack are the model's own, with and without `instruction` at
+    `place`. AdamW with
     linear decay of `rate` over `steps` batches. `progress` is told of every answer that is asked
     for and of every step.
 
@@ -85,6 +88,7 @@ def fit_reps(
         engine,
         preferences,
         instruction,
+        place=place,
         loss=loss,
         max_tokens=max_tokens,
         batch=batch,
@@ -115,7 +119,7 @@ def fit_reps(
             "loss": loss,
             "data_sha256": preferences.sha256,
             "preferences": len(rows),
-            **({} if instruction is None else {"instruction": instruction}),
+            **({} if instruction is None else {"instruction": instruction, "place": place}),
             "trained_strengths": [round(f / middle, 4) for f in (min(factors), max(factors))],
             "where": where,
             "steps": steps,

@@ -15,6 +15,7 @@ from steer.fit.requests.fields import (
     HeldOutField,
     LayerList,
     NameField,
+    PlaceField,
     Seed,
     Spelled,
 )
@@ -57,6 +58,7 @@ class PsrRequest(CardFields):
         Spelled("layers", "Such as 14 or 12-18: each is fitted after those before it."),
         Field(description="The layers, each fitted with the edits of those before it on."),
     ]
+    place: PlaceField = "system"
     site: Annotated[Site, Field(description="Where in each block it acts.")] = "resid_post"
     where: Annotated[
         WhereName,
@@ -101,6 +103,7 @@ class PsrRequest(CardFields):
             data,
             name=self.name,
             instruction=self.instruction,
+            place=self.place,
             layers=self.layers,
             site=self.site,
             where=self.where,

@@ -9,7 +9,15 @@ from pydantic import Field, StrictFloat, StrictInt
 
 from steer.errors import TooLarge, pointer
 from steer.fit.data.preferences import require_answers, sides_needed
-from steer.fit.requests.fields import MAX_ITEMS, DataField, LayerList, NameField, Seed, Spelled
+from steer.fit.requests.fields import (
+    MAX_ITEMS,
+    DataField,
+    LayerList,
+    NameField,
+    PlaceField,
+    Seed,
+    Spelled,
+)
 from steer.fit.requests.inline import PREFERENCES, PreferenceParam
 from steer.fit.requests.request import CardFields, Fitted
 from steer.spec import Site
@@ -54,6 +62,7 @@ class PreferenceFields(CardFields):
             "this instruction, the one to avoid without."
         ),
     ] = None
+    place: PlaceField = "system"
     site: Annotated[Site, Field(description="Where in each block it acts.")] = "resid_post"
     steps: Annotated[StrictInt, Field(ge=1, le=1_000_000, description="Training batches.")] = 100
     batch: Annotated[StrictInt, Field(ge=1, le=4096, description="Prompts in one batch.")] = 6

@@ -15,6 +15,7 @@ from steer.artefacts.library import MemoryLibrary
 from steer.engines.plans import plans_of
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError
+from steer.fit.data.instruction import instructed
 from steer.fit.measure.bootstrap import Resamples
 from steer.fit.measure.evaluate import (
     ComparedMethod,
@@ -23,7 +24,6 @@ from steer.fit.measure.evaluate import (
     card_instruction,
     evaluate,
     evaluation_steps,
-    instructed,
 )
 from steer.fit.measure.report import write_evaluation_report
 from steer.fit.measure.scoring import Score
@@ -112,7 +112,11 @@ def test_the_report_is_a_folder(
     write_evaluation_report(tmp_path, found, title="letters")
     figures = json.loads((tmp_path / "report.json").read_text())
     assert figures["rows"][1]["name"] == "prompt only"
-    assert figures["instruction"] == {"text": "Say e.", "source": "given"}
+    assert figures["instruction"] == {
+        "text": "Say e.",
+        "source": "given",
+        "place": "system",
+    }
     assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     assert "| e:50 | 1.00 [1.00, 1.00] |" in (tmp_path / "report.md").read_text()
 
@@ -132,6 +136,10 @@ def test_what_a_card_says_in_words() -> None:
     assert card_instruction(card) == Instruction("Is brief.", "card description")
     better = card.model_copy(update={"provenance": {"instruction": "Be brief."}})
     assert card_instruction(better) == Instruction("Be brief.", "card instruction")
+    # A vector that was made says where its model listens; what is no place says nothing.
+    for place, told_at in (("after", "after"), ("nowhere", "system"), (["after"], "system")):
+        made = card.model_copy(update={"provenance": {"instruction": "Be brief.", "place": place}})
+        assert card_instruction(made) == Instruction("Be brief.", "card instruction", told_at)
     assert card_instruction(Card(width=1, layers=(0,))) is None
 
 

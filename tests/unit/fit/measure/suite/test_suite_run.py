@@ -20,7 +20,7 @@ from steer.fit.measure.suite.rating import Rating
 from steer.fit.measure.suite.report import write_suite_report
 from steer.fit.measure.suite.result import ConceptRow, SuiteResult
 from steer.fit.measure.suite.run import run_suite, suite_steps
-from steer.plan.plan import SteeringPlan
+from steer.fit.measure.suite.way import Way
 from steer.spec import parse_spec
 
 PROMPTS = ["one", "two words", "and three more", "four", "the fifth", "six"]
@@ -62,10 +62,9 @@ def run(engine: TransformersEngine, **fields: Any) -> tuple[SuiteResult, Letters
     cache = plans_of(engine, MemoryLibrary(vectors))
 
     def plan(kind: str) -> Any:
-        def of(concept: SuiteConcept) -> SteeringPlan:
-            return cache.plan(
-                parse_spec({"interventions": [{"kind": kind, "vector": concept.name}]})
-            )
+        def of(concept: SuiteConcept) -> Way:
+            spec = parse_spec({"interventions": [{"kind": kind, "vector": concept.name}]})
+            return Way.of(cache.plan(spec))
 
         return of
 

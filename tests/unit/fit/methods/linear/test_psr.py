@@ -14,7 +14,7 @@ from steer.engines.base import CaptureRequest
 from steer.engines.plans import plans_of
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError
-from steer.fit.data.instruction import instructed
+from steer.fit.data.instruction import PLACEMENTS, Placement, Telling
 from steer.fit.data.preferences import Preference, PreferenceSet
 from steer.fit.measure.divergence import anchored
 from steer.fit.methods.linear.psr import fit_psr, shift_fit
@@ -73,7 +73,12 @@ def fitted(engine: TransformersEngine, **options: Any) -> LowRankAdapter:
     return fit_psr(engine, ASKS, **arguments)
 
 
-def distance(engine: TransformersEngine, adapter: LowRankAdapter | None, layer: int) -> float:
+def distance(
+    engine: TransformersEngine,
+    adapter: LowRankAdapter | None,
+    layer: int,
+    place: Placement = "system",
+) -> float:
     """How far the states of answers are from those after the instruction, squared."""
     point, total = HookPoint(layer), 0.0
     plan = None
@@ -83,7 +88,7 @@ def distance(engine: TransformersEngine, adapter: LowRankAdapter | None, layer: 
         )
     for one in ASKS.items:
         assert one.chosen is not None
-        told = answer_row(engine, instructed(one.prompt, "Shout!"), one.chosen, ends=False)
+        told = answer_row(engine, Telling("Shout!", place)(one.prompt), one.chosen, ends=False)
         plain = answer_row(engine, one.prompt, one.chosen, ends=False)
         plans = [None, None if plan is None else anchored(plan, plain.prompt)]
         prompts = [told.fed, plain.fed]
@@ -96,14 +101,16 @@ def distance(engine: TransformersEngine, adapter: LowRankAdapter | None, layer: 
     return total
 
 
+@pytest.mark.parametrize("place", PLACEMENTS)
 def test_the_served_edit_leaves_of_the_shifts_what_the_card_says(
-    lively: TransformersEngine,
+    place: Placement, lively: TransformersEngine
 ) -> None:
     """Σ‖δ − c·z‖² = Σ‖δ‖²·(1 − along·(1 − unexplained)), on the answers it was measured on."""
-    adapter = fitted(lively, held_out=0.0)
+    adapter = fitted(lively, held_out=0.0, place=place)
     told: Any = adapter.card.provenance["shifts"]
     left = 1 - told["1"]["shift_along"] * (1 - told["1"]["unexplained"])
-    assert distance(lively, adapter, 1) == pytest.approx(left * distance(lively, None, 1), rel=1e-3)
+    before = distance(lively, None, 1, place)
+    assert distance(lively, adapter, 1, place) == pytest.approx(left * before, rel=1e-3)
     assert left < 0.95
 
 
