@@ -71,7 +71,9 @@ async def planned(
         return await to_thread.run_sync(lambda: _planned(serving, issuer, take()))
     asked = take()
     held = _held(serving, issuer, asked)
-    return held or await to_thread.run_sync(_planned, serving, issuer, asked)
+    if held is not None:
+        return held
+    return await to_thread.run_sync(_planned, serving, issuer, asked)
 
 
 def take_fields(serving: Serving, request: Any, models: Any) -> AskedFields:

@@ -44,6 +44,8 @@ class WorkerRequest:
     """Where its plan holds a slot."""
     inline: bool = False
     fault: str | None = None
+    told: bool = False
+    """Whether what it leaves has been told, so that nobody will ask for it."""
     steered: SteeredRequest | None = None
     """Set while the plan holds a slot of the tables."""
     fixed_from: int = 0
@@ -166,8 +168,9 @@ class WorkerRequests:
             return
         self._free_slot(request)
         self._collect()
-        children = self._records.setdefault(request.ticket.key, {})
-        children[_child(req_id, request.ticket)] = Record(request, self._row_of(request))
+        if not request.told:
+            children = self._records.setdefault(request.ticket.key, {})
+            children[_child(req_id, request.ticket)] = Record(request, self._row_of(request))
         self._free.append(request.row)
         while len(self._records) > _KEPT_RECORDS:
             self._records.popitem(last=False)
@@ -213,8 +216,10 @@ class WorkerRequests:
             raise not_finite("the cached states", steered=True)
 
     def forget(self, key: str) -> None:
-        """Drops what finished requests left under `key`."""
+        """Drops what requests left under `key`; those that have yet to end leave nothing there."""
         self._records.pop(key, None)
+        for request in self._running.values():
+            request.told |= request.ticket.key == key
 
     def _row(self) -> int:
         if not self._free:
