@@ -32,9 +32,9 @@ from benchmarks.fitting.contenders import (
 from steer.artefacts.control_vector import ControlVector
 from steer.cli.local import running_engine
 from steer.engines.base import Engine, SamplingParams
+from steer.engines.journal import JournaledEngine
 from steer.fit.make.asking import Interview
 from steer.fit.make.contrast import AnswerPair, contrast_states
-from steer.fit.make.journal import JournaledEngine
 from steer.fit.make.obedience import InstructionScorer, obedience
 from steer.fit.make.questions import neutral_questions
 from steer.fit.make.wish import QuestionParts

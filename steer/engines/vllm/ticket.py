@@ -171,7 +171,7 @@ def _read(text: str) -> Ticket:
     return Ticket(
         str(content["key"]),
         int(content["n"]),
-        *steering,
+        **steering._asdict(),
         measure=bool(content.get("measure", False)),
         attached=bool(content.get("attached", False)),
         capture=capture,
