@@ -62,8 +62,8 @@ def test_missing_answers_are_the_models_with_and_without_the_instruction(
     assert found.items[0].cut == {"chosen"}
     assert found.sha256 == given.sha256
     after = completed(lively, given, "Shout!", place="after", max_tokens=5)
-    ((told_after, _),) = answers(lively, ["a day\nShout!\n"], sampling)
-    assert after.items[1].chosen == told_after
+    [(told_after,)] = answers_under(lively, [["a day\nShout!\n"]], [None], sampling=sampling)
+    assert after.items[1].chosen == told_after.text
     only = completed(lively, given, "Shout!", sides=sides_needed("lm"), max_tokens=5)
     assert only.items[1].rejected is None
 
