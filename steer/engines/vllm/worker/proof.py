@@ -40,7 +40,7 @@ class Run(Protocol):
     def __call__(self, tokens: int, *, graphless: bool = False) -> Tensor: ...
 
 
-class Way(NamedTuple):
+class ProofPass(NamedTuple):
     """How the edits of a proof run: as constants or as what reads the state; without graphs."""
 
     constant: bool
@@ -68,9 +68,9 @@ def prove(steering: WorkerSteering, run: Run, largest: int, *, experts: bool) ->
         if steering.owns(HookPoint(layer, site))
     ]
     group = max(min(largest, steering.edits.tables.slots, _POINTS_AT_ONCE + 1) - 1, 1)
-    ways = [Way(constant=True, graphless=False), Way(constant=False, graphless=False)]
+    ways = [ProofPass(constant=True, graphless=False), ProofPass(constant=False, graphless=False)]
     if steering.edits.static:
-        ways.append(Way(constant=False, graphless=True))
+        ways.append(ProofPass(constant=False, graphless=True))
     for first in range(0, len(points), group):
         some = points[first : first + group]
         for way in ways:
@@ -79,7 +79,12 @@ def prove(steering: WorkerSteering, run: Run, largest: int, *, experts: bool) ->
 
 
 def _prove_acts(
-    steering: WorkerSteering, run: Run, points: Sequence[HookPoint], way: Way, *, experts: bool
+    steering: WorkerSteering,
+    run: Run,
+    points: Sequence[HookPoint],
+    way: ProofPass,
+    *,
+    experts: bool,
 ) -> None:
     probes = [_Probe(probe_plan(steering.model, point, constant=way.constant)) for point in points]
     plain = run(len(points) + 1, graphless=way.graphless)
