@@ -94,6 +94,7 @@ def config(**fields: Any) -> SimpleNamespace:
         speculative_config=given["speculative_config"],
         parallel_config=SimpleNamespace(**{k: given.get(k, v) for k, v in parallel.items()}),
         cache_config=SimpleNamespace(**{k: given.get(k, v) for k, v in cache.items()}),
+        compilation_config=SimpleNamespace(static_forward_context={}),
     )
 
 
