@@ -28,6 +28,7 @@ from steer.fit import (
     fit_reps,
 )
 from steer.fit.data.instruction import Telling
+from steer.fit.data.preferences import Side
 from steer.fit.measure.nulls.matching import PlanAt
 from steer.prompts import Prompt
 from steer.spec import parse_spec
@@ -229,6 +230,6 @@ def preferences(
     questions: Sequence[Prompt], told: Sequence[str], opposed: Sequence[str]
 ) -> PreferenceSet:
     """The questions with both answers, each cut where the model was stopped."""
-    cut = frozenset({"chosen", "rejected"})
+    cut: frozenset[Side] = frozenset({"chosen", "rejected"})
     rows = zip(questions, told, opposed, strict=True)
     return PreferenceSet.of([Preference(one, a, b, cut) for one, a, b in rows if a and b])

@@ -183,7 +183,7 @@ def card_instruction(card: Card) -> Instruction | None:
     """
     said, at = card.provenance.get("instruction"), card.provenance.get("place")
     if isinstance(said, str) and said:
-        place = next((one for one in PLACEMENTS if one == at), "system")
+        place: Placement = next((one for one in PLACEMENTS if one == at), "system")
         return Instruction(said, "card instruction", place)
     return Instruction(card.description, "card description") if card.description else None
 

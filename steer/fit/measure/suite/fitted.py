@@ -25,7 +25,7 @@ from steer.errors import SteerError
 from steer.fit.data.exercises import Exercise, ExerciseSet
 from steer.fit.data.instruction import Telling
 from steer.fit.data.pairs import Pair, PairSet
-from steer.fit.data.preferences import Preference, PreferenceSet
+from steer.fit.data.preferences import Preference, PreferenceSet, Side
 from steer.fit.data.prompt import Prompt, prompt_json
 from steer.fit.make.questions import neutral_questions
 from steer.fit.measure.answers import GROUP, Answer, Progress, answers_under
@@ -57,7 +57,9 @@ _SPAN = (0.4, 0.65)
 
 _MATCHED_ANSWERS, _MATCHED_TOKENS = 4, 24
 
-_CUT = frozenset({"chosen", "rejected"})  # as far as an answer goes, it was stopped
+_CUT: frozenset[Side] = frozenset(
+    {"chosen", "rejected"}
+)  # as far as an answer goes, it was stopped
 
 _NAME = "fitted"
 _ADD = {"kind": "add", "vector": _NAME}
@@ -85,7 +87,7 @@ class Lesson:
         """Both answers after the question as it is."""
         return PairSet.of(
             [
-                Pair(Marked(one.prompt, one.chosen), Marked(one.prompt, one.rejected))
+                Pair(_answered(one.prompt, one.chosen), _answered(one.prompt, one.rejected))
                 for one in self.answered.items
             ]
         )
@@ -274,6 +276,11 @@ class SuiteFitter:
         ]
         key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
         return self.folder / "fitted" / f"{concept.name}-{method}-{key}.safetensors"
+
+
+def _answered(prompt: Prompt, text: str | None) -> Prompt:
+    assert not isinstance(prompt, Marked), "questions have no marks"
+    return Marked(prompt, text or "")
 
 
 def fit_questions(suite: Suite) -> tuple[str, ...]:
