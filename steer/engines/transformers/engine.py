@@ -180,10 +180,7 @@ class TransformersEngine:
             self.admit(request)
         self.start()
         listeners = [BlockingListener() for _ in requests]
-        tickets = [
-            self._scheduler.submit(request, listener)
-            for request, listener in zip(requests, listeners, strict=True)
-        ]
+        tickets = self._scheduler.submit_all(list(zip(requests, listeners, strict=True)))
         try:
             return [listener.result() for listener in listeners]
         finally:

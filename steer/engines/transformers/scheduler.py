@@ -10,11 +10,11 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 
@@ -59,6 +59,10 @@ class Submission:
         self.cancelled = True
 
 
+_InboxItem: TypeAlias = list[Submission] | Callable[[], None] | None
+"""What the thread is handed: requests that come together, work between two steps, or its end."""
+
+
 @dataclass
 class Figures:
     """Counters for metrics."""
@@ -80,7 +84,7 @@ class Scheduler:
 
     def __init__(self, batch: Batch, grammars: Grammars | None = None) -> None:
         self._batch, self._grammars = batch, grammars
-        self._inbox: queue.SimpleQueue[Submission | Callable[[], None] | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_InboxItem] = queue.SimpleQueue()
         self._waiting: deque[Submission] = deque()
         self._tickets: dict[int, Submission] = {}
         self._thread: threading.Thread | None = None
@@ -103,9 +107,17 @@ class Scheduler:
 
     def submit(self, request: GenerationRequest, listener: Listener) -> Submission:
         """Queues `request`; its tokens, or the reason why there are none, go to `listener`."""
-        submission = Submission(request, listener)
-        self._send(submission)
+        [submission] = self.submit_all([(request, listener)])
         return submission
+
+    def submit_all(
+        self, requests: Sequence[tuple[GenerationRequest, Listener]]
+    ) -> list[Submission]:
+        """Queues requests that the thread sees together: how they are batched does not depend on
+        how fast they are handed over."""
+        submissions = [Submission(request, listener) for request, listener in requests]
+        self._send(submissions)
+        return submissions
 
     def run(self, job: Callable[[], Result]) -> Result:
         """The result of `job`, run in the engine's thread between two steps."""
@@ -128,7 +140,7 @@ class Scheduler:
         self._send(work)
         return future.result()
 
-    def _send(self, item: Submission | Callable[[], None]) -> None:
+    def _send(self, item: _InboxItem) -> None:
         # Under the lock of `stop`: an item behind the request to stop would never be answered.
         with self._starting:
             self._ensure_thread()
@@ -173,8 +185,8 @@ class Scheduler:
             block = False
             if item is None:
                 self._stopping = True
-            elif isinstance(item, Submission):
-                self._waiting.append(item)
+            elif isinstance(item, list):
+                self._waiting.extend(item)
             else:
                 item()
 
