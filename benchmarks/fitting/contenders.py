@@ -189,7 +189,7 @@ def _angular(material: Material) -> list[Contender]:
             "angular",
             {"a": vector, "a-toward": toward},
             lambda angle: [{**turn, "degrees": angle}],
-            dials=tuple(range(0, 360, 10)),
+            dials=tuple(range(0, 91, 10)),  # towards the first axis, which states lie across
             fitted={"best layer": vector.card.provenance["best_layer"]},
         )
     ]

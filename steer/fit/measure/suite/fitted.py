@@ -57,10 +57,7 @@ _SPAN = (0.4, 0.65)
 
 _MATCHED_ANSWERS, _MATCHED_TOKENS = 4, 24
 
-_CUT: frozenset[Side] = frozenset(
-    {"chosen", "rejected"}
-)  # as far as an answer goes, it was stopped
-
+_CUT: frozenset[Side] = frozenset({"chosen", "rejected"})
 _NAME = "fitted"
 _ADD = {"kind": "add", "vector": _NAME}
 _LOW_RANK = {"kind": "low_rank", "adapter": _NAME}
@@ -70,8 +67,7 @@ Fit: TypeAlias = ControlVector | LowRankAdapter
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is fitted on: the model's answers to questions with a concept's instruction, and
-    without."""
+    """The model's answers to questions with a concept's instruction, and without."""
 
     engine: Engine
     telling: Telling
