@@ -194,12 +194,12 @@ class WorkerRequests:
         return request.steered
 
     def records(self, key: str) -> dict[int, Record]:
-        """Everything known under a ticket's key, by choice: finished requests, and running ones
-        as they are now."""
+        """Everything under a ticket's key that was not told yet, by choice: finished requests, and
+        running ones as they are now."""
         self._collect()
         found = dict(self._records.get(key, {}))
         for req_id, request in self._running.items():
-            if request.ticket.key == key:
+            if request.ticket.key == key and not request.told:
                 found[_child(req_id, request.ticket)] = Record(request, self._row_of(request))
         return found
 
