@@ -99,6 +99,8 @@ def register(registry: Registry) -> None:
 
 
 def compiled(model: ModelInfo, able: Capabilities) -> dict[str, SteeringPlan | None]:
-    """Every spec as a plan."""
+    """Every spec at a site that the model was told to open, as a plan."""
     plans = PlanCache(LIBRARY, model, able)
-    return {name: plans.plan(parse_spec(spec)) for name, spec in SPECS.items()}
+    closed = tuple(f" at {site}" for site in INNER_SITES if site not in model.sites)
+    open_ones = {name: spec for name, spec in SPECS.items() if not name.endswith(closed)}
+    return {name: plans.plan(parse_spec(spec)) for name, spec in open_ones.items()}

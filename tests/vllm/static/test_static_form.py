@@ -36,7 +36,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
     with Registry.open(folder) as registry:
         demo_specs.register(registry)
         inner_specs.register(registry)
-    options = {"steer": {"form": "static", "sites": "all"}}
+    # One site inside is enough to show the kernel there: the interpreter is slow.
+    options = {"steer": {"form": "static", "sites": ["mlp_act"]}}
     with vllm_engine.start_engine(folder, additional_config=options) as running:
         assert steering(running).edits.static
         yield running
