@@ -307,7 +307,7 @@ def test_the_swap_that_the_library_page_shows(engine: TransformersEngine, plans:
 
 
 async def test_the_server_lists_profiles_as_models_and_filters_by_tag(tmp_path: Path) -> None:
-    settings = ServerSettings(engine="fake", model="steer-demo", registry=str(tmp_path / "r"))
+    settings = ServerSettings(model="steer-demo", registry=str(tmp_path / "r"))
     app = build(settings)
     try:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)

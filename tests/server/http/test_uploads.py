@@ -543,6 +543,8 @@ async def test_a_tuned_lens_comes_as_its_two_files(http: httpx.AsyncClient) -> N
     )
     assert answer.status_code == 201, answer.text
     assert answer.json()["card"]["kind"] == "lens"
-    assert (await http.get("/v1/steering/lenses")).json()["data"][0]["name"] == "tuned"
+    theirs = await http.get("/v1/steering/lenses", params={"model": "a-smaller-one"})
+    assert [one["name"] for one in theirs.json()["data"]] == ["tuned"]
+    assert (await http.get("/v1/steering/lenses")).json()["data"] == []
     wrong = await http.post(URL, files={"file": ("x", stream.getvalue())})
     assert wrong.json()["error"]["code"] == "unknown_layout"

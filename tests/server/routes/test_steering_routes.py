@@ -22,6 +22,7 @@ async def test_profiles_are_saved_replaced_and_removed(
     assert saved.json() == {
         "object": "steering.profile",
         "model": "fake-model:cheerful",
+        "for_model": "fake-model",
         **body,
         "spec": saved.json()["spec"],
     }
