@@ -541,7 +541,10 @@ def test_an_upload_has_to_fit_the_model_or_name_another(http: httpx.Client) -> N
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, code)
         taken = http.post(url, files=files, data={"model": "another"})
         assert taken.status_code == 201, taken.text
-    assert http.delete(f"{url}/misfit").status_code == 200
+        # The bare name is the other model's alone, so that it is removed exactly.
+        assert http.delete(f"{url}/misfit").status_code == 404
+        exact = f"misfit@{taken.json()['sha256'][:12]}"
+        assert http.delete(f"{url}/{exact}").status_code == 200
 
 
 def test_some_layers_of_a_vector_can_be_had(http: httpx.Client) -> None:
