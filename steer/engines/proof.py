@@ -88,13 +88,14 @@ def misplaced(
 
 
 def _sums(point: HookPoint, moved: Mapping[Site, Tensor]) -> dict[HookPoint, Tensor]:
-    """By what the streams after `point` move: the stream before them, and what is added to it."""
+    """By what the streams after `point` move: the stream before them, and what is added to it, as
+    far as these were read (the first block of a pipeline's stage is handed its `resid_pre`)."""
     sums: dict[HookPoint, Tensor] = {}
     base: Site = "resid_mid" if "resid_mid" in moved else "resid_pre"
     parts: list[Site] = ["mlp_out"] if base == "resid_mid" else ["attn_out", "mlp_out"]
-    if moved.keys() >= {*parts}:
+    if moved.keys() >= {base, *parts}:
         sums[HookPoint(point.layer, "resid_post")] = sum((moved[p] for p in parts), moved[base])
-    if moved.keys() >= {"attn_out", "resid_mid"} and point.site != "resid_mid":
+    if moved.keys() >= {"resid_pre", "attn_out", "resid_mid"} and point.site != "resid_mid":
         sums[HookPoint(point.layer, "resid_mid")] = moved["resid_pre"] + moved["attn_out"]
     return sums
 
