@@ -152,13 +152,12 @@ def choose(
     coarse = _tried(few, vectors, [(use, COARSE) for use in uses])
     kept = [one.use for one in sorted(coarse, key=lambda one: -one.both)[:KEPT]]
     fine = _tried(ground, vectors, [*_finer(kept, wheres)])
-    sound = sound_trials(fine, WANTED_VALID)
-    if not sound:
+    if not sound_trials(fine, WANTED_VALID):
         # Words that move a model far allow too much; this is seldom, and counted by nobody.
         quiet = replace(ground, progress=None)
         gentle = _tried(quiet, vectors, [(use, budget) for use in kept for budget in GENTLE])
         fine = [*fine, *gentle]
-        sound = sound_trials(fine, WANTED_VALID) or sound_trials(fine, MIN_VALID)
+    sound, wanted = sound_trials(fine, MIN_VALID), sound_trials(fine, WANTED_VALID)
     if not sound:
         raise SteerError(
             f"in none of {len(fine)} trials were {MIN_VALID:.0%} of the steered answers sound: "
@@ -166,7 +165,8 @@ def choose(
             code="no_sound_use",
         )
     enough = max(one.both for one in sound) - SLACK
-    best = min((one for one in sound if one.both >= enough), key=lambda one: (one.kl, -one.both))
+    good = [one for one in sound if one.both >= enough]
+    best = min([one for one in good if one in wanted] or good, key=lambda one: (one.kl, -one.both))
     return Choice(best, (*coarse, *fine))
 
 
