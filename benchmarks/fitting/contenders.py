@@ -12,8 +12,6 @@ from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import Engine
 from steer.engines.plans import plans_of
 from steer.fit import (
-    Exercise,
-    ExerciseSet,
     Pair,
     PairSet,
     Preference,
@@ -55,11 +53,6 @@ class Material:
                 Pair(_chat(one.prompt, one.chosen), _chat(one.prompt, one.rejected))
                 for one in self.answered.items
             ]
-        )
-
-    def exercises(self) -> ExerciseSet:
-        return ExerciseSet.of(
-            [Exercise(one.prompt, one.chosen or "") for one in self.answered.items]
         )
 
 
@@ -144,7 +137,7 @@ def _reps(material: Material) -> list[Contender]:
 def _low_rank_trained(material: Material) -> list[Contender]:
     made = fit_low_rank(
         material.engine,
-        material.exercises(),
+        material.answered.exercises(),
         name="a",
         layers=[14],
         where="onward",

@@ -115,8 +115,11 @@ class Registry:
         A version is for the model that its card names, or for all that have its width. Both are
         one registry: closing one closes the other.
         """
+        view = ModelView.of(model, *also)
+        if view == self._catalogue.view:
+            return self
         seen = copy.copy(self)
-        seen._read_for(ModelView.of(model, *also))
+        seen._read_for(view)
         return seen
 
     @property

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from steer.errors import FileFormatError, SteerError
+from steer.fit.data.exercises import Exercise, ExerciseSet
 from steer.fit.data.jsonl import LineReader, sha256_of
 from steer.prompts import Prompt, parse_prompt, prompt_json
 
@@ -60,6 +61,13 @@ class PreferenceSet:
     def without(self, side: Side) -> int:
         """How many prompts have no such answer."""
         return sum(getattr(one, side) is None for one in self.items)
+
+    def exercises(self) -> ExerciseSet:
+        """The prompts with the answers to prefer, for methods that learn to give them.
+
+        Assumes: no answer to prefer is missing.
+        """
+        return ExerciseSet.of([Exercise(one.prompt, one.chosen or "") for one in self.items])
 
     def __len__(self) -> int:
         return len(self.items)

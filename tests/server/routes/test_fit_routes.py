@@ -15,7 +15,7 @@ import pytest
 import torch
 from fastapi import FastAPI
 from liveness import LIVENESS_SECONDS, eventually
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import byte_model
 from typer.testing import CliRunner
 
 from steer.artefacts.control_vector import ControlVector
@@ -143,18 +143,13 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[TransformersEngine]:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=ByteTokenizer.vocab_size,
+    model = byte_model(
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=3,
         num_attention_heads=2,
-        num_key_value_heads=2,
         max_position_embeddings=256,
-        eos_token_id=ByteTokenizer.eos_token_id,
     )
-    with TransformersEngine(LlamaForCausalLM(config), ByteTokenizer(), name="tiny") as running:
+    with TransformersEngine(model, ByteTokenizer(), name="tiny") as running:
         yield running
 
 

@@ -82,18 +82,19 @@ def build(name: str) -> PreTrainedModel:
 
 
 def byte_model(**changes: Any) -> LlamaForCausalLM:
-    """A random Llama of three layers over the bytes of `ByteTokenizer`."""
+    """A random Llama, by default of three layers, over the bytes of `ByteTokenizer`."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=ByteTokenizer.vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        eos_token_id=ByteTokenizer.eos_token_id,
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
         **changes,
+    }
+    config = LlamaConfig(
+        vocab_size=ByteTokenizer.vocab_size, eos_token_id=ByteTokenizer.eos_token_id, **sizes
     )
     return LlamaForCausalLM(config)
 

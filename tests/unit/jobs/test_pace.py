@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import byte_model
 
 from steer.engines.base import (
     Captured,
@@ -216,18 +216,7 @@ def test_limits_that_make_no_sense_are_refused(changes: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[TransformersEngine]:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=ByteTokenizer.vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        eos_token_id=ByteTokenizer.eos_token_id,
-    )
-    with TransformersEngine(LlamaForCausalLM(config), ByteTokenizer(), name="tiny") as running:
+    with TransformersEngine(byte_model(), ByteTokenizer(), name="tiny") as running:
         yield running
 
 

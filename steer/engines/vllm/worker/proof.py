@@ -73,8 +73,12 @@ def prove(steering: WorkerSteering, run: Run, largest: int, *, experts: bool) ->
         ways.append(ProofPass(constant=False, graphless=True))
     for first in range(0, len(points), group):
         some = points[first : first + group]
+        plain = {
+            graphless: run(len(some) + 1, graphless=graphless)
+            for graphless in dict.fromkeys(way.graphless for way in ways)
+        }
         for way in ways:
-            _prove_acts(steering, run, some, way, experts=experts)
+            _prove_acts(steering, run, some, plain[way.graphless], way, experts=experts)
         _prove_places(steering, run, some)
 
 
@@ -82,12 +86,12 @@ def _prove_acts(
     steering: WorkerSteering,
     run: Run,
     points: Sequence[HookPoint],
+    plain: Tensor,
     way: ProofPass,
     *,
     experts: bool,
 ) -> None:
     probes = [_Probe(probe_plan(steering.model, point, constant=way.constant)) for point in points]
-    plain = run(len(points) + 1, graphless=way.graphless)
     steered, _ = _rehearse(steering, probes, run, graphless=way.graphless)
     for number, point in enumerate(points, 1):
         if torch.equal(steered[number], plain[number]) and not _is_idle(steering, run, point):

@@ -22,16 +22,14 @@ from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import Engine, SamplingParams
 from steer.engines.plans import plans_of
 from steer.errors import SteerError
-from steer.fit.data.exercises import Exercise, ExerciseSet
 from steer.fit.data.instruction import Telling
 from steer.fit.data.pairs import Pair, PairSet
 from steer.fit.data.preferences import Preference, PreferenceSet, Side
 from steer.fit.data.prompt import Prompt, prompt_json
 from steer.fit.make.questions import neutral_questions
-from steer.fit.measure.answers import GROUP, Answer, Progress, answers_under
+from steer.fit.measure.answers import Answer, Progress, answers_under
 from steer.fit.measure.divergence import References
 from steer.fit.measure.nulls.matching import PlanAt, matched_strength
-from steer.fit.measure.scoring import Score
 from steer.fit.measure.suite.file import Suite, SuiteConcept
 from steer.fit.measure.suite.kept import write_whole
 from steer.fit.measure.suite.way import Way, WayOf
@@ -88,11 +86,6 @@ class Lesson:
             ]
         )
 
-    def exercises(self) -> ExerciseSet:
-        return ExerciseSet.of(
-            [Exercise(one.prompt, one.chosen or "") for one in self.answered.items]
-        )
-
 
 def _from_pairs(method: str) -> Callable[[Lesson], Fit]:
     return lambda lesson: fit(
@@ -134,7 +127,7 @@ def _reps(lesson: Lesson) -> Fit:
 def _low_rank(lesson: Lesson) -> Fit:
     return fit_low_rank(
         lesson.engine,
-        lesson.exercises(),
+        lesson.answered.exercises(),
         name=_NAME,
         layers=lesson.middle,
         where="onward",
@@ -251,9 +244,7 @@ class SuiteFitter:
             self.engine,
             [prompts],
             [None],
-            lambda _: Score(0.0),
             sampling=sampling,
-            group=GROUP,
             progress=self.progress,
         )
         return found
