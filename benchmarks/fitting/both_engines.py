@@ -4,8 +4,10 @@
     python -m benchmarks.fitting.both_engines vllm out/vllm.json        (in vLLM's environment)
     python -m benchmarks.fitting.both_engines compare out/transformers.json out/vllm.json
 
-Greedy, in float32, on the questions that `make` checks on: unsteered, told in words, steered. Each
-engine scores its own answers, by its own readings. What a file holds is not measured again.
+Greedy, in float32, on the questions that `make` checks on: unsteered, told in words, steered, and
+by chance, which is a direction with the states' covariance at the strength whose KL is the
+vector's. Each engine scores its own answers and finds that strength, by its own readings. What a
+file holds is not measured again.
 """
 
 from __future__ import annotations
@@ -31,14 +33,17 @@ from steer.fit.make.asking import Interview
 from steer.fit.make.obedience import obedience
 from steer.fit.make.questions import neutral_questions
 from steer.fit.make.wish import QuestionParts
-from steer.fit.measure.answers import Answer, answers_under, measured
+from steer.fit.measure.answers import Answer, answers_under, marked, measured
 from steer.fit.measure.bootstrap import Resamples
+from steer.fit.measure.divergence import References
 from steer.fit.measure.nulls.comparison import values, wrong_way
+from steer.fit.measure.nulls.directions import answer_states, null_vectors
+from steer.fit.measure.nulls.runs import Contender, run_nulls
 from steer.prompts import as_chat
 from steer.spec import parse_spec
 
 SHIPPED = LIBRARY / "smollm2" / "vectors"
-ROWS = ("unsteered", "in words", "steered")
+ROWS = ("unsteered", "in words", "steered", "by chance")
 GREEDY = SamplingParams(max_tokens=32, temperature=0.0, logprobs=0)
 SCALED_ON = 16
 
@@ -47,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("what", choices=("transformers", "vllm", "compare"))
     parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--vectors", type=Path, default=SHIPPED, help="a folder of them")
     given = parser.parse_args()
     if given.what == "compare":
         print(compared(*(json.loads(path.read_text("utf-8")) for path in given.files)))
@@ -55,7 +61,7 @@ def main() -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     with _running(given.what) as engine:
-        for path in sorted(SHIPPED.glob("*.safetensors")):
+        for path in sorted(given.vectors.glob("*.safetensors")):
             if path.stem not in found:
                 found[path.stem] = _checked(engine, path)
                 file.write_text(json.dumps(found, ensure_ascii=False) + "\n", "utf-8")
@@ -96,16 +102,27 @@ def _checked(engine: Engine, path: Path) -> dict[str, Any]:
     known = talk.asked((*scaled, *parts.checked))
     scorer = obedience(engine, known[: len(scaled)], plain, told, opposed, known=known).scorer
     plans = plans_of(engine, MemoryLibrary({"made": vector}))
-    spec = {"interventions": [{"kind": "add", "vector": "made"}]}
-    everything = answers_under(
+    plan = plans.plan(parse_spec({"interventions": [{"kind": "add", "vector": "made"}]}))
+    plain, told, steered = answers_under(
         engine,
         [parts.checked, [talk.told(one) for one in parts.checked], parts.checked],
-        [None, None, plans.plan(parse_spec(spec))],
-        scorer,
+        [None, None, plan],
         sampling=GREEDY,
     )
+    card = vector.card
+    states = answer_states(engine, plain, card.site, card.used_layers)
+    [_, null] = null_vectors(vector, 1, layers=card.used_layers, states=states)
+    contender = Contender(plan, card.default_strength, steered, [null])
+    [runs] = run_nulls(
+        engine, parts.checked, References(engine, plain), [contender], None, sampling=GREEDY
+    )
+    [by_chance] = runs.nulls
+    everything = marked(engine, scorer, [plain, told, steered, by_chance.answers])
     rows = dict(zip(ROWS, everything, strict=True))
-    return {name: _row(rows["unsteered"], answers) for name, answers in rows.items()}
+    found = {name: _row(rows["unsteered"], answers) for name, answers in rows.items()}
+    found["steered"] |= {"kl": runs.kl, "strength": card.default_strength}
+    found["by chance"] |= {"kl": by_chance.match.kl, "strength": by_chance.match.strength}
+    return found
 
 
 def _row(plain: Sequence[Answer], answers: Sequence[Answer]) -> dict[str, Any]:
@@ -120,11 +137,11 @@ def _row(plain: Sequence[Answer], answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def compared(one: dict[str, Any], other: dict[str, Any]) -> str:
-    """A table of both engines' rows; how many answers are the same token for token, and by how much
-    the scores of those differ at most."""
+    """A table of both engines' rows, and how many answers are the same token for token."""
     lines = [
-        "| | | score | | sound | | wrong way | | same answers | tokens before they part |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| | | score | | sound | | wrong way | | KL in nats | | same answers | tokens before they "
+        "part |",
+        "|" + "---|" * 12,
     ]
     for name in sorted(one.keys() & other.keys()):
         for row in ROWS:
@@ -135,9 +152,14 @@ def compared(one: dict[str, Any], other: dict[str, Any]) -> str:
             lines.append(
                 f"| `{name}` | {row} | {a['score']} | {b['score']} | {a['valid']:.2f} | "
                 f"{b['valid']:.2f} | {a['wrong_way']:.2f} | {b['wrong_way']:.2f} | "
+                f"{_kl(a)} | {_kl(b)} | "
                 f"{same} of {len(pairs)} | {', '.join(map(str, sorted(apart))) or '–'} |"
             )
     return "\n".join(lines)
+
+
+def _kl(row: dict[str, Any]) -> str:
+    return f"{row['kl']:.4f}" if "kl" in row else "–"
 
 
 def _alike(one: Sequence[int], other: Sequence[int]) -> int:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
-
-import torch
 
 _SLICE = 0.05
 """Seconds after which a rest looks again whether requests still run, and whether to stop."""
@@ -59,18 +56,3 @@ class Pace:
             self.rested_seconds += self._clock() - now
             self._check()
         self._own = self._thread_clock()
-
-
-def bound_threads(count: int) -> None:
-    """Bounds torch's threads for operations that the calling thread starts.
-
-    The bound is the calling thread's own (OpenMP keeps it so), but torch also remembers the last
-    one set, for threads that begin later. So a thread that ends at once sets that back.
-    """
-    before = torch.get_num_threads()
-    if count >= before:
-        return
-    torch.set_num_threads(count)
-    restoring = threading.Thread(target=torch.set_num_threads, args=(before,))
-    restoring.start()
-    restoring.join()

@@ -17,11 +17,12 @@ from pydantic import BaseModel
 
 from steer.engines.base import Engine
 from steer.engines.journal import JournaledEngine
+from steer.engines.threads import bound_threads
 from steer.errors import SteerError
 from steer.jobs.engine import BackgroundEngine
 from steer.jobs.kinds.kind import JobContext, JobKind, JobKinds
 from steer.jobs.limits import JobLimits
-from steer.jobs.pace import Pace, bound_threads
+from steer.jobs.pace import Pace
 from steer.jobs.signals import Changes, JobCancelled, LeaseLost, RunnerStopping
 from steer.registry.jobs.job_records import Claim, Job, JobFailure, JobProgress
 from steer.registry.jobs.job_store import JobDraft, new_job_id

@@ -24,6 +24,7 @@ from steer.engines.base import (
 from steer.engines.checks import check_request
 from steer.engines.gradients import DifferentiableModel
 from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
+from steer.engines.threads import apart
 from steer.engines.transformers.batching import Batching, make_batch
 from steer.engines.transformers.capture import capture_batch
 from steer.engines.transformers.checkpoints.found import find_model
@@ -123,14 +124,18 @@ class TransformersEngine:
         """
         device = chosen_device(device)
         chosen = chosen_dtype(dtype, device)
-        found = find_model(model)
-        check_model_folder(found.location)
-        loaded, tokenizer = load_checkpoint(
-            found.location, dtype=chosen, device=device, trust_remote_code=trust_remote_code
-        )
-        engine = cls(loaded, tokenizer, name=found.own_name, **options)
-        engine.info = engine.info.served_as(name or found.name)
-        return engine
+
+        def loaded() -> TransformersEngine:
+            found = find_model(model)
+            check_model_folder(found.location)
+            checkpoint, tokenizer = load_checkpoint(
+                found.location, dtype=chosen, device=device, trust_remote_code=trust_remote_code
+            )
+            engine = cls(checkpoint, tokenizer, name=found.own_name, **options)
+            engine.info = engine.info.served_as(name or found.name)
+            return engine
+
+        return apart(loaded)
 
     def start(self) -> None:
         """Starts the engine's thread and proves that steering acts; may be called again."""

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steer.engines.base import GateReceipt, PointReceipt, Receipt
-from steer.errors import EngineError, NotFinite
+from steer.engines.base import GateReceipt, PointReceipt, Receipt, TokenLogprob
+from steer.errors import EngineError, NotFinite, SteerError
 from steer.model import HookPoint, ModelInfo
 
 _ATTACHED = "steer_receipt"
@@ -53,6 +53,17 @@ def read_receipt(answer: Mapping[str, Any]) -> Receipt:
         ),
         strengths=tuple(answer.get("strengths", ())),
     )
+
+
+def read_logprobs(answer: Mapping[str, Any]) -> list[TokenLogprob]:
+    """The log-probabilities in a worker's answer. Raises `SteerError` (`not_finite`) where the
+    logits hold NaN or infinity."""
+    if "error" in answer:
+        raise SteerError(str(answer["error"]), code=str(answer["code"]))
+    return [
+        TokenLogprob(logprob, tuple((token, value) for token, value in top))
+        for logprob, top in answer["logprobs"]
+    ]
 
 
 def put_on(output: Any, fed: int, answer: Mapping[str, Any]) -> None:

@@ -102,7 +102,7 @@ def _ask(llm: Any, requests: list[dict[str, Any]], model: ModelInfo) -> dict[str
         name, scores = request["name"], output.outputs[0].logprobs[0]
         logits = torch.tensor([scores[token].logprob for token in range(len(scores))])
         found[f"{name}/logits"] = logits
-        captured = llm.collective_rpc("steer_captured", args=(request["key"],))[0]
+        captured = llm.collective_rpc("steer_captured", args=([request["key"]],))[0][0]
         for point, data in captured.items():
             width = model.width(cast("Site", point.partition(".")[2]))
             found[f"{name}/{point}"] = unpack(data, width)

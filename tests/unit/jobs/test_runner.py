@@ -14,7 +14,6 @@ from liveness import LIVENESS_SECONDS
 
 from steer.engines.fake.engine import FakeEngine, fake_model
 from steer.errors import CapacityError, Conflict, StorageError, UnknownArtefact
-from steer.jobs.pace import bound_threads
 from steer.registry.jobs.job_records import Job
 from steer.registry.jobs.job_store import JobStore
 from steer.registry.registry import Registry
@@ -341,27 +340,3 @@ def test_an_end_that_cannot_be_written_is_not_lost(
     now += timedelta(seconds=1)
     done = wait_for(runner, job.id, lambda one: one.state == "succeeded")
     assert done.attempt == 2
-
-
-def test_threads_are_bounded_for_one_thread_alone() -> None:
-    import torch
-
-    before, seen = torch.get_num_threads(), {}
-    torch.set_num_threads(3)
-
-    def bounded() -> None:
-        bound_threads(2)
-        seen["own"] = torch.get_num_threads()
-
-    def later() -> None:
-        seen["later"] = torch.get_num_threads()
-
-    try:
-        for work in (bounded, later):
-            thread = threading.Thread(target=work)
-            thread.start()
-            thread.join()
-        assert seen == {"own": 2, "later": 3}
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)

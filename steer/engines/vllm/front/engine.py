@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 
 from steer.artefacts.sae.architectures import SUPPORTED
@@ -25,27 +24,23 @@ from steer.engines.base import (
     GenerationRequest,
     SamplingParams,
     TokenEvent,
-    TokenLogprob,
 )
-from steer.engines.checks import check_captured, check_request, not_finite
+from steer.engines.checks import check_request
 from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
-from steer.engines.logprobs import following
 from steer.engines.vllm import plugin
+from steer.engines.vllm.front.capturing import capture_order, collect, unembed
 from steer.engines.vllm.front.drivers import ClientDriver, Driver, InlineDriver, LocalDriver
 from steer.engines.vllm.front.ends import model_ends
 from steer.engines.vllm.front.sequences import RunningSequence
 from steer.engines.vllm.front.ticket_issuer import TicketIssuer
-from steer.engines.vllm.messages import pack, read_info, unpack
+from steer.engines.vllm.messages import read_info
 from steer.engines.vllm.options import REGISTRY_VARIABLE, registry_location
 from steer.engines.vllm.pipeline import check_gates
-from steer.engines.vllm.ticket import CaptureOrder, Ticket
-from steer.errors import NotFinite, SpecError, SteerError, TooLarge, Unsupported
-from steer.model import SAMPLING, Capabilities, HookPoint, ModelInfo
+from steer.errors import SteerError, Unsupported
+from steer.model import SAMPLING, Capabilities, ModelInfo
 from steer.plan.plan import check_rules
 from steer.registry.blobs.plan_store import PlanStore
 from steer.spec import KINDS
-
-MAX_CAPTURE_BYTES = 1 << 30
 
 
 class VllmEngine:
@@ -197,7 +192,7 @@ class VllmEngine:
         for point in request.points:
             self.info.check_point(point)
         plans = request.plans or [None] * len(request.prompts)
-        orders = [self._order(request, prompt) for prompt in request.prompts]
+        orders = [capture_order(request, prompt, self.info) for prompt in request.prompts]
         self.start()
         sampling = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
         tickets, running, listeners = [], [], []
@@ -216,16 +211,10 @@ class VllmEngine:
         finally:
             for sequence in running:
                 self._driver.cancel(sequence)
-        return [
-            self._captured(request, ticket, prompt)
-            for ticket, prompt in zip(tickets, request.prompts, strict=True)
-        ]
+        return collect(self._driver, request, tickets, self.info)
 
     def unembed(self, states: Tensor) -> Tensor:
-        rows = states.reshape(-1, states.shape[-1])
-        answers = self._driver.rpc("steer_unembed", pack(rows))
-        data = next(answer for answer in answers if answer is not None)
-        return unpack(data, self.info.vocab_size).reshape(*states.shape[:-1], -1)
+        return unembed(self._driver, states, self.info)
 
     def stats(self) -> EngineStats:
         return EngineStats(**self._driver.rpc("steer_stats")[0])
@@ -238,73 +227,8 @@ class VllmEngine:
             ticket = self.tickets.issue(request.plan, measure=request.measure)
         return RunningSequence(request, ticket, listener, self.ends)
 
-    def _order(self, request: CaptureRequest, prompt: Sequence[int]) -> CaptureOrder:
-        positions = _positions(request, len(prompt))
-        points = dict.fromkeys(request.points)
-        read = request.read_for_logits(len(prompt))
-        if read:
-            points[self._last] = None
-            positions = (*positions, *(one for one in read if one not in set(positions)))
-        size = 4 * len(positions) * sum(self.info.width(point.site) for point in points)
-        if size > MAX_CAPTURE_BYTES:
-            raise TooLarge(
-                f"the states of {len(points)} hook points at {len(positions)} positions are "
-                f"{size >> 20} MiB and {MAX_CAPTURE_BYTES >> 20} MiB are allowed: choose fewer "
-                "positions or points",
-                param="/positions",
-            )
-        return CaptureOrder(tuple(points), positions)
-
-    def _captured(self, request: CaptureRequest, ticket: Ticket, prompt: Sequence[int]) -> Captured:
-        order, length = ticket.capture, len(prompt)
-        assert order is not None
-        found: dict[str, bytes] = {}
-        for answer in self._driver.rpc("steer_captured", ticket.key):
-            found |= answer
-        if NotFinite.code in found:
-            raise not_finite("the states", steered=ticket.plan is not None)
-        states = {
-            point: unpack(found[str(point)], self.info.width(point.site)) for point in order.points
-        }
-        for point, rows in states.items():
-            if torch.isneginf(rows).all(-1).any():
-                raise SteerError(f"no state passed {point} at some of the positions asked for")
-        place = {position: row for row, position in enumerate(order.positions)}
-        kept = [place[position] for position in _positions(request, length)]
-        logits = None
-        logprobs: tuple[TokenLogprob, ...] = ()
-        read = request.read_for_logits(length)
-        if read:
-            every = self.unembed(states[self._last][[place[position] for position in read]])
-            logits = request.kept_logits(every)
-            if request.logprobs is not None:
-                logprobs = tuple(following(every, prompt[read.start + 1 :], request.logprobs))
-        wanted_states = {point: states[point][kept] for point in request.points}
-        captured = Captured(wanted_states, logits, logprobs)
-        check_captured(captured, steered=ticket.plan is not None)
-        return captured
-
-    @property
-    def _last(self) -> HookPoint:
-        return HookPoint(self.info.n_layers - 1, "resid_post")
-
     def _mailbox(self) -> Mailbox:
         loop = asyncio.get_running_loop()
         if loop not in self._mailboxes:
             self._mailboxes[loop] = Mailbox(loop)
         return self._mailboxes[loop]
-
-
-def _positions(request: CaptureRequest, length: int) -> tuple[int, ...]:
-    """The absolute positions in a prompt of `length` tokens whose states are asked for."""
-    positions = request.positions
-    if positions is None:
-        return tuple(range(length)) if request.points else ()
-    for position in positions:
-        if not -length <= position < length:
-            raise SpecError(
-                f"position {position} is outside a prompt of {length} tokens",
-                code="position_out_of_range",
-                param="/positions",
-            )
-    return tuple(position % length for position in positions)

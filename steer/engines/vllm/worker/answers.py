@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from steer.engines.base import TokenLogprob
+from steer.engines.logprobs import following
 from steer.engines.vllm.messages import pack, unpack
+from steer.engines.vllm.taps.layouts import Unembed
 from steer.engines.vllm.worker.requests import WorkerRequests, receipt
 from steer.engines.vllm.worker.steering import WorkerSteering
 from steer.errors import NotFinite, SteerError
@@ -66,14 +69,43 @@ def capture_answer(requests: WorkerRequests, key: str) -> dict[str, bytes]:
 
 
 @torch.inference_mode()
-def unembed_answer(
-    unembed: Callable[[Tensor], Tensor | None] | None, data: bytes, info: ModelInfo
-) -> bytes | None:
-    """The logits of packed states, by the model's final norm and output matrix."""
+def unembed_answer(unembed: Unembed | None, data: bytes, info: ModelInfo) -> bytes | None:
+    """The logits of packed states, by the model's final norm and output matrix; None on a worker
+    that has not got them."""
+    parts = list(_logits(unembed, data, info))
+    return pack(torch.cat(parts)) if parts else None
+
+
+@torch.inference_mode()
+def logprobs_answer(
+    unembed: Unembed | None,
+    data: bytes,
+    tokens: Sequence[int],
+    count: int,
+    info: ModelInfo,
+) -> dict[str, Any] | None:
+    """The log-probability of each of `tokens`, and the best `count`, under the logits of the packed
+    state in its place; None on a worker that makes no logits."""
+    found: list[TokenLogprob] = []
+    failed: SteerError | None = None
+    read = 0
+    for logits in _logits(unembed, data, info):
+        said, read = tokens[read : read + len(logits)], read + len(logits)
+        try:
+            found += following(logits, said, count)
+        except SteerError as error:
+            failed = error  # and on to the end, where the other ranks go
+    if failed is not None:
+        return {"error": failed.message, "code": failed.code}
+    return {"logprobs": [(one.logprob, one.top) for one in found]} if read else None
+
+
+def _logits(unembed: Unembed | None, data: bytes, info: ModelInfo) -> Iterator[Tensor]:
+    """The logits of packed states, some rows at a time; nothing on a worker that makes none. All
+    tensor-parallel ranks take part."""
     if unembed is None:
-        return None
-    states = unpack(data, info.d_model)
-    logits = [unembed(part) for part in torch.split(states, _ROWS_AT_ONCE)]
-    if any(part is None for part in logits):
-        return None
-    return pack(torch.cat([part.float().cpu() for part in logits if part is not None]))
+        return
+    for part in torch.split(unpack(data, info.d_model), _ROWS_AT_ONCE):
+        logits = unembed(part)
+        if logits is not None:
+            yield logits.float().cpu()

@@ -12,6 +12,7 @@ from steer.engines.vllm.seams import version
 from steer.engines.vllm.worker.answers import (
     capture_answer,
     info_answer,
+    logprobs_answer,
     receipt_answer,
     unembed_answer,
 )
@@ -107,14 +108,19 @@ class SteerWorker:
         """For each `(key, {choice: tokens fed})` the receipts by choice; they are then dropped."""
         return [receipt_answer(self.steering.requests, key, fed) for key, fed in asked]
 
-    def steer_captured(self, key: str) -> dict[str, bytes]:
-        """The states captured under `key` by hook point; they are then dropped."""
-        return capture_answer(self.steering.requests, key)
+    def steer_captured(self, keys: list[str]) -> list[dict[str, bytes]]:
+        """The states captured under each of `keys` by hook point; they are then dropped."""
+        return [capture_answer(self.steering.requests, key) for key in keys]
 
     def steer_unembed(self, states: bytes) -> bytes | None:
         """Float32 states `[rows, d_model]` after the last layer to logits `[rows, vocab]`; None on
         a worker without the last layer. All tensor-parallel ranks must be asked."""
         return unembed_answer(self._unembed, states, self.steering.model)
+
+    def steer_logprobs(self, states: bytes, tokens: list[int], count: int) -> dict[str, Any] | None:
+        """As `steer_unembed`, but of each row only what it says of the token in its place, and the
+        best `count`."""
+        return logprobs_answer(self._unembed, states, tokens, count, self.steering.model)
 
     def steer_stats(self) -> dict[str, Any]:
         """WorkerRequest figures for metrics."""

@@ -1,0 +1,187 @@
+"""Captures on vLLM: what the workers are told to keep, and what is made of what they kept.
+
+States travel from the workers as they are. Logits are made of the last layer's states by the
+model's own head, in the workers; where only log-probabilities are wanted, only these travel back.
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from steer.engines.base import Captured, CaptureRequest, TokenLogprob
+from steer.engines.checks import check_captured, not_finite
+from steer.engines.vllm.front.drivers import Driver
+from steer.engines.vllm.messages import pack, read_logprobs, unpack
+from steer.engines.vllm.ticket import CaptureOrder, Ticket
+from steer.errors import NotFinite, SpecError, SteerError, TooLarge
+from steer.model import HookPoint, ModelInfo
+
+MAX_CAPTURE_BYTES = 1 << 30
+"""What the states of one prompt may take."""
+
+_AT_ONCE = 1 << 27
+"""What the states of several prompts may take, in bytes, to travel in one message."""
+
+
+def capture_order(request: CaptureRequest, prompt: Sequence[int], info: ModelInfo) -> CaptureOrder:
+    """What the workers keep of `prompt`. Raises `SteerError` for positions that it has not, and
+    for more states than are allowed."""
+    positions = _positions(request, len(prompt))
+    points = dict.fromkeys(request.points)
+    read = request.read_for_logits(len(prompt))
+    if read:
+        points[_last(info)] = None
+        positions = (*positions, *(one for one in read if one not in set(positions)))
+    order = CaptureOrder(tuple(points), positions)
+    size = _bytes(order, info)
+    if size > MAX_CAPTURE_BYTES:
+        raise TooLarge(
+            f"the states of {len(points)} hook points at {len(positions)} positions are "
+            f"{size >> 20} MiB and {MAX_CAPTURE_BYTES >> 20} MiB are allowed: choose fewer "
+            "positions or points",
+            param="/positions",
+        )
+    return order
+
+
+def collect(
+    driver: Driver, request: CaptureRequest, tickets: Sequence[Ticket], info: ModelInfo
+) -> list[Captured]:
+    """What was captured under each prompt's ticket. Raises `SteerError` (`NotFinite` where a
+    prompt's numbers ran over)."""
+    kept = [
+        _states(found, ticket, info)
+        for group in _messages(tickets, info)
+        for found, ticket in zip(_fetched(driver, group), group, strict=True)
+    ]
+    prompts = list(zip(kept, tickets, request.prompts, strict=True))
+    logits = [
+        unembed(driver, _read(request, *one, info), info) if request.logits != "none" else None
+        for one in prompts
+    ]
+    logprobs = _logprobs(driver, request, prompts, info)
+    found = []
+    for (states, ticket, prompt), rows, said in zip(prompts, logits, logprobs, strict=True):
+        place = _places(ticket)
+        wanted = [place[position] for position in _positions(request, len(prompt))]
+        captured = Captured(
+            {point: states[point][wanted] for point in request.points},
+            None if rows is None else request.kept_logits(rows),
+            said,
+        )
+        check_captured(captured, steered=ticket.plan is not None)
+        found.append(captured)
+    return found
+
+
+def unembed(driver: Driver, states: Tensor, info: ModelInfo) -> Tensor:
+    """The logits `[..., vocab]` of states `[..., d_model]` after the last layer."""
+    rows = states.reshape(-1, states.shape[-1])
+    answers = driver.rpc("steer_unembed", pack(rows))
+    data = next(answer for answer in answers if answer is not None)
+    return unpack(data, info.vocab_size).reshape(*states.shape[:-1], -1)
+
+
+_Prompt = tuple[Mapping[HookPoint, Tensor], Ticket, Sequence[int]]
+"""The states that were kept of a prompt, under which ticket, and its tokens."""
+
+
+def _logprobs(
+    driver: Driver, request: CaptureRequest, prompts: Sequence[_Prompt], info: ModelInfo
+) -> list[tuple[TokenLogprob, ...]]:
+    """The log-probabilities of every prompt, asked for in one message; empty where none are."""
+    if request.logprobs is None:
+        return [() for _ in prompts]
+    # The last position predicts what comes after the prompt: nobody asked for that.
+    rows = [_read(request, *one, info)[:-1] for one in prompts]
+    tokens = [prompt[request.read_for_logits(len(prompt)).start + 1 :] for _, _, prompt in prompts]
+    every = [token for said in tokens for token in said]
+    if not every:
+        return [() for _ in prompts]
+    answers = driver.rpc("steer_logprobs", pack(torch.cat(rows)), every, request.logprobs)
+    found = iter(read_logprobs(next(answer for answer in answers if answer is not None)))
+    return [tuple(next(found) for _ in said) for said in tokens]
+
+
+def _read(
+    request: CaptureRequest,
+    states: Mapping[HookPoint, Tensor],
+    ticket: Ticket,
+    prompt: Sequence[int],
+    info: ModelInfo,
+) -> Tensor:
+    """The last layer's states `[n, d_model]` at the positions whose logits are needed."""
+    place = _places(ticket)
+    return states[_last(info)][[place[one] for one in request.read_for_logits(len(prompt))]]
+
+
+def _messages(tickets: Sequence[Ticket], info: ModelInfo) -> Iterator[list[Ticket]]:
+    """The tickets in runs whose states travel together."""
+    group: list[Ticket] = []
+    size = 0
+    for ticket in tickets:
+        more = _bytes(_order(ticket), info)
+        if group and size + more > _AT_ONCE:
+            yield group
+            group, size = [], 0
+        group.append(ticket)
+        size += more
+    if group:
+        yield group
+
+
+def _fetched(driver: Driver, tickets: Sequence[Ticket]) -> list[dict[str, bytes]]:
+    """What the workers kept under each ticket, of all stages together."""
+    workers = driver.rpc("steer_captured", [ticket.key for ticket in tickets])
+    return [dict(ChainMap(*stages)) for stages in zip(*workers, strict=True)]
+
+
+def _states(found: Mapping[str, bytes], ticket: Ticket, info: ModelInfo) -> dict[HookPoint, Tensor]:
+    """The states by hook point, rows in the order of the ticket's positions."""
+    if NotFinite.code in found:
+        raise not_finite("the states", steered=ticket.plan is not None)
+    states = {
+        point: unpack(found[str(point)], info.width(point.site)) for point in _order(ticket).points
+    }
+    for point, rows in states.items():
+        if torch.isneginf(rows).all(-1).any():
+            raise SteerError(f"no state passed {point} at some of the positions asked for")
+    return states
+
+
+def _places(ticket: Ticket) -> dict[int, int]:
+    """The row of each position among a ticket's states."""
+    return {position: row for row, position in enumerate(_order(ticket).positions)}
+
+
+def _order(ticket: Ticket) -> CaptureOrder:
+    if ticket.capture is None:
+        raise AssertionError("the ticket of a capture has an order")
+    return ticket.capture
+
+
+def _bytes(order: CaptureOrder, info: ModelInfo) -> int:
+    return 4 * len(order.positions) * sum(info.width(point.site) for point in order.points)
+
+
+def _last(info: ModelInfo) -> HookPoint:
+    return HookPoint(info.n_layers - 1, "resid_post")
+
+
+def _positions(request: CaptureRequest, length: int) -> tuple[int, ...]:
+    """The absolute positions in a prompt of `length` tokens whose states are asked for."""
+    positions = request.positions
+    if positions is None:
+        return tuple(range(length)) if request.points else ()
+    for position in positions:
+        if not -length <= position < length:
+            raise SpecError(
+                f"position {position} is outside a prompt of {length} tokens",
+                code="position_out_of_range",
+                param="/positions",
+            )
+    return tuple(position % length for position in positions)
