@@ -77,13 +77,21 @@ def _running(name: str) -> Iterator[Engine]:
             yield engine
         return
     # vLLM reads its environment when it is imported.
-    os.environ |= {"VLLM_PLUGINS": "steer", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    os.environ |= {
+        "VLLM_PLUGINS": "steer",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
     from steer.engines.vllm.front.engine import VllmEngine  # noqa: PLC0415
 
-    options = {"model": folder, "dtype": "float32", "enforce_eager": True, "max_model_len": 512}
+    options: dict[str, Any] = {
+        **{"model": folder, "dtype": "float32", "enforce_eager": True, "max_model_len": 512},
+        # On a CPU, a share of the machine's memory, which the weights and the cache come out of.
+        **{"max_num_seqs": 64, "gpu_memory_utilization": 0.2},
+    }
     with (
         tempfile.TemporaryDirectory() as registry,
-        VllmEngine.load(registry=registry, max_num_seqs=64, **options) as running,
+        VllmEngine.load(registry=registry, **options) as running,
     ):
         yield running
 
