@@ -13,7 +13,7 @@ from steer.artefacts.calibration import NullComparison
 from steer.artefacts.control_vector import ControlVector
 from steer.fit.data.pairs import Prompt
 from steer.fit.make.asking import Interview
-from steer.fit.make.choosing import Trial, plan_of
+from steer.fit.make.trials import Trial, plan_of
 from steer.fit.measure.answers import GROUP, Answer, answers_under, marked
 from steer.fit.measure.bootstrap import Interval, Resamples
 from steer.fit.measure.divergence import References

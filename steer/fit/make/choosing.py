@@ -10,27 +10,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
-
-from scipy.optimize import isotonic_regression
+from dataclasses import dataclass, replace
 
 from steer.artefacts.control_vector import ControlVector
-from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import Engine, SamplingParams
-from steer.engines.plans import plans_of
 from steer.errors import SteerError
 from steer.fit.data.pairs import Prompt
-from steer.fit.data.where import WHERES, WhereName
+from steer.fit.data.where import WhereName
 from steer.fit.make.asking import Asked
 from steer.fit.make.contrast import Source
 from steer.fit.make.obedience import said_kl
-from steer.fit.measure.answers import GROUP, Answer, Measured, Progress, answers_under, measured
+from steer.fit.make.trials import Trial, Use, plan_of, pooled, sound_trials, trial_of
+from steer.fit.measure.answers import GROUP, Answer, Progress, answers_under, measured
 from steer.fit.measure.divergence import References
-from steer.fit.measure.nulls.matching import Match, matched_strengths
+from steer.fit.measure.nulls.matching import matched_strengths
 from steer.fit.measure.scoring import AnswerScorer, Scorer
 from steer.plan.plan import SteeringPlan
-from steer.spec import parse_spec
 
 COARSE = 2.0
 """The budget at which the whole grid is tried, in multiples of the instruction's own KL."""
@@ -55,6 +50,13 @@ chosen with 11 of 12 sound, none had nine tenths on other questions."""
 MIN_VALID = 0.9
 """A trial with a smaller share of sound answers is not chosen."""
 
+RUN_OFF = 3
+"""How many trials are run again on more questions, where there are any: of several that are each
+read on a dozen, the best is partly so by luck."""
+
+MAY_BE_SOUND = 0.8
+"""The share of sound answers, on a dozen questions, of a trial that may be sound on more."""
+
 SLACK = 0.1
 """What a trial's `both` may fall short of the highest: on so few questions it is no difference, and
 the farther the model is moved, the more does chance, and the less is left of everything else."""
@@ -68,38 +70,13 @@ _SPANS = ((0.15, 0.4), (0.3, 0.55), (0.45, 0.7), (0.6, 0.85), (0.25, 0.75))
 
 
 @dataclass(frozen=True)
-class Use:
-    """A way to use what was read: which reading, on which layers, on which tokens."""
-
-    source: Source
-    layers: tuple[int, ...]
-    where: WhereName
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A use at the strength whose KL in nats came nearest to `budget`, and what it did. `valid` and
-    `score` are the means over the answers; `both` counts those that are not sound as 0."""
-
-    use: Use
-    budget: float
-    strength: float
-    kl: float
-    score: float
-    valid: float
-    both: float
-    example: str
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
 class Choice:
-    """The trial that was chosen, and all of them in the order in which they were run."""
+    """The trial that was chosen, and all of them in the order in which they were run; `run_off` are
+    those that were run again, with what they did on all questions together."""
 
     best: Trial
     trials: tuple[Trial, ...]
+    run_off: tuple[Trial, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,9 +119,12 @@ def choose(
     uses: Sequence[Use],
     *,
     wheres: Sequence[WhereName] = ("onward",),
+    more: Sequence[Prompt] = (),
 ) -> Choice:
     """The use and strength of the sound trial that moves the model least, among those whose `both`
     is within `SLACK` of the highest. The best of `uses` is also tried on the tokens of `wheres`.
+    Where there are `more` questions, the best trials are run on these too, and the choice among
+    them is made on all.
 
     Raises `SteerError` (`no_sound_use`) where steering breaks the text in every trial.
     """
@@ -158,30 +138,57 @@ def choose(
         gentle = _tried(quiet, vectors, [(use, budget) for use in kept for budget in GENTLE])
         fine = [*fine, *gentle]
     sound, wanted = sound_trials(fine, MIN_VALID), sound_trials(fine, WANTED_VALID)
-    if not sound:
+    first = _least([one for one in _good(sound) if one in wanted] or _good(sound))
+    again = _run_off(ground, vectors, first, sound_trials(fine, MAY_BE_SOUND), more)
+    settled = _least(_good([one for one in again if one.valid >= MIN_VALID - 1e-9]))
+    best = settled or (max(again, key=lambda one: one.valid) if first and again else first)
+    if best is None:
         raise SteerError(
             f"in none of {len(fine)} trials were {MIN_VALID:.0%} of the steered answers sound: "
             "make it with other words, more questions, or for a larger model",
             code="no_sound_use",
         )
-    enough = max(one.both for one in sound) - SLACK
-    good = [one for one in sound if one.both >= enough]
-    best = min([one for one in good if one in wanted] or good, key=lambda one: (one.kl, -one.both))
-    return Choice(best, (*coarse, *fine))
+    return Choice(best, (*coarse, *fine), again)
 
 
-def sound_trials(trials: Sequence[Trial], share: float) -> list[Trial]:
-    """The trials in which that share of the answers is sound, their neighbours heard.
+def _good(sound: Sequence[Trial]) -> list[Trial]:
+    """Those whose `both` is within `SLACK` of the highest."""
+    highest = max((one.both for one in sound), default=0.0)
+    return [one for one in sound if one.both >= highest - SLACK]
 
-    Steering harder breaks no fewer answers: a share that rises with the KL is noise. So those of
-    one use are smoothed to what falls with it (isotonic regression).
-    """
-    found = []
-    for use in dict.fromkeys(one.use for one in trials):
-        own = sorted((one for one in trials if one.use == use), key=lambda one: one.kl)
-        smooth = isotonic_regression([one.valid for one in own], increasing=False).x
-        found += [one for one, valid in zip(own, smooth, strict=True) if valid >= share - 1e-9]
-    return found
+
+def _least(trials: Sequence[Trial]) -> Trial | None:
+    """The one that moves the model least."""
+    return min(trials, key=lambda one: (one.kl, -one.both), default=None)
+
+
+def _run_off(
+    ground: Ground,
+    vectors: Mapping[Source, ControlVector],
+    first: Trial | None,
+    others: Sequence[Trial],
+    more: Sequence[Prompt],
+) -> tuple[Trial, ...]:
+    """`first` and the best of the `others`, run again on `more` questions: what each did on these
+    and on the ground's together."""
+    ranked = sorted((one for one in others if one is not first), key=lambda one: -one.both)
+    chosen = [*([] if first is None else [first]), *ranked][: RUN_OFF if more else 0]
+    everything = answers_under(
+        ground.engine,
+        [more] * len(chosen),
+        [plan_of(ground.engine, vectors[one.use.source], one.use, one.strength) for one in chosen],
+        ground.scorer,
+        sampling=ground.sampling,
+        group=GROUP,
+        progress=ground.progress,
+    )
+    if ground.progress is not None and len(chosen) < RUN_OFF:
+        ground.progress((RUN_OFF - len(chosen)) * len(more))
+    share = len(more) / max(len(more) + len(ground.prompts), 1)
+    return tuple(
+        pooled(one, trial_of(one.use, one.budget, one, measured(answers, examples=1)), share)
+        for one, answers in zip(chosen, everything, strict=True)
+    )
 
 
 def grid(
@@ -201,37 +208,11 @@ def _finer(best: Sequence[Use], wheres: Sequence[WhereName]) -> Iterator[tuple[U
         yield from ((replace(best[0], where=where), budget) for budget in FINE[1:])
 
 
-def with_use(vector: ControlVector, best: Trial, **provenance: Any) -> ControlVector:
-    """The vector with the use of a trial as its default, and `provenance` added to its card's."""
-    changes = {
-        "default_layers": best.use.layers,
-        "default_where": WHERES[best.use.where],
-        "default_strength": float(f"{best.strength:.4g}"),
-        "provenance": {**vector.card.provenance, **provenance, "chosen_by": "effect"},
-    }
-    return replace(vector, card=vector.card.model_copy(update=changes))
-
-
-def plan_of(engine: Engine, vector: ControlVector, use: Use, strength: float) -> SteeringPlan:
-    """`vector` added at `strength`, as `use` says."""
-    where = WHERES[use.where]
-    item: dict[str, Any] = {
-        "kind": "add",
-        "vector": "made",
-        "layers": list(use.layers),
-        "strength": strength,
-    }
-    if where is not None:
-        item["where"] = where
-    return plans_of(engine, MemoryLibrary({"made": vector})).plan(
-        parse_spec({"interventions": [item]})
-    )
-
-
-def steps(uses: int, prompts: int, wheres: int = 1) -> int:
+def steps(uses: int, prompts: int, wheres: int = 1, more: int = 0) -> int:
     """How much `choose` tells `progress` of: every strength that was matched, and every answer."""
     fine = len(FINE) * min(KEPT, uses) + wheres * (len(FINE) - 1)
-    return uses * (1 + min(COARSE_QUESTIONS, prompts)) + fine * (1 + prompts)
+    coarse = uses * (1 + min(COARSE_QUESTIONS, prompts))
+    return coarse + fine * (1 + prompts) + RUN_OFF * more
 
 
 def _tried(
@@ -262,7 +243,7 @@ def _tried(
         progress=ground.progress,
     )
     return [
-        _trial(use, budget, match, measured(answers, examples=1))
+        trial_of(use, budget, match, measured(answers, examples=1))
         for (use, _), budget, match, answers in zip(jobs, budgets, matches, everything, strict=True)
     ]
 
@@ -280,20 +261,6 @@ def likely_strength(vector: ControlVector, layers: Sequence[int], kl: float) -> 
         if (norm := vector.card.measures[layer].residual_norm)
     ]
     return 0.47 * math.sqrt(kl) / sum(shares) if sum(shares) > 0 else 1.0
-
-
-def _trial(use: Use, budget: float, match: Match, figures: Measured) -> Trial:
-    valid = 1.0 if figures.valid is None else figures.valid
-    return Trial(
-        use=use,
-        budget=budget,
-        strength=match.strength,
-        kl=match.kl,
-        score=figures.score,
-        valid=valid,
-        both=figures.score if figures.both is None else figures.both,
-        example=figures.examples[0],
-    )
 
 
 def _plan_at(engine: Engine, vector: ControlVector, use: Use) -> Callable[[float], SteeringPlan]:

@@ -19,13 +19,17 @@ from steer.errors import SteerError
 from steer.fit.data.pairs import Pair, Prompt
 from steer.fit.data.where import WhereName
 from steer.fit.make.asking import Asked
-from steer.fit.make.choosing import Choice, Ground, choose, grid, with_use
+from steer.fit.make.choosing import Choice, Ground, choose, grid
 from steer.fit.make.choosing import steps as choosing_steps
 from steer.fit.make.obedience import MIN_OBEDIENCE, obedience
+from steer.fit.make.trials import with_use
 from steer.fit.measure.answers import GROUP, Progress, answers_under
 from steer.prompts import Marked, prompt_json, render
 
 QUESTIONS = 12
+MORE = 20
+"""Pairs that the best uses are tried on again, of those that come after."""
+
 SCALED_ON = 16
 
 
@@ -82,8 +86,9 @@ def choose_for_pairs(
 def most_steps(pairs: int) -> int:
     """How much `choose_for_pairs` tells `progress` of."""
     questions = min(QUESTIONS, pairs)
+    more = min(MORE, pairs - questions)
     uses = len(grid(range(1024), ("fitted",)))
-    return 2 * min(SCALED_ON, pairs) + choosing_steps(uses, questions)
+    return 2 * min(SCALED_ON, pairs) + choosing_steps(uses, questions, more=more)
 
 
 class _Unseen(Exception):
@@ -99,7 +104,7 @@ def _choice(
     progress: Progress | None,
 ) -> Choice:
     sampling = SamplingParams(max_tokens=32, temperature=0.7, seed=seed, logprobs=0)
-    used = [_without_response(pair) for pair in pairs[: max(QUESTIONS, SCALED_ON)]]
+    used = [_without_response(pair) for pair in pairs[: max(QUESTIONS + MORE, SCALED_ON)]]
     different = [pair for pair in used if pair.positive != pair.negative]
     if len(different) < 4:
         raise _Unseen(
@@ -125,14 +130,15 @@ def _choice(
             "the model's answers to the positive and the negative prompts are told apart "
             f"{followed.area:.0%} of the time, where chance is 50%"
         )
-    prompts: list[Prompt] = [pair.negative for pair in different[:QUESTIONS]]
+    everything: list[Prompt] = [pair.negative for pair in different]
+    prompts, more = everything[:QUESTIONS], everything[QUESTIONS : QUESTIONS + MORE]
     ground = Ground.of(
         engine, prompts, asked, opposed[: len(prompts)], followed.scorer, sampling, progress
     )
     uses = grid(vector.card.layers, ("fitted",), where or "all")
     wheres: tuple[WhereName, ...] = ("onward",) if where is None else ()
     try:
-        return choose(ground, {"fitted": vector}, uses, wheres=wheres)
+        return choose(ground, {"fitted": vector}, uses, wheres=wheres, more=more)
     except SteerError as error:
         if error.code != "no_sound_use":
             raise

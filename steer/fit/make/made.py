@@ -48,6 +48,7 @@ class Made:
             "instruction_kl": self.said_kl,
             "chosen": self.choice.best.as_json(),
             "trials": [one.as_json() for one in self.choice.trials],
+            "run_off": [one.as_json() for one in self.choice.run_off],
             "check": self.check.as_json(),
             "works": self.works,
             "notes": list(self.notes),

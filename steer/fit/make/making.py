@@ -1,7 +1,7 @@
 """From a sentence to a calibrated vector: answer, read, fit, choose, check, calibrate.
 
-The questions are parted in three: the vector is fitted on some, its layers, tokens and strength are
-chosen on others, and what the table says was measured on the rest.
+The questions are parted: the vector is fitted on some, its layers, tokens and strength are chosen
+on others, and again among the best on more; what the table says was measured on the rest.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from steer.fit.make.asking import NEUTRAL, Interview
 from steer.fit.make.contrast import SOURCES, AnswerPair, contrast_states, directions
 from steer.fit.make.made import Made
 from steer.fit.make.obedience import MIN_OBEDIENCE, Obedience, SoundScorer, obedience
+from steer.fit.make.trials import with_use
 from steer.fit.make.wish import QuestionParts, Wish
 from steer.fit.measure.answers import Progress
 from steer.fit.measure.calibrate import calibrate, prompts_sha256, steps_of
@@ -73,7 +74,7 @@ def make(
         wish.sampling,
         progress,
     )
-    choice = choosing.choose(ground, vectors, choosing.grid(layers, SOURCES))
+    choice = choosing.choose(ground, vectors, choosing.grid(layers, SOURCES), more=parts.run_off)
     chosen = vectors[choice.best.use.source]
     rows = states[choice.best.use.source]
     found = checking.check(
@@ -88,7 +89,7 @@ def make(
         seed=wish.seed,
     )
     story = _story(talk, wish, prompts, parts, followed, ground.said_kl, choice)
-    used = choosing.with_use(chosen, choice.best, **story, **made_on(engine))
+    used = with_use(chosen, choice.best, **story, **made_on(engine))
     calibration, notes = _calibration(talk, used, ground, scorer_name)
     if calibration is not None:
         calibration = calibration.model_copy(update={"nulls": found.comparison})
@@ -107,7 +108,7 @@ def work_of(wish: Wish, prompts: int, n_layers: int) -> int:
         + min(_SCALED_ON, fitted)
         + fitted
         + chosen
-        + choosing.steps(uses, chosen)
+        + choosing.steps(uses, chosen, more=len(parts.run_off))
         + checking.steps(checked, 3 * wish.nulls)
         + steps_of(range(chosen), DOSES, nulls=0)
     )
@@ -127,7 +128,7 @@ def _listen(talk: Interview, parts: QuestionParts) -> tuple[list[AnswerPair], Ob
         plain,
         told[: len(scaled)],
         opposed[: len(scaled)],
-        known=talk.asked((*parts.fitted, *parts.chosen, *parts.checked)),
+        known=talk.asked((*parts.fitted, *parts.chosen, *parts.checked, *parts.run_off)),
     )
     if followed.area < MIN_OBEDIENCE:
         raise SteerError(
@@ -179,6 +180,7 @@ def _story(
         "positions": best.use.source,
         "data_sha256": prompts_sha256(prompts),
         "questions": [len(parts.fitted), len(parts.chosen), len(parts.checked)],
+        "run_off": [len(choice.run_off), len(parts.run_off)],
         "obedience": round(followed.area, 4),
         "instruction_kl": round(moved, 4),
         "trials": len(choice.trials),

@@ -60,12 +60,14 @@ def rows(found: Made) -> list[Row]:
 def lines(found: Made) -> list[str]:
     """What was chosen, how sure it is, and what to know."""
     best, against = found.choice.best, found.check.comparison
+    run_off = found.choice.run_off
     told = [
         f"told {found.place}: {found.obedience:.0%} of its answers are told from those with the "
         f"opposite; the words move it {found.said_kl:.2f} nats",
-        f"chosen from {len(found.choice.trials)} trials: layers {best.use.layers[0]}–"
-        f"{best.use.layers[-1]}, {best.use.where}, strength {best.strength:.3g}, KL {best.kl:.2f} "
-        "nats",
+        f"chosen from {len(found.choice.trials)} trials"
+        + (f", {len(run_off)} of them run again on more questions" if run_off else "")
+        + f": layers {best.use.layers[0]}–{best.use.layers[-1]}, {best.use.where}, strength "
+        f"{best.strength:.3g}, KL {best.kl:.2f} nats",
         f"over asking in words: {found.check.over_words}",
     ]
     if against.p_value is not None:

@@ -12,8 +12,9 @@ from steer.fit.data.pairs import Prompt
 from steer.fit.make.questions import shuffled
 from steer.spec import Site
 
-FITTED, CHOSEN, CHECKED = 48, 12, 20
-"""Questions that are used at most for fitting, for choosing and for the check."""
+FITTED, CHOSEN, CHECKED, RUN_OFF = 48, 12, 20, 20
+"""Questions that are used at most for fitting, for choosing, for the check, and for choosing again
+among the best."""
 
 LEAST = 24
 
@@ -49,15 +50,18 @@ class Wish:
 
 @dataclass(frozen=True)
 class QuestionParts:
-    """The questions to fit on, to choose on and to check on; no question is in two of them."""
+    """The questions to fit on, to choose on, to check on, and to choose again on among the best;
+    no question is in two of them."""
 
     fitted: tuple[Prompt, ...]
     chosen: tuple[Prompt, ...]
     checked: tuple[Prompt, ...]
+    run_off: tuple[Prompt, ...] = ()
 
     @staticmethod
     def of(prompts: Sequence[Prompt], seed: int) -> QuestionParts:
-        """`prompts` in an order drawn with `seed`, in shares of 4, 1 and 2, up to what is used.
+        """`prompts` in an order drawn with `seed`, in shares of 4, 1 and 2, up to what is used;
+        what is then left is for the run-off, up to what that uses.
         Raises `SteerError` (`no_prompts`) for fewer than `LEAST`."""
         if len(prompts) < LEAST:
             raise SteerError(
@@ -69,5 +73,10 @@ class QuestionParts:
         order = shuffled(prompts, seed)
         chosen = min(CHOSEN, len(order) // 7)
         checked = min(CHECKED, 2 * len(order) // 7)
-        fitted = order[chosen + checked :][:FITTED]
-        return QuestionParts(fitted, order[:chosen], order[chosen : chosen + checked])
+        rest = order[chosen + checked :]
+        return QuestionParts(
+            rest[:FITTED],
+            order[:chosen],
+            order[chosen : chosen + checked],
+            rest[FITTED : FITTED + RUN_OFF],
+        )

@@ -6,16 +6,20 @@ import pytest
 
 from steer.errors import SteerError
 from steer.fit.make.questions import neutral_questions
-from steer.fit.make.wish import CHECKED, CHOSEN, FITTED, LEAST, QuestionParts
+from steer.fit.make.wish import CHECKED, CHOSEN, FITTED, LEAST, RUN_OFF, QuestionParts
+
+USED = FITTED + CHOSEN + CHECKED
 
 
-@pytest.mark.parametrize("count", [LEAST, 40, FITTED + CHOSEN + CHECKED, 160])
+@pytest.mark.parametrize("count", [LEAST, 40, USED, USED + 5, 160])
 def test_no_question_is_in_two_parts(count: int) -> None:
     parts = QuestionParts.of([str(n) for n in range(count)], seed=3)
 
-    every = [*parts.fitted, *parts.chosen, *parts.checked]
-    assert len(set(map(str, every))) == len(every) <= FITTED + CHOSEN + CHECKED
-    assert len(every) >= min(count, FITTED + CHOSEN + CHECKED) - 1
+    every = [*parts.fitted, *parts.chosen, *parts.checked, *parts.run_off]
+    assert len(set(map(str, every))) == len(every) <= USED + RUN_OFF
+    assert len(every) >= min(count, USED + RUN_OFF) - 1
+    others = len(every) - len(parts.run_off)
+    assert len(parts.run_off) == min(count - others, RUN_OFF)
     assert min(len(parts.fitted), len(parts.chosen), len(parts.checked)) >= LEAST // 8
 
 
