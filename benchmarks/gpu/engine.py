@@ -69,7 +69,7 @@ class Engines:
                 )
 
     def missing(self) -> str | None:
-        return lacking("transformers", "pydantic", "jaxtyping", "safetensors")
+        return lacking("transformers", "pydantic", "jaxtyping", "safetensors", "gguf")
 
     def table(self, found: Results) -> Table:
         rows = [row for name, result in found for row in _rows(name, result)]

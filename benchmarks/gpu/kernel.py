@@ -64,7 +64,7 @@ class Kernels:
             )
 
     def missing(self) -> str | None:
-        return lacking("triton", "pydantic", "jaxtyping", "safetensors")
+        return lacking("triton", "pydantic", "jaxtyping", "safetensors", "gguf")
 
     def table(self, found: Results) -> Table:
         """The worst error of each kind, and whether all of it holds."""

@@ -31,23 +31,24 @@ HOST = ("torch", "triton", "numpy")
 
 KERNEL = (
     *("pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions"),
-    *("jaxtyping", "wadler-lindig", "safetensors"),
-    *("typer", "click", "rich", "shellingham", "markdown-it-py", "mdurl", "pygments", "tqdm"),
+    *("jaxtyping", "wadler-lindig", "safetensors", "gguf", "pyyaml"),
+    *("typer", "click", "annotated-doc", "rich", "shellingham"),
+    *("markdown-it-py", "mdurl", "pygments", "tqdm"),
 )
 """What the parts `kernel` and `layer` import beside that: the kernel's tables are made from plans,
-and plans from specs, which pydantic checks; the rest is the command's."""
+plans from specs, which pydantic checks, and from artefacts in any format; the rest is the command's."""
 
 ENGINE = (
-    *("transformers", "tokenizers", "huggingface-hub", "hf-xet", "regex", "pyyaml", "packaging"),
+    *("transformers", "tokenizers", "huggingface-hub", "hf-xet", "regex", "packaging"),
     *("filelock", "fsspec", "httpx", "httpcore", "h11", "anyio", "idna", "certifi"),
-    *("accelerate", "psutil", "gguf", "jinja2", "markupsafe", "scipy", "requests", "urllib3"),
+    *("accelerate", "psutil", "jinja2", "markupsafe", "scipy", "requests", "urllib3"),
     "charset-normalizer",
 )
 """What the part `engine` imports beside that."""
 
 SERVER = (
     *("sqlalchemy", "greenlet", "alembic", "mako", "prometheus-client", "fastapi", "starlette"),
-    *("openai", "uvicorn", "python-multipart", "jiter", "distro", "sniffio", "annotated-doc"),
+    *("openai", "uvicorn", "python-multipart", "jiter", "distro", "sniffio"),
     *("scikit-learn", "joblib", "threadpoolctl", "matplotlib", "contourpy", "cycler"),
     *("fonttools", "kiwisolver", "pillow", "pyparsing", "python-dateutil", "six"),
     *("pytest", "pytest-asyncio", "pluggy", "iniconfig", "hypothesis", "sortedcontainers"),

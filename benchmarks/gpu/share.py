@@ -70,7 +70,7 @@ class Shares:
             yield Case(f"{PART}/{tokens}", lambda tokens=tokens: self._case(tokens))
 
     def missing(self) -> str | None:
-        return lacking("triton", "pydantic", "jaxtyping", "safetensors")
+        return lacking("triton", "pydantic", "jaxtyping", "safetensors", "gguf")
 
     def table(self, found: Results) -> Table:
         """What each costs more than the layer without taps."""

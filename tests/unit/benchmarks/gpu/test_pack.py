@@ -93,17 +93,28 @@ def test_what_is_brought_is_what_was_tried_here() -> None:
 
 
 KERNEL_ALONE = """
-import importlib.abc, sys
+import sys
 sys.path[:0] = [{root!r}]
 allowed = {allowed!r} | sys.stdlib_module_names | {{"steer", "steer_vectors", "benchmarks"}}
 
-class Refusing(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        top = name.partition(".")[0]
-        if top not in allowed and not top.startswith("_"):
-            raise ModuleNotFoundError(f"{{name}} is not on the host", name=name)
+class OfHost:
+    """Finds what is allowed, and nothing else: as a host without the rest."""
 
-sys.meta_path.insert(0, Refusing())
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition(".")[0]
+        if top in allowed or top.startswith("_"):
+            return self.finder.find_spec(name, path, target)
+
+    def invalidate_caches(self):
+        pass
+
+    def find_distributions(self, context=None):
+        return getattr(self.finder, "find_distributions", lambda _: ())(context)
+
+sys.meta_path[:] = [OfHost(one) for one in sys.meta_path]
 import {module}
 """
 MODULES = {"pyyaml": "yaml", "pydantic-core": "pydantic_core", "annotated-types": "annotated_types"}
