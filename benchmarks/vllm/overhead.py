@@ -71,6 +71,12 @@ class _TapsAlone:
         self._states = self._base.clone()
         self.entered = self.left = 0.0
 
+    def _determine_batch_execution_and_padding(
+        self,
+        force_eager: bool = False,  # noqa: ARG002 (a name that `RunnerV1` looks for)
+    ) -> None:
+        """Where vLLM chooses a graph; there is none here."""
+
     def tokens(self, count: int) -> None:
         """Puts back the states of a pass over `count` tokens."""
         self._now = self._states[:, :count]

@@ -98,7 +98,7 @@ sys.path[:0] = [{root!r}]
 allowed = {allowed!r} | sys.stdlib_module_names | {{"steer", "steer_vectors", "benchmarks"}}
 
 class OfHost:
-    """Finds what is allowed, and nothing else: as a host without the rest."""
+    # Finds what is allowed, and nothing else: as a host without the rest.
 
     def __init__(self, finder):
         self.finder = finder
