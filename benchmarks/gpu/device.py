@@ -51,7 +51,7 @@ class Cuda:
         return made
 
     def captured(self, work: Callable[[], object]) -> Callable[[], None]:
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):  # compiles, and chooses algorithms, outside the graph

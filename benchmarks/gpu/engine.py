@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,22 +51,22 @@ class Engines:
         for batching in ("packed", "rolling"):
             yield Case(
                 f"{PART}/alone/{shallow.name}, {shallow.layers} layers/{batching}/float32",
-                lambda batching=batching: self._alone(shallow, batching),
+                partial(self._alone, shallow, batching),
             )
             yield Case(
                 f"{PART}/speed/{shape.name}/{batching}/bfloat16",
-                lambda batching=batching: self._speed(shape, batching, "bfloat16"),
+                partial(self._speed, shape, batching, "bfloat16"),
             )
         if self.model is not None:
             real = SHAPES["smollm2"]
             for batching in ("packed", "rolling"):
                 yield Case(
                     f"{PART}/alone/{real.name}/{batching}/float32",
-                    lambda batching=batching: self._alone(real, batching),
+                    partial(self._alone, real, batching),
                 )
                 yield Case(
                     f"{PART}/speed/{real.name}/{batching}/bfloat16",
-                    lambda batching=batching: self._speed(real, batching, "bfloat16"),
+                    partial(self._speed, real, batching, "bfloat16"),
                 )
 
     def missing(self) -> str | None:
@@ -117,7 +118,11 @@ class Engines:
     def _engine(self, shape: Shape, batching: str, dtype: str) -> Iterator[Any]:
         from steer.engines.transformers.engine import TransformersEngine  # noqa: PLC0415
 
-        options = {"batching": batching, "rows": self.work.chats, "cache_tokens": self._cache()}
+        options: dict[str, Any] = {
+            "batching": batching,
+            "rows": self.work.chats,
+            "cache_tokens": self._cache(),
+        }
         if shape.name == SHAPES["smollm2"].name:
             engine = TransformersEngine.load(
                 str(self.model), dtype=dtype, device=str(self.device.torch), **options
@@ -142,7 +147,8 @@ class Engines:
         torch.set_default_dtype(dtype)
         try:
             with self.device.torch:
-                return LlamaForCausalLM(config).eval()
+                model: Any = LlamaForCausalLM(config)
+                return model.eval()
         finally:
             torch.set_default_dtype(before)
 

@@ -6,7 +6,7 @@ import importlib.util
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -51,17 +51,13 @@ class Kernels:
                 for halves in (1, 2):
                     yield Case(
                         f"{PART}/{kind}/{name}/{halves}",
-                        lambda spec=spec, dtype=dtype, halves=halves, bound=bound: self._of_kind(
-                            spec, dtype, halves, bound
-                        ),
+                        partial(self._of_kind, spec, dtype, halves, bound),
                     )
             yield Case(
                 f"{PART}/all kinds in a batch/{name}/2",
-                lambda dtype=dtype, bound=bound: self._batch(dtype, bound),
+                partial(self._batch, dtype, bound),
             )
-            yield Case(
-                f"{PART}/replayed by a graph/{name}/2", lambda dtype=dtype: self._replayed(dtype)
-            )
+            yield Case(f"{PART}/replayed by a graph/{name}/2", partial(self._replayed, dtype))
 
     def missing(self) -> str | None:
         return lacking("triton", "pydantic", "jaxtyping", "safetensors", "gguf")

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks.child import ROOT
@@ -48,9 +49,9 @@ class Commands:
 
     def cases(self) -> Iterator[Case]:
         for name in _TESTS:
-            yield Case(f"{PART}/tests/{name}", lambda name=name: self._tests(name))
+            yield Case(f"{PART}/tests/{name}", partial(self._tests, name))
         for pairs in PAIRS:
-            yield Case(f"{PART}/pairs/{pairs.shape}", lambda pairs=pairs: self._pairs(pairs))
+            yield Case(f"{PART}/pairs/{pairs.shape}", partial(self._pairs, pairs))
 
     def missing(self) -> str | None:
         """Why there is nothing to run; None where vLLM can be imported."""

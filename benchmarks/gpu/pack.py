@@ -7,6 +7,7 @@ Wheels are fetched by pip for the host's Python, in the releases that this envir
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -36,7 +37,7 @@ KERNEL = (
     *("markdown-it-py", "mdurl", "pygments", "tqdm"),
 )
 """What the parts `kernel` and `layer` import beside that: the kernel's tables are made from plans,
-plans from specs, which pydantic checks, and from artefacts in any format; the rest is the command's."""
+these from specs, which pydantic checks, and artefacts of any format; the rest is the command's."""
 
 ENGINE = (
     *("transformers", "tokenizers", "huggingface-hub", "hf-xet", "regex", "packaging"),
@@ -135,7 +136,7 @@ def pack(folder: Path, out: Path, what: str, site: str, run: str, *, largest: in
         "run": run,
         "pieces": listed,
         # Of all pieces, in their order: what an unpacked folder is known by.
-        "sha256": unpack.hashlib.sha256("".join(p["sha256"] for p in listed).encode()).hexdigest(),
+        "sha256": hashlib.sha256("".join(p["sha256"] for p in listed).encode()).hexdigest(),
     }
     (out / unpack.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     shutil.copy(unpack.__file__, out / "unpack.py")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ class Shares:
 
     def cases(self) -> Iterator[Case]:
         for tokens in self.sizes.tokens:
-            yield Case(f"{PART}/{tokens}", lambda tokens=tokens: self._case(tokens))
+            yield Case(f"{PART}/{tokens}", partial(self._case, tokens))
 
     def missing(self) -> str | None:
         return lacking("triton", "pydantic", "jaxtyping", "safetensors", "gguf")
@@ -112,7 +112,7 @@ class Shares:
             for name, (specs, inline) in diets(self.shape, count).items():
                 plans = self._steering.plans(specs)
                 load = Load([plans[n % count] for n in range(requests)], tokens // requests)
-                begin = lambda load=load, inline=inline: self._steering.begin(load, inline=inline)  # noqa: E731
+                begin = partial(self._steering.begin, load, inline=inline)
                 contestants[f"{name}, {count}"] = (begin, tapped)
         return self._rounds(contestants)
 

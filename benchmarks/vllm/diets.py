@@ -46,10 +46,14 @@ def distinct(shape: Shape, batch: int, count: int) -> Batch:
     return [add(n % count, [shape.middle]) for n in range(batch)]
 
 
+def _triggered(shape: Shape, n: int) -> Spec:
+    tokens = list(range(3, shape.vocabulary, shape.vocabulary // 16))
+    return {**add(n, [shape.middle]), "where": {"tokens": tokens}}
+
+
 def triggered(shape: Shape, batch: int) -> Batch:
     """Additions that look at every token's id, so that no step is like the one before."""
-    tokens = list(range(3, shape.vocabulary, shape.vocabulary // 16))
-    return [{**add(n, [shape.middle]), "where": {"tokens": tokens}} for n in range(batch)]
+    return [_triggered(shape, n) for n in range(batch)]
 
 
 def _clamp(n: int) -> Spec:
@@ -82,7 +86,7 @@ def of_kinds(shape: Shape, n: int) -> dict[str, Spec]:
         "swap": at("swap", remove=first, add=second, strength=size),
         "low_rank": _one({**here, "kind": "low_rank", "adapter": "reft", "strength": 1.0 - size}),
         "ablate, gated by token": {**ablation, "when": gate("token")},
-        "add, where a token triggers": triggered(shape, n + 1)[n],
+        "add, where a token triggers": _triggered(shape, n),
         "ablate, norm kept": {**ablation, "norm": "preserve"},
         "clamp, competing": _one({"kind": "clamp", **competing, "mode": "at_least"}),
         "patch": {**at("patch", vector=first), "where": {"positions": [[1, 2 + n // VECTORS]]}},

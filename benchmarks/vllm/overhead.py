@@ -73,7 +73,7 @@ class _TapsAlone:
 
     def _determine_batch_execution_and_padding(
         self,
-        force_eager: bool = False,  # noqa: ARG002 (a name that `RunnerV1` looks for)
+        force_eager: bool = False,  # a name that `RunnerV1` looks for
     ) -> None:
         """Where vLLM chooses a graph; there is none here."""
 

@@ -97,10 +97,9 @@ def measure(
             # Every other round runs backwards: nobody always follows the same neighbour.
             for load in LOADS if number % 2 else reversed(LOADS):
                 specs = load.specs(shape, chats)
-                sides = [
-                    (plain, [None] * chats, found[load.name][0]),
-                    (steer, specs, found[load.name][1]),
-                ]
+                unsteered: Batch = [None] * chats
+                rates_of = found[load.name]
+                sides = [(plain, unsteered, rates_of[0]), (steer, specs, rates_of[1])]
                 for server, wanted, rates in sides if number % 2 else reversed(sides):
                     speed = _speed(server, asked, wanted, tokens)
                     if number:
