@@ -109,7 +109,7 @@ def main(
         size = sum(path.stat().st_size for path in pieces) / _MIB
         console.print(
             f"{one}: {len(pieces)} pieces, {size:,.0f} MiB, in {out / one}. On the host, once all "
-            f"are there:\n  python unpack.py {one}"
+            f"are there:\n  python {one}/unpack.py {one}"
         )
 
 

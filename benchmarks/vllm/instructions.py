@@ -41,6 +41,8 @@ void pause_(void) { CALLGRIND_STOP_INSTRUMENTATION; }
 void dump(const char *name) { CALLGRIND_DUMP_STATS_AT(name); }
 """
 _WORKER = "--worker"
+_POSITIONS = "0123456789+-*"
+"""What a line with a count begins with: where in the source it was, or how far from the last."""
 
 
 class Switch(Protocol):
@@ -110,7 +112,7 @@ def read(path: Path) -> dict[str, Any]:
             _name(line[4:], names)
         elif line.startswith("calls="):
             called = True  # the next line is what is called, which has lines of its own
-        elif line[:1].isdigit() or line[:1] in "+-*":
+        elif line[:1] and line[0] in _POSITIONS:
             if not called:
                 functions[current] += int(line.split()[-1])
             called = False

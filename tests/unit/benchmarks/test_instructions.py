@@ -10,7 +10,11 @@ from benchmarks.vllm.instructions import STEPS, _named, read
 
 DUMP = """# callgrind format
 desc: Trigger: Client Request: {"batch": 8, "diet": "nothing steered"}
+positions: line
 events: Ir
+summary: 8100
+
+
 fl=(1) a.c
 fn=(1) first
 10 80
@@ -19,6 +23,7 @@ cfn=(2) second
 calls=3 20
 12 8000
 14 4
+
 fn=(2)
 20 8000
 totals: 8100
