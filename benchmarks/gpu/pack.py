@@ -15,7 +15,6 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -73,14 +72,6 @@ class What(StrEnum):
     VLLM = "vllm"
 
 
-@dataclass(frozen=True)
-class Host:
-    """The Python that the wheels are for."""
-
-    python: str
-    index: Sequence[str] = ()
-
-
 def main(
     out: Annotated[Path, typer.Argument(help="A new folder; each pack is a folder in it.")],
     what: Annotated[list[What] | None, typer.Option(help="Default: steer.")] = None,
@@ -91,18 +82,18 @@ def main(
     vllm: Annotated[str, typer.Option(help="The release of vLLM.")] = "0.32.0",
 ) -> None:
     """Packs what is asked for, and says how large it is and what to do with it."""
-    console, host = Console(width=120), Host(python)
+    console = Console(width=120)
     for one in what or [What.STEER]:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             if one is What.STEER:
-                _steer(folder, host)
+                _steer(folder, python)
                 site, options = "site", ""
             elif one is What.SMOLLM2:
                 file = _smollm2(folder)
                 site, options = "site", f" --model {file}"
             else:
-                _vllm(folder, host, vllm)
+                _vllm(folder, python, vllm)
                 site, options = "site-vllm", " vllm --site site-vllm"
             run = _RUN.format(site="site", options=options)
             pieces = pack(folder, out / one, str(one), site, run, largest=int(piece_mib * _MIB))
@@ -143,13 +134,13 @@ def pack(folder: Path, out: Path, what: str, site: str, run: str, *, largest: in
     return pieces
 
 
-def fetch(names: Sequence[str], folder: Path, host: Host, *, needs: bool = False) -> None:
-    """Wheels for the host, in `folder`; with `needs` also of all that they require."""
+def fetch(names: Sequence[str], folder: Path, python: str, *, needs: bool = False) -> None:
+    """Wheels for the host's Python, in `folder`; with `needs` also of all that they require."""
     folder.mkdir(exist_ok=True)
     platforms = [word for name in _PLATFORMS for word in ("--platform", name)]
     command = [
         *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"),
-        *("--only-binary=:all:", "--implementation", "cp", "--python-version", host.python),
+        *("--only-binary=:all:", "--implementation", "cp", "--python-version", python),
         *(() if needs else ("--no-deps",)),
         *(*platforms, "--dest", str(folder), *names),
     ]
@@ -163,10 +154,10 @@ def pinned(names: Sequence[str]) -> list[str]:
     return [f"{name}=={version(name)}" for name in names]
 
 
-def _steer(folder: Path, host: Host) -> None:
+def _steer(folder: Path, python: str) -> None:
     """Steer as a wheel, which plugins are found by, the benchmarks and the tests."""
     _own_wheel(folder / "wheels")
-    fetch(pinned([*KERNEL, *ENGINE]), folder / "wheels", host)
+    fetch(pinned([*KERNEL, *ENGINE]), folder / "wheels", python)
     listed = subprocess.run(
         ["git", "ls-files", "-z", *_CARRIED], cwd=ROOT, check=True, capture_output=True, text=True
     )
@@ -208,13 +199,13 @@ def _smollm2(folder: Path) -> str:
     return name
 
 
-def _vllm(folder: Path, host: Host, release: str) -> None:
+def _vllm(folder: Path, python: str, release: str) -> None:
     """vLLM and all that it requires, its torch too, and what Steer needs beside that."""
     wheels = folder / "wheels"
-    fetch([f"vllm=={release}"], wheels, host, needs=True)
+    fetch([f"vllm=={release}"], wheels, python, needs=True)
     there = {_project(path) for path in wheels.glob("*.whl")}
     names = [name for name in (*KERNEL, *ENGINE, *SERVER) if name.replace("-", "_") not in there]
-    fetch(pinned(names), wheels, host)
+    fetch(pinned(names), wheels, python)
 
 
 def _project(wheel: Path) -> str:
