@@ -127,7 +127,7 @@ def _name(field: str, names: dict[str, str]) -> str:
     """A name, which is written out once and then called by its number: `(3) PyObject_Call`."""
     number, _, name = field.partition(" ")
     if name:
-        names[number] = name
+        names[number] = re.sub(r"'\d+$", "", name)  # a call from within itself has a name too
     return names.get(number, field)
 
 

@@ -16,7 +16,7 @@ summary: 8100
 
 
 fl=(1) a.c
-fn=(1) first
+fn=(1) first'2
 10 80
 +2 16
 cfn=(2) second
