@@ -57,8 +57,9 @@ fuzz-http: $(READY)
 bench: $(READY) oracles
 	$(BIN)/python -m benchmarks
 
+# Pairs of engines that are started several times; options: ARGS="--part http --shape smollm2".
 bench-vllm: vllm-$(VLLM_VERSION)
-	$(VLLM_BIN)/python -m benchmarks vllm
+	$(VLLM_BIN)/python -m benchmarks vllm $(ARGS)
 
 # On a real model, both engines and all peers side by side; options: ARGS="--rounds 9 --part vllm".
 bench-smollm2: $(READY) oracles vllm-$(VLLM_VERSION)

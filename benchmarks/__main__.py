@@ -1,12 +1,14 @@
 """Runs the benchmarks and prints one table each: `python -m benchmarks [--rounds N] [NAME …]`.
 
-Two have options of their own: `python -m benchmarks vllm`, which runs in vLLM's environment, and
-`python -m benchmarks smollm2`, which runs everybody side by side on a real model.
+Three have options of their own: `python -m benchmarks vllm`, which runs in vLLM's environment,
+`python -m benchmarks smollm2`, which runs everybody side by side on a real model, and
+`python -m benchmarks gpu`, which runs on a host with one.
 """
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import Annotated
 
 import torch
@@ -14,18 +16,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import attach, engine, jobs, peers, upload
-from benchmarks.timing import machine
-
-SUITES = {
-    "engine": engine.run,
-    "attach": attach.run,
-    "peers": peers.run,
-    "upload": upload.run,
-    "jobs": jobs.run,
+SUITES = ("engine", "attach", "peers", "upload", "jobs")
+OWN = {
+    "vllm": "benchmarks.vllm.command",
+    "smollm2": "benchmarks.smollm2.command",
+    "gpu": "benchmarks.gpu.command",
 }
+"""Modules are imported when they are run: a host with a GPU need not have what the others need."""
 PLAIN = ("measured", "tokens/s", "ratio", "aim")
-HEADINGS = {"jobs": jobs.HEADINGS, "upload": ("measured", "milliseconds", "ratio", "aim")}
 
 
 def main(
@@ -33,28 +31,29 @@ def main(
     rounds: Annotated[int, typer.Option(help="Counted rounds of each contestant.")] = 7,
     threads: Annotated[int, typer.Option(help="torch threads.")] = 2,
 ) -> None:
-    """Medians over interleaved rounds; the range in brackets. `vllm` or `smollm2`, as the first
-    argument, runs the benchmarks of the vLLM engine, or of a real model."""
+    """Medians over interleaved rounds; the range in brackets. `vllm`, `smollm2` or `gpu`, as the
+    first argument, runs the benchmarks of the vLLM engine, of a real model, or of a GPU."""
+    from benchmarks.timing import machine  # noqa: PLC0415
+
+    unknown = set(names or ()) - set(SUITES)
+    if unknown:
+        raise typer.BadParameter(
+            f"there is no {', '.join(sorted(unknown))!r}: choose any of {', '.join(SUITES)}"
+        )
     torch.set_num_threads(threads)
     console = Console(width=120)
     console.print(machine())
-    for name in names or list(SUITES):
-        table = Table(*HEADINGS.get(name, PLAIN), title=name)
-        for row in SUITES[name](min(rounds, 3) if name == "peers" else rounds):
+    for name in names or SUITES:
+        suite = import_module(f"benchmarks.{name}")
+        table = Table(*getattr(suite, "HEADINGS", PLAIN), title=name)
+        for row in suite.run(min(rounds, 3) if name == "peers" else rounds):
             table.add_row(*row)
         console.print(table)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["vllm"]:
-        from benchmarks.vllm import command
-
-        del sys.argv[1]
+    if sys.argv[1:2] and sys.argv[1] in OWN:
+        command = import_module(OWN[sys.argv.pop(1)])
         typer.run(command.main)
-    elif sys.argv[1:2] == ["smollm2"]:
-        from benchmarks.smollm2 import command as smollm2
-
-        del sys.argv[1]
-        typer.run(smollm2.main)
     else:
         typer.run(main)

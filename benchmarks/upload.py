@@ -36,6 +36,7 @@ from steer_server.app import create_app
 from steer_server.serve import Server
 from steer_server.settings import ServerSettings
 
+HEADINGS = ("measured", "milliseconds", "ratio", "aim")
 Row = tuple[str, str, str, str]
 """What was measured, milliseconds (median and range), ratio, aim."""
 

@@ -18,6 +18,7 @@ import typer
 from tqdm import tqdm
 
 from benchmarks.child import ROOT
+from benchmarks.machine import machine
 from benchmarks.smollm2 import workload
 from benchmarks.smollm2.agreement import Agreement, agreement
 from benchmarks.smollm2.job import Job
@@ -34,7 +35,6 @@ from benchmarks.smollm2.programs import (
     programs,
 )
 from benchmarks.smollm2.record import Record
-from benchmarks.vllm.report import machine
 
 LEAST = 0.9
 """Of the reference's tokens, in rows that compute the same. Near ties may fall the other way where

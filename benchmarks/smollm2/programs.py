@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from benchmarks.child import ROOT, Child
+from benchmarks.server import Server
 from benchmarks.smollm2.agreement import Answers
 from benchmarks.smollm2.full_precision import dequantised
 from benchmarks.smollm2.job import Job
-from benchmarks.smollm2.server import Server
+from benchmarks.vllm import serving
 
 Steered = Literal["not", "by specs", "by one vector"]
 Group = Literal["transformers", "vllm", "steering-vectors", "llama.cpp"]
@@ -179,25 +180,17 @@ def _transformers(setting: Setting) -> list[Program]:
 def _vllm(setting: Setting) -> list[Program]:
     """The same command twice: an environment variable makes the difference."""
     job = setting.job
-    command = [
-        *(str(VLLM), "-m", "vllm.entrypoints.openai.api_server", "--model", job.model),
-        *("--served-model-name", NAME, "--host", "127.0.0.1", "--port", "PORT"),
-        *("--dtype", job.dtype, "--max-num-seqs", str(len(job.chats)), "--max-model-len", "512"),
-        *("--no-enable-prefix-caching", "--gpu-memory-utilization", "0.2"),
-        *(["--enforce-eager"] if setting.eager else []),
-    ]
-    environment = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_NO_USAGE_STATS": "1",
-        "STEER_REGISTRY": job.registry,
-    }
+    words = serving.command(
+        VLLM, job.model, name=NAME, dtype=job.dtype, rows=len(job.chats), length=512,
+        eager=setting.eager,
+    )  # fmt: skip
     mode = "eager" if setting.eager else "compiled"
 
-    def program(name: str, plugins: str, *rows: Row) -> Program:
+    def program(name: str, *rows: Row, steered: bool) -> Program:
+        variables = serving.environment(job.registry, steered=steered)
         return Program(
             *(name, "vllm", VLLM, "make vllm"),
-            lambda: _OverHttp(setting, name, command, {**environment, "VLLM_PLUGINS": plugins}),
+            lambda: _OverHttp(setting, name, words, variables),
             rows,
         )
 
@@ -205,11 +198,12 @@ def _vllm(setting: Setting) -> list[Program]:
         return Row(title, steered, steered, base, f"{job.dtype}, {mode}", exact=True)
 
     return [
-        program("plain-vllm", "", row(PLAIN_VLLM, "not", None)),
+        program("plain-vllm", row(PLAIN_VLLM, "not", None), steered=False),
         program(
-            *("steer-vllm", "steer"),
+            "steer-vllm",
             row("Steer on vLLM, HTTP, unsteered", "not", PLAIN_VLLM),
             row(STEER, "by specs", PLAIN_VLLM),
+            steered=True,
         ),
     ]
 

@@ -83,4 +83,4 @@ class Record:
 
     def _ratio(self, title: str, base: str) -> str:
         found = [one[title] / one[base] for one in self.rounds if {title, base} <= one.keys()]
-        return times(found) if found else ""
+        return times([found]) if found else ""

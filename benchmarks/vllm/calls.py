@@ -25,7 +25,7 @@ from rich.table import Table
 
 from benchmarks.child import ROOT, Child
 from benchmarks.vllm.diets import DIETS, NOTHING, Diet
-from benchmarks.vllm.pair import PROMPT, child
+from benchmarks.vllm.pair import PROMPT, Settings, child
 from benchmarks.vllm.shapes import SHAPES, Shape, register
 from steer.registry.registry import Registry
 
@@ -98,7 +98,7 @@ def main(
         for steered in (False, True):
             engine = child(
                 sizes.model(folder), folder / "registry", ROOT / "build" / f"calls-{steered}.log",
-                steered=steered, eager=not compiled, threads=1,
+                Settings(eager=not compiled), steered=steered,
             )  # fmt: skip
             try:
                 engine.wait()

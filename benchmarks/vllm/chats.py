@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from steer_vectors import LIBRARY
-
+from benchmarks.intervals import verdict
 from benchmarks.peers import _peer_rate
 from benchmarks.timing import interleaved
 from benchmarks.vllm import front_end
 from benchmarks.vllm.diets import Batch, add
 from benchmarks.vllm.pair import Pair
-from benchmarks.vllm.report import Report, micro, rate, times, verdict
+from benchmarks.vllm.report import Table, micro, rate, times
+from benchmarks.vllm.serving import messages
 from benchmarks.vllm.shapes import Shape
 from benchmarks.workload import CHATS, TOKENS
 from steer.prompts import chat_tokens
@@ -33,14 +33,12 @@ def prompts(model: Path) -> list[list[int]]:
     from transformers import AutoTokenizer  # noqa: PLC0415
 
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    lines = (LIBRARY / "demo" / "data" / "heldout.jsonl").read_text().splitlines()
-    found = [json.loads(line)["messages"] for line in lines]
-    return [chat_tokens(tokenizer, chat) for chat in found[:: max(1, len(found) // CHATS)][:CHATS]]
+    return [chat_tokens(tokenizer, chat) for chat in messages(CHATS)]
 
 
 def against_peers(
-    report: Report, pair: Pair, shape: Shape, mode: str, *, model: Path, registry: Path, rounds: int
-) -> None:
+    pair: Pair, shape: Shape, mode: str, *, model: Path, registry: Path, rounds: int
+) -> Table:
     """The same additions at the same layer by Steer, by steering-vectors, and by a hook on vLLM's
     own model; the last two one chat at a time."""
     chats = prompts(model)
@@ -77,22 +75,22 @@ def against_peers(
     for name, figures in found.items():
         ratios = [a / b for a, b in zip(found[steer].rates, figures.rates, strict=True)]
         aim = _SPEEDUP if name == peer else None
-        judged = verdict(ratios, aim, at_least=True)
+        judged = verdict([ratios], aim, at_least=True)
         asked = f"≥ {_SPEEDUP:g} ×" if aim else ""
-        lines.append((name, rate(figures.rates), times(ratios), asked, judged))
+        lines.append((name, rate(figures.rates), times([ratios]), asked, judged))
         data.append({"what": name, "tokens_per_second": figures.rates, "steer_is": ratios})
-    title = f"{CHATS} chats × {TOKENS} tokens: {shape.name}, {mode}"
-    report.table(title, ("", "tokens/s", "Steer is faster by", "aim", ""), lines, data)
+    remarks = []
     if mode == "eager":
         same = sum(a == b for a, b in zip(texts[steer], texts[hooked], strict=True))
-        report.say(f"Steer and the hook chose the same tokens in {same} of {CHATS} chats.")
-        report.say(NNSIGHT)
+        remarks = [f"Steer and the hook chose the same tokens in {same} of {CHATS} chats.", NNSIGHT]
+    title = f"{CHATS} chats × {TOKENS} tokens: {shape.name}, {mode}"
+    return Table(title, ("", "tokens/s", "Steer is faster by", "aim", ""), lines, data, remarks)
 
 
 def against_registry(
-    report: Report, pair: Pair, shape: Shape, mode: str, *, model: Path, folder: Path,
+    pair: Pair, shape: Shape, mode: str, *, model: Path, folder: Path,
     sizes: Sequence[int], rounds: int,
-) -> None:  # fmt: skip
+) -> Table:  # fmt: skip
     """Front-end work and throughput with more and more registered vectors."""
     chats = prompts(model)
     places = {names: folder / f"registry-{names}" for names in sizes}
@@ -116,13 +114,13 @@ def against_registry(
                 micro(front.new),
                 f"{1e3 * front.register:.1f}",
                 rate(rates),
-                times(ratios),
+                times([ratios]),
             )
         )
         data.append({"names": names, **vars(front), "tokens_per_second": rates})
     head = ("vectors", "known spec, µs", "new spec, µs", "to register one, ms", "tokens/s")
     title = f"Registered vectors, {CHATS} specs in a batch: {shape.name}, {mode}"
-    report.table(title, (*head, "against the first row"), rows, data)
+    return Table(title, (*head, "against the first row"), rows, data)
 
 
 def _row(library: Registry, spec: Any, shape: Shape) -> list[float]:

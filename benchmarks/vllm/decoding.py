@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.vllm.diets import DIETS, DISTINCT_COUNTS, NOTHING, TRIGGERED, Diet, distinct
+from benchmarks.intervals import verdict
+from benchmarks.vllm.diets import (
+    CONTROL,
+    DIETS,
+    DISTINCT_COUNTS,
+    NOTHING,
+    TRIGGERED,
+    Diet,
+    distinct,
+)
 from benchmarks.vllm.overhead import step_cost, tap_costs
-from benchmarks.vllm.pair import Pair, Paired, spread
-from benchmarks.vllm.report import Report, micro, percent, verdict
-from benchmarks.vllm.shapes import CAPABILITIES, SLOTS, Shape
+from benchmarks.vllm.pair import Pair
+from benchmarks.vllm.report import Table, micro, milliseconds, percent, starts_percent
+from benchmarks.vllm.shapes import CAPABILITIES, Shape
 from steer.plan.cache import PlanCache
 from steer.registry.registry import Registry
 from steer.spec import parse_spec
 
-Found = Mapping[tuple[str, int], Sequence[Paired]]
-"""Rounds by diet and batch."""
+Start = list[dict[str, Any]]
+"""What one start of the engines gave: a diet, a batch size, and the rounds (`Paired`)."""
 
 TURN = 4
+ALL = (CONTROL, *DIETS, TRIGGERED)
 _COLUMNS = (
     "batch",
     "diet",
     "plain, ms a step",
-    "Steer, ms a step",
+    "the other, ms a step",
     "tokens/s",
     "extra",
+    "start by start",
     "aim",
     "",
 )
@@ -41,72 +54,83 @@ def measure(
     *,
     rounds: int,
     steps: int,
-) -> dict[tuple[str, int], list[Paired]]:
+) -> Start:
     """Every diet at every batch size, once a round, after a round that does not count."""
-    found: dict[tuple[str, int], list[Paired]] = {}
     cases = [(diet, batch) for batch in batches for diet in diets]
+    found: dict[tuple[str, int], list[dict[str, float]]] = {(d.name, b): [] for d, b in cases}
     for number in tqdm(range(rounds + 1), desc=f"decoding {shape.name}", leave=False):
         # Every other round runs backwards: nobody always follows the same neighbour.
         for diet, batch in cases if number % 2 else reversed(cases):
-            one = pair.decode(diet.batch(shape, batch), steps=steps, turn=TURN)
+            specs = diet.batch(shape, batch)
+            one = pair.decode(specs, steps=steps, turn=TURN, control=diet.control)
             if number:
-                found.setdefault((diet.name, batch), []).append(one)
-    return {(d.name, b): found[d.name, b] for d, b in cases}
+                found[diet.name, batch].append(asdict(one))
+    return [{"diet": name, "batch": b, "rounds": made} for (name, b), made in found.items()]
 
 
-def tell(report: Report, title: str, mode: str, diets: Sequence[Diet], found: Found) -> None:
-    """One row for each case."""
+def distinct_diets(mode: str) -> list[Diet]:
+    """A full batch with more and more distinct specs in it."""
+    aims = NOTHING.aims if mode == "compiled" else {}
+
+    def diet(count: int) -> Diet:
+        name = f"{count} distinct vectors, one layer"
+        return Diet(name, lambda s, b: distinct(s, b, count), aims)
+
+    return [diet(count) for count in DISTINCT_COUNTS]
+
+
+def table(title: str, mode: str, diets: Sequence[Diet], starts: Sequence[Start]) -> Table:
+    """One row for each case, over all starts."""
     aims = {diet.name: diet.aims.get(mode) for diet in diets}
-    rows, data = [], []
-    for (name, batch), rounds in found.items():
-        plain, steer = [one.plain for one in rounds], [one.steer for one in rounds]
-        ratios = [one.ratio for one in rounds]
+    rows = []
+    for case in starts[0]:
+        name, batch = case["diet"], case["batch"]
+        plain, other, ratios = (
+            of(starts, name, batch, figure) for figure in ("plain", "other", "ratio")
+        )
         aim = aims[name]
-        judged = verdict(ratios, None if aim is None else 1 + aim)
+        speed = batch / statistics.median(seconds for one in other for seconds in one)
         rows.append(
             (
                 str(batch),
                 name,
-                _ms(plain),
-                _ms(steer),
-                f"{batch / statistics.median(steer):,.0f}",
+                milliseconds(plain),
+                milliseconds(other),
+                f"{speed:,.0f}",
                 percent(ratios),
+                starts_percent(ratios),
                 "" if aim is None else f"≤ {100 * aim:+.1f} %",
-                judged,
+                verdict(ratios, None if aim is None else 1 + aim),
             )
         )
-        data.append(
-            {
-                "batch": batch,
-                "diet": name,
-                "plain_seconds": plain,
-                "steer_seconds": steer,
-                "ratios": ratios,
-                "prompt_ratios": [one.start_ratio for one in rounds],
-                "aim": aim,
-                "verdict": judged,
-            }
-        )
-    report.table(title, _COLUMNS, rows, data)
+    return Table(f"{title}, {len(starts)} starts", _COLUMNS, rows)
 
 
-def tell_overhead(
-    report: Report, shape: Shape, mode: str, registry: Path, batches: Sequence[int], found: Found
-) -> None:
+def of(starts: Sequence[Start], name: str, batch: int, figure: str) -> list[list[float]]:
+    """A figure of one case: of each round, start by start."""
+    return [
+        [one[figure] for one in case["rounds"]]
+        for start in starts
+        for case in start
+        if (case["diet"], case["batch"]) == (name, batch)
+    ]
+
+
+def own_work(
+    shape: Shape, mode: str, registry: Path, batches: Sequence[int], starts: Sequence[Start]
+) -> Table:
     """Steer's own work in a step, and its share of the plain step that was measured."""
-    compiled = mode == "compiled"
     rows, data = [], []
     with Registry.open(registry) as library:
         plans = PlanCache(library, shape.info(), CAPABILITIES)
         for batch in batches:
-            rounds = found[NOTHING.name, batch]
-            plain = statistics.median(one.plain for one in rounds)
+            plain = _plain(starts, batch)
             for diet in (*DIETS, TRIGGERED):
                 wanted = diet.batch(shape, batch)
                 cost = step_cost(
                     shape,
                     [None if spec is None else plans.plan(parse_spec(spec)) for spec in wanted],
-                    compiled=compiled,
+                    compiled=mode == "compiled",
                 )
                 share = cost.total / plain
                 parts = (cost.begin, cost.taps, cost.end, cost.total)
@@ -123,47 +147,27 @@ def tell_overhead(
                 )
                 data.append({"batch": batch, "diet": diet.name, "seconds": parts, "share": share})
     head = ("batch", "diet", "before, µs", "at the taps, µs", "after, µs", "all, µs", "share")
-    report.table(
-        f"Steer's own work in a step, without the model: {shape.name}, {mode}",
-        (*head, "aim", "verdict"),
-        rows,
-        data,
-    )
+    title = f"Steer's own work in a step, without the model: {shape.name}, {mode}"
+    return Table(title, (*head, "aim", "verdict"), rows, data)
 
 
-def tell_taps(
-    report: Report, shape: Shape, mode: str, batches: Sequence[int], found: Found
-) -> None:
+def idle_taps(
+    shape: Shape, mode: str, batches: Sequence[int], starts: Sequence[Start]
+) -> Table:  # fmt: skip
     """What the taps cost where nothing is steered."""
     rows, data = [], []
     count = 2 * shape.layers + 1
     for batch, one in zip(batches, tap_costs(shape, batches), strict=True):
-        plain = statistics.median(each.plain for each in found[NOTHING.name, batch])
         seconds = one.compiled if mode == "compiled" else one.eager
-        share = count * seconds / plain
+        share = count * seconds / _plain(starts, batch)
         rows.append((str(batch), micro(seconds), micro(count * seconds), f"{100 * share:.2f} %"))
         data.append({"batch": batch, "seconds": seconds, "taps": count, "share": share})
     title = f"Taps at which nothing runs: {shape.name}, {mode}"
-    report.table(title, ("batch", "one tap, µs", f"all {count}, µs", "share of a step"), rows, data)
+    columns = ("batch", "one tap, µs", f"all {count}, µs", "share of a step")
+    return Table(title, columns, rows, data)
 
 
-def tell_distinct(
-    report: Report, pair: Pair, shape: Shape, mode: str, *, rounds: int, steps: int
-) -> None:
-    """A full batch against the number of distinct specs in it."""
-
-    def diet(count: int) -> Diet:
-        return Diet(
-            f"{count} distinct vectors, one layer",
-            lambda s, b: distinct(s, b, count),
-            NOTHING.aims if mode == "compiled" else {},
-        )
-
-    diets = [diet(count) for count in DISTINCT_COUNTS]
-    found = measure(pair, shape, diets, [SLOTS], rounds=rounds, steps=steps)
-    tell(report, f"Distinct specs in a batch: {shape.name}, {mode}", mode, diets, found)
-
-
-def _ms(seconds: Sequence[float]) -> str:
-    middle, low, high = (1e3 * value for value in spread(seconds))
-    return f"{middle:.2f} ({low:.2f}–{high:.2f})"
+def _plain(starts: Sequence[Start], batch: int) -> float:
+    """The plain engine's step beside one that steers nothing, in seconds."""
+    rounds = of(starts, NOTHING.name, batch, "plain")
+    return statistics.median(seconds for one in rounds for seconds in one)

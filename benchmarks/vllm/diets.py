@@ -11,16 +11,19 @@ from benchmarks.vllm.shapes import FEATURES, VECTORS, Shape
 Spec = dict[str, Any]
 Batch = list[Spec | None]
 CLAMPED = 8
+_PLAIN_EVERY = 8
 _EVERYWHERE = {"phases": ["prompt", "generation"]}
 
 
 @dataclass(frozen=True)
 class Diet:
-    """`aims` are the largest extra cost allowed, by mode, as a share of the plain step."""
+    """`aims` are the largest extra cost allowed, by mode, as a share of the plain step. Of a
+    `control` the second engine is a plain one too: what it shows is what starts differ by."""
 
     name: str
     batch: Callable[[Shape, int], Batch]
     aims: dict[str, float]
+    control: bool = False
 
 
 def _one(item: Spec, **rest: Any) -> Spec:
@@ -43,10 +46,14 @@ def distinct(shape: Shape, batch: int, count: int) -> Batch:
     return [add(n % count, [shape.middle]) for n in range(batch)]
 
 
+def _triggered(shape: Shape, n: int) -> Spec:
+    tokens = list(range(3, shape.vocabulary, shape.vocabulary // 16))
+    return {**add(n, [shape.middle]), "where": {"tokens": tokens}}
+
+
 def triggered(shape: Shape, batch: int) -> Batch:
     """Additions that look at every token's id, so that no step is like the one before."""
-    tokens = list(range(3, shape.vocabulary, shape.vocabulary // 16))
-    return [{**add(n, [shape.middle]), "where": {"tokens": tokens}} for n in range(batch)]
+    return [_triggered(shape, n) for n in range(batch)]
 
 
 def _clamp(n: int) -> Spec:
@@ -54,41 +61,56 @@ def _clamp(n: int) -> Spec:
     return _one({"kind": "clamp", "sae": "jumprelu", "features": features, "value": 0.5})
 
 
-def _mixed(shape: Shape, batch: int) -> Batch:
-    """Every kind but `concept`, which is a constant addition by the time it runs, and gates,
-    triggers, competing features, kept norms and requests without steering."""
-    layers = [shape.middle, shape.middle + 1]
+def of_kinds(shape: Shape, n: int) -> dict[str, Spec]:
+    """The n-th spec of every kind but `concept`, which is a constant addition by the time it runs,
+    and of gates, triggers, competing features and kept norms, by a name for each."""
+    layers, here = [shape.middle, shape.middle + 1], {"layers": [shape.middle]}
+    first, second, size = f"v{n % VECTORS}", f"v{(n + 1) % VECTORS}", _strength(n)
 
     def at(kind: str, **fields: Any) -> Spec:
         return _one({"kind": kind, "layers": layers, **fields})
 
-    def menu(n: int) -> Batch:
-        first, second, size = f"v{n % VECTORS}", f"v{(n + 1) % VECTORS}", _strength(n)
-        gate = {"vector": second, "above": 0.0, "layer": 0, "scope": "token"}
-        window = {"positions": [[1, 2]]}
-        competing = {"sae": "topk", "features": [n % FEATURES, (n + 9) % FEATURES], "value": 0.5}
-        return [
-            at("ablate", vector=first, strength=size),
-            at("add", vector=first, strength=size),
-            _clamp(n),
-            at("project", vector=first, value=size, mode="at_least"),
-            at("add", vector=first, strength={"norm": size}),
-            None,
-            at("rotate", vector=first, toward=second, degrees=5.0 + n),
-            at("swap", remove=first, add=second, strength=size),
-            _one({"kind": "low_rank", "adapter": "reft"}),
-            {**at("ablate", vector=first, strength=size), "when": gate},
-            triggered(shape, n + 1)[n],
-            {**at("ablate", vector=first, strength=size), "norm": "preserve"},
-            _one({"kind": "clamp", **competing, "mode": "at_least"}),
-            {**at("patch", vector=first), "where": window},
-        ]
+    def gate(scope: str) -> Spec:
+        return {"vector": second, "above": 0.0, "layer": 0, "scope": scope}
 
-    return [(found := menu(n))[n % len(found)] for n in range(batch)]
+    ablation = at("ablate", vector=first, strength=size)
+    competing = {"sae": "topk", "features": [n % FEATURES, (n + 9) % FEATURES], "value": 0.5}
+    written = {"read": second, "write": first, "strength": size}
+    return {
+        "ablate": ablation,
+        "add": at("add", vector=first, strength=size),
+        "clamp": _clamp(n),
+        "project": at("project", vector=first, value=size, mode="at_least"),
+        "add, by norm": at("add", vector=first, strength={"norm": size}),
+        "rotate": at("rotate", vector=first, toward=second, degrees=5.0 + n),
+        "swap": at("swap", remove=first, add=second, strength=size),
+        "low_rank": _one({**here, "kind": "low_rank", "adapter": "reft", "strength": 1.0 - size}),
+        "ablate, gated by token": {**ablation, "when": gate("token")},
+        "add, where a token triggers": _triggered(shape, n),
+        "ablate, norm kept": {**ablation, "norm": "preserve"},
+        "clamp, competing": _one({"kind": "clamp", **competing, "mode": "at_least"}),
+        "patch": {**at("patch", vector=first), "where": {"positions": [[1, 2 + n // VECTORS]]}},
+        "exchange": at("exchange", vector=first, toward=second, strength=size),
+        "read_write": at("read_write", **written, measure="cosine"),
+        "affine": _one({**here, "kind": "affine", "map": "map", "strength": size}),
+        "add, gated by prompt": {**at("add", vector=first, strength=size), "when": gate("prompt")},
+    }
+
+
+def all_kinds(shape: Shape, batch: int) -> Batch:
+    """As many distinct specs, the kinds in turn."""
+    return [(found := list(of_kinds(shape, n).values()))[n % len(found)] for n in range(batch)]
+
+
+def _mixed(shape: Shape, batch: int) -> Batch:
+    """All kinds, and requests without steering between them."""
+    return [None if n % _PLAIN_EVERY == _PLAIN_EVERY - 1 else spec
+            for n, spec in enumerate(all_kinds(shape, batch))]  # fmt: skip
 
 
 CONSTANT, OTHER = {"compiled": 0.005}, {"compiled": 0.03}
 NOTHING = Diet("nothing steered", lambda _, b: [None] * b, {"compiled": 0.005, "eager": 0.01})
+CONTROL = Diet("plain beside plain", lambda _, b: [None] * b, {}, control=True)
 DIETS = (
     NOTHING,
     Diet("one shared vector, every layer", lambda _, b: [add(0, "all")] * b, CONSTANT),

@@ -71,6 +71,12 @@ class _TapsAlone:
         self._states = self._base.clone()
         self.entered = self.left = 0.0
 
+    def _determine_batch_execution_and_padding(
+        self,
+        force_eager: bool = False,  # a name that `RunnerV1` looks for
+    ) -> None:
+        """Where vLLM chooses a graph; there is none here."""
+
     def tokens(self, count: int) -> None:
         """Puts back the states of a pass over `count` tokens."""
         self._now = self._states[:, :count]
@@ -90,54 +96,79 @@ class _TapsAlone:
         self.left = time.perf_counter()
 
 
-@torch.inference_mode()
-def step_cost(shape: Shape, plans: Plans, *, compiled: bool, steps: int = 400) -> StepCost:
-    """Decodes for the requests of `plans`, which steer a model of `shape`.
+class StepAlone:
+    """Steer's work in a decode step of the requests of `plans`, which steer a model of `shape`.
 
-    In a compiled engine the constants are part of the graph and not of this; `tap_cost` has them.
+    In a compiled engine the constants are part of the graph and not of this; `tap_costs` has them.
     """
-    batch = len(plans)
-    known = {_hash(plan): plan for plan in plans if plan is not None}
-    model = shape.info(MAX_LENGTH)
-    steering = WorkerSteering(
-        model,
-        known.__getitem__,
-        TapEdits(model, SLOTS, torch.device("cpu")),
-        max_requests=SLOTS,
-        shifts=_shift_tables(shape) if compiled else None,
-    )
-    runner = _TapsAlone(shape, batch, compiled=compiled)
-    adapter = RunnerV1(runner, steering)
-    arriving = [
-        SimpleNamespace(
-            req_id=f"r{n}",
-            prompt_token_ids=[3] * PROMPT,
-            sampling_params=SimpleNamespace(extra_args=_extra_args(n, plan)),
-        )
-        for n, plan in enumerate(plans)
-    ]
-    computed = runner.input_batch.num_computed_tokens_cpu
 
-    def step(count: int, new: Sequence[object]) -> tuple[float, float, float]:
-        output = SimpleNamespace(
-            finished_req_ids=(),
-            scheduled_new_reqs=new,
-            num_scheduled_tokens={f"r{n}": count for n in range(batch)},
+    def __init__(self, shape: Shape, plans: Plans, *, compiled: bool) -> None:
+        self._batch = batch = len(plans)
+        known = {_hash(plan): plan for plan in plans if plan is not None}
+        model = shape.info(MAX_LENGTH)
+        self._steering = WorkerSteering(
+            model,
+            known.__getitem__,
+            TapEdits(model, SLOTS, torch.device("cpu")),
+            max_requests=SLOTS,
+            shifts=_shift_tables(shape) if compiled else None,
         )
-        runner.tokens(batch * count)
+        self._runner = _TapsAlone(shape, batch, compiled=compiled)
+        self._adapter = RunnerV1(self._runner, self._steering)
+        self._arriving: Sequence[object] = [
+            SimpleNamespace(
+                req_id=f"r{n}",
+                prompt_token_ids=[3] * PROMPT,
+                sampling_params=SimpleNamespace(extra_args=_extra_args(n, plan)),
+            )
+            for n, plan in enumerate(plans)
+        ]
+
+    def begin(self) -> None:
+        """The step that computes all prompts."""
+        self.prepare(PROMPT)
+        self.step()
+
+    def prepare(self, count: int = 1) -> None:
+        """Makes the next step ready, of `count` tokens for each request: vLLM's part."""
+        self._output = SimpleNamespace(
+            finished_req_ids=(),
+            scheduled_new_reqs=self._arriving,
+            num_scheduled_tokens={f"r{n}": count for n in range(self._batch)},
+        )
+        self._arriving, self._count = (), count
+        self._runner.tokens(self._batch * count)
+
+    def step(self) -> tuple[float, float, float]:
+        """Seconds before the forward pass, at all its taps, and after it."""
+        runner = self._runner
         started = time.perf_counter()
-        with adapter.step(output):
+        with self._adapter.step(self._output):
             runner._model_forward()
         ended = time.perf_counter()
-        computed[:] += count
+        runner.input_batch.num_computed_tokens_cpu[:] += self._count
         return runner.entered - started, runner.left - runner.entered, ended - runner.left
 
-    step(PROMPT, arriving)
-    found = [step(1, ()) for _ in range(steps + steps // 10)][steps // 10 :]
-    for req_id in runner.input_batch.req_ids:
-        request = steering.requests.get(req_id)
-        if request is not None and request.fault is not None:
-            raise RuntimeError(f"a plan was not carried out: {request.fault}")
+    def check(self) -> None:
+        """Raises `RuntimeError` where a plan was not carried out."""
+        for req_id in self._runner.input_batch.req_ids:
+            request = self._steering.requests.get(req_id)
+            if request is not None and request.fault is not None:
+                raise RuntimeError(f"a plan was not carried out: {request.fault}")
+
+
+@torch.inference_mode()
+def step_cost(shape: Shape, plans: Plans, *, compiled: bool, steps: int = 400) -> StepCost:
+    """What a decode step costs, after a tenth of the steps that does not count."""
+    alone = StepAlone(shape, plans, compiled=compiled)
+    alone.begin()
+    found = []
+    for number in range(steps + steps // 10):
+        alone.prepare()
+        taken = alone.step()
+        if number >= steps // 10:
+            found.append(taken)
+    alone.check()
     return StepCost(*(statistics.median(part) for part in zip(*found, strict=True)))
 
 

@@ -1,11 +1,10 @@
-"""Two engines in two processes, of which one computes at a time."""
+"""Engines in processes of their own, of which one computes at a time."""
 
 from __future__ import annotations
 
 import json
 import statistics
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,19 +23,33 @@ ENVIRONMENT = {
 }
 
 
-def child(
-    model: Path, registry: Path, log: Path, *, steered: bool, eager: bool, threads: int
-) -> Child:
+@dataclass(frozen=True)
+class Settings:
+    """What all engines of a run share. `weights` are read from the model's folder, or random."""
+
+    eager: bool
+    threads: int = 1
+    dtype: str = "float32"
+    weights: bool = True
+
+
+def child(model: Path, registry: Path, log: Path, settings: Settings, *, steered: bool) -> Child:
     """A process of `benchmarks.vllm.worker`."""
-    settings = {"model": str(model), "steered": steered, "eager": eager}
+    orders = {
+        "model": str(model),
+        "steered": steered,
+        "eager": settings.eager,
+        "dtype": settings.dtype,
+        "weights": settings.weights,
+    }
     environment = {
         **ENVIRONMENT,
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(settings.threads),
         "VLLM_PLUGINS": "steer" if steered else "",
         "STEER_REGISTRY": str(registry),
     }
     worker = "benchmarks.vllm.worker"
-    return Child(sys.executable, worker, [json.dumps(settings)], log, environment)
+    return Child(sys.executable, worker, [json.dumps(orders)], log, environment)
 
 
 @dataclass(frozen=True)
@@ -45,58 +58,57 @@ class Paired:
     each of which is a few steps of one engine and then the same steps of the other."""
 
     plain: float
-    steer: float
+    other: float
     ratio: float
     start_ratio: float
 
 
 class Pair:
-    """A plain engine and one with Steer on the same model."""
+    """A plain engine and one with Steer on the same model, and with `control` another plain one."""
 
     def __init__(
-        self, model: Path, registry: Path, logs: Path, *, eager: bool, threads: int
+        self, model: Path, registry: Path, logs: Path, settings: Settings, *, control: bool = False
     ) -> None:
         self.children: list[Child] = []
+        names = ["plain", "steer", *(["control"] if control else [])]
         try:
-            for steered in (False, True):
-                log = logs / f"{'steer' if steered else 'plain'}.log"
-                self.children.append(
-                    child(model, registry, log, steered=steered, eager=eager, threads=threads)
-                )
+            for name in names:
+                log, steered = logs / f"{name}.log", name == "steer"
+                self.children.append(child(model, registry, log, settings, steered=steered))
             for one in self.children:
                 one.wait()
         except BaseException:
             self.close()
             raise
-        self.plain, self.steer = self.children
+        self.plain, self.steer = self.children[:2]
+        self.control = self.children[2] if control else None
 
-    def decode(self, specs: Batch, *, steps: int, turn: int) -> Paired:
-        """The same prompts on both engines, decoded `turn` steps at a time in alternation."""
+    def decode(self, specs: Batch, *, steps: int, turn: int, control: bool = False) -> Paired:
+        """The same prompts on the plain engine and on Steer's, or on the control, decoded `turn`
+        steps at a time in alternation."""
+        other = self.control if control else self.steer
+        if other is None:
+            raise RuntimeError("this pair was started without a control")
         prompts = [[3 + (7 * n + 5 * t) % 2048 for t in range(PROMPT)] for n in range(len(specs))]
         # The first token comes with the prompt, the last one with what ends the request.
         tokens = steps + 2
         start = [
             self.plain.do("start", specs=[None] * len(specs), prompts=prompts, tokens=tokens),
-            self.steer.do("start", specs=specs, prompts=prompts, tokens=tokens),
+            other.do("start", specs=specs, prompts=prompts, tokens=tokens),
         ]
-        plain: list[float] = []
-        steer: list[float] = []
+        seconds: tuple[list[float], list[float]] = ([], [])
         ratios = []
         for number in range(steps // turn):
-            sides = [(self.plain, plain), (self.steer, steer)]
-            for one, seconds in sides if number % 2 else reversed(sides):
-                seconds.extend(one.do("steps", count=turn))
-            ratios.append(sum(steer[-turn:]) / sum(plain[-turn:]))
+            sides = list(zip((self.plain, other), seconds, strict=True))
+            for one, found in sides if number % 2 else reversed(sides):
+                found.extend(one.do("steps", count=turn))
+            ratios.append(sum(seconds[1][-turn:]) / sum(seconds[0][-turn:]))
         self.plain.do("finish")
-        steered = self.steer.do("finish")
+        steered = other.do("finish")
         if any(spec is not None for spec in specs) and not steered:
             raise RuntimeError("the receipts say that no token was steered")
-        return Paired(
-            statistics.median(plain),
-            statistics.median(steer),
-            statistics.median(ratios),
-            start[1] / start[0],
-        )
+        plain, theirs = map(statistics.median, seconds)
+        return Paired(plain, theirs, statistics.median(ratios), start[1] / start[0])
 
     def close(self) -> None:
         for one in self.children:
@@ -112,11 +124,3 @@ class Pair:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, lower and upper quartile."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return middle, low, high

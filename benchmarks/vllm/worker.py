@@ -36,7 +36,15 @@ Specs = Sequence[dict[str, Any] | None]
 class Engine:
     """vLLM's own `LLM`, stepped by hand, the same with the plugin and without."""
 
-    def __init__(self, model: str, *, steered: bool, eager: bool) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        steered: bool,
+        eager: bool,
+        dtype: str = "float32",
+        weights: bool = True,
+    ) -> None:
         from vllm import LLM  # noqa: PLC0415
 
         if steered:
@@ -44,7 +52,8 @@ class Engine:
         self._llm = LLM(
             model=model,
             skip_tokenizer_init=True,
-            dtype="float32",
+            dtype=dtype,
+            load_format="auto" if weights else "dummy",
             enforce_eager=eager,
             max_model_len=MAX_LENGTH,
             max_num_seqs=SLOTS,

@@ -1,0 +1,1 @@
+"""Prepared for a host with one GPU and nothing else: kernels, the transformers engine, vLLM."""

@@ -1,0 +1,61 @@
+"""The benchmarks' model of taps alone is still what the worker's adapter takes for a runner."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.vllm import instructions
+from benchmarks.vllm.diets import DIETS, TRIGGERED, Diet
+from benchmarks.vllm.overhead import StepAlone
+from benchmarks.vllm.shapes import CAPABILITIES, SHAPES, Shape, library
+from steer.plan.cache import PlanCache
+from steer.spec import parse_spec
+
+SMALL = Shape("small", d_model=16, layers=4, heads=2, ffn=32, vocabulary=64)
+PLANS = PlanCache(library(SMALL), SMALL.info(), CAPABILITIES)
+BATCH = 20
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("diet", [*DIETS, TRIGGERED], ids=lambda one: one.name)
+@torch.inference_mode()
+def test_every_diet_decodes(diet: Diet, compiled: bool) -> None:
+    wanted = [
+        None if one is None else PLANS.plan(parse_spec(one)) for one in diet.batch(SMALL, BATCH)
+    ]
+    alone = StepAlone(SMALL, wanted, compiled=compiled)
+    alone.begin()
+    for _ in range(3):
+        alone.prepare()
+        assert len(alone.step()) == 3
+    alone.check()
+
+
+class Listed:
+    """A switch that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self.steps = 0
+        self.dumps: list[tuple[int, str]] = []
+
+    def resume(self) -> None:
+        self.on = True
+
+    def pause(self) -> None:
+        self.steps += self.on
+        self.on = False
+
+    def dump(self, name: str) -> None:
+        assert not self.on
+        self.dumps.append((self.steps, name))
+        self.steps = 0
+
+
+def test_instructions_are_counted_of_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "small", SMALL)
+    switch, asked = Listed(), {"shape": "small", "batches": [2], "compiled": False}
+    instructions.count(switch, asked)
+    assert [steps for steps, _ in switch.dumps] == [instructions.STEPS] * (len(DIETS) + 1)
+    assert all(diet.name in name for diet, (_, name) in zip(DIETS, switch.dumps, strict=False))
