@@ -162,35 +162,35 @@ def _encode(x, entry, latents, part, parts, width, TILE: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def _latent_bits(latents, first, count, BLOCK: tl.constexpr):
+def _latent_bits(latents, first, count, SPAN: tl.constexpr):
     """Latents from `first` on as integers, which have the order of numbers that are not negative;
     0 behind the last. Other programs wrote them, so they are read past the nearest cache."""
-    places = first + tl.arange(0, BLOCK)
+    places = first + tl.arange(0, SPAN)
     found = tl.load(latents + places, mask=places < count, other=0.0, cache_modifier=".cg")
     return found.to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def _at_least(latents, count, bound, BLOCK: tl.constexpr):
+def _at_least(latents, count, bound, SPAN: tl.constexpr):
     """How many of the latents are `bound` or more."""
-    found = tl.zeros((BLOCK,), tl.int32)
-    for first in range(0, count, BLOCK):
-        found += (_latent_bits(latents, first, count, BLOCK) >= bound).to(tl.int32)
+    found = tl.zeros((SPAN,), tl.int32)
+    for first in range(0, count, SPAN):
+        found += (_latent_bits(latents, first, count, SPAN) >= bound).to(tl.int32)
     return tl.sum(found, axis=0)
 
 
 @triton.jit
-def _largest_below(latents, count, bound, BLOCK: tl.constexpr):
+def _largest_below(latents, count, bound, SPAN: tl.constexpr):
     """The largest of the latents that are less than `bound`; 0 where none is."""
-    found = tl.zeros((BLOCK,), tl.int32)
-    for first in range(0, count, BLOCK):
-        bits = _latent_bits(latents, first, count, BLOCK)
+    found = tl.zeros((SPAN,), tl.int32)
+    for first in range(0, count, SPAN):
+        bits = _latent_bits(latents, first, count, SPAN)
         found = tl.maximum(found, tl.where(bits < bound, bits, 0))
     return tl.max(found, axis=0)
 
 
 @triton.jit
-def _least_active(entry, latents, BLOCK: tl.constexpr):
+def _least_active(entry, latents, SPAN: tl.constexpr):
     """`steer.edits.TopKCutoff.least_active` of the encoder `entry`, whose `latents` are there."""
     count = tl.load(entry + _LATENTS).to(tl.int32)
     k = tl.load(entry + _K).to(tl.int32)
@@ -200,10 +200,10 @@ def _least_active(entry, latents, BLOCK: tl.constexpr):
         kth = tl.full((), 0, tl.int32)
         for n in range(31):
             candidate = kth | (1 << (30 - n))
-            enough = _at_least(latents, count, candidate, BLOCK) >= k
+            enough = _at_least(latents, count, candidate, SPAN) >= k
             kth = tl.where(enough, candidate, kth)
-        following = _largest_below(latents, count, kth, BLOCK)
-        following = tl.where(_at_least(latents, count, kth, BLOCK) > k, kth, following)
+        following = _largest_below(latents, count, kth, SPAN)
+        following = tl.where(_at_least(latents, count, kth, SPAN) > k, kth, following)
         cutoff = 0.5 * (kth.to(tl.float32, bitcast=True) + following.to(tl.float32, bitcast=True))
     return cutoff
 
@@ -388,7 +388,7 @@ def _at_point(
                             if encoded == 0:
                                 _encode(x, entry, latents, 0, 1, width, TILE, BLOCK)
                                 tl.debug_barrier()
-                            cutoff = _least_active(entry, latents, BLOCK)
+                            cutoff = _least_active(entry, latents, TILE * BLOCK)
                             encoded = tl.full((), 0, tl.int32)
                             tl.debug_barrier()  # before another encoder writes there
                     x = _after_block(
