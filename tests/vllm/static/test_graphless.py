@@ -37,7 +37,7 @@ from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
 from steer.spec import parse_spec
 
-WIDTH, LAYERS, VOCABULARY, RUNNING, BATCH, REQUESTS = 24, 2, 64, 4, 24, 80
+WIDTH, LAYERS, VOCABULARY, RUNNING, BATCH, REQUESTS = 24, 2, 64, 4, 24, 60
 RANKED = 3
 """Tokens that may clamp features of the TopK SAE in a step that keeps its graph."""
 TAPS = range(2 * LAYERS + 1)
@@ -119,10 +119,10 @@ def random_plan(draw: random.Random, *, competes: bool) -> SteeringPlan:
 
 def random_request(draw: random.Random, number: int, plans: dict[str, SteeringPlan]) -> Request:
     length = draw.randint(1, 12)
-    calm = [one for one in plans.values() if not one.competes]
-    plan = draw.choice([None, *(calm if draw.random() < 0.8 else plans.values())])
+    ranks = draw.random() < 0.2
+    plan = draw.choice([None, *(one for one in plans.values() if one.competes == ranks)])
     capture = None
-    if draw.random() < 0.1:
+    if draw.random() < 0.15:
         positions = draw.sample(range(length), draw.randint(1, length))
         capture = CaptureOrder(tuple(draw.sample(POINTS, 3)), tuple(positions))
     tokens = [draw.randrange(VOCABULARY) for _ in range(length + draw.randint(1, 10))]

@@ -346,11 +346,11 @@ def _bring_back(values: Tensor) -> tuple[Tensor, Any]:
 
 
 def _programs(device: torch.device) -> int:
-    """The programs of a launch that a device runs at once, two on each multiprocessor; one where
-    they run behind one another."""
+    """The programs of a launch that a device runs at once, of those as large as ours one on each
+    multiprocessor; one where they run behind one another."""
     if device.type != "cuda":
         return 1
-    return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _plan(span: Span) -> SteeringPlan:
