@@ -183,7 +183,7 @@ def test_both_workers_do_the_same_whoever_meets_in_a_step(seed: int) -> None:
     fast, reference = workers
     assert 10 < fast.graphless < met["steps"] - 10
     assert reference.graphless == 0
-    assert min(met[one] for one in MET) > 2
+    assert min(met[one] for one in MET) > 1
     assert met["finished"] == REQUESTS
     assert (fast.steering.stats().slots_in_use, len(fast.steering.requests)) == (0, 0)
 

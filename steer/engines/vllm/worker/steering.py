@@ -98,7 +98,9 @@ class WorkerSteering:
 
     def graphless(self, tokens: Mapping[str, int]) -> bool:
         """Whether a step with so many tokens of each request must run without its CUDA graph."""
-        return self.busy and self.edits.graphless(self._scheduled(tokens.items()))
+        if not (self.edits.static and self.busy):
+            return False
+        return self.edits.graphless(self._scheduled(tokens.items()))
 
     def rest(self) -> None:
         """The coming pass steers nobody."""
