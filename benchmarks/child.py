@@ -32,6 +32,7 @@ class Child:
     ) -> None:
         mine, theirs = socket.socketpair()
         self._log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as output:
             self._process = subprocess.Popen(
                 [str(python), "-m", module, str(theirs.fileno()), *arguments],

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from steer.batch.cutoffs import DeviceCutoffs
 from steer.batch.slots import Holding, SlotTables
 from steer.edits import LAW_FIELDS, NO_TRAIT, Block, TopKCutoff, Traits
 from steer.errors import CapacityError
@@ -98,8 +99,9 @@ class Table:
     free have owner −1 and zero weights.
     """
 
-    def __init__(self, slots: int, width: int, device: torch.device) -> None:
-        self.device, self.width = device, width
+    def __init__(self, slots: int, width: int, cutoffs: DeviceCutoffs) -> None:
+        device = cutoffs.device
+        self.device, self.width, self._encoders = device, width, cutoffs
         self.shift = torch.full((slots, width), -0.0, device=device)
         self.replace = torch.zeros(slots, dtype=torch.bool, device=device)
         self.preserve = torch.zeros(slots, dtype=torch.bool, device=device)
@@ -226,13 +228,7 @@ class Table:
         if cutoff is None:
             return 0
         if cutoff.identity not in self.cutoffs:
-            moved = TopKCutoff(
-                cutoff.identity,
-                cutoff.read.to(self.device),
-                cutoff.bias.to(self.device),
-                cutoff.k,
-            )
-            self.cutoffs[cutoff.identity] = (len(self.cutoffs) + 1, moved)
+            self.cutoffs[cutoff.identity] = (len(self.cutoffs) + 1, self._encoders.of(cutoff))
         return self.cutoffs[cutoff.identity][0]
 
     def _free_rows(self, count: int) -> list[int]:
@@ -302,8 +298,11 @@ class Tables(SlotTables[_PlanHolding]):
         slots: int = 256,
         device: torch.device | str = "cpu",
         max_rules: int = MAX_RULES,
+        cutoffs: DeviceCutoffs | None = None,
     ) -> None:
+        """`cutoffs` may be shared with other tables on `device`."""
         super().__init__(model, slots=slots, device=device, max_rules=max_rules)
+        self._cutoffs = cutoffs or DeviceCutoffs(self.device)
         self._by_point: dict[HookPoint, list[Table | None]] = {}
         self._gates: dict[HookPoint, list[GateTable | None]] = {}
 
@@ -354,7 +353,7 @@ class Tables(SlotTables[_PlanHolding]):
                 table = row[number]
                 if table is None:
                     width = self.model.width(point.site)
-                    table = row[number] = Table(size, width, self.device)
+                    table = row[number] = Table(size, width, self._cutoffs)
                 table.write_block(slot, block)
             if one.gate is not None:
                 gates = self._gates.setdefault(one.gate.point, [None] * self.max_rules)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from steer.edits import Block, Law
+from steer.edits import Block, Law, TopKCutoff
 from steer.model import INNER_SITES, SITE_ORDER, HookPoint, ModelInfo
 from steer.plan.plan import Rule, SteeringPlan
 from steer.plan.selection import EVERYWHERE
@@ -41,8 +41,23 @@ def probe_plan(
         block = Block.of_edits(
             torch.zeros_like(direction)[None], direction[None], [Law.constant(1)]
         )
+    return _plan(f"probe-{point}-{constant}", point, block)
+
+
+def ranking_plan(model: ModelInfo, point: HookPoint) -> SteeringPlan:
+    """`probe_shift` as the first of two latents of which one may be active. The second, were it
+    active too, would drive the state beyond all numbers, and such a state is left alone."""
+    direction = probe_shift(model, point.site)
+    nothing = torch.zeros(2, len(direction))
+    cutoff = TopKCutoff(f"probe-{len(direction)}", nothing, torch.tensor([2.0, 1.0]), 1)
+    write = torch.stack([direction, torch.full_like(direction, 3e38)])
+    laws = [Law(bias=2.0, slope=0.5), Law(bias=1.0)]
+    block = Block.of_edits(nothing, write, laws, cutoff=cutoff)
+    return _plan(f"probe-{point}-ranks", point, block)
+
+
+def _plan(name: str, point: HookPoint, block: Block) -> SteeringPlan:
     spec = SteeringSpec(interventions=(Patch(vector="probe"),))
-    name = f"probe-{point}-{constant}"
     return SteeringPlan(name, spec, (Rule(EVERYWHERE, None, {point: block}),), (), (), ())
 
 

@@ -85,10 +85,16 @@ class SteeringPlan:
         return any(one.gate is not None for one in self.rules)
 
     @cached_property
-    def competes(self) -> bool:
-        """Whether features of a TopK SAE are clamped, which reads every latent of the SAE."""
+    def latents(self) -> int:
+        """The latents of the largest TopK SAE whose features are clamped, every one of which is
+        read for each token; 0 where there is none."""
         blocks = (block for one in self.rules for block in one.blocks.values())
-        return any(block.cutoff is not None for block in blocks)
+        return max((len(one.cutoff.bias) for one in blocks if one.cutoff is not None), default=0)
+
+    @property
+    def competes(self) -> bool:
+        """Whether features of a TopK SAE are clamped."""
+        return self.latents > 0
 
     @cached_property
     def resolved_strengths(self) -> tuple[Mapping[str, Any], ...]:

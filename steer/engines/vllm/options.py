@@ -30,10 +30,12 @@ class SteerOptions(BaseModel):
     `edit_rows` bounds the rank-1 edits of all running plans together; requests beyond it wait.
     `form` is how edits that read the state run: `python` looks at the running pass in an operator;
     `static` launches one Triton kernel per tap from fixed buffers, which CUDA graphs replay, and
-    runs the steps of requests that capture states or clamp a TopK SAE without a graph, in Python;
-    `auto` is `static` where vLLM captures graphs. `shift_rows` are the rows of constants inside
-    compiled graphs (0: as many as 256 specs on every layer need, or all that can run); plans that
-    find no room there are steered by the general operator. `sites` are those inside attention
+    runs the steps of requests that capture states without a graph, in Python; `auto` is `static`
+    where vLLM captures graphs. `latents_at_once` is how many latents of TopK SAEs the tokens of one
+    step may rank inside its graph, in 4 bytes each (0: none); steps beyond it run without.
+    `shift_rows` are the rows of constants inside compiled graphs (0: as many as 256 specs on every
+    layer need, or all that can run); plans that find no room there are steered by the general
+    operator. `sites` are those inside attention
     and MLP that are tapped as well, `all` or a list: each is one operator more in every layer of
     every pass, whether anybody uses it or not.
     """
@@ -43,6 +45,7 @@ class SteerOptions(BaseModel):
     abi: int = ABI
     form: Literal["auto", "python", "static"] = "auto"
     edit_rows: int = Field(default=4096, ge=1)
+    latents_at_once: int = Field(default=1 << 22, ge=0, lt=1 << 31)
     shift_rows: int = Field(default=0, ge=0)
     sites: Literal["all"] | tuple[InnerName, ...] = ()
 

@@ -29,7 +29,7 @@ from steer.plan.file import selection_from_json, selection_to_json
 from steer.plan.selection import Selection
 
 EXTRA_ARG = "steer"
-_VERSION = 2
+_VERSION = 3
 _PLANS, _TICKETS = 1024, 256
 """How many plans' parts, and whole tickets, a process remembers."""
 _SHORT = 16_384
@@ -51,10 +51,10 @@ class Ticket:
 
     `key` names what the request leaves behind (receipt, captured states); `n` is the number of
     choices that share it. `plan` is the plan's hash in the plan store, None where the request is
-    only read. `rows` is the number of edit rows that the plan takes in the tables, `competes` what
-    the plan says of itself. `selections` has one entry per rule of the plan. With `measure` the
-    sizes of edits are measured; with `attached` the receipt comes on the engine's last output where
-    it can (`core/attached.py`).
+    only read. `rows` is the number of edit rows that the plan takes in the tables, `latents` how
+    many of a TopK SAE it ranks for a token. `selections` has one entry per rule of the plan. With
+    `measure` the sizes of edits are measured; with `attached` the receipt comes on the engine's
+    last output where it can (`core/attached.py`).
     """
 
     key: str
@@ -65,7 +65,7 @@ class Ticket:
     selections: tuple[Selection, ...] = ()
     measure: bool = False
     attached: bool = False
-    competes: bool = False
+    latents: int = 0
     capture: CaptureOrder | None = field(default=None, compare=False)
 
     def as_extra_args(self) -> dict[str, str]:
@@ -73,7 +73,7 @@ class Ticket:
         content: dict[str, Any] = {"v": _VERSION, "key": self.key, "n": self.n}
         if self.plan is not None:
             steering = _Steering(
-                self.fingerprint, self.plan, self.rows, self.selections, self.competes
+                self.fingerprint, self.plan, self.rows, self.selections, self.latents
             )
             content |= {"steering": _written(steering), "measure": self.measure}
             content |= {"attached": True} if self.attached else {}
@@ -112,13 +112,6 @@ class Ticket:
             bits |= chosen.astype(np.uint8) << np.uint8(number)
         return bits
 
-    @property
-    def graphless(self) -> bool:
-        """Whether steps with this request run without their CUDA graph: it takes states out of the
-        pass, or chooses among all latents of an SAE. Every worker must say the same of a step,
-        so that it depends on nothing but the ticket."""
-        return self.competes or self.capture is not None
-
     @cached_property
     def reads_tokens(self) -> bool:
         """Whether which tokens it selects depends on their ids."""
@@ -132,7 +125,7 @@ class _Steering(NamedTuple):
     plan: str | None = None
     rows: int = 0
     selections: tuple[Selection, ...] = ()
-    competes: bool = False
+    latents: int = 0
 
 
 @lru_cache(_PLANS)
@@ -153,8 +146,8 @@ def _steering(text: str) -> _Steering:
     if len(selections) > MAX_RULES:
         raise ValueError(f"{len(selections)} rules")
     fingerprint, rows = content.get("fingerprint", ""), content.get("rows", 0)
-    competes = bool(content.get("competes", False))
-    return _Steering(str(fingerprint), plan, int(rows), selections, competes)
+    latents = int(content.get("latents", 0))
+    return _Steering(str(fingerprint), plan, int(rows), selections, latents)
 
 
 @lru_cache(_TICKETS)

@@ -137,7 +137,7 @@ class ByHand:
                 fingerprint=plan.fingerprint,
                 plan=sha256,
                 selections=chosen,
-                competes=plan.competes,
+                latents=plan.latents,
             )
         self.known[name] = Known(name, list(tokens), prompt_length, plan, ticket)
         return self.known[name]

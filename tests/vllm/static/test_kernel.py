@@ -13,6 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,17 @@ from steer.batch.ledger import PositionLedger
 from steer.batch.requests import Span, SteeredRequest
 from steer.batch.step import build_step
 from steer.batch.tables import Tables
-from steer.edits import LAW_FIELDS, LOWER, TO_NORM, TO_PLANE, UPPER, Block, Law
+from steer.edits import (
+    LAW_FIELDS,
+    LOWER,
+    TO_NORM,
+    TO_PLANE,
+    UPPER,
+    Block,
+    Law,
+    TopKCutoff,
+    apply,
+)
 from steer.engines.vllm.static import form as static_form
 from steer.engines.vllm.static import kernel
 from steer.engines.vllm.static.form import StaticForm, set_form
@@ -67,7 +78,9 @@ def plan_of(*interventions: dict[str, Any], **fields: Any) -> SteeringPlan:
     return PLANS.plan(parse_spec({"interventions": list(interventions), **fields}))
 
 
-def make_form(ledger: PositionLedger, *, taps: Any = TAPS, edit_rows: int = 128) -> StaticForm:
+def make_form(
+    ledger: PositionLedger, *, taps: Any = TAPS, edit_rows: int = 128, programs: int = 1
+) -> StaticForm:
     form = StaticForm(
         MODEL,
         taps,
@@ -75,7 +88,9 @@ def make_form(ledger: PositionLedger, *, taps: Any = TAPS, edit_rows: int = 128)
         batch_tokens=BATCH,
         edit_rows=edit_rows,
         device=torch.device("cpu"),
+        latents=64 * BATCH,
     )
+    form.buffers.programs = programs
     form.bind(lambda: ledger)
     return form
 
@@ -101,11 +116,13 @@ class Request:
 class Simulation:
     """Random passes over random requests, computed by both forms."""
 
-    def __init__(self, seed: int, dtype: torch.dtype, *, split: bool = True) -> None:
+    def __init__(
+        self, seed: int, dtype: torch.dtype, *, split: bool = True, programs: int = 1
+    ) -> None:
         self.draw, self.dtype, self.split = random.Random(seed), dtype, split
         self.tables = Tables(MODEL, slots=SLOTS)
         self.ledgers = [PositionLedger(ROWS, LONGEST, torch.device("cpu")) for _ in range(2)]
-        self.form = make_form(self.ledgers[1])
+        self.form = make_form(self.ledgers[1], programs=programs)
         self.free = list(range(ROWS))
         self.running: list[Request] = []
         self.windows = self.resumed = self.untouched = self.edited = 0
@@ -276,16 +293,32 @@ def random_plan(draw: random.Random) -> SteeringPlan:
                 item["when"] = random_when(draw)
         try:
             plan = PLANS.plan(parse_spec(raw))
-            if plan.competes:
-                continue
             tables.check(plan)
         except SteerError:
             continue
         return plan
 
 
-def random_requests(draw: random.Random, count: int) -> list[Request]:
-    plans = [random_plan(draw) for _ in range(6)]
+def ranking_plan(draw: random.Random) -> SteeringPlan:
+    """Features of a TopK SAE, clamped once or twice among other edits."""
+    while True:
+        raw = random_spec(draw, layers=LAYERS, longest=3)
+        for name in draw.sample(["clamp-topk", "clamp-topk-scale"], draw.randint(1, 2)):
+            place = draw.randint(0, len(raw["interventions"]))
+            gated = {"when": random_when(draw)} if draw.random() < 0.4 else {}
+            raw["interventions"].insert(place, {**KINDS[name], **gated})
+        try:
+            return PLANS.plan(parse_spec(raw))
+        except SteerError:
+            continue
+
+
+def random_requests(
+    draw: random.Random,
+    count: int,
+    draw_plan: Callable[[random.Random], SteeringPlan] = random_plan,
+) -> list[Request]:
+    plans = [draw_plan(draw) for _ in range(6)]
     requests = []
     for _ in range(count):
         prompt_length = draw.randint(1, 6)
@@ -313,6 +346,15 @@ def test_a_stream_of_one_half_is_edited_whole(seed: int) -> None:
     simulation = Simulation(seed, torch.float32, split=False)
     simulation.run(random_requests(random.Random(400 + seed), REQUESTS))
     assert simulation.edited > 20
+
+
+@pytest.mark.parametrize("programs", [1, 40])
+def test_features_are_clamped_by_their_rank_among_other_edits_and_gates(programs: int) -> None:
+    """By one program for a token, or several; in prompts and in what is generated."""
+    simulation = Simulation(7, torch.float32, programs=programs)
+    simulation.run(random_requests(random.Random(500), REQUESTS // 3, ranking_plan))
+    assert simulation.edited > 10
+    assert not simulation.form.buffers.arrived.any()
 
 
 def test_the_simulation_meets_what_it_is_about(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,6 +432,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "clamp-scale": {
         "kind": "clamp", "sae": "jumprelu", "features": [2, 3, 4], "value": 3.0, "mode": "scale",
     },
+    "clamp-topk": {"kind": "clamp", "sae": "topk", "features": [1, 5, 9, 30], "value": 1.5},
+    "clamp-topk-scale": {
+        "kind": "clamp", "sae": "topk", "features": [*range(16)], "value": 3.0, "mode": "scale",
+    },
     "swap": {"kind": "swap", "remove": "v3", "add": "v4", "strength": 0.4, "layers": [1]},
     "exchange": {
         "kind": "exchange", "vector": "v0", "toward": "v2", "mode": "one_way", "layers": [1],
@@ -438,6 +484,38 @@ def test_every_kind_is_what_its_paper_says(name: str, norm: str | None) -> None:
         assert np.abs(actual - wanted).max() <= 1e-5 * (1 + np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("programs", [1, 18])
+@pytest.mark.parametrize("latents", ["apart", "tied", "closed"])
+@pytest.mark.parametrize("k", [1, 6, 39, 40])
+def test_a_feature_is_active_where_the_reference_has_it(
+    programs: int, latents: str, k: int
+) -> None:
+    """Small whole numbers, whose products are exact whatever the order of their sum."""
+    size, clamped = 40, [0, 1, 7, 20, 39]
+    read = torch.randint(-3, 4, (size, WIDTH), generator=_generator).float()
+    if latents == "tied":
+        read[1::2] = read[::2]
+    bias = torch.full((size,), -1000.0) if latents == "closed" else read[:, 0].clone()
+    laws = [Law.scaled(3.0, bias=bias[n].item(), threshold=0.0) for n in clamped]
+    write = torch.randint(-1, 2, (len(clamped), WIDTH), generator=_generator).float()
+    before = Block(shift=torch.ones(WIDTH))
+    ranking = Block.of_edits(
+        read[clamped], write, laws, cutoff=TopKCutoff("whole numbers", read, bias, k)
+    )
+    rules = tuple(Rule(EVERYWHERE, None, {HookPoint(1): one}) for one in (before, ranking, ranking))
+    plan = replace(plan_of(KINDS["clamp-topk"]), fingerprint="k", rules=rules)
+    form = make_form(PositionLedger(1, LONGEST, torch.device("cpu")), programs=programs)
+    request = SteeredRequest(0, 2, plan, form.tables.acquire(plan))
+    assert form.begin([Span(request, 1, np.arange(4), np.arange(4))], 5, no_fault) is not None
+    x = torch.randint(-3, 4, (6, WIDTH), generator=_generator).float()
+    wanted = x.clone()
+    for block in (before, ranking, ranking):
+        wanted[1:5] = apply(block, wanted[1:5])
+    form.edit(tap_of(HookPoint(1)), x, None)
+    assert torch.equal(x, wanted)
+    assert not form.buffers.arrived.any()
+
+
 @pytest.mark.parametrize("width", [1, 7, 96, 1000, 16384])
 def test_rows_of_any_width(width: int) -> None:
     model = replace(shape_of(width, 1), sites=("resid_post",))
@@ -457,8 +535,6 @@ def test_rows_of_any_width(width: int) -> None:
     form.bind(lambda: ledger)
     request = SteeredRequest(0, 2, plan, form.tables.acquire(plan))
     x = torch.randn(3, width, generator=_generator)
-    from steer.edits import apply
-
     wanted = torch.cat([apply(block, x[:2]), x[2:]])
     form.begin([Span(request, 0, np.arange(2), np.arange(2))], 2, no_fault)
     form.edit(2, x, None)
@@ -642,7 +718,7 @@ def test_the_kernel_compiles_for_gpus(tmp_path: Path) -> None:
         [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["80", "90", "100"]
+    assert done.stdout.split() == ["80", "90", "90", "100"]
 
 
 _COMPILED = """
@@ -651,17 +727,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from steer.engines.vllm.static.kernel import _edit_group, launch_shape
 
-FLOATS = {"values", "sizes", "read", "write", "laws", "constants", "gates"}
+FLOATS = {"values", "sizes", "read", "write", "laws", "constants", "gates", "latents"}
 SCALARS = {"hidden_stride", "residual_stride", "group", "first_point", "points", "streams",
            "n_points", "n_groups", "requests", "width"}
-SHAPES = ((80, 4096, "bf16", True), (90, 16384, "fp16", False), (100, 4096, "bf16", True))
-for architecture, width, dtype, split in SHAPES:
-    block, warps = launch_shape(width)
-    constants = {"SPLIT": split, "BLOCK": block}
+SHAPES = ((80, 4096, "bf16", True, True), (90, 16384, "fp16", False, True),
+          (90, 4096, "bf16", True, False), (100, 4096, "bf16", True, True))
+for architecture, width, dtype, split, ranking in SHAPES:
+    block, warps, tile = launch_shape(width)
+    constants = {"SPLIT": split, "RANKING": ranking, "TILE": tile, "BLOCK": block}
     signature = {
         name: "constexpr" if name in constants else "i32" if name in SCALARS
         else "*fp32" if name in FLOATS else "*" + dtype if name in ("hidden", "residual")
-        else "*i32"
+        else "*i64" if name == "encoders" else "*i32"
         for name in _edit_group.arg_names
     }
     source = ASTSource(fn=_edit_group, signature=signature, constexprs=constants)
@@ -833,9 +910,6 @@ def test_a_plan_that_could_never_fit_is_refused_by_name() -> None:
     with pytest.raises(TooLarge) as large:
         tables.check(edits(11, "e"))
     assert large.value.code == "too_many_edit_rows"
-    competing = plan_of({"kind": "clamp", "sae": "topk", "features": [1], "value": 1.0})
-    with pytest.raises(AssertionError, match="compete"):  # it has tables of its own
-        tables.check(competing)
     elsewhere = replace(
         edits(1, "f"), rules=(Rule(EVERYWHERE, None, {HookPoint(0, "mlp_act"): Block()}),)
     )

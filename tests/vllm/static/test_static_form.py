@@ -1,7 +1,7 @@
 """The form for CUDA graphs, in a real engine: its kernel under Triton's interpreter, on a CPU.
 
-The whole contract, and a crowd with too little memory that reads states and clamps a TopK SAE among
-the rest. A CPU replays no graphs, so what must run without one is counted where vLLM chooses.
+The whole contract, clamps of a TopK SAE in it. A CPU replays no graphs, so what must run without
+one is counted where vLLM chooses.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import demo_specs
@@ -22,13 +22,14 @@ from vllm_contract import *  # noqa: F403
 from vllm_contract import Plans
 from vllm_simulation import core, steering
 
-from steer.engines.base import CaptureRequest
+from steer.engines.base import CaptureRequest, GenerationRequest, SamplingParams
 from steer.engines.vllm.front.engine import VllmEngine
 from steer.model import HookPoint
 from steer.registry.registry import Registry
 from steer.spec import Site
 
-TOPK = "a clamp that competes"
+TOPK, LATENTS, RANKED = "a clamp that competes", 64, 32
+"""The latents of its SAE, and for how many tokens a step in a graph has room."""
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +39,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
         demo_specs.register(registry)
         inner_specs.register(registry)
     # One site inside is enough to show the kernel there: the interpreter is slow.
-    options = {"steer": {"form": "static", "sites": ["mlp_act"]}}
-    with vllm_engine.start_engine(folder, additional_config=options) as running:
+    own = {"form": "static", "sites": ["mlp_act"], "latents_at_once": LATENTS * RANKED}
+    with vllm_engine.start_engine(folder, additional_config={"steer": own}) as running:
         assert steering(running).edits.static
         yield running
 
@@ -67,13 +68,10 @@ def sites(engine: VllmEngine) -> tuple[HookPoint, ...]:
     return tuple(HookPoint(3, site) for site in engine.info.sites)
 
 
-def test_only_steps_that_read_states_or_choose_features_leave_their_graph(
+def test_only_steps_that_read_states_or_rank_too_many_latents_leave_their_graph(
     engine: VllmEngine, plans: Plans, forced: list[bool]
 ) -> None:
-    rest: Mapping[str, Any] = {
-        name: plan for name, plan in plans.items() if plan is None or not plan.competes
-    }
-    engine.complete(demo_specs.requests_for(rest, len(rest), seed=3, longest=8))
+    engine.complete(demo_specs.requests_for(plans, len(plans), seed=3, longest=8))
     assert forced
     assert not any(forced)
     forced.clear()
@@ -83,9 +81,10 @@ def test_only_steps_that_read_states_or_choose_features_leave_their_graph(
     assert forced
     assert all(forced)
     forced.clear()
-    both = demo_specs.requests_for({TOPK: plans[TOPK], "unsteered": None}, 2, seed=4, longest=8)
-    engine.complete(both)
-    assert any(forced)
+    prompt = tuple(range(40, 40 + RANKED + 1))
+    sampling = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    engine.complete([GenerationRequest("long", prompt, sampling, plans[TOPK])])
+    assert forced == [True, False, False, False]
     assert steering(engine).stats().slots_in_use == 0
     forced.clear()
     engine.complete(demo_specs.requests_for({"unsteered": None}, 1))

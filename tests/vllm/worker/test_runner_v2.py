@@ -46,9 +46,10 @@ from steer.engines.base import CaptureRequest, GenerationRequest, SamplingParams
 from steer.engines.transformers.engine import TransformersEngine  # noqa: E402
 from steer.engines.vllm.front.engine import VllmEngine  # noqa: E402
 from steer.engines.vllm.options import SteerOptions, is_static  # noqa: E402
+from steer.engines.vllm.static.graph_room import GraphRoom  # noqa: E402
 from steer.engines.vllm.taps import ops  # noqa: E402
 from steer.engines.vllm.ticket import CaptureOrder, Ticket  # noqa: E402
-from steer.engines.vllm.worker.edits import TapEdits  # noqa: E402
+from steer.engines.vllm.worker.edits import StaticEdits, TapEdits  # noqa: E402
 from steer.engines.vllm.worker.prepared import BatchTokens  # noqa: E402
 from steer.engines.vllm.worker.runner_v1 import RunnerV1  # noqa: E402
 from steer.engines.vllm.worker.runner_v2 import RunnerV2  # noqa: E402
@@ -360,6 +361,9 @@ def test_steps_that_read_states_or_choose_features_leave_their_graph(
         return by_hand.forward(stream)
 
     monkeypatch.setattr(TapEdits, "static", static)
+    if static:
+        monkeypatch.setattr(TapEdits, "_room", GraphRoom(0), raising=False)
+        monkeypatch.setattr(TapEdits, "graphless", StaticEdits.graphless)
     for name, plan in {"all": "everything", "topk": "a clamp that competes", "read": None}.items():
         by_hand.request(name, range(8), 6, plans[plan] if plan else None)
     order = CaptureOrder((HookPoint(1),), (2,))

@@ -231,7 +231,7 @@ class _Facts(NamedTuple):
     fingerprint: str
     rows: int
     selections: tuple[Selection, ...]
-    competes: bool
+    latents: int
 
 
 class PlanCheck:
@@ -253,7 +253,7 @@ class PlanCheck:
         if ticket.plan is None:
             return
         facts = self._facts(ticket.plan)
-        if facts != (ticket.fingerprint, ticket.rows, ticket.selections, ticket.competes):
+        if facts != (ticket.fingerprint, ticket.rows, ticket.selections, ticket.latents):
             raise SpecError(
                 "the ticket says something else than the plan that it names: send the spec in the "
                 "field 'steering' instead",
@@ -264,4 +264,4 @@ class PlanCheck:
         loaded = load_plan(self._store.get(plan), self._store.sae_encoder)
         check_rules(len(loaded.rules), MAX_RULES)
         selections = tuple(one.selection for one in loaded.rules)
-        return _Facts(loaded.fingerprint, budget_rows(loaded), selections, loaded.competes)
+        return _Facts(loaded.fingerprint, budget_rows(loaded), selections, loaded.latents)

@@ -50,7 +50,7 @@ class TicketIssuer:
             selections=plan.selections,
             measure=measure,
             attached=attached,
-            competes=plan.competes,
+            latents=plan.latents,
             capture=capture,
         )
 

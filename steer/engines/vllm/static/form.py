@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from steer.batch.cutoffs import DeviceCutoffs
 from steer.batch.ledger import PositionLedger
 from steer.batch.requests import Ints, Span
 from steer.batch.tables import MAX_RULES
@@ -69,10 +70,14 @@ class StaticForm:
         batch_tokens: int,
         edit_rows: int,
         device: torch.device,
+        latents: int = 0,
+        cutoffs: DeviceCutoffs | None = None,
     ) -> None:
+        """`latents` is how many of TopK SAEs the tokens of one pass may rank together; `cutoffs`
+        may be shared with other tables on `device`."""
         from steer.engines.vllm.static.kernel import edit_group  # noqa: PLC0415
 
-        self._launch = edit_group
+        self._launch, self.latents = edit_group, latents
         self._ledger: Callable[[], PositionLedger] = _no_ledger
         points = [
             [p for p in points_of(tap, model.n_layers) if p.site in model.sites] for tap in taps
@@ -85,9 +90,15 @@ class StaticForm:
         ]
         groups = [group for _, group in served]
         self.tables = StaticTables(
-            model, groups, slots=max_requests, edit_rows=edit_rows, device=device
+            model, groups, slots=max_requests, edit_rows=edit_rows, device=device, cutoffs=cutoffs
         )
-        self.buffers = StepBuffers(self.tables, batch_tokens=batch_tokens, requests=max_requests)
+        self.buffers = StepBuffers(
+            self.tables,
+            batch_tokens=batch_tokens,
+            requests=max_requests,
+            latents=latents,
+            programs=_programs(device),
+        )
         self._bits = torch.arange(MAX_RULES, dtype=torch.int32, device=device)
         self._written = 0
         self._epoch = 0
@@ -129,6 +140,7 @@ class StaticForm:
             opened[place] = selected & ~(token_gates | held_gates)
         self._upload(self.buffers.tokens, records)
         self._upload(self.buffers.opened, opened)
+        self._make_room_to_rank(steered, tokens_in_batch)
         self._forget(tokens_in_batch)
         self._epoch = self._epoch % _LAST_EPOCH + 1
         self.buffers.epoch.fill_(self._epoch)
@@ -163,6 +175,20 @@ class StaticForm:
     def _check_room(self, requests: int, tokens: int) -> None:
         if requests > self.buffers.requests or tokens > self.buffers.batch_tokens:
             raise AssertionError(f"{requests} requests with {tokens} tokens in one pass")
+
+    def _make_room_to_rank(self, spans: Sequence[Span], tokens: int) -> None:
+        """Gives each token that ranks latents a place for them."""
+        ranking = [(span, size) for span in spans if (size := _plan(span).latents)]
+        if not ranking:
+            return
+        places, end = np.zeros(tokens, dtype=np.int32), 0
+        for span, size in ranking:
+            count = len(span.positions)
+            places[span.place] = end + size * np.arange(count)
+            end += size * count
+        if end > len(self.buffers.latents):
+            raise AssertionError(f"{end} latents to rank in one pass")
+        self._upload(self.buffers.latents_at, places)
 
     def _recall(self, rows: Ints) -> None:
         """Brings back what gates decided in earlier passes. A gate reads before anything that it
@@ -317,6 +343,14 @@ def _bring_back(values: Tensor) -> tuple[Tensor, Any]:
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return host, event
+
+
+def _programs(device: torch.device) -> int:
+    """The programs of a launch that a device runs at once, of those as large as ours one on each
+    multiprocessor; one where they run behind one another."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _plan(span: Span) -> SteeringPlan:

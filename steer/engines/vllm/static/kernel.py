@@ -26,6 +26,7 @@ from torch import Tensor
 
 from steer import edits
 from steer.batch.tables import MAX_RULES
+from steer.engines.vllm.static import encoders as static_encoders
 from steer.engines.vllm.static import rows as static_rows
 from steer.engines.vllm.static import tables as static_tables
 from steer.engines.vllm.static.tables import StaticTables, StepBuffers
@@ -35,6 +36,7 @@ _PASSES = tl.constexpr(MAX_RULES)
 _ALL = tl.constexpr((1 << MAX_RULES) - 1)
 _TOKEN_GATES = tl.constexpr(static_tables.TOKEN_GATES)
 _HELD_GATES = tl.constexpr(static_tables.HELD_GATES)
+_RANKS = tl.constexpr(static_tables.RANKS)
 _BLOCK_FIELDS = tl.constexpr(static_rows.BLOCK_FIELDS)
 _FIRST = tl.constexpr(static_rows.FIRST)
 _COUNT = tl.constexpr(static_rows.COUNT)
@@ -46,6 +48,12 @@ _NEEDS_NORM = tl.constexpr(static_rows.NEEDS_NORM)
 _NEEDS_PLANE = tl.constexpr(static_rows.NEEDS_PLANE)
 _CHANNELS = tl.constexpr(static_rows.CHANNELS)
 _SIDE = tl.constexpr(static_rows.SIDE)
+_ENCODER = tl.constexpr(static_rows.ENCODER)
+_ENCODER_FIELDS = tl.constexpr(static_encoders.ENCODER_FIELDS)
+_READ = tl.constexpr(static_encoders.READ)
+_ENCODER_BIAS = tl.constexpr(static_encoders.BIAS)
+_LATENTS = tl.constexpr(static_encoders.LATENTS)
+_K = tl.constexpr(static_encoders.K)
 _GATE_FIELDS = tl.constexpr(static_rows.GATE_FIELDS)
 _ABOVE = tl.constexpr(static_rows.ABOVE)
 _BELOW = tl.constexpr(static_rows.BELOW)
@@ -72,6 +80,9 @@ _TO_PLANE = tl.constexpr(edits.TO_PLANE)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 _FLOATS_PER_THREAD = 16
+_NUMBERS_PER_THREAD = 64
+"""Of an encoder, that a program has on their way together: what its bandwidth comes from."""
+_MOST_PROGRAMS = 64
 _MOST_WARPS = 16
 _WARP = 32
 
@@ -90,14 +101,15 @@ def _length(x):
 
 
 @triton.jit
-def _coefficient(product, laws, row, norm, length):
+def _coefficient(product, laws, row, norm, length, cutoff):
     """`steer.edits.coefficients` of one edit."""
     law = laws + row * _LAW_STRIDE
     value = product
     if tl.load(law + _READS_COSINE) > 0:
         value = value / tl.maximum(norm, _TINY)
     value += tl.load(law + _BIAS)
-    value = tl.where(value > tl.load(law + _THRESHOLD), value, 0.0)
+    active = (value > tl.load(law + _THRESHOLD)) & ((value < cutoff) == 0)
+    value = tl.where(active, value, 0.0)
     c = tl.load(law + _INTERCEPT) + tl.load(law + _SLOPE) * value
     c = tl.maximum(c, tl.load(law + _FLOOR), propagate_nan=tl.PropagateNan.ALL)
     c = tl.minimum(c, tl.load(law + _CEILING), propagate_nan=tl.PropagateNan.ALL)
@@ -130,10 +142,78 @@ def _channel_changes(x, row, read, write, following, width, BLOCK: tl.constexpr)
 
 
 @triton.jit
+def _encode(x, entry, latents, part, parts, width, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes what the encoder `entry` makes of `x` into `latents`: the `part`-th of `parts` shares
+    of it, tile by tile."""
+    read = tl.load(entry + _READ).to(tl.pointer_type(tl.float32))
+    bias = tl.load(entry + _ENCODER_BIAS).to(tl.pointer_type(tl.float32))
+    count = tl.load(entry + _LATENTS).to(tl.int32)
+    columns = tl.arange(0, BLOCK)
+    for first in range(part * TILE, count, parts * TILE):
+        rows = first + tl.arange(0, TILE)
+        inside = rows < count
+        tile = tl.load(
+            read + rows[:, None].to(tl.int64) * width + columns[None, :],
+            mask=inside[:, None] & (columns < width)[None, :],
+            other=0.0,
+        )
+        value = tl.sum(tile * x[None, :], axis=1) + tl.load(bias + rows, mask=inside, other=0.0)
+        tl.store(latents + rows, tl.where(value > 0.0, value, 0.0), mask=inside)
+
+
+@triton.jit
+def _latent_bits(latents, first, count, SPAN: tl.constexpr):
+    """Latents from `first` on as integers, which have the order of numbers that are not negative;
+    0 behind the last. Other programs wrote them, so they are read past the nearest cache."""
+    places = first + tl.arange(0, SPAN)
+    found = tl.load(latents + places, mask=places < count, other=0.0, cache_modifier=".cg")
+    return found.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _at_least(latents, count, bound, SPAN: tl.constexpr):
+    """How many of the latents are `bound` or more."""
+    found = tl.zeros((SPAN,), tl.int32)
+    for first in range(0, count, SPAN):
+        found += (_latent_bits(latents, first, count, SPAN) >= bound).to(tl.int32)
+    return tl.sum(found, axis=0)
+
+
+@triton.jit
+def _largest_below(latents, count, bound, SPAN: tl.constexpr):
+    """The largest of the latents that are less than `bound`; 0 where none is."""
+    found = tl.zeros((SPAN,), tl.int32)
+    for first in range(0, count, SPAN):
+        bits = _latent_bits(latents, first, count, SPAN)
+        found = tl.maximum(found, tl.where(bits < bound, bits, 0))
+    return tl.max(found, axis=0)
+
+
+@triton.jit
+def _least_active(entry, latents, SPAN: tl.constexpr):
+    """`steer.edits.TopKCutoff.least_active` of the encoder `entry`, whose `latents` are there."""
+    count = tl.load(entry + _LATENTS).to(tl.int32)
+    k = tl.load(entry + _K).to(tl.int32)
+    cutoff = tl.full((), 0.0, tl.float32)
+    if k < count:
+        # The k-th largest, a bit after the other: the largest number that k latents reach.
+        kth = tl.full((), 0, tl.int32)
+        for n in range(31):
+            candidate = kth | (1 << (30 - n))
+            enough = _at_least(latents, count, candidate, SPAN) >= k
+            kth = tl.where(enough, candidate, kth)
+        following = _largest_below(latents, count, kth, SPAN)
+        following = tl.where(_at_least(latents, count, kth, SPAN) > k, kth, following)
+        cutoff = 0.5 * (kth.to(tl.float32, bitcast=True) + following.to(tl.float32, bitcast=True))
+    return cutoff
+
+
+@triton.jit
 def _after_block(
-    before, block, read, write, laws, following, constants, width, BLOCK: tl.constexpr
+    before, cutoff, block, read, write, laws, following, constants, width, BLOCK: tl.constexpr
 ):
-    """The row after one block, all of whose edits see `before`."""
+    """The row after one block, all of whose edits see `before`; `cutoff` is the least value that
+    counts as active."""
     flags = tl.load(block + _FLAGS)
     norm = tl.full((), 0.0, tl.float32)
     length = tl.full((), 0.0, tl.float32)
@@ -155,7 +235,7 @@ def _after_block(
         product = tl.full((), 0.0, tl.float32)
         if tl.load(laws + row * _LAW_STRIDE + _SLOPE) != 0.0:
             product = tl.sum(_row(read, row, width, width, BLOCK) * before, axis=0)
-        c = _coefficient(product, laws, row, norm, length)
+        c = _coefficient(product, laws, row, norm, length, cutoff)
         after += c * _row(write, row, width, width, BLOCK)
         row = tl.load(following + row)
     if (flags & _PRESERVES) != 0:
@@ -260,11 +340,17 @@ def _at_point(
     following,
     constants,
     gates,
+    encoders,
+    latents,
+    encoded,
     width,
     SPLIT: tl.constexpr,
+    RANKING: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One hook point for one token; what is open after it, and the decisions of its request.
+    """One hook point for one token: what is open after it, the decisions of its request, and
+    whether its `latents` are still to be used, which they are by the first block that ranks any.
 
     `mine` are the bits of `work` of the token's plan here. Gates read before any block edits.
     """
@@ -295,8 +381,18 @@ def _at_point(
             for number in range(_PASSES):
                 if ((acting >> number) & 1) != 0:
                     block = blocks + number * _BLOCK_FIELDS
+                    cutoff = tl.full((), float("-inf"), tl.float32)
+                    if RANKING:  # noqa: SIM102 -- known when the kernel is compiled
+                        if ((mine >> (_RANKS + number)) & 1) != 0:
+                            entry = encoders + tl.load(block + _ENCODER) * _ENCODER_FIELDS
+                            if encoded == 0:
+                                _encode(x, entry, latents, 0, 1, width, TILE, BLOCK)
+                                tl.debug_barrier()
+                            cutoff = _least_active(entry, latents, TILE * BLOCK)
+                            encoded = tl.full((), 0, tl.int32)
+                            tl.debug_barrier()  # before another encoder writes there
                     x = _after_block(
-                        x, block, read, write, laws, following, constants, width, BLOCK
+                        x, cutoff, block, read, write, laws, following, constants, width, BLOCK
                     )
             # Loaded again, so that it needs no registers meanwhile.
             before = _stream(hidden_row, residual_row, summed, inside, SPLIT)
@@ -308,7 +404,71 @@ def _at_point(
             if (marks & _MEASURED) != 0:
                 tl.atomic_add(size, _length(x - before) / tl.maximum(_length(before), _TINY))
             _write_back(x, before, hidden_row, residual_row, summed, inside, SPLIT)
-    return open_now, decisions
+    return open_now, decisions, encoded
+
+
+@triton.jit
+def _encode_together(
+    hidden_row,
+    residual_row,
+    inside,
+    streams,
+    open_now,
+    gates_here,
+    first_point,
+    points,
+    work,
+    blocks,
+    read,
+    write,
+    laws,
+    following,
+    constants,
+    encoders,
+    latents,
+    arrived,
+    width,
+    SPLIT: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The share of this program in the latents that a token's first edit in the group ranks:
+    whether they are all there, and whether this program is done.
+
+    No program waits for another: whoever comes last goes on with the token, and nobody has
+    written to its row before. So nothing of this group may come before that edit but other rules
+    at its own point, which each program computes for itself.
+    """
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    encoded = tl.full((), 0, tl.int32)
+    done = (part > 0).to(tl.int32)
+    place = tl.full((), 0, tl.int32)
+    mine = tl.full((), 0, tl.int32)
+    for n in range(points):
+        here = tl.load(work + first_point + n)
+        is_first = (mine == 0) & ((here & open_now & _ALL) != 0)
+        place = tl.where(is_first, n, place)
+        mine = tl.where(is_first, here, mine)
+    acting = mine & open_now & _ALL
+    if (gates_here == 0) & (((mine >> _RANKS) & acting) != 0):
+        x = _stream(hidden_row, residual_row, ((streams >> place) & 1) != 0, inside, SPLIT)
+        nothing = tl.full((), float("-inf"), tl.float32)
+        for number in range(_PASSES):
+            if (((acting >> number) & 1) != 0) & (encoded == 0):
+                block = blocks + ((first_point + place) * _PASSES + number) * _BLOCK_FIELDS
+                if ((mine >> (_RANKS + number)) & 1) != 0:
+                    entry = encoders + tl.load(block + _ENCODER) * _ENCODER_FIELDS
+                    _encode(x, entry, latents, part, parts, width, TILE, BLOCK)
+                    encoded = tl.full((), 1, tl.int32)
+                else:
+                    x = _after_block(
+                        x, nothing, block, read, write, laws, following, constants, width, BLOCK
+                    )
+        tl.debug_barrier()
+        done = (tl.atomic_add(arrived, 1) < parts - 1).to(tl.int32)
+        if done == 0:
+            tl.store(arrived, 0)
+    return encoded, done
 
 
 @triton.jit(
@@ -337,6 +497,10 @@ def _edit_group(
     following,
     constants,
     gates,
+    encoders,
+    latents,
+    latents_at,
+    arrived,
     group,
     first_point,
     points,
@@ -346,21 +510,24 @@ def _edit_group(
     requests,
     width,
     SPLIT: tl.constexpr,
+    RANKING: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The gates and blocks of one group, for the token of this program.
 
     `streams` has a bit for each point of the group: whether it is the sum of both halves, or
-    `hidden` alone. `SPLIT` is whether there is a `residual` half at all.
+    `hidden` alone. `SPLIT` is whether there is a `residual` half at all. A token has several
+    programs where `RANKING`, all but the first of which leave unless it ranks latents.
     """
-    first = tl.program_id(0)
-    if first == 0:
+    first, part = tl.program_id(0), tl.program_id(1)
+    if (first == 0) & (part == 0):
         tl.store(reached + group, tl.load(epoch))
     slot = tl.load(tokens + first * _TOKEN_FIELDS + _SLOT)
     if slot == 0:
         return
     todo = tl.load(group_work + slot * n_groups + group)
-    if todo == 0:
+    if (todo == 0) | ((part > 0) & (((todo >> _RANKS) & _ALL) == 0)):
         return
     marks = tl.load(tokens + first * _TOKEN_FIELDS + _SELECTED)
     held_here = (todo >> _HELD_GATES) & _ALL
@@ -372,20 +539,48 @@ def _edit_group(
     taken_over = ((marks & _FOLLOWS) != 0) & (held_here != 0)
     if (idle & (deciding == 0)) | taken_over:
         return
+    columns = tl.arange(0, BLOCK)
+    encoded = tl.full((), 0, tl.int32)
+    if RANKING:
+        encoded, done = _encode_together(
+            hidden + first.to(tl.int64) * hidden_stride + columns,
+            residual + first.to(tl.int64) * residual_stride + columns,
+            columns < width,
+            streams,
+            tl.load(opened + first),
+            gates_here,
+            first_point,
+            points,
+            work + slot * n_points,
+            blocks + slot * n_points * _PASSES * _BLOCK_FIELDS,
+            read,
+            write,
+            laws,
+            following,
+            constants,
+            encoders,
+            latents + tl.load(latents_at + first),
+            arrived + first,
+            width,
+            SPLIT,
+            TILE,
+            BLOCK,
+        )
+        if done != 0:
+            return
     row = tl.load(tokens + first * _TOKEN_FIELDS + _ROW)
     decisions = tl.load(held + row)
     count = tl.full((), 1, tl.int32)
     if deciding:
         count += tl.load(tokens + first * _TOKEN_FIELDS + _FOLLOWERS)
 
-    columns = tl.arange(0, BLOCK)
     for step in range(count):
         token = first + step
         marks = tl.load(tokens + token * _TOKEN_FIELDS + _SELECTED)
         open_now = tl.load(opened + token)
         for place in range(points):
             point = first_point + place
-            open_now, decisions = _at_point(
+            open_now, decisions, encoded = _at_point(
                 hidden + token.to(tl.int64) * hidden_stride + columns,
                 residual + token.to(tl.int64) * residual_stride + columns,
                 ((streams >> place) & 1) != 0,
@@ -405,8 +600,13 @@ def _edit_group(
                 following,
                 constants,
                 gates,
+                encoders,
+                latents + tl.load(latents_at + token),
+                encoded,
                 width,
                 SPLIT,
+                RANKING,
+                TILE,
                 BLOCK,
             )
         if gates_here != 0:
@@ -415,11 +615,12 @@ def _edit_group(
         tl.store(held + row, decisions)
 
 
-def launch_shape(width: int) -> tuple[int, int]:
-    """The block and the number of warps for rows of `width`."""
+def launch_shape(width: int) -> tuple[int, int, int]:
+    """The block and the number of warps for rows of `width`, and how many rows of an encoder are
+    multiplied together."""
     block = triton.next_power_of_2(width)
-    warps = block // (_WARP * _FLOATS_PER_THREAD)
-    return block, min(max(warps, 1), _MOST_WARPS)
+    warps = min(max(block // (_WARP * _FLOATS_PER_THREAD), 1), _MOST_WARPS)
+    return block, warps, max(warps * _WARP * _NUMBERS_PER_THREAD // block, 1)
 
 
 def edit_group(
@@ -439,7 +640,7 @@ def edit_group(
     bank = tables.bank(group)
     _check(bank.width, buffers, hidden, residual)
     start, end = tables.first_points[group : group + 2]
-    block, warps = launch_shape(bank.width)
+    block, warps, tile = launch_shape(bank.width)
     other = hidden if residual is None else residual
     arguments: tuple[Any, ...] = (
         hidden,
@@ -464,6 +665,10 @@ def edit_group(
         bank.following,
         bank.constants,
         bank.gates,
+        tables.encoders.table,
+        buffers.latents,
+        buffers.latents_at,
+        buffers.arrived,
         group,
         start,
         end - start,
@@ -473,8 +678,23 @@ def edit_group(
         buffers.requests,
         bank.width,
     )
-    shape = {"SPLIT": residual is not None, "BLOCK": block, "num_warps": warps}
-    _edit_group[(hidden.shape[0],)](*arguments, **shape)
+    shape = {
+        "SPLIT": residual is not None,
+        "RANKING": len(buffers.latents) > 0,
+        "TILE": tile,
+        "BLOCK": block,
+        "num_warps": warps,
+    }
+    parts = _programs_per_token(hidden.shape[0], buffers)
+    _edit_group[(hidden.shape[0], parts)](*arguments, **shape)
+
+
+def _programs_per_token(tokens: int, buffers: StepBuffers) -> int:
+    """Few tokens leave processors idle, which then encode together; those of tokens that rank
+    nothing leave at once."""
+    if not len(buffers.latents):
+        return 1
+    return min(max(buffers.programs // tokens, 1), _MOST_PROGRAMS)
 
 
 def _check(width: int, buffers: StepBuffers, hidden: Tensor, residual: Tensor | None) -> None:

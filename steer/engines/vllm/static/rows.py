@@ -19,7 +19,7 @@ from steer.engines.vllm.taps.shifts import only_shifts
 from steer.plan.plan import Gate, SteeringPlan
 
 # Fields of a block's record, and the bits of its flags.
-FIRST, COUNT, CONSTANT, FLAGS, CHANNELS, SIDE = range(6)
+FIRST, COUNT, CONSTANT, FLAGS, CHANNELS, SIDE, ENCODER = range(7)
 BLOCK_FIELDS = 8
 REPLACES, PRESERVES, NEEDS_NORM, NEEDS_PLANE = 1, 2, 4, 8
 CHANNEL_EDITS = 2

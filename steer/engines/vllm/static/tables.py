@@ -19,17 +19,19 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from steer.batch.cutoffs import DeviceCutoffs
 from steer.batch.slots import Holding, SlotTables
 from steer.batch.tables import MAX_RULES
-from steer.engines.vllm.static.rows import BLOCK_FIELDS, Bank, Rows, Taken, rows_of
+from steer.engines.vllm.static.encoders import Encoders
+from steer.engines.vllm.static.rows import BLOCK_FIELDS, ENCODER, Bank, Rows, Taken, rows_of
 from steer.errors import CapacityError, TooLarge, Unsupported
 from steer.model import HookPoint, ModelInfo
 from steer.plan.plan import SteeringPlan, check_rules
 
 # Bits of `work`: from each on, one bit per rule.
-EDITS, TOKEN_GATES, HELD_GATES = 0, MAX_RULES, 2 * MAX_RULES
-"""Passes with a block here; with a gate that reads each token here; with one that the last prompt
-token decides here."""
+EDITS, TOKEN_GATES, HELD_GATES, RANKS = 0, MAX_RULES, 2 * MAX_RULES, 3 * MAX_RULES
+"""Rules with a block here; with a gate that reads each token here; with one that the last prompt
+token decides here; with a block that ranks the latents of a TopK SAE."""
 
 # Fields of a token's record; SELECTED also holds the marks.
 SLOT, ROW, SELECTED, FOLLOWERS = range(4)
@@ -42,6 +44,7 @@ pass; its request measures how large the edits are."""
 @dataclass
 class _StaticHolding(Holding):
     taken: dict[int, Taken] = field(kw_only=True)
+    encoders: list[str] = field(kw_only=True)
 
 
 class StaticTables(SlotTables[_StaticHolding]):
@@ -59,7 +62,9 @@ class StaticTables(SlotTables[_StaticHolding]):
         edit_rows: int = 4096,
         constant_rows: int | None = None,
         device: torch.device | str = "cpu",
+        cutoffs: DeviceCutoffs | None = None,
     ) -> None:
+        """`cutoffs` may be shared with other tables on `device`."""
         super().__init__(model, slots=slots, device=device, max_rules=MAX_RULES)
         self.points = tuple(point for group in groups for point in group)
         self.first_points = tuple(int(n) for n in np.cumsum([0, *map(len, groups)]))
@@ -68,6 +73,8 @@ class StaticTables(SlotTables[_StaticHolding]):
         capacity = Rows(edit_rows, edit_rows if constant_rows is None else constant_rows)
         widths = {model.width(point.site) for point in self.points}
         self.banks = {width: Bank(width, capacity, self.device) for width in sorted(widths)}
+        # A block that ranks latents has an edit: there are never more encoders than edit rows.
+        self.encoders = Encoders(edit_rows * len(self.banks), cutoffs or DeviceCutoffs(self.device))
         shape = (slots + 1, len(self.points))
         self.work = self._zeros(*shape)
         self.group_work = self._zeros(slots + 1, len(groups))
@@ -92,8 +99,6 @@ class StaticTables(SlotTables[_StaticHolding]):
         return frozenset(self._group_of[point] for point in {*plan.points, *read})
 
     def check(self, plan: SteeringPlan) -> None:
-        if plan.competes:
-            raise AssertionError("features that compete are not chosen inside CUDA graphs")
         check_rules(len(plan.rules), self.max_rules)
         for one in plan.rules:
             points = [*one.blocks, *([one.gate.point] if one.gate is not None else [])]
@@ -171,8 +176,9 @@ class StaticTables(SlotTables[_StaticHolding]):
     def _write(self, slot: int, plan: SteeringPlan) -> _StaticHolding:
         """Writes `plan` into `slot`: its rows, and then one copy for each table."""
         taken = {width: Taken() for width in self.banks}
-        work = np.zeros(len(self.points), dtype=np.int32)
-        group_work = np.zeros(self.groups, dtype=np.int32)
+        encoders: list[str] = []
+        work = np.zeros(len(self.points), dtype=np.int64)
+        group_work = np.zeros(self.groups, dtype=np.int64)
         blocks = np.zeros((len(self.points), MAX_RULES, BLOCK_FIELDS), dtype=np.int32)
         gate_rows = np.zeros(MAX_RULES, dtype=np.int32)
         for number, one in enumerate(plan.rules):
@@ -181,6 +187,10 @@ class StaticTables(SlotTables[_StaticHolding]):
                 index = self._index[point]
                 blocks[index, number] = self.banks[width].write_block(block, taken[width])
                 work[index] |= 1 << EDITS + number
+                if block.cutoff is not None:
+                    blocks[index, number, ENCODER] = self.encoders.take(block.cutoff)
+                    encoders.append(block.cutoff.identity)
+                    work[index] |= 1 << RANKS + number
             if one.gate is not None:
                 width = self.model.width(one.gate.point.site)
                 gate_rows[number] = self.banks[width].write_gate(one.gate, taken[width])
@@ -190,9 +200,10 @@ class StaticTables(SlotTables[_StaticHolding]):
             group_work[self._group_of[point]] |= work[index]
         self.blocks[slot] = torch.from_numpy(blocks).to(self.device)
         self.gate_rows[slot] = torch.from_numpy(gate_rows).to(self.device)
-        self.work[slot] = torch.from_numpy(work).to(self.device)
-        self.group_work[slot] = torch.from_numpy(group_work).to(self.device)
-        return _StaticHolding(slot, taken=taken)
+        # 32 bits, the highest of which is no sign.
+        self.work[slot] = torch.from_numpy(work.astype(np.int32)).to(self.device)
+        self.group_work[slot] = torch.from_numpy(group_work.astype(np.int32)).to(self.device)
+        return _StaticHolding(slot, taken=taken, encoders=encoders)
 
     def _clear(self, holding: _StaticHolding) -> None:
         """Makes a slot mean nothing again; its rows are unreachable then."""
@@ -200,6 +211,8 @@ class StaticTables(SlotTables[_StaticHolding]):
         self.work[holding.slot] = 0
         for width, taken in holding.taken.items():
             self.banks[width].give_back(taken)
+        for identity in holding.encoders:
+            self.encoders.give_back(identity)
         self._free.append(holding.slot)
 
     def _zeros(self, *shape: int) -> torch.Tensor:
@@ -217,11 +230,27 @@ class StepBuffers:
     a request measures. `lost` `[Q]` is 1 where an edit would have driven a row of the request
     beyond all numbers, and left it alone. `reached[g]` is set to `epoch` by every launch for
     group g.
+
+    A token that ranks the latents of a TopK SAE has room for them in `latents`, from
+    `latents_at` `[B]` on; the programs that encode it together are counted in `arrived` `[B]`.
+    `programs` is how many a launch may have in all, where that makes several for a token.
     """
 
-    def __init__(self, tables: StaticTables, *, batch_tokens: int, requests: int) -> None:
+    def __init__(
+        self,
+        tables: StaticTables,
+        *,
+        batch_tokens: int,
+        requests: int,
+        latents: int = 0,
+        programs: int = 1,
+    ) -> None:
+        """Without room for `latents`, no plan may rank any."""
         device = tables.device
-        self.batch_tokens, self.requests = batch_tokens, requests
+        self.batch_tokens, self.requests, self.programs = batch_tokens, requests, programs
+        self.latents = torch.zeros(latents, device=device)
+        self.latents_at = torch.zeros(batch_tokens, dtype=torch.int32, device=device)
+        self.arrived = torch.zeros(batch_tokens, dtype=torch.int32, device=device)
         self.tokens = torch.zeros(batch_tokens, TOKEN_FIELDS, dtype=torch.int32, device=device)
         # One tensor, so that one copy brings back what a pass did.
         groups = tables.groups

@@ -39,11 +39,13 @@ def visit(tap: int, hidden: Tensor, residual: Tensor | None) -> None:
 
 
 def _visit_pair(hidden: Tensor, residual: Tensor, tap: int) -> None:
-    visit(tap, hidden, residual)
+    if running is not None:
+        visit(tap, hidden, residual)
 
 
 def _visit_one(hidden: Tensor, tap: int) -> None:
-    visit(tap, hidden, None)
+    if running is not None:
+        visit(tap, hidden, None)
 
 
 def _nothing(*_: object) -> None:

@@ -68,6 +68,11 @@ def tap_of(point: HookPoint) -> int:
     return 2 * point.layer + (1 if point.site in ("attn_out", "resid_mid") else 2)
 
 
+def layer_of(tap: int) -> int:
+    """The layer whose modules `tap` is in."""
+    return (-1 - tap) // len(_INNER) if tap < 0 else max(tap - 1, 0) // 2
+
+
 class EagerTap(nn.Module):
     """A tap of an engine without torch.compile: a look at the running pass, in Python."""
 
@@ -76,8 +81,9 @@ class EagerTap(nn.Module):
         self.index = index
 
     def forward(self, hidden: Tensor, residual: Tensor | None) -> Halves:
-        if ops.running is not None:
-            ops.visit(self.index, hidden, residual)
+        running = ops.running  # asked here, which saves a call in every layer
+        if running is not None and self.index in running.taps:
+            running.visit(self.index, hidden, residual)
         return hidden, residual
 
     # Nobody hooks a tap, and a module's own call makes three of each.
@@ -187,9 +193,7 @@ class DecoderStack:
 
     def owns(self, point: HookPoint) -> bool:
         """Whether the tap that serves `point` is in one of these layers."""
-        tap = tap_of(point)
-        layer = point.layer if tap < 0 else max(tap - 1, 0) // 2
-        return layer in {index for index, _ in self.layers}
+        return layer_of(tap_of(point)) in {index for index, _ in self.layers}
 
 
 def install(stack: DecoderStack, make_tap: Callable[[int], nn.Module]) -> None:

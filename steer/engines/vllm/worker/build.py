@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from steer.batch.cutoffs import DeviceCutoffs
 from steer.engines.vllm.options import KEY, SteerOptions, is_static, registry_location
 from steer.engines.vllm.pipeline import own_part
 from steer.engines.vllm.static.form import StaticForm, set_form
@@ -19,6 +20,7 @@ from steer.engines.vllm.taps.inner_trial import Absent, open_inner_sites
 from steer.engines.vllm.taps.layouts import Unembed, choose_stack, find_unembedding
 from steer.engines.vllm.taps.shifts import ShiftTables
 from steer.engines.vllm.taps.streams import TrialPass, read_streams
+from steer.engines.vllm.taps.switch import TapSwitch
 from steer.engines.vllm.taps.taps import CompiledTap, DecoderStack, EagerTap, OpaqueTap, install
 from steer.engines.vllm.worker.edits import Edits, StaticEdits, TapEdits
 from steer.engines.vllm.worker.steering import WorkerSteering
@@ -71,35 +73,20 @@ def attach(read: ReadModel, vllm_config: Any, device: torch.device) -> WorkerSte
     stack = read.stack
     info = model_info(vllm_config, read)
     shards = shards_of(stack.inner)
-    scheduler = vllm_config.scheduler_config
-    requests, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
-    tokens = max(tokens, *(vllm_config.compilation_config.cudagraph_capture_sizes or [0]))
+    sizes = _Sizes.of(vllm_config)
+    shifts = _shift_tables(info, sizes, options, device) if compiles(vllm_config) else None
+    make_tap = partial(_tap, shifts=shifts, static=static)
     edits: Edits
     if static:
-        form = StaticForm(
-            info,
-            stack.taps,
-            max_requests=requests,
-            batch_tokens=tokens,
-            edit_rows=options.edit_rows,
-            device=device,
-        )
-        set_form(form)
-        edits = StaticEdits(form, TapEdits(info, requests, device))
+        edits = _static_edits(info, stack, sizes, options, device)
+        install(stack, make_tap)
+    elif shifts is not None:  # taps are traced
+        edits = TapEdits(info, sizes.requests, device, shards)
+        install(stack, make_tap)
     else:
-        edits = TapEdits(info, requests, device, shards)
-    shifts = None
-    if compiles(vllm_config):
-        specs = min(requests, _SHIFT_SPECS)
-        shifts = ShiftTables(
-            2 * info.n_layers + 1,
-            info.d_model,
-            variants=2 * requests + 1,
-            bank_rows=1 + (options.shift_rows or specs * info.n_layers),
-            batch_tokens=tokens,
-            device=device,
-        )
-    install(stack, lambda index: _tap(index, shifts, static=static))
+        modules = {number: layer.modules() for number, layer in stack.layers}
+        switch = TapSwitch(modules, lambda: install(stack, make_tap))
+        edits = TapEdits(info, sizes.requests, device, shards, switch=switch)
     load = plan_loader(PlanStore(registry_location()), info)
     if shards:
         load = load_together(load)
@@ -108,10 +95,56 @@ def attach(read: ReadModel, vllm_config: Any, device: torch.device) -> WorkerSte
         info,
         load if stages == 1 else (lambda sha256: own_part(load(sha256), stack.owns)),
         edits,
-        max_requests=requests,
+        max_requests=sizes.requests,
         shifts=shifts,
         owns=stack.owns,
         stages=stages,
+    )
+
+
+class _Sizes(NamedTuple):
+    """The most requests and the most tokens of one pass, padding among these."""
+
+    requests: int
+    tokens: int
+
+    @staticmethod
+    def of(vllm_config: Any) -> _Sizes:
+        scheduler = vllm_config.scheduler_config
+        captured = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
+        return _Sizes(scheduler.max_num_seqs, max(scheduler.max_num_batched_tokens, *captured))
+
+
+def _static_edits(
+    info: ModelInfo, stack: DecoderStack, sizes: _Sizes, options: SteerOptions, device: torch.device
+) -> StaticEdits:
+    """Edits in kernels, which the operators of this process launch from now on."""
+    cutoffs = DeviceCutoffs(device)
+    form = StaticForm(
+        info,
+        stack.taps,
+        max_requests=sizes.requests,
+        batch_tokens=sizes.tokens,
+        edit_rows=options.edit_rows,
+        device=device,
+        latents=options.latents_at_once,
+        cutoffs=cutoffs,
+    )
+    set_form(form)
+    return StaticEdits(form, TapEdits(info, sizes.requests, device, cutoffs=cutoffs))
+
+
+def _shift_tables(
+    info: ModelInfo, sizes: _Sizes, options: SteerOptions, device: torch.device
+) -> ShiftTables:
+    specs = min(sizes.requests, _SHIFT_SPECS)
+    return ShiftTables(
+        2 * info.n_layers + 1,
+        info.d_model,
+        variants=2 * sizes.requests + 1,
+        bank_rows=1 + (options.shift_rows or specs * info.n_layers),
+        batch_tokens=sizes.tokens,
+        device=device,
     )
 
 

@@ -11,24 +11,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from steer.batch.cutoffs import DeviceCutoffs
 from steer.batch.ledger import PositionLedger
 from steer.batch.requests import Ints, Span
 from steer.batch.slots import SlotTables
 from steer.batch.step import build_step
 from steer.batch.tables import Tables
 from steer.engines.vllm.static.form import Fault, StaticForm
+from steer.engines.vllm.static.graph_room import GraphRoom, Scheduled
 from steer.engines.vllm.taps.forward_pass import ForwardPass
 from steer.engines.vllm.taps.inner_sites import Shard
+from steer.engines.vllm.taps.switch import TapSwitch
+from steer.engines.vllm.taps.taps import layer_of
 from steer.engines.vllm.ticket import Ticket
 from steer.engines.vllm.worker.prepared import RunningPass, ScheduledRequest
+from steer.engines.vllm.worker.requests import WorkerRequest
 from steer.model import HookPoint, ModelInfo
 from steer.spec import Site
+
+TablesOf = Callable[[Ticket], SlotTables[Any]]
+"""The tables in which the plan of a request with this ticket has its slot."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +70,8 @@ class Edits(Protocol):
     def in_use(self) -> int:
         """Slots that running requests hold, of all tables."""
 
-    def tables_of(self, ticket: Ticket) -> SlotTables[Any]:
-        """The tables in which the plan of a request with this ticket has its slot."""
+    def tables_for(self, scheduled: Scheduled) -> TablesOf:
+        """Where plans have their slots in a step that computes `scheduled`."""
 
     def bind(self, ledger: Callable[[], PositionLedger]) -> None:
         """What passes do is written into the ledger that `ledger` gives from now on."""
@@ -70,6 +79,9 @@ class Edits(Protocol):
     def rehearsal(self, requests: int) -> Edits:
         """Edits for a start-up proof of so many requests; `bind` and `rest` give back what it
         takes."""
+
+    def graphless(self, scheduled: Scheduled) -> bool:
+        """Whether a step that computes `scheduled` must run without its CUDA graph."""
 
     def lasts(self, request: ScheduledRequest) -> bool:
         """Whether a pass with this request can be carried on, what it selects being fixed."""
@@ -95,24 +107,33 @@ class TapEdits:
         requests: int,
         device: torch.device,
         shards: Mapping[Site, Shard] | None = None,
+        cutoffs: DeviceCutoffs | None = None,
+        switch: TapSwitch | None = None,
     ) -> None:
-        """`shards` are the sites whose rows are split over workers."""
-        self._model, self.tables = model, Tables(model, slots=requests, device=device)
-        self._shards = shards or {}
+        """`shards` are the sites whose rows are split over workers; `cutoffs` may be shared with
+        other tables on `device`. Taps that have a `switch` are in place while they are needed."""
+        self._model = model
+        self.tables = Tables(model, slots=requests, device=device, cutoffs=cutoffs)
+        self._shards, self._switch = shards or {}, switch
         self._ledger: Callable[[], PositionLedger] | None = None
 
     @property
     def in_use(self) -> int:
         return self.tables.in_use
 
-    def tables_of(self, ticket: Ticket) -> Tables:  # noqa: ARG002 - all are alike here
-        return self.tables
+    def tables_for(self, scheduled: Scheduled) -> TablesOf:  # noqa: ARG002 - all are alike here
+        return lambda _: self.tables
+
+    def graphless(self, scheduled: Scheduled) -> bool:  # noqa: ARG002 - Python runs in every step
+        return False
 
     def bind(self, ledger: Callable[[], PositionLedger]) -> None:
         self._ledger = ledger
 
     def rehearsal(self, requests: int) -> TapEdits:
-        return TapEdits(self._model, requests, self.tables.device, self._shards)
+        return TapEdits(
+            self._model, requests, self.tables.device, self._shards, switch=self._switch
+        )
 
     def lasts(self, request: ScheduledRequest) -> bool:  # noqa: ARG002 - slots may change
         return True
@@ -128,12 +149,17 @@ class TapEdits:
         )
         wanted = frozenset(point for one in coming.reading for point in one.request.states)
         if step is None and not wanted:
+            self.rest()
             return None
         keep = _Keep(coming.reading) if wanted else None
-        return ForwardPass(step, coming.tokens, self._model.n_layers, wanted, keep, self._shards)
+        found = ForwardPass(step, coming.tokens, self._model.n_layers, wanted, keep, self._shards)
+        if self._switch is not None:
+            self._switch.turn(frozenset(map(layer_of, found.taps)))
+        return found
 
     def rest(self) -> None:
-        """Taps look at the running pass alone."""
+        if self._switch is not None:
+            self._switch.turn(frozenset())
 
     def collect(self) -> None:
         """Passes have written down everything themselves."""
@@ -141,20 +167,26 @@ class TapEdits:
 
 class StaticEdits:
     """`Edits` in kernels over static buffers, with `TapEdits` beside them for requests whose steps
-    run without their graph (`Ticket.graphless`)."""
+    run without their graph (`GraphRoom`)."""
 
     static = True
 
     def __init__(self, form: StaticForm, graphless: TapEdits) -> None:
         self._form, self.tables, self._graphless = form, form.tables, graphless
+        self._room = GraphRoom(form.latents)
         self._ledger: Callable[[], PositionLedger] | None = None
 
     @property
     def in_use(self) -> int:
         return self.tables.in_use + self._graphless.in_use
 
-    def tables_of(self, ticket: Ticket) -> SlotTables[Any]:
-        return self._graphless.tables if ticket.graphless else self.tables
+    def tables_for(self, scheduled: Scheduled) -> TablesOf:
+        excludes = partial(self._room.excludes, full=self._room.full(scheduled))
+        return lambda ticket: self._graphless.tables if excludes(ticket) else self.tables
+
+    def graphless(self, scheduled: Scheduled) -> bool:
+        full = self._room.full(scheduled)
+        return any(self._room.excludes(ticket, full=full) for ticket, _ in scheduled)
 
     def bind(self, ledger: Callable[[], PositionLedger]) -> None:
         self._ledger = ledger
@@ -169,10 +201,10 @@ class StaticEdits:
         """In kernels, as long as its tokens' slots stay the same."""
         one = request.request
         reads = one.reads_tokens or (one.plan is not None and one.plan.gated)
-        return one.ticket.graphless or one.plan is None or not reads
+        return self._in_python(one) or one.plan is None or not reads
 
     def begin(self, coming: ComingPass) -> RunningPass | None:
-        apart = [one for one in coming.steered if one.request.ticket.graphless]
+        apart = [one for one in coming.steered if self._in_python(one.request)]
         places = {one.offset for one in apart}
         spans = [span for span in coming.spans if span.offset not in places]
         kernels = self._form.begin(spans, coming.tokens, coming.fault)
@@ -184,6 +216,10 @@ class StaticEdits:
             return taps or kernels
         assert self._ledger is not None
         return MixedPass(kernels, taps, others, self._ledger)
+
+    def _in_python(self, request: WorkerRequest) -> bool:
+        """Whether Python steers a request in the coming pass, or reads its states."""
+        return request.tables is self._graphless.tables
 
     def rest(self) -> None:
         self._form.clear()

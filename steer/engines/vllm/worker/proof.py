@@ -4,7 +4,7 @@ One dummy pass is run in which the first token is not steered and each other one
 its own. Each steered token must end in another hidden state than in a plain pass, the first in the
 same to the bit: where a dummy request has several tokens, none comes before it. Each way in which
 edits run is proved by itself: the compiled graph's constants, its operator, and, where the operator
-is a kernel in CUDA graphs, Python in passes without them.
+is a kernel in CUDA graphs, the ranking of latents in it, and Python in passes without them.
 
 Each site must also be what its name says: what an edit adds there arrives as it is, nothing of its
 layer that comes before moves, and the streams after it move by as much as what is added to them.
@@ -14,22 +14,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from steer.engines.proof import States, edit_size, misplaced, probe_plan, probe_shift, unchanged
+from steer.engines.proof import (
+    States,
+    edit_size,
+    misplaced,
+    probe_plan,
+    probe_shift,
+    ranking_plan,
+    unchanged,
+)
 from steer.engines.vllm.ticket import CaptureOrder, Ticket
 from steer.engines.vllm.worker.prepared import BatchTokens
 from steer.engines.vllm.worker.steering import WorkerSteering
 from steer.errors import Unsupported
-from steer.model import INNER_SITES, HookPoint
+from steer.model import INNER_SITES, HookPoint, ModelInfo
 from steer.plan.plan import SteeringPlan
 from steer.plan.selection import EVERYWHERE
 
 _POINTS_AT_ONCE = 32
+_TOO_MANY = 1 << 31
+"""More latents than any graph has room for (`GraphRoom`)."""
 
 
 class Run(Protocol):
@@ -41,10 +51,16 @@ class Run(Protocol):
 
 
 class ProofPass(NamedTuple):
-    """How the edits of a proof run: as constants or as what reads the state; without graphs."""
+    """How the edits of a proof run: as constants, as what reads the state, or as what also ranks
+    latents; without graphs."""
 
-    constant: bool
-    graphless: bool
+    kind: Literal["constant", "reading", "ranking"]
+    graphless: bool = False
+
+    def plan(self, model: ModelInfo, point: HookPoint) -> SteeringPlan:
+        if self.kind == "ranking":
+            return ranking_plan(model, point)
+        return probe_plan(model, point, constant=self.kind == "constant")
 
 
 @dataclass(frozen=True)
@@ -68,9 +84,11 @@ def prove(steering: WorkerSteering, run: Run, largest: int, *, experts: bool) ->
         if steering.owns(HookPoint(layer, site))
     ]
     group = max(min(largest, steering.edits.tables.slots, _POINTS_AT_ONCE + 1) - 1, 1)
-    ways = [ProofPass(constant=True, graphless=False), ProofPass(constant=False, graphless=False)]
+    ways = [ProofPass("constant"), ProofPass("reading")]
     if steering.edits.static:
-        ways.append(ProofPass(constant=False, graphless=True))
+        ways.append(ProofPass("ranking", graphless=True))
+        if not steering.edits.graphless([(Ticket("", latents=2), _POINTS_AT_ONCE)]):
+            ways.append(ProofPass("ranking"))
     for first in range(0, len(points), group):
         some = points[first : first + group]
         plain = {
@@ -91,7 +109,7 @@ def _prove_acts(
     *,
     experts: bool,
 ) -> None:
-    probes = [_Probe(probe_plan(steering.model, point, constant=way.constant)) for point in points]
+    probes = [_Probe(way.plan(steering.model, point)) for point in points]
     steered, _ = _rehearse(steering, probes, run, graphless=way.graphless)
     for number, point in enumerate(points, 1):
         if torch.equal(steered[number], plain[number]) and not _is_idle(steering, run, point):
@@ -202,7 +220,7 @@ def _ticket(name: str, probe: _Probe, *, graphless: bool) -> Ticket:
         fingerprint=probe.plan.fingerprint,
         plan=name,
         selections=(EVERYWHERE,),
-        competes=graphless,  # what such plans run by, though these compete for nothing
+        latents=_TOO_MANY if graphless else probe.plan.latents,
         capture=capture,
     )
 

@@ -41,7 +41,7 @@ class WorkerRequest:
     plan: SteeringPlan | None
     row: int
     tables: SlotTables[Any]
-    """Where its plan holds a slot."""
+    """Where its plan holds a slot, or will."""
     inline: bool = False
     fault: str | None = None
     told: bool = False
@@ -104,8 +104,9 @@ class WorkerRequests:
         owns: Callable[[HookPoint], bool],
         collect: Callable[[], None] = lambda: None,
     ) -> None:
-        """`tables_of` says which tables hold the plan of a request with this ticket. `collect` is
-        called before the ledger is read: passes may still report to it."""
+        """`tables_of` says which tables hold the plan of a request with this ticket, in a step
+        that has room for it. `collect` is called before the ledger is read: passes may still report
+        to it."""
         self._collect = collect
         self._model, self._tables_of = model, tables_of
         self._load, self._inline, self._owns = load, inline, owns
@@ -176,11 +177,18 @@ class WorkerRequests:
             self._records.popitem(last=False)
 
     def steered(
-        self, request: WorkerRequest, scheduled: Callable[[], Iterable[WorkerRequest]]
+        self,
+        request: WorkerRequest,
+        tables: SlotTables[Any],
+        scheduled: Callable[[], Iterable[WorkerRequest]],
     ) -> SteeredRequest:
-        """What the coming pass knows of a request; `scheduled` are all that keep theirs."""
+        """What the coming pass knows of a request, whose plan has its slot in `tables` from now on;
+        `scheduled` are all that keep theirs."""
         if request.plan is None:
             raise AssertionError("only steered requests have requests")
+        if request.tables is not tables:
+            self._free_slot(request)
+            request.tables = tables
         if request.steered is None:
             if not request.tables.can_acquire(request.plan):
                 kept = {id(other) for other in scheduled()}

@@ -32,6 +32,7 @@ _MODEL_FORWARD = {"input_ids", "positions", "intermediate_tensors", "inputs_embe
 _DISPATCH = "_determine_batch_execution_and_padding"
 """Chooses the graph of a pass, or none."""
 _INPUT_BATCH = ("req_ids", "num_computed_tokens_cpu", "token_ids_cpu")
+_AS_EVER = nullcontext()
 
 
 class RunnerV1:
@@ -50,7 +51,8 @@ class RunnerV1:
         take_note(self._steering, output)
         self._scheduled = output.num_scheduled_tokens or None
         try:
-            with self._graphs(off=self._steering.graphless(output.num_scheduled_tokens)):
+            off = self._steering.graphless(output.num_scheduled_tokens)
+            with self._graphs(off=True) if off else _AS_EVER:
                 yield
         finally:
             self._scheduled = None

@@ -46,6 +46,7 @@ _BATCH_FIELDS = {
 _DISPATCH = "dispatch_cg_and_sync_dp"
 """Chooses the graph of a pass, or none, and agrees on it with other data-parallel ranks."""
 _PREPARE_INPUTS = ("input_batch", "req_states")
+_AS_EVER = nullcontext()
 
 
 class RunnerV2:
@@ -66,7 +67,8 @@ class RunnerV2:
         take_note(self._steering, output)
         self._computing = bool(output.num_scheduled_tokens)
         try:
-            with _graphs(off=self._steering.graphless(output.num_scheduled_tokens)):
+            off = self._steering.graphless(output.num_scheduled_tokens)
+            with _graphs(off=True) if off else _AS_EVER:
                 yield
         except BaseException:
             self._steering.abandon()

@@ -6,7 +6,7 @@ of which requests the next forward pass computes, and when that pass is over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,11 @@ from torch import Tensor
 
 from steer.batch.requests import NOBODY, Ints, Span
 from steer.engines.base import EngineStats
+from steer.engines.vllm.static.graph_room import Scheduled
 from steer.engines.vllm.taps import ops
 from steer.engines.vllm.taps.shifts import NoShifts, Shifts, ShiftTables
 from steer.engines.vllm.ticket import Ticket
-from steer.engines.vllm.worker.edits import ComingPass, Edits
+from steer.engines.vllm.worker.edits import ComingPass, Edits, TablesOf
 from steer.engines.vllm.worker.inline import assign_shifts
 from steer.engines.vllm.worker.prepared import BatchTokens, Prepared, ScheduledRequest
 from steer.engines.vllm.worker.requests import WorkerRequest, WorkerRequests
@@ -51,7 +52,7 @@ class WorkerSteering:
         self.owns, self.stages = owns, stages
         self.requests = WorkerRequests(
             model,
-            edits.tables_of,
+            edits.tables_for(()),
             load,
             rows=2 * max_requests,
             device=edits.tables.device,
@@ -95,12 +96,11 @@ class WorkerSteering:
         """Whether any request that runs, or waits in preemption, is steered or read."""
         return len(self.requests) > 0
 
-    def graphless(self, req_ids: Iterable[str]) -> bool:
-        """Whether a step with these requests must run without its CUDA graph."""
-        if not self.edits.static:
+    def graphless(self, tokens: Mapping[str, int]) -> bool:
+        """Whether a step with so many tokens of each request must run without its CUDA graph."""
+        if not (self.edits.static and self.busy):
             return False
-        known = (self.requests.get(req_id) for req_id in req_ids)
-        return any(one.ticket.graphless for one in known if one is not None)
+        return self.edits.graphless(self._scheduled(tokens.items()))
 
     def rest(self) -> None:
         """The coming pass steers nobody."""
@@ -191,7 +191,8 @@ class WorkerSteering:
             self.shifts, [one for one in placed if one.request.inline], total
         )
         general = [one for one in placed if not one.variants and one.request.plan is not None]
-        spans = self._spans(general, positions)
+        scheduled = self._scheduled(zip(batch.req_ids, batch.counts.tolist(), strict=True))
+        spans = self._spans(general, positions, self.edits.tables_for(scheduled))
         for span in spans:
             rows[span.place] = span.request.row
         reading = [one for one in placed if one.request.states]
@@ -209,14 +210,22 @@ class WorkerSteering:
             running,
         )
 
-    def _spans(self, placed: Sequence[ScheduledRequest], positions: Ints) -> list[Span]:
+    def _scheduled(self, tokens: Iterable[tuple[str, int]]) -> Scheduled:
+        """The tickets of those requests that have one, with their tokens."""
+        known = ((self.requests.get(req_id), count) for req_id, count in tokens)
+        return [(one.ticket, count) for one, count in known if one is not None]
+
+    def _spans(
+        self, placed: Sequence[ScheduledRequest], positions: Ints, tables_of: TablesOf
+    ) -> list[Span]:
         """The tokens of requests that have a place in the tables; one that finds no room is at
         fault, and its answer will be withheld."""
         requests = [one.request for one in placed]
         spans = []
         for one in placed:
             try:
-                steered = self.requests.steered(one.request, lambda: requests)
+                tables = tables_of(one.request.ticket)
+                steered = self.requests.steered(one.request, tables, lambda: requests)
             except CapacityError as error:
                 one.request.fault = error.message
             else:

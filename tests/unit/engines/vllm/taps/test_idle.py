@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import FrameType
 
 import torch
 
 from steer.engines.vllm.taps import ops
-from steer.engines.vllm.taps.taps import EagerTap
+from steer.engines.vllm.taps.taps import EagerTap, Halves
 
 
 class Visited:
@@ -22,7 +23,7 @@ class Visited:
         self.seen.append(tap)
 
 
-def calls(tap: EagerTap) -> list[str]:
+def calls(tap: Callable[..., Halves]) -> list[str]:
     """The Python functions that one call of `tap` runs."""
     found: list[str] = []
 
@@ -55,3 +56,9 @@ def test_a_tap_reaches_the_pass_that_has_something_to_do_there() -> None:
     finally:
         ops.set_running(None)
     assert passing.seen == [3]
+
+
+def test_an_idle_operator_looks_no_further() -> None:
+    found = calls(lambda *halves: (*halves, torch.ops.steer.visit_pair(*halves, 3))[:2])
+    assert "_visit_pair" in found
+    assert "visit" not in found

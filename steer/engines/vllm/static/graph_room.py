@@ -1,0 +1,39 @@
+"""Which requests of a step Python steers, so that the step runs without its CUDA graph.
+
+All workers must say the same of a step: stages of a pipeline pad alike with a graph and without one
+only if all of them choose alike. So it follows from the tickets in the step and from how many
+tokens of each it computes, which vLLM tells every worker, and from options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from steer.engines.vllm.ticket import Ticket
+
+Scheduled = Sequence[tuple[Ticket, int]]
+"""The requests of a step that have tickets, and how many tokens of each it computes."""
+
+
+@dataclass(frozen=True)
+class GraphRoom:
+    """What kernels have room for: `latents` of TopK SAEs, ranked by the tokens of one step."""
+
+    latents: int
+
+    def full(self, scheduled: Scheduled) -> bool:
+        """Whether a step ranks more. Python then steers all in it that rank: a matrix product reads
+        the SAE once, a kernel once for each token."""
+        ranked = (
+            ticket.latents * tokens
+            for ticket, tokens in scheduled
+            if not self.excludes(ticket, full=False)
+        )
+        return sum(ranked) > self.latents
+
+    def excludes(self, ticket: Ticket, *, full: bool) -> bool:
+        """Whether Python steers this request in a step that is `full`, or in one that is not:
+        states leave a pass in Python alone, and an SAE may have more latents than there is room
+        for."""
+        return ticket.capture is not None or ticket.latents > (0 if full else self.latents)
