@@ -74,13 +74,16 @@ class Workers:
             return [[{choice: {"error": "unknown"} for choice in fed} for _, fed in asked]]
         return [[{choice: made(n).as_json() for choice, n in fed.items()} for _, fed in asked]]
 
+    async def ask_engines(self, asked: list[tuple[str, dict[int, int]]]) -> list[Any]:
+        return [await self.ask(asked)]
+
 
 # Receipts
 
 
 async def test_receipts_asked_for_together_share_a_call() -> None:
     workers = Workers()
-    calls = ReceiptFetcher(workers.ask)
+    calls = ReceiptFetcher(workers.ask_engines)
     calls.drop("left")
     found = await asyncio.gather(*(calls.fetch(f"k{n}", {0: n, 1: n + 1}) for n in range(5)))
     assert [one.tokens_steered for one in found[3]] == [3, 4]
@@ -92,7 +95,7 @@ async def test_receipts_asked_for_together_share_a_call() -> None:
 
 async def test_a_receipt_that_cannot_be_had_raises() -> None:
     workers = Workers()
-    calls = ReceiptFetcher(workers.ask)
+    calls = ReceiptFetcher(workers.ask_engines)
     workers.fault = RuntimeError("gone")
     results = await asyncio.gather(
         calls.fetch("a", {0: 1}), calls.fetch("b", {0: 1}), return_exceptions=True
@@ -108,7 +111,7 @@ async def test_a_receipt_that_cannot_be_had_raises() -> None:
 async def test_one_who_leaves_keeps_nobody_waiting() -> None:
     workers = Workers()
     workers.answers.clear()
-    calls = ReceiptFetcher(workers.ask)
+    calls = ReceiptFetcher(workers.ask_engines)
     leaving = asyncio.create_task(calls.fetch("a", {0: 1}))
     staying = asyncio.create_task(calls.fetch("b", {0: 2}))
     await workers.asked.wait()
@@ -569,7 +572,7 @@ async def test_a_request_that_was_not_steered_empties_the_prefix_cache() -> None
     emptied = []
 
     async def ask(asked: list[tuple[str, dict[int, int]]]) -> list[Any]:
-        return [[{0: {"error": "its plan could not be read", "code": "not_steered"}}]]
+        return [[[{0: {"error": "its plan could not be read", "code": "not_steered"}}]]]
 
     async def cleanse() -> None:
         emptied.append(True)

@@ -68,6 +68,12 @@ def tap_of(point: HookPoint) -> int:
     return 2 * point.layer + (1 if point.site in ("attn_out", "resid_mid") else 2)
 
 
+def _tapped_layer(point: HookPoint) -> int:
+    """The layer that the tap of `point` is in."""
+    tap = tap_of(point)
+    return point.layer if tap < 0 else max(tap - 1, 0) // 2
+
+
 class EagerTap(nn.Module):
     """A tap of an engine without torch.compile: a look at the running pass, in Python."""
 
@@ -187,9 +193,11 @@ class DecoderStack:
 
     def owns(self, point: HookPoint) -> bool:
         """Whether the tap that serves `point` is in one of these layers."""
-        tap = tap_of(point)
-        layer = point.layer if tap < 0 else max(tap - 1, 0) // 2
-        return layer in {index for index, _ in self.layers}
+        return _tapped_layer(point) in {index for index, _ in self.layers}
+
+    def ends_before(self, point: HookPoint) -> bool:
+        """Whether the tap that serves `point` is in a layer behind these."""
+        return _tapped_layer(point) > self.layers[-1][0]
 
 
 def install(stack: DecoderStack, make_tap: Callable[[int], nn.Module]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steer.engines.vllm.messages import pack, unpack
+from steer.engines.vllm.pipeline import unknown_answer
 from steer.engines.vllm.worker.requests import WorkerRequests, receipt
 from steer.engines.vllm.worker.steering import WorkerSteering
 from steer.errors import NotFinite, SteerError
@@ -29,7 +30,6 @@ def info_answer(steering: WorkerSteering) -> dict[str, Any]:
         "static": steering.edits.static,
         "slots": steering.edits.tables.slots,
         "passes": steering.edits.tables.max_rules,
-        "stages": steering.stages,
     }
 
 
@@ -41,7 +41,7 @@ def receipt_answer(requests: WorkerRequests, key: str, fed: Mapping[int, int]) -
     for choice, tokens in fed.items():
         record = records.get(choice)
         if record is None:
-            answer[choice] = {"error": "this worker knows nothing of the request"}
+            answer[choice] = unknown_answer()
             continue
         try:
             found = receipt(record, tokens)

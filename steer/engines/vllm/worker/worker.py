@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from steer.engines.vllm.seams import version
+from steer.engines.vllm.worker.adapters import without_adapters
 from steer.engines.vllm.worker.answers import (
     capture_answer,
     info_answer,
@@ -77,7 +78,7 @@ class SteerWorker:
             worker.vllm_config,
             largest=runner.max_num_tokens,
         )
-        self._unembed = read.unembed
+        self._unembed = read.unembed and without_adapters(runner, read.unembed)
         self.steering = attach(read, worker.vllm_config, worker.device)
         self._runner = steered(runner, self.steering)
         look_at_logits(runner.get_model(), self.steering)
