@@ -42,6 +42,8 @@ SPECS = (
 )
 NAMES = (None, "one", "two")
 """The model itself, and its adapters."""
+SLOTS = 3
+"""One more than adapters: on a CPU, vLLM gives rows without an adapter the one in the last slot."""
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def steered(folder: Path) -> Iterator[Steered]:
         **vllm_engine.OPTIONS,
         **vllm_engine.ALL_SITES,
         enable_lora=True,
-        max_loras=2,
+        max_loras=SLOTS,
         max_lora_rank=8,
     )
     with Registry.open(folder / "registry") as registry:

@@ -88,16 +88,21 @@ async def with_receipt_inside(
 
     An error ends them with an event of its own: nothing of vLLM's is sent after it.
     """
-    number, ended = 0, False
+    number, ended, failed = 0, False, False
     try:
         with metrics.request(steering.profile, steering.vectors, steering.strengths):
             async with aclosing(events):
                 async for event in events:
-                    ended |= event.startswith((*_LAST, _EVENT_ERROR))
+                    failed |= event.startswith(_EVENT_ERROR)
+                    ended |= event.startswith(_LAST)
                     yield _with_inner(event, pending) if event.startswith(_LAST) else event
                     number += 1
+            if failed:
+                raise _Failed
             if not ended:
                 receipt_of(pending)
+    except _Failed:
+        pass
     except Exception as error:
         _, body = failure(pending.refused or error)
         told = {name: body["error"][name] for name in ("code", "message", "param")}
