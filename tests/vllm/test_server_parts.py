@@ -482,21 +482,21 @@ def test_vllm_knows_the_plugin_and_a_key_guards_all_of_it() -> None:
 async def test_a_field_that_nobody_hears_is_refused() -> None:
     app = FastAPI()
 
+    @app.post("/v1/messages")
     @app.post("/v1/responses")
-    @app.post("/v1/completions")
     @app.post("/tokenize")
     def answer(body: dict[str, Any]) -> dict[str, Any]:
         return body
 
     app.add_middleware(RefuseIgnoredField)
     asking = {"input": "x", "steering": {"interventions": []}}
-    refused = await call(app, "POST", "/v1/responses", json=asking)
+    refused = await call(app, "POST", "/v1/messages", json=asking)
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "/steering"
     for path, body in (
-        ("/v1/responses", {"input": 'the word "steering"'}),
-        ("/v1/responses", {"input": "x", "steering": None}),
-        ("/v1/completions", asking),
+        ("/v1/messages", {"input": 'the word "steering"'}),
+        ("/v1/messages", {"input": "x", "steering": None}),
+        ("/v1/responses", asking),
         ("/tokenize", asking),
     ):
         assert (await call(app, "POST", path, json=body)).json() == body

@@ -36,7 +36,6 @@ from steer_server.routes.artefacts import artefact_routers, body_limit
 from steer_server.settings import ServerSettings
 from steer_server.state import assemble
 from steer_server.vllm import generation, listing
-from steer_server.vllm.adapter_names import keep_apart
 from steer_server.vllm.figures import expose
 from steer_server.vllm.receipt_guard import ReceiptGuard
 from steer_server.vllm.settings import settings_of
@@ -113,7 +112,7 @@ async def serve(client: Any, state: Any, environment: Mapping[str, str]) -> None
 
     Raises what prevents it.
     """
-    keep_apart(state.openai_serving_models)
+    listing.keep_apart(state.openai_serving_models)
     served = state.openai_serving_models.base_model_paths[0].name
     settings = settings_of(
         environment, model=client.vllm_config.model_config.model, served_name=served

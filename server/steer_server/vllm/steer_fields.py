@@ -20,7 +20,7 @@ from steer_server.generation.steering import Steering, resolve
 from steer_server.http.json_body import SMALL, bounded_json
 from steer_server.http.openai_errors import invalid_field
 from steer_server.state import Serving
-from steer_server.vllm.adapter_names import served
+from steer_server.vllm.listing import served
 from steer_server.vllm.receipt_guard import SPEC_ARG, foreign_ticket
 
 FIELDS = frozenset(AddedFields.model_fields)

@@ -2,16 +2,19 @@
 
 Every stage computes the same tokens of the same requests, in the same order. A gate is decided in
 one layer and rules others behind it, which may lie on later stages; so what gates decided travels
-with the states (`worker/handover.py`), and the last stage knows of all of them. Other stages know
+with the states (`handing_on`), and the last stage knows of all of them. Other stages know
 of the gates up to their own end, and their receipts of no more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
+from steer.batch.gates import Decisions
+from steer.engines.vllm.seams import replaced
 from steer.model import HookPoint, forward_order
 from steer.plan.plan import Gate, SteeringPlan
 
@@ -19,7 +22,7 @@ Answers = Sequence[Mapping[int, Mapping[str, Any]]]
 """What one worker says to `steer_receipts`: for each request, its receipts by choice."""
 
 
-class Stage(Protocol):
+class OwnLayers(Protocol):
     """The layers of one worker among those of the whole model."""
 
     def owns(self, point: HookPoint) -> bool:
@@ -29,7 +32,7 @@ class Stage(Protocol):
         """Whether `point` lies behind them."""
 
 
-def own_part(plan: SteeringPlan, stage: Stage) -> SteeringPlan:
+def own_part(plan: SteeringPlan, stage: OwnLayers) -> SteeringPlan:
     """`plan` as `stage` runs it; its rules keep their numbers.
 
     They lose the edits of other stages, and a gate that reads behind this one, whose rule has no
@@ -46,10 +49,53 @@ def own_part(plan: SteeringPlan, stage: Stage) -> SteeringPlan:
     return replace(plan, rules=rules)
 
 
-def _own_gate(gate: Gate, stage: Stage) -> Gate | None:
+def _own_gate(gate: Gate, stage: OwnLayers) -> Gate | None:
     if stage.ends_before(gate.point):
         return None
     return gate if stage.owns(gate.point) else replace(gate, elsewhere=True)
+
+
+_OPENED, _READ = "steer_gates_opened", "steer_gates_read"
+"""The names that decisions have among the tensors of a stage."""
+
+
+class HandsOn(Protocol):
+    """A worker's steering, as far as it hands on what gates decided (`WorkerSteering`)."""
+
+    stages: int
+
+    def receive(self, decisions: Decisions) -> None:
+        """An earlier stage has decided this in the coming pass."""
+
+    def decisions(self) -> Decisions | None:
+        """What gates have decided in the last pass; None where nobody has one."""
+
+
+@contextmanager
+def handing_on(runner: Any, steering: HandsOn) -> Iterator[None]:
+    """Inside the block, what gates decided comes to `runner`, a model runner of vLLM's, with the
+    states that it is given, and goes on with those that it makes.
+
+    A model that is not split into stages has nothing to hand on.
+    """
+    execute = runner.execute_model
+
+    def execute_model(output: Any, given: Any = None, *args: Any, **named: Any) -> Any:
+        # Names are here before the tensors are, and nobody waits for these without need.
+        if given is not None and _OPENED in vars(given)["tensors"]:
+            steering.receive(Decisions(given.tensors.pop(_OPENED), given.tensors.pop(_READ)))
+        made = execute(output, given, *args, **named)
+        states = getattr(made, "tensors", None)
+        decided = None if states is None else steering.decisions()
+        if decided is None:
+            return made
+        return type(made)({**states, _OPENED: decided.opened, _READ: decided.values})
+
+    if steering.stages == 1:
+        yield
+        return
+    with replaced(runner, "execute_model", execute_model):
+        yield
 
 
 def merged_answers(workers: Sequence[Answers]) -> list[dict[int, dict[str, Any]]]:

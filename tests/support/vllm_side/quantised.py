@@ -1,5 +1,5 @@
-"""The demo model with quantised weights, as quantisers write it, and the same model with the weights
-that these stand for."""
+"""The demo model with quantised weights, as quantisers write it, and the same model with what these
+weights stand for."""
 
 from __future__ import annotations
 

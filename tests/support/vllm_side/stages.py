@@ -18,13 +18,12 @@ from artefacts import EVERYTHING, artefacts, random_spec, shape_of
 from torch import Tensor, nn
 
 from steer.artefacts.library import MemoryLibrary
-from steer.engines.vllm.pipeline import merged_answers, own_part
+from steer.engines.vllm.pipeline import handing_on, merged_answers, own_part
 from steer.engines.vllm.taps.layer_streams import FusedAdd
 from steer.engines.vllm.taps.taps import SITES, DecoderStack
 from steer.engines.vllm.ticket import Ticket
 from steer.engines.vllm.worker.answers import receipt_answer
 from steer.engines.vllm.worker.edits import Edits
-from steer.engines.vllm.worker.handover import handing_on
 from steer.engines.vllm.worker.prepared import BatchTokens
 from steer.engines.vllm.worker.steering import WorkerSteering
 from steer.errors import SteerError

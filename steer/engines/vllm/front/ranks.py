@@ -17,7 +17,7 @@ from steer.engines.vllm.seams import check
 async def ask_engines(client: Any, method: str, *args: Any) -> list[list[Any]]:
     """What the workers of each engine behind `client`, an `EngineClient`, answer; engines in the
     order of their ranks."""
-    core = getattr(client, "engine_core", None)
+    core: Any = getattr(client, "engine_core", None)
     engines = getattr(core, "core_engines", ())
     if len(engines) < 2:
         return [list(await client.collective_rpc(method, args=args))]

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from steer.batch.requests import Ints
 from steer.engines.vllm.internals import DISPATCH_V1, RUNNER_V1, STAGES
+from steer.engines.vllm.pipeline import handing_on
 from steer.engines.vllm.seams import check, forced
-from steer.engines.vllm.worker.handover import handing_on
 from steer.engines.vllm.worker.prepared import BatchTokens
 from steer.engines.vllm.worker.states import (
     empty_states,

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from steer.batch.requests import Ints
 from steer.engines.vllm.internals import DISPATCH_V2, RUNNER_V2, STAGES
+from steer.engines.vllm.pipeline import handing_on
 from steer.engines.vllm.seams import check, forced, version
-from steer.engines.vllm.worker.handover import handing_on
 from steer.engines.vllm.worker.prepared import BatchTokens
 from steer.engines.vllm.worker.states import (
     NULL_CONTEXT,

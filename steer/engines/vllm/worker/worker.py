@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from steer.engines.vllm.seams import version
-from steer.engines.vllm.worker.adapters import without_adapters
 from steer.engines.vllm.worker.answers import (
     capture_answer,
     info_answer,
     receipt_answer,
     unembed_answer,
+    without_adapters,
 )
 from steer.engines.vllm.worker.build import attach, read_model
 from steer.engines.vllm.worker.proof import prove
