@@ -215,7 +215,7 @@ class Models:
 
 @pytest.mark.parametrize("adapters", [("tiny:calm",), ("one", "one:calm")], ids=str)
 def test_an_adapter_that_has_a_profiles_name_stops_the_start(adapters: tuple[str, ...]) -> None:
-    with pytest.raises(Unsupported, match="name of (the|a) profile") as refused:
+    with pytest.raises(Unsupported, match=r"name of (the|a) profile") as refused:
         keep_apart(Models(*adapters))
     assert refused.value.code == "adapter_name"
 

@@ -159,6 +159,6 @@ def test_states_and_logits_are_those_of_what_the_weights_mean(
     found, wanted = of(runs, name), runs.wanted[name]
     for entry in [entry for entry in wanted if entry.startswith(f"{spec}/")]:
         assert difference(found[entry], wanted[entry]) < ERROR[FORMATS[name].dtype], entry
-    if spec != "plain":
+    if spec in ("add", "turned"):
         moved = difference(wanted[f"{spec}/logits"], wanted["plain/logits"])
-        assert moved > 2 * ERROR[FORMATS[name].dtype]
+        assert moved > 10 * ERROR[FORMATS[name].dtype]
