@@ -85,7 +85,7 @@ def handing_on(runner: Any, steering: HandsOn) -> Iterator[None]:
         if given is not None and _OPENED in vars(given)["tensors"]:
             steering.receive(Decisions(given.tensors.pop(_OPENED), given.tensors.pop(_READ)))
         made = execute(output, given, *args, **named)
-        states = getattr(made, "tensors", None)
+        states: Any = getattr(made, "tensors", None)
         decided = None if states is None else steering.decisions()
         if decided is None:
             return made
