@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from steer.batch.apply import apply_table
-from steer.batch.gates import Gates
+from steer.batch.gates import Decisions, Gates
 from steer.batch.ledger import Ledger
 from steer.batch.requests import NOBODY, Ints, Span
 from steer.batch.tables import Table, Tables, TableView
@@ -107,6 +107,15 @@ class Step:
             slots = self._tokens.slots
             after_prompt = np.full(slots.shape[1], -1, dtype=np.int64)
             self.slots = self._gates.close(self.slots, GatedTokens(after_prompt, slots))
+
+    def take(self, decisions: Decisions) -> None:
+        """Does what gates of earlier stages decided in this pass; called before the first hook."""
+        if self._gates is not None:
+            self._visited |= self._gates.take(decisions, self.slots)
+
+    def decisions(self) -> Decisions | None:
+        """What gates have decided in this pass; None where there are none."""
+        return None if self._gates is None else self._gates.decisions()
 
     def finish(self) -> None:
         """Counts what was applied; raises if a hook point was never reached (fail closed)."""

@@ -267,6 +267,8 @@ class GateTable:
         """Slots whose gate is decided here on the last prompt token and then held."""
         self.per_token = torch.zeros(slots, dtype=torch.bool, device=device)
         self.live: set[int] = set()
+        self.elsewhere = False
+        """Whether `point` lies on an earlier stage of a pipeline, which decides."""
 
     def write(self, slot: int, gate: Gate) -> None:
         self.direction[slot] = gate.direction.to(self.direction.device)
@@ -274,6 +276,7 @@ class GateTable:
         self.cosine[slot] = gate.cosine
         self.held[slot] = gate.prompt_scope
         self.per_token[slot] = not gate.prompt_scope
+        self.elsewhere = gate.elsewhere
         self.live.add(slot)
 
     def clear(self, slot: int) -> None:

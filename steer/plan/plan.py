@@ -29,7 +29,8 @@ AS_REQUESTED = frozenset({"requested", "capped", "above_null"})
 class Gate:
     """A condition on the residual stream: open where above < value < below.
 
-    `direction` is a unit row `[d]`; the value is the cosine, or the projection.
+    `direction` is a unit row `[d]`; the value is the cosine, or the projection. One that reads
+    `elsewhere` is decided by an earlier stage of a pipeline, whose decisions come with the states.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Gate:
     below: float
     cosine: bool
     prompt_scope: bool
+    elsewhere: bool = False
 
     @property
     def identity(self) -> tuple[object, ...]:

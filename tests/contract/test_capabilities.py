@@ -119,9 +119,9 @@ def test_the_table_holds_every_method_once() -> None:
 def test_vllm_offers_the_same_in_both_forms(static: bool) -> None:
     """What is not done inside CUDA graphs is done beside them; gradients it never has."""
     model = asdict(fake_model())
-    answer = {"model": model, "passes": 4, "stages": 1, "static": static, "slots": 8}
+    answer = {"model": model, "passes": 4, "static": static, "slots": 8}
     nobody: Any = None
-    engine = VllmEngine(nobody, ByteTokenizer(), answer, nobody, frozenset())
+    engine = VllmEngine(nobody, ByteTokenizer(), [[answer]], nobody, frozenset())
     able = engine.capabilities
     assert able.captures == engine.info.sites
     assert offered(able) == EVERY

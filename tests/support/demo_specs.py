@@ -73,6 +73,19 @@ SPECS: dict[str, dict[str, Any] | None] = {
     "a token gate": one(
         add("v1", layers=[2]), when={"vector": "v0", "below": 0.1, "layer": 1, "scope": "token"}
     ),
+    "a token gate on every later layer": one(
+        add("v3", layers=[1, 2, 4, 5]),
+        when={"vector": "v1", "above": 0.0, "layer": 1, "scope": "token"},
+    ),
+    "a token gate in the last layers": {
+        "interventions": [
+            ablate("v0"),
+            {
+                **add("v2", layers=[5]),
+                "when": {"vector": "v3", "above": 0.0, "layer": 4, "scope": "token"},
+            },
+        ]
+    },
     "a clamp": one({"kind": "clamp", "sae": "jumprelu", "features": [1, 5, 9], "value": 4.0}),
     "a clamp that competes": {
         "interventions": [

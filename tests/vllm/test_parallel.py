@@ -26,7 +26,7 @@ from liveness import LIVENESS_SECONDS
 
 from steer.engines.base import Completion
 from steer.engines.transformers.engine import TransformersEngine
-from steer.engines.vllm.pipeline import merged_answers
+from steer.engines.vllm.pipeline import gathered_answers, merged_answers, unknown_answer
 from steer.plan.cache import PlanCache
 from steer.registry.registry import Registry
 
@@ -74,14 +74,13 @@ def run(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
     """Runs a job in a process of its own, and all of vLLM's processes below it."""
     root = tmp_path_factory.mktemp("parallel")
 
-    def start(name: str, *, as_client: bool, gates: bool, **options: Any) -> Result:
+    def start(name: str, *, as_client: bool, **options: Any) -> Result:
         if EXECUTOR is not None:
             options["distributed_executor_backend"] = EXECUTOR
         job = {
             "registry": str(registry),
             "options": {**vllm_engine.OPTIONS, **vllm_engine.ALL_SITES, **options},
             "as_client": as_client,
-            "gates": gates,
             "out": str(root / f"{name}.json"),
             "tensors": str(root / f"{name}.pt"),
         }
@@ -119,7 +118,6 @@ def tensor_parallel(run: Callable[..., Result]) -> Result:
     return run(
         "tensor",
         as_client=True,
-        gates=True,
         tensor_parallel_size=2,
         max_model_len=parallel_runner.CONTEXT,
         hf_overrides={"max_position_embeddings": parallel_runner.CONTEXT},
@@ -128,13 +126,13 @@ def tensor_parallel(run: Callable[..., Result]) -> Result:
 
 @pytest.fixture(scope="module")
 def pipelined(run: Callable[..., Result]) -> Result:
-    return run("pipeline", as_client=False, gates=False, pipeline_parallel_size=2)
+    return run("pipeline", as_client=False, pipeline_parallel_size=2)
 
 
 def test_tensor_parallel_workers_give_the_same_tokens_and_receipts(
     tensor_parallel: Result, reference: TransformersEngine, plans: parallel_runner.Plans
 ) -> None:
-    assert_completions(tensor_parallel, reference, plans, gates=True)
+    assert_completions(tensor_parallel, reference, plans)
 
 
 def test_tensor_parallel_workers_capture_and_unembed(
@@ -185,26 +183,16 @@ def test_an_engine_core_that_replaces_a_killed_one_serves_the_same_plan(
 def test_pipeline_stages_give_the_same_tokens_and_receipts(
     pipelined: Result, reference: TransformersEngine, plans: parallel_runner.Plans
 ) -> None:
-    assert_completions(pipelined, reference, plans, gates=False)
+    assert_completions(pipelined, reference, plans)
+    gated = {name for name, plan in plans.items() if plan is not None and plan.gated}
+    assert len(gated) >= 5
+    assert {"prompt", "token"} == set(pipelined.answers["gate scopes"])
 
 
 def test_pipeline_stages_capture_and_unembed(
     pipelined: Result, reference: TransformersEngine, plans: parallel_runner.Plans
 ) -> None:
     assert_tensors(pipelined, reference, plans)
-
-
-def test_gates_across_pipeline_stages_are_refused_by_name(
-    pipelined: Result, reference: TransformersEngine, plans: parallel_runner.Plans
-) -> None:
-    answers = pipelined.answers
-    gated = {name for name, plan in plans.items() if plan is not None and plan.gated}
-    assert answers["gate scopes"] == []
-    assert answers["refused"] == dict.fromkeys(gated, "gates_across_stages")
-    # Where the front end lets one through, its answer is withheld and the engine goes on.
-    assert answers["withheld"] == dict.fromkeys(gated, "not_steered")
-    request = parallel_runner.same_request(plans["everything"], "after")
-    assert_same(answers["after"], reference.complete([request])[0], "after")
 
 
 # Putting together what workers say
@@ -228,6 +216,20 @@ def test_a_worker_that_did_not_steer_withholds_the_answer() -> None:
     assert "error" in merged_answers([[{0: _answer([1])}], [{}]])[0][0]
 
 
+def test_the_last_stage_says_what_gates_did() -> None:
+    """A stage knows the gates that it decides and those before it."""
+    gates = [{"name": name, "fired": 1, "value": None} for name in "ab"]
+    none = _answer([0])
+    first = _answer([1, 2], gates=gates[:1], tokens_steered=1, tokens_skipped=3)
+    last = _answer([4], gates=gates, tokens_steered=2, tokens_skipped=2)
+    workers = [[{0: answer}] for answer in (none, none, first, first, last, last)]
+    assert merged_answers(workers) == [
+        {0: _answer([0, 1, 2, 4], gates=gates, tokens_steered=2, tokens_skipped=2)}
+    ]
+    other = _answer([4], gates=gates, tokens_steered=3)
+    assert merged_answers([*workers, [{0: other}]])[0][0]["code"] == "workers_disagree"
+
+
 @pytest.mark.parametrize("name", ["tokens_steered", "tokens_skipped", "tokens_cached"])
 def test_workers_that_counted_differently_withhold_the_answer(name: str) -> None:
     workers = [
@@ -239,14 +241,25 @@ def test_workers_that_counted_differently_withhold_the_answer(name: str) -> None
     assert first[1] == _answer([1])
 
 
+def test_of_several_engines_the_one_that_ran_a_choice_answers_for_it() -> None:
+    nothing = unknown_answer()
+    ran = [[{0: _answer([1]), 1: nothing}], [{0: _answer([2]), 1: nothing}]]
+    other = [[{0: nothing, 1: _answer([1])}], [{0: nothing, 1: _answer([2])}]]
+    both = {0: _answer([1, 2]), 1: _answer([1, 2])}
+    assert gathered_answers([ran, other]) == gathered_answers([other, ran]) == [both]
+    lost = gathered_answers([ran, ran])[0]
+    assert lost[0] == both[0]
+    assert "error" in lost[1]
+    failed = {"error": "no such plan", "code": "not_steered"}
+    assert gathered_answers([[[{0: nothing}]], [[{0: failed}]]]) == [{0: failed}]
+
+
 def assert_completions(
     result: Result,
     reference: TransformersEngine,
     plans: parallel_runner.Plans,
-    *,
-    gates: bool,
 ) -> None:
-    requests = parallel_runner.sample(plans, gates=gates)
+    requests = parallel_runner.sample(plans)
     found = result.answers["completions"]
     assert len(found) == len(requests) >= 40
     for request, expected in zip(requests, reference.complete(requests), strict=True):

@@ -343,6 +343,79 @@ def test_compare_and_inspect(http: httpx.Client) -> None:
     assert "steering" not in bare
 
 
+# Responses
+
+
+@pytest.fixture(scope="module")
+def respond(client: openai.OpenAI) -> Callable[..., Any]:
+    """A greedy response, or its events; `steering` goes beside OpenAI's fields."""
+
+    def create(steering: Any = None, **fields: Any) -> Any:
+        extra = dict(fields.pop("extra_body", {}))
+        if steering is not None:
+            extra["steering"] = steering
+        return client.responses.create(
+            **{
+                "model": MODEL,
+                "input": QUESTION,
+                "temperature": 0,
+                "max_output_tokens": 24,
+                "extra_body": extra,
+                **fields,
+            }
+        )
+
+    return create
+
+
+def test_a_response_has_its_receipt(respond: Callable[..., Any], ask: Callable[..., Any]) -> None:
+    plain, steered = respond(), respond(steering=EVERYWHERE, extra_body={"receipt": "full"})
+    assert "steering" not in plain.model_extra
+    assert plain.output_text == text(ask())
+    assert steered.output_text == text(ask(steering=EVERYWHERE))
+    found = receipt(steered)
+    assert found["tokens_steered"] == steered.usage.total_tokens - 1
+    assert found["hook_points"][0]["relative_size"] > 0
+    assert receipt(respond(model=f"{MODEL}:french"))["tokens_steered"] == 1
+
+
+@pytest.mark.parametrize("limit", [24, 3])
+def test_a_streamed_response_ends_with_the_receipt(respond: Callable[..., Any], limit: int) -> None:
+    whole = respond(steering=FRENCH, max_output_tokens=limit)
+    events = list(respond(steering=FRENCH, max_output_tokens=limit, stream=True))
+    last = events[-1].response
+    assert last.model_extra["steering"] == receipt(whole)
+    assert last.output_text == whole.output_text
+    assert not any("steering" in event.model_dump_json() for event in events[:-1])
+    said = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(said) == whole.output_text
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert not any("steering" in event.model_dump_json() for event in respond(stream=True))
+
+
+def test_a_response_is_compared_and_read(respond: Callable[..., Any]) -> None:
+    plain = respond()
+    both = respond(steering=FRENCH, extra_body={"compare": True, "inspect": {"layers": [5]}})
+    assert both.output_text == FRENCH_ANSWER
+    (default,) = both.model_extra["default"]
+    assert default["content"][0]["text"] == plain.output_text
+    assert both.model_extra["inspect"]["cells"]
+
+
+def test_mistakes_in_a_response_are_named(http: httpx.Client) -> None:
+    def error(**fields: Any) -> tuple[int, str, str]:
+        asked = {"model": MODEL, "input": QUESTION, "max_output_tokens": 8, **fields}
+        response = http.post("/v1/responses", json=asked)
+        found = response.json()["error"]
+        return response.status_code, found["code"], found["param"]
+
+    unknown = {"interventions": [{"kind": "add", "vector": "frnch"}]}
+    assert error(steering=unknown) == (400, "unknown_vector", "/steering/interventions/0/vector")
+    assert error(model=f"{MODEL}:nobody") == (404, "model_not_found", "/model")
+    assert error(steering=FRENCH, background=True)[1:] == ("unsupported_parameter", "/background")
+    assert error(steering=FRENCH, compare=True, stream=True)[2] == "/compare"
+
+
 # Refusals
 
 
@@ -386,19 +459,19 @@ def test_the_errors_of_vllm_are_its_own(http: httpx.Client) -> None:
 
 
 def test_other_routes_take_a_spec_as_an_argument_and_as_no_field(http: httpx.Client) -> None:
-    asked = {"model": MODEL, "input": QUESTION, "max_output_tokens": 24, "temperature": 0}
+    asked = body()
     before = metrics(http)["steer_tokens_total{treatment=steered}"]
     answer = http.post(
-        "/v1/responses", json={**asked, "vllm_xargs": {"steering": json.dumps(FRENCH)}}
+        "/v1/messages", json={**asked, "vllm_xargs": {"steering": json.dumps(FRENCH)}}
     ).json()
-    assert answer["output"][0]["content"][0]["text"] == FRENCH_ANSWER
+    assert answer["content"][0]["text"] == FRENCH_ANSWER
     steered = "steer_tokens_total{treatment=steered}"
     eventually(lambda: metrics(http)[steered], lambda now: now > before)
     unknown = json.dumps({"interventions": [{"kind": "add", "vector": "frnch"}]})
-    refused = http.post("/v1/responses", json={**asked, "vllm_xargs": {"steering": unknown}})
+    refused = http.post("/v1/messages", json={**asked, "vllm_xargs": {"steering": unknown}})
     assert refused.status_code == 400
     assert "frnch" in refused.json()["error"]["message"]
-    unheard = http.post("/v1/responses", json={**asked, "steering": FRENCH})
+    unheard = http.post("/v1/messages", json={**asked, "steering": FRENCH})
     assert unheard.status_code == 400
     assert unheard.json()["error"]["param"] == "/steering"
 

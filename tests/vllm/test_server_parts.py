@@ -74,13 +74,16 @@ class Workers:
             return [[{choice: {"error": "unknown"} for choice in fed} for _, fed in asked]]
         return [[{choice: made(n).as_json() for choice, n in fed.items()} for _, fed in asked]]
 
+    async def ask_engines(self, asked: list[tuple[str, dict[int, int]]]) -> list[Any]:
+        return [await self.ask(asked)]
+
 
 # Receipts
 
 
 async def test_receipts_asked_for_together_share_a_call() -> None:
     workers = Workers()
-    calls = ReceiptFetcher(workers.ask)
+    calls = ReceiptFetcher(workers.ask_engines)
     calls.drop("left")
     found = await asyncio.gather(*(calls.fetch(f"k{n}", {0: n, 1: n + 1}) for n in range(5)))
     assert [one.tokens_steered for one in found[3]] == [3, 4]
@@ -92,7 +95,7 @@ async def test_receipts_asked_for_together_share_a_call() -> None:
 
 async def test_a_receipt_that_cannot_be_had_raises() -> None:
     workers = Workers()
-    calls = ReceiptFetcher(workers.ask)
+    calls = ReceiptFetcher(workers.ask_engines)
     workers.fault = RuntimeError("gone")
     results = await asyncio.gather(
         calls.fetch("a", {0: 1}), calls.fetch("b", {0: 1}), return_exceptions=True
@@ -108,7 +111,7 @@ async def test_a_receipt_that_cannot_be_had_raises() -> None:
 async def test_one_who_leaves_keeps_nobody_waiting() -> None:
     workers = Workers()
     workers.answers.clear()
-    calls = ReceiptFetcher(workers.ask)
+    calls = ReceiptFetcher(workers.ask_engines)
     leaving = asyncio.create_task(calls.fetch("a", {0: 1}))
     staying = asyncio.create_task(calls.fetch("b", {0: 2}))
     await workers.asked.wait()
@@ -479,21 +482,21 @@ def test_vllm_knows_the_plugin_and_a_key_guards_all_of_it() -> None:
 async def test_a_field_that_nobody_hears_is_refused() -> None:
     app = FastAPI()
 
+    @app.post("/v1/messages")
     @app.post("/v1/responses")
-    @app.post("/v1/completions")
     @app.post("/tokenize")
     def answer(body: dict[str, Any]) -> dict[str, Any]:
         return body
 
     app.add_middleware(RefuseIgnoredField)
     asking = {"input": "x", "steering": {"interventions": []}}
-    refused = await call(app, "POST", "/v1/responses", json=asking)
+    refused = await call(app, "POST", "/v1/messages", json=asking)
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "/steering"
     for path, body in (
-        ("/v1/responses", {"input": 'the word "steering"'}),
-        ("/v1/responses", {"input": "x", "steering": None}),
-        ("/v1/completions", asking),
+        ("/v1/messages", {"input": 'the word "steering"'}),
+        ("/v1/messages", {"input": "x", "steering": None}),
+        ("/v1/responses", asking),
         ("/tokenize", asking),
     ):
         assert (await call(app, "POST", path, json=body)).json() == body
@@ -569,7 +572,7 @@ async def test_a_request_that_was_not_steered_empties_the_prefix_cache() -> None
     emptied = []
 
     async def ask(asked: list[tuple[str, dict[int, int]]]) -> list[Any]:
-        return [[{0: {"error": "its plan could not be read", "code": "not_steered"}}]]
+        return [[[{0: {"error": "its plan could not be read", "code": "not_steered"}}]]]
 
     async def cleanse() -> None:
         emptied.append(True)

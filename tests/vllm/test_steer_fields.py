@@ -14,7 +14,7 @@ from anyio import to_thread
 
 from steer.artefacts.control_vector import ControlVector
 from steer.engines.vllm.front.ticket_issuer import TicketIssuer
-from steer.errors import SteerError
+from steer.errors import SteerError, Unsupported
 from steer.model import Capabilities, ModelInfo
 from steer.plan.cache import PlanCache
 from steer.registry.blobs.plan_store import PlanStore
@@ -24,16 +24,21 @@ from steer.spec import KINDS, parse_spec
 from steer_server.generation import kept_specs
 from steer_server.http.json_body import SMALL
 from steer_server.settings import ServerSettings
+from steer_server.vllm.listing import keep_apart
 from steer_server.vllm.steer_fields import SteerFields, planned, planned_text, take_fields
 
 INFO = ModelInfo("tiny", "LlamaForCausalLM", 4, 16, 64, 128)
 SPEC = {"interventions": [{"kind": "add", "vector": "v", "layers": [1]}]}
-MODELS = SimpleNamespace(is_base_model=lambda name: name == "tiny", lora_requests={})
+MODELS = SimpleNamespace(
+    is_base_model=lambda name: name == "tiny",
+    lora_requests={"french-lora": None, "org:other": None},
+)
 
 
 def asked(**fields: Any) -> Any:
     """One of vLLM's requests, as far as Steer looks at it."""
     base = {"model": "tiny", "stream": False, "use_beam_search": False, "vllm_xargs": None}
+    base["background"] = False
     own = {name: fields.pop(name) for name in base.keys() & fields.keys()}
     return SimpleNamespace(**{**base, **own}, model_extra=fields)
 
@@ -148,7 +153,13 @@ async def test_what_is_wrong_is_wrong_however_it_is_read(
         ({"steering": wrong}, "layer_out_of_range", "/steering/interventions/0/layers"),
         ({"steering": SPEC, "model": "tiny:calm"}, "steering_conflict", "/steering"),
         ({"steering": SPEC, "use_beam_search": True}, "unsupported_parameter", "/use_beam_search"),
+        ({"steering": SPEC, "background": True}, "unsupported_parameter", "/background"),
         ({"compare": True}, "nothing_to_compare", "/compare"),
+        (
+            {"inspect": {"layers": [1]}, "model": "french-lora"},
+            "unsupported_parameter",
+            "/inspect",
+        ),
     ):
         with pytest.raises(SteerError) as caught:
             await fields_of(serving, issuer, asked(**fields))  # type: ignore[arg-type]
@@ -171,3 +182,55 @@ async def test_a_spec_that_was_sent_before_is_not_parsed_again(
         with pytest.raises(SteerError, match="at least 1"):
             await fields_of(serving, issuer, asked(steering={"interventions": []}))
     assert parsed.count("/steering") == 1 + 3  # one that is wrong is looked at every time
+
+
+# Adapters
+
+
+@pytest.mark.parametrize("model", ["french-lora", "org:other", "tiny"])
+async def test_adapters_are_steered_by_specs_and_by_profiles(
+    serving: Any, issuer: TicketIssuer, model: str
+) -> None:
+    by_spec = await fields_of(serving, issuer, asked(model=model, steering=SPEC))
+    by_profile = await fields_of(serving, issuer, asked(model=f"{model}:calm"))
+    for found in (by_spec, by_profile):
+        assert found.model == model
+        assert found.ticket is not None
+    assert by_spec.ticket.fingerprint == by_profile.ticket.fingerprint  # type: ignore[union-attr]
+
+
+class Models:
+    """vLLM's models, of which `tiny` is one."""
+
+    def __init__(self, *adapters: str) -> None:
+        self.lora_requests = dict.fromkeys(adapters)
+
+    def is_base_model(self, name: str) -> bool:
+        return name == "tiny"
+
+    async def load_lora_adapter(self, request: Any, base_model_name: str | None = None) -> str:
+        self.lora_requests[request.lora_name] = None
+        return "loaded"
+
+
+@pytest.mark.parametrize("adapters", [("tiny:calm",), ("one", "one:calm")], ids=str)
+def test_an_adapter_that_has_a_profiles_name_stops_the_start(adapters: tuple[str, ...]) -> None:
+    with pytest.raises(Unsupported, match=r"name of (the|a) profile") as refused:
+        keep_apart(Models(*adapters))
+    assert refused.value.code == "adapter_name"
+
+
+async def test_an_adapter_that_would_have_a_profiles_name_is_not_loaded() -> None:
+    models = Models("one", "later:calm")
+    keep_apart(models)
+    for name, said in (
+        ("tiny:calm", "the profile 'calm' of the model 'tiny'"),
+        ("one:calm", "the profile 'calm' of the model 'one'"),
+        ("later", "'later:calm', which is loaded"),
+    ):
+        answer: Any = await models.load_lora_adapter(SimpleNamespace(lora_name=name))
+        assert said in answer.error.message
+        assert answer.error.code == 400
+        assert name not in models.lora_requests
+    for name in ("two", "org:two"):
+        assert await models.load_lora_adapter(SimpleNamespace(lora_name=name)) == "loaded"

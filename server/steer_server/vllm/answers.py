@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -20,7 +20,12 @@ _DONE = "data: [DONE]"
 _DATA = "data: "
 _ERROR = 'data: {"error"'
 
+_LAST = ("event: response.completed", "event: response.incomplete")
+"""How the last event of a streamed response begins; it holds the whole response."""
+_EVENT_ERROR = "event: error"
+
 Events = AsyncGenerator[str, None]
+AddReceipt = Callable[[Events, PendingReceipts, Steering, Metrics], Events]
 
 
 def receipt_of(pending: PendingReceipts) -> dict[str, Any]:
@@ -74,6 +79,43 @@ async def with_receipt(
                 raise _Failed
     except _Failed:
         pass
+
+
+async def with_receipt_inside(
+    events: Events, pending: PendingReceipts, steering: Steering, metrics: Metrics
+) -> Events:
+    """vLLM's events of a response, the receipt in the response that the last one holds.
+
+    An error ends them with an event of its own: nothing of vLLM's is sent after it.
+    """
+    number, ended, failed = 0, False, False
+    try:
+        with metrics.request(steering.profile, steering.vectors, steering.strengths):
+            async with aclosing(events):
+                async for event in events:
+                    failed |= event.startswith(_EVENT_ERROR)
+                    ended |= event.startswith(_LAST)
+                    yield _with_inner(event, pending) if event.startswith(_LAST) else event
+                    number += 1
+            if failed:
+                raise _Failed
+            if not ended:
+                receipt_of(pending)
+    except _Failed:
+        pass
+    except Exception as error:
+        _, body = failure(pending.refused or error)
+        told = {name: body["error"][name] for name in ("code", "message", "param")}
+        content = {"type": "error", "sequence_number": number, **told, **body}
+        yield f"{_EVENT_ERROR}\n{_DATA}{json.dumps(content)}\n\n"
+
+
+def _with_inner(event: str, pending: PendingReceipts) -> str:
+    head, _, data = event.partition(f"\n{_DATA}")
+    content = json.loads(data)
+    content["response"] |= receipt_of(pending)
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return f"{head}\n{_DATA}{text}\n\n"
 
 
 class _Failed(Exception):

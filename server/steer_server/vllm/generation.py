@@ -1,4 +1,5 @@
-"""POST /v1/chat/completions and /v1/completions: vLLM's own routes, with Steer's fields.
+"""POST /v1/chat/completions, /v1/completions and /v1/responses: vLLM's own routes, with Steer's
+fields.
 
 vLLM's functions do the work, so that tools, structured output, adapters and whatever else they
 know stay theirs. A request without Steer's fields is handed on as it came.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -18,18 +20,44 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 from vllm.entrypoints.openai.chat_completion import api_router as chat
 from vllm.entrypoints.openai.completion import api_router as completion
+from vllm.entrypoints.openai.responses import api_router as responses
 
 from steer.errors import SteerError
 from steer_server.generation.inspected import inspected
 from steer_server.http.error_route import SteerRoute
 from steer_server.state import Serving
-from steer_server.vllm.answers import receipt_of, with_fields, with_receipt
+from steer_server.vllm.answers import (
+    AddReceipt,
+    receipt_of,
+    with_fields,
+    with_receipt,
+    with_receipt_inside,
+)
 from steer_server.vllm.pending_receipts import PendingReceipts
-from steer_server.vllm.requests import PlainChatRequest, PlainCompletionRequest
+from steer_server.vllm.requests import (
+    PlainChatRequest,
+    PlainCompletionRequest,
+    PlainResponsesRequest,
+)
 from steer_server.vllm.steer_fields import SteerFields, concerns, planned, take_fields
 
 Call = Callable[[Any, Request], Awaitable[Response | None]]
 """One of vLLM's routes; answers None where the client has gone."""
+
+
+@dataclass(frozen=True)
+class TheirRoute:
+    """One of vLLM's routes: `stream` puts a receipt into its events, and the field `answer` of its
+    whole response holds what was said."""
+
+    call: Call
+    stream: AddReceipt
+    answer: str
+
+
+_CHAT = TheirRoute(chat.create_chat_completion, with_receipt, "choices")
+_COMPLETION = TheirRoute(completion.create_completion, with_receipt, "choices")
+_RESPONSES = TheirRoute(responses.create_responses, with_receipt_inside, "output")
 
 
 class SteeredRoute(SteerRoute):
@@ -52,7 +80,7 @@ async def create_chat_completion(
     request: PlainChatRequest, raw_request: Request
 ) -> Response | None:
     """vLLM's chat completion, with `steering`, `receipt`, `compare` and `inspect`."""
-    return await _answered(chat.create_chat_completion, request, raw_request)
+    return await _answered(_CHAT, request, raw_request)
 
 
 @router.post(**_like(completion.router, "/v1/completions"), response_model=None)
@@ -60,11 +88,17 @@ async def create_completion(
     request: PlainCompletionRequest, raw_request: Request
 ) -> Response | None:
     """vLLM's completion, with `steering`, `receipt`, `compare` and `inspect`."""
-    return await _answered(completion.create_completion, request, raw_request)
+    return await _answered(_COMPLETION, request, raw_request)
 
 
-async def _answered(call: Call, request: Any, raw_request: Request) -> Response | None:
-    state = raw_request.app.state
+@router.post(**_like(responses.router, "/v1/responses"), response_model=None)
+async def create_responses(request: PlainResponsesRequest, raw_request: Request) -> Response | None:
+    """vLLM's response, with `steering`, `receipt`, `compare` and `inspect`."""
+    return await _answered(_RESPONSES, request, raw_request)
+
+
+async def _answered(route: TheirRoute, request: Any, raw_request: Request) -> Response | None:
+    state, call = raw_request.app.state, route.call
     if not concerns(request, state.openai_serving_models):
         return await call(request, raw_request)
     serving: Serving = state.steer
@@ -81,15 +115,13 @@ async def _answered(call: Call, request: Any, raw_request: Request) -> Response 
         response = await call(request, raw_request)
         if isinstance(response, StreamingResponse):
             events = cast("Any", response.body_iterator)
-            response.body_iterator = with_receipt(events, pending, fields.steering, serving.metrics)
+            response.body_iterator = route.stream(events, pending, fields.steering, serving.metrics)
             return response
         if response is None or response.status_code >= 400:
             return response
         return with_fields(response, receipt_of(pending))
     try:
-        return await _whole(
-            lambda one: call(one, raw_request), serving, fields, pending, request, plain
-        )
+        return await _whole(route, raw_request, serving, fields, pending, request, plain)
     except _Refused as refused:
         return refused.response
 
@@ -103,7 +135,8 @@ class _Refused(Exception):
 
 
 async def _whole(
-    run: Callable[[Any], Awaitable[Response | None]],
+    route: TheirRoute,
+    raw_request: Request,
     serving: Serving,
     fields: SteerFields,
     pending: PendingReceipts,
@@ -113,9 +146,11 @@ async def _whole(
     """A response in one piece; `plain` is the same request without steering, to compare with."""
     steering = fields.steering
     with serving.metrics.request(steering.profile, steering.vectors, steering.strengths):
-        beside = None if plain is None else asyncio.ensure_future(run(plain))
+        beside = None
+        if plain is not None:
+            beside = asyncio.ensure_future(route.call(plain, raw_request))
         try:
-            response = await run(request)
+            response = await route.call(request, raw_request)
             default = None if beside is None else await beside
         finally:
             if beside is not None:
@@ -129,7 +164,7 @@ async def _whole(
                 raise _Refused(answer)
         added = receipt_of(pending)
         if default is not None:
-            added["default"] = json.loads(bytes(default.body))["choices"]
+            added["default"] = json.loads(bytes(default.body))[route.answer]
         if fields.added.inspect is not None:
             added["inspect"] = await inspected(
                 serving, fields.added.inspect, pending.prompts[0], steering

@@ -13,7 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from steer_server.http.json_body import parse_json
 from steer_server.http.openai_errors import refuse
 
-_HEARD = ("/v1/chat/completions", "/v1/completions", "/v1/steering/", "/v1/inspect/")
+_HEARD = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+_OURS = ("/v1/steering/", "/v1/inspect/")
 _SILENT = ("/render", "/derender", "/tokenize", "/detokenize", "/count_tokens")
 """How the paths of those routes end that generate nothing."""
 
@@ -52,7 +53,7 @@ def _examined(scope: Scope) -> bool:
     if scope["type"] != "http" or scope["method"] != "POST":
         return False
     path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/")
-    if path in _HEARD or path.startswith(_HEARD[2:]) or path.endswith(_SILENT):
+    if path in _HEARD or path.startswith(_OURS) or path.endswith(_SILENT):
         return False
     return b"json" in dict(scope["headers"]).get(b"content-type", b"")
 

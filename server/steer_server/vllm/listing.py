@@ -1,4 +1,8 @@
-"""What vLLM's server has beside generation: models with profiles, and what Steer can do here."""
+"""What vLLM's server has beside generation: models with profiles, and what Steer can do here.
+
+Adapters (LoRA) and profiles are both asked for as a model. `<model>:<profile>` is a profile,
+whatever the model: vLLM's own, or an adapter that it serves. So no adapter may be called like that.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,9 @@ from anyio import to_thread
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 from vllm.entrypoints.openai.models import api_router as theirs
+from vllm.entrypoints.serve import create_error_response
 
-from steer.errors import UnknownModel
+from steer.errors import UnknownModel, Unsupported
 from steer_server.http.error_route import SteerRoute
 from steer_server.routes import health
 from steer_server.state import Serving, ServingDep
@@ -52,6 +57,47 @@ def show_capabilities(serving: ServingDep) -> dict[str, Any]:
     # The other limits of Steer's own server are vLLM's to set here.
     able["limits"] = {"max_upload_bytes": serving.settings.max_upload_bytes}
     return able
+
+
+def served(models: Any, name: str) -> bool:
+    """Whether vLLM knows a model or an adapter `name`; `models` is its `OpenAIServingModels`."""
+    return bool(models.is_base_model(name)) or name in models.lora_requests
+
+
+def keep_apart(models: Any) -> None:
+    """Refuses adapters with names of profiles, those that are loaded later as well.
+
+    Raises `Unsupported` for one that is loaded already.
+    """
+    for name in models.lora_requests:
+        if (clash := _clash(models, name)) is not None:
+            raise Unsupported(clash, code="adapter_name")
+    load = models.load_lora_adapter
+
+    async def load_lora_adapter(request: Any, *args: Any, **named: Any) -> Any:
+        clash = _clash(models, request.lora_name)
+        if clash is not None:
+            return create_error_response(message=clash, err_type="InvalidUserInput")
+        return await load(request, *args, **named)
+
+    models.load_lora_adapter = load_lora_adapter
+
+
+def _clash(models: Any, name: str) -> str | None:
+    """What is wrong with an adapter called `name`."""
+    model, _, profile = name.rpartition(":")
+    if model and served(models, model):
+        return (
+            f"the adapter {name!r} has the name of the profile {profile!r} of the model {model!r}: "
+            "load it under a name without ':'"
+        )
+    mine = [other for other in models.lora_requests if other.rpartition(":")[0] == name]
+    if mine:
+        return (
+            f"the adapter {mine[0]!r}, which is loaded, would have the name of a profile of the "
+            f"adapter {name!r}: load this one under another name"
+        )
+    return None
 
 
 async def _profiles(serving: Serving, cards: list[dict[str, Any]]) -> list[dict[str, Any]]:

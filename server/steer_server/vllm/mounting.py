@@ -19,7 +19,6 @@ from steer.engines.transformers.checkpoints.found import known_model
 from steer.engines.transformers.checkpoints.shipped import add_shipped
 from steer.engines.vllm.front.ends import known_ends
 from steer.engines.vllm.front.engine import VllmEngine
-from steer.errors import Unsupported
 from steer.jobs import JobRunner
 from steer.registry.registry import Registry
 from steer_server.http.body_limit import BodyLimit
@@ -113,7 +112,7 @@ async def serve(client: Any, state: Any, environment: Mapping[str, str]) -> None
 
     Raises what prevents it.
     """
-    _check(client.vllm_config.parallel_config)
+    listing.keep_apart(state.openai_serving_models)
     served = state.openai_serving_models.base_model_paths[0].name
     settings = settings_of(
         environment, model=client.vllm_config.model_config.model, served_name=served
@@ -124,6 +123,7 @@ async def serve(client: Any, state: Any, environment: Mapping[str, str]) -> None
     plain = SimpleNamespace(
         generate=client.generate,
         collective_rpc=client.collective_rpc,
+        engine_core=client.engine_core,
         vllm_config=client.vllm_config,
     )
     engine = await VllmEngine.of_client(plain, copy.deepcopy(client.get_tokenizer()))
@@ -171,13 +171,3 @@ def _registry(settings: ServerSettings) -> Registry:
     )
     add_shipped(registry, settings.model)
     return registry
-
-
-def _check(parallel: Any) -> None:
-    """Receipts are asked of one engine, so that there must be no other that may have run it."""
-    if parallel.data_parallel_size > 1 and not parallel.data_parallel_external_lb:
-        raise Unsupported(
-            f"data_parallel_size={parallel.data_parallel_size}: receipts are only known of one "
-            "engine behind a server; start a server for each rank (--data-parallel-external-lb), "
-            "or several servers"
-        )

@@ -9,11 +9,11 @@ from typing import Any
 
 from steer.engines.base import Receipt
 from steer.engines.vllm.messages import leaves_unsteered, read_receipt
-from steer.engines.vllm.pipeline import merged_answers
+from steer.engines.vllm.pipeline import gathered_answers
 from steer.errors import EngineError
 
 Ask = Callable[[list[tuple[str, dict[int, int]]]], Awaitable[list[Any]]]
-"""Calls `steer_receipts` on all workers; the answers of each worker, in order."""
+"""Calls `steer_receipts` on all workers; the answers of each engine's, in order."""
 
 _MOST_DROPPED = 256
 
@@ -78,8 +78,8 @@ class ReceiptFetcher:
         dropped, self._dropped = self._dropped, []
         asked = [(one.key, one.fed) for one in batch]
         try:
-            workers = await self._ask([*asked, *((key, {}) for key in dropped)])
-            answers = merged_answers(workers)
+            engines = await self._ask([*asked, *((key, {}) for key in dropped)])
+            answers = gathered_answers(engines)
             unsteered = any(leaves_unsteered(one) for found in answers for one in found.values())
             if unsteered and self._cleanse is not None:
                 await self._cleanse()

@@ -20,6 +20,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 
 from steer.engines.base import Receipt
+from steer.engines.vllm.front.ranks import ask_engines
 from steer.engines.vllm.messages import take_off
 from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
 from steer.errors import NotFinite, SpecError, SteerError
@@ -56,7 +57,7 @@ class ReceiptGuard:
         self._generate: Callable[..., Outputs] = client.generate
         self._metrics, self._read_text = metrics, read_text
         self._calls = ReceiptFetcher(
-            lambda asked: client.collective_rpc("steer_receipts", args=(asked,)),
+            lambda asked: ask_engines(client, "steer_receipts", asked),
             client.reset_prefix_cache,
         )
         self._pending: WeakValueDictionary[str, PendingReceipts] = WeakValueDictionary()

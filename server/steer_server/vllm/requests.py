@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import model_validator
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
 from steer_server.generation.neutral_values import without_nulls
 
@@ -33,6 +34,15 @@ class PlainChatRequest(ChatCompletionRequest):  # type: ignore[misc]
 
 class PlainCompletionRequest(CompletionRequest):  # type: ignore[misc]
     """vLLM's completion request."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, data: Any) -> Any:
+        return _without_neutral(data) if isinstance(data, dict) else data
+
+
+class PlainResponsesRequest(ResponsesRequest):  # type: ignore[misc]
+    """vLLM's request for a response."""
 
     @model_validator(mode="before")
     @classmethod

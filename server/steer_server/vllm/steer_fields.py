@@ -20,19 +20,25 @@ from steer_server.generation.steering import Steering, resolve
 from steer_server.http.json_body import SMALL, bounded_json
 from steer_server.http.openai_errors import invalid_field
 from steer_server.state import Serving
+from steer_server.vllm.listing import served
 from steer_server.vllm.receipt_guard import SPEC_ARG, foreign_ticket
 
 FIELDS = frozenset(AddedFields.model_fields)
+_UNSTEERABLE = {
+    "use_beam_search": "a beam search",
+    "background": "a response that is made in the background, and so without a receipt,",
+}
 
 
 @dataclass(frozen=True)
 class AskedFields:
-    """What a request asks of Steer: of the model `name`, which vLLM knows as `model`."""
+    """What a request asks of Steer: of the model `name`, which vLLM knows as `model`; `unsteerable`
+    is a field of vLLM's that allows no steering."""
 
     added: AddedFields
     name: str
     model: str | None
-    beams: bool = False
+    unsteerable: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ def concerns(request: Any, models: Any) -> bool:
         return True
     if xargs and (EXTRA_ARG in xargs or SPEC_ARG in xargs):
         return True
-    return request.model is not None and not _known(models, request.model) and ":" in request.model
+    return request.model is not None and ":" in request.model and not served(models, request.model)
 
 
 async def planned(
@@ -83,12 +89,20 @@ def take_fields(serving: Serving, request: Any, models: Any) -> AskedFields:
     added.check_stream(request.stream)
     model = request.model
     name, base = serving.model_name, model
-    if model is not None and not _known(models, model):
+    if model is not None and not served(models, model):
         prefix, _, profile = model.rpartition(":")
         # Any other name that is not served is vLLM's to refuse.
-        if prefix and _known(models, prefix):
+        if prefix and served(models, prefix):
             name, base = f"{serving.model_name}:{profile}", prefix
-    return AskedFields(added, name, base, beams=bool(request.use_beam_search))
+    if added.inspect is not None and base in models.lora_requests:
+        raise Unsupported(
+            f"'inspect' reads the model itself, and not with the adapter {base!r}: leave it out, "
+            f"or ask {serving.model_name!r}",
+            param="/inspect",
+            code="unsupported_parameter",
+        )
+    unsteerable = next((one for one in _UNSTEERABLE if getattr(request, one, False)), None)
+    return AskedFields(added, name, base, unsteerable)
 
 
 async def planned_text(
@@ -136,10 +150,11 @@ def _with_ticket(
         )
     if plan is None and added.inspect is None:
         return SteerFields(added, steering, asked.model, None)
-    if asked.beams:
+    if asked.unsteerable is not None:
         raise Unsupported(
-            "a beam search cannot be steered or inspected: leave 'use_beam_search' out",
-            param="/use_beam_search",
+            f"{_UNSTEERABLE[asked.unsteerable]} cannot be steered or inspected: leave "
+            f"{asked.unsteerable!r} out",
+            param=f"/{asked.unsteerable}",
             code="unsupported_parameter",
         )
     ticket = issuer.issue(plan, measure=added.receipt == "full", attached=True)
@@ -179,7 +194,3 @@ def _spec(text: Any) -> SteeringSpec:
     if not isinstance(content, Mapping):
         raise SpecError("the spec in 'vllm_xargs' is not a JSON object", param=at)
     return spec_of(content, at=at)
-
-
-def _known(models: Any, name: str) -> bool:
-    return bool(models.is_base_model(name)) or name in models.lora_requests

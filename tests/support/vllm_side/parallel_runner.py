@@ -65,10 +65,9 @@ def late_vector() -> Any:
     return random_vector(77, *range(demo_specs.LAYERS), width=demo_specs.WIDTH)
 
 
-def sample(plans: Plans, *, gates: bool) -> list[GenerationRequest]:
+def sample(plans: Plans) -> list[GenerationRequest]:
     """Two greedy requests for each spec, in a mixed order."""
-    chosen = {name: plan for name, plan in plans.items() if gates or plan is None or not plan.gated}
-    return demo_specs.requests_for(chosen, 2 * len(chosen), seed=11)
+    return demo_specs.requests_for(dict(plans), 2 * len(plans), seed=11)
 
 
 def same_request(plan: SteeringPlan | None, name: str, tokens: int = 12) -> GenerationRequest:
@@ -101,14 +100,12 @@ def capture_all(engine: Engine, plans: Plans) -> dict[str, torch.Tensor]:
 
 
 def _compiled(engine: VllmEngine) -> Plans:
-    """All specs, also those with gates where the engine has none: it has to refuse their plans."""
-    every = replace(engine.capabilities, gate_scopes=("prompt", "token"))
-    stream = demo_specs.compiled(PlanCache(demo_specs.LIBRARY, engine.info, every))
-    return stream | inner_specs.compiled(engine.info, every)
+    stream = demo_specs.compiled(PlanCache(demo_specs.LIBRARY, engine.info, engine.capabilities))
+    return stream | inner_specs.compiled(engine.info, engine.capabilities)
 
 
 def _run(engine: VllmEngine, plans: Plans, job: Mapping[str, Any]) -> dict[str, Any]:
-    requests = sample(plans, gates=job["gates"])
+    requests = sample(plans)
     done = engine.complete(requests)
     torch.save(capture_all(engine, plans), job["tensors"])
     stats = engine.stats()
@@ -133,20 +130,7 @@ def _error(engine: VllmEngine, request: GenerationRequest) -> str:
 def load(job: Mapping[str, Any]) -> dict[str, Any]:
     """An engine as a library: `VllmEngine.load`, whose core runs in a process of its own."""
     with VllmEngine.load(registry=job["registry"], **job["options"]) as engine:
-        plans = _compiled(engine)
-        result = _run(engine, plans, job)
-        if not job["gates"]:
-            gated = [(name, plan) for name, plan in plans.items() if plan and plan.gated]
-            result["refused"] = {
-                name: _error(engine, same_request(plan, name)) for name, plan in gated
-            }
-            engine._stages = 1  # a front end that does not know better
-            result["withheld"] = {
-                name: _error(engine, same_request(plan, name)) for name, plan in gated
-            }
-            after = engine.complete([same_request(plans["everything"], "after")])[0]
-            result["after"] = as_json(after)
-    return result
+        return _run(engine, _compiled(engine), job)
 
 
 async def client(job: Mapping[str, Any]) -> dict[str, Any]:

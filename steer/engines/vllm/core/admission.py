@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 from steer.batch.tables import MAX_RULES
 from steer.engines.vllm.core.scheduler import holds_back
+from steer.engines.vllm.internals import CORE, FRONT
 from steer.engines.vllm.options import KEY, SteerOptions, registry_location
-from steer.engines.vllm.seams import CHECKED, known
+from steer.engines.vllm.seams import CHECKED, check
 from steer.engines.vllm.static.rows import budget_rows
 from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
 from steer.errors import SpecError, SteerError, TooLarge, Unsupported
@@ -46,7 +47,7 @@ def check_tickets(examine: Examine | None = None) -> None:
 
     process = InputProcessor.process_inputs
     if not hasattr(process, CHECKED):
-        known(InputProcessor, "process_inputs", *_PROCESS_INPUTS)
+        check(*FRONT)
 
         @wraps(process)
         def process_inputs(self: Any, *args: Any, **named: Any) -> Any:
@@ -64,7 +65,7 @@ def check_tickets(examine: Examine | None = None) -> None:
 
     preprocess = EngineCore.preprocess_add_request
     if not hasattr(preprocess, CHECKED):
-        known(EngineCore, "preprocess_add_request", "self", "request")
+        check(*CORE)
 
         @wraps(preprocess)
         def preprocess_add_request(self: Any, request: Any) -> Any:
@@ -112,24 +113,6 @@ def check_rows(ticket: Ticket, budget: int) -> None:
             code="too_many_edit_rows",
             param="/interventions",
         )
-
-
-_PROCESS_INPUTS = (
-    "self",
-    "request_id",
-    "prompt",
-    "params",
-    "supported_tasks",
-    "arrival_time",
-    "lora_request",
-    "tokenization_kwargs",
-    "trace_headers",
-    "priority",
-    "data_parallel_rank",
-    "resumable",
-    "session_id",
-    "kv_hints",
-)
 
 
 def _ticket(request: Any) -> Ticket | None:

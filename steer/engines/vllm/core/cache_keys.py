@@ -29,7 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from steer.engines.vllm.seams import known, version
+from steer.engines.vllm.internals import CACHE_KEYS
+from steer.engines.vllm.seams import check, version
 from steer.engines.vllm.ticket import Ticket
 from steer.errors import EngineError
 from steer.plan.selection import EVERYWHERE, Selection
@@ -37,7 +38,6 @@ from steer.plan.selection import EVERYWHERE, Selection
 ExtraKeys = tuple[Any, ...] | None
 
 _NAME = "generate_block_hash_extra_keys"
-_PARAMETERS = ("request", "start_token_idx", "end_token_idx", "start_mm_idx")
 _ORIGINAL = "steer_original"
 _MEMO = "_steer_footprint"
 
@@ -107,7 +107,8 @@ def fork_block_keys() -> None:
 
     forked = vars(kv_cache_utils).get(_NAME)
     if not hasattr(forked, _ORIGINAL):
-        forked = _forked(known(kv_cache_utils, _NAME, *_PARAMETERS))
+        check(*CACHE_KEYS)
+        forked = _forked(vars(kv_cache_utils)[_NAME])
         setattr(kv_cache_utils, _NAME, forked)
     original = getattr(forked, _ORIGINAL)
     # Modules that import the name later get the fork; these have the original already.

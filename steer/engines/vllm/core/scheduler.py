@@ -17,8 +17,9 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from steer.engines.vllm.core.attached import AttachedReceipts
 from steer.engines.vllm.core.cache_keys import assert_forked, ticket_of
+from steer.engines.vllm.internals import SCHEDULER
 from steer.engines.vllm.options import SteerOptions
-from steer.engines.vllm.seams import calls, known
+from steer.engines.vllm.seams import check
 from steer.errors import EngineError, Unsupported
 
 
@@ -76,7 +77,7 @@ class _WaitsForRows(Scheduler):  # type: ignore[misc]  # vLLM comes without type
         # vLLM only logs a plugin that fails to load; here, in the engine core, it fails closed.
         assert_forked()
         assert_checked()
-        _check_seams()
+        check(*SCHEDULER)
         super().__init__(*args, **named)
         self.edit_rows = RowBudget(SteerOptions.of(self.vllm_config.additional_config).edit_rows)
         self.receipts = AttachedReceipts()
@@ -135,7 +136,7 @@ def scheduler_name(scheduler_config: Any) -> str:
             "edit rows: start vLLM without scheduler_cls",
             code="unsupported_scheduler",
         )
-    _check_seams()
+    check(*SCHEDULER)
     return f"{subclass.__module__}.{subclass.__qualname__}"
 
 
@@ -145,14 +146,3 @@ def holds_back(scheduler_config: Any) -> bool:
     if isinstance(chosen, str):
         return chosen in _NAMES
     return isinstance(chosen, type) and issubclass(chosen, _WaitsForRows)
-
-
-def _check_seams() -> None:
-    """Raises `Unsupported` for a version of vLLM in which the overrides would not act."""
-    hold, free = "_handle_blocked_waiting_request", "_free_request"
-    known(Scheduler, hold, "self", "request")
-    known(Scheduler, free, "self", "request", "delay_free_blocks")
-    calls(known(Scheduler, "schedule", "self", "throttle_prefills"), hold)
-    calls(known(Scheduler, "finish_requests", "self", "request_ids", "finished_status"), free)
-    output = ("self", "scheduler_output", "model_runner_output")
-    calls(known(Scheduler, "update_from_output", *output), free)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def unembed(driver: Driver, states: Tensor, info: ModelInfo) -> Tensor:
     """The logits `[..., vocab]` of states `[..., d_model]` after the last layer."""
     rows = states.reshape(-1, states.shape[-1])
     answers = driver.rpc("steer_unembed", pack(rows))
-    data = next(answer for answer in answers if answer is not None)
+    data = next(answer for answer in chain(*answers) if answer is not None)
     return unpack(data, info.vocab_size).reshape(*states.shape[:-1], -1)
 
 
@@ -103,7 +104,7 @@ def _logprobs(
     if not every:
         return [() for _ in prompts]
     answers = driver.rpc("steer_logprobs", pack(torch.cat(rows)), every, request.logprobs)
-    found = iter(read_logprobs(next(answer for answer in answers if answer is not None)))
+    found = iter(read_logprobs(next(answer for answer in chain(*answers) if answer is not None)))
     return [tuple(next(found) for _ in said) for said in tokens]
 
 
@@ -135,9 +136,10 @@ def _messages(tickets: Sequence[Ticket], info: ModelInfo) -> Iterator[list[Ticke
 
 
 def _fetched(driver: Driver, tickets: Sequence[Ticket]) -> list[dict[str, bytes]]:
-    """What the workers kept under each ticket, of all stages together."""
-    workers = driver.rpc("steer_captured", [ticket.key for ticket in tickets])
-    return [dict(ChainMap(*stages)) for stages in zip(*workers, strict=True)]
+    """What the workers kept under each ticket, of all stages together; an engine that had no part
+    in a prompt kept nothing of it."""
+    workers = chain(*driver.rpc("steer_captured", [ticket.key for ticket in tickets]))
+    return [dict(ChainMap(*found)) for found in zip(*workers, strict=True)]
 
 
 def _states(found: Mapping[str, bytes], ticket: Ticket, info: ModelInfo) -> dict[HookPoint, Tensor]:

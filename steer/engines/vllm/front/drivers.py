@@ -14,9 +14,10 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, Protocol
 
+from steer.engines.vllm.front.ranks import ask_engines
 from steer.engines.vllm.front.sequences import RunningSequence, vllm_sampling
 from steer.engines.vllm.messages import leaves_unsteered
-from steer.engines.vllm.pipeline import merged_answers
+from steer.engines.vllm.pipeline import gathered_answers, merged_answers
 from steer.errors import EngineError, SteerError
 
 
@@ -33,8 +34,8 @@ class Driver(Protocol):
     def cancel(self, sequence: RunningSequence) -> None:
         """Ends a sequence that may or may not be running."""
 
-    def rpc(self, method: str, *args: Any) -> list[Any]:
-        """The answers of all workers to a call between two steps."""
+    def rpc(self, method: str, *args: Any) -> list[list[Any]]:
+        """The answers of the workers of each engine to a call between two steps."""
 
 
 class _Stepper:
@@ -142,8 +143,8 @@ class InlineDriver:
     def cancel(self, sequence: RunningSequence) -> None:
         self._stepper.abort(sequence)
 
-    def rpc(self, method: str, *args: Any) -> list[Any]:
-        return list(self._stepper.engine.collective_rpc(method, args=args))
+    def rpc(self, method: str, *args: Any) -> list[list[Any]]:
+        return [list(self._stepper.engine.collective_rpc(method, args=args))]
 
 
 class LocalDriver:
@@ -177,12 +178,12 @@ class LocalDriver:
     def cancel(self, sequence: RunningSequence) -> None:
         self._inbox.put(lambda: self._stepper.abort(sequence))
 
-    def rpc(self, method: str, *args: Any) -> list[Any]:
-        future: Future[list[Any]] = Future()
+    def rpc(self, method: str, *args: Any) -> list[list[Any]]:
+        future: Future[list[list[Any]]] = Future()
 
         def work() -> None:
             try:
-                future.set_result(list(self.llm.collective_rpc(method, args=args)))
+                future.set_result([list(self.llm.collective_rpc(method, args=args))])
             except BaseException as error:
                 future.set_exception(error)
 
@@ -225,9 +226,9 @@ class ClientDriver:
     def cancel(self, sequence: RunningSequence) -> None:
         self._loop.call_soon_threadsafe(self._stop, sequence)
 
-    def rpc(self, method: str, *args: Any) -> list[Any]:
-        call = self._client.collective_rpc(method, args=args)
-        return list(asyncio.run_coroutine_threadsafe(call, self._loop).result())
+    def rpc(self, method: str, *args: Any) -> list[list[Any]]:
+        call = ask_engines(self._client, method, *args)
+        return asyncio.run_coroutine_threadsafe(call, self._loop).result()
 
     def _start(self, sequences: Iterable[RunningSequence]) -> None:
         for sequence in sequences:
@@ -256,10 +257,8 @@ class ClientDriver:
             await outputs.aclose()
             answer = None
             if sequence.wants_receipt:
-                found = await self._client.collective_rpc(
-                    "steer_receipts", args=([sequence.asked],)
-                )
-                answer = merged_answers(found)[0][0]
+                found = await ask_engines(self._client, "steer_receipts", [sequence.asked])
+                answer = gathered_answers(found)[0][0]
             sequence.close(answer)
         except Exception as error:
             sequence.fail(error)

@@ -31,11 +31,11 @@ from steer.engines.vllm import plugin
 from steer.engines.vllm.front.capturing import capture_order, collect, unembed
 from steer.engines.vllm.front.drivers import ClientDriver, Driver, InlineDriver, LocalDriver
 from steer.engines.vllm.front.ends import model_ends
+from steer.engines.vllm.front.ranks import ask_engines
 from steer.engines.vllm.front.sequences import RunningSequence
 from steer.engines.vllm.front.ticket_issuer import TicketIssuer
 from steer.engines.vllm.messages import read_info
 from steer.engines.vllm.options import REGISTRY_VARIABLE, registry_location
-from steer.engines.vllm.pipeline import check_gates
 from steer.errors import SteerError, Unsupported
 from steer.model import SAMPLING, Capabilities, ModelInfo
 from steer.plan.plan import check_rules
@@ -54,28 +54,26 @@ class VllmEngine:
         self,
         driver: Driver,
         tokenizer: Any,
-        answer: Any,
+        answers: Sequence[Sequence[Any]],
         issuer: TicketIssuer,
         ends: frozenset[int],
     ) -> None:
-        """`answer` is what the first worker says to `steer_info`; `ends` are the tokens that end an
-        answer."""
+        """`answers` are what the workers of each engine say to `steer_info`; `ends` are the tokens
+        that end an answer."""
+        answer = answers[0][0]
+        slots = sum(int(workers[0]["slots"]) for workers in answers)
         self._driver, self.tokenizer, self.tickets, self.ends = driver, tokenizer, issuer, ends
         self.info = read_info(answer)
-        self._passes, self._stages = int(answer["passes"]), int(answer["stages"])
+        self._passes = int(answer["passes"])
         self.capabilities = Capabilities(
             engine="vllm",
             kinds=KINDS,
             sites=self.info.sites,
-            gate_scopes=("prompt", "token") if self._stages == 1 else (),
+            gate_scopes=("prompt", "token"),
             sae_architectures=SUPPORTED,
             sampling=SAMPLING,
             captures=self.info.sites,
-            limits={
-                "slots": int(answer["slots"]),
-                "passes": self._passes,
-                "batch": int(answer["slots"]),
-            },
+            limits={"slots": slots, "passes": self._passes, "batch": slots},
         )
         self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
 
@@ -104,7 +102,7 @@ class VllmEngine:
         return cls(
             driver,
             driver.llm.get_tokenizer(),
-            driver.rpc("steer_info")[0],
+            driver.rpc("steer_info"),
             TicketIssuer(PlanStore(registry_location())),
             model_ends(driver.llm.llm_engine.vllm_config, driver.llm.get_tokenizer()),
         )
@@ -116,7 +114,7 @@ class VllmEngine:
         return cls(
             driver,
             llm.get_tokenizer(),
-            driver.rpc("steer_info")[0],
+            driver.rpc("steer_info"),
             TicketIssuer(PlanStore(registry_location())),
             model_ends(llm.llm_engine.vllm_config, llm.get_tokenizer()),
         )
@@ -125,11 +123,10 @@ class VllmEngine:
     async def of_client(cls, client: Any, tokenizer: Any) -> VllmEngine:
         """Over vLLM's `EngineClient`, from its event loop; the synchronous methods are then called
         from other threads."""
-        answers = await client.collective_rpc("steer_info")
         return cls(
             ClientDriver(client, asyncio.get_running_loop()),
             tokenizer,
-            answers[0],
+            await ask_engines(client, "steer_info"),
             TicketIssuer(PlanStore(registry_location())),
             model_ends(client.vllm_config, tokenizer),
         )
@@ -153,7 +150,6 @@ class VllmEngine:
         check_request(request, self.info, self.info.max_length)
         if request.plan is not None:
             check_rules(len(request.plan.rules), self._passes)
-            check_gates(request.plan, self._stages)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
         self.admit(request)
@@ -217,7 +213,9 @@ class VllmEngine:
         return unembed(self._driver, states, self.info)
 
     def stats(self) -> EngineStats:
-        return EngineStats(**self._driver.rpc("steer_stats")[0])
+        each = [workers[0] for workers in self._driver.rpc("steer_stats")]
+        counts = [name for name, value in each[0].items() if isinstance(value, int)]
+        return EngineStats(**{name: sum(one[name] for one in each) for name in counts})
 
     def _sequence(
         self, request: GenerationRequest, listener: AsyncListener | BlockingListener

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer.batch.cutoffs import DeviceCutoffs
+from steer.batch.gates import Decisions
 from steer.batch.ledger import PositionLedger
 from steer.batch.requests import Ints, Span
 from steer.batch.tables import MAX_RULES
@@ -48,6 +49,8 @@ Fault = Callable[[str], None]
 """Told why a pass did not do what it had to."""
 
 _LAST_EPOCH = 2**31 - 1
+_RULES = (1 << MAX_RULES) - 1
+"""All rules, as bits."""
 
 
 class StaticForm:
@@ -135,9 +138,8 @@ class StaticForm:
         for row, span in enumerate(steered):
             place = span.place
             records[place] = _records(span, row)
-            token_gates, held_gates = _gates(_plan(span))
-            selected = records[place, SELECTED] & (1 << MAX_RULES) - 1
-            opened[place] = selected & ~(token_gates | held_gates)
+            selected = records[place, SELECTED] & _RULES
+            opened[place] = selected & ~_gated(_plan(span))
         self._upload(self.buffers.tokens, records)
         self._upload(self.buffers.opened, opened)
         self._make_room_to_rank(steered, tokens_in_batch)
@@ -199,6 +201,30 @@ class StaticForm:
         buffers.held[: len(rows)] = (decided << self._bits).sum(1, dtype=torch.int32)
         buffers.values[: len(rows)] = ledger.gate_value.index_select(0, index)
 
+    def take(self, running: StaticPass, decisions: Decisions) -> None:
+        """Opens what gates of earlier stages opened, and keeps what they decided for requests."""
+        buffers = self.buffers
+        place, ruled = self._index(running.present), self._index(running.ruled_elsewhere)
+        buffers.opened[place] |= (decisions.opened[place] & ruled).int()
+        place, rows = self._index(running.deciding), self._index(running.deciding_rows)
+        ruled = self._index(running.elsewhere[running.deciding_rows])
+        held = (buffers.held[rows] & ~ruled) | (decisions.opened[place] & ruled)
+        buffers.held[rows] = held.int()
+        theirs = (ruled[:, None] >> self._bits & 1).bool()
+        read = torch.where(theirs, decisions.values[place], buffers.values[rows])
+        buffers.values[rows] = read
+
+    def decisions(self, running: StaticPass) -> Decisions:
+        """What gates of this stage and of those before it have decided in a pass."""
+        buffers = self.buffers
+        found = Decisions.none(running.tokens, buffers.held.device)
+        place, rows = self._index(running.present), self._index(running.present_rows)
+        found.opened[place] = buffers.opened[place]
+        if running.holds:
+            found.opened[place] |= buffers.held[rows]
+            found.values[place] = buffers.values[rows]
+        return found
+
     def remember(self, rows: Ints) -> None:
         """Keeps the decisions of this pass's requests, whose ledger rows are `rows`."""
         buffers, ledger = self.buffers, self._ledger()
@@ -231,6 +257,9 @@ class StaticForm:
             self.buffers.opened[kept : self._written] = 0
         self._written = kept
 
+    def _index(self, numbers: Ints) -> Tensor:
+        return torch.from_numpy(numbers).to(self.buffers.held.device)
+
     def _upload(self, target: Tensor, values: NDArray[np.int32]) -> None:
         source = torch.from_numpy(values)
         if target.is_cuda:
@@ -261,12 +290,14 @@ class StaticPass:
             [np.arange(span.offset, span.offset + len(span.positions)) for span in spans]
         )
         """The tokens of the batch that belong to these requests, one request after another."""
-        self.token_rows = self.rows[records[self.present, ROW]]
+        self.present_rows: Ints = records[self.present, ROW].astype(np.int64)
+        """The row of each of these tokens among the requests of this pass."""
+        self.token_rows = self.rows[self.present_rows]
         self.expected = frozenset[int]().union(*map(form.tables.groups_of, plans))
-        self.holds = any(_gates(plan)[1] for plan in plans)
+        self.holds = any(_holds(plan) for plan in plans)
         """Whether gates are decided, or were, that a request holds."""
         self._gated = any(plan.gated for plan in plans)
-        self._bits = (records[self.present, SELECTED] & (1 << MAX_RULES) - 1).astype(np.int64)
+        self._bits = (records[self.present, SELECTED] & _RULES).astype(np.int64)
         self.measured: tuple[HookPoint, ...] = tuple(
             {
                 p
@@ -276,6 +307,14 @@ class StaticPass:
             }
         )
         self._proved = False
+        self.elsewhere: Ints = np.array([_elsewhere(plan) for plan in plans], dtype=np.int64)
+        """The rules of each request whose gates an earlier stage decides, as bits."""
+        self.ruled_elsewhere: Ints = self.elsewhere[self.present_rows] & self._bits
+        """Those that select each present token."""
+        self.deciding: Ints = np.flatnonzero(records[:, SELECTED] & DECIDES)
+        """The tokens that decide for their requests, and the rows of these."""
+        self.deciding_rows: Ints = records[self.deciding, ROW].astype(np.int64)
+        self._lacks_decisions = bool(self.elsewhere.any())
 
     def start(self) -> None:
         """The kernels run it already: it was written into their buffers."""
@@ -284,8 +323,21 @@ class StaticPass:
         """The same tokens' slots are edited again: there is nothing to change."""
         assert not changes
 
+    def take(self, decisions: Decisions) -> None:
+        if self._lacks_decisions:
+            self._form.take(self, decisions)
+            self._lacks_decisions = False
+
+    def decisions(self) -> Decisions | None:
+        return self._form.decisions(self) if self._gated else None
+
     def finish(self) -> None:
         """Takes down what the pass did; without gates that is known already."""
+        if self._lacks_decisions:
+            self.fault(
+                "an earlier pipeline stage did not hand on what gates decided, so the result is "
+                "withheld"
+            )
         if self.holds:
             self._form.remember(self.rows)
         if self.measured:
@@ -358,14 +410,22 @@ def _plan(span: Span) -> SteeringPlan:
     return span.request.plan
 
 
-def _gates(plan: SteeringPlan) -> tuple[int, int]:
-    """The rules with a gate on each token, and those with a gate on the prompt, as bits."""
-    each = held = 0
-    for number, one in enumerate(plan.rules):
-        if one.gate is not None:
-            each |= (not one.gate.prompt_scope) << number
-            held |= one.gate.prompt_scope << number
-    return each, held
+def _gated(plan: SteeringPlan) -> int:
+    """The rules with a gate, as bits."""
+    return sum((one.gate is not None) << number for number, one in enumerate(plan.rules))
+
+
+def _holds(plan: SteeringPlan) -> bool:
+    """Whether a gate of `plan` is decided by the prompt, and then held."""
+    return any(one.gate is not None and one.gate.prompt_scope for one in plan.rules)
+
+
+def _elsewhere(plan: SteeringPlan) -> int:
+    """The rules whose gate an earlier stage of a pipeline decides, as bits."""
+    return sum(
+        (one.gate is not None and one.gate.elsewhere) << number
+        for number, one in enumerate(plan.rules)
+    )
 
 
 def _records(span: Span, row: int) -> NDArray[np.int32]:
@@ -379,7 +439,7 @@ def _records(span: Span, row: int) -> NDArray[np.int32]:
     if request.measure:
         found[:, SELECTED] |= MEASURED
     last = np.flatnonzero(span.positions == request.prompt_length - 1)
-    if len(last) and _gates(_plan(span))[1]:
+    if len(last) and _holds(_plan(span)):
         (place,) = last
         found[place, SELECTED] |= DECIDES
         found[place, FOLLOWERS] = count - 1 - place

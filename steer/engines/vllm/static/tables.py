@@ -26,7 +26,7 @@ from steer.engines.vllm.static.encoders import Encoders
 from steer.engines.vllm.static.rows import BLOCK_FIELDS, ENCODER, Bank, Rows, Taken, rows_of
 from steer.errors import CapacityError, TooLarge, Unsupported
 from steer.model import HookPoint, ModelInfo
-from steer.plan.plan import SteeringPlan, check_rules
+from steer.plan.plan import Gate, Rule, SteeringPlan, check_rules
 
 # Bits of `work`: from each on, one bit per rule.
 EDITS, TOKEN_GATES, HELD_GATES, RANKS = 0, MAX_RULES, 2 * MAX_RULES, 3 * MAX_RULES
@@ -39,6 +39,11 @@ TOKEN_FIELDS = 4
 DECIDES, FOLLOWS, MEASURED = 1 << MAX_RULES, 2 << MAX_RULES, 4 << MAX_RULES
 """The token decides the gates that its request then holds; it comes after such a token in the same
 pass; its request measures how large the edits are."""
+
+
+def own_gate(rule: Rule) -> Gate | None:
+    """The gate of `rule` where a kernel of this worker decides it."""
+    return None if rule.gate is None or rule.gate.elsewhere else rule.gate
 
 
 @dataclass
@@ -95,13 +100,14 @@ class StaticTables(SlotTables[_StaticHolding]):
 
     def groups_of(self, plan: SteeringPlan) -> frozenset[int]:
         """The groups in which `plan` edits or reads."""
-        read = {one.gate.point for one in plan.rules if one.gate is not None}
+        read = {gate.point for one in plan.rules if (gate := own_gate(one)) is not None}
         return frozenset(self._group_of[point] for point in {*plan.points, *read})
 
     def check(self, plan: SteeringPlan) -> None:
         check_rules(len(plan.rules), self.max_rules)
         for one in plan.rules:
-            points = [*one.blocks, *([one.gate.point] if one.gate is not None else [])]
+            gate = own_gate(one)
+            points = [*one.blocks, *([gate.point] if gate is not None else [])]
             for point in points:
                 if point not in self._index:
                     raise Unsupported(
@@ -141,8 +147,8 @@ class StaticTables(SlotTables[_StaticHolding]):
         for one in plan.rules:
             for point, block in one.blocks.items():
                 add(point, rows_of(block))
-            if one.gate is not None:
-                add(one.gate.point, Rows(0, 1))
+            if (gate := own_gate(one)) is not None:
+                add(gate.point, Rows(0, 1))
         return found
 
     def _free_or_idle(self, width: int) -> Rows:
@@ -191,11 +197,11 @@ class StaticTables(SlotTables[_StaticHolding]):
                     blocks[index, number, ENCODER] = self.encoders.take(block.cutoff)
                     encoders.append(block.cutoff.identity)
                     work[index] |= 1 << RANKS + number
-            if one.gate is not None:
-                width = self.model.width(one.gate.point.site)
-                gate_rows[number] = self.banks[width].write_gate(one.gate, taken[width])
-                kind = HELD_GATES if one.gate.prompt_scope else TOKEN_GATES
-                work[self._index[one.gate.point]] |= 1 << kind + number
+            if (gate := own_gate(one)) is not None:
+                width = self.model.width(gate.point.site)
+                gate_rows[number] = self.banks[width].write_gate(gate, taken[width])
+                kind = HELD_GATES if gate.prompt_scope else TOKEN_GATES
+                work[self._index[gate.point]] |= 1 << kind + number
         for point, index in self._index.items():
             group_work[self._group_of[point]] |= work[index]
         self.blocks[slot] = torch.from_numpy(blocks).to(self.device)

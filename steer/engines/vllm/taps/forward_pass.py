@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from steer.batch.gates import Decisions
 from steer.batch.requests import Ints
 from steer.batch.step import Step
 from steer.engines.vllm.taps import ops
@@ -57,6 +58,15 @@ class ForwardPass:
         """Takes the same requests on by a token (`Step.carry_on`)."""
         if self._step is not None:
             self._step.carry_on(changes)
+
+    def take(self, decisions: Decisions) -> None:
+        """Does what gates of earlier stages decided (`Step.take`)."""
+        if self._step is not None:
+            self._step.take(decisions)
+
+    def decisions(self) -> Decisions | None:
+        """What gates have decided up to the end of this stage."""
+        return None if self._step is None else self._step.decisions()
 
     def visit(self, tap: int, hidden: Tensor, residual: Tensor | None) -> None:
         """Runs the edits of `tap` on `hidden` and `residual`, in place."""

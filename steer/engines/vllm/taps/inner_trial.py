@@ -170,5 +170,6 @@ def _inner_site(
 def _split(module: nn.Module, seen: int) -> tuple[int, int]:
     """The width of whole rows of which `module` is given `seen`, and over how many workers these
     are split; told by vLLM's parallel layers themselves."""
+    module = getattr(module, "base_layer", module)  # which adapters are wrapped around
     whole, own = (getattr(module, f"input_size{part}", seen) for part in ("", "_per_partition"))
     return (whole, whole // own) if seen == own else (seen, 1)

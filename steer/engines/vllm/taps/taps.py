@@ -195,6 +195,10 @@ class DecoderStack:
         """Whether the tap that serves `point` is in one of these layers."""
         return layer_of(tap_of(point)) in {index for index, _ in self.layers}
 
+    def ends_before(self, point: HookPoint) -> bool:
+        """Whether the tap that serves `point` is in a layer behind these."""
+        return layer_of(tap_of(point)) > self.layers[-1][0]
+
 
 def install(stack: DecoderStack, make_tap: Callable[[int], nn.Module]) -> None:
     """Puts the taps of every layer of `stack` in place."""

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from steer.engines.base import TokenLogprob
 from steer.engines.logprobs import following
+from steer.engines.vllm.internals import ADAPTERS
 from steer.engines.vllm.messages import pack, unpack
+from steer.engines.vllm.pipeline import unknown_answer
+from steer.engines.vllm.seams import check
 from steer.engines.vllm.taps.layouts import Unembed
 from steer.engines.vllm.worker.requests import WorkerRequests, receipt
 from steer.engines.vllm.worker.steering import WorkerSteering
@@ -32,7 +35,6 @@ def info_answer(steering: WorkerSteering) -> dict[str, Any]:
         "static": steering.edits.static,
         "slots": steering.edits.tables.slots,
         "passes": steering.edits.tables.max_rules,
-        "stages": steering.stages,
     }
 
 
@@ -44,7 +46,7 @@ def receipt_answer(requests: WorkerRequests, key: str, fed: Mapping[int, int]) -
     for choice, tokens in fed.items():
         record = records.get(choice)
         if record is None:
-            answer[choice] = {"error": "this worker knows nothing of the request"}
+            answer[choice] = unknown_answer()
             continue
         try:
             found = receipt(record, tokens)
@@ -109,3 +111,26 @@ def _logits(unembed: Unembed | None, data: bytes, info: ModelInfo) -> Iterator[T
         logits = unembed(part)
         if logits is not None:
             yield logits.float().cpu()
+
+
+def without_adapters(runner: Any, unembed: Unembed) -> Unembed:
+    """`unembed` of the model that the adapters of `runner`, a model runner of vLLM's, go with.
+
+    With adapters vLLM's logits are those of the batch that ran last: row i by the adapter of its
+    request i. So rows that belong to no batch are said to belong to none.
+    """
+    if runner.lora_config is None:
+        return unembed
+    check(*ADAPTERS)
+    most = runner.vllm_config.scheduler_config.max_num_seqs
+
+    def plain(states: Tensor) -> Tensor | None:
+        found = []
+        for rows in torch.split(states, most):
+            nobody = (0,) * len(rows)
+            runner._set_active_loras(nobody, nobody, set())
+            found.append(unembed(rows))
+        whole = [one for one in found if one is not None]
+        return torch.cat(whole) if len(whole) == len(found) else None
+
+    return plain

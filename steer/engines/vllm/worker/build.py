@@ -93,7 +93,7 @@ def attach(read: ReadModel, vllm_config: Any, device: torch.device) -> WorkerSte
     stages = vllm_config.parallel_config.pipeline_parallel_size
     return WorkerSteering(
         info,
-        load if stages == 1 else (lambda sha256: own_part(load(sha256), stack.owns)),
+        load if stages == 1 else (lambda sha256: own_part(load(sha256), stack)),
         edits,
         max_requests=sizes.requests,
         shifts=shifts,

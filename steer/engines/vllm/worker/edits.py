@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from steer.batch.cutoffs import DeviceCutoffs
+from steer.batch.gates import Decisions
 from steer.batch.ledger import PositionLedger
 from steer.batch.requests import Ints, Span
 from steer.batch.slots import SlotTables
@@ -252,6 +253,14 @@ class MixedPass:
         """Only requests that Python steers have `changes`, or none could be carried on."""
         self._kernels.carry_on({})
         self._taps.carry_on(changes)
+
+    def take(self, decisions: Decisions) -> None:
+        self._kernels.take(decisions)
+        self._taps.take(decisions)
+
+    def decisions(self) -> Decisions | None:
+        mine, others = self._kernels.decisions(), self._taps.decisions()
+        return mine.beside(others) if mine and others else mine or others
 
     def finish(self) -> None:
         self._kernels.finish()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from steer.batch.gates import Decisions
 from steer.batch.ledger import PositionLedger
 from steer.batch.requests import Ints
 from steer.engines.vllm.taps.shifts import Shifts
@@ -73,6 +74,12 @@ class RunningPass(Protocol):
 
     def carry_on(self, changes: Mapping[int, Ints]) -> None:
         """Takes the same requests a token further (`Step.carry_on`)."""
+
+    def take(self, decisions: Decisions) -> None:
+        """Does what gates of earlier stages decided; called before the pass."""
+
+    def decisions(self) -> Decisions | None:
+        """What gates have decided up to the end of this stage; None where nobody has one."""
 
     def finish(self) -> None:
         """Counts what was done; raises `EngineError` if a hook point was never reached."""

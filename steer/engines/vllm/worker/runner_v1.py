@@ -7,7 +7,6 @@ between, so the batch is read there. Dummy passes call the model directly and ar
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -17,7 +16,9 @@ import torch
 from torch import Tensor
 
 from steer.batch.requests import Ints
-from steer.engines.vllm.seams import forced, takes
+from steer.engines.vllm.internals import DISPATCH_V1, RUNNER_V1, STAGES
+from steer.engines.vllm.pipeline import handing_on
+from steer.engines.vllm.seams import check, forced
 from steer.engines.vllm.worker.prepared import BatchTokens
 from steer.engines.vllm.worker.states import (
     empty_states,
@@ -27,12 +28,6 @@ from steer.engines.vllm.worker.states import (
 )
 from steer.engines.vllm.worker.steering import WorkerSteering, take_note
 from steer.errors import Unsupported
-
-_MODEL_FORWARD = {"input_ids", "positions", "intermediate_tensors", "inputs_embeds"}
-_DISPATCH = "_determine_batch_execution_and_padding"
-"""Chooses the graph of a pass, or none."""
-_INPUT_BATCH = ("req_ids", "num_computed_tokens_cpu", "token_ids_cpu")
-_AS_EVER = nullcontext()
 
 
 class RunnerV1:
@@ -51,8 +46,8 @@ class RunnerV1:
         take_note(self._steering, output)
         self._scheduled = output.num_scheduled_tokens or None
         try:
-            off = self._steering.graphless(output.num_scheduled_tokens)
-            with self._graphs(off=True) if off else _AS_EVER:
+            graphless = self._steering.graphless(output.num_scheduled_tokens)
+            with handing_on(self._runner, self._steering), self._graphs(off=graphless):
                 yield
         finally:
             self._scheduled = None
@@ -90,7 +85,7 @@ class RunnerV1:
 
     def _graphs(self, *, off: bool) -> AbstractContextManager[None]:
         """Inside the block, passes run without CUDA graphs where these are `off`."""
-        return forced(self._runner, _DISPATCH, force_eager=True) if off else nullcontext()
+        return forced(self._runner, DISPATCH_V1, force_eager=True) if off else nullcontext()
 
     def _batch(self, scheduled: dict[str, int]) -> BatchTokens:
         batch = self._runner.input_batch
@@ -120,16 +115,7 @@ def _joined(made: Any) -> Tensor:
 
 def _check(runner: Any) -> None:
     """Refuses a runner that is not built as this adapter expects."""
-    parameters = set(inspect.signature(runner._model_forward).parameters)
-    missing = [name for name in _INPUT_BATCH if not hasattr(runner.input_batch, name)]
-    if not parameters >= _MODEL_FORWARD or missing:
-        raise Unsupported(
-            "this version of vLLM builds its model runner in another way than Steer knows "
-            f"(_model_forward takes {sorted(parameters)}, the input batch lacks {missing}): use a "
-            "supported version of vLLM",
-            code="unsupported_vllm",
-        )
-    takes(runner, _DISPATCH, "force_eager")
+    check(*RUNNER_V1, *STAGES)
     if runner.speculative_config is not None:
         raise Unsupported(
             "speculative decoding is not supported beside steering: start vLLM without it",

@@ -11,7 +11,6 @@ of the model state is therefore not a request's end.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -23,7 +22,9 @@ import torch
 from torch import Tensor
 
 from steer.batch.requests import Ints
-from steer.engines.vllm.seams import calls, forced, known, takes, version
+from steer.engines.vllm.internals import DISPATCH_V2, RUNNER_V2, STAGES
+from steer.engines.vllm.pipeline import handing_on
+from steer.engines.vllm.seams import check, forced, version
 from steer.engines.vllm.worker.prepared import BatchTokens
 from steer.engines.vllm.worker.states import (
     NULL_CONTEXT,
@@ -35,18 +36,7 @@ from steer.engines.vllm.worker.states import (
 from steer.engines.vllm.worker.steering import WorkerSteering, take_note
 from steer.errors import Unsupported
 
-_BATCH_FIELDS = {
-    "req_ids",
-    "num_scheduled_tokens",
-    "num_computed_tokens_np",
-    "query_start_loc_np",
-    "num_tokens",
-    "input_ids",
-}
-_DISPATCH = "dispatch_cg_and_sync_dp"
-"""Chooses the graph of a pass, or none, and agrees on it with other data-parallel ranks."""
 _PREPARE_INPUTS = ("input_batch", "req_states")
-_AS_EVER = nullcontext()
 
 
 class RunnerV2:
@@ -67,8 +57,8 @@ class RunnerV2:
         take_note(self._steering, output)
         self._computing = bool(output.num_scheduled_tokens)
         try:
-            off = self._steering.graphless(output.num_scheduled_tokens)
-            with _graphs(off=True) if off else _AS_EVER:
+            graphless = self._steering.graphless(output.num_scheduled_tokens)
+            with handing_on(self._runner, self._steering), _graphs(off=graphless):
                 yield
         except BaseException:
             self._steering.abandon()
@@ -109,7 +99,7 @@ def _graphs(*, off: bool) -> AbstractContextManager[None]:
     """Inside the block, passes run without CUDA graphs where these are `off`."""
     from vllm.v1.worker.gpu import model_runner  # noqa: PLC0415
 
-    return forced(model_runner, _DISPATCH, need_eager=True) if off else nullcontext()
+    return forced(model_runner, DISPATCH_V2, need_eager=True) if off else nullcontext()
 
 
 def _dummy_pass(runner: Any, tokens: int, **options: Any) -> Tensor:
@@ -152,21 +142,13 @@ def _batch(batch: Any) -> BatchTokens:
 
 def _check(runner: Any) -> None:
     """Refuses a runner that is not built as this adapter expects, or that splits its batches."""
-    from vllm.v1.worker.gpu import model_runner  # noqa: PLC0415
-    from vllm.v1.worker.gpu.input_batch import InputBatch  # noqa: PLC0415
-    from vllm.v1.worker.gpu.model_runner import GPUModelRunner  # noqa: PLC0415
-
-    calls(vars(GPUModelRunner)["execute_model"], "model_state", "prepare_inputs", _DISPATCH)
-    takes(model_runner, _DISPATCH, "need_eager")
-    known(GPUModelRunner, "add_requests", "self", "scheduler_output")
-    missing = _BATCH_FIELDS - {field.name for field in dataclasses.fields(InputBatch)}
+    check(*RUNNER_V2, *STAGES)
     parameters = tuple(inspect.signature(runner.model_state.prepare_inputs).parameters)
-    if missing or parameters != _PREPARE_INPUTS:
+    if parameters != _PREPARE_INPUTS:
         raise Unsupported(
-            f"vLLM {version()} builds its model runner V2 in another way than Steer knows "
-            f"(prepare_inputs takes {parameters} and not {_PREPARE_INPUTS}, the input batch lacks "
-            f"{sorted(missing)}): install a version of vLLM that this version of Steer names as "
-            "supported",
+            f"in vLLM {version()}, {type(runner.model_state).__qualname__}.prepare_inputs takes "
+            f"{parameters} and not {_PREPARE_INPUTS}: install a version of vLLM that this version "
+            "of Steer names as supported",
             code="unknown_vllm",
         )
     config = runner.vllm_config

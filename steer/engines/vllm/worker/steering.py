@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from steer.batch.gates import Decisions
 from steer.batch.requests import NOBODY, Ints, Span
 from steer.engines.base import EngineStats
 from steer.engines.vllm.static.graph_room import Scheduled
@@ -63,8 +64,9 @@ class WorkerSteering:
         self.recover()
         self._carried: tuple[tuple[str, ...], Prepared] | None = None
         self._prepared: Prepared | None = None
-        self._unread: Prepared | None = None
-        """The last pass, until its logits have been looked at."""
+        self._latest: Prepared | None = None
+        """The last pass that was begun, until its logits have been looked at."""
+        self._received: Decisions | None = None
 
     @property
     def compiled(self) -> bool:
@@ -104,9 +106,10 @@ class WorkerSteering:
 
     def rest(self) -> None:
         """The coming pass steers nobody."""
+        self._received = None
         if self._resting:
             return
-        self._unread = None
+        self._latest = None
         ops.set_running(None)
         self.edits.rest()
         self.shifts.rest()
@@ -124,15 +127,27 @@ class WorkerSteering:
                 one.fixed and self.edits.lasts(one) for one in prepared.placed
             )
             self._carried = (order, prepared) if lasting else None
-        self._prepared = self._unread = prepared
+        self._prepared = self._latest = prepared
         self.requests.ledger.expect(prepared.rows, prepared.positions)
+        received, self._received = self._received, None
         if prepared.running is not None:
+            if received is not None:
+                prepared.running.take(received)
             prepared.running.start()
+
+    def receive(self, decisions: Decisions) -> None:
+        """An earlier stage of the pipeline has decided this in the coming pass."""
+        self._received = decisions
+
+    def decisions(self) -> Decisions | None:
+        """What gates have decided in the last pass that was begun; None where nobody has one."""
+        latest = self._latest
+        return None if latest is None or latest.running is None else latest.running.decisions()
 
     def abandon(self) -> None:
         """The pass failed: nothing is counted."""
         ops.set_running(None)
-        self._prepared = self._carried = self._unread = None
+        self._prepared = self._carried = self._latest = self._received = None
 
     def end(self) -> None:
         """The pass is over: counts what it did. A request whose edits were not all reached is at
@@ -151,7 +166,7 @@ class WorkerSteering:
     def look(self, logits: Tensor) -> None:
         """Takes note of the requests of the last pass whose row of `logits` `[n, vocab]` holds NaN,
         or nothing finite; whoever samples would choose any token for them. Waits for no device."""
-        prepared, self._unread = self._unread, None
+        prepared, self._latest = self._latest, None
         if prepared is None or not prepared.placed:
             return
         rows, indices = prepared.logit_rows(logits.device)

@@ -15,6 +15,7 @@ from steer.engines.vllm.worker.answers import (
     logprobs_answer,
     receipt_answer,
     unembed_answer,
+    without_adapters,
 )
 from steer.engines.vllm.worker.build import attach, read_model
 from steer.engines.vllm.worker.proof import prove
@@ -78,7 +79,7 @@ class SteerWorker:
             worker.vllm_config,
             largest=runner.max_num_tokens,
         )
-        self._unembed = read.unembed
+        self._unembed = read.unembed and without_adapters(runner, read.unembed)
         self.steering = attach(read, worker.vllm_config, worker.device)
         self._runner = steered(runner, self.steering)
         look_at_logits(runner.get_model(), self.steering)
