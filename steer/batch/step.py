@@ -90,7 +90,7 @@ class Step:
         if flat is not before:
             flat = self._ledger.contained(self._row_index, before, flat)
             if self._measured is not None:
-                self._measure(point, before, flat, self._measured)
+                self._measure(point, before, flat, self._measured & self._edited(point))
         return flat.reshape(x.shape)
 
     def carry_on(self, changes: Mapping[int, Ints]) -> None:
@@ -175,13 +175,18 @@ class Step:
         mine, slots = x.index_select(0, work.rows), slots.index_select(0, work.rows)
         return x.index_copy(0, work.rows, apply_table(work.view, mine, slots, work.solo))
 
-    def _measure(self, point: HookPoint, before: Tensor, after: Tensor, measured: Tensor) -> None:
+    def _edited(self, point: HookPoint) -> Tensor:
+        """Which tokens `[T]` a block of `point` acts on."""
+        slots = torch.stack([self.slots[work.number] for work in self._work[point]])
+        return (slots != 0).any(dim=0)
+
+    def _measure(self, point: HookPoint, before: Tensor, after: Tensor, edited: Tensor) -> None:
+        """Measures the `edited` tokens `[T]`; what became of the others does not matter."""
         tiny = torch.finfo(torch.float32).tiny
         size = (after.float() - before.float()).norm(dim=-1) / before.float().norm(
             dim=-1
         ).clamp_min(tiny)
-        # Tokens that nobody measures count as 0, whatever became of them.
-        self._ledger.add_relative(point, self._row_index, size.masked_fill(~measured, 0.0))
+        self._ledger.add_relative(point, self._row_index, size, edited)
 
 
 def build_step(

@@ -62,7 +62,8 @@ def capture_answer(requests: WorkerRequests, key: str) -> dict[str, bytes]:
     if record is None:
         return {}
     states = {str(point): pack(states) for point, states in record.request.states.items()}
-    return {**states, NotFinite.code: b""} if bool(record.ledger.not_finite[0]) else states
+    ran_over = record.ledger.runs_over(0, len(record.request.prompt))
+    return {**states, NotFinite.code: b""} if ran_over else states
 
 
 @torch.inference_mode()
