@@ -78,6 +78,7 @@ def test_sound_states_together_may_be_beyond_all_numbers() -> None:
     ledger = PositionLedger(3, 4, CPU)
     before, after = states(torch.float32)
     after[:, 0] = 1.5e19  # its square is in float32's range, and the sum of two is not
+    ledger.expect(ROWS.numpy(), POSITIONS)
     assert torch.equal(ledger.contained(ROWS, before, after), after)
     assert not any(ledger.runs_over(row, 4) for row in range(3))
 
@@ -170,7 +171,9 @@ def test_a_position_counts_as_accepted_where_its_token_was_drafted_and_stayed() 
     one.compute(15, 1, 0)  # both stayed
     assert one.ledger.drafted.tolist() == [0, 5]
     assert [one.ledger.accepted(1, end) for end in (11, 12, 13, 14, 16)] == [0, 1, 1, 2, 3]
-    assert (one.ledger.applied[1, :16] & ~np.uint16(DRAFTED)).tolist() == [n % 10 for n in range(16)]
+    assert (one.ledger.applied[1, :16] & ~np.uint16(DRAFTED)).tolist() == [
+        n % 10 for n in range(16)
+    ]
 
 
 def test_a_draft_that_did_not_stay_is_unseen_until_its_position_is_computed() -> None:

@@ -17,7 +17,7 @@ import vllm_engine
 from architecture_runner import in_children
 from vllm_simulation import core, steering
 
-REQUESTS = 60
+REQUESTS = 40
 
 
 def run(job: dict[str, Any]) -> None:
@@ -30,27 +30,27 @@ def run(job: dict[str, Any]) -> None:
     options = {"speculative_config": job["speculative_config"]}
     with vllm_engine.start_engine(Path(job["registry"]), **options) as engine, ExitStack() as stack:
         runner = core(engine).model_executor.driver_worker.worker.model_runner
-        told = {"drafter": None, "drafting": False, "drafts": 0, "taps": 0, "taps while drafting": 0}
         model = runner.get_draft_model()
-        told["drafter"] = None if model is None else type(model).__name__
-        propose, visit = runner.drafter.propose, EagerTap.forward
+        told: dict[str, Any] = {"drafter": None if model is None else type(model).__name__}
+        told |= {"drafts": 0, "taps": 0, "taps while drafting": 0}
+        propose, visit, where = runner.drafter.propose, EagerTap.forward, "taps"
 
         def propose_watched(*args: Any, **named: Any) -> Any:
-            told["drafting"], told["drafts"] = True, told["drafts"] + 1
+            nonlocal where
+            where = "taps while drafting"
+            told["drafts"] += 1
             try:
                 return propose(*args, **named)
             finally:
-                told["drafting"] = False
+                where = "taps"
 
         def visit_watched(self: EagerTap, *args: Any) -> Any:
-            told["taps while drafting" if told["drafting"] else "taps"] += 1
+            told[where] += 1
             return visit(self, *args)
 
         stack.enter_context(mock.patch.object(runner.drafter, "propose", propose_watched))
         stack.enter_context(mock.patch.object(EagerTap, "__call__", visit_watched))
-        plans = demo_specs.compiled(
-            PlanCache(demo_specs.LIBRARY, engine.info, engine.capabilities)
-        )
+        plans = demo_specs.compiled(PlanCache(demo_specs.LIBRARY, engine.info, engine.capabilities))
         requests = demo_specs.requests_for(plans, REQUESTS, seed=job["seed"])
         done = engine.complete(requests)
         told["slots in use"] = steering(engine).stats().slots_in_use

@@ -60,8 +60,8 @@ class Known:
 
 @dataclass(frozen=True)
 class Drafted:
-    """How many of the tokens that a pass computes of a request are drafted; those at the end that do
-    not stay are `wrong`."""
+    """How many of the tokens that a pass computes of a request are drafted; those at the end that
+    do not stay are `wrong`."""
 
     count: int
     wrong: tuple[int, ...] = ()

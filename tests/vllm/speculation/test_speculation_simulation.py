@@ -19,7 +19,7 @@ from steer.engines.vllm.front.engine import VllmEngine
 from steer.plan.cache import PlanCache
 from steer.registry.registry import Registry
 
-CLIENTS, WAVES = 400, 8
+CLIENTS, WAVES = 240, 4
 REQUESTS, BLOCKS, STEP_TOKENS = 16, 26, 64
 
 
@@ -64,10 +64,10 @@ def test_every_request_of_a_crowd_equals_itself_alone_without_drafts(
     counts, watch = report.counts, report.watch
     assert len(report.outcomes) == CLIENTS
     assert counts["ties"] <= CLIENTS // 100
-    assert counts["left"] >= 20
-    assert len(watch.preempted) >= 10
-    assert watch.resumed_from_cache >= 5
-    assert counts["steered and cached"] >= 20
+    assert counts["left"] >= 10
+    assert len(watch.preempted) >= 5
+    assert watch.resumed_from_cache >= 2
+    assert counts["steered and cached"] >= 10
     assert drafts.total.accepted >= 50
     assert drafts.total.drafted - drafts.total.accepted >= 200
     assert_all_free(engine)

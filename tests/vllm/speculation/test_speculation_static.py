@@ -20,7 +20,7 @@ from steer.engines.vllm.front.engine import VllmEngine
 from steer.plan.cache import PlanCache
 from steer.registry.registry import Registry
 
-CLIENTS, WAVES = 120, 3
+CLIENTS, WAVES = 60, 2
 REQUESTS, BLOCKS, STEP_TOKENS = 16, 26, 64
 
 
@@ -74,7 +74,7 @@ def test_every_request_of_a_crowd_equals_itself_alone_without_drafts(
         print(f"\n{report}; {drafts.total}")
     assert len(report.outcomes) == CLIENTS
     assert report.counts["ties"] <= 2
-    assert len(report.watch.preempted) >= 2
-    assert drafts.total.accepted >= 15
-    assert drafts.total.drafted - drafts.total.accepted >= 60
+    assert len(report.watch.preempted) >= 1
+    assert drafts.total.accepted >= 5
+    assert drafts.total.drafted - drafts.total.accepted >= 20
     assert_all_free(engine)

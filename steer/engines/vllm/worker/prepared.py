@@ -127,7 +127,9 @@ class Prepared:
                 rows += [one.request.row] * count
                 logits += range(one.logits, one.logits + count)
                 positions += range(one.first_draft - 1, one.first_draft + one.drafts)
-            ledger, index, at = (torch.tensor(of, device=device) for of in (rows, logits, positions))
+            ledger, index, at = (
+                torch.tensor(of, device=device) for of in (rows, logits, positions)
+            )
             self._logit_rows = ledger, index, at
         return self._logit_rows
 

@@ -32,7 +32,7 @@ _MODEL_FORWARD = {"input_ids", "positions", "intermediate_tensors", "inputs_embe
 _DISPATCH = "_determine_batch_execution_and_padding"
 """Chooses the graph of a pass, or none."""
 _INPUT_BATCH = ("req_ids", "num_computed_tokens_cpu", "token_ids_cpu")
-_TRUTH = "use_async_spec_decode"
+_AHEAD = "use_async_spec_decode"
 """Whether the host takes drafted tokens for accepted before it knows, and the device alone knows
 where requests stand and which tokens they read."""
 
@@ -97,7 +97,7 @@ class RunnerV1:
 
     def _batch(self, scheduled: dict[str, int]) -> BatchTokens:
         batch = self._runner.input_batch
-        req_ids, ahead = batch.req_ids, bool(getattr(self._runner, _TRUTH))
+        req_ids, ahead = batch.req_ids, bool(getattr(self._runner, _AHEAD))
         starts = batch.num_computed_tokens_cpu[: len(req_ids)].astype(np.int64)
         counts = np.array([scheduled[req_id] for req_id in req_ids], dtype=np.int64)
         ends = np.cumsum(counts)
@@ -134,11 +134,11 @@ def _check(runner: Any) -> None:
     """Refuses a runner that is not built as this adapter expects."""
     parameters = set(inspect.signature(runner._model_forward).parameters)
     missing = [name for name in _INPUT_BATCH if not hasattr(runner.input_batch, name)]
-    missing += [name for name in (_TRUTH, "positions") if not hasattr(runner, name)]
+    missing += [name for name in (_AHEAD, "positions") if not hasattr(runner, name)]
     if not parameters >= _MODEL_FORWARD or missing:
         raise Unsupported(
             "this version of vLLM builds its model runner in another way than Steer knows "
-            f"(_model_forward takes {sorted(parameters)}, it lacks {missing}): use a "
+            f"(_model_forward takes {sorted(parameters)}, the runner lacks {missing}): use a "
             "supported version of vLLM",
             code="unsupported_vllm",
         )
