@@ -34,9 +34,11 @@ _SOLO = 4
 
 
 class _Work(NamedTuple):
-    """What one rule does at one hook point: to all tokens, or to `rows` alone."""
+    """What one rule does at one hook point: to all tokens, or to `rows` alone. `slots` are those
+    that have a block there."""
 
     number: int
+    slots: set[int]
     table: Table
     view: TableView
     rows: Tensor | None
@@ -60,6 +62,8 @@ class Step:
         )
         self._shared = tokens.shared
         self._chosen: dict[tuple[int, ...], Tensor] = {}
+        self._editing: dict[HookPoint, list[tuple[int, Tensor]]] = {}
+        """For each rule with blocks at a point, which slots have one: where sizes are measured."""
         self._visited: set[HookPoint] = set()
         self.slots = torch.from_numpy(tokens.slots).to(device)
         """The slots `[P, T]` by which tokens are edited; behind a closed gate they are 0."""
@@ -140,7 +144,7 @@ class Step:
                     if len(groups) == 1 and len(rows) > _FEW * self._tokens.slots.shape[1]:
                         rows = None
                 solo = self._solo(number, view, rows) if view.needs.edits else None
-                found.append(_Work(number, table, view, rows, solo))
+                found.append(_Work(number, mine, table, view, rows, solo))
         return found
 
     def _solo(self, number: int, view: TableView, rows: Tensor | None) -> Tensor | None:
@@ -177,8 +181,18 @@ class Step:
 
     def _edited(self, point: HookPoint) -> Tensor:
         """Which tokens `[T]` a block of `point` acts on."""
-        slots = torch.stack([self.slots[work.number] for work in self._work[point]])
-        return (slots != 0).any(dim=0)
+        if point not in self._editing:
+            self._editing[point] = [
+                (work.number, self._marked(work.slots)) for work in self._work[point]
+            ]
+        each = [marked[self.slots[number]] for number, marked in self._editing[point]]
+        return torch.stack(each).any(dim=0)
+
+    def _marked(self, slots: set[int]) -> Tensor:
+        """True at each of `slots`, `[S + 1]`."""
+        marked = torch.zeros(self._tables.slots + 1, dtype=torch.bool)
+        marked[list(slots)] = True
+        return marked.to(self._tables.device)
 
     def _measure(self, point: HookPoint, before: Tensor, after: Tensor, edited: Tensor) -> None:
         """Measures the `edited` tokens `[T]`; what became of the others does not matter."""

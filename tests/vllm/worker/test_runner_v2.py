@@ -483,7 +483,7 @@ def test_an_input_batch_of_another_make_is_refused(
 ) -> None:
     less = dataclasses.make_dataclass("InputBatch", ["req_ids", "num_tokens", "input_ids"])
     monkeypatch.setattr(input_batches, "InputBatch", less)
-    refused(by_hand, r"lacks \['num_computed_tokens_np', 'num_scheduled_tokens'")
+    refused(by_hand, r"lacks \['num_computed_tokens_np', 'num_draft_tokens_per_req'")
 
 
 @pytest.mark.parametrize(
