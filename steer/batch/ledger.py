@@ -221,6 +221,10 @@ class PositionLedger(Ledger):
         alone.relative = {point: sizes.row(row) for point, sizes in self.relative.items()}
         return alone
 
+    def forget(self, row: int, first: int) -> None:
+        """Positions of `row` from `first` on, which its sequence has not kept."""
+        self.applied[row, first:] = UNSEEN
+
     def widen(self, length: int) -> None:
         """Makes room for positions up to `length`."""
         rows, had = self.applied.shape

@@ -33,6 +33,7 @@ def info_answer(steering: WorkerSteering) -> dict[str, Any]:
     }
 
 
+@torch.inference_mode()
 def receipt_answer(requests: WorkerRequests, key: str, fed: Mapping[int, int]) -> dict[int, Any]:
     """Receipts of the choices in `fed` (tokens fed by each) under a ticket's key."""
     records = requests.records(key)

@@ -121,7 +121,9 @@ class Prepared:
         is computed of a request, with the positions of the tokens that these come from: where they
         stood at first, when the pass is carried on."""
         if self._logit_rows is None:
-            rows, logits, positions = [], [], []
+            rows: list[int] = []
+            logits: list[int] = []
+            positions: list[int] = []
             for one in self.placed:
                 count = 1 + one.drafts
                 rows += [one.request.row] * count
