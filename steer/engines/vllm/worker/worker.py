@@ -59,9 +59,13 @@ def look_at_logits(model: Any, steering: WorkerSteering) -> None:
 
 
 def check_apart(stack: DecoderStack, drafter: nn.Module | None) -> None:
-    """Raises `Unsupported` where a model that drafts tokens runs through layers of `stack`: drafts
-    are not steered, and edits there would be those of another pass."""
-    tapped = {module for _, layer in stack.layers for module in layer.modules()}
+    """Raises `Unsupported` where a model that drafts tokens runs through taps of `stack`: drafts are
+    not steered, and edits there would be those of another pass.
+
+    Other modules may be shared: vLLM has one rotary embedding for all layers that ask for the same.
+    """
+    modules = [module for _, layer in stack.layers for module in layer.modules()]
+    tapped = {module for module in modules if "forward" in vars(module)}  # as `install` leaves it
     shared = [] if drafter is None else [one for one in drafter.modules() if one in tapped]
     if shared:
         raise Unsupported(
