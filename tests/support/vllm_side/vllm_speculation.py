@@ -33,7 +33,7 @@ class Drafts:
     """What vLLM's scheduler counted, by the name of the request that was steered."""
 
     verified: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
-    """For each pass with drafts how many there were, and how many stayed."""
+    """For each pass that chose tokens how many drafts there were, and how many stayed."""
     names: dict[str, str] = field(default_factory=dict)
     """The request of each ticket."""
 
@@ -51,14 +51,19 @@ class Drafts:
 def counted_drafts(engine: VllmEngine) -> Iterator[Drafts]:
     """Watches the scheduler while it is open."""
     drafts, scheduler, close = Drafts(), core(engine).scheduler, RunningSequence.close
-    make = scheduler.make_spec_decoding_stats
+    make, update = scheduler.make_spec_decoding_stats, scheduler._update_request_with_output
+    counted: dict[str, tuple[int, int]] = {}
 
     def make_watched(stats: Any, **named: Any) -> Any:
-        ticket = ticket_of(scheduler.requests[named["request_id"]])
-        if ticket is not None:
-            counts = named["num_draft_tokens"], named["num_accepted_tokens"]
-            drafts.verified[ticket.key].append(counts)
+        counts = named["num_draft_tokens"], named["num_accepted_tokens"]
+        counted[named["request_id"]] = counts
         return make(stats, **named)
+
+    def update_watched(request: Any, *args: Any, **named: Any) -> Any:
+        ticket, counts = ticket_of(request), counted.pop(request.request_id, (0, 0))
+        if ticket is not None:
+            drafts.verified[ticket.key].append(counts)
+        return update(request, *args, **named)
 
     def close_watched(self: RunningSequence, answer: Any) -> None:
         if self.ticket is not None:
@@ -66,9 +71,10 @@ def counted_drafts(engine: VllmEngine) -> Iterator[Drafts]:
         close(self, answer)
 
     scheduler.make_spec_decoding_stats = make_watched
+    scheduler._update_request_with_output = update_watched
     RunningSequence.close = close_watched  # type: ignore[method-assign]
     try:
         yield drafts
     finally:
-        del scheduler.make_spec_decoding_stats
+        del scheduler.make_spec_decoding_stats, scheduler._update_request_with_output
         RunningSequence.close = close  # type: ignore[method-assign]

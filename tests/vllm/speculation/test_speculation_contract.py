@@ -68,7 +68,7 @@ def test_mixed_requests_are_those_without_drafts(
     for request, a, b in zip(requests, mine, reference.complete(requests), strict=True):
         assert_same(a, b, request.id)
     assert drafts.total.accepted >= 30
-    assert drafts.total.drafted - drafts.total.accepted >= 100
+    assert drafts.total.drafted - drafts.total.accepted >= 20
     assert engine.stats().slots_in_use == 0
 
 
@@ -89,7 +89,7 @@ def test_receipts_say_what_was_drafted_and_what_of_it_was_fed(
         assert one.receipt is not None
         speculation = one.receipt.speculation
         assert speculation is not None
-        made, drafted, fed = 1, 0, 0
+        made = drafted = fed = 0
         for count, stayed in drafts.of(request.id):
             drafted += count
             fed += max(min(stayed, len(one.tokens) - 1 - made), 0)
