@@ -20,7 +20,7 @@ from steer.plan.cache import PlanCache
 from steer.registry.registry import Registry
 
 CLIENTS, WAVES = 240, 4
-REQUESTS, BLOCKS, STEP_TOKENS = 16, 26, 64
+REQUESTS, BLOCKS, STEP_TOKENS = 16, 18, 64
 
 
 @pytest.fixture(scope="module")
