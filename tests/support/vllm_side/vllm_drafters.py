@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from vllm_speculation import DRAFTS, NGRAM
+from vllm_speculation import DRAFTS
 
 
 def demo_config(model: Path) -> dict[str, Any]:
@@ -27,31 +27,13 @@ def write_eagle(folder: Path, model: Path) -> None:
     _write(folder, {**config, "num_hidden_layers": 1}, weights)
 
 
-def write_eagle3(folder: Path, model: Path) -> None:
-    """EAGLE-3: one layer over states of three layers of the target, with an output matrix of its
-    own; the target's embedding is its own as well."""
-    config = demo_config(model)
-    d = config["hidden_size"]
-    weights = {
-        "fc.weight": _random(d, 3 * d),
-        "norm.weight": torch.ones(d),
-        "lm_head.weight": _random(config["vocab_size"], d),
-        "midlayer.hidden_norm.weight": torch.ones(d),
-        **_layer("midlayer.", config, inputs=2 * d),
-    }
-    fields = {"num_hidden_layers": 1, "draft_vocab_size": config["vocab_size"]}
-    _write(folder, {**config, **fields, "tie_word_embeddings": False}, weights)
-
-
 def drafters(folder: Path, model: Path) -> dict[str, dict[str, Any]]:
-    """A `speculative_config` for each method that can run here, its model in `folder`."""
+    """A `speculative_config` for each method with a model, which may lie in `folder`."""
     write_eagle(folder / "eagle", model)
-    write_eagle3(folder / "eagle3", model)
-    made = {name: {"method": name, "model": str(folder / name)} for name in ("eagle", "eagle3")}
-    made["draft_model"] = {"method": "draft_model", "model": str(model)}
+    models = {"eagle": folder / "eagle", "draft_model": model}
     return {
-        "ngram": NGRAM,
-        **{name: {**one, "num_speculative_tokens": DRAFTS} for name, one in made.items()},
+        name: {"method": name, "model": str(path), "num_speculative_tokens": DRAFTS}
+        for name, path in models.items()
     }
 
 

@@ -1,8 +1,7 @@
-"""Every way to draft that runs on a CPU, beside the same steered requests without drafts.
+"""Models that draft, beside the same steered requests without drafts.
 
-What drafts is random and small but for `draft_model`, which is the model itself: so nearly nothing
-of the drafts stays, or nearly all. `mtp` needs a model with such layers; what proposes there is
-vLLM's EAGLE proposer, and what verifies is the same for all.
+EAGLE's is random and small, so that nearly nothing of its drafts stays; `draft_model` is the model
+itself, unsteered, so that most does.
 """
 
 from __future__ import annotations
@@ -28,9 +27,7 @@ from steer.registry.registry import Registry
 RUNNER = Path(__file__).parents[2] / "support" / "vllm_side" / "speculation_runner.py"
 SEED = 4
 CLASSES = {
-    "ngram": None,
     "eagle": "EagleLlamaForCausalLM",
-    "eagle3": "Eagle3LlamaForCausalLM",
     "draft_model": "LlamaForCausalLM",
 }
 
