@@ -1,7 +1,7 @@
 """Models that draft, beside the same steered requests without drafts.
 
 EAGLE's is random and small, so that nearly nothing of its drafts stays; `draft_model` is the model
-itself, unsteered, so that most does.
+itself, unsteered, so that what is steered little stays.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def test_answers_and_receipts_are_those_without_drafts(
         receipt = other.receipt.as_json()
         assert vllm_engine.plain(mine["receipt"]) == vllm_engine.plain(receipt)
         for a, b in zip(mine["receipt"]["hook_points"], receipt["hook_points"], strict=True):
-            assert a.get("relative_size") == pytest.approx(b.get("relative_size"), rel=1e-3)
+            size = b.get("relative_size")
+            assert a.get("relative_size") == (size and pytest.approx(size, rel=1e-3))
     assert runs[name]["slots in use"] == 0
 
 
@@ -95,5 +96,5 @@ def test_what_drafts_well_is_accepted(runs: dict[str, Any]) -> None:
         assert sum(one["drafted"] for one in found) > 100
         return float(sum(one["accepted"] for one in found) / sum(one["drafted"] for one in found))
 
-    assert share("draft_model") > 0.5
-    assert share("eagle") < 0.2
+    assert share("draft_model") > 0.2
+    assert share("eagle") < 0.1

@@ -21,7 +21,7 @@ from steer.plan.cache import PlanCache
 from steer.registry.registry import Registry
 
 CLIENTS, WAVES = 60, 2
-REQUESTS, BLOCKS, STEP_TOKENS = 16, 26, 64
+REQUESTS, BLOCKS, STEP_TOKENS = 16, 14, 64
 
 
 @pytest.fixture(scope="module")
