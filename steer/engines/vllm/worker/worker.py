@@ -59,8 +59,8 @@ def look_at_logits(model: Any, steering: WorkerSteering) -> None:
 
 
 def check_apart(stack: DecoderStack, drafter: nn.Module | None) -> None:
-    """Raises `Unsupported` where a model that drafts tokens runs through taps of `stack`: drafts are
-    not steered, and edits there would be those of another pass.
+    """Raises `Unsupported` where a model that drafts tokens runs through taps of `stack`: drafts
+    are not steered, and edits there would be those of another pass.
 
     Other modules may be shared: vLLM has one rotary embedding for all layers that ask for the same.
     """
