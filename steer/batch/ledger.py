@@ -10,34 +10,53 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer.batch.requests import NOBODY, Ints
+from steer.batch.sizes import MeanSizes
 from steer.batch.tables import MAX_RULES
 from steer.model import HookPoint
 
 _LOOKED_AT = 256
 """Positions that are looked at together."""
+RULES = (1 << MAX_RULES) - 1
+"""The bits of a position that name the rules applied there."""
+DRAFTED = 1 << MAX_RULES
+"""Marks a position whose token was drafted before it was computed."""
 UNSEEN = 0xFFFF
 """Marks a position that no pass has computed."""
+SOUND = torch.iinfo(torch.int64).max
+"""Stands for the position of what was not finite, where everything was."""
+_BY_ROW = (
+    "tokens",
+    "gate_open",
+    "gate_value",
+    "lost",
+    "drafted",
+    "_first_draft",
+    "_unsettled",
+)
+"""What a `PositionLedger` keeps of each row, whatever its length."""
 
 
 class Ledger:
     """What was applied to each request row, and the decisions that its gates hold.
 
-    `tokens[row, applied]` counts the tokens that the rules named by `applied` edited.
+    `tokens[row, applied]` counts the tokens that the rules named by `applied` edited. `relative`
+    has how large the edits at a hook point were, where that was measured.
     Assumes: a row is reset before a request takes it.
     """
 
-    def __init__(self, rows: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, rows: int, device: torch.device | str = "cpu", *, drafts: int = 0) -> None:
+        """`drafts` is the most tokens of a request that a pass computes without knowing yet
+        whether they stay."""
+        self.drafts = drafts
         self.tokens = np.zeros((rows, 1 << MAX_RULES), dtype=np.int64)
         self.gate_open = torch.zeros(rows, MAX_RULES, dtype=torch.bool, device=device)
         self.gate_value = torch.full((rows, MAX_RULES), float("nan"), device=device)
-        self.relative: dict[HookPoint, Tensor] = {}
+        self.relative: dict[HookPoint, MeanSizes] = {}
 
     def reset(self, row: int) -> None:
-        self.tokens[row] = 0
         self.gate_open[row] = False
         self.gate_value[row] = float("nan")
-        for sums in self.relative.values():
-            sums[row] = 0.0
+        self.recount(row)
 
     def record(self, rows: Ints, applied: Ints) -> None:
         """Counts tokens `[T]` of `rows` that the rules named by `applied` edited."""
@@ -48,37 +67,55 @@ class Ledger:
         """Counts a row from zero again, because its tokens are computed anew; its gates' decisions
         stand."""
         self.tokens[row] = 0
-        for sums in self.relative.values():
-            sums[row] = 0.0
+        for sizes in self.relative.values():
+            sizes.reset(row)
 
     def contained(self, rows: Tensor, before: Tensor, after: Tensor) -> Tensor:  # noqa: ARG002
         """States `[T, d]` of `rows` as the model goes on with them after an edit."""
         return after
 
-    def add_relative(self, point: HookPoint, rows: Tensor, sizes: Tensor) -> None:
-        """Adds ‖Δx‖/‖x‖ of each token `[T]` to the sum of its row."""
+    def add_relative(self, point: HookPoint, rows: Tensor, sizes: Tensor, edited: Tensor) -> None:
+        """Takes ‖Δx‖/‖x‖ of the tokens `[T]` that were `edited` into the means of their rows."""
         if point not in self.relative:
-            self.relative[point] = torch.zeros(len(self.gate_open), device=sizes.device)
-        self.relative[point].index_add_(0, rows, sizes)
+            count = len(self.gate_open)
+            self.relative[point] = MeanSizes(count, self.drafts, sizes.device)
+        self.relative[point].add(rows, self._draft_numbers(), sizes, edited)
+
+    def _draft_numbers(self) -> Tensor | None:
+        """The number from 1 of each token `[T]` that is a draft; None where none is."""
+        return None
 
 
 class PositionLedger(Ledger):
     """A `Ledger` that also keeps the rules applied at each position, and that grows.
 
     vLLM may compute a token twice (after a preemption), or never (when its state comes from the
-    prefix cache), or once too often (while a stop string is being noticed). A ledger by position is
-    right in all three cases: a receipt looks at the positions that its sequence fed, once each.
+    prefix cache), or once too often (while a stop string is being noticed, or because it was
+    drafted and another one stands there in the end). A ledger by position is right in all these
+    cases: a receipt looks at the positions that its sequence fed, once each, and what a pass found
+    at a drafted token is forgotten where `settle` says that the token did not stay.
 
-    Assumes: `expect` names the positions of the batch before a step is finished.
+    Assumes: `expect` names the positions of the batch before a step is begun, and again before it
+    is finished where another batch was named in between; `draft` comes after `settle`.
     """
 
-    def __init__(self, rows: int, max_length: int, device: torch.device) -> None:
-        super().__init__(rows, device)
+    def __init__(
+        self, rows: int, max_length: int, device: torch.device, *, drafts: int = 0
+    ) -> None:
+        super().__init__(rows, device, drafts=drafts)
         self.applied = np.full((rows, max_length), UNSEEN, dtype=np.uint16)
-        self.not_finite = torch.zeros(rows, dtype=torch.bool, device=device)
-        """Rows of which a state, or the logits, once were not finite."""
+        """The rules applied at each position, and whether its token had been drafted."""
+        self.lost = torch.full((rows,), SOUND, device=device)
+        """The first position of each row at which a state, or the logits, were not finite."""
+        self.drafted = np.zeros(rows, dtype=np.int64)
+        """How many tokens were drafted for each row, as far as it is known which of them stayed."""
+        self._first_draft = np.zeros(rows, dtype=np.int64)
+        self._unsettled = np.zeros(rows, dtype=np.int64)
+        self._rows: Ints = np.zeros(0, dtype=np.int64)
         self._positions: Ints = np.zeros(0, dtype=np.int64)
         self._present: NDArray[np.bool_] = np.zeros(0, dtype=bool)
+        self._on_device: dict[str, Tensor] = {}
+        """What is known of the tokens of the pass, `[T]`, where somebody asked for it."""
 
     def contained(self, rows: Tensor, before: Tensor, after: Tensor) -> Tensor:
         """`after`, and `before` for tokens that the edit drove beyond all numbers: their requests
@@ -93,19 +130,67 @@ class PositionLedger(Ledger):
             return after
         sound = after.float().norm(dim=-1).isfinite()
         lost = ~sound & before.float().norm(dim=-1).isfinite()
-        counts = torch.zeros(len(self.not_finite), device=after.device)
-        self.not_finite |= counts.index_add_(0, rows, lost.float()) > 0
+        self.lose(rows, self._device_positions(), lost)
         return torch.where(lost[:, None], before, after)
+
+    def lose(self, rows: Tensor, positions: Tensor, lost: Tensor) -> None:
+        """Takes note of the tokens `[T]` that are `lost`: something of them was not finite. Waits
+        for no device."""
+        self.lost.scatter_reduce_(0, rows, torch.where(lost, positions, SOUND), "amin")
+
+    def runs_over(self, row: int, end: int) -> bool:
+        """Whether something before position `end` of `row` was not finite."""
+        return bool(self.lost[row] < end)
 
     def expect(self, rows: Ints, positions: Ints) -> None:
         """The row and the position of each token of the pass that comes; `NOBODY` is nobody's."""
         self._present = rows != NOBODY
-        self._positions = positions
+        self._rows, self._positions = rows, positions
+        self._on_device.clear()
+
+    def draft(self, rows: Ints, first: Ints, counts: Ints) -> None:
+        """The coming pass computes `counts` drafted tokens of each of `rows`, from the positions
+        `first` on."""
+        self._first_draft[rows], self._unsettled[rows] = first, counts
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether drafted tokens were computed of which nobody has said whether they stayed."""
+        return bool(self._unsettled.any())
+
+    def settle(self, rows: Ints, fed: Ints) -> None:
+        """Of the tokens drafted last for `rows`, those at positions before `fed` stayed; the others
+        were never fed.
+
+        Assumes: what their pass did has been written down.
+        """
+        drafted = self._unsettled[rows]
+        if not drafted.any():
+            return
+        rows, fed, drafted = rows[drafted > 0], fed[drafted > 0], drafted[drafted > 0]
+        first = self._first_draft[rows]
+        stayed = np.clip(fed - first, 0, drafted)
+        for row, start, end in zip(rows, first + stayed, first + drafted, strict=True):
+            self.applied[row, start:end] = UNSEEN
+        self.drafted[rows] += drafted
+        self._unsettled[rows] = 0
+        index = torch.from_numpy(rows).to(self.lost.device)
+        gone = torch.from_numpy(first + stayed).to(self.lost.device)
+        lost = self.lost[index]
+        self.lost[index] = torch.where(lost < gone, lost, SOUND)
+        for sizes in self.relative.values():
+            sizes.settle(index, torch.from_numpy(stayed).to(self.lost.device))
+
+    def accepted(self, row: int, fed: int) -> int:
+        """How many of the first `fed` tokens of `row` had been drafted."""
+        seen = self.applied[row, :fed]
+        return int(((seen != UNSEEN) & (seen & DRAFTED != 0)).sum())
 
     def reset(self, row: int) -> None:
         super().reset(row)
         self.applied[row] = UNSEEN
-        self.not_finite[row] = False
+        self.lost[row] = SOUND
+        self.drafted[row] = self._unsettled[row] = 0
 
     def record(self, rows: Ints, applied: Ints) -> None:
         """Writes the applied of the present tokens; `rows` holds these alone."""
@@ -113,6 +198,13 @@ class PositionLedger(Ledger):
         self.write(rows, self._positions[self._present], applied)
 
     def write(self, rows: Ints, positions: Ints, applied: Ints) -> None:
+        """Writes the rules `applied` at `positions` `[T]` of `rows`."""
+        if self.drafts:
+            seen = self.applied[rows, positions]
+            # A drafted token that stayed may be computed again.
+            stayed = (seen != UNSEEN) & (seen & DRAFTED != 0)
+            drafted = stayed | (self._numbers(rows, positions) > 0)
+            applied = applied | np.where(drafted, DRAFTED, 0)
         self.applied[rows, positions] = applied.astype(np.uint16)
 
     def row(self, row: int, prompt_length: int) -> PositionLedger:
@@ -122,12 +214,33 @@ class PositionLedger(Ledger):
         one need not be looked at.
         """
         length = self._end(row, prompt_length)
-        alone = PositionLedger(1, length, self.gate_open.device)
-        alone.tokens[0], alone.applied[0] = self.tokens[row], self.applied[row, :length]
-        alone.gate_open[0], alone.gate_value[0] = self.gate_open[row], self.gate_value[row]
-        alone.not_finite[0] = self.not_finite[row]
-        alone.relative = {p: sums[row : row + 1].clone() for p, sums in self.relative.items()}
+        alone = PositionLedger(1, length, self.gate_open.device, drafts=self.drafts)
+        alone.applied[0] = self.applied[row, :length]
+        for name in _BY_ROW:
+            getattr(alone, name)[0] = getattr(self, name)[row]
+        alone.relative = {point: sizes.row(row) for point, sizes in self.relative.items()}
         return alone
+
+    def forget(self, row: int, first: int) -> None:
+        """Positions of `row` from `first` on, which its sequence has not kept."""
+        self.applied[row, first:] = UNSEEN
+
+    def widen(self, length: int) -> None:
+        """Makes room for positions up to `length`."""
+        rows, had = self.applied.shape
+        if length > had:
+            more = np.full((rows, max(length, 2 * had) - had), UNSEEN, dtype=np.uint16)
+            self.applied = np.concatenate([self.applied, more], axis=1)
+
+    def grow(self) -> None:
+        """Doubles the number of rows."""
+        rows, length = self.applied.shape
+        bigger = PositionLedger(2 * rows, length, self.gate_open.device, drafts=self.drafts)
+        for name in ("applied", *_BY_ROW):
+            getattr(bigger, name)[:rows] = getattr(self, name)
+            setattr(self, name, getattr(bigger, name))
+        for sizes in self.relative.values():
+            sizes.grow()
 
     def _end(self, row: int, prompt_length: int) -> int:
         """The position behind the last one of `row` that was computed."""
@@ -144,29 +257,24 @@ class PositionLedger(Ledger):
         seen = np.flatnonzero(applied[:start] != UNSEEN)
         return int(seen[-1]) + 1 if len(seen) else 0
 
-    def forget(self, row: int, first: int) -> None:
-        """Positions of `row` from `first` on, which its sequence has not kept."""
-        self.applied[row, first:] = UNSEEN
+    def _numbers(self, rows: Ints, positions: Ints) -> Ints:
+        """The number from 1 of each token that is one of those drafted last for its row; else 0."""
+        numbers = np.maximum(positions - self._first_draft[rows] + 1, 0)
+        return np.where(numbers <= self._unsettled[rows], numbers, 0)
 
-    def widen(self, length: int) -> None:
-        """Makes room for positions up to `length`."""
-        rows, had = self.applied.shape
-        if length > had:
-            more = np.full((rows, max(length, 2 * had) - had), UNSEEN, dtype=np.uint16)
-            self.applied = np.concatenate([self.applied, more], axis=1)
+    def _draft_numbers(self) -> Tensor | None:
+        if not self.drafts:
+            return None
+        if "numbers" not in self._on_device:
+            numbers = np.where(self._present, self._numbers(self._rows, self._positions), 0)
+            self._on_device["numbers"] = torch.from_numpy(numbers).to(self.lost.device)
+        return self._on_device["numbers"]
 
-    def grow(self) -> None:
-        """Doubles the number of rows."""
-        rows, length = self.applied.shape
-        bigger = PositionLedger(2 * rows, length, self.gate_open.device)
-        bigger.tokens[:rows], bigger.applied[:rows] = self.tokens, self.applied
-        bigger.gate_open[:rows], bigger.gate_value[:rows] = self.gate_open, self.gate_value
-        bigger.not_finite[:rows] = self.not_finite
-        for point, sums in self.relative.items():
-            bigger.relative[point] = torch.cat([sums, torch.zeros_like(sums)])
-        self.tokens, self.applied, self.relative = bigger.tokens, bigger.applied, bigger.relative
-        self.gate_open, self.gate_value = bigger.gate_open, bigger.gate_value
-        self.not_finite = bigger.not_finite
+    def _device_positions(self) -> Tensor:
+        if "positions" not in self._on_device:
+            positions = torch.from_numpy(self._positions).to(self.lost.device)
+            self._on_device["positions"] = positions
+        return self._on_device["positions"]
 
 
 def _all_finite(states: Tensor) -> bool:

@@ -34,9 +34,11 @@ _SOLO = 4
 
 
 class _Work(NamedTuple):
-    """What one rule does at one hook point: to all tokens, or to `rows` alone."""
+    """What one rule does at one hook point: to all tokens, or to `rows` alone. `slots` are those
+    that have a block there."""
 
     number: int
+    slots: set[int]
     table: Table
     view: TableView
     rows: Tensor | None
@@ -60,6 +62,8 @@ class Step:
         )
         self._shared = tokens.shared
         self._chosen: dict[tuple[int, ...], Tensor] = {}
+        self._editing: dict[HookPoint, list[tuple[int, Tensor]]] = {}
+        """For each rule with blocks at a point, which slots have one: where sizes are measured."""
         self._visited: set[HookPoint] = set()
         self.slots = torch.from_numpy(tokens.slots).to(device)
         """The slots `[P, T]` by which tokens are edited; behind a closed gate they are 0."""
@@ -90,7 +94,7 @@ class Step:
         if flat is not before:
             flat = self._ledger.contained(self._row_index, before, flat)
             if self._measured is not None:
-                self._measure(point, before, flat, self._measured)
+                self._measure(point, before, flat, self._measured & self._edited(point))
         return flat.reshape(x.shape)
 
     def carry_on(self, changes: Mapping[int, Ints]) -> None:
@@ -149,7 +153,7 @@ class Step:
                     if len(groups) == 1 and len(rows) > _FEW * self._tokens.slots.shape[1]:
                         rows = None
                 solo = self._solo(number, view, rows) if view.needs.edits else None
-                found.append(_Work(number, table, view, rows, solo))
+                found.append(_Work(number, mine, table, view, rows, solo))
         return found
 
     def _solo(self, number: int, view: TableView, rows: Tensor | None) -> Tensor | None:
@@ -184,13 +188,28 @@ class Step:
         mine, slots = x.index_select(0, work.rows), slots.index_select(0, work.rows)
         return x.index_copy(0, work.rows, apply_table(work.view, mine, slots, work.solo))
 
-    def _measure(self, point: HookPoint, before: Tensor, after: Tensor, measured: Tensor) -> None:
+    def _edited(self, point: HookPoint) -> Tensor:
+        """Which tokens `[T]` a block of `point` acts on."""
+        if point not in self._editing:
+            self._editing[point] = [
+                (work.number, self._marked(work.slots)) for work in self._work[point]
+            ]
+        each = [marked[self.slots[number]] for number, marked in self._editing[point]]
+        return torch.stack(each).any(dim=0)
+
+    def _marked(self, slots: set[int]) -> Tensor:
+        """True at each of `slots`, `[S + 1]`."""
+        marked = torch.zeros(self._tables.slots + 1, dtype=torch.bool)
+        marked[list(slots)] = True
+        return marked.to(self._tables.device)
+
+    def _measure(self, point: HookPoint, before: Tensor, after: Tensor, edited: Tensor) -> None:
+        """Measures the `edited` tokens `[T]`; what became of the others does not matter."""
         tiny = torch.finfo(torch.float32).tiny
         size = (after.float() - before.float()).norm(dim=-1) / before.float().norm(
             dim=-1
         ).clamp_min(tiny)
-        # Tokens that nobody measures count as 0, whatever became of them.
-        self._ledger.add_relative(point, self._row_index, size.masked_fill(~measured, 0.0))
+        self._ledger.add_relative(point, self._row_index, size, edited)
 
 
 def build_step(

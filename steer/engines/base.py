@@ -7,7 +7,7 @@ synchronous methods may be called from any thread and wait for their turn betwee
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
@@ -91,6 +91,15 @@ class GateReceipt:
 
 
 @dataclass(frozen=True)
+class SpeculationReceipt:
+    """Tokens that an engine drafted for a request and computed ahead of its choice, and how many of
+    the tokens that were fed in the end had been drafted."""
+
+    drafted: int
+    accepted: int
+
+
+@dataclass(frozen=True)
 class Receipt:
     """Proof of what was applied to one request.
 
@@ -108,6 +117,8 @@ class Receipt:
     strengths: tuple[Mapping[str, Any], ...] = ()
     """The strengths that a calibration or a limit turned into another number; see
     `SteeringPlan.resolved_strengths`."""
+    speculation: SpeculationReceipt | None = None
+    """Given by engines that speculate."""
 
     def as_json(self) -> dict[str, Any]:
         """The form of `response.steering`."""
@@ -131,6 +142,8 @@ class Receipt:
         }
         if self.strengths:
             answer["strengths"] = [dict(entry) for entry in self.strengths]
+        if self.speculation is not None:
+            answer["speculation"] = asdict(self.speculation)
         return answer
 
 

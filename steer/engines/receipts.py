@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from steer.batch.ledger import Ledger
 from steer.batch.requests import SteeredRequest
-from steer.engines.base import GateReceipt, PointReceipt, Receipt
+from steer.engines.base import GateReceipt, PointReceipt, Receipt, SpeculationReceipt
 from steer.plan.plan import SteeringPlan
 
 
@@ -33,7 +33,7 @@ def receipt_of(
 ) -> Receipt:
     """`counts[applied]` is the number of tokens that the rules named by `applied` edited; `cached`
     of the steered ones were not computed for this request. Sizes are means over what the ledger saw
-    computed, however often that was."""
+    computed, however often that was, but for drafted tokens that did not stay."""
     applied = np.arange(len(counts))
     steered = int(counts[1:].sum())
     points = []
@@ -41,9 +41,8 @@ def receipt_of(
         touching = sum(1 << n for n, one in enumerate(plan.rules) if point in one.blocks)
         tokens = int(counts[(applied & touching) != 0].sum())
         size = None
-        computed = int(ledger.tokens[request.row][(applied & touching) != 0].sum())
-        if request.measure and point in ledger.relative and computed:
-            size = float(ledger.relative[point][request.row]) / computed
+        if request.measure and point in ledger.relative:
+            size = ledger.relative[point].mean(request.row)
         points.append(PointReceipt(point, tokens, size))
     gates = []
     for number, one in enumerate(plan.rules):
@@ -74,6 +73,7 @@ def merged(receipts: Iterable[Receipt | None]) -> Receipt | None:
         tokens_cached=sum(one.tokens_cached for one in found),
         hook_points=_points(found),
         gates=_gates(found),
+        speculation=_speculation(found),
     )
 
 
@@ -91,6 +91,13 @@ def _point(entries: Sequence[PointReceipt]) -> PointReceipt:
     weight = sum(entry.tokens for entry in measured)
     size = sum((e.relative_size or 0.0) * e.tokens for e in measured) / weight if weight else None
     return PointReceipt(entries[0].point, tokens, size)
+
+
+def _speculation(receipts: Sequence[Receipt]) -> SpeculationReceipt | None:
+    found = [one.speculation for one in receipts if one.speculation is not None]
+    if not found:
+        return None
+    return SpeculationReceipt(sum(s.drafted for s in found), sum(s.accepted for s in found))
 
 
 def _gates(receipts: Sequence[Receipt]) -> tuple[GateReceipt, ...]:

@@ -154,6 +154,8 @@ def test_a_token_that_the_host_does_not_know_yet_is_read_from_the_models_input()
         _model_forward=lambda input_ids, positions, intermediate_tensors, inputs_embeds: None,
         _determine_batch_execution_and_padding=lambda force_eager: None,
         speculative_config=None,
+        use_async_spec_decode=False,
+        positions=None,
         input_ids=SimpleNamespace(gpu=torch.tensor([7, 8, 9, 41, 10])),
         input_batch=SimpleNamespace(
             req_ids=["prompt", "in flight", "known"],

@@ -84,6 +84,7 @@ RUNNER_V1 = (
         mentions=("num_computed_tokens_cpu", "token_ids_cpu"),
     ),
     Seam(f"{_WORKER}.gpu_input_batch", "InputBatch.req_ids"),
+    Seam(_V1, "GPUModelRunner.__init__", mentions=("use_async_spec_decode", "positions")),
 )
 RUNNER_V2 = (
     Seam(
@@ -102,7 +103,9 @@ RUNNER_V2 = (
             "num_computed_tokens_np",
             "query_start_loc_np",
             "num_tokens",
+            "num_draft_tokens_per_req",
             "input_ids",
+            "positions",
         ),
     ),
 )

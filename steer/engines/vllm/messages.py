@@ -12,7 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steer.engines.base import GateReceipt, PointReceipt, Receipt, TokenLogprob
+from steer.engines.base import (
+    GateReceipt,
+    PointReceipt,
+    Receipt,
+    SpeculationReceipt,
+    TokenLogprob,
+)
 from steer.errors import EngineError, NotFinite, SteerError
 from steer.model import HookPoint, ModelInfo
 
@@ -52,6 +58,9 @@ def read_receipt(answer: Mapping[str, Any]) -> Receipt:
             GateReceipt(gate["name"], gate["fired"], gate["value"]) for gate in answer["gates"]
         ),
         strengths=tuple(answer.get("strengths", ())),
+        speculation=SpeculationReceipt(**answer["speculation"])
+        if "speculation" in answer
+        else None,
     )
 
 

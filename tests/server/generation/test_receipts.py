@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from steer.engines.base import GateReceipt, PointReceipt, Receipt
+from dataclasses import replace
+
+from steer.engines.base import GateReceipt, PointReceipt, Receipt, SpeculationReceipt
 from steer.engines.receipts import merged
 from steer.model import HookPoint
 
@@ -24,3 +26,14 @@ def test_counts_add_up_and_sizes_are_weighted() -> None:
 def test_one_receipt_stays_and_none_is_none() -> None:
     assert merged([None, FIRST]) is FIRST
     assert merged([None, None]) is None
+
+
+def test_what_was_drafted_adds_up_and_is_told_where_an_engine_speculates() -> None:
+    first = replace(FIRST, speculation=SpeculationReceipt(drafted=9, accepted=4))
+    second = replace(SECOND, speculation=SpeculationReceipt(drafted=3, accepted=0))
+    both = merged([first, second])
+    assert both is not None
+    assert both.as_json()["speculation"] == {"drafted": 12, "accepted": 4}
+    plain = merged([FIRST, SECOND])
+    assert plain is not None
+    assert "speculation" not in plain.as_json()

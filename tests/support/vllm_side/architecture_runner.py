@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from steer.spec import Site
 
 
-def main(jobs: list[Path]) -> None:
+def in_children(jobs: list[Path], run: Callable[[dict[str, Any]], None]) -> None:
+    """Runs each job in a process of its own, one after another."""
     from steer.engines.vllm import plugin
 
     plugin.register()
@@ -35,7 +37,7 @@ def main(jobs: list[Path]) -> None:
         child = os.fork()
         if child == 0:
             try:
-                _run(json.loads(job.read_text()))
+                run(json.loads(job.read_text()))
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
@@ -113,4 +115,4 @@ def _ask(llm: Any, requests: list[dict[str, Any]], model: ModelInfo) -> dict[str
 
 
 if __name__ == "__main__":
-    main([Path(name) for name in sys.argv[1:]])
+    in_children([Path(name) for name in sys.argv[1:]], _run)

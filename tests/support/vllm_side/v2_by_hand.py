@@ -33,6 +33,7 @@ from steer.model import ModelInfo
 from steer.plan.plan import SteeringPlan
 
 TOKENS = 64
+DRAFTS = 3
 CPU = torch.device("cpu")
 
 
@@ -55,6 +56,15 @@ class Known:
         for one in () if self.plan is None else self.plan.rules:
             found |= one.selection.mask(positions, self.prompt_length, tokens)
         return found.tolist()
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """How many of the tokens that a pass computes of a request are drafted; those at the end that
+    do not stay are `wrong`."""
+
+    count: int
+    wrong: tuple[int, ...] = ()
 
 
 class State:
@@ -92,6 +102,7 @@ def config(**fields: Any) -> SimpleNamespace:
     given = {"speculative_config": None, **fields}
     return SimpleNamespace(
         speculative_config=given["speculative_config"],
+        scheduler_config=SimpleNamespace(async_scheduling=given.get("async_scheduling", False)),
         parallel_config=SimpleNamespace(**{k: given.get(k, v) for k, v in parallel.items()}),
         cache_config=SimpleNamespace(**{k: given.get(k, v) for k, v in cache.items()}),
         compilation_config=SimpleNamespace(static_forward_context={}),
@@ -120,6 +131,7 @@ class ByHand:
             self.plans.__getitem__,
             TapEdits(self.info, self.slots, CPU),
             max_requests=self.slots,
+            drafts=DRAFTS,
         )
         self.adapter = RunnerV2(self, self.steering)
 
@@ -152,13 +164,16 @@ class ByHand:
         new: Iterable[str] = (),
         finished: Iterable[str] = (),
         preempted: Iterable[str] = (),
+        drafted: Mapping[str, Drafted] | None = None,
         stream: Tensor | None = None,
         forward: Callable[[Tensor], list[bool]] | None = None,
     ) -> list[bool]:
         """One step; the tokens of `scheduled` lie in its order. Which of them were changed.
 
-        `stream` `[d]` is what every token has for its state at every tap.
+        `drafted` are the last tokens of some requests. `stream` `[d]` is what every token has for
+        its state at every tap.
         """
+        drafted = drafted or {}
         output = SchedulerOutput.make_empty()
         output.num_scheduled_tokens = dict(sorted(scheduled.items()))
         output.total_num_scheduled_tokens = sum(scheduled.values())
@@ -174,13 +189,15 @@ class ByHand:
                 )
             if not scheduled:
                 return []
-            inputs = self.model_state.prepare_inputs(self.batch(scheduled), self.states)
+            inputs = self.model_state.prepare_inputs(self.batch(scheduled, drafted), self.states)
             assert inputs == {"made": self.states}
             x = torch.ones(self.info.d_model) if stream is None else stream
             changed = (forward or self.forward)(x.expand(TOKENS, -1))
         for name, count in scheduled.items():
-            self.known[name].computed += count
-            self.states.num_computed_tokens_np[self.slot(name)] = self.known[name].computed
+            one, wrong = self.known[name], len(drafted[name].wrong) if name in drafted else 0
+            one.computed += count - wrong
+            told = one.computed + (wrong if self.adapter._ahead else 0)
+            self.states.num_computed_tokens_np[self.slot(name)] = told
         return changed[: sum(scheduled.values())]
 
     def forward(self, stream: Tensor) -> list[bool]:
@@ -199,7 +216,7 @@ class ByHand:
         self.model_state.prepare_inputs(batch, self.states)
         return self.forward(torch.ones(TOKENS, self.info.d_model))
 
-    def batch(self, scheduled: Mapping[str, int]) -> InputBatch:
+    def batch(self, scheduled: Mapping[str, int], drafted: Mapping[str, Drafted]) -> InputBatch:
         """The batch that vLLM makes of these requests, padded by three tokens."""
         names, counts = list(scheduled), np.array(list(scheduled.values()), dtype=np.int32)
         total = int(counts.sum())
@@ -208,8 +225,12 @@ class ByHand:
         bounds = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         for name, start, count in zip(names, bounds, counts, strict=False):
             one = self.known[name]
-            tokens = one.tokens[one.computed : one.computed + count]
-            self.buffers.input_ids[start : start + count] = torch.tensor(tokens)
+            wrong = drafted[name].wrong if name in drafted else ()
+            tokens = one.tokens[one.computed : one.computed + count - len(wrong)]
+            self.buffers.input_ids[start : start + count] = torch.tensor([*tokens, *wrong])
+            positions = torch.arange(one.computed, one.computed + count)
+            self.buffers.positions[start : start + count] = positions
+        drafts = [drafted[name].count if name in drafted else 0 for name in names]
         return replace(
             dummy,
             req_ids=names,
@@ -218,6 +239,8 @@ class ByHand:
             num_tokens_after_padding=total + 3,
             query_start_loc_np=bounds,
             num_computed_tokens_np=self.states.num_computed_tokens_np[slots],
+            num_draft_tokens_per_req=np.array(drafts, dtype=np.int32) if any(drafts) else None,
+            positions=self.buffers.positions[: total + 3],
             input_ids=self.ids,
         )
 

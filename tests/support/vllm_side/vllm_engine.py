@@ -56,9 +56,11 @@ def start_engine(registry: Path, **options: Any) -> VllmEngine:
 
 
 def plain(receipt: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """A receipt without its floats, which engines agree on only to rounding."""
+    """A receipt without its floats, which engines agree on only to rounding, and without what was
+    drafted for it."""
     if receipt is None:
         return None
+    receipt = {k: v for k, v in receipt.items() if k != "speculation"}
     points = [{k: v for k, v in p.items() if k != "relative_size"} for p in receipt["hook_points"]]
     gates = [{k: v for k, v in g.items() if k != "value"} for g in receipt["gates"]]
     return {**receipt, "hook_points": points, "gates": gates}

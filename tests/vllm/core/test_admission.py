@@ -176,12 +176,6 @@ def test_pooling_is_refused(config):
     check_request(request(sampling_params=None, pooling_params=PoolingParams()), config)
 
 
-def test_a_speculating_engine_refuses(config):
-    config.speculative_config = object()
-    with pytest.raises(Unsupported, match="speculates"):
-        check_request(request(steering()), config)
-
-
 @pytest.mark.parametrize("additional", [{}, None])
 def test_an_engine_without_steer_refuses(config, additional):
     config.additional_config = additional

@@ -51,6 +51,7 @@ from steer.engines.vllm.taps import ops  # noqa: E402
 from steer.engines.vllm.ticket import CaptureOrder, Ticket  # noqa: E402
 from steer.engines.vllm.worker.edits import StaticEdits, TapEdits  # noqa: E402
 from steer.engines.vllm.worker.prepared import BatchTokens  # noqa: E402
+from steer.engines.vllm.worker.requests import receipt  # noqa: E402
 from steer.engines.vllm.worker.runner_v1 import RunnerV1  # noqa: E402
 from steer.engines.vllm.worker.runner_v2 import RunnerV2  # noqa: E402
 from steer.engines.vllm.worker.steering import WorkerSteering  # noqa: E402
@@ -422,6 +423,43 @@ def test_a_dummy_pass_of_a_stage_gives_what_it_hands_on(
     assert "execute_model" not in vars(stage)
 
 
+AHEAD = {"speculative_config": SimpleNamespace(), "async_scheduling": True}
+
+
+@pytest.mark.parametrize("config", [{}, AHEAD], ids=["in step", "ahead"])
+@pytest.mark.parametrize("spec", ["token triggers", "generation only", "a window", "everything"])
+def test_drafts_are_steered_as_what_they_are_and_count_where_they_stay(
+    reference: TransformersEngine, plans: Plans, config: dict[str, Any], spec: str
+) -> None:
+    """Ahead of what it knows, the host takes every draft for accepted: the device has it right."""
+    info = dataclasses.replace(reference.info, max_length=256)
+    by_hand = v2_by_hand.ByHand(info, vllm_config=v2_by_hand.config(**config))
+    draw = random.Random(5)
+    names = ["a", "b", "c"]
+    for name in names:
+        tokens = [draw.randrange(3, 300) for _ in range(40)]
+        by_hand.request(name, tokens, 6, plans[spec])
+    found = by_hand.step(dict.fromkeys(names, 6), new=names)
+    steered = {name: found[6 * n : 6 * n + 6] for n, name in enumerate(names)}
+    stayed = dict.fromkeys(names, 0)
+    for _ in range(8):
+        scheduled = {name: draw.randint(1, v2_by_hand.DRAFTS + 1) for name in names}
+        drafted = {}
+        for name, count in scheduled.items():
+            wrong = tuple(draw.randrange(3, 300) for _ in range(draw.randint(0, count - 1)))
+            drafted[name] = v2_by_hand.Drafted(count - 1, wrong)
+            steered[name] += by_hand.known[name].steered(count - len(wrong))
+            stayed[name] += count - 1 - len(wrong)
+        by_hand.step(scheduled, drafted=drafted)
+    for name in names:
+        fed = by_hand.known[name].computed
+        record = by_hand.steering.requests.records(f"key of {name}")[0]
+        told = receipt(record, fed)
+        assert told.tokens_steered == sum(steered[name])
+        assert told.speculation is not None
+        assert told.speculation.accepted == stayed[name]
+
+
 # What is refused
 
 
@@ -449,7 +487,7 @@ def test_an_input_batch_of_another_make_is_refused(
 ) -> None:
     less = dataclasses.make_dataclass("InputBatch", ["req_ids", "num_tokens", "input_ids"])
     monkeypatch.setattr(input_batches, "InputBatch", less)
-    refused(by_hand, r"lacks \['num_computed_tokens_np', 'num_scheduled_tokens'")
+    refused(by_hand, r"lacks \['num_computed_tokens_np', 'num_draft_tokens_per_req'")
 
 
 @pytest.mark.parametrize(
@@ -473,7 +511,11 @@ def test_a_runner_of_another_make_is_refused(
 @pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
-        ("speculative_config", object(), "speculative decoding"),
+        (
+            "speculative_config",
+            SimpleNamespace(enable_adaptive_verification=True),
+            "enable_adaptive_verification",
+        ),
         ("use_ubatching", True, r"micro-batching \(enable_dbo"),
         ("prefill_context_parallel_size", 2, "prefill_context_parallel_size"),
         ("kv_sharing_fast_prefill", True, "kv_sharing_fast_prefill"),

@@ -138,12 +138,6 @@ def _check_engine(config: Any, ticket: Ticket) -> None:
             "this engine was started without Steer: start it with VLLM_PLUGINS=steer",
             code="engine_not_steered",
         )
-    if config.speculative_config is not None:
-        raise Unsupported(
-            "this engine speculates, and drafted tokens are not steered: start it without "
-            "speculative_config",
-            code="speculative_decoding",
-        )
     if not holds_back(config.scheduler_config):
         raise Unsupported(
             "this engine's scheduler does not wait for edit rows: start it with "

@@ -69,11 +69,15 @@ class _Stepper:
             self._tell_ends()
 
     def step(self) -> None:
-        """One step; when it fails, so do the sequences in it."""
+        """One step; when it fails, so do the sequences in it, and those that it has ended."""
+        ended: list[RunningSequence] = []
         try:
-            self._step()
+            self._step(ended)
         except Exception as error:
-            self.fail(EngineError(f"vLLM's step failed: {error}"))
+            failure = EngineError(f"vLLM's step failed: {error!r}")
+            self.fail(failure)
+            for sequence in ended:
+                sequence.fail(failure)
 
     def fail(self, error: SteerError) -> None:
         keys = list(self._running)
@@ -83,8 +87,8 @@ class _Stepper:
             sequence.fail(error)
         self._running.clear()
 
-    def _step(self) -> None:
-        ended = []
+    def _step(self, ended: list[RunningSequence]) -> None:
+        """`ended` are those that wait for their receipts."""
         for output in self.engine.step():
             sequence = self._running.get(output.request_id)
             if sequence is None:
@@ -118,7 +122,8 @@ class _Stepper:
             answers = {id(one): answer[0] for one, answer in zip(steered, found, strict=True)}
         if any(map(leaves_unsteered, answers.values())):
             self.engine.reset_prefix_cache()
-        for sequence in ended:
+        while ended:
+            sequence = ended.pop()
             sequence.close(answers.get(id(sequence)))
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from steer.engines.vllm.static.tables import (
     FOLLOWERS,
     FOLLOWS,
     MEASURED,
+    NOT_EDITED,
     ROW,
     SELECTED,
     SLOT,
@@ -106,12 +108,13 @@ class StaticForm:
         self._written = 0
         self._epoch = 0
         self._waiting: deque[_Report] = deque()
-        self._rows: Ints | None = None
-        """The ledger rows of the last pass that steered, whose `lost` may still come."""
+        self._last: StaticPass | None = None
+        """The last pass that steered, whose `lost` may still come."""
 
     def bind(self, ledger: Callable[[], PositionLedger]) -> None:
         """What passes do is written down in the ledger that `ledger` gives from now on."""
-        self._ledger, self._rows = ledger, None
+        self._ledger, self._last = ledger, None
+        self.buffers.lost.zero_()
 
     def edit(self, tap: int, hidden: Tensor, residual: Tensor | None) -> None:
         """Launches the kernel for the hook points of `tap`; what an operator does."""
@@ -127,7 +130,7 @@ class StaticForm:
         """
         self.collect()
         self._take_lost()
-        self._rows = None
+        self._last = None
         steered = [span for span in spans if span.request.rules]
         if not steered:
             self.clear()
@@ -147,9 +150,9 @@ class StaticForm:
         self._epoch = self._epoch % _LAST_EPOCH + 1
         self.buffers.epoch.fill_(self._epoch)
         running = StaticPass(self, self._ledger, steered, records, self._epoch, fault)
-        self._rows = running.rows
-        if running.measured:
-            self.buffers.sizes.zero_()  # a pass that failed, or a dummy pass, may have left some
+        self._last = running
+        if running.measured:  # a pass that failed, or a dummy pass, may have left some
+            self.buffers.sizes[:, :tokens_in_batch] = NOT_EDITED
         if running.holds:
             self._recall(running.rows)
         return running
@@ -233,22 +236,24 @@ class StaticForm:
         ledger.gate_open[index] = held.bool()
         ledger.gate_value[index] = buffers.values[: len(rows)]
 
-    def count_sizes(self, rows: Ints, points: Sequence[HookPoint]) -> None:
-        """Adds the relative sizes of a pass to the ledger, and starts from zero again."""
-        sizes = self.buffers.sizes[:, : len(rows)]
-        index = torch.from_numpy(rows).to(sizes.device)
-        for point in points:
-            self._ledger().add_relative(point, index, sizes[self.tables.index(point)])
-        sizes.zero_()
+    def count_sizes(self, running: StaticPass) -> None:
+        """Takes the relative sizes of a pass into the ledger, which expects its tokens, and starts
+        from none again."""
+        sizes = self.buffers.sizes[:, : running.tokens]
+        rows, places, _ = running.on_device
+        for point in running.measured:
+            mine = sizes[self.tables.index(point)].index_select(0, places)
+            self._ledger().add_relative(point, rows, mine, mine != NOT_EDITED)
+        sizes.fill_(NOT_EDITED)
 
     def _take_lost(self) -> None:
-        """Writes down which requests an edit would have driven beyond all numbers. Waits for no
-        device; passes that are carried on gather it, their rows being the same."""
-        if self._rows is not None:
-            lost = self.buffers.lost[: len(self._rows)]
-            index = torch.from_numpy(self._rows).to(lost.device)
-            self._ledger().not_finite[index] |= lost != 0
-            self.buffers.lost.zero_()
+        """Writes down which tokens an edit would have driven beyond all numbers. Waits for no
+        device; passes that are carried on gather it, and none of their tokens is drafted."""
+        if self._last is not None:
+            lost = self.buffers.lost[: self._last.tokens]
+            rows, places, positions = self._last.on_device
+            self._ledger().lose(rows, positions, lost.index_select(0, places) != 0)
+            lost.zero_()
 
     def _forget(self, kept: int) -> None:
         """Makes slot 0 of the tokens from `kept` on that the last pass named."""
@@ -293,6 +298,8 @@ class StaticPass:
         self.present_rows: Ints = records[self.present, ROW].astype(np.int64)
         """The row of each of these tokens among the requests of this pass."""
         self.token_rows = self.rows[self.present_rows]
+        self._begun_at: Ints = self._positions
+        """Where these tokens stood when the pass was begun."""
         self.expected = frozenset[int]().union(*map(form.tables.groups_of, plans))
         self.holds = any(_holds(plan) for plan in plans)
         """Whether gates are decided, or were, that a request holds."""
@@ -315,6 +322,18 @@ class StaticPass:
         """The tokens that decide for their requests, and the rows of these."""
         self.deciding_rows: Ints = records[self.deciding, ROW].astype(np.int64)
         self._lacks_decisions = bool(self.elsewhere.any())
+
+    @cached_property
+    def on_device(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The ledger rows of `present`, `present`, and where these tokens stood at first."""
+        device = self._form.tables.device
+        of_tokens = (self.token_rows, self.present, self._begun_at)
+        rows, places, positions = (torch.from_numpy(one).to(device) for one in of_tokens)
+        return rows, places, positions
+
+    @property
+    def _positions(self) -> Ints:
+        return np.concatenate([span.positions for span in self._spans])
 
     def start(self) -> None:
         """The kernels run it already: it was written into their buffers."""
@@ -340,12 +359,11 @@ class StaticPass:
             )
         if self.holds:
             self._form.remember(self.rows)
+        positions, ledger = self._positions, self._ledger()
+        ledger.expect(self.token_rows, positions)
         if self.measured:
-            self._form.count_sizes(self.rows, self.measured)
-        positions = np.concatenate([span.positions for span in self._spans])
+            self._form.count_sizes(self)
         if not self._gated:
-            ledger = self._ledger()
-            ledger.expect(self.token_rows, positions)
             ledger.record(self.token_rows, self._bits)
         if self._gated or not self._proved:
             self._proved = True

@@ -402,7 +402,7 @@ def _at_point(
                     x = before
                     tl.store(lost, 1)
             if (marks & _MEASURED) != 0:
-                tl.atomic_add(size, _length(x - before) / tl.maximum(_length(before), _TINY))
+                tl.store(size, _length(x - before) / tl.maximum(_length(before), _TINY))
             _write_back(x, before, hidden_row, residual_row, summed, inside, SPLIT)
     return open_now, decisions, encoded
 
@@ -507,7 +507,7 @@ def _edit_group(
     streams,
     n_points,
     n_groups,
-    requests,
+    batch_tokens,
     width,
     SPLIT: tl.constexpr,
     RANKING: tl.constexpr,
@@ -592,8 +592,8 @@ def _edit_group(
                 blocks + (slot * n_points + point) * _PASSES * _BLOCK_FIELDS,
                 gate_rows + slot * _PASSES,
                 values + row * _PASSES,
-                lost + row,
-                sizes + point * requests + row,
+                lost + token,
+                sizes + point * batch_tokens + token,
                 read,
                 write,
                 laws,
@@ -675,7 +675,7 @@ def edit_group(
         streams,
         len(tables.points),
         tables.groups,
-        buffers.requests,
+        buffers.batch_tokens,
         bank.width,
     )
     shape = {

@@ -39,6 +39,8 @@ TOKEN_FIELDS = 4
 DECIDES, FOLLOWS, MEASURED = 1 << MAX_RULES, 2 << MAX_RULES, 4 << MAX_RULES
 """The token decides the gates that its request then holds; it comes after such a token in the same
 pass; its request measures how large the edits are."""
+NOT_EDITED = -1.0
+"""Stands for the size of no edit."""
 
 
 def own_gate(rule: Rule) -> Gate | None:
@@ -232,10 +234,10 @@ class StepBuffers:
     the token with its marks, and on a deciding token how many tokens of its request follow it.
     `opened` `[B]` are the rules that act on a token, as bits: those of gates that are still closed
     are missing, and the kernel adds them as it decides. `held` `[Q]` are the gates' decisions that
-    each request holds, as bits, with the values read `[Q, P]`. `sizes` `[N, Q]` sums ‖Δx‖/‖x‖ where
-    a request measures. `lost` `[Q]` is 1 where an edit would have driven a row of the request
-    beyond all numbers, and left it alone. `reached[g]` is set to `epoch` by every launch for
-    group g.
+    each request holds, as bits, with the values read `[Q, P]`. `sizes` `[N, B]` is ‖Δx‖/‖x‖ of each
+    token that was edited where its request measures, and `NOT_EDITED` otherwise. `lost` `[B]` is 1
+    where an edit would have driven a token beyond all numbers, and left it alone. `reached[g]` is
+    set to `epoch` by every launch for group g.
 
     A token that ranks the latents of a TopK SAE has room for them in `latents`, from
     `latents_at` `[B]` on; the programs that encode it together are counted in `arrived` `[B]`.
@@ -265,5 +267,5 @@ class StepBuffers:
         self.epoch = torch.zeros(1, dtype=torch.int32, device=device)
         self.held = torch.zeros(requests, dtype=torch.int32, device=device)
         self.values = torch.full((requests, MAX_RULES), float("nan"), device=device)
-        self.lost = torch.zeros(requests, dtype=torch.int32, device=device)
-        self.sizes = torch.zeros(len(tables.points), requests, device=device)
+        self.lost = torch.zeros(batch_tokens, dtype=torch.int32, device=device)
+        self.sizes = torch.full((len(tables.points), batch_tokens), NOT_EDITED, device=device)

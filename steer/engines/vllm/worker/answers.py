@@ -38,6 +38,7 @@ def info_answer(steering: WorkerSteering) -> dict[str, Any]:
     }
 
 
+@torch.inference_mode()
 def receipt_answer(requests: WorkerRequests, key: str, fed: Mapping[int, int]) -> dict[int, Any]:
     """Receipts of the choices in `fed` (tokens fed by each) under a ticket's key."""
     records = requests.records(key)
@@ -67,7 +68,8 @@ def capture_answer(requests: WorkerRequests, key: str) -> dict[str, bytes]:
     if record is None:
         return {}
     states = {str(point): pack(states) for point, states in record.request.states.items()}
-    return {**states, NotFinite.code: b""} if bool(record.ledger.not_finite[0]) else states
+    ran_over = record.ledger.runs_over(0, len(record.request.prompt))
+    return {**states, NotFinite.code: b""} if ran_over else states
 
 
 @torch.inference_mode()

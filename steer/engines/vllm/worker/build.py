@@ -99,6 +99,7 @@ def attach(read: ReadModel, vllm_config: Any, device: torch.device) -> WorkerSte
         shifts=shifts,
         owns=stack.owns,
         stages=stages,
+        drafts=vllm_config.num_speculative_tokens,
     )
 
 

@@ -26,17 +26,20 @@ from steer.engines.vllm.worker.requests import WorkerRequest
 class BatchTokens:
     """The tokens of one forward pass: request i computes `counts[i]` tokens, the first of them at
     position `starts[i]`. Requests lie behind one another in this order. `ids(i)` gives the tokens
-    of one and is asked only where a plan reads them, before the pass: they may be on a device."""
+    of one and is asked only where a plan reads them, before the pass: they may be on a device. The
+    last `drafts[i]` of its tokens were drafted, and may not stay; None where none was."""
 
     req_ids: Sequence[str]
     starts: Ints
     counts: Ints
     ids: Callable[[int], Ints]
+    drafts: Ints | None = None
 
 
 @dataclass
 class ScheduledRequest:
-    """A known request in the coming pass.
+    """A known request in the coming pass, whose last `drafts` tokens were drafted; its first row of
+    logits is `logits`.
 
     `selected` are the rules that select its last token, kept where coming tokens may have others;
     `variants` are those of inline constants by such rules, and empty where the request is not
@@ -48,6 +51,8 @@ class ScheduledRequest:
     offset: int
     start: int
     ids: Ints
+    drafts: int
+    logits: int
     selected: int = field(default=0, init=False)
     variants: dict[int, int] = field(default_factory=dict, init=False)
 
@@ -58,6 +63,11 @@ class ScheduledRequest:
     @property
     def place(self) -> slice:
         return slice(self.offset, self.offset + len(self.ids))
+
+    @property
+    def first_draft(self) -> int:
+        """The position of its first drafted token."""
+        return self.start + len(self.ids) - self.drafts
 
     @property
     def fixed(self) -> bool:
@@ -102,7 +112,7 @@ class Prepared:
     def __post_init__(self) -> None:
         self._offsets = np.array([one.offset for one in self.placed], dtype=np.int64)
         self._indices = np.array([one.index for one in self.placed], dtype=np.int64)
-        self._logit_rows: tuple[Tensor, Tensor] | None = None
+        self._logit_rows: tuple[Tensor, Tensor, Tensor] | None = None
         self._reading_inline = [
             (number, one) for number, one in enumerate(self.inline) if one.request.reads_tokens
         ]
@@ -113,14 +123,23 @@ class Prepared:
             if one.request.reads_tokens and not one.variants and one.request.steered is not None
         ]
 
-    def logit_rows(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The ledger rows of `placed`, and their rows in the logits of the batch."""
+    def logit_rows(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """The ledger rows of `placed` and their rows in the logits of the batch, one for each that
+        is computed of a request, with the positions of the tokens that these come from: where they
+        stood at first, when the pass is carried on."""
         if self._logit_rows is None:
-            ledger = np.array([one.request.row for one in self.placed], dtype=np.int64)
-            self._logit_rows = (
-                torch.from_numpy(ledger).to(device),
-                torch.from_numpy(self._indices).to(device),
+            rows: list[int] = []
+            logits: list[int] = []
+            positions: list[int] = []
+            for one in self.placed:
+                count = 1 + one.drafts
+                rows += [one.request.row] * count
+                logits += range(one.logits, one.logits + count)
+                positions += range(one.first_draft - 1, one.first_draft + one.drafts)
+            ledger, index, at = (
+                torch.tensor(of, device=device) for of in (rows, logits, positions)
             )
+            self._logit_rows = ledger, index, at
         return self._logit_rows
 
     def write_inline(self, ledger: PositionLedger) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steer.batch.ledger import UNSEEN, PositionLedger
+from steer.batch.ledger import RULES, UNSEEN, PositionLedger
 from steer.batch.requests import Ints, SteeredRequest
 from steer.batch.slots import SlotTables
-from steer.engines.base import Receipt
+from steer.engines.base import Receipt, SpeculationReceipt
 from steer.engines.checks import not_finite
 from steer.engines.receipts import receipt_of
 from steer.engines.vllm.ticket import Ticket
@@ -103,14 +103,15 @@ class WorkerRequests:
         inline: Callable[[SteeringPlan], bool],
         owns: Callable[[HookPoint], bool],
         collect: Callable[[], None] = lambda: None,
+        drafts: int = 0,
     ) -> None:
         """`tables_of` says which tables hold the plan of a request with this ticket, in a step
         that has room for it. `collect` is called before the ledger is read: passes may still report
-        to it."""
+        to it. `drafts` is the most drafted tokens that a pass computes for a request."""
         self._collect = collect
         self._model, self._tables_of = model, tables_of
         self._load, self._inline, self._owns = load, inline, owns
-        self.ledger = PositionLedger(rows, model.max_length, device)
+        self.ledger = PositionLedger(rows, model.max_length, device, drafts=drafts)
         self._free = list(range(rows - 1, -1, -1))
         self._running: dict[str, WorkerRequest] = {}
         self._records: OrderedDict[str, dict[int, Record]] = OrderedDict()
@@ -255,10 +256,12 @@ def receipt(record: Record, fed: int) -> Receipt:
             f"the request was not steered, so its answer is withheld: {request.fault}",
             code="not_steered",
         )
-    if bool(ledger.not_finite[0]):
+    ledger.settle(np.zeros(1, dtype=np.int64), np.array([fed]))
+    if ledger.runs_over(0, fed):
         raise not_finite("the states or logits", steered=True)
     bits = ledger.applied[0, :fed].astype(np.int64)
     cached = bits == UNSEEN
+    bits &= RULES
     unseen = int(cached.sum())
     if cached[len(request.prompt) :].any() or len(bits) < fed:
         raise EngineError(
@@ -270,7 +273,13 @@ def receipt(record: Record, fed: int) -> Receipt:
     bits[cached] = selected
     counts = np.bincount(bits, minlength=ledger.tokens.shape[1])
     steered = SteeredRequest(0, len(request.prompt), request.plan, 0, request.ticket.measure)
-    return receipt_of(steered, request.plan, ledger, counts, fed, cached=int((selected != 0).sum()))
+    found = receipt_of(
+        steered, request.plan, ledger, counts, fed, cached=int((selected != 0).sum())
+    )
+    if not ledger.drafts:
+        return found
+    speculation = SpeculationReceipt(int(ledger.drafted[0]), ledger.accepted(0, fed))
+    return replace(found, speculation=speculation)
 
 
 def _cached_rules(request: WorkerRequest, positions: Ints) -> Ints:

@@ -7,7 +7,7 @@ between, so the batch is read there. Dummy passes call the model directly and ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -29,6 +29,10 @@ from steer.engines.vllm.worker.states import (
 from steer.engines.vllm.worker.steering import WorkerSteering, take_note
 from steer.errors import Unsupported
 
+_AHEAD = "use_async_spec_decode"
+"""Whether the host takes drafted tokens for accepted before it knows, and the device alone knows
+where requests stand and which tokens they read."""
+
 
 class RunnerV1:
     """Assumes: the worker deals with each scheduler output inside `step`."""
@@ -37,6 +41,7 @@ class RunnerV1:
         _check(runner)
         self._runner, self._steering = runner, steering
         self._scheduled: dict[str, int] | None = None
+        self._drafted: dict[str, list[int]] = {}
         self._forward: Callable[..., Any] = runner._model_forward
         runner._model_forward = self._model_forward
 
@@ -45,6 +50,7 @@ class RunnerV1:
         """The time in which the worker deals with the scheduler output `output`."""
         take_note(self._steering, output)
         self._scheduled = output.num_scheduled_tokens or None
+        self._drafted = output.scheduled_spec_decode_tokens
         try:
             graphless = self._steering.graphless(output.num_scheduled_tokens)
             with handing_on(self._runner, self._steering), self._graphs(off=graphless):
@@ -89,22 +95,31 @@ class RunnerV1:
 
     def _batch(self, scheduled: dict[str, int]) -> BatchTokens:
         batch = self._runner.input_batch
-        req_ids = batch.req_ids
+        req_ids, ahead = batch.req_ids, bool(getattr(self._runner, _AHEAD))
         starts = batch.num_computed_tokens_cpu[: len(req_ids)].astype(np.int64)
         counts = np.array([scheduled[req_id] for req_id in req_ids], dtype=np.int64)
         ends = np.cumsum(counts)
+        if ahead:  # this waits for the device
+            starts = self._runner.positions[torch.from_numpy(ends - counts)].cpu().numpy()
 
         def ids(index: int) -> Ints:
             start, count = int(starts[index]), int(counts[index])
             tokens = batch.token_ids_cpu[index, start : start + count]
-            if (tokens < 0).any():
+            if ahead or (tokens < 0).any():
                 # With asynchronous scheduling the host holds −1 for a token that was sampled in
                 # the step before; the input that the model is about to read has it.
                 end = int(ends[index])
                 tokens = self._runner.input_ids.gpu[end - count : end].cpu().numpy()
             return np.array(tokens, dtype=np.int64)
 
-        return BatchTokens(req_ids, starts, counts, ids)
+        return BatchTokens(req_ids, starts, counts, ids, _drafts(req_ids, self._drafted))
+
+
+def _drafts(req_ids: Sequence[str], drafted: Mapping[str, Sequence[int]]) -> Ints | None:
+    """How many tokens of each request are drafted; None where none is."""
+    if not drafted:
+        return None
+    return np.array([len(drafted.get(req_id, ())) for req_id in req_ids], dtype=np.int64)
 
 
 def _joined(made: Any) -> Tensor:
@@ -116,8 +131,9 @@ def _joined(made: Any) -> Tensor:
 def _check(runner: Any) -> None:
     """Refuses a runner that is not built as this adapter expects."""
     check(*RUNNER_V1, *STAGES)
-    if runner.speculative_config is not None:
+    if runner.speculative_config is not None and runner.speculative_config.use_ngram_gpu():
         raise Unsupported(
-            "speculative decoding is not supported beside steering: start vLLM without it",
+            "the speculative method 'ngram_gpu' changes the schedule of a step within it on vLLM's "
+            "model runner V1, which is not supported beside steering: use 'ngram', or runner V2",
             code="speculative_decoding",
         )

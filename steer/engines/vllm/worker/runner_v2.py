@@ -47,6 +47,11 @@ class RunnerV2:
         _check(runner)
         self._runner, self._steering = runner, steering
         self._computing = False
+        config = runner.vllm_config
+        # The host then takes drafted tokens for accepted before it knows.
+        self._ahead = bool(
+            config.speculative_config is not None and config.scheduler_config.async_scheduling
+        )
         state = runner.model_state
         self._model_inputs = state.prepare_inputs
         state.prepare_inputs = self._prepare_inputs
@@ -89,7 +94,7 @@ class RunnerV2:
     def _prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
         if self._computing:
             if self._steering.busy:
-                self._steering.begin(_batch(input_batch))
+                self._steering.begin(_batch(input_batch, ahead=self._ahead))
             else:
                 self._steering.rest()
         return self._model_inputs(input_batch, req_states)
@@ -122,9 +127,14 @@ def _dummy_pass(runner: Any, tokens: int, **options: Any) -> Tensor:
     return torch.as_tensor(hidden)
 
 
-def _batch(batch: Any) -> BatchTokens:
-    """The tokens of a step, from vLLM's `InputBatch`."""
-    bounds = batch.query_start_loc_np
+def _batch(batch: Any, *, ahead: bool = False) -> BatchTokens:
+    """The tokens of a step, from vLLM's `InputBatch`; where the host is `ahead` of what it knows,
+    the device says where requests stand."""
+    bounds, drafts = batch.query_start_loc_np, batch.num_draft_tokens_per_req
+    starts = batch.num_computed_tokens_np
+    if ahead:  # this waits for the device
+        first = torch.from_numpy(bounds[: len(starts)].astype(np.int64))
+        starts = batch.positions[first].cpu().numpy()
 
     @cache
     def tokens() -> Ints:
@@ -134,9 +144,10 @@ def _batch(batch: Any) -> BatchTokens:
 
     return BatchTokens(
         batch.req_ids,
-        batch.num_computed_tokens_np.astype(np.int64),
+        starts.astype(np.int64),
         batch.num_scheduled_tokens.astype(np.int64),
         lambda index: tokens()[bounds[index] : bounds[index + 1]],
+        None if drafts is None else drafts.astype(np.int64),
     )
 
 
@@ -152,9 +163,10 @@ def _check(runner: Any) -> None:
             code="unknown_vllm",
         )
     config = runner.vllm_config
-    if config.speculative_config is not None:
+    if getattr(config.speculative_config, "enable_adaptive_verification", False):
         raise Unsupported(
-            "speculative decoding is not supported beside steering: start vLLM without it",
+            "with enable_adaptive_verification the device alone knows which drafted tokens a step "
+            "computes, which is not supported beside steering: leave it out of speculative_config",
             code="speculative_decoding",
         )
     if runner.model_state.num_new_sampled_tokens_per_step != 1:

@@ -45,10 +45,11 @@ class WorkerSteering:
         shifts: Shifts | None = None,
         owns: Callable[[HookPoint], bool] = lambda _: True,
         stages: int = 1,
+        drafts: int = 0,
     ) -> None:
         """`shifts` are given where a compiled graph adds constants by itself. `owns` says which
         hook points lie on this worker, one of `stages` of a pipeline; plans that `load` gives edit
-        these alone."""
+        these alone. `drafts` is the most drafted tokens that a pass computes for a request."""
         self.model, self.edits, self.shifts = model, edits, shifts or NoShifts()
         self.owns, self.stages = owns, stages
         self.requests = WorkerRequests(
@@ -60,6 +61,7 @@ class WorkerSteering:
             inline=self.shifts.carries,
             owns=owns,
             collect=edits.collect,
+            drafts=drafts,
         )
         self.recover()
         self._carried: tuple[tuple[str, ...], Prepared] | None = None
@@ -86,6 +88,13 @@ class WorkerSteering:
             self._carried = None
             if not self.requests.resume(req_id, ticket):
                 self.requests.admit(req_id, prompt, ticket)
+
+    def returned(self, req_id: str, generated: int) -> None:
+        """A request comes back after a preemption with so many `generated` tokens, of which the
+        last was never computed: no other drafted token stayed. Unknown requests are ignored."""
+        request = self.requests.get(req_id)
+        if request is not None:
+            self._settle([(request.row, len(request.prompt) + generated - 1)])
 
     def retire(self, req_id: str) -> None:
         """A request has ended; unknown ones are ignored."""
@@ -164,14 +173,15 @@ class WorkerSteering:
         prepared.write_inline(self.requests.ledger)
 
     def look(self, logits: Tensor) -> None:
-        """Takes note of the requests of the last pass whose row of `logits` `[n, vocab]` holds NaN,
-        or nothing finite; whoever samples would choose any token for them. Waits for no device."""
+        """Takes note of the requests of the last pass of whose rows of `logits` `[n, vocab]` one
+        holds NaN, or nothing finite; whoever samples would choose any token there. Waits for no
+        device."""
         prepared, self._latest = self._latest, None
         if prepared is None or not prepared.placed:
             return
-        rows, indices = prepared.logit_rows(logits.device)
-        found = ~logits.index_select(0, indices).amax(-1).isfinite()
-        self.requests.ledger.not_finite[rows] |= found.to(self.requests.ledger.not_finite.device)
+        rows, indices, positions = prepared.logit_rows(logits.device)
+        lost = ~logits.index_select(0, indices).amax(-1).isfinite()
+        self.requests.ledger.lose(rows, positions, lost)
 
     def stats(self) -> EngineStats:
         """Live figures: slots, and the requests that hold them."""
@@ -190,14 +200,9 @@ class WorkerSteering:
 
     def _prepare(self, batch: BatchTokens) -> Prepared:
         total = int(batch.counts.sum())
-        offsets = np.cumsum(batch.counts) - batch.counts
-        placed = [
-            ScheduledRequest(
-                request, n, int(offsets[n]), int(batch.starts[n]), _ids(batch, n, request)
-            )
-            for n, req_id in enumerate(batch.req_ids)
-            if (request := self.requests.get(req_id)) is not None and request.fault is None
-        ]
+        placed = self._placed(batch)
+        self._settle([(one.request.row, one.start) for one in placed])
+        self._draft([one for one in placed if one.drafts])
         rows = np.full(total, NOBODY, dtype=np.int64)
         positions = np.zeros(total, dtype=np.int64)
         for one in placed:
@@ -229,6 +234,39 @@ class WorkerSteering:
         """The tickets of those requests that have one, with their tokens."""
         known = ((self.requests.get(req_id), count) for req_id, count in tokens)
         return [(one.ticket, count) for one, count in known if one is not None]
+
+    def _placed(self, batch: BatchTokens) -> list[ScheduledRequest]:
+        """The known requests of a pass that can be carried out."""
+        drafts = np.zeros_like(batch.counts) if batch.drafts is None else batch.drafts
+        offsets = np.cumsum(batch.counts) - batch.counts
+        logits = np.cumsum(1 + drafts) - (1 + drafts)
+        return [
+            ScheduledRequest(
+                request,
+                n,
+                int(offsets[n]),
+                int(batch.starts[n]),
+                _ids(batch, n, request),
+                int(drafts[n]),
+                int(logits[n]),
+            )
+            for n, req_id in enumerate(batch.req_ids)
+            if (request := self.requests.get(req_id)) is not None and request.fault is None
+        ]
+
+    def _settle(self, fed: Sequence[tuple[int, int]]) -> None:
+        """Of the tokens drafted last for each row, those before a position stayed."""
+        ledger = self.requests.ledger
+        if fed and ledger.unsettled:
+            self.edits.collect()
+            rows, positions = np.array(fed, dtype=np.int64).T
+            ledger.settle(rows, positions)
+
+    def _draft(self, placed: Sequence[ScheduledRequest]) -> None:
+        if placed:
+            spans = [(one.request.row, one.first_draft, one.drafts) for one in placed]
+            rows, first, counts = np.array(spans, dtype=np.int64).T
+            self.requests.ledger.draft(rows, first, counts)
 
     def _spans(
         self, placed: Sequence[ScheduledRequest], positions: Ints, tables_of: TablesOf
@@ -267,7 +305,8 @@ def _joined(parts: Sequence[Ints]) -> Ints:
 def take_note(steering: WorkerSteering, output: Any) -> None:
     """Ends the requests that `output` ends, and then takes in those that it starts.
 
-    A preempted request has not ended. In runner V2 it comes again among the new ones.
+    A preempted request has not ended. In runner V2 it comes again among the new ones, with all its
+    tokens; in V1 among those that are known.
     """
     for req_id in output.finished_req_ids:
         steering.retire(req_id)
@@ -275,3 +314,11 @@ def take_note(steering: WorkerSteering, output: Any) -> None:
         params = new.sampling_params
         ticket = Ticket.of(params.extra_args) if params is not None else None
         steering.admit(new.req_id, new.prompt_token_ids, ticket)
+        if new.prefill_token_ids is not None and new.prompt_token_ids is not None:
+            generated = len(new.prefill_token_ids) - len(new.prompt_token_ids)
+            steering.returned(new.req_id, generated)
+    again = output.scheduled_cached_reqs
+    if again.resumed_req_ids:
+        for req_id, generated in zip(again.req_ids, again.num_output_tokens, strict=True):
+            if req_id in again.resumed_req_ids:
+                steering.returned(req_id, generated)

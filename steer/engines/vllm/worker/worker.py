@@ -7,8 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from steer.engines.vllm.seams import version
+from steer.engines.vllm.taps.taps import DecoderStack
 from steer.engines.vllm.worker.answers import (
     capture_answer,
     info_answer,
@@ -58,6 +60,23 @@ def look_at_logits(model: Any, steering: WorkerSteering) -> None:
     model.compute_logits = compute_logits
 
 
+def check_apart(stack: DecoderStack, drafter: nn.Module | None) -> None:
+    """Raises `Unsupported` where a model that drafts tokens runs through taps of `stack`: drafts
+    are not steered, and edits there would be those of another pass.
+
+    Other modules may be shared: vLLM has one rotary embedding for all layers that ask for the same.
+    """
+    modules = [module for _, layer in stack.layers for module in layer.modules()]
+    tapped = {module for module in modules if "forward" in vars(module)}  # as `install` leaves it
+    shared = [] if drafter is None else [one for one in drafter.modules() if one in tapped]
+    if shared:
+        raise Unsupported(
+            f"{type(drafter).__name__} drafts tokens with a {type(shared[0]).__name__} of the "
+            "layers that are steered: start vLLM with another speculative_config",
+            code="speculative_decoding",
+        )
+
+
 class SteerWorker:
     """A mixin in front of one of vLLM's worker classes.
 
@@ -79,6 +98,7 @@ class SteerWorker:
             worker.vllm_config,
             largest=runner.max_num_tokens,
         )
+        check_apart(read.stack, runner.get_draft_model())
         self._unembed = read.unembed and without_adapters(runner, read.unembed)
         self.steering = attach(read, worker.vllm_config, worker.device)
         self._runner = steered(runner, self.steering)

@@ -1,0 +1,100 @@
+"""Models that draft, beside the same steered requests without drafts.
+
+EAGLE's is random and small, so that nearly nothing of its drafts stays; `draft_model` is the model
+itself, unsteered, so that what is steered little stays.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import demo_specs
+import pytest
+import vllm_engine
+from speculation_runner import REQUESTS
+from vllm_drafters import drafters
+
+from steer.engines.base import Completion
+from steer.engines.transformers.engine import TransformersEngine
+from steer.plan.cache import PlanCache
+from steer.registry.registry import Registry
+
+RUNNER = Path(__file__).parents[2] / "support" / "vllm_side" / "speculation_runner.py"
+SEED = 4
+CLASSES = {
+    "eagle": "EagleLlamaForCausalLM",
+    "draft_model": "LlamaForCausalLM",
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("drafters")
+    with Registry.open(root) as registry:
+        demo_specs.register(registry)
+    jobs = []
+    for name, config in drafters(root, vllm_engine.DEMO_MODEL).items():
+        job = {"speculative_config": config, "registry": str(root), "seed": SEED}
+        job["out"] = str(root / f"{name}.answers")
+        jobs.append(root / f"{name}.job")
+        jobs[-1].write_text(json.dumps(job))
+    command = [sys.executable, str(RUNNER), *map(str, jobs)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    found = {}
+    for name in CLASSES:
+        answers = root / f"{name}.answers"
+        assert answers.exists(), f"{name}: {done.stderr[-20_000:]}"
+        found[name] = json.loads(answers.read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def wanted() -> list[Completion]:
+    with TransformersEngine.load(vllm_engine.DEMO_MODEL, name="steer-demo") as engine:
+        cache = PlanCache(demo_specs.LIBRARY, engine.info, engine.capabilities)
+        requests = demo_specs.requests_for(demo_specs.compiled(cache), REQUESTS, seed=SEED)
+        return engine.complete(requests)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_answers_and_receipts_are_those_without_drafts(
+    runs: dict[str, Any], wanted: list[Completion], name: str
+) -> None:
+    assert len(runs[name]["answers"]) == len(wanted)
+    for mine, other in zip(runs[name]["answers"], wanted, strict=True):
+        assert tuple(mine["tokens"]) == other.tokens
+        assert mine["finish"] == other.finish
+        if other.receipt is None:
+            assert mine["receipt"] is None
+            continue
+        receipt = other.receipt.as_json()
+        assert vllm_engine.plain(mine["receipt"]) == vllm_engine.plain(receipt)
+        for a, b in zip(mine["receipt"]["hook_points"], receipt["hook_points"], strict=True):
+            size = b.get("relative_size")
+            assert a.get("relative_size") == (size and pytest.approx(size, rel=1e-3))
+    assert runs[name]["slots in use"] == 0
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_drafters_are_not_tapped(runs: dict[str, Any], name: str) -> None:
+    told = runs[name]
+    assert told["drafter"] == CLASSES[name]
+    assert told["drafts"] > 10
+    assert told["taps"] > 10
+    assert told["taps while drafting"] == 0
+
+
+def test_what_drafts_well_is_accepted(runs: dict[str, Any]) -> None:
+    def share(name: str) -> float:
+        found = [one["receipt"]["speculation"] for one in runs[name]["answers"] if one["receipt"]]
+        assert sum(one["drafted"] for one in found) > 100
+        return float(sum(one["accepted"] for one in found) / sum(one["drafted"] for one in found))
+
+    assert share("draft_model") > 0.2
+    assert share("eagle") < 0.1
