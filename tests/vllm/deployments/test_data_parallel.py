@@ -85,7 +85,7 @@ def test_every_request_has_its_receipt_wherever_it_ran(
 
 def test_states_are_read_wherever_the_prompt_ran(http: httpx.Client) -> None:
     answers = [
-        http.post("/v1/inspect/logit-lens", json={"prompt": "the cat sat", "top": 2})
+        http.post("/v1/inspect/logit-lens", json={"text": "the cat sat", "top": 2})
         for _ in range(4)
     ]
     assert [one.status_code for one in answers] == [200] * 4, answers[0].text

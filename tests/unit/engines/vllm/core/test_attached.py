@@ -20,6 +20,7 @@ RECEIPT = {
     "tokens_skipped": 0,
     "tokens_cached": 0,
     "hook_points": [],
+    "gates": [],
 }
 
 
