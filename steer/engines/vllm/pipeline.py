@@ -78,6 +78,9 @@ def handing_on(runner: Any, steering: HandsOn) -> Iterator[None]:
 
     A model that is not split into stages has nothing to hand on.
     """
+    if steering.stages == 1:
+        yield
+        return
     execute = runner.execute_model
 
     def execute_model(output: Any, given: Any = None, *args: Any, **named: Any) -> Any:
@@ -91,9 +94,6 @@ def handing_on(runner: Any, steering: HandsOn) -> Iterator[None]:
             return made
         return type(made)({**states, _OPENED: decided.opened, _READ: decided.values})
 
-    if steering.stages == 1:
-        yield
-        return
     with replaced(runner, "execute_model", execute_model):
         yield
 
