@@ -160,7 +160,7 @@ def random_request(draw: random.Random, number: int, plan: SteeringPlan) -> Requ
         plan=plan.fingerprint,
         selections=plan.selections,
         measure=draw.random() < 0.3,
-        competes=plan.competes,
+        latents=plan.latents,
     )
     return Request(ticket.key, tokens, length, ticket)
 

@@ -73,7 +73,7 @@ def test_ratios_are_of_rounds_in_which_both_ran(tmp_path: Path) -> None:
     found.check("ours", Agreement(8, 10, 0, 1))
     found.check("ours", Agreement(10, 10, 1, 1))
     *_, line = found.table([row("plain"), row("ours", "plain")]).splitlines()
-    assert "0.50 × (0.50–0.50)" in line
+    assert "0.50 × [0.50, 0.50]" in line
     assert "failed: it fell over" in line
     assert "8 of 10 (0 of 1 answers)" in line, "the worst round counts"
 
