@@ -52,6 +52,7 @@ class _TapsAlone:
     """A model runner of vLLM's, as far as `RunnerV1` looks, whose model is its taps."""
 
     speculative_config = None
+    use_async_spec_decode = False
 
     def __init__(self, shape: Shape, batch: int, *, compiled: bool) -> None:
         self.input_batch = SimpleNamespace(
@@ -119,6 +120,7 @@ class StepAlone:
             SimpleNamespace(
                 req_id=f"r{n}",
                 prompt_token_ids=[3] * PROMPT,
+                prefill_token_ids=None,
                 sampling_params=SimpleNamespace(extra_args=_extra_args(n, plan)),
             )
             for n, plan in enumerate(plans)
@@ -134,6 +136,8 @@ class StepAlone:
         self._output = SimpleNamespace(
             finished_req_ids=(),
             scheduled_new_reqs=self._arriving,
+            scheduled_cached_reqs=SimpleNamespace(resumed_req_ids=()),
+            scheduled_spec_decode_tokens={},
             num_scheduled_tokens={f"r{n}": count for n in range(self._batch)},
         )
         self._arriving, self._count = (), count
