@@ -66,8 +66,11 @@ def read_model(model: nn.Module, run: TrialPass, vllm_config: Any, *, largest: i
     return ReadModel(stack, absent, find_unembedding(decoder, streams))
 
 
-def attach(read: ReadModel, vllm_config: Any, device: torch.device) -> WorkerSteering:
-    """Taps the layers that were read and gives the worker's steering."""
+def attach(
+    read: ReadModel, vllm_config: Any, device: torch.device, *, tapped: Callable[[], None]
+) -> WorkerSteering:
+    """Taps the layers that were read and gives the worker's steering. `tapped` is called while all
+    taps are in place, and may refuse what it finds: an eager engine's are out again afterwards."""
     options = SteerOptions.stamped(vllm_config.additional_config)
     static = is_static(vllm_config, options)
     stack = read.stack
@@ -76,16 +79,21 @@ def attach(read: ReadModel, vllm_config: Any, device: torch.device) -> WorkerSte
     sizes = _Sizes.of(vllm_config)
     shifts = _shift_tables(info, sizes, options, device) if compiles(vllm_config) else None
     make_tap = partial(_tap, shifts=shifts, static=static)
+
+    def put_in() -> None:
+        install(stack, make_tap)
+        tapped()
+
     edits: Edits
     if static:
         edits = _static_edits(info, stack, sizes, options, device)
-        install(stack, make_tap)
+        put_in()
     elif shifts is not None:  # taps are traced
         edits = TapEdits(info, sizes.requests, device, shards)
-        install(stack, make_tap)
+        put_in()
     else:
         modules = {number: layer.modules() for number, layer in stack.layers}
-        switch = TapSwitch(modules, lambda: install(stack, make_tap))
+        switch = TapSwitch(modules, put_in)
         edits = TapEdits(info, sizes.requests, device, shards, switch=switch)
     load = plan_loader(PlanStore(registry_location()), info)
     if shards:

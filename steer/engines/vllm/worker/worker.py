@@ -62,7 +62,7 @@ def look_at_logits(model: Any, steering: WorkerSteering) -> None:
 
 def check_apart(stack: DecoderStack, drafter: nn.Module | None) -> None:
     """Raises `Unsupported` where a model that drafts tokens runs through taps of `stack`: drafts
-    are not steered, and edits there would be those of another pass.
+    are not steered, and edits there would be those of another pass. Assumes: the taps are in place.
 
     Other modules may be shared: vLLM has one rotary embedding for all layers that ask for the same.
     """
@@ -98,9 +98,13 @@ class SteerWorker:
             worker.vllm_config,
             largest=runner.max_num_tokens,
         )
-        check_apart(read.stack, runner.get_draft_model())
         self._unembed = read.unembed and without_adapters(runner, read.unembed)
-        self.steering = attach(read, worker.vllm_config, worker.device)
+        self.steering = attach(
+            read,
+            worker.vllm_config,
+            worker.device,
+            tapped=partial(check_apart, read.stack, runner.get_draft_model()),
+        )
         self._runner = steered(runner, self.steering)
         look_at_logits(runner.get_model(), self.steering)
 
