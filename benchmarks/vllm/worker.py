@@ -19,6 +19,7 @@ from benchmarks.child import obey
 from benchmarks.vllm.calls import Calls, counted
 from benchmarks.vllm.shapes import MAX_LENGTH, SLOTS
 from steer.engines.vllm import plugin
+from steer.engines.vllm.front.drivers import InlineDriver
 from steer.engines.vllm.front.engine import VllmEngine
 from steer.engines.vllm.front.ticket_issuer import TicketIssuer
 from steer.engines.vllm.messages import read_receipt
@@ -63,19 +64,16 @@ class Engine:
             gpu_memory_utilization=0.3,
         )
         self._engine = self._llm.llm_engine
+        self._driver = InlineDriver(self._llm)
         self._front: VllmEngine | None = None
         if steered:
-            answer = self.rpc("steer_info")[0]
             issuer = TicketIssuer(PlanStore(registry_location()))
-            self._front = VllmEngine(self, None, answer, issuer, frozenset())  # type: ignore[arg-type]
+            answers = self._driver.rpc("steer_info")
+            self._front = VllmEngine(self._driver, None, answers, issuer, frozenset())
         self._plans: dict[str, PlanCache] = {}
         self._asked: dict[str, tuple[Ticket | None, int]] = {}
         self._made: dict[str, list[int]] = {}
         self._tokens = self._number = 0
-
-    def rpc(self, method: str, *args: Any) -> list[Any]:
-        """All that `VllmEngine` needs of a driver here."""
-        return list(self._engine.collective_rpc(method, args=args))
 
     # Orders
 
@@ -204,7 +202,7 @@ class Engine:
         ]
         if not asked:
             return 0
-        answers = self.rpc("steer_receipts", asked)[0]
+        answers = self._driver.rpc("steer_receipts", asked)[0][0]
         return sum(read_receipt(answer[0]).tokens_steered for answer in answers)
 
 
