@@ -210,7 +210,7 @@ def _low_rank(strength: float) -> Interventions:
 
 
 def _losses(made: ControlVector | LowRankAdapter) -> dict[str, Any]:
-    kept = ("first_loss", "last_loss")
+    kept = ("loss_before", "loss_after")
     return {part: made.card.provenance[part] for part in kept}
 
 

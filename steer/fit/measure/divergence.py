@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -29,6 +30,24 @@ ROOM = 1 << 29
 """Bytes of unsteered distributions that are kept."""
 
 
+class Distributions(NamedTuple):
+    """The next-token distributions along a text: logits, and `log_total` of them."""
+
+    logits: Float[Tensor, "T vocab"]
+    total: Float[Tensor, " T"]
+
+    def first(self, count: int) -> Distributions:
+        return Distributions(self.logits[:count], self.total[:count])
+
+    def divergence(self, logits: Float[Tensor, "T vocab"]) -> Float[Tensor, " T"]:
+        """How far `logits` are from these."""
+        return kl_divergence(logits, self.logits, reference_total=self.total)
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in self)
+
+
 class References:
     """The unsteered next-token distributions along answers, which plans are held against.
 
@@ -43,7 +62,7 @@ class References:
     ) -> None:
         self.answers = tuple(answers)
         self._engine, self._batch, self._room = engine, batch, room
-        self._kept: dict[int, Float[Tensor, "T vocab"]] = {}
+        self._kept: dict[int, Distributions] = {}
 
     def first(self, count: int, tokens: int) -> References:
         """The same along the first `tokens` tokens of the first `count` answers alone; what was
@@ -54,7 +73,7 @@ class References:
             batch=self._batch,
             room=self._room,
         )
-        fewer._kept = {n: rows[: tokens + 1] for n, rows in self._kept.items() if n < count}
+        fewer._kept = {n: one.first(tokens + 1) for n, one in self._kept.items() if n < count}
         return fewer
 
     def divergences(
@@ -89,15 +108,16 @@ class References:
             together = cells[start : start + self._batch]
             steered = self._read([(plans[row], column) for row, column in together])
             for (row, column), p in zip(together, steered, strict=True):
-                found[row, column - group.start] = kl_divergence(p, plain[column]).mean()
+                found[row, column - group.start] = plain[column].divergence(p).mean()
         return found
 
-    def _unsteered(self, group: Sequence[int]) -> dict[int, Float[Tensor, "T vocab"]]:
+    def _unsteered(self, group: Sequence[int]) -> dict[int, Distributions]:
         missing = [column for column in group if column not in self._kept]
-        read = dict(zip(missing, self._read([(None, c) for c in missing]), strict=True))
-        for column, rows in read.items():
-            if sum(map(_bytes, self._kept.values())) + _bytes(rows) <= self._room:
-                self._kept[column] = rows
+        rows = self._read([(None, c) for c in missing])
+        read = {c: Distributions(one, log_total(one)) for c, one in zip(missing, rows, strict=True)}
+        for column, one in read.items():
+            if sum(kept.bytes for kept in self._kept.values()) + one.bytes <= self._room:
+                self._kept[column] = one
         return {column: read[column] if column in read else self._kept[column] for column in group}
 
     def _read(
@@ -136,14 +156,38 @@ def divergences(
 
 
 def kl_divergence(
-    logits: Float[Tensor, "T vocab"], reference: Float[Tensor, "T vocab"]
+    logits: Float[Tensor, "T vocab"],
+    reference: Float[Tensor, "T vocab"],
+    *,
+    reference_total: Float[Tensor, " T"] | None = None,
 ) -> Float[Tensor, " T"]:
-    """KL(p ‖ q) in nats, p and q the softmax of `logits` and `reference`; exact in float64."""
-    p = logits.double().log_softmax(-1)
-    q = reference.double().log_softmax(-1)
+    """KL(p ‖ q) in nats, p and q the softmax of `logits` and `reference`; exact in float64.
+
+    `reference_total` is `log_total(reference)`, for those who hold much against one reference.
+    Σ p·(a − b) − log Σeᵃ + log Σeᵇ for logits a and b: one exponential for each number of p.
+    """
+    weights, total = _weighed(logits)
+    apart = logits.double() - reference.double()
     # 0 · log 0 is 0: a token that p rules out adds nothing, whatever q says.
-    terms = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))
-    return terms.sum(-1).clamp(min=0.0)
+    apart.masked_fill_(weights == 0, 0.0)
+    mean = torch.linalg.vecdot(weights, apart) / weights.sum(-1)
+    of_reference = log_total(reference) if reference_total is None else reference_total
+    return (mean - total + of_reference).clamp(min=0.0)
+
+
+def log_total(logits: Float[Tensor, "T vocab"]) -> Float[Tensor, " T"]:
+    """log Σ exp of each row, in float64."""
+    return _weighed(logits)[1]
+
+
+def _weighed(
+    logits: Float[Tensor, "T vocab"],
+) -> tuple[Float[Tensor, "T vocab"], Float[Tensor, " T"]]:
+    """exp of each logit less the row's largest, and log Σ exp of the row, in float64."""
+    rows = logits.double()
+    top = rows.amax(-1, keepdim=True)
+    weights = (rows - top).exp_()
+    return weights, weights.sum(-1).log() + top.squeeze(-1)
 
 
 def anchored(plan: SteeringPlan, prompt_length: int) -> SteeringPlan:
@@ -159,7 +203,3 @@ def anchored(plan: SteeringPlan, prompt_length: int) -> SteeringPlan:
     name = f"{plan.fingerprint} anchored at {prompt_length}"
     digest = hashlib.sha256(name.encode()).hexdigest()[:32]
     return replace(plan, fingerprint=digest, rules=passes)
-
-
-def _bytes(rows: Tensor) -> int:
-    return rows.numel() * rows.element_size()

@@ -24,7 +24,7 @@ from steer.fit.data.exercises import ExerciseSet
 from steer.fit.data.where import WhereName, where_named
 from steer.fit.methods.card import made_on
 from steer.fit.methods.trained.rows import AnswerRow, answer_row, log_probabilities
-from steer.fit.methods.trained.training import check_training, told_losses, train
+from steer.fit.methods.trained.training import check_training, train
 from steer.fit.states import Progress, make_reading
 from steer.model import HookPoint
 from steer.spec import Site, Where
@@ -128,7 +128,7 @@ def fit_low_rank(
             "rate": rate,
             "where": where,
             "seed": seed,
-            **told_losses(losses),
+            **losses.told(),
             **made_on(engine),
         },
     )

@@ -31,7 +31,7 @@ from steer.fit.methods.trained.preference import (
     preference_loss,
 )
 from steer.fit.methods.trained.reps import added
-from steer.fit.methods.trained.training import check_training, told_losses, train
+from steer.fit.methods.trained.training import check_training, train
 from steer.fit.states import Progress, make_reading
 from steer.model import HookPoint
 from steer.spec import Site, Where
@@ -137,7 +137,7 @@ def fit_prosv(
             "batch": batch,
             "rate": rate,
             "seed": seed,
-            **told_losses(losses),
+            **losses.told(),
             **made_on(engine),
         },
     )

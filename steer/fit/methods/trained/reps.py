@@ -35,7 +35,7 @@ from steer.fit.methods.trained.preference import (
     asked_rows,
     preference_loss,
 )
-from steer.fit.methods.trained.training import check_training, told_losses, train
+from steer.fit.methods.trained.training import check_training, train
 from steer.fit.states import Progress, make_reading
 from steer.model import HookPoint
 from steer.spec import Site, Where
@@ -95,17 +95,18 @@ def fit_reps(
         progress=progress,
     )
     vectors = _started(engine, reading.points, seed)
+    middle, generator = sum(factors) / len(factors), random.Random(seed)
     losses = train(
         engine,
         rows,
-        _loss(vectors, default_where, loss, factors, seed),
+        _loss(vectors, default_where, loss, lambda: generator.choice(list(factors))),
         torch.optim.AdamW(vectors.values(), lr=rate, weight_decay=0.0),
         steps=steps,
         batch=batch,
         seed=seed,
+        judged=_loss(vectors, default_where, loss, lambda: middle),
         progress=progress,
     )
-    middle = sum(factors) / len(factors)
     return ControlVector.of(
         {point.layer: middle * v.detach().cpu() for point, v in vectors.items()},
         name=name,
@@ -126,7 +127,7 @@ def fit_reps(
             "batch": batch,
             "rate": rate,
             "seed": seed,
-            **told_losses(losses),
+            **losses.told(),
             **made_on(engine),
         },
     )
@@ -149,13 +150,10 @@ def _loss(
     vectors: Mapping[HookPoint, Tensor],
     where: Where | None,
     name: LossName,
-    factors: Sequence[float],
-    seed: int,
+    draw: Callable[[], float],
 ) -> Callable[[DifferentiableModel, list[PreferenceRow]], Tensor]:
-    draw = random.Random(seed)
-
     def loss(model: DifferentiableModel, rows: list[PreferenceRow]) -> Tensor:
-        factor = draw.choice(list(factors))
+        factor = draw()
         adds = {point: added(factor * v) for point, v in vectors.items()}
         steering = preference_loss(model, rows, adds, where, name)
         if name != "reps":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -17,6 +18,20 @@ from steer.fit.states import Progress
 Row = TypeVar("Row")
 Loss: TypeAlias = Callable[[DifferentiableModel, list[Row]], Tensor]
 """The loss of one batch of rows."""
+_WATCHED = 48
+"""Rows at most on which the loss is taken before and after."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The mean loss of the same rows before training and after it."""
+
+    before: float
+    after: float
+
+    def told(self) -> dict[str, float]:
+        """For a card."""
+        return {"loss_before": round(self.before, 4), "loss_after": round(self.after, 4)}
 
 
 def train(
@@ -28,31 +43,50 @@ def train(
     steps: int,
     batch: int,
     seed: int,
+    judged: Loss[Row] | None = None,
     progress: Progress | None = None,
-) -> list[float]:
+) -> Losses:
     """Lowers `loss` over `steps` batches of `rows`, the rates falling to 0 in a line.
 
-    The loss of every step. Other requests go on between steps; `progress` is told of each.
+    What it came to, by `judged` (default: `loss`) on the same rows before and after: batches differ
+    by more than what training does to them, and so does a loss that draws. Other requests go on
+    between steps; `progress` is told of each.
     """
+    watched = rows[:: -(-len(rows) // _WATCHED)]
+    parts = [watched[first : first + batch] for first in range(0, len(watched), batch)]
+
+    def mean_loss() -> float:
+        found = [
+            len(part) * differentiable(engine).differentiate(_judged(list(part), judged or loss))
+            for part in parts
+        ]
+        return sum(found) / len(watched)
+
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
-    losses = []
+    before = mean_loss()
     for _, chosen in zip(range(steps), batches(rows, batch, seed), strict=False):
-        losses.append(differentiable(engine).differentiate(_step(chosen, loss, optimiser)))
+        differentiable(engine).differentiate(_step(chosen, loss, optimiser))
         schedule.step()
         if progress is not None:
             progress(1)
-    return losses
+    return Losses(before, mean_loss())
+
+
+def _judged(rows: list[Row], loss: Loss[Row]) -> Callable[[DifferentiableModel], float]:
+    def work(model: DifferentiableModel) -> float:
+        with torch.no_grad():
+            return float(loss(model, rows))
+
+    return work
 
 
 def _step(
     rows: list[Row], loss: Loss[Row], optimiser: torch.optim.Optimizer
-) -> Callable[[DifferentiableModel], float]:
-    def work(model: DifferentiableModel) -> float:
+) -> Callable[[DifferentiableModel], None]:
+    def work(model: DifferentiableModel) -> None:
         optimiser.zero_grad()
-        found = loss(model, rows)
-        found.backward()  # type: ignore[no-untyped-call]
+        loss(model, rows).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
-        return float(found.detach())
 
     return work
 
@@ -73,9 +107,3 @@ def check_training(steps: int, batch: int) -> None:
         raise SteerError(
             f"steps ({steps!r}) and batch ({batch!r}) must be at least 1", code="invalid_option"
         )
-
-
-def told_losses(losses: Sequence[float]) -> dict[str, float]:
-    """The first loss, and the mean of the last ten, for a card."""
-    last = losses[-10:]
-    return {"first_loss": round(losses[0], 4), "last_loss": round(sum(last) / len(last), 4)}

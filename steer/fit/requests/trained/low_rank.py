@@ -115,5 +115,5 @@ class LowRankRequest(CardFields):
             progress=place.progress,
         )
         made = adapter.card.provenance
-        note = f"loss of the answers: {made['first_loss']} → {made['last_loss']} nats per token"
+        note = f"loss of the answers: {made['loss_before']} → {made['loss_after']} nats per token"
         return Fitted({self.name: adapter}, (note,))

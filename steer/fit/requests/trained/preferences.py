@@ -98,8 +98,8 @@ class PreferenceFields(CardFields):
 def told(vector: ControlVector) -> Fitted:
     """A trained vector, with its losses for a person to read."""
     made = vector.card.provenance
-    note = f"{made['loss']} loss on {made['preferences']} prompts: {made['first_loss']} → "
-    return Fitted({vector.card.name: vector}, (f"{note}{made['last_loss']}",))
+    note = f"{made['loss']} loss on {made['preferences']} prompts: {made['loss_before']} → "
+    return Fitted({vector.card.name: vector}, (f"{note}{made['loss_after']}",))
 
 
 RateField: TypeAlias = Annotated[

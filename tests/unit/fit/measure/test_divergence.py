@@ -14,7 +14,13 @@ from steer.engines.base import CaptureRequest, GenerationRequest, SamplingParams
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import Unsupported
 from steer.fit.measure.answers import Answer, answers_under
-from steer.fit.measure.divergence import References, anchored, divergences, kl_divergence
+from steer.fit.measure.divergence import (
+    References,
+    anchored,
+    divergences,
+    kl_divergence,
+    log_total,
+)
 from steer.fit.measure.scoring import Score
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
@@ -101,6 +107,19 @@ def test_kl_where_it_is_known() -> None:
     assert torch.allclose(kl_divergence(p.log(), q.log()), wanted, atol=1e-12)
     # A constant on all logits changes no probability.
     assert torch.allclose(kl_divergence(p.log() + 50, q.log() - 7), wanted, atol=1e-12)
+
+
+def test_kl_of_far_logits_is_that_of_their_probabilities() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, q = (30 * torch.randn(5, 400, generator=generator) for _ in range(2))
+    p[0, :3], q[0, 1:4] = -torch.inf, -torch.inf  # ruled out by one, by the other, by both
+    p[0, 3] = -torch.inf
+    a, b = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    wanted = torch.where(a.exp() == 0, 0.0, a.exp() * (a - b)).sum(-1)
+    assert torch.allclose(kl_divergence(p, q), wanted, rtol=1e-12)
+    assert torch.equal(kl_divergence(p, q, reference_total=log_total(q)), kl_divergence(p, q))
+    assert not kl_divergence(p, p).any()
+    assert kl_divergence(q, p).isinf().tolist() == [True] + [False] * 4
 
 
 def test_gated_specs_are_refused(engine: TransformersEngine) -> None:

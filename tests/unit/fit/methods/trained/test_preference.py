@@ -80,7 +80,7 @@ def test_suppression_is_what_project_serves() -> None:
 def test_a_vector_learns_what_is_preferred(lively: TransformersEngine, loss: str) -> None:
     vector = trained(lively, fit_reps, loss=loss, factors=(0.5, 1.0, 1.5), rate=0.1)
     made: Any = vector.card.provenance
-    assert made["last_loss"] < made["first_loss"]
+    assert made["loss_after"] < made["loss_before"]
     assert made["trained_strengths"] == [0.5, 1.5]
     add = {"kind": "add", "vector": "v"}
     before = preferred(lively, None, vector)
@@ -171,7 +171,7 @@ def test_factor_and_vector_start_at_the_papers_scale_and_are_trained_together(
     assert float(scaled.product().norm()) == pytest.approx(2.0 * (8.0 * 400) ** 0.5, rel=0.1)
     vector = trained(lively, fit_prosv, loss="lm", rate=0.1)
     made: Any = vector.card.provenance
-    assert made["last_loss"] < made["first_loss"]
+    assert made["loss_after"] < made["loss_before"]
     assert made["factors"]["1"] != pytest.approx(32**0.5, abs=0.01)
     assert vector.card.default_where == prompt_ends(4, 4)
 
