@@ -20,7 +20,7 @@ PROMPTS = [[5, 6, 7, 8 + n] for n in range(BATCH)]
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     folder = tmp_path_factory.mktemp("benchmark")
-    os.environ["STEER_REGISTRY"] = str(folder / "registry")
+    os.environ.update(STEER_REGISTRY=str(folder / "registry"), VLLM_PLUGINS="steer")
     with Registry.open(folder / "registry") as registry:
         register(registry, SMALL)
     return Engine(str(SMALL.model(Path(folder))), steered=True, eager=True)

@@ -10,6 +10,10 @@ is v times the middle factor: strength 1 is in the middle of what was trained. `
 first side and `project` with mode `at_most` 0 the second. With the loss `lm` or `simpo` the vector
 is trained to steer alone.
 
+The paper's rate and start are lengths in the states of the Gemma models; the states of others are
+a tenth as long, and what trains one tears the other. Here both are shares of the median state's
+length, so that they mean the same in every model and layer.
+
 Memory: v and Adam's two moments, 3·d per layer; and the graph of one batch of both answers.
 """
 
@@ -40,6 +44,10 @@ from steer.fit.states import Progress, make_reading
 from steer.model import HookPoint
 from steer.spec import Site, Where
 
+_BEGUN = 0.05
+"""The share of the states' length that a vector has at first, at the middle strength."""
+_READ = 8
+"""Answers whose states are measured."""
 FACTORS = (2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 18.0, 20.0)
 
 
@@ -57,7 +65,7 @@ def fit_reps(
     where: WhereName = "all",
     steps: int = 100,
     batch: int = 6,
-    rate: float = 0.08,
+    rate: float = 0.03,
     max_tokens: int = 48,
     seed: int = 0,
     description: str = "",
@@ -67,9 +75,9 @@ def fit_reps(
     """A vector under which the model prefers the chosen answers.
 
     Answers that `preferences` lack are the model's own, with and without `instruction` at
-    `place`. AdamW with
-    linear decay of `rate` over `steps` batches. `progress` is told of every answer that is asked
-    for and of every step.
+    `place`. AdamW over `steps` batches: the first moves what is added at the middle strength by
+    `rate` of the median state's length, all layers together, and the last by nothing. `progress` is
+    told of every answer that is asked for and of every step.
 
     Raises `Unsupported` (`no_gradients`) on an engine that cannot differentiate, `SteerError` for
     unusable arguments.
@@ -94,13 +102,22 @@ def fit_reps(
         batch=batch,
         progress=progress,
     )
-    vectors = _started(engine, reading.points, seed)
     middle, generator = sum(factors) / len(factors), random.Random(seed)
+    lengths = median_lengths(engine, rows, reading.points)
+    units = {point: length / (middle * len(lengths)) for point, length in lengths.items()}
+    vectors = _started(engine, units, seed)
     losses = train(
         engine,
         rows,
         _loss(vectors, default_where, loss, lambda: generator.choice(list(factors))),
-        torch.optim.AdamW(vectors.values(), lr=rate, weight_decay=0.0),
+        torch.optim.AdamW(
+            # Adam moves every channel by its rate.
+            [
+                {"params": [v], "lr": rate * units[point] / len(v) ** 0.5}
+                for point, v in vectors.items()
+            ],
+            weight_decay=0.0,
+        ),
         steps=steps,
         batch=batch,
         seed=seed,
@@ -133,17 +150,37 @@ def fit_reps(
     )
 
 
+def median_lengths(
+    engine: Engine, rows: Sequence[PreferenceRow], points: Sequence[HookPoint]
+) -> dict[HookPoint, float]:
+    """The median length of the states of a few answers: the first token's, a hundred times as long
+    in many models, does not count."""
+    read = [row.chosen.fed for row in rows[:_READ]]
+
+    def work(model: DifferentiableModel) -> dict[HookPoint, float]:
+        with torch.no_grad():
+            traced = model.run(read, edits={}, capture=points)
+        kept = [(n, slice(len(fed))) for n, fed in enumerate(read)]
+        return {
+            point: float(torch.cat([states[place] for place in kept]).norm(dim=-1).median())
+            for point, states in traced.states.items()
+        }
+
+    return differentiable(engine).differentiate(work)
+
+
 def _started(
-    engine: Engine, points: Sequence[HookPoint], seed: int
+    engine: Engine, units: Mapping[HookPoint, float], seed: int
 ) -> dict[HookPoint, nn.Parameter]:
-    """Random vectors of length near 1, on the model's device."""
+    """Random vectors of `_BEGUN` units, on the model's device."""
     device = differentiable(engine).differentiate(lambda model: model.device)
     generator = torch.Generator().manual_seed(seed)
-    widths = {point: engine.info.width(point.site) for point in points}
-    return {
-        point: nn.Parameter((torch.randn(d, generator=generator) / d**0.5).to(device))
-        for point, d in widths.items()
-    }
+
+    def row(point: HookPoint) -> Tensor:
+        d = engine.info.width(point.site)
+        return _BEGUN * units[point] * torch.randn(d, generator=generator) / d**0.5
+
+    return {point: nn.Parameter(row(point).to(device)) for point in units}
 
 
 def _loss(

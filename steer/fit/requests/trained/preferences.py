@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field, StrictFloat, StrictInt
+from pydantic import Field, StrictInt
 
 from steer.errors import TooLarge, pointer
 from steer.fit.data.preferences import require_answers, sides_needed
@@ -100,9 +100,3 @@ def told(vector: ControlVector) -> Fitted:
     made = vector.card.provenance
     note = f"{made['loss']} loss on {made['preferences']} prompts: {made['loss_before']} → "
     return Fitted({vector.card.name: vector}, (f"{note}{made['loss_after']}",))
-
-
-RateField: TypeAlias = Annotated[
-    StrictFloat,
-    Field(gt=0, allow_inf_nan=False, description="AdamW's learning rate, falling to 0."),
-]

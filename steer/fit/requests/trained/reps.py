@@ -9,7 +9,7 @@ from pydantic import Field, StrictFloat
 from steer.fit.data.where import WhereName
 from steer.fit.requests.fields import Spelled
 from steer.fit.requests.request import FitPlace, Fitted
-from steer.fit.requests.trained.preferences import PreferenceFields, RateField, told
+from steer.fit.requests.trained.preferences import PreferenceFields, told
 
 if TYPE_CHECKING:
     from steer.fit.data.preferences import PreferenceSet
@@ -45,7 +45,15 @@ class RepsRequest(PreferenceFields):
             "or on all tokens."
         ),
     ] = "all"
-    rate: RateField = 0.08
+    rate: Annotated[
+        StrictFloat,
+        Field(
+            gt=0,
+            allow_inf_nan=False,
+            description="What AdamW's first step changes at strength 1, as a share of the states' "
+            "length; falls to 0.",
+        ),
+    ] = 0.03
 
     def run(self, place: FitPlace, data: PreferenceSet) -> Fitted:
         from steer.fit.methods.trained.reps import fit_reps

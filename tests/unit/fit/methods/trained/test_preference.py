@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from float64_reference import selected
+from tiny_models import byte_model
 
 from steer.artefacts.control_vector import ControlVector
 from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import CaptureRequest, GenerationRequest, SamplingParams
-from steer.engines.fake.engine import FakeEngine
+from steer.engines.fake.engine import ByteTokenizer, FakeEngine
 from steer.engines.gradients import differentiable
 from steer.engines.plans import plans_of
 from steer.engines.transformers.engine import TransformersEngine
@@ -74,6 +75,23 @@ def test_suppression_is_what_project_serves() -> None:
     away = x @ v <= 0
     assert torch.equal(after[away], x[away])
     torch.testing.assert_close(added(v)(x), x + v)
+
+
+def test_reps_is_trained_in_the_states_own_lengths() -> None:
+    """A model whose states are 8 times as long and that says the same gets the same vector, 8 times
+    as long."""
+    rows = []
+    for scale in (1.0, 8.0):
+        model = byte_model(initializer_range=0.2, tie_word_embeddings=False, rms_norm_eps=1e-12)
+        with torch.no_grad():
+            model.get_input_embeddings().weight *= scale
+            for layer in model.model.layers:
+                layer.self_attn.o_proj.weight *= scale
+                layer.mlp.down_proj.weight *= scale
+        with TransformersEngine(model, ByteTokenizer(), name="long", rows=8, slots=16) as engine:
+            rows.append(trained(engine, fit_reps, layers=[0, 1], steps=5).directions)
+    for layer in (0, 1):
+        torch.testing.assert_close(rows[1][layer], 8 * rows[0][layer], rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("loss", ["reps", "simpo", "lm"])
