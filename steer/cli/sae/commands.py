@@ -106,6 +106,7 @@ def tokens(
 ) -> None:
     """Show which features fire on each token of a sentence."""
     from steer.inspection import ACTIVATIONS
+    from steer.inspection.activations import ActivationsResult
     from steer.prompts import as_chat
 
     fields: dict[str, Any] = {"sae": sae, "top_features": top, "positions": at or "all"}
@@ -121,6 +122,7 @@ def tokens(
     if as_json:
         typer.echo(result.model_dump_json(indent=2, exclude_none=True))
         return
+    assert isinstance(result, ActivationsResult)
     show_active(result)
 
 

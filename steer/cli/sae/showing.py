@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from steer.fit.features.contrast import Contrast
     from steer.inspection.activations import ActivationsResult
     from steer.registry.features.card import FeatureCard
-    from steer.registry.features.survey import Example, FeatureStatistics, SurveyCard
+    from steer.registry.features.survey import FeatureExample, FeatureStatistics, SurveyCard
 
 
 def show_card(card: FeatureCard) -> None:
@@ -55,7 +55,7 @@ def _counted(found: FeatureStatistics) -> Iterable[str]:
         yield "DENSE: a feature that fires so often seldom stands for one thing"
 
 
-def _show_examples(title: str, examples: Sequence[Example]) -> None:
+def _show_examples(title: str, examples: Sequence[FeatureExample]) -> None:
     from rich.table import Table
 
     table = Table(title=title)
@@ -66,7 +66,7 @@ def _show_examples(title: str, examples: Sequence[Example]) -> None:
     table_out().print(table)
 
 
-def marked(example: Example) -> Text:
+def marked(example: FeatureExample) -> Text:
     """The tokens around an example, its own in bold."""
     from rich.text import Text
 

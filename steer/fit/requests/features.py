@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
@@ -36,7 +36,8 @@ PooledField = Annotated[
 ]
 
 
-def _data(description: str, least: int = 1) -> Field:  # type: ignore[valid-type]
+def _data(description: str, least: int = 1) -> Any:
+    """The field of a set of texts."""
     return Field(min_length=least, max_length=MAX_ITEMS, description=description, fail_fast=True)
 
 

@@ -33,7 +33,7 @@ class SurveyStore:
     def find(self, sae: str) -> Survey | None:
         """The survey of the SAE with this hash; None where none was made.
 
-        Raises `FileFormatError` (`damaged_survey`).
+        Raises `StorageError` (`damaged_survey`).
         """
         self._fs.invalidate_cache()
         with store_errors("looking for a survey"):

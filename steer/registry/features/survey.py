@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from steer.errors import FileFormatError
+from steer.errors import StorageError
 from steer.spec import Site
 
 STEPS = 4
@@ -56,7 +56,7 @@ class SurveyCard(BaseModel):
     vocabulary: dict[int, str]
 
 
-class Example(BaseModel):
+class FeatureExample(BaseModel):
     """A token on which a feature fired, among those around it.
 
     `tokens[at]` is the token, `position` its place in the text `text`, both counted from 0.
@@ -95,8 +95,8 @@ class FeatureStatistics(BaseModel):
     quantiles: dict[str, float]
     edges: tuple[float, ...]
     histogram: tuple[int, ...]
-    top: tuple[Example, ...]
-    sample: tuple[Example, ...]
+    top: tuple[FeatureExample, ...]
+    sample: tuple[FeatureExample, ...]
 
 
 class TogetherFeature(BaseModel):
@@ -116,8 +116,9 @@ class TogetherFeature(BaseModel):
 
 def bin_of(magnitudes: Array) -> Array:
     """The bin of each activation above 0."""
-    places = np.floor(np.log2(magnitudes.astype(np.float64)) * STEPS).astype(np.int64)
-    return np.clip(places + OCTAVES * STEPS + 1, 0, BINS - 1)
+    steps = np.floor(np.log2(magnitudes.astype(np.float64)) * STEPS).astype(np.int64)
+    places: Array = np.clip(steps + OCTAVES * STEPS + 1, 0, BINS - 1)
+    return places
 
 
 def edges_from(first: int, last: int) -> tuple[float, ...]:
@@ -140,11 +141,11 @@ class Survey:
 
     @staticmethod
     def read(open_file: Callable[[], IO[bytes]]) -> Survey:
-        """Reads the header; raises `FileFormatError` for what is no survey."""
+        """Reads the header; raises `StorageError` for what is no survey."""
         with open_file() as file:
             size = int.from_bytes(file.read(8), "little")
             if not 0 < size <= _MAX_HEADER:
-                raise FileFormatError("the file is no survey of features", code="damaged_survey")
+                raise StorageError("the file is no survey of features", code="damaged_survey")
             header = file.read(size)
         try:
             entries = json.loads(header)
@@ -158,7 +159,7 @@ class Survey:
                 for name, one in entries.items()
             }
         except (ValueError, KeyError, TypeError, ValidationError) as error:
-            raise FileFormatError(
+            raise StorageError(
                 "the survey of features is damaged: make it again with `steer sae survey`",
                 code="damaged_survey",
             ) from error
@@ -232,7 +233,7 @@ class Survey:
         file.seek(start + first * width)
         data = file.read(count * width)
         if len(data) < count * width:
-            raise FileFormatError(
+            raise StorageError(
                 "the survey of features is cut off: make it again with `steer sae survey`",
                 code="damaged_survey",
             )
@@ -240,7 +241,7 @@ class Survey:
 
     def _examples(
         self, file: IO[bytes], row: Mapping[str, Array], which: str, context: int
-    ) -> tuple[Example, ...]:
+    ) -> tuple[FeatureExample, ...]:
         found = []
         for value, text, position in zip(
             row[f"{which}_value"], row[f"{which}_text"], row[f"{which}_position"], strict=True
@@ -252,7 +253,7 @@ class Survey:
             last = min(end, start + int(position) + context + 1)
             around = self._rows(file, "tokens", first, last - first)
             found.append(
-                Example(
+                FeatureExample(
                     value=float(value),
                     text=int(text),
                     position=int(position),

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
+from liveness import LIVENESS_SECONDS
 
 from steer.registry.registry import Registry
 
 FEATURES = "/v1/steering/saes/features/features"
 TEXTS = [f"{word} number {n}" for n in range(8) for word in ("fish", "bird")]
+
+
+@pytest.fixture(autouse=True)
+def _jobs_run(app: FastAPI) -> Iterator[None]:
+    app.state.steer.jobs.start()
+    yield
+    app.state.steer.jobs.stop(LIVENESS_SECONDS)
 
 
 async def worked(http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -26,8 +36,8 @@ async def worked(http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> di
 async def test_a_survey_is_shown_with_each_feature(http: httpx.AsyncClient) -> None:
     assert (await http.get(f"{FEATURES}/1")).json()["statistics"] is None
     job = await worked(http, "/v1/steering/sae/survey", {"sae": "features", "prompts": TEXTS})
-    assert job["status"] == "succeeded", job
-    assert job["params"] == {"sae": "features", "prompts": 16, "chat": False, "batch": 16}
+    assert job["state"] == "succeeded", job
+    assert job["request"] == {"sae": "features", "prompts": 16, "chat": False, "batch": 16}
     assert job["result"]["texts"] == 16
     shown = [(await http.get(f"{FEATURES}/{n}")).json() for n in range(8)]
     for one in shown:
@@ -37,7 +47,7 @@ async def test_a_survey_is_shown_with_each_feature(http: httpx.AsyncClient) -> N
         assert values == sorted(values, reverse=True)
         assert max(values, default=0.0) == found["largest"]
         for example in found["top"]:
-            assert "".join(example["tokens"]) in TEXTS[example["text"]]
+            assert "".join(example["tokens"]) in f"<|bos|>{TEXTS[example['text']]}"
     fired = sum(one["statistics"]["fired"] for one in shown)
     assert fired > 0
     assert fired / job["result"]["tokens"] == pytest.approx(job["result"]["active_per_token"])
@@ -46,8 +56,8 @@ async def test_a_survey_is_shown_with_each_feature(http: httpx.AsyncClient) -> N
 async def test_a_contrast_ranks_the_features(http: httpx.AsyncClient) -> None:
     body = {"sae": "features", "positive": TEXTS[::2], "negative": TEXTS[1::2], "top": 3}
     job = await worked(http, "/v1/steering/sae/contrast", body)
-    assert job["status"] == "succeeded", job
-    assert job["params"]["positive"] == 8
+    assert job["state"] == "succeeded", job
+    assert job["request"]["positive"] == 8
     found = job["result"]["features"]
     distances = [abs(one["auroc"] - 0.5) for one in found]
     assert distances == sorted(distances, reverse=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from steer.errors import FileFormatError, UnknownArtefact
+from steer.errors import StorageError, UnknownArtefact
 from steer.registry.features.store import SurveyStore
 from steer.registry.features.survey import ACTIVE_NONE, SurveyCard
 from steer.registry.registry import Registry
@@ -59,7 +59,7 @@ def test_a_damaged_survey_is_named(store: SurveyStore, tmp_path: Path, kept: int
     store.keep(CARD, {"active_feature": active((0, 1), (0, 1))}, tmp_path)
     (path,) = (tmp_path / "registry" / "features").iterdir()
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(FileFormatError) as raised:
+    with pytest.raises(StorageError) as raised:
         store.of(SAE, "s").together(0)
     assert raised.value.code == "damaged_survey"
 
