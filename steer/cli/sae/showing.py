@@ -38,6 +38,7 @@ def show_card(card: FeatureCard) -> None:
         )
     if found.top:
         _show_examples("greatest activations", found.top)
+    if found.fired > len(found.top):
         _show_examples("drawn evenly", sorted(found.sample, key=lambda one: -one.value))
 
 

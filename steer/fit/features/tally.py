@@ -27,7 +27,7 @@ class Tally:
     """Counts what `encode` gives for states that come in any pieces.
 
     Guarantees: the result depends on the states and their order alone, to the bit: they are encoded
-    in blocks of `block_size` rows, and sums are formed token by token. Memory: about 550 bytes a
+    in blocks of `block_size` rows, and sums are formed token by token. Memory: about 720 bytes a
     feature, one block's activations, and `TOKEN_SAMPLE` tokens' features.
     """
 
