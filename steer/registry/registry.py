@@ -76,7 +76,7 @@ class Registry:
         self._staging = parts.staging
         self.jobs = JobStore(parts.catalogue)
         self.job_files = JobFiles(parts.location.work / "jobs")
-        self.surveys = SurveyStore(parts.location.root)
+        self.surveys = SurveyStore(parts.location.root, read_only=parts.catalogue.read_only)
         self._max_upload_bytes = max_upload_bytes
         self._loaded: LoadedCache[tuple[str, str, str], Any] = LoadedCache(cache_bytes)
         self._figures = RegistryFigures(parts.catalogue)

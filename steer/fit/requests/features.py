@@ -101,6 +101,10 @@ class SurveyRequest(FeaturesRequest):
         _data("What is read: texts, or lists of messages."),
     ]
 
+    def check(self, engine: Engine, registry: Registry) -> None:
+        super().check(engine, registry)
+        registry.surveys.check_writable()
+
     def run(
         self,
         engine: Engine,

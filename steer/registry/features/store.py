@@ -14,21 +14,27 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError
 from safetensors.numpy import load, save_file
 
-from steer.errors import UnknownArtefact
+from steer.errors import StorageError, UnknownArtefact
 from steer.registry.blobs.blobs import open_filesystem, store_errors
 from steer.registry.blobs.disk import disk_errors
 from steer.registry.features.survey import Array, Survey, SurveyCard
 
 
 class SurveyStore:
-    """The surveys of the SAEs in a registry at `location`.
+    """The surveys of the SAEs in a registry at `location`; `read_only` is why none may be kept.
 
     Guarantees: a survey appears whole or not at all; a newer one takes the place of an older.
     """
 
-    def __init__(self, location: str) -> None:
+    def __init__(self, location: str, *, read_only: str | None = None) -> None:
+        self._read_only = read_only
         self._fs, self._root = open_filesystem(f"{location.rstrip('/')}/features")
         self._local = isinstance(self._fs, LocalFileSystem)
+
+    def check_writable(self) -> None:
+        """Raises `StorageError` (`read_only`) where nothing may be kept."""
+        if self._read_only is not None:
+            raise StorageError(self._read_only, code="read_only")
 
     def find(self, sae: str) -> Survey | None:
         """The survey of the SAE with this hash; None where none was made.
@@ -98,6 +104,7 @@ class SurveyStore:
         self, target: str, arrays: Mapping[str, Array], metadata: dict[str, str], scratch: Path
     ) -> None:
         """The file whole or not at all: written beside its place on a disk, sent to a store."""
+        self.check_writable()
         folder = Path(target).parent if self._local else scratch
         staged = folder / f"{uuid.uuid4().hex}.tmp"
         plain = {name: np.ascontiguousarray(one) for name, one in arrays.items()}

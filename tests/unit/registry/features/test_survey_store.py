@@ -81,3 +81,12 @@ def test_garbage_collection_takes_what_has_no_sae(tmp_path: Path) -> None:
         assert registry.surveys.find(SAE) is not None
         registry.collect_garbage()
         assert registry.surveys.find(SAE) is None
+
+
+def test_a_read_only_place_is_read_and_keeps_nothing(store: SurveyStore, tmp_path: Path) -> None:
+    store.keep(CARD, {"active_feature": active((0,))}, tmp_path)
+    closed = SurveyStore(str(tmp_path / "registry"), read_only="it lies on a disk for reading")
+    assert closed.of(SAE, "s").card == CARD
+    with pytest.raises(StorageError, match="for reading") as raised:
+        closed.keep(CARD, {"active_feature": active((0,))}, tmp_path)
+    assert raised.value.code == "read_only"
