@@ -22,6 +22,7 @@ from steer.cli.fit import commands as fit
 from steer.cli.fit import make
 from steer.cli.measure import calibrate, evaluate, sweep
 from steer.cli.reporting import ReportingGroup
+from steer.cli.sae import commands as sae
 
 
 def _show_version(wanted: bool) -> None:
@@ -65,5 +66,6 @@ app.add_typer(profiles.app, name="profiles")
 app.add_typer(registry.app, name="registry")
 app.add_typer(names.aliases, name="aliases")
 app.add_typer(names.tags, name="tags")
+app.add_typer(sae.app, name="sae")
 app.add_typer(inspecting.app, name="inspect")
 app.add_typer(jobs.app, name="jobs")

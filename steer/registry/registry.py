@@ -36,6 +36,7 @@ from steer.registry.catalogue.listing import Search, found_entries
 from steer.registry.catalogue.model_view import EVERYONE, ModelView
 from steer.registry.catalogue.tags import tags_of_names
 from steer.registry.entry import Entry, parse_ref
+from steer.registry.features.store import SurveyStore
 from steer.registry.figures import RegistryFigures, RegistryStats
 from steer.registry.jobs.job_files import JobFiles
 from steer.registry.jobs.job_store import JobStore
@@ -75,6 +76,7 @@ class Registry:
         self._staging = parts.staging
         self.jobs = JobStore(parts.catalogue)
         self.job_files = JobFiles(parts.location.work / "jobs")
+        self.surveys = SurveyStore(parts.location.root, read_only=parts.catalogue.read_only)
         self._max_upload_bytes = max_upload_bytes
         self._loaded: LoadedCache[tuple[str, str, str], Any] = LoadedCache(cache_bytes)
         self._figures = RegistryFigures(parts.catalogue)
@@ -278,6 +280,7 @@ class Registry:
             )
             pruned = 0
             if not dry_run:
+                self.surveys.prune(set(self._blobs.names()))
                 plans = PlanStore(self._parts.location.root)
                 pruned = plans.prune(max(grace_seconds, 2 * TOUCH_SECONDS))
         self._figures.count("collect_garbage")

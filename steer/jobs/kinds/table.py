@@ -11,6 +11,7 @@ from steer.fit.requests.table import FIT_REQUESTS
 from steer.formats.hub import MAX_BYTES, fetch, parse_hub_ref
 from steer.jobs.kinds.calibrate import CALIBRATE
 from steer.jobs.kinds.evaluate import evaluate_kind
+from steer.jobs.kinds.features import CONTRAST, SURVEY
 from steer.jobs.kinds.fit import fit_kind
 from steer.jobs.kinds.importing import Download, Fetch, import_kind
 from steer.jobs.kinds.kind import JobKind, JobKinds, Report
@@ -43,6 +44,8 @@ def builtin_kinds(
         MAKE,
         evaluate_kind(policy),
         suite_kind(policy),
+        SURVEY,
+        CONTRAST,
         import_kind(fetchers),
     )
     return MappingProxyType({kind.name: kind for kind in kinds})

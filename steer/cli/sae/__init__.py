@@ -1,0 +1,1 @@
+"""`steer sae`: the features of sparse autoencoders."""

@@ -1,0 +1,214 @@
+"""`steer sae`: find features, see what they do, and how far they can be trusted."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from inspect import Parameter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from steer.cli.local import (
+    DEMO_MODEL,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    RegistryOption,
+    open_registry,
+    running_engine,
+)
+from steer.cli.measure.asking import AS_JSON
+from steer.cli.options import (
+    MODEL,
+    PLACE,
+    checked,
+    command,
+    keyword,
+    options,
+    read_values,
+    spelling,
+)
+from steer.cli.reporting import progress_bar
+from steer.cli.sae.showing import show_active, show_card, show_contrast, show_matches, show_survey
+from steer.fit.requests.features import ContrastRequest, FeaturesRequest, SurveyRequest
+
+if TYPE_CHECKING:
+    from steer.engines.transformers.engine import TransformersEngine
+    from steer.registry.registry import Registry
+
+app = typer.Typer(
+    help="Find the features of SAEs, and see what they do.",
+    no_args_is_help=True,
+)
+
+SAEArgument = Annotated[str, typer.Argument(help="The SAE, by its name.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command("show")
+def show(
+    sae: SAEArgument,
+    feature: Annotated[int, typer.Argument(min=0, help="The feature's number.")],
+    as_json: JsonOption = False,
+    model: ModelOption = DEMO_MODEL,
+    registry: RegistryOption = None,
+) -> None:
+    """Show a feature: its label, its neighbours, and what it did where the SAE was surveyed."""
+    from steer.registry.features.card import feature_card
+
+    with open_registry(registry, model) as library:
+        card = feature_card(library, sae, feature)
+    if as_json:
+        typer.echo(card.model_dump_json(indent=2, exclude_none=True))
+        return
+    show_card(card)
+
+
+@app.command("search")
+def search(
+    sae: SAEArgument,
+    query: Annotated[str, typer.Argument(help="Words of a label.")],
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many.")] = 20,
+    as_json: JsonOption = False,
+    model: ModelOption = DEMO_MODEL,
+    registry: RegistryOption = None,
+) -> None:
+    """Find features by their labels."""
+    with open_registry(registry, model) as library:
+        found = library.sae(sae).search(query, limit=limit)
+    if as_json:
+        typer.echo(json.dumps([one.model_dump(exclude_none=True) for one in found], indent=2))
+        return
+    show_matches(found)
+
+
+@app.command("tokens")
+def tokens(
+    sae: SAEArgument,
+    prompt: Annotated[str, typer.Argument(help="A sentence.")],
+    at: Annotated[
+        list[str] | None,
+        typer.Option("--at", help="A piece of the sentence: then its last token. May be repeated."),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, max=256, help="Features of each token.")] = 3,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="As a user's message, in the model's chat template.")
+    ] = False,
+    as_json: JsonOption = False,
+    model: ModelOption = DEMO_MODEL,
+    registry: RegistryOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Show which features fire on each token of a sentence."""
+    from steer.inspection import ACTIVATIONS
+    from steer.inspection.activations import ActivationsResult
+    from steer.prompts import as_chat
+
+    fields: dict[str, Any] = {"sae": sae, "top_features": top, "positions": at or "all"}
+    with (
+        open_registry(registry, model) as library,
+        running_engine(model, device=device, dtype=dtype) as engine,
+    ):
+        asked = as_chat(engine.tokenizer, prompt) if chat else prompt
+        fields["text" if isinstance(asked, str) else "messages"] = asked
+        layer = library.sae(sae).layer
+        request = checked(ACTIVATIONS.request, {**fields, "layers": [layer]})
+        result = ACTIVATIONS.run(engine, request, library=library)
+    if as_json:
+        typer.echo(result.model_dump_json(indent=2, exclude_none=True))
+        return
+    assert isinstance(result, ActivationsResult)
+    show_active(result)
+
+
+@contextmanager
+def _working(values: Mapping[str, Any]) -> Iterator[tuple[TransformersEngine, Registry]]:
+    """The model and the registry that a command names."""
+    with (
+        open_registry(values["registry"], values["model"]) as library,
+        running_engine(values["model"], device=values["device"], dtype=values["dtype"]) as engine,
+    ):
+        yield engine, library
+
+
+def _parameters(request: type[FeaturesRequest]) -> Iterator[Parameter]:
+    """The options of `request`; the texts come from files."""
+    fields = list(options(request, leave_out=request.data))
+    yield fields.pop(0)
+    for name in request.data:
+        argument = typer.Argument(help=spelling(request.model_fields[name]).help)
+        if name == "negative":  # else both are in one file
+            yield keyword(name, Annotated[Path | None, argument], None)
+        else:
+            yield keyword(name, Annotated[Path, argument])
+    yield MODEL
+    yield from fields
+    yield AS_JSON
+    yield from PLACE
+
+
+def _request(kind: type[FeaturesRequest], values: dict[str, Any]) -> Any:
+    """The request, its texts read from the files that were named. Raises `SteerError`."""
+    from steer.fit.data.pairs import read_pairs, read_prompts
+    from steer.fit.data.prompt import prompt_json
+
+    files = {name: values.pop(name) for name in kind.data}
+    if files.get("negative", files) is None:
+        pairs = read_pairs(files["positive"]).items
+        texts = {
+            "positive": [prompt_json(one.positive) for one in pairs],
+            "negative": [prompt_json(one.negative) for one in pairs],
+        }
+    else:
+        texts = {name: [prompt_json(one) for one in read_prompts(f)] for name, f in files.items()}
+    return checked(kind, {**read_values(kind, values), **texts})
+
+
+def _survey(values: dict[str, Any]) -> None:
+    request: SurveyRequest = _request(SurveyRequest, values)
+    with (
+        _working(values) as (engine, library),
+        tempfile.TemporaryDirectory(prefix="steer-survey-") as scratch,
+    ):
+        request.check(engine, library)
+        with progress_bar("texts", request.texts) as done:
+            found = request.run(engine, library, Path(scratch), progress=done)
+        fired = found.array("fired")
+    if values["as_json"]:
+        plain = found.card.model_dump(exclude={"vocabulary", "data"})
+        typer.echo(json.dumps({**plain, "never_active": int((fired == 0).sum())}, indent=2))
+        return
+    show_survey(request.sae, found.card, fired)
+
+
+def _contrast(values: dict[str, Any]) -> None:
+    request: ContrastRequest = _request(ContrastRequest, values)
+    with _working(values) as (engine, library):
+        request.check(engine, library)
+        with progress_bar("texts", request.texts) as done:
+            found = request.run(engine, library, progress=done)
+    if values["as_json"]:
+        typer.echo(found.model_dump_json(indent=2, exclude_none=True))
+        return
+    show_contrast(found)
+
+
+app.command("survey")(
+    command(
+        _survey,
+        tuple(_parameters(SurveyRequest)),
+        summary="Count what every feature does on texts, and keep its best examples.",
+    )
+)
+app.command("contrast")(
+    command(
+        _contrast,
+        tuple(_parameters(ContrastRequest)),
+        summary="Find the features that tell two sets of texts apart, and not by chance.",
+    )
+)

@@ -1,0 +1,90 @@
+"""What is known of one feature: its label, its weights, and what a survey saw."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from steer.artefacts.sae.base import SAE
+from steer.artefacts.sae.labels import FeatureLabel
+from steer.errors import UnknownArtefact
+from steer.registry.features.survey import FeatureStatistics, TogetherFeature
+from steer.registry.registry import Registry
+from steer.spec import Site
+
+_BLOCK = 1 << 12
+
+
+class Neighbour(BaseModel):
+    """A feature whose decoder row points nearly the same way."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    feature: int
+    cosine: float
+
+
+class FeatureCard(BaseModel):
+    """One feature: its label where it has one, what is read off the weights, and, where the SAE was
+    surveyed, what it did on the survey's data.
+
+    `decoder_norm` is ‖W_dec[i]‖; `neighbours` are the features whose decoder rows point most
+    nearly the same way; `together` those that fire on the same tokens.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    object: Literal["steering.feature"] = "steering.feature"
+    sae: str
+    feature: int
+    layer: int
+    site: Site
+    label: FeatureLabel | None
+    decoder_norm: float
+    neighbours: tuple[Neighbour, ...]
+    statistics: FeatureStatistics | None = None
+    together: tuple[TogetherFeature, ...] = ()
+
+
+def feature_card(registry: Registry, name: str, feature: int) -> FeatureCard:
+    """The card of a feature of the SAE `name`.
+
+    Raises `UnknownArtefact` (`unknown_sae`, `unknown_feature`).
+    """
+    sae = registry.sae(name)
+    if not 0 <= feature < sae.d_sae:
+        raise UnknownArtefact(
+            f"the SAE {name!r} has no feature {feature}: it has features 0 to {sae.d_sae - 1}",
+            code="unknown_feature",
+        )
+    survey = registry.surveys.find(registry.entry("sae", name).sha256)
+    return FeatureCard(
+        sae=sae.card.name,
+        feature=feature,
+        layer=sae.layer,
+        site=sae.site,
+        label=sae.labels.get(feature),
+        decoder_norm=float(sae.writes([feature])[0].norm()),
+        neighbours=neighbours(sae, feature),
+        statistics=None if survey is None else survey.feature(feature),
+        together=() if survey is None else survey.together(feature),
+    )
+
+
+def neighbours(sae: SAE, feature: int, count: int = 5) -> tuple[Neighbour, ...]:
+    """The `count` features whose decoder rows have the greatest cosine with that of `feature`, read
+    a block of rows at a time."""
+    row = sae.writes([feature])[0].float()
+    row = row / row.norm().clamp(min=1e-12)
+    cosines = torch.empty(sae.d_sae)
+    for start in range(0, sae.d_sae, _BLOCK):
+        rows = sae.writes(range(start, min(start + _BLOCK, sae.d_sae))).float()
+        cosines[start : start + len(rows)] = rows @ row / rows.norm(dim=1).clamp(min=1e-12)
+    cosines[feature] = -2.0
+    best = cosines.topk(min(count, sae.d_sae - 1))
+    return tuple(
+        Neighbour(feature=int(index), cosine=float(value))
+        for value, index in zip(best.values, best.indices, strict=True)
+    )

@@ -1,0 +1,96 @@
+"""The features of an SAE over HTTP: surveyed and contrasted in jobs, and shown."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from liveness import LIVENESS_SECONDS
+
+from steer.registry.registry import Registry
+
+FEATURES = "/v1/steering/saes/features/features"
+TEXTS = [f"{word} number {n}" for n in range(8) for word in ("fish", "bird")]
+
+
+@pytest.fixture(autouse=True)
+def _jobs_run(app: FastAPI) -> Iterator[None]:
+    app.state.steer.jobs.start()
+    yield
+    app.state.steer.jobs.stop(LIVENESS_SECONDS)
+
+
+async def worked(http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The job that was asked for, when it has ended."""
+    asked = await http.post(path, json=body)
+    assert asked.status_code == 202, asked.text
+    place = asked.headers["location"]
+    await http.get(f"{place}/events")
+    return (await http.get(place)).json()
+
+
+async def test_a_survey_is_shown_with_each_feature(http: httpx.AsyncClient) -> None:
+    assert (await http.get(f"{FEATURES}/1")).json()["statistics"] is None
+    job = await worked(http, "/v1/steering/sae/survey", {"sae": "features", "prompts": TEXTS})
+    assert job["state"] == "succeeded", job
+    assert job["request"] == {"sae": "features", "prompts": 16, "chat": False, "batch": 16}
+    assert job["result"]["texts"] == 16
+    shown = [(await http.get(f"{FEATURES}/{n}")).json() for n in range(8)]
+    for one in shown:
+        found = one["statistics"]
+        assert (found["dead"], sum(found["histogram"])) == (found["fired"] == 0, found["fired"])
+        values = [example["value"] for example in found["top"]]
+        assert values == sorted(values, reverse=True)
+        assert max(values, default=0.0) == found["largest"]
+        for example in found["top"]:
+            assert "".join(example["tokens"]) in f"<|bos|>{TEXTS[example['text']]}"
+    fired = sum(one["statistics"]["fired"] for one in shown)
+    assert fired > 0
+    assert fired / job["result"]["tokens"] == pytest.approx(job["result"]["active_per_token"])
+
+
+async def test_a_contrast_ranks_the_features(http: httpx.AsyncClient) -> None:
+    body = {"sae": "features", "positive": TEXTS[::2], "negative": TEXTS[1::2], "top": 3}
+    job = await worked(http, "/v1/steering/sae/contrast", body)
+    assert job["state"] == "succeeded", job
+    assert job["request"]["positive"] == 8
+    found = job["result"]["features"]
+    distances = [abs(one["auroc"] - 0.5) for one in found]
+    assert distances == sorted(distances, reverse=True)
+    assert len(found) <= 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "code", "param"),
+    [
+        ("survey", {"sae": "none", "prompts": ["x"]}, "unknown_sae", "/sae"),
+        ("survey", {"sae": "features", "prompts": []}, None, "/prompts"),
+        (
+            "contrast",
+            {"sae": "features", "positive": ["x"] * 8, "negative": ["y"]},
+            None,
+            "/negative",
+        ),
+    ],
+)
+async def test_what_cannot_be_read_is_refused_at_its_field(
+    http: httpx.AsyncClient, kind: str, body: dict[str, Any], code: str | None, param: str
+) -> None:
+    refused = await http.post(f"/v1/steering/sae/{kind}", json=body)
+    assert 400 <= refused.status_code < 500
+    error = refused.json()["error"]
+    assert error["param"] == param
+    assert code is None or error["code"] == code
+
+
+async def test_a_damaged_survey_says_so(http: httpx.AsyncClient, registry: Registry) -> None:
+    await worked(http, "/v1/steering/sae/survey", {"sae": "features", "prompts": TEXTS})
+    sha256 = registry.entry("sae", "features").sha256
+    path = await asyncio.to_thread(registry.surveys.local_path, sha256)
+    path.write_bytes(path.read_bytes()[:100])
+    broken = await http.get(f"{FEATURES}/1")
+    assert broken.json()["error"]["code"] == "damaged_survey"
