@@ -164,9 +164,7 @@ class Registry:
                 return self._catalogue.insert(connection, draft)
 
     def _publish(self, artefact: Artefact) -> WrittenFile:
-        whole = not isinstance(artefact, StoredArtefact)
-        pieces = (artefact.to_bytes(),) if whole else artefact.pieces()
-        with self._staging.written(pieces) as written:
+        with self._staging.written(_pieces(artefact)) as written:
             self._blobs.publish(written.path, written.sha256)
             return written
 
@@ -451,8 +449,9 @@ class Registry:
             return artefact.from_bytes(data, name=entry.name)
 
         def size(loaded: A) -> int:
-            held = isinstance(loaded, StoredArtefact)
-            return loaded.resident_bytes() if held else entry.size_bytes
+            if isinstance(loaded, StoredArtefact):
+                return loaded.resident_bytes()
+            return entry.size_bytes
 
         # The name is part of the key because it is on the card of the loaded object.
         key = (entry.kind, entry.name, entry.sha256)
@@ -505,6 +504,13 @@ class Registry:
     def stats(self) -> RegistryStats:
         """Figures for metrics."""
         return self._figures.stats()
+
+
+def _pieces(artefact: Artefact) -> Iterable[bytes]:
+    """The canonical file, in one piece where the artefact is in memory anyway."""
+    if isinstance(artefact, StoredArtefact):
+        return artefact.pieces()
+    return (artefact.to_bytes(),)
 
 
 def _check_stored_name(name: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors.torch import save as save_safetensors
+from torch import Tensor
 
 from steer.artefacts.control_vector import Card
 from steer.artefacts.sae.architecture import Architecture
@@ -89,7 +90,10 @@ def load_directory(path: Path, *, site: Site | None = None) -> SAE:
         architecture.name,
         encoder=parts.encoder.in_memory() if held else parts.encoder,
         decoder=parts.decoder.in_memory() if held else parts.decoder,
-        **parts.vectors,
+        b_enc=parts.vectors.get("b_enc"),
+        b_dec=parts.vectors["b_dec"],
+        threshold=parts.vectors.get("threshold"),
+        W_skip=parts.vectors.get("W_skip"),
         k=cfg.get("k"),
         pursuit=_pursuit(path, cfg) if architecture.iterative else None,
         subtract_b_dec=bool(cfg.get("apply_b_dec_to_input", not is_transcoder)),
@@ -247,7 +251,7 @@ def _parts(path: Path, architecture: Architecture, gated: bool) -> StoredParts:
         )
     if logged and "threshold" in arrays:
         raise FileFormatError(f"{path} holds both threshold and log_threshold: leave out one")
-    vectors = {
+    vectors: dict[str, Tensor] = {
         name: arrays[name].load().float()
         for name in ("b_enc", "b_dec", "threshold", "W_skip")
         if name in arrays and (name != "b_enc" or not (gated or architecture.iterative))

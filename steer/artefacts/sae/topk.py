@@ -25,7 +25,7 @@ def activate_groups(pre: Tensor, *, threshold: Tensor | None, k: int | None) -> 
     """The best of each of k groups of d_sae / k neighbours."""
     del threshold
     assert k is not None, "checked when the SAE was built"
-    groups = pre.unflatten(-1, (k, -1))
+    groups = pre.reshape(*pre.shape[:-1], k, -1)
     values, places = groups.max(dim=-1, keepdim=True)
     return torch.zeros_like(groups).scatter_(-1, places, values.relu()).flatten(-2)
 

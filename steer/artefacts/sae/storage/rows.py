@@ -96,7 +96,9 @@ class FeatureRows:
         flat = z.reshape(-1, z.shape[-1])
         out = flat.new_zeros(len(flat), self.shape[1])
         active = (flat != 0).any(0).nonzero()[:, 0]
-        for chosen in active.split(max(1, BLOCK_BYTES // (4 * self.shape[1]))):
+        size = max(1, BLOCK_BYTES // (4 * self.shape[1]))
+        for start in range(0, len(active), size):
+            chosen = active[start : start + size]
             out += flat[:, chosen] @ self.take(chosen.tolist())
         return out.reshape(*z.shape[:-1], -1)
 
