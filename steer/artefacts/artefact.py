@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import Field
-from typing import Any, ClassVar, Protocol, Self
+from typing import IO, Any, ClassVar, Protocol, Self, runtime_checkable
 
 from steer.artefacts.control_vector import Card
 
@@ -32,4 +33,25 @@ class Artefact(Protocol):
     @classmethod
     def from_bytes(cls, data: bytes, *, name: str = "") -> Self:
         """The artefact in a canonical file; `name` is its card's name."""
+        ...
+
+
+@runtime_checkable
+class StoredArtefact(Protocol):
+    """An artefact too large to be in memory as a whole: it is written in pieces, and most of it
+    stays in its file."""
+
+    def resident_bytes(self) -> int:
+        """What it takes of the memory now."""
+        ...
+
+    def pieces(self) -> Iterator[bytes]:
+        """The canonical file, piece by piece. May raise `FileFormatError` where what it is made of
+        can no longer be read."""
+        ...
+
+    @classmethod
+    def from_file(cls, stream: IO[bytes], *, name: str = "", sha256: str | None = None) -> Self:
+        """The artefact in an open canonical file, which may be closed and removed then; with
+        `sha256`, in one that is known to have this hash."""
         ...

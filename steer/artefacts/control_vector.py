@@ -63,6 +63,8 @@ class Card(BaseModel):
     width: int
     layers: tuple[int, ...]
     site: Site = "resid_post"
+    # Where a transcoder writes what it reads at `site`; without one a card is written as before.
+    write_site: Site | None = Field(default=None, exclude_if=lambda value: value is None)
     default_layers: tuple[int, ...] | None = None
     default_strength: float = 1.0
     default_where: Where | None = None

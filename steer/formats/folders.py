@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steer.artefacts.artefact import Artefact
-from steer.artefacts.sae.saelens import CONFIG, WEIGHTS
 from steer.errors import FileFormatError
 from steer.formats.adapters.pyreft import PREFIX, is_pyreft, read_pyreft
 from steer.formats.archive import ArchiveFormat, unpack
@@ -16,7 +15,7 @@ from steer.formats.guards.stand_ins import check_present
 from steer.formats.lenses.tuned_lens import CONFIG as LENS_CONFIG
 from steer.formats.lenses.tuned_lens import PARAMETERS, read_tuned_lens
 from steer.formats.options import ImportOptions
-from steer.formats.saes.saelens_folder import read_saelens
+from steer.formats.saes.table import SAE_FOLDERS
 from steer.formats.vectors.pt import DIRECTION, METADATA, read_refusal_direction
 
 
@@ -34,9 +33,7 @@ class FolderLayout:
 
 
 LAYOUTS = (
-    FolderLayout(
-        lambda folder: (folder / CONFIG).is_file(), (WEIGHTS,), lambda path, _: read_saelens(path)
-    ),
+    *(FolderLayout(one.is_one, one.needs, one.open) for one in SAE_FOLDERS),
     FolderLayout(
         lambda folder: (folder / METADATA).is_file(),
         (DIRECTION,),
@@ -47,8 +44,9 @@ LAYOUTS = (
     FolderLayout(is_pyreft, (), read_pyreft, ("loreft", "direft")),
 )
 _KNOWN = (
-    f"a SAELens folder ({CONFIG}, {WEIGHTS}), a tuned lens ({LENS_CONFIG}, {PARAMETERS}), a "
-    f"refusal direction ({DIRECTION}, {METADATA}) or a pyreft folder ({PREFIX}….bin, config.json)"
+    f"an SAE's folder of {', '.join(one.title for one in SAE_FOLDERS)}, a tuned lens "
+    f"({LENS_CONFIG}, {PARAMETERS}), a refusal direction ({DIRECTION}, {METADATA}) or a pyreft "
+    f"folder ({PREFIX}….bin, config.json)"
 )
 _PEFT = "adapter_config.json"
 

@@ -17,11 +17,13 @@ from steer.formats.canonical import is_canonical, read_canonical
 from steer.formats.folders import layout_of, unpacked
 from steer.formats.guards.safetensors import SafetensorsFile
 from steer.formats.options import ImportOptions
+from steer.formats.saes.single_files import read_single_file
 from steer.formats.sniff import sniff
 from steer.formats.table import FORMATS
 from steer.formats.vectors.safetensors import read_vector
 from steer.model import ModelInfo
 
+_SINGLE = ("npz", "torch", "safetensors")
 _WITH_STRENGTH = (ControlVector, LowRankAdapter, AffineMap)
 
 
@@ -39,6 +41,8 @@ def read_artefact(
     if path.is_dir():
         return _read_folder(path, options)
     format = sniff(path)
+    if format in _SINGLE and (sae := read_single_file(path, format, options)) is not None:
+        return _described(sae, options)
     if format == "safetensors":
         return _read_safetensors(path, options)
     for known in FORMATS:
@@ -71,8 +75,8 @@ def _read_safetensors(path: Path, options: ImportOptions) -> Artefact:
         return _described(read_loreft(file, options), options)
     if "W_dec" in file.tensors:
         raise FileFormatError(
-            "these are the weights of an SAE without its configuration: upload the SAELens folder "
-            "(cfg.json and sae_weights.safetensors) as a .zip or .tar.gz",
+            "these are the weights of an SAE without its configuration: upload its folder (for "
+            "SAELens cfg.json and sae_weights.safetensors) as a .zip or .tar.gz",
             code="unknown_layout",
         )
     return _described(read_vector(file, options), options)

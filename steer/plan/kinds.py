@@ -19,6 +19,8 @@ from torch import Tensor
 
 from steer.artefacts.affine import channel_rows
 from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.sae.base import SAE
+from steer.artefacts.sae.reads import FeatureReads
 from steer.edits import TO_NORM, TO_PLANE, Block, Law, TopKCutoff
 from steer.errors import SpecError, SteerError, Unsupported
 from steer.model import HookPoint
@@ -103,6 +105,7 @@ def clamp(item: Clamp, one: Resolved) -> Blocks:
         reads = sae.reads(item.features)
     except SteerError as error:
         raise error.at("/features") from None
+    _check_clampable(sae, reads)
     values = item.value if isinstance(item.value, tuple) else (item.value,) * len(item.features)
     if item.mode == "scale" and all(value == 1 for value in values):
         return {}
@@ -115,11 +118,44 @@ def clamp(item: Clamp, one: Resolved) -> Blocks:
         else:
             laws.append(Law.toward(value, item.mode, bias=bias, threshold=threshold))
     cutoff = None
-    if sae.k is not None:
+    if sae.architecture == "topk" and sae.k is not None:
         every = sae.reads(None)
         cutoff = TopKCutoff(sae.sha256, every.read, every.bias, sae.k)
     block = Block.of_edits(reads.read, sae.writes(item.features), laws, cutoff=cutoff)
     return {point: block}
+
+
+def _check_clampable(sae: SAE, reads: FeatureReads) -> None:
+    """Raises `Unsupported` for features that blocks cannot hold yet; such SAEs are searched and
+    captured all the same."""
+    if reads.measure != "product":
+        raise Unsupported(
+            f"the features of the SAE {sae.card.name!r} cannot be clamped: normalize_activations "
+            f"{sae.normalize!r} scales every token by itself; capture them, or clamp with an SAE "
+            "that does not normalise",
+            param="/sae",
+            code="per_token_normalisation",
+        )
+    _check_one_site(sae)
+    if sae.competitive and sae.architecture != "topk":
+        raise Unsupported(
+            f"the features of the SAE {sae.card.name!r} cannot be clamped: under "
+            f"{sae.architecture!r} they compete in a way that is encoded and captured only; clamp "
+            "with a standard, jumprelu or topk SAE",
+            param="/sae",
+            code="competing_features",
+        )
+
+
+def _check_one_site(sae: SAE) -> None:
+    if sae.is_transcoder:
+        raise Unsupported(
+            f"the SAE {sae.card.name!r} is a transcoder, which reads at {sae.site} and writes at "
+            f"{sae.write_point.site}; edits of two sites are not served: capture its features, or "
+            "steer with an SAE of one site",
+            param="/sae",
+            code="two_sites",
+        )
 
 
 def concept(item: Concept, one: Resolved) -> Blocks:
@@ -127,6 +163,7 @@ def concept(item: Concept, one: Resolved) -> Blocks:
     sae, (point,) = one.sae("sae"), one.points
     if one.encode_text is None:
         raise Unsupported("a concept needs a model to read its text: none is attached here")
+    _check_one_site(sae)
     latents = sae.latents(one.encode_text(item.text, point)).mean(0)
     if item.contrast is not None:
         latents = latents - sae.latents(one.encode_text(item.contrast, point)).mean(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -12,7 +11,7 @@ from types import TracebackType
 from typing import IO, Any, BinaryIO, TypeVar
 
 from steer.artefacts.affine import AffineMap
-from steer.artefacts.artefact import Artefact
+from steer.artefacts.artefact import Artefact, StoredArtefact
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.kinds import NAMED, ArtefactKind, row_of
 from steer.artefacts.lens import Lens
@@ -29,7 +28,7 @@ from steer.registry.blobs.caches import AnswerCache, LoadedCache
 from steer.registry.blobs.disk import disk_errors
 from steer.registry.blobs.garbage import GRACE_SECONDS, Garbage, collect
 from steer.registry.blobs.plan_store import TOUCH_SECONDS, PlanStore
-from steer.registry.blobs.staging import Upload
+from steer.registry.blobs.staging import Upload, WrittenFile
 from steer.registry.catalogue.aliases import Alias, stored_aliases
 from steer.registry.catalogue.catalogue import Draft
 from steer.registry.catalogue.listing import Search, found_entries
@@ -153,23 +152,23 @@ class Registry:
         content already; otherwise it becomes the newest version.
         """
         _check_stored_name(name)
-        data = artefact.to_bytes()
         card = artefact.card
-        draft = Draft(card.kind, name, hashlib.sha256(data).hexdigest(), len(data), card)
         self._figures.count("add")
         self._catalogue.check_writable()
         with disk_errors(f"storing {name!r}"):
             # First the blob, then the row: a row whose blob is missing must never be seen.
-            self._publish(data, draft.sha256)
+            written = self._publish(artefact)
+            draft = Draft(card.kind, name, written.sha256, written.size_bytes, card)
             with self._catalogue.writing() as connection:
                 if not self._blobs.holds(draft.sha256, draft.size_bytes):
                     # Collected since, as it had no row. Nobody collects in this transaction.
-                    self._publish(data, draft.sha256)
+                    self._publish(artefact)
                 return self._catalogue.insert(connection, draft)
 
-    def _publish(self, data: bytes, sha256: str) -> None:
-        with self._staging.written(data) as staged:
-            self._blobs.publish(staged, sha256)
+    def _publish(self, artefact: Artefact) -> WrittenFile:
+        with self._staging.written(_pieces(artefact)) as written:
+            self._blobs.publish(written.path, written.sha256)
+            return written
 
     def add_shipped(self, name: str, artefact: Artefact) -> Entry | None:
         """Registers `artefact` unless this content has had this name before.
@@ -446,12 +445,20 @@ class Registry:
 
         def read() -> A:
             self._figures.count("load")
+            if issubclass(artefact, StoredArtefact):
+                with self._present(entry, lambda: self._blobs.open(entry.sha256)) as stream:
+                    return artefact.from_file(stream, name=entry.name, sha256=entry.sha256)
             data = self._present(entry, lambda: self._blobs.read(entry.sha256))
             return artefact.from_bytes(data, name=entry.name)
 
+        def size(loaded: A) -> int:
+            if isinstance(loaded, StoredArtefact):
+                return loaded.resident_bytes()
+            return entry.size_bytes
+
         # The name is part of the key because it is on the card of the loaded object.
         key = (entry.kind, entry.name, entry.sha256)
-        loaded: A = self._loaded.get(key, entry.size_bytes, read)
+        loaded: A = self._loaded.get(key, size, read)
         return loaded
 
     def _present(self, entry: Entry, read: Callable[[], T]) -> T:
@@ -500,6 +507,13 @@ class Registry:
     def stats(self) -> RegistryStats:
         """Figures for metrics."""
         return self._figures.stats()
+
+
+def _pieces(artefact: Artefact) -> Iterable[bytes]:
+    """The canonical file, in one piece where the artefact is in memory anyway."""
+    if isinstance(artefact, StoredArtefact):
+        return artefact.pieces()
+    return (artefact.to_bytes(),)
 
 
 def _check_stored_name(name: str) -> str:

@@ -78,7 +78,10 @@ def test_saes_are_named_as_their_architectures_are(engine: Engine) -> None:
     assert engine.capabilities.sae_architectures == SUPPORTED
     assert tuple(one.name for one in ARCHITECTURES) == SUPPORTED
     assert "relu" not in SUPPORTED
-    assert [one.name for one in ARCHITECTURES if one.competitive] == ["topk"]
+    assert [one.name for one in ARCHITECTURES if not one.competitive] == [
+        "standard",
+        "jumprelu",
+    ]
 
 
 def test_inspections_are_offered_by_what_can_be_read(engine: Engine) -> None:

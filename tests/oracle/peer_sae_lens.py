@@ -14,10 +14,23 @@ from typing import Any
 
 import torch
 from sae_lens import SAE
+from sae_lens.saes.abstopk_sae import AbsTopKSAE, AbsTopKSAEConfig
+from sae_lens.saes.gated_sae import GatedSAE, GatedSAEConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens.saes.matching_pursuit_sae import MatchingPursuitSAE, MatchingPursuitSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+from sae_lens.saes.transcoder import (
+    JumpReLUSkipTranscoder,
+    JumpReLUSkipTranscoderConfig,
+    JumpReLUTranscoder,
+    JumpReLUTranscoderConfig,
+    SkipTranscoder,
+    SkipTranscoderConfig,
+    Transcoder,
+    TranscoderConfig,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -25,17 +38,34 @@ CLASSES = {
     "standard": (StandardSAE, StandardSAEConfig),
     "jumprelu": (JumpReLUSAE, JumpReLUSAEConfig),
     "topk": (TopKSAE, TopKSAEConfig),
+    "abstopk": (AbsTopKSAE, AbsTopKSAEConfig),
+    "gated": (GatedSAE, GatedSAEConfig),
+    "matching_pursuit": (MatchingPursuitSAE, MatchingPursuitSAEConfig),
+    "transcoder": (Transcoder, TranscoderConfig),
+    "skip_transcoder": (SkipTranscoder, SkipTranscoderConfig),
+    "jumprelu_transcoder": (JumpReLUTranscoder, JumpReLUTranscoderConfig),
+    "jumprelu_skip_transcoder": (JumpReLUSkipTranscoder, JumpReLUSkipTranscoderConfig),
 }
 
 
 def build(case: dict[str, Any], layer: int, width: int) -> SAE:
     kind, config = CLASSES[case["architecture"]]
-    metadata = SAEMetadata(hook_name=f"blocks.{layer}.hook_resid_post", model_name="tiny")
+    is_transcoder = "transcoder" in case["architecture"]
+    hooks = {"hook_name": f"blocks.{layer}.hook_resid_post"}
+    if is_transcoder:
+        hooks = {
+            "hook_name": f"blocks.{layer}.mlp_in",
+            "hook_name_out": f"blocks.{layer}.hook_mlp_out",
+        }
+        case["config"] |= {"d_out": width}
+    metadata = SAEMetadata(model_name="tiny", **hooks)
     sae = kind(config(d_in=width, d_sae=96, metadata=metadata, **case["config"]))
     generator = torch.Generator().manual_seed(case["seed"])
     for name, parameter in sorted(sae.named_parameters()):
         scale = 0.2 if name == "W_enc" else 0.3
         drawn = scale * torch.randn(parameter.shape, generator=generator)
+        if case["architecture"] == "matching_pursuit" and name == "W_dec":
+            drawn = drawn / drawn.norm(dim=-1, keepdim=True)
         parameter.data.copy_(drawn.abs() if name == "threshold" else drawn)
     return sae
 
@@ -69,7 +99,8 @@ def clamped_logits(
 def outputs_of(sae: SAE, name: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
     features = sae.encode(x)
     features = features.to_dense() if features.is_sparse else features
-    return {f"{name}.features": features, f"{name}.decoded": sae.decode(features)}
+    decoded = sae(x) if "skip" in sae.cfg.architecture() else sae.decode(features)
+    return {f"{name}.features": features, f"{name}.decoded": decoded}
 
 
 @torch.no_grad()
@@ -83,6 +114,8 @@ def main(folder: Path) -> None:
         sae = build(case, layer, x.shape[-1])
         sae.save_model(Path(options["saves"]) / name)
         out |= outputs_of(sae, name, x)
+        if not case["clamps"]:
+            continue
         out[f"{name}.clamped"] = clamped(sae, x, options["features"], options["value"])
         out[f"{name}.logits"] = clamped_logits(model, layer, sae, options, given["tokens"])
         if (

@@ -13,13 +13,14 @@ import types
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from artefacts import random_adapter, random_sae, random_vector
+from foreign.sae_layouts import layouts
 from gguf import GGUFWriter
 from safetensors.torch import save
 
@@ -35,6 +36,15 @@ from steer.spec import InlineVector
 
 Parse = Callable[[Path, ImportOptions], Any]
 WIDTH = 16
+# What the names of folders say, which lie in none here.
+_TOLD: Mapping[str, Mapping[str, Any]] = {
+    "Gemma Scope 1 npz": {"layers": (3,)},
+    "Qwen Scope": {"origin": "hf://Qwen/SAE-Res-W32K-L0_5/layer3.sae.pt"},
+    **{
+        f"sparsify {kind}": {"layers": (3,), "site": "mlp_in"}
+        for kind in ("topk", "groupmax", "transcoder")
+    },
+}
 UNPACKED_LIMIT = 64 << 20
 
 
@@ -78,6 +88,7 @@ def seeds() -> list[Seed]:
         *_safetensors(),
         *_gguf(),
         *_arrays(),
+        *_saes(),
         *_torch(),
         *_folders(),
         *_pickles(),
@@ -246,6 +257,22 @@ def _folders() -> Iterator[Seed]:
         yield Seed(f"zip {name} deflated", _zipped(members, zipfile.ZIP_DEFLATED), parse_file)
         yield Seed(f"tar {name}", _tarred(members, "w"), parse_file)
         yield Seed(f"tar.gz {name}", _tarred(members, "w:gz"), parse_file)
+
+
+def _saes() -> Iterator[Seed]:
+    for layout in layouts():
+        for filename, data in layout.files.items():
+            beside = {other: held for other, held in layout.files.items() if other != filename}
+            parse = parse_file if layout.is_file else parse_folder
+            if "/" not in "".join(layout.files):
+                yield Seed(
+                    f"sae {layout.name}: {filename}",
+                    data,
+                    parse,
+                    options=replace(layout.options, **_TOLD.get(layout.name, {})),
+                    beside=beside,
+                    filename=filename,
+                )
 
 
 def _pickles() -> Iterator[Seed]:

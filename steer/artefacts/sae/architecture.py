@@ -22,7 +22,9 @@ class Architecture:
     """One architecture, under the name and aliases that SAELens files use for it.
 
     `competitive` says that a feature's activation depends on the other features of the token, so
-    that it cannot be read from its own encoder row alone.
+    that it cannot be read from its own encoder row alone; `signed`, that activations may be
+    negative; `iterative`, that they are found in steps (`steer.artefacts.sae.pursuit`) and not by
+    `activation`.
     """
 
     name: str
@@ -31,4 +33,6 @@ class Architecture:
     needs_threshold: bool = False
     needs_k: bool = False
     competitive: bool = False
+    signed: bool = False
+    iterative: bool = False
     source: str = ""

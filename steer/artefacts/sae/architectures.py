@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from steer.artefacts.sae.architecture import Architecture
 from steer.artefacts.sae.jumprelu import JUMPRELU
+from steer.artefacts.sae.pursuit import PURSUIT
 from steer.artefacts.sae.relu import RELU
-from steer.artefacts.sae.topk import TOPK
+from steer.artefacts.sae.topk import ABSTOPK, GROUPMAX, TOPK
 from steer.errors import Unsupported
 
-ARCHITECTURES: tuple[Architecture, ...] = (RELU, JUMPRELU, TOPK)
+ARCHITECTURES: tuple[Architecture, ...] = (RELU, JUMPRELU, TOPK, GROUPMAX, ABSTOPK, PURSUIT)
 SUPPORTED: tuple[str, ...] = tuple(one.name for one in ARCHITECTURES)
 
 _WHY_NOT = {
-    "abstopk": "its features are negative too, which thresholds and clamps here do not read",
-    "gated": "its gate and its magnitude are two different reads",
-    "matching_pursuit": "its encoder is a loop over the dictionary",
-    "temporal": "its features depend on the tokens before",
-    "transcoder": "it maps one site to another, so it has no reconstruction error to keep",
+    "crosscoder": "it reads several layers at once",
+    "gated": "read from its file, it becomes the jumprelu that it equals",
+    "temporal": "its features depend on the tokens before, which a token's own state does not tell",
 }
 
 
@@ -32,6 +31,6 @@ def architecture_named(name: str) -> Architecture:
     why = next((f": {text}" for part, text in _WHY_NOT.items() if part in wanted), "")
     raise Unsupported(
         f"the SAE architecture {name!r} is not supported{why}; "
-        f"supported are {', '.join(SUPPORTED)} (BatchTopK and Matryoshka as jumprelu)",
+        f"supported are {', '.join(SUPPORTED)} (BatchTopK, Matryoshka and gated as jumprelu)",
         code="unsupported_architecture",
     )

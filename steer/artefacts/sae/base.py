@@ -1,29 +1,34 @@
 """Sparse autoencoders: encode a residual into features, read and write single features.
 
     a = (x − b_dec) W_enc + b_enc        pre-activations (b_dec only where `subtract_b_dec`)
-    f = activation(a)                    by architecture: ReLU, JumpReLU or TopK
-    x ≈ f W_dec + b_dec
+    f = activation(a)                    by architecture: ReLU, JumpReLU, TopK, …
+    x ≈ f W_dec + b_dec                  a transcoder's output, + W_skip x where it has that
 
 A clamp of feature i to τ adds (τ − f_i) · W_dec[i] and leaves the reconstruction error as it was
 (Scaling Monosemanticity), so that only the rows of the clamped features are needed: `reads` and
-`writes`. All arithmetic is float32.
+`writes`. All arithmetic is float32, whatever type the rows are stored in.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import IO, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from steer.artefacts.control_vector import Card
-from steer.artefacts.sae import canonical
-from steer.artefacts.sae.architecture import Architecture
 from steer.artefacts.sae.architectures import architecture_named
+from steer.artefacts.sae.checks import (
+    check_labels,
+    check_numbers,
+    check_settings,
+    check_shapes,
+)
 from steer.artefacts.sae.labels import FeatureLabel, FeatureMatch, search_labels
 from steer.artefacts.sae.normalisation import (
     PER_TOKEN,
@@ -32,102 +37,155 @@ from steer.artefacts.sae.normalisation import (
     check_normalisation,
     scaling,
 )
+from steer.artefacts.sae.pursuit import Pursuit, pursue
+from steer.artefacts.sae.reads import FeatureReads, Measure
+from steer.artefacts.sae.storage import canonical
+from steer.artefacts.sae.storage.file_arrays import ByteSource, HeldBytes, OpenedFile
+from steer.artefacts.sae.storage.rows import FeatureRows, held_rows
 from steer.errors import FileFormatError, IncompatibleArtefact, Unsupported
+from steer.model import HookPoint
 from steer.spec import Site
 
-
-@dataclass(frozen=True, eq=False)
-class FeatureReads:
-    """How K features are read from a raw residual x: a = ⟨read, x⟩ + bias; f = a if a > threshold
-    else 0.
-
-    `read` `[K, d_in]`, `bias` `[K]`, `threshold` `[K]`, float32. Under TopK the k largest a of all
-    features must also be found (`reads(None)`).
-    """
-
-    read: Float[Tensor, "K d_in"]
-    bias: Float[Tensor, " K"]
-    threshold: Float[Tensor, " K"]
+_MEASURES: Mapping[Normalisation, Measure] = {
+    "layer_norm": "centred",
+    "constant_norm_rescale": "cosine",
+}
 
 
 @dataclass(frozen=True, eq=False)
 class SAE:
-    """A sparse autoencoder at one hook point. Build it with `SAE.of`.
+    """A sparse autoencoder at one hook point, or a transcoder from one to another of its layer.
 
-    Guarantees: a supported architecture under its own name, float32 tensors on the CPU that are
-    finite and agree in shape, one layer on the card.
+    Build it with `SAE.of` from tensors, or `SAE.of_rows` from rows that may lie in a file.
+
+    Guarantees: a supported architecture under its own name, tensors on the CPU that are finite and
+    agree in shape, one layer on the card. All but the rows are float32.
     """
 
     architecture: str
-    W_enc: Float[Tensor, "d_in d_sae"]
+    encoder: FeatureRows
+    decoder: FeatureRows
     b_enc: Float[Tensor, " d_sae"]
-    W_dec: Float[Tensor, "d_sae d_in"]
-    b_dec: Float[Tensor, " d_in"]
+    b_dec: Float[Tensor, " d_out"]
     threshold: Float[Tensor, " d_sae"] | None
     k: int | None
     subtract_b_dec: bool
     normalize: Normalisation
     card: Card
     labels: Mapping[int, FeatureLabel] = field(default_factory=dict)
+    W_skip: Float[Tensor, "d_out d_in"] | None = None
+    pursuit: Pursuit | None = None
+    layout: int = canonical.LAYOUT
 
     @staticmethod
-    def of(
+    def of(architecture: str, *, W_enc: Tensor | None = None, W_dec: Tensor, **rest: Any) -> SAE:
+        """A checked SAE from tensors of any float type, `W_enc` `[d_in, d_sae]` (without it, the
+        encoder is the decoder) and `W_dec` `[d_sae, d_out]`; the rest is as for `of_rows`."""
+        encoder = None
+        if W_enc is not None:
+            if W_enc.ndim != 2 or 0 in W_enc.shape:
+                raise FileFormatError(
+                    f"W_enc must be [d_in, d_sae]; its shape is {list(W_enc.shape)}"
+                )
+            encoder = held_rows(W_enc.T.contiguous())
+        return SAE.of_rows(
+            architecture, encoder=encoder, decoder=held_rows(W_dec.contiguous()), **rest
+        )
+
+    @staticmethod
+    def of_rows(
         architecture: str,
         *,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        W_dec: Tensor,
+        decoder: FeatureRows,
         b_dec: Tensor,
         layer: int,
+        encoder: FeatureRows | None = None,
+        b_enc: Tensor | None = None,
         threshold: Tensor | None = None,
         k: int | None = None,
+        W_skip: Tensor | None = None,
+        pursuit: Pursuit | None = None,
         subtract_b_dec: bool = True,
         normalize: str = "none",
         labels: Mapping[int, FeatureLabel] | None = None,
+        layout: int = canonical.LAYOUT,
+        trusted: bool = False,
         **card: object,
     ) -> SAE:
-        """A checked SAE from tensors of any float dtype; `card` holds any other field of `Card`.
+        """A checked SAE; `card` holds any other field of `Card`, such as `site` and, for a
+        transcoder, `write_site`.
 
-        Raises `FileFormatError` for tensors that do not make an SAE, `Unsupported` for an
-        architecture or normalisation that cannot be run.
+        The rows are gone through once, block by block, unless they are `trusted`. Raises
+        `FileFormatError` for tensors that do not make an SAE, `Unsupported` for an architecture or
+        normalisation that cannot be run.
         """
         kind = architecture_named(architecture)
-        tensors = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
-        if kind.needs_threshold and threshold is not None:
-            tensors["threshold"] = threshold
-        rows = {
-            name: tensor.detach().to("cpu", torch.float32).contiguous()
-            for name, tensor in tensors.items()
+        encoder = decoder if encoder is None or kind.iterative else encoder
+        given = {
+            "b_enc": b_enc if b_enc is not None else torch.zeros(decoder.shape[0]),
+            "b_dec": b_dec,
+            "threshold": threshold if kind.needs_threshold else None,
+            "W_skip": W_skip,
         }
-        _check_tensors(rows, kind)
-        d_in, d_sae = rows["W_enc"].shape
-        if kind.needs_k and (k is None or not 1 <= k <= d_sae):
-            raise FileFormatError(
-                f"a {kind.name} SAE of {d_sae} features needs a k from 1 to {d_sae}; got {k!r}"
-            )
-        _check_labels(labels or {}, d_sae)
-        described = Card.model_validate({**card, "kind": "sae", "width": d_in, "layers": (layer,)})
+        small = {
+            name: tensor.detach().to("cpu", torch.float32).contiguous()
+            for name, tensor in given.items()
+            if tensor is not None
+        }
+        if kind.iterative:
+            # It subtracts what its reconstruction adds, or neither; and it has no encoder's bias.
+            small["b_enc"] = torch.zeros_like(small["b_enc"])
+            if not subtract_b_dec:
+                small["b_dec"], subtract_b_dec = torch.zeros_like(small["b_dec"]), True
+        check_shapes(
+            encoder, decoder, small, kind, writes_elsewhere=card.get("write_site") is not None
+        )
+        described = Card.model_validate(
+            {**card, "kind": "sae", "width": encoder.shape[1], "layers": (layer,)}
+        )
+        check_settings(kind, k, decoder.shape[0], described, subtract_b_dec, W_skip is not None)
+        check_labels(labels or {}, decoder.shape[0])
+        if not trusted:
+            check_numbers(encoder, decoder, small)
         return SAE(
             architecture=kind.name,
-            W_enc=rows["W_enc"],
-            b_enc=rows["b_enc"],
-            W_dec=rows["W_dec"],
-            b_dec=rows["b_dec"],
-            threshold=rows.get("threshold"),
+            encoder=encoder,
+            decoder=decoder,
+            b_enc=small["b_enc"],
+            b_dec=small["b_dec"],
+            threshold=small.get("threshold"),
             k=k if kind.needs_k else None,
             subtract_b_dec=subtract_b_dec,
             normalize=check_normalisation(normalize),
             card=described,
             labels=dict(sorted((labels or {}).items())),
+            W_skip=small.get("W_skip"),
+            pursuit=(pursuit or Pursuit()) if kind.iterative else None,
+            layout=layout,
         )
 
     @property
     def d_in(self) -> int:
-        return self.W_enc.shape[0]
+        return self.encoder.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """The width of what is written: that of the input, but for some transcoders."""
+        return self.decoder.shape[1]
 
     @property
     def d_sae(self) -> int:
-        return self.W_enc.shape[1]
+        return self.decoder.shape[0]
+
+    @property
+    def W_enc(self) -> Float[Tensor, "d_in d_sae"]:  # noqa: N802 - the field's name
+        """The whole encoder in memory, float32: for SAEs that are small."""
+        return self.encoder.take(None).T.contiguous()
+
+    @property
+    def W_dec(self) -> Float[Tensor, "d_sae d_out"]:  # noqa: N802
+        """The whole decoder in memory, float32: for SAEs that are small."""
+        return self.decoder.take(None)
 
     @property
     def layer(self) -> int:
@@ -135,43 +193,71 @@ class SAE:
 
     @property
     def site(self) -> Site:
+        """The site that is read, and without a `write_site` on the card written too."""
         return self.card.site
+
+    @property
+    def write_point(self) -> HookPoint:
+        """Where its features write: the point that it reads, or a transcoder's output."""
+        return HookPoint(self.layer, self.card.write_site or self.site)
+
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether it reads at one site and writes at another of the same layer."""
+        return self.card.write_site is not None
 
     @property
     def competitive(self) -> bool:
         """Whether a feature's activation depends on the token's other features (TopK)."""
         return architecture_named(self.architecture).competitive
 
-    def pre_activations(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
-        """What the architecture's activation is applied to."""
-        inputs = self._scaling(x).apply(x.float())
-        if self.subtract_b_dec:
-            inputs = inputs - self.b_dec
-        return inputs @ self.W_enc + self.b_enc
+    def resident_bytes(self) -> int:
+        """The bytes of its tensors that are in memory; rows in a file are not."""
+        matrices = [self.decoder] if self.encoder is self.decoder else [self.encoder, self.decoder]
+        vectors = (self.b_enc, self.b_dec, self.threshold, self.W_skip)
+        return sum(rows.resident_bytes for rows in matrices) + sum(
+            tensor.nbytes for tensor in vectors if tensor is not None
+        )
 
-    def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
-        """The feature activations of each token, float32, none of them negative."""
+    def pre_activations(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
+        """What the architecture's activation is applied to; of matching pursuit, its first step."""
+        return self.encoder.along(self._inputs(x)) + self.b_enc
+
+    def encode(
+        self, x: Float[Tensor, "... d_in"], *, k: int | None = None
+    ) -> Float[Tensor, "... d_sae"]:
+        """The feature activations of each token, float32, negative ones only under abstopk.
+
+        `k` takes the place of the SAE's own k, or of matching pursuit's number of steps.
+        """
         kind = architecture_named(self.architecture)
-        return kind.activation(self.pre_activations(x), threshold=self.threshold, k=self.k)
+        if self.pursuit is not None:
+            return pursue(self._inputs(x), self.decoder, self.pursuit, k=k)
+        return kind.activation(
+            self.pre_activations(x), threshold=self.threshold, k=self.k if k is None else k
+        )
 
     def decode(
         self, z: Float[Tensor, "... d_sae"], x: Float[Tensor, "... d_in"] | None = None
-    ) -> Float[Tensor, "... d_in"]:
-        """The reconstruction from feature activations.
+    ) -> Float[Tensor, "... d_out"]:
+        """The reconstruction from feature activations; a transcoder's is of its output.
 
         `x` are the tokens that were encoded; only a normalisation that measures each token needs
-        them, to undo itself.
+        them, to undo itself, and a transcoder that passes its input on (`W_skip`).
         """
-        output = z.float() @ self.W_dec + self.b_dec
-        if self.normalize not in PER_TOKEN:
-            return output
-        if x is None:
+        output = self.decoder.combined(z.float()) + self.b_dec
+        if x is None and (self.normalize in PER_TOKEN or self.W_skip is not None):
+            why = "W_skip"
+            if self.W_skip is None:
+                why = f"normalize_activations {self.normalize!r}"
             raise Unsupported(
-                f"an SAE with normalize_activations {self.normalize!r} decodes only together with "
-                "the tokens it encoded: call decode(z, x)",
+                f"an SAE with {why} decodes only together with the tokens it encoded: call "
+                "decode(z, x)",
                 code="per_token_normalisation",
             )
-        return self._scaling(x).undo(output)
+        if x is not None and self.W_skip is not None:
+            output = output + x.float() @ self.W_skip.T
+        return output if x is None else self._scaling(x).undo(output)
 
     def latents(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_sae"]:
         """ReLU of the pre-activations, without top-k or threshold (Concept Steerers,
@@ -179,19 +265,13 @@ class SAE:
         return self.pre_activations(x).relu()
 
     def reads(self, features: Sequence[int] | None = None) -> FeatureReads:
-        """The encoder rows of `features` (None: all), with b_dec folded into the bias.
+        """The encoder rows of `features` (None: all), with b_dec and scales folded in.
 
-        Raises `IncompatibleArtefact` (`feature_out_of_range`) and, where every token is scaled by
-        itself, `Unsupported` (`per_token_normalisation`).
+        Raises `IncompatibleArtefact` (`feature_out_of_range`).
         """
-        if self.normalize in PER_TOKEN:
-            raise Unsupported(
-                f"the features of this SAE cannot be clamped: normalize_activations "
-                f"{self.normalize!r} scales every token by itself",
-                code="per_token_normalisation",
-            )
-        chosen = self._indices(features)
-        read = self.W_enc.T[chosen].contiguous()
+        self._check_features(features)
+        chosen = slice(None) if features is None else torch.tensor(list(features), dtype=torch.long)
+        read = self.encoder.take(features)
         bias = self.b_enc[chosen].double()
         if self.subtract_b_dec:
             bias = bias - read.double() @ self.b_dec.double()
@@ -199,26 +279,29 @@ class SAE:
         if self.threshold is not None:
             # A negative threshold never acts: activations are not negative.
             threshold = self.threshold[chosen].clamp(min=0.0)
-        return FeatureReads(read, bias.float(), threshold)
+        measure, write_scale = _MEASURES.get(self.normalize, "product"), 1.0
+        if measure == "centred":
+            read = (read.double() - read.double().mean(-1, keepdim=True)).float()
+        if measure == "cosine":
+            # The length that is divided by is ‖x‖/√d.
+            read, write_scale = read * self.d_in**0.5, self.d_in**-0.5
+        return FeatureReads(read, bias.float(), threshold, measure, write_scale)
 
-    def writes(self, features: Sequence[int] | None = None) -> Float[Tensor, "K d_in"]:
+    def writes(self, features: Sequence[int] | None = None) -> Float[Tensor, "K d_out"]:
         """The decoder rows of `features` (None: all)."""
-        return self.W_dec[self._indices(features)].contiguous()
+        self._check_features(features)
+        return self.decoder.take(features)
 
     def search(self, query: str, *, limit: int = 20) -> tuple[FeatureMatch, ...]:
         """Features whose labels speak of `query`, best first."""
         return search_labels(self.labels, query, limit=limit)
 
-    def to_bytes(self) -> bytes:
-        """The canonical safetensors file: tensors, configuration, labels and nameless card."""
-        tensors = {
-            "W_enc": self.W_enc,
-            "b_enc": self.b_enc,
-            "W_dec": self.W_dec,
-            "b_dec": self.b_dec,
-        }
-        if self.threshold is not None:
-            tensors["threshold"] = self.threshold
+    def pieces(self) -> Iterator[bytes]:
+        """The canonical file, piece by piece: tensors, configuration, labels and nameless card."""
+        vectors = {"b_enc": self.b_enc, "b_dec": self.b_dec}
+        for name, tensor in (("threshold", self.threshold), ("W_skip", self.W_skip)):
+            if tensor is not None:
+                vectors[name] = tensor
         config = canonical.Config(
             architecture=self.architecture,
             k=self.k,
@@ -226,33 +309,42 @@ class SAE:
             normalize=self.normalize,
             card=self.card,
             labels=dict(self.labels),
+            pursuit=self.pursuit,
+            layout=self.layout,
         )
-        return canonical.write(tensors, config)
+        return canonical.pieces(canonical.StoredParts(self.encoder, self.decoder, vectors), config)
+
+    def to_bytes(self) -> bytes:
+        """The canonical file in memory: for SAEs that are small."""
+        return b"".join(self.pieces())
 
     @staticmethod
     def from_bytes(data: bytes, *, name: str = "") -> SAE:
         """Reads a canonical file; raises `FileFormatError` for anything else."""
-        tensors, config = canonical.read(data)
-        card = config.card.model_copy(update={"name": name})
-        return SAE.of(
-            config.architecture,
-            W_enc=tensors["W_enc"],
-            b_enc=tensors["b_enc"],
-            W_dec=tensors["W_dec"],
-            b_dec=tensors["b_dec"],
-            threshold=tensors.get("threshold"),
-            k=config.k,
-            subtract_b_dec=config.subtract_b_dec,
-            normalize=config.normalize,
-            labels=config.labels,
-            layer=card.layers[0],
-            **card.model_dump(exclude={"kind", "width", "layers"}),
-        )
+        return _parsed(HeldBytes(data), name, trusted=False)
+
+    @staticmethod
+    def from_file(stream: IO[bytes], *, name: str = "", sha256: str | None = None) -> SAE:
+        """Reads an open canonical file, whose rows stay in it where there are many.
+
+        With `sha256`, the hash that the file is known to have, its numbers are not looked at again.
+        """
+        sae = _parsed(OpenedFile.of(stream), name, trusted=sha256 is not None)
+        if sha256 is not None:
+            sae.__dict__["sha256"] = sha256
+        return sae
 
     @cached_property
     def sha256(self) -> str:
         """The identity of the SAE: the hash of its canonical file."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
+        digest = hashlib.sha256()
+        for piece in self.pieces():
+            digest.update(piece)
+        return digest.hexdigest()
+
+    def _inputs(self, x: Tensor) -> Tensor:
+        inputs = self._scaling(x).apply(x.float())
+        return inputs - self.b_dec if self.subtract_b_dec else inputs
 
     def _scaling(self, x: Tensor) -> Scaling:
         if x.shape[-1] != self.d_in:
@@ -262,49 +354,31 @@ class SAE:
             )
         return scaling(self.normalize, x.float())
 
-    def _indices(self, features: Sequence[int] | None) -> Tensor | slice:
-        if features is None:
-            return slice(None)
-        for feature in features:
+    def _check_features(self, features: Sequence[int] | None) -> None:
+        for feature in features or ():
             if not 0 <= feature < self.d_sae:
                 raise IncompatibleArtefact(
                     f"feature {feature} is out of range: the SAE {self.card.name!r} has features "
                     f"0 to {self.d_sae - 1}",
                     code="feature_out_of_range",
                 )
-        return torch.tensor(list(features), dtype=torch.long)
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], kind: Architecture) -> None:
-    if kind.needs_threshold and "threshold" not in tensors:
-        raise FileFormatError(f"a {kind.name} SAE needs a threshold for every feature")
-    encoder = tensors["W_enc"]
-    if encoder.ndim != 2 or 0 in encoder.shape:
-        raise FileFormatError(f"W_enc must be [d_in, d_sae]; its shape is {list(encoder.shape)}")
-    d_in, d_sae = encoder.shape
-    shapes = {
-        "b_enc": [d_sae],
-        "W_dec": [d_sae, d_in],
-        "b_dec": [d_in],
-        "threshold": [d_sae],
-    }
-    for name, tensor in tensors.items():
-        shape = shapes.get(name, [d_in, d_sae])
-        if list(tensor.shape) != shape:
-            raise FileFormatError(
-                f"{name} has the shape {list(tensor.shape)}; beside W_enc {[d_in, d_sae]} "
-                f"it must be {shape}",
-                code="mixed_widths",
-            )
-        # The extremes say it too, without a copy of the largest tensors there are.
-        if not all(bool(end.isfinite()) for end in tensor.aminmax()):
-            raise FileFormatError(f"{name} contains NaN or Inf", code="not_finite")
-
-
-def _check_labels(labels: Mapping[int, FeatureLabel], d_sae: int) -> None:
-    wrong = sorted(feature for feature in labels if not 0 <= feature < d_sae)
-    if wrong:
-        raise FileFormatError(
-            f"there are labels for the features {wrong[:5]}, but the SAE has features 0 to "
-            f"{d_sae - 1}"
-        )
+def _parsed(source: ByteSource, name: str, *, trusted: bool) -> SAE:
+    parts, config = canonical.parse(source)
+    card = config.card.model_copy(update={"name": name})
+    return SAE.of_rows(
+        config.architecture,
+        encoder=parts.encoder,
+        decoder=parts.decoder,
+        **parts.vectors,
+        k=config.k,
+        subtract_b_dec=config.subtract_b_dec,
+        normalize=config.normalize,
+        labels=config.labels,
+        pursuit=config.pursuit,
+        layout=config.layout,
+        trusted=trusted,
+        layer=card.layers[0],
+        **card.model_dump(exclude={"kind", "width", "layers"}),
+    )

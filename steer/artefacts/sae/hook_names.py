@@ -28,15 +28,25 @@ _PART_SITES: dict[str, Site] = {
     "attention": "attn_out",
     "mlp": "mlp_out",
 }
+_MODULE_SITES: dict[str, Site] = {
+    "self_attn.o_proj.input": "head_out",
+    "attn.c_proj.input": "head_out",
+    "mlp.down_proj.input": "mlp_act",
+    "pre_feedforward_layernorm.output": "mlp_in",
+    "post_feedforward_layernorm.output": "mlp_out",
+}
+"""What modules of a block read or give; Gemma's MLP has a norm before it and one after it."""
 _LENS = re.compile(r"blocks\.(\d+)\.(.+)")
+_LAYER = re.compile(r"(?:\w+\.)*?(?:layers|h|blocks)\.(\d+)(?:\.(.+))?")
 _MODULE = re.compile(r"(?:\w+\.)*?(?:layers|h|blocks)\.(\d+)(?:\.(\w+))??(?:\.output)?")
 
 
-def parse_hook_name(name: str) -> HookPoint:
+def parse_hook_name(name: str, *, site: Site | None = None) -> HookPoint:
     """The hook point of `blocks.4.hook_resid_post` (TransformerLens) or `model.layers.4`, with or
     without `.mlp`, `.self_attn` and `.output` (Hugging Face).
 
-    Raises `FileFormatError` (`unknown_hook_name`).
+    `site` is meant by a name that has a layer and is otherwise unknown. Raises
+    `FileFormatError` (`unknown_hook_name`).
     """
     lens = _LENS.fullmatch(name)
     if lens and lens[2] in _LENS_SITES:
@@ -44,9 +54,15 @@ def parse_hook_name(name: str) -> HookPoint:
     module = _MODULE.fullmatch(name)
     if module and (module[2] or "") in _PART_SITES:
         return HookPoint(int(module[1]), _PART_SITES[module[2] or ""])
+    layer = _LAYER.fullmatch(name)
+    if layer and (layer[2] or "") in _MODULE_SITES:
+        return HookPoint(int(layer[1]), _MODULE_SITES[layer[2]])
+    if layer and site is not None:
+        return HookPoint(int(layer[1]), site)
     raise FileFormatError(
         f"the hook name {name!r} is not understood: expected blocks.N. and one of "
-        f"{', '.join(_LENS_SITES)}, or model.layers.N",
+        f"{', '.join(_LENS_SITES)}, or model.layers.N; where you know which of our sites it is, "
+        "state 'site'",
         code="unknown_hook_name",
     )
 

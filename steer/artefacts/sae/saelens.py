@@ -1,5 +1,8 @@
 """SAELens directories: `cfg.json` and `sae_weights.safetensors`, of version 6 and before.
 
+Matrices are `W_enc` `[d_in, d_sae]` and `W_dec` `[d_sae, d_out]`. A gated SAE becomes the JumpReLU
+that it equals; a transcoder's configuration names a second hook, `hook_name_out`.
+
 Beside them may lie `labels.json` (feature index to label) and `card.json` (fields of a `Card`),
 which SAELens ignores, and `activation_scaler.json`, which its trainer leaves with weights whose
 input scale is not folded in yet.
@@ -14,17 +17,23 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from steer.artefacts.control_vector import Card
+from steer.artefacts.sae.architecture import Architecture
 from steer.artefacts.sae.architectures import architecture_named
 from steer.artefacts.sae.base import SAE
 from steer.artefacts.sae.hook_names import hook_name, parse_hook_name
+from steer.artefacts.sae.jumprelu import gated_as_jumprelu
 from steer.artefacts.sae.labels import FeatureLabel
-from steer.errors import FileFormatError
+from steer.artefacts.sae.pursuit import Pursuit
+from steer.artefacts.sae.storage.canonical import HELD_BYTES, StoredParts
+from steer.artefacts.sae.storage.file_arrays import FileArray, OpenedFile, safetensors_arrays
+from steer.artefacts.sae.storage.rows import FeatureRows
+from steer.errors import FileFormatError, Unsupported
 from steer.model import HookPoint
+from steer.spec import Site
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
@@ -51,35 +60,43 @@ _KEPT_AS_PROVENANCE = (
 )
 
 
-def load_directory(path: Path) -> SAE:
-    """The SAE in a SAELens directory.
+def load_directory(path: Path, *, site: Site | None = None) -> SAE:
+    """The SAE in a SAELens directory, its rows left in the file where there are many.
 
-    Decoder norms (`rescale_acts_by_decoder_norm`) and a known input scale are folded into the
-    weights. Raises `FileFormatError` for anything that is not such a directory, `Unsupported` for
-    an architecture or normalisation that cannot be run.
+    Decoder norms (`rescale_acts_by_decoder_norm`) and a known input scale go into the rows' scales.
+    `site` is where it reads, for one whose hook has no name that is known here. Raises
+    `FileFormatError` for anything that is not such a directory, `Unsupported` for an architecture
+    or normalisation that cannot be run.
     """
     cfg = _config(path / CONFIG)
-    architecture = architecture_named(_text(cfg, "architecture", "standard"))
+    plain, is_transcoder = _architecture(cfg)
+    gated = plain == "gated"
+    architecture = architecture_named("jumprelu" if gated else plain)
     if cfg.get("hook_head_index") is not None:
         raise FileFormatError(f"{path}: an SAE of a single attention head is not supported")
-    tensors = _tensors(path / WEIGHTS, architecture.needs_threshold)
-    _check_declared(path, cfg, tensors)
+    parts = _parts(path / WEIGHTS, architecture, gated)
+    _check_declared(path, cfg, parts)
     normalize = _normalisation(cfg)
     if normalize == "expected_average_only_in" and (path / SCALER).exists():
-        _fold_input_scale(tensors, _scale(path / SCALER))
+        parts = _with_input_scale(parts, _scale(path / SCALER))
         normalize = "none"
     if architecture.needs_k and cfg.get("rescale_acts_by_decoder_norm"):
-        _fold_decoder_norms(tensors)
-    fields = _card_fields(path, cfg)
-    return SAE.of(
+        parts = _with_decoder_norms(parts)
+    fields = _card_fields(path, cfg, site)
+    if is_transcoder and fields.get("write_site") is None:
+        fields["write_site"] = _write_site(cfg, fields["layer"])
+    held = parts.decoder.matrix.nbytes <= HELD_BYTES // 2
+    return SAE.of_rows(
         architecture.name,
-        W_enc=tensors["W_enc"],
-        b_enc=tensors["b_enc"],
-        W_dec=tensors["W_dec"],
-        b_dec=tensors["b_dec"],
-        threshold=tensors.get("threshold"),
+        encoder=parts.encoder.in_memory() if held else parts.encoder,
+        decoder=parts.decoder.in_memory() if held else parts.decoder,
+        b_enc=parts.vectors.get("b_enc"),
+        b_dec=parts.vectors["b_dec"],
+        threshold=parts.vectors.get("threshold"),
+        W_skip=parts.vectors.get("W_skip"),
         k=cfg.get("k"),
-        subtract_b_dec=bool(cfg.get("apply_b_dec_to_input", True)),
+        pursuit=_pursuit(path, cfg) if architecture.iterative else None,
+        subtract_b_dec=bool(cfg.get("apply_b_dec_to_input", not is_transcoder)),
         normalize=normalize,
         labels=_labels(path / LABELS),
         **fields,
@@ -90,17 +107,40 @@ def save_directory(sae: SAE, path: Path, *, dtype: torch.dtype = torch.float32) 
     """Writes a directory that SAELens 6 and `load_directory` read.
 
     With `dtype` bfloat16 the file is half as large; both readers compute in float32 all the same.
+    Raises `Unsupported` for an architecture that SAELens has not.
     """
+    if sae.architecture == "groupmax":
+        raise Unsupported(
+            "SAELens has no 'groupmax': keep this SAE as our own file (to_bytes)",
+            code="unsupported_format",
+        )
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {"W_enc": sae.W_enc, "b_enc": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
-    if sae.threshold is not None:
-        tensors["threshold"] = sae.threshold
+    tensors = {"W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    if sae.pursuit is None:
+        tensors |= {"W_enc": sae.W_enc, "b_enc": sae.b_enc}
+    for name, tensor in (("threshold", sae.threshold), ("W_skip", sae.W_skip)):
+        if tensor is not None:
+            tensors[name] = tensor
     weights = {name: row.to(dtype).contiguous() for name, row in tensors.items()}
-    # Never in place: the SAE's own tensors may be mapped from the file that is replaced.
+    # Never in place: the SAE's own rows may lie in the file that is replaced.
     partial = path / f"{WEIGHTS}.partial"
     partial.write_bytes(save_safetensors(weights))
     partial.replace(path / WEIGHTS)
-    point = HookPoint(sae.layer, sae.site)
+    _write_json(path / CONFIG, _described(sae))
+    _write_json(path / CARD, sae.card.model_dump(mode="json", by_alias=True, exclude_none=True))
+    labels = {
+        str(feature): label.model_dump(mode="json", exclude_defaults=True)
+        for feature, label in sae.labels.items()
+    }
+    _write_json(path / LABELS, labels)
+
+
+def _described(sae: SAE) -> dict[str, Any]:
+    """The `cfg.json` of an SAE."""
+    metadata = {
+        "model_name": sae.card.model,
+        "hook_name": hook_name(HookPoint(sae.layer, sae.site)),
+    }
     cfg: dict[str, Any] = {
         "architecture": sae.architecture,
         "d_in": sae.d_in,
@@ -110,17 +150,18 @@ def save_directory(sae: SAE, path: Path, *, dtype: torch.dtype = torch.float32) 
         "apply_b_dec_to_input": sae.subtract_b_dec,
         "normalize_activations": sae.normalize,
         "reshape_activations": "hook_z" if sae.site == "head_out" else "none",
-        "metadata": {"model_name": sae.card.model, "hook_name": hook_name(point)},
+        "metadata": metadata,
     }
     if sae.k is not None:
         cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
-    _write_json(path / CONFIG, cfg)
-    _write_json(path / CARD, sae.card.model_dump(mode="json", by_alias=True, exclude_none=True))
-    labels = {
-        str(feature): label.model_dump(mode="json", exclude_defaults=True)
-        for feature, label in sae.labels.items()
-    }
-    _write_json(path / LABELS, labels)
+    if sae.pursuit is not None:
+        cfg |= sae.pursuit.model_dump(mode="json")
+    if sae.is_transcoder:
+        metadata["hook_name_out"] = hook_name(sae.write_point)
+        plain = "" if sae.architecture == "standard" else f"{sae.architecture}_"
+        skip = "" if sae.W_skip is None else "skip_"
+        cfg |= {"architecture": f"{plain}{skip}transcoder", "d_out": sae.d_out}
+    return cfg
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -153,56 +194,127 @@ def _normalisation(cfg: Mapping[str, Any]) -> str:
     return _text(cfg, "normalize_activations", "none")
 
 
-def _tensors(path: Path, thresholded: bool) -> dict[str, Tensor]:
-    """The weights, mapped from the file, in float32."""
+def _architecture(cfg: Mapping[str, Any]) -> tuple[str, bool]:
+    """The architecture's name without what says that it is a transcoder, and whether it is one."""
+    name = _text(cfg, "architecture", "standard").lower()
+    if not name.endswith("transcoder"):
+        return name, False
+    plain = name.removesuffix("transcoder").rstrip("_").removesuffix("skip").rstrip("_")
+    return plain or "standard", True
+
+
+def _write_site(cfg: Mapping[str, Any], layer: int) -> Site:
+    name = cfg.get("hook_name_out")
+    if not isinstance(name, str) or not name:
+        raise FileFormatError(f"{CONFIG}: a transcoder needs a 'hook_name_out'; got {name!r}")
+    point = parse_hook_name(name)
+    if point.layer != layer:
+        raise FileFormatError(
+            f"{CONFIG}: the transcoder reads layer {layer} and writes layer {point.layer}; "
+            "read are those of one layer"
+        )
+    return point.site
+
+
+def _pursuit(path: Path, cfg: Mapping[str, Any]) -> Pursuit:
+    given = {key: cfg[key] for key in Pursuit.model_fields if key in cfg}
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        return Pursuit.model_validate(given)
+    except ValidationError as error:
+        raise FileFormatError(f"{path / CONFIG}: matching pursuit: {error}") from error
+
+
+def _parts(path: Path, architecture: Architecture, gated: bool) -> StoredParts:
+    """The weights, most of them still in the file."""
+    try:
+        arrays, _ = safetensors_arrays(OpenedFile.at(path))
+    except OSError as error:
         raise FileFormatError(f"{path} is not a readable safetensors file: {error}") from error
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _FLOATS:
-            raise FileFormatError(f"{path}: {name} holds {tensor.dtype}, not floating point")
-    tensors = {name: tensor.float() for name, tensor in tensors.items()}
-    if thresholded and "log_threshold" in tensors:
-        tensors["threshold"] = tensors.pop("log_threshold").exp()
-    needed = ["W_enc", "b_enc", "W_dec", "b_dec"] + ["threshold"] * thresholded
-    missing = [name for name in needed if name not in tensors]
+    except FileFormatError as error:
+        raise FileFormatError(
+            f"{path} is not a readable safetensors file: {error.message}", code=error.code
+        ) from error
+    for name, array in arrays.items():
+        if array.dtype not in _FLOATS:
+            raise FileFormatError(f"{path}: {name} holds {array.dtype}, not floating point")
+    thresholded = architecture.needs_threshold and not gated
+    needed = ["W_dec", "b_dec"]
+    if not architecture.iterative:
+        needed = ["W_enc", *(("b_gate", "b_mag", "r_mag") if gated else ("b_enc",)), *needed]
+    logged = thresholded and "log_threshold" in arrays
+    if thresholded:
+        needed.append("log_threshold" if logged else "threshold")
+    missing = [name for name in needed if name not in arrays]
     if missing:
         raise FileFormatError(
-            f"{path} lacks {', '.join(missing)}: it holds {', '.join(sorted(tensors)) or 'nothing'}"
+            f"{path} lacks {', '.join(missing)}: it holds {', '.join(sorted(arrays)) or 'nothing'}"
         )
-    factor = tensors.get("scaling_factor")
-    if factor is not None and not torch.allclose(factor, torch.ones_like(factor)):
+    if logged and "threshold" in arrays:
+        raise FileFormatError(f"{path} holds both threshold and log_threshold: leave out one")
+    vectors: dict[str, Tensor] = {
+        name: arrays[name].load().float()
+        for name in ("b_enc", "b_dec", "threshold", "W_skip")
+        if name in arrays and (name != "b_enc" or not (gated or architecture.iterative))
+    }
+    if logged:
+        vectors["threshold"] = arrays["log_threshold"].load().float().exp()
+    _check_factor(path, arrays)
+    decoder = FeatureRows(arrays["W_dec"])
+    if architecture.iterative:
+        return StoredParts(decoder, decoder, vectors)
+    encoder = FeatureRows(arrays["W_enc"].turned)
+    if gated:
+        encoder, more = gated_as_jumprelu(
+            encoder, *(arrays[name].load().float() for name in ("b_gate", "b_mag", "r_mag"))
+        )
+        vectors |= more
+    if thresholded and vectors["threshold"].numel() == 1:
+        # BatchTopK's one threshold for all.
+        vectors["threshold"] = vectors["threshold"].reshape(()).repeat(decoder.shape[0])
+    return StoredParts(encoder, decoder, vectors)
+
+
+def _check_factor(path: Path, arrays: Mapping[str, FileArray]) -> None:
+    if "scaling_factor" not in arrays:
+        return
+    factor = arrays["scaling_factor"].load().float()
+    if not torch.allclose(factor, torch.ones_like(factor)):
         raise FileFormatError(
             f"{path}: a fine-tuned scaling_factor is not supported: fold it into W_dec"
         )
-    return tensors
 
 
-def _check_declared(path: Path, cfg: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    held = tensors["W_enc"].shape
-    for key, axis in (("d_in", 0), ("d_sae", 1)):
-        declared = cfg.get(key)
-        if declared is not None and (len(held) != 2 or declared != held[axis]):
-            raise FileFormatError(
-                f"{path}: {CONFIG} says {key} = {declared!r}, but W_enc is {list(held)}",
-                code="mixed_widths",
-            )
+def _check_declared(path: Path, cfg: Mapping[str, Any], parts: StoredParts) -> None:
+    W_enc, W_dec = parts.encoder.matrix.shape[::-1], parts.decoder.matrix.shape
+    for name, shape, keys in (
+        ("W_enc", W_enc, ("d_in", "d_sae")),
+        ("W_dec", W_dec, ("d_sae", "d_out")),
+    ):
+        for axis, key in enumerate(keys):
+            declared = cfg.get(key)
+            if declared is not None and (len(shape) != len(keys) or declared != shape[axis]):
+                raise FileFormatError(
+                    f"{path}: {CONFIG} says {key} = {declared!r}, but {name} is {list(shape)}",
+                    code="mixed_widths",
+                )
 
 
-def _fold_decoder_norms(tensors: dict[str, Tensor]) -> None:
+def _with_decoder_norms(parts: StoredParts) -> StoredParts:
     # SAELens multiplies pre-activations by ‖W_dec[i]‖ and divides again when it decodes.
-    norms = tensors["W_dec"].norm(dim=-1).clamp(min=1e-8)
-    tensors["W_enc"] = tensors["W_enc"] * norms
-    tensors["b_enc"] = tensors["b_enc"] * norms
-    tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
+    norms = parts.decoder.norms().clamp(min=1e-8)
+    if parts.vectors["b_enc"].shape != norms.shape:
+        raise FileFormatError(
+            f"b_enc has the shape {list(parts.vectors['b_enc'].shape)}, and the decoder "
+            f"{len(norms)} features",
+            code="mixed_widths",
+        )
+    vectors = {**parts.vectors, "b_enc": parts.vectors["b_enc"] * norms}
+    return StoredParts(parts.encoder.scaled_by(norms), parts.decoder.scaled_by(1 / norms), vectors)
 
 
-def _fold_input_scale(tensors: dict[str, Tensor], scale: float) -> None:
-    tensors["W_enc"] = tensors["W_enc"] * scale
-    tensors["W_dec"] = tensors["W_dec"] / scale
-    tensors["b_dec"] = tensors["b_dec"] / scale
+def _with_input_scale(parts: StoredParts, scale: float) -> StoredParts:
+    vectors = {**parts.vectors, "b_dec": parts.vectors["b_dec"] / scale}
+    return StoredParts(parts.encoder.scaled_by(scale), parts.decoder.scaled_by(1 / scale), vectors)
 
 
 def _scale(path: Path) -> float:
@@ -214,20 +326,20 @@ def _scale(path: Path) -> float:
     return float(value)
 
 
-def _point(cfg: Mapping[str, Any]) -> HookPoint:
+def _point(cfg: Mapping[str, Any], site: Site | None) -> HookPoint:
     names = [cfg.get("hook_name"), cfg.get("hf_hook_name")]
     given = [name for name in names if isinstance(name, str) and name]
     if not given:
         raise FileFormatError(f"{CONFIG} has neither a 'hook_name' nor an 'hf_hook_name'")
-    if len(given) == 1:
-        return parse_hook_name(given[0])
     try:
-        return parse_hook_name(given[0])
+        return parse_hook_name(given[0], site=site)
     except FileFormatError:
-        return parse_hook_name(given[1])
+        if len(given) == 1:
+            raise
+        return parse_hook_name(given[1], site=site)
 
 
-def _card_fields(path: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
+def _card_fields(path: Path, cfg: Mapping[str, Any], site: Site | None) -> dict[str, Any]:
     """What `card.json` says, completed by the configuration."""
     model = cfg.get("model_name")
     fields: dict[str, Any] = {
@@ -238,7 +350,7 @@ def _card_fields(path: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
         },
     }
     if not (path / CARD).exists():
-        point = _point(cfg)
+        point = _point(cfg, site)
         return fields | {"layer": point.layer, "site": point.site}
     try:
         card = Card.model_validate(_read_json(path / CARD))

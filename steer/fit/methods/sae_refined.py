@@ -40,6 +40,13 @@ class SAERefined:
                 f"{', '.join(REFINABLE)}",
                 code="unsupported_method",
             )
+        if sae.is_transcoder:
+            raise Unsupported(
+                f"the SAE {sae.card.name!r} is a transcoder, whose features write at "
+                f"{sae.write_point.site} and not where they are read: refine with an SAE of one "
+                "site",
+                code="two_sites",
+            )
         self._sae = sae
         self._latents = REFINABLE[method](sae.d_sae)
         self._gap = DifferenceOfMeans(sae.d_in)

@@ -14,17 +14,20 @@ from typing import Any
 
 import torch
 
+from steer.artefacts.sae.storage.file_arrays import FileArray, OpenedFile
 from steer.errors import FileFormatError
 from steer.formats.guards.pickled_tensors import (
     MAX_PICKLE_BYTES,
     Storage,
+    StoredTensor,
     read_pickle,
     refused,
     storage_id,
 )
-from steer.formats.guards.zip import UNREADABLE, stored_members
+from steer.formats.guards.zip import UNREADABLE, data_offset, stored_members
 
 _NUMBERS = ("version", ".format_version", ".storage_alignment", ".data/serialization_id")
+_DEEPEST = 8
 _LONGEST_NUMBER = 40  # the digits of .data/serialization_id
 _BESIDE = ("byteorder", *_NUMBERS)
 _TORCH_RAISES = (
@@ -54,8 +57,35 @@ def load_tensors(path: Path) -> Any:
         raise FileFormatError(f"torch cannot load the file: {str(error)[:300]}") from error
 
 
+def file_arrays(path: Path) -> Any:
+    """What a `.pt` file holds, each tensor as an array that stays in the file."""
+    held, members = _described(path)
+    source = OpenedFile.at(path)
+
+    def placed(value: Any, depth: int = 0) -> Any:
+        if depth > _DEEPEST:
+            raise FileFormatError(f"the file nests more than {_DEEPEST} deep")
+        if isinstance(value, dict):
+            return {key: placed(one, depth + 1) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [placed(one, depth + 1) for one in value]
+        if not isinstance(value, StoredTensor):
+            return value
+        dtype = value.storage.dtype
+        start = data_offset(source, members[value.storage.source])
+        offset = start + value.offset * dtype.itemsize
+        return FileArray(source, dtype, offset, value.shape, value.strides)
+
+    return placed(held)
+
+
 def check_torch_file(path: Path) -> None:
     """Raises `FileFormatError` unless `path` holds tensors alone and is true about their sizes."""
+    _described(path)
+
+
+def _described(path: Path) -> tuple[Any, dict[str, zipfile.ZipInfo]]:
+    """What the file's pickle makes, checked, and the members of its storages by their key."""
     members = stored_members(path)
     folder = _folder(list(members))
     code = members[f"{folder}/data.pkl"]
@@ -82,7 +112,11 @@ def check_torch_file(path: Path) -> None:
             )
         return Storage(key, dtype, count)
 
-    read_pickle(program, persistent=storage)
+    held = read_pickle(program, persistent=storage)
+    data = f"{folder}/data/"
+    return held, {
+        name.removeprefix(data): one for name, one in members.items() if name.startswith(data)
+    }
 
 
 def _check_beside(name: str, content: bytes) -> None:

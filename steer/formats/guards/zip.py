@@ -7,10 +7,12 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+from steer.artefacts.sae.storage.file_arrays import ByteSource
 from steer.errors import FileFormatError
 
 MAX_MEMBERS = 1024
 MAX_DIRECTORY_BYTES = 1 << 20
+_LOCAL = b"PK\x03\x04"
 _END, _END64, _LOCATOR = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 _END_BYTES, _END64_BYTES, _LOCATOR_BYTES, _LOCAL_BYTES = 22, 56, 20, 30
 _LONGEST_COMMENT = 1 << 16
@@ -83,6 +85,21 @@ def stored_members(path: Path) -> dict[str, zipfile.ZipInfo]:
     if end > path.stat().st_size:
         raise FileFormatError("the zip file is truncated", code="truncated_file")
     return members
+
+
+def data_offset(source: ByteSource, member: zipfile.ZipInfo) -> int:
+    """Where the bytes of a stored member begin; raises `FileFormatError` where they would not be
+    inside the file."""
+    local = bytearray(_LOCAL_BYTES)
+    whole = source.read_into(memoryview(local), member.header_offset) == _LOCAL_BYTES
+    name, extra = struct.unpack("<HH", local[26:30])
+    start: int = member.header_offset + _LOCAL_BYTES + name + extra
+    if not whole or not local.startswith(_LOCAL) or start + member.file_size > source.size:
+        raise FileFormatError(
+            f"the member {member.filename[:80]!r} lies outside of the file: it is truncated",
+            code="truncated_file",
+        )
+    return start
 
 
 def _unsafe(why: str) -> FileFormatError:

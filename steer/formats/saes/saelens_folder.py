@@ -13,12 +13,13 @@ from steer.artefacts.sae.base import SAE
 from steer.artefacts.sae.saelens import CARD, CONFIG, WEIGHTS, load_directory
 from steer.errors import FileFormatError
 from steer.formats.guards.safetensors import SafetensorsFile
+from steer.formats.options import ImportOptions
 from steer.formats.placement import file_hash
 
 MAX_JSON_BYTES = 32 << 20
 
 
-def read_saelens(folder: Path) -> SAE:
+def read_saelens(folder: Path, options: ImportOptions) -> SAE:
     """The SAE in a SAELens folder."""
     weights = folder / WEIGHTS
     if not weights.is_file():
@@ -28,7 +29,7 @@ def read_saelens(folder: Path) -> SAE:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise FileFormatError(f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
     try:
-        sae = load_directory(folder)
+        sae = load_directory(folder, site=options.site)
     except FileFormatError as error:
         # The sender knows nothing of the folder it was unpacked to.
         error.message = error.message.replace(f"{folder}/", "").replace(str(folder), "the folder")

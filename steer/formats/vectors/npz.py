@@ -17,12 +17,13 @@ import torch
 from numpy.lib import format as npy
 
 from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.sae.storage.file_arrays import FileArray, OpenedFile
 from steer.errors import FileFormatError, TooLarge
 from steer.formats.arrays import vector_of_arrays
-from steer.formats.guards.zip import MAX_MEMBERS, UNREADABLE, check_directory
+from steer.formats.guards.zip import MAX_MEMBERS, UNREADABLE, check_directory, data_offset
 from steer.formats.options import ImportOptions
 
-_FLOATS = (2, 4, 8)
+_TYPES = {2: torch.float16, 4: torch.float32, 8: torch.float64}
 # Floats barely compress: a file that inflates to much more is no honest one.
 _MOST_INFLATED = 4
 _ALWAYS_READ = 8 << 20
@@ -32,6 +33,35 @@ def read_npz(path: Path, options: ImportOptions) -> ControlVector:
     """The vector in an `.npz` file. Raises `FileFormatError`, `TooLarge` or `SteerError`."""
     arrays = {name: torch.from_numpy(array) for name, array in _arrays(path).items()}
     return vector_of_arrays(arrays, lambda: arrays, path, "npz", options, about={})
+
+
+def arrays_in_place(path: Path) -> dict[str, FileArray | torch.Tensor]:
+    """The file's arrays, left in it where they are stored as they are; deflated ones are inflated,
+    to float32. Raises `FileFormatError` or `TooLarge`."""
+    check_directory(path)
+    try:
+        with zipfile.ZipFile(path) as file:
+            members = file.infolist()
+            _check_sizes(members, path.stat().st_size)
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+                return {name: torch.from_numpy(array) for name, array in _arrays(path).items()}
+            source, found = OpenedFile.at(path), {}
+            for member in members:
+                with file.open(member) as stream:
+                    shape, fortran, dtype, start = _check_header(member, stream)
+                if dtype.byteorder == ">":
+                    raise FileFormatError("the file is big-endian, which is not read")
+                array = FileArray.plain(
+                    source,
+                    _TYPES[dtype.itemsize],
+                    data_offset(source, member) + start,
+                    shape[::-1] if fortran else shape,
+                )
+                name = member.filename.removesuffix(".npy")
+                found[name] = array.turned if fortran else array
+            return dict(found)
+    except (*UNREADABLE, zlib.error, OSError, SyntaxError, tokenize.TokenError) as error:
+        raise FileFormatError(f"the .npz file cannot be read: {str(error)[:300]}") from error
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
@@ -62,7 +92,10 @@ def _check_sizes(members: list[zipfile.ZipInfo], size: int) -> None:
         )
 
 
-def _check_header(member: zipfile.ZipInfo, stream: IO[bytes]) -> None:
+def _check_header(
+    member: zipfile.ZipInfo, stream: IO[bytes]
+) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Shape, whether by columns, type and the place of the numbers that a member's header tells."""
     name = member.filename
     if not name.endswith(".npy") or member.flag_bits & 1:
         raise FileFormatError(f"the member {name[:80]!r} is no plain array", code="unknown_layout")
@@ -70,14 +103,15 @@ def _check_header(member: zipfile.ZipInfo, stream: IO[bytes]) -> None:
     if major not in (1, 2):
         raise FileFormatError(f"the array {name[:80]!r} is of version {major}, which is not read")
     read = npy.read_array_header_1_0 if major == 1 else npy.read_array_header_2_0
-    shape, _, dtype = read(stream)
-    if dtype.kind != "f" or dtype.itemsize not in _FLOATS:
+    shape, fortran, dtype = read(stream)
+    start = stream.tell()
+    if dtype.kind != "f" or dtype.itemsize not in _TYPES:
         raise FileFormatError(
             f"the array {name[:80]!r} is of type {dtype.str}; a float type is needed (objects are "
             "pickles, which are never read)",
             code="pickle_refused" if dtype.hasobject else "invalid_file",
         )
-    held, declared = member.file_size - stream.tell(), dtype.itemsize
+    held, declared = member.file_size - start, dtype.itemsize
     for length in shape:
         declared *= length
     if declared != held or len(shape) > 4:
@@ -85,3 +119,4 @@ def _check_header(member: zipfile.ZipInfo, stream: IO[bytes]) -> None:
             f"the array {name[:80]!r} declares {declared} bytes, the file holds {held}",
             code="truncated_file",
         )
+    return shape, fortran, dtype, start

@@ -52,8 +52,8 @@ class LoadedCache(Generic[K, V]):
         self._bytes = 0
         self._loading: dict[K, threading.Lock] = {}
 
-    def get(self, key: K, size: int, load: Callable[[], V]) -> V:
-        """The object under `key`, made by `load` and `size` bytes large."""
+    def get(self, key: K, size: Callable[[V], int], load: Callable[[], V]) -> V:
+        """The object under `key`, made by `load`; `size` says how much memory one takes."""
         found = self._touch(key)
         if found is not None:
             return found
@@ -65,7 +65,7 @@ class LoadedCache(Generic[K, V]):
                 return found
             try:
                 value = load()
-                self._keep(key, value, size)
+                self._keep(key, value, size(value))
             finally:
                 with self._lock:
                     self._loading.pop(key, None)

@@ -23,7 +23,7 @@ from pathlib import Path
 from torch import Tensor
 
 from steer.artefacts.sae.base import SAE
-from steer.errors import SteerError, StorageError, TooLarge
+from steer.errors import SteerError, StorageError, TooLarge, Unsupported
 from steer.registry.blobs import locks
 from steer.registry.blobs.blobs import BlobStore, blobs_at
 from steer.registry.blobs.caches import LoadedCache
@@ -65,7 +65,6 @@ class PlanStore:
         self._used: OrderedDict[str, float] = OrderedDict()
         self._lock = threading.Lock()
         self._encoders: LoadedCache[str, tuple[Tensor, Tensor]] = LoadedCache(cache_bytes)
-        self._sizes: dict[str, int] = {}
 
     def put(self, data: bytes) -> str:
         """Stores a plan's bytes, unless they are here; their sha256.
@@ -103,8 +102,8 @@ class PlanStore:
     def sae_encoder(self, sha256: str) -> tuple[Tensor, Tensor]:
         """Read rows `[d_sae, d]` and biases `[d_sae]` of all latents of a registered SAE.
 
-        Kept in memory, the least recently used dropped over `cache_bytes` of their files; the
-        tensors are shared and must not be changed. Raises `StorageError` for a hash that is not
+        Kept in memory, the least recently used dropped over `cache_bytes` of them; the tensors are
+        shared and must not be changed. Raises `StorageError` for a hash that is not
         here, `FileFormatError` for one that is no SAE's.
         """
         _check_hash(sha256)
@@ -113,11 +112,18 @@ class PlanStore:
         self._leases.take(sha256)
 
         def load() -> tuple[Tensor, Tensor]:
-            reads = SAE.from_bytes(self._blobs.read(sha256)).reads(None)
+            with self._blobs.open(sha256) as stream:
+                reads = SAE.from_file(stream, sha256=sha256).reads(None)
+            if reads.measure != "product":
+                raise Unsupported(
+                    f"the features of the SAE {sha256[:12]} are read relative to each token's "
+                    f"length ({reads.measure}), which no plan says",
+                    code="per_token_normalisation",
+                )
             return reads.read, reads.bias
 
         with disk_errors("reading an SAE"):
-            return self._encoders.get(sha256, self._blob_size(sha256), load)
+            return self._encoders.get(sha256, lambda rows: sum(map(_nbytes, rows)), load)
 
     def prune(self, older_than_seconds: float, now: float | None = None) -> int:
         """Removes plans last used more than `older_than_seconds` before `now`; how many.
@@ -204,11 +210,6 @@ class PlanStore:
         with locks.shared(_lock_file(folder)):
             yield
 
-    def _blob_size(self, sha256: str) -> int:
-        if sha256 not in self._sizes:
-            self._sizes[sha256] = self._blobs.size(sha256)
-        return self._sizes[sha256]
-
     def _unreadable(self, sha256: str, error: StorageError) -> StorageError:
         if error.code == "missing_blob":
             return StorageError(
@@ -228,6 +229,10 @@ class PlanStore:
 def _check_hash(sha256: str) -> None:
     if not _SHA256.fullmatch(sha256):
         raise StorageError(f"{sha256!r} is not a sha256 in 64 hex digits", code="invalid_hash")
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.nbytes
 
 
 def _lock_file(folder: Path) -> Path:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -16,6 +18,15 @@ from steer.registry.blobs.disk import disk_errors
 from steer.registry.blobs.locks import Ownership, is_owned
 
 _LOCK = "owner.lock"
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A temporary file, the hash of its bytes and how many they are."""
+
+    path: Path
+    sha256: str
+    size_bytes: int
 
 
 class Staging:
@@ -60,14 +71,18 @@ class Staging:
                 path.unlink(missing_ok=True)
 
     @contextmanager
-    def written(self, data: bytes) -> Iterator[Path]:
-        """A temporary file that holds `data`, on the disk."""
+    def written(self, pieces: Iterable[bytes]) -> Iterator[WrittenFile]:
+        """A temporary file that holds `pieces`, one after the other, on the disk."""
+        digest, size = hashlib.sha256(), 0
         with self.temporary() as path:
             with path.open("wb") as stream:
-                stream.write(data)
+                for piece in pieces:
+                    digest.update(piece)
+                    size += len(piece)
+                    stream.write(piece)
                 stream.flush()
                 os.fsync(stream.fileno())
-            yield path
+            yield WrittenFile(path, digest.hexdigest(), size)
 
 
 class Upload:

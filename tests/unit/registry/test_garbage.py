@@ -111,7 +111,7 @@ def test_an_upload_on_its_way_is_left_alone_and_an_old_one_goes(
     registry: Registry, tmp_path: Path
 ) -> None:
     for value in (1.0, 2.0):
-        registry._publish(a_vector(value).to_bytes(), a_vector(value).sha256)
+        registry._publish(a_vector(value))
     old = registry._blobs.local_path(a_vector(1).sha256)
     os.utime(old, (time.time() - 7200,) * 2)
     assert registry.collect_garbage(dry_run=True).blobs == 1

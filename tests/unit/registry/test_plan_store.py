@@ -292,7 +292,7 @@ def test_encoders_in_memory_are_bounded(registry: Registry, tmp_path: Path) -> N
     saes = [random_sae("topk", seed=seed) for seed in range(3)]
     for n, sae in enumerate(saes):
         registry.add(f"s{n}", sae)
-    store = PlanStore(tmp_path / "registry", cache_bytes=2 * len(saes[0].to_bytes()))
+    store = PlanStore(tmp_path / "registry", cache_bytes=2 * saes[0].d_sae * (saes[0].d_in + 1) * 4)
     first = [store.sae_encoder(sae.sha256)[0] for sae in saes]
     assert store.sae_encoder(saes[2].sha256)[0] is first[2]
     assert store.sae_encoder(saes[1].sha256)[0] is first[1]

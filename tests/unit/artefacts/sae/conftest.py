@@ -8,7 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from steer.artefacts.sae import SAE
+from steer.artefacts.sae import SAE, Pursuit
 
 MakeSAE = Callable[..., SAE]
 Array = NDArray[np.float64]
@@ -47,10 +47,38 @@ class Float64SAE:
                 best = np.argsort(-row)[: self.sae.k]
                 target[best] = np.maximum(row[best], 0.0)
             return kept
+        if self.sae.architecture == "groupmax":
+            assert self.sae.k is not None
+            groups = pre.reshape(*pre.shape[:-1], self.sae.k, -1)
+            best = groups == groups.max(-1, keepdims=True)
+            return np.where(best, np.maximum(groups, 0.0), 0.0).reshape(pre.shape)
+        if self.sae.architecture == "abstopk":
+            last = np.sort(np.abs(pre), axis=-1)[..., -(self.sae.k or 0)]
+            return np.where(np.abs(pre) >= last[..., None], pre, 0.0)
+        if self.sae.architecture == "matching_pursuit":
+            return self.pursued(x)
         if self.sae.architecture == "jumprelu":
             assert self.sae.threshold is not None
             return np.where(pre > self.sae.threshold.double().numpy(), np.maximum(pre, 0.0), 0.0)
         return np.maximum(pre, 0.0)
+
+    def pursued(self, x: Array) -> Array:
+        """Token by token, as the paper writes it."""
+        rule, rows = self.sae.pursuit, self.sae.W_dec.double().numpy()
+        assert rule is not None
+        left = (self.normalised(x)[0] - self.sae.b_dec.double().numpy()).reshape(-1, x.shape[-1])
+        features = np.zeros((len(left), len(rows)))
+        for row, z in zip(left, features, strict=True):
+            token = row
+            for _ in range(rule.max_iterations or x.shape[-1]):
+                products = np.maximum(rows @ token, 0.0)
+                best, support = products.argmax(), z != 0
+                z[best] += products[best]
+                token = token - products[best] * rows[best]
+                repeated = rule.stop_on_duplicate_support and ((z != 0) == support).all()
+                if repeated or np.linalg.norm(token) < rule.residual_threshold:
+                    break
+        return features.reshape(*x.shape[:-1], -1)
 
     def decode(self, features: Array, x: Array) -> Array:
         _, factor, shift = self.normalised(x)
@@ -80,10 +108,15 @@ def make_sae() -> MakeSAE:
             "W_dec": draw(d_sae, d_in) / d_sae**0.5,
             "b_dec": draw(d_in),
             "threshold": draw(d_sae).abs() if architecture == "jumprelu" else None,
-            "k": 6 if architecture == "topk" else None,
+            "k": {"topk": 6, "abstopk": 6, "groupmax": 8}.get(architecture),
             "layer": 2,
             "model": "tiny",
         }
+        if architecture == "matching_pursuit":
+            rows = given["W_dec"]
+            assert isinstance(rows, torch.Tensor)
+            given |= {"W_dec": rows / rows.norm(dim=-1, keepdim=True), "W_enc": None}
+            given |= {"pursuit": Pursuit(max_iterations=5)}
         return SAE.of(architecture, **(given | fields))
 
     return make

@@ -26,7 +26,7 @@ def test_everything_comes_back(make_sae, architecture):
         architecture,
         labels=LABELS,
         site="resid_mid",
-        subtract_b_dec=False,
+        subtract_b_dec=architecture == "matching_pursuit",
         default_where=where,
         description="d",
         provenance={"steps": 3},
@@ -39,7 +39,7 @@ def test_everything_comes_back(make_sae, architecture):
     assert (again.architecture, again.k, again.subtract_b_dec, again.normalize) == (
         sae.architecture,
         sae.k,
-        False,
+        sae.subtract_b_dec,
         "none",
     )
     assert again.labels == LABELS

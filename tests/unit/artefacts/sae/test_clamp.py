@@ -8,21 +8,34 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer.artefacts.sae import SUPPORTED
 from steer.edits import Block, Law, TopKCutoff, apply
-from steer.errors import IncompatibleArtefact, Unsupported
+from steer.errors import IncompatibleArtefact
 
 D_IN, D_SAE = 12, 40
+READ_BY_ROWS = ("standard", "jumprelu", "topk")
+NORMALISATIONS = ("none", "expected_average_only_in", "layer_norm", "constant_norm_rescale")
+
+
+def measured(reads, x):
+    """The K values read of each token, and the length that a change of them is written in."""
+    a, length = x @ reads.read.T, torch.ones(len(x), 1)
+    if reads.measure == "cosine":
+        length = x.norm(dim=-1, keepdim=True)
+        a = a / length
+    if reads.measure == "centred":
+        length = x.std(dim=-1, keepdim=True)
+        a = a / (length + 1e-5)
+    return a + reads.bias, length * reads.write_scale
 
 
 def activations_by_rows(sae, features, x):
     """The features' activations from their rows alone (all rows where they compete)."""
     if sae.k is None:
         reads = sae.reads(features)
-        a = x @ reads.read.T + reads.bias
+        a, _ = measured(reads, x)
         return torch.where(a > reads.threshold, a, 0.0)
     reads = sae.reads(None)
-    a = x @ reads.read.T + reads.bias
+    a, _ = measured(reads, x)
     last_kept = a.topk(sae.k, dim=-1).values[:, -1:]
     return torch.where((a >= last_kept) & (a > reads.threshold), a, 0.0)[:, features]
 
@@ -31,9 +44,9 @@ def activations_by_rows(sae, features, x):
 @given(
     fields=st.fixed_dictionaries(
         {
-            "architecture": st.sampled_from(SUPPORTED),
+            "architecture": st.sampled_from(READ_BY_ROWS),
             "subtract_b_dec": st.booleans(),
-            "normalize": st.sampled_from(["none", "expected_average_only_in"]),
+            "normalize": st.sampled_from(NORMALISATIONS),
             "seed": st.integers(0, 1000),
         }
     ),
@@ -50,7 +63,8 @@ def test_rows_clamp_as_encode_edit_decode_and_error_do(make_sae, float64, fields
     error = exact - float64(sae).decode(clean, exact)
     expected = float64(sae).decode(edited, exact) + error
 
-    delta = (value - activations_by_rows(sae, features, x)) @ sae.writes(features)
+    _, length = measured(sae.reads(features), x)
+    delta = length * ((value - activations_by_rows(sae, features, x)) @ sae.writes(features))
 
     np.testing.assert_allclose((x + delta).numpy(), expected, atol=1e-5)
 
@@ -104,7 +118,7 @@ def test_a_feature_out_of_range_is_refused(make_sae, method, feature):
     assert caught.value.code == "feature_out_of_range"
 
 
-@pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm_rescale"])
-def test_a_scale_per_token_has_no_rows(make_sae, normalize):
-    with pytest.raises(Unsupported, match=f"{normalize!r} scales every token"):
-        make_sae(normalize=normalize).reads([0])
+def test_rows_that_are_read_centred_do_not_see_the_mean(make_sae):
+    reads = make_sae(normalize="layer_norm").reads(None)
+    assert reads.measure == "centred"
+    torch.testing.assert_close(reads.read.sum(-1), torch.zeros(D_SAE), atol=1e-5, rtol=0)

@@ -87,9 +87,7 @@ def test_names_that_mean_jumprelu(name):
     assert architecture_named(name).name == "jumprelu"
 
 
-@pytest.mark.parametrize(
-    "name", ["gated", "matching_pursuit", "temporal", "transcoder", "skip_transcoder", "new"]
-)
+@pytest.mark.parametrize("name", ["gated", "temporal", "crosscoder", "new"])
 def test_other_architectures_are_refused_by_name(name):
     with pytest.raises(
         Unsupported, match=f"{name!r} is not supported.*standard, jumprelu, topk"

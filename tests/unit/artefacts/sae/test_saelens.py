@@ -40,7 +40,15 @@ NEW = {
 }
 
 
-@pytest.mark.parametrize("architecture", SUPPORTED)
+SAVED = [name for name in SUPPORTED if name != "groupmax"]
+
+
+def test_what_saelens_has_not_is_not_saved_as_its_own(make_sae, tmp_path):
+    with pytest.raises(Unsupported, match="no 'groupmax'"):
+        save_directory(make_sae("groupmax"), tmp_path / "sae")
+
+
+@pytest.mark.parametrize("architecture", SAVED)
 def test_a_saved_directory_loads_as_it_was(make_sae, tmp_path, architecture):
     labels = {3: FeatureLabel(text="food", auroc=0.93)}
     sae = make_sae(architecture, labels=labels, name="demo", tags=("demo",), site="resid_mid")
@@ -154,11 +162,113 @@ def test_a_wrong_configuration_is_refused(make_sae, tmp_path, cfg, message):
         load_directory(path)
 
 
-@pytest.mark.parametrize("name", ["gated", "matching_pursuit", "temporal", "skip_transcoder"])
+@pytest.mark.parametrize("name", ["temporal", "crosscoder", "new"])
 def test_an_architecture_that_cannot_run_is_refused_by_name(make_sae, tmp_path, name):
     path = write(tmp_path / "sae", NEW | {"architecture": name}, tensors_of(make_sae()))
     with pytest.raises(Unsupported, match=repr(name)):
         load_directory(path)
+
+
+def draw(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_gated_sae_is_the_jumprelu_that_it_equals(tmp_path):
+    W_enc, W_dec = draw(0, 12, 40) / 12**0.5, draw(1, 40, 12)
+    b_gate, b_mag, r_mag, b_dec = 0.5 * draw(2, 40), 0.5 * draw(3, 40), draw(4, 40), draw(5, 12)
+    tensors = {"W_enc": W_enc, "W_dec": W_dec, "b_dec": b_dec}
+    tensors |= {"b_gate": b_gate, "b_mag": b_mag, "r_mag": r_mag}
+    x = draw(6, 200, 12)
+
+    sae = load_directory(
+        write(
+            tmp_path / "sae", NEW | {"architecture": "gated", "apply_b_dec_to_input": True}, tensors
+        )
+    )
+
+    inputs = (x - b_dec).double() @ W_enc.double()
+    magnitude = (r_mag.double().exp() * inputs + b_mag).relu()
+    exact = (inputs + b_gate > 0) * magnitude
+    assert sae.architecture == "jumprelu"
+    torch.testing.assert_close(sae.encode(x).double(), exact, atol=1e-5, rtol=0)
+    # The gate closes on what has a magnitude: else this would be no test of it.
+    assert ((magnitude > 0.1) & (exact == 0)).any()
+    assert (exact > 0).any()
+
+
+def test_gate_tensors_of_other_lengths_are_refused(tmp_path):
+    tensors = {"W_enc": draw(0, 12, 40), "W_dec": draw(1, 40, 12), "b_dec": draw(5, 12)}
+    tensors |= {"b_gate": draw(2, 40), "b_mag": draw(3, 39), "r_mag": draw(4, 40)}
+    with pytest.raises(FileFormatError, match=r"b_mag and r_mag .* \[39\]"):
+        load_directory(
+            write(
+                tmp_path / "sae",
+                NEW | {"architecture": "gated", "apply_b_dec_to_input": True},
+                tensors,
+            )
+        )
+
+
+TRANSCODER = {
+    "metadata": {"hook_name": "blocks.4.mlp_in", "hook_name_out": "blocks.4.hook_mlp_out"},
+}
+
+
+@pytest.mark.parametrize("threshold", [False, True])
+@pytest.mark.parametrize("skip", [False, True])
+def test_transcoders_read_one_site_and_write_another(tmp_path, threshold, skip):
+    name = "jumprelu_" * threshold + "skip_" * skip + "transcoder"
+    tensors = {"W_enc": draw(0, 12, 40), "b_enc": draw(1, 40), "W_dec": draw(2, 40, 9)}
+    tensors |= {"b_dec": draw(3, 9)}
+    if threshold:
+        tensors["threshold"] = draw(4, 40).abs()
+    if skip:
+        tensors["W_skip"] = draw(5, 9, 12)
+    x = draw(6, 5, 12)
+
+    sae = load_directory(
+        write(tmp_path / "sae", NEW | TRANSCODER | {"architecture": name, "d_out": 9}, tensors)
+    )
+    save_directory(sae, tmp_path / "again")
+    again = load_directory(tmp_path / "again")
+
+    active = (x @ tensors["W_enc"] + tensors["b_enc"]).relu()
+    active = torch.where(active > tensors.get("threshold", torch.zeros(40)), active, 0.0)
+    output = active @ tensors["W_dec"] + tensors["b_dec"]
+    output = output + x @ tensors["W_skip"].T if skip else output
+    for one in (sae, again, SAE.from_bytes(sae.to_bytes())):
+        torch.testing.assert_close(one.encode(x), active, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(one.decode(one.encode(x), x), output, atol=1e-4, rtol=1e-5)
+        assert (one.site, one.write_point, one.d_out) == ("mlp_in", (4, "mlp_out"), 9)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"hook_name": "blocks.4.mlp_in"}, "needs a 'hook_name_out'; got None"),
+        (
+            {"hook_name": "blocks.4.mlp_in", "hook_name_out": "blocks.5.hook_mlp_out"},
+            "reads layer 4 and writes layer 5",
+        ),
+        (
+            {"hook_name": "blocks.4.ln2.hook_normalized", "hook_name_out": "blocks.4.hook_mlp_out"},
+            "state 'site'",
+        ),
+    ],
+)
+def test_a_transcoder_without_its_hooks_is_refused(tmp_path, metadata, message):
+    tensors = {"W_enc": draw(0, 12, 40), "b_enc": draw(1, 40), "W_dec": draw(2, 40, 12)}
+    cfg = NEW | {"architecture": "transcoder", "metadata": metadata}
+    with pytest.raises(FileFormatError, match=message):
+        load_directory(write(tmp_path / "sae", cfg, tensors | {"b_dec": draw(3, 12)}))
+
+
+def test_a_hook_without_a_site_of_ours_is_where_the_sender_says(tmp_path):
+    tensors = {"W_enc": draw(0, 12, 40), "b_enc": draw(1, 40), "W_dec": draw(2, 40, 12)}
+    names = {"hook_name": "blocks.4.ln2.hook_normalized", "hook_name_out": "blocks.4.hook_mlp_out"}
+    cfg = NEW | {"architecture": "transcoder", "metadata": names}
+    path = write(tmp_path / "sae", cfg, tensors | {"b_dec": draw(3, 12)})
+    assert load_directory(path, site="mlp_in").site == "mlp_in"
 
 
 def test_whitening_is_refused_by_name(make_sae, tmp_path):
