@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 from steer.errors import SpecError, SteerError, pointer
 from steer.model import Capabilities, forward_order
 from steer.plan.checks import check_size
+from steer.plan.clamps import with_absorbers
 from steer.plan.composition import compose
-from steer.plan.kinds import Blocks, blocks_of
-from steer.plan.plan import AS_REQUESTED, Gate, Rule, SteeringPlan, check_rules
+from steer.plan.kinds import blocks_of
+from steer.plan.plan import AS_REQUESTED, Blocks, Gate, Rule, SteeringPlan, check_rules
 from steer.plan.resolve import OPEN, Compilation, Policy, Resolved, Resolver, Tokenize
 from steer.plan.selection import Selection
 from steer.plan.sources import Sources
@@ -45,7 +46,8 @@ def compile_plan(
     resolver, resolved = Resolver(asked), list[Resolved]()
     for place, item in enumerate(spec.interventions):
         with problems.of(place):
-            resolved.append(resolve_strength(resolver.resolved(place, item), asked))
+            found = with_absorbers(resolver.resolved(place, item))
+            resolved.append(resolve_strength(found, asked))
     if spec.compose is not None:
         with problems.of_the_whole():
             resolved = compose(resolved)

@@ -19,16 +19,16 @@ from torch import Tensor
 
 from steer.artefacts.affine import channel_rows
 from steer.artefacts.control_vector import ControlVector
-from steer.edits import TO_NORM, TO_PLANE, Block, Law, TopKCutoff
-from steer.errors import SpecError, SteerError, Unsupported
-from steer.model import HookPoint
+from steer.edits import COSINE, PRODUCT, TO_NORM, TO_PLANE, Block, Law
+from steer.errors import SpecError, Unsupported
+from steer.plan.clamps import clamp
+from steer.plan.plan import Blocks
 from steer.plan.points import row
 from steer.plan.resolve import Resolved
 from steer.spec import (
     Ablate,
     Add,
     Affine,
-    Clamp,
     Concept,
     Exchange,
     LowRank,
@@ -39,8 +39,6 @@ from steer.spec import (
     Rotate,
     Swap,
 )
-
-Blocks = dict[HookPoint, Block]
 
 
 def blocks_of(one: Resolved) -> Blocks:
@@ -94,32 +92,6 @@ def _projection(item: Project, vector: ControlVector, layer: int) -> float:
             code="not_measured",
         )
     return float(mean)
-
-
-def clamp(item: Clamp, one: Resolved) -> Blocks:
-    """f ← value on the chosen features, the rest of x untouched (Scaling Monosemanticity)."""
-    sae, (point,) = one.sae("sae"), one.points
-    try:
-        reads = sae.reads(item.features)
-    except SteerError as error:
-        raise error.at("/features") from None
-    values = item.value if isinstance(item.value, tuple) else (item.value,) * len(item.features)
-    if item.mode == "scale" and all(value == 1 for value in values):
-        return {}
-    laws = []
-    for value, bias, threshold in zip(
-        values, reads.bias.tolist(), reads.threshold.tolist(), strict=True
-    ):
-        if item.mode == "scale":
-            laws.append(Law.scaled(value, bias=bias, threshold=threshold))
-        else:
-            laws.append(Law.toward(value, item.mode, bias=bias, threshold=threshold))
-    cutoff = None
-    if sae.k is not None:
-        every = sae.reads(None)
-        cutoff = TopKCutoff(sae.sha256, every.read, every.bias, sae.k)
-    block = Block.of_edits(reads.read, sae.writes(item.features), laws, cutoff=cutoff)
-    return {point: block}
 
 
 def concept(item: Concept, one: Resolved) -> Blocks:
@@ -183,7 +155,7 @@ def read_write(item: ReadWrite, one: Resolved) -> Blocks:
         threshold=item.threshold if item.activation == "relu" else -math.inf,
         slope=strength,
         relative=TO_NORM if relative else 0.0,
-        cosine=float(item.measure == "cosine"),
+        measure=COSINE if item.measure == "cosine" else PRODUCT,
     )
     blocks: Blocks = {}
     for point in one.points:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -20,6 +20,9 @@ from steer.errors import Unsupported
 from steer.model import HookPoint, forward_order
 from steer.plan.selection import Selection
 from steer.spec import SteeringSpec
+
+Blocks: TypeAlias = dict[HookPoint, Block]
+"""What an intervention does at each of its hook points."""
 
 AS_REQUESTED = frozenset({"requested", "capped", "above_null"})
 """The keys of a summary that tell what was asked for where it became another number."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from clamps import MODES, NORMALISATIONS, SAE_NAMES, allowed
 
 from steer.artefacts.adapter_parts import EditRows
 from steer.artefacts.affine import AffineMap, Channels
@@ -19,8 +20,6 @@ from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
 from steer.model import Capabilities, ModelInfo
 from steer.spec import KINDS, SITES
-
-ARCHITECTURES = ("standard", "jumprelu", "topk")
 
 
 def shape_of(width: int = 16, layers: int = 4) -> ModelInfo:
@@ -69,7 +68,9 @@ def calibration(
 def random_sae(
     architecture: str, *, seed: int = 0, width: int = 16, layer: int = 1, **card: Any
 ) -> SAE:
-    """64 features; a middling share of them is on for random tokens."""
+    """64 features; a middling share of them is on for random tokens. `architecture` may end in how
+    tokens are normalised (`SAE_NAMES`)."""
+    architecture, dash, suffix = architecture.partition("-")
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -85,6 +86,7 @@ def random_sae(
         threshold=0.5 * draw(size).abs() if architecture == "jumprelu" else None,
         k=8 if architecture == "topk" else None,
         layer=layer,
+        normalize=NORMALISATIONS[dash + suffix],
         **card,
     )
 
@@ -151,13 +153,13 @@ EXAMPLES: Mapping[ArtefactKind, Callable[[], Artefact]] = {
 
 
 def artefacts(width: int = 16, layers: int = 4) -> dict[str, Any]:
-    """Vectors `v0` … `v5` on every layer, an SAE of each architecture on layer 1, an adapter of
-    each form and a map."""
+    """Vectors `v0` … `v5` on every layer, an SAE of each architecture and normalisation on layer 1,
+    an adapter of each form and a map."""
     everywhere = range(layers)
     return {
         "vectors": {f"v{n}": random_vector(n, *everywhere, width=width) for n in range(6)},
         "saes": {
-            name: random_sae(name, seed=50 + n, width=width) for n, name in enumerate(ARCHITECTURES)
+            name: random_sae(name, seed=50 + n, width=width) for n, name in enumerate(SAE_NAMES)
         },
         "low_ranks": {
             "lora": random_adapter(90, *everywhere, width=width),
@@ -186,7 +188,7 @@ def random_intervention(draw: random.Random, layers: int = 4) -> dict[str, Any]:
     """Any kind but `concept`, on one or two layers."""
     kind = draw.choice([kind for kind in KINDS if kind != "concept"])
     first, second = (f"v{n}" for n in draw.sample(range(6), 2))
-    strength = round(draw.uniform(-2, 2), 3)
+    strength = round(draw.uniform(-2, 2), 3) or 0.5  # 0 compiles to no edit
     fields: dict[str, dict[str, Any]] = {
         "add": {"vector": first, "strength": draw.choice([strength, {"norm": strength / 4}])},
         "ablate": {"vector": first, "strength": strength},
@@ -196,10 +198,9 @@ def random_intervention(draw: random.Random, layers: int = 4) -> dict[str, Any]:
             "mode": draw.choice(["set", "at_least", "at_most"]),
         },
         "clamp": {
-            "sae": draw.choice(ARCHITECTURES),
+            "sae": (sae := draw.choice(SAE_NAMES)),
             "features": draw.sample(range(64), 5),
-            "value": abs(strength),
-            "mode": draw.choice(["set", "at_least", "at_most", "scale"]),
+            **MODES[draw.choice([mode for mode in MODES if allowed(sae, mode)])],
         },
         "swap": {"remove": first, "add": second, "strength": strength / 4},
         "exchange": {

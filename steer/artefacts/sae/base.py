@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -38,8 +39,12 @@ from steer.spec import Site
 
 @dataclass(frozen=True, eq=False)
 class FeatureReads:
-    """How K features are read from a raw residual x: a = ⟨read, x⟩ + bias; f = a if a > threshold
-    else 0.
+    """How K features are read from a raw residual x: a = ⟨read, x⟩ / s + bias; f = a if
+    a > threshold else 0. What a feature adds to x is f · t · write_scale · W_dec.
+
+    `measure` says what both are relative to: nothing (`product`, s = t = 1), the norm of the token
+    (`cosine`, s = t = ‖x‖), or the deviation σ of its channels (`centred`, s = σ + 1e-5, t = σ, for
+    reads without a mean).
 
     `read` `[K, d_in]`, `bias` `[K]`, `threshold` `[K]`, float32. Under TopK the k largest a of all
     features must also be found (`reads(None)`).
@@ -48,6 +53,8 @@ class FeatureReads:
     read: Float[Tensor, "K d_in"]
     bias: Float[Tensor, " K"]
     threshold: Float[Tensor, " K"]
+    measure: Literal["product", "cosine", "centred"] = "product"
+    write_scale: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,17 +186,11 @@ class SAE:
         return self.pre_activations(x).relu()
 
     def reads(self, features: Sequence[int] | None = None) -> FeatureReads:
-        """The encoder rows of `features` (None: all), with b_dec folded into the bias.
+        """The encoder rows of `features` (None: all), with b_dec folded into the bias, and a scale
+        of each token into how it is measured.
 
-        Raises `IncompatibleArtefact` (`feature_out_of_range`) and, where every token is scaled by
-        itself, `Unsupported` (`per_token_normalisation`).
+        Raises `IncompatibleArtefact` (`feature_out_of_range`).
         """
-        if self.normalize in PER_TOKEN:
-            raise Unsupported(
-                f"the features of this SAE cannot be clamped: normalize_activations "
-                f"{self.normalize!r} scales every token by itself",
-                code="per_token_normalisation",
-            )
         chosen = self._indices(features)
         read = self.W_enc.T[chosen].contiguous()
         bias = self.b_enc[chosen].double()
@@ -199,6 +200,12 @@ class SAE:
         if self.threshold is not None:
             # A negative threshold never acts: activations are not negative.
             threshold = self.threshold[chosen].clamp(min=0.0)
+        if self.normalize == "constant_norm_rescale":
+            root = self.d_in**0.5
+            return FeatureReads(read * root, bias.float(), threshold, "cosine", 1 / root)
+        if self.normalize == "layer_norm":
+            centred = read - read.mean(dim=-1, keepdim=True)
+            return FeatureReads(centred, bias.float(), threshold, "centred")
         return FeatureReads(read, bias.float(), threshold)
 
     def writes(self, features: Sequence[int] | None = None) -> Float[Tensor, "K d_in"]:
