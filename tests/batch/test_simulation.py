@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from artefacts import EVERYTHING, artefacts, random_spec, shape_of
-from clamps import SAE_NAMES
+from artefacts import EVERYTHING, SAE_NAMES, artefacts, random_spec, shape_of
 from float64_reference import Array, Float64Reference
 
 from steer.artefacts.library import MemoryLibrary

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from artefacts import random_map, random_sae, random_vector
-from clamps import CLAMPS
+from artefacts import CLAMPS, random_map, random_sae, random_vector
 from float64_reference import selected
 from liveness import LIVENESS_SECONDS
 from tiny_models import ARCHITECTURES, LAYERS, VOCABULARY, WIDTH

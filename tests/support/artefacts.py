@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from clamps import MODES, NORMALISATIONS, SAE_NAMES, allowed
 
 from steer.artefacts.adapter_parts import EditRows
 from steer.artefacts.affine import AffineMap, Channels
@@ -20,6 +19,55 @@ from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
 from steer.model import Capabilities, ModelInfo
 from steer.spec import KINDS, SITES
+
+ARCHITECTURES = ("standard", "jumprelu", "topk")
+NORMALISATIONS = {"": "none", "-rescaled": "constant_norm_rescale", "-centred": "layer_norm"}
+SAE_NAMES = tuple(
+    architecture + suffix for suffix in NORMALISATIONS for architecture in ARCHITECTURES
+)
+
+_EACH = [0.7, 0.0, 3.0, 1.0, 0.3]
+_ADDED = [0.7, 0.1, -1.5, 1.0, -0.3]
+MODES: dict[str, dict[str, Any]] = {
+    "set": {"value": _EACH},
+    "at_least": {"value": _EACH, "mode": "at_least"},
+    "at_most": {"value": _EACH, "mode": "at_most"},
+    "scale": {"value": _EACH, "mode": "scale"},
+    "drop": {"mode": "drop"},
+    "add": {"value": _ADDED, "mode": "add"},
+    "add a share": {"value": {"norm": _ADDED}, "mode": "add"},
+    "add in balance": {"value": _ADDED, "mode": "add", "balance": 1.5},
+    "add a share in balance": {"value": {"norm": _ADDED}, "mode": "add", "balance": 0.4},
+    "set where active": {"value": _EACH, "only_if_active": True},
+    "set at least where active": {"value": _EACH, "mode": "at_least", "only_if_active": True},
+    "set at most where active": {"value": -0.4, "mode": "at_most", "only_if_active": True},
+    "add where active": {"value": _ADDED, "mode": "add", "only_if_active": True},
+    "add a share in balance where active": {
+        "value": {"norm": _ADDED}, "mode": "add", "balance": 0.4, "only_if_active": True,
+    },
+    "set a share": {"value": {"norm": _EACH}},
+    "set at least a share": {"value": {"norm": 0.2}, "mode": "at_least"},
+    "set at most a share where active": {
+        "value": {"norm": 0.1}, "mode": "at_most", "only_if_active": True,
+    },
+}  # fmt: skip
+
+
+def allowed(sae: str, mode: str) -> bool:
+    """Whether there is such a clamp: a target that is a share of the norm is none of the
+    deviation."""
+    return not (sae.endswith("-centred") and mode.startswith("set") and "a share" in mode)
+
+
+CLAMPS: dict[str, dict[str, Any]] = {
+    f"clamp {mode} {sae}": {
+        "kind": "clamp", "sae": sae, "features": [3, 60, 17, 8, 21], **MODES[mode],
+    }
+    for sae in SAE_NAMES
+    for mode in MODES
+    if allowed(sae, mode)
+}  # fmt: skip
+"""What a clamp can be asked for, over the SAEs of `artefacts`."""
 
 
 def shape_of(width: int = 16, layers: int = 4) -> ModelInfo:

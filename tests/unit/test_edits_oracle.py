@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from artefacts import EVERYTHING, artefacts, shape_of
-from clamps import ARCHITECTURES, CLAMPS
+from artefacts import ARCHITECTURES, CLAMPS, EVERYTHING, artefacts, shape_of
 from float64_reference import Array, Float64Reference
 from hypothesis import example, given
 from hypothesis import strategies as st

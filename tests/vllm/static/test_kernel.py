@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from artefacts import EVERYTHING, artefacts, random_spec, random_vector, shape_of
-from clamps import CLAMPS
+from artefacts import CLAMPS, EVERYTHING, artefacts, random_spec, random_vector, shape_of
 from float64_reference import Float64Reference
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
