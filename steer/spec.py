@@ -411,12 +411,12 @@ class Clamp(_Intervention):
     """Fix, bound, scale or add to SAE features, leaving the reconstruction error untouched.
 
     `value` is an activation (for mode `scale` a factor, for `add` what is added), or a share of the
-    token's norm; one for all features, or one each. `drop` sets them to 0 and has none. With
-    `only_if_active` a token is changed only where the feature is active. `balance` is the
-    activation that counts as full, f̂ = f / balance within 0 and 1: what is added is multiplied by
-    1 − f̂, what is taken away by f̂ (G-SAE, 2506.19382). `with_absorbers` clamps with each feature
-    those whose decoder rows have at least this cosine with its own, which may be active in its
-    place (absorption, 2409.14507).
+    token's norm; one for all features, or one each. `drop` sets them to 0 and `keep_only` all
+    others; both have none. With `only_if_active` a token is changed only where the feature is
+    active. `balance` is the activation that counts as full, f̂ = f / balance within 0 and 1: what is
+    added is multiplied by 1 − f̂, what is taken away by f̂ (G-SAE, 2506.19382). `with_absorbers`
+    clamps with each feature those whose decoder rows have at least this cosine with its own, which
+    may be active in its place (absorption, 2409.14507).
     """
 
     kind: Literal["clamp"] = "clamp"
@@ -425,7 +425,7 @@ class Clamp(_Intervention):
         tuple[Index, ...], Field(min_length=1, max_length=MAX_FEATURES, fail_fast=True)
     ]
     value: ClampValue | None = None
-    mode: Literal["set", "at_least", "at_most", "scale", "add", "drop"] = "set"
+    mode: Literal["set", "at_least", "at_most", "scale", "add", "drop", "keep_only"] = "set"
     # Written only where they say something, so that older specs keep their fingerprint.
     only_if_active: bool = Field(default=False, strict=True, exclude_if=lambda value: not value)
     balance: Annotated[Number, Field(gt=0)] | None = None
@@ -453,15 +453,16 @@ class Clamp(_Intervention):
 
     def _check_mode(self) -> None:
         """Raises `ValueError` for what says nothing in this mode."""
-        if self.mode == "drop" and self.value is not None:
+        valueless = self.mode in ("drop", "keep_only")
+        if valueless and self.value is not None:
             raise ValueError(
-                "mode 'drop' sets the features to 0: leave 'value' out, or use mode 'set'"
+                f"mode {self.mode!r} sets features to 0: leave 'value' out, or use mode 'set'"
             )
-        if self.mode != "drop" and self.value is None:
+        if not valueless and self.value is None:
             raise ValueError(f"mode {self.mode!r} needs a 'value'")
         if self.mode == "scale" and isinstance(self.value, NormValue):
             raise ValueError("mode 'scale' takes a factor: a factor has no norm")
-        if self.mode in ("scale", "drop") and self.only_if_active:
+        if (valueless or self.mode == "scale") and self.only_if_active:
             raise ValueError(
                 f"mode {self.mode!r} changes nothing where a feature is silent: leave "
                 "'only_if_active' out"

@@ -25,7 +25,7 @@ from steer.edits import (
     Law,
     TopKCutoff,
 )
-from steer.errors import SpecError, SteerError, Unsupported
+from steer.errors import SpecError, SteerError, TooLarge, Unsupported
 from steer.plan.plan import Blocks
 from steer.plan.resolve import Resolved
 from steer.spec import MAX_FEATURES, Clamp, NormValue
@@ -33,11 +33,15 @@ from steer.spec import MAX_FEATURES, Clamp, NormValue
 _MEASURES = {"product": PRODUCT, "cosine": COSINE, "centred": CENTRED}
 _RELATIONS = {"product": 0.0, "cosine": TO_NORM, "centred": TO_DEVIATION}
 _ROWS_AT_ONCE = 4096
+_MOST_NUMBERS = 2**26
+"""The most numbers of an SAE that a plan carries: 256 MiB."""
 
 
 def clamp(item: Clamp, one: Resolved) -> Blocks:
     """f ← c on the chosen features, the rest of x untouched (Scaling Monosemanticity)."""
     sae, (point,) = one.sae("sae"), one.points
+    if item.mode == "keep_only":
+        item = _drop_of_others(item, sae)
     try:
         reads = sae.reads(item.features)
     except SteerError as error:
@@ -50,6 +54,22 @@ def clamp(item: Clamp, one: Resolved) -> Blocks:
         return {point: _addition(item, reads, writes)}
     laws = _laws(item, sae, reads)
     return {point: Block.of_edits(reads.read, writes, laws, cutoff=_cutoff(sae))}
+
+
+def _drop_of_others(item: Clamp, sae: SAE) -> Clamp:
+    """`keep_only` as what it does: one read and one write of every other feature, which is one
+    encode and one decode for each token."""
+    numbers = 2 * sae.d_sae * sae.d_in
+    if numbers > _MOST_NUMBERS:
+        raise TooLarge(
+            "mode 'keep_only' needs all rows of the SAE in the plan: those of "
+            f"{sae.d_sae} features of width {sae.d_in} are {numbers} numbers, and a plan holds "
+            f"{_MOST_NUMBERS}. Name the features that shall go, with mode 'drop'",
+            param="/mode",
+            code="keep_only_too_large",
+        )
+    others = tuple(n for n in range(sae.d_sae) if n not in set(item.features))
+    return item.model_copy(update={"features": others, "mode": "drop"})
 
 
 def _writes(item: Clamp, sae: SAE, reads: FeatureReads) -> Tensor:
@@ -167,7 +187,7 @@ def with_absorbers(one: Resolved) -> Resolved:
         )
     each = (*numbers, *(numbers[nearest] for nearest in found.values()))
     value = NormValue(norm=each) if isinstance(item.value, NormValue) else each
-    update = {"features": features, "value": None if item.mode == "drop" else value}
+    update = {"features": features, "value": None if item.value is None else value}
     return replace(one, item=item.model_copy(update=update))
 
 

@@ -34,6 +34,7 @@ MODES: dict[str, dict[str, Any]] = {
     "at_most": {"value": _EACH, "mode": "at_most"},
     "scale": {"value": _EACH, "mode": "scale"},
     "drop": {"mode": "drop"},
+    "keep_only": {"mode": "keep_only"},
     "add": {"value": _ADDED, "mode": "add"},
     "add a share": {"value": {"norm": _ADDED}, "mode": "add"},
     "add in balance": {"value": _ADDED, "mode": "add", "balance": 1.5},

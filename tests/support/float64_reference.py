@@ -141,6 +141,10 @@ class Float64Reference:
         sae = self.saes[item.sae]
         features = self.encode(sae, x)
         error = x - self.decode(sae, features, x)
+        if item.mode == "keep_only":
+            kept = np.zeros_like(features)
+            kept[list(item.features)] = features[list(item.features)]
+            return self.decode(sae, kept, x) + error
         for feature, number in zip(item.features, item.numbers, strict=True):
             active = features[feature]
             if item.only_if_active and active <= 0:

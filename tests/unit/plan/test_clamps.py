@@ -80,10 +80,21 @@ def test_more_absorbers_than_a_clamp_takes_are_refused() -> None:
     assert caught.value.param == "/interventions/0/with_absorbers"
 
 
+def test_all_rows_of_a_large_sae_are_not_put_into_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("steer.plan.clamps._MOST_NUMBERS", 2 * 64 * 16 - 1)
+    with pytest.raises(SteerError, match="64 features of width 16 are 2048 numbers") as caught:
+        plan_of({"mode": "keep_only", "value": None})
+    assert (caught.value.code, caught.value.param) == (
+        "keep_only_too_large",
+        "/interventions/0/mode",
+    )
+
+
 @pytest.mark.parametrize(
     ("clamp", "words"),
     [
         ({"mode": "drop"}, "leave 'value' out"),
+        ({"mode": "keep_only"}, "leave 'value' out"),
         ({"value": None}, "mode 'set' needs a 'value'"),
         ({"mode": "scale", "value": {"norm": 0.1}}, "a factor has no norm"),
         ({"mode": "scale", "only_if_active": True}, "leave 'only_if_active' out"),
