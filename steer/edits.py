@@ -242,7 +242,8 @@ class Lengths(NamedTuple):
 def deviation(x: Float[Tensor, "T d"]) -> Float[Tensor, "T 1"]:
     """σ(x): the unbiased standard deviation of each row's channels."""
     length: Tensor = (x - x.mean(dim=-1, keepdim=True)).norm(dim=-1, keepdim=True)
-    return length / max(x.shape[-1] - 1, 1) ** 0.5
+    free: float = max(x.shape[-1] - 1, 1)
+    return length / math.sqrt(free)
 
 
 def coefficients(

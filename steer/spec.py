@@ -475,7 +475,8 @@ class Concept(_Intervention):
     """Steer towards what a text means to an SAE (Concept Steerers, 2501.19066).
 
     The text is encoded without the top-k limit and λ·Σ zᵢ·W_dec[i] is added. With `contrast`, the
-    latents of that text are subtracted.
+    latents of that text are subtracted. With `explain` the receipt lists the features that the text
+    lit.
     """
 
     kind: Literal["concept"] = "concept"
@@ -483,6 +484,8 @@ class Concept(_Intervention):
     text: Annotated[str, Field(min_length=1, max_length=4096)]
     contrast: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     strength: Number = 1.0
+    # Written only where it says something, so that older specs keep their fingerprint.
+    explain: bool = Field(default=False, strict=True, exclude_if=lambda value: not value)
 
 
 class Swap(_Intervention):

@@ -93,6 +93,15 @@ def _addition(item: Clamp, reads: FeatureReads, writes: Tensor) -> Block:
     """What is added whatever the features are: a constant, or one in the token's length."""
     row = torch.tensor(item.numbers, dtype=torch.float32) @ writes
     relative = TO_NORM if isinstance(item.value, NormValue) else _RELATIONS[reads.measure]
+    return _constant(row, relative)
+
+
+def added(row: Tensor, reads: FeatureReads) -> Block:
+    """A sum of decoder rows as an addition, in the units in which the SAE of `reads` writes."""
+    return _constant(row * reads.write_scale, _RELATIONS[reads.measure])
+
+
+def _constant(row: Tensor, relative: float) -> Block:
     if relative == 0:
         return Block(shift=row)
     law = Law.constant(1.0)._replace(relative=relative)

@@ -20,8 +20,9 @@ from torch import Tensor
 from steer.artefacts.affine import channel_rows
 from steer.artefacts.control_vector import ControlVector
 from steer.edits import COSINE, PRODUCT, TO_NORM, TO_PLANE, Block, Law
-from steer.errors import SpecError, Unsupported
+from steer.errors import SpecError
 from steer.plan.clamps import clamp
+from steer.plan.concepts import concept
 from steer.plan.plan import Blocks
 from steer.plan.points import row
 from steer.plan.resolve import Resolved
@@ -29,7 +30,6 @@ from steer.spec import (
     Ablate,
     Add,
     Affine,
-    Concept,
     Exchange,
     LowRank,
     NormStrength,
@@ -92,20 +92,6 @@ def _projection(item: Project, vector: ControlVector, layer: int) -> float:
             code="not_measured",
         )
     return float(mean)
-
-
-def concept(item: Concept, one: Resolved) -> Blocks:
-    """λ·Σ zᵢ·W_dec[i], z the mean latents of the text without the top-k limit (2501.19066)."""
-    sae, (point,) = one.sae("sae"), one.points
-    if one.encode_text is None:
-        raise Unsupported("a concept needs a model to read its text: none is attached here")
-    latents = sae.latents(one.encode_text(item.text, point)).mean(0)
-    if item.contrast is not None:
-        latents = latents - sae.latents(one.encode_text(item.contrast, point)).mean(0)
-    active = latents.nonzero()[:, 0]
-    if item.strength == 0 or len(active) == 0:
-        return {}
-    return {point: Block(shift=item.strength * (latents[active] @ sae.writes(active.tolist())))}
 
 
 def swap(item: Swap, one: Resolved) -> Blocks:

@@ -26,6 +26,8 @@ Blocks: TypeAlias = dict[HookPoint, Block]
 
 AS_REQUESTED = frozenset({"requested", "capped", "above_null"})
 """The keys of a summary that tell what was asked for where it became another number."""
+EXPLAINING = frozenset({"lit"})
+"""The keys that tell how an edit came to be: numbers of a forward pass, no part of its name."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,15 @@ class SteeringPlan:
             }
             for place, entry in enumerate(self.summary)
             if "requested" in entry
+        )
+
+    @cached_property
+    def explanations(self) -> tuple[Mapping[str, Any], ...]:
+        """For each concept that is to be explained, the features that its text lit."""
+        return tuple(
+            {"intervention": place, "features": entry["lit"]}
+            for place, entry in enumerate(self.summary)
+            if "lit" in entry
         )
 
     def first_steered(self, prompt: tuple[int, ...], horizon: int) -> int | None:

@@ -200,7 +200,7 @@ class Float64Reference:
         latents = self._latents(sae, item.text)
         if item.contrast is not None:
             latents = latents - self._latents(sae, item.contrast)
-        return x + item.strength * latents @ f64(sae.W_dec)
+        return x + item.strength * self.factor(sae, x) * latents @ f64(sae.W_dec)
 
     def _latents(self, sae: SAE, text: str) -> Array:
         assert self.encode_text is not None

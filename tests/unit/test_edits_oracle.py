@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from artefacts import ARCHITECTURES, CLAMPS, EVERYTHING, artefacts, shape_of
+from artefacts import CLAMPS, EVERYTHING, SAE_NAMES, artefacts, shape_of
 from float64_reference import Array, Float64Reference
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -96,7 +96,7 @@ KINDS["read_write without a threshold"] = {
     "activation": "linear",
 }
 KINDS |= CLAMPS
-for _architecture in ARCHITECTURES:
+for _architecture in SAE_NAMES:
     KINDS[f"concept {_architecture}"] = {
         "kind": "concept",
         "sae": _architecture,
