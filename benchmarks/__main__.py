@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-SUITES = ("engine", "attach", "peers", "upload", "jobs")
+SUITES = ("engine", "attach", "peers", "upload", "jobs", "saes")
 OWN = {
     "vllm": "benchmarks.vllm.command",
     "smollm2": "benchmarks.smollm2.command",

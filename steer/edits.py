@@ -4,14 +4,16 @@ A block reads a residual row x once and writes once:
 
     x ← x + shift + gain ⊙ x + offset + Σ_k c_k(⟨r_k, x⟩) · w_k
 
-with every scalar law c taken from one family with eight parameters (`Law`):
+with every scalar law c taken from one family with nine parameters (`Law`):
 
-    a    = ⟨r, x⟩                  divided by ‖x‖ where `cosine`
-    u    = a + bias                where that exceeds `threshold`, else 0
+    a    = ⟨r, x⟩                  divided by ‖x‖ or σ(x) where `measure` says so
+    u    = a + bias                where that exceeds `threshold`, else 0; or the share of ‖x‖ it is
     c(a) = clip(intercept + slope · u, floor, ceiling)         times a length where `relative`
 
-The length is ‖x‖, or that of x in the plane that the block's other edits read. Gain and offset, a
-number for each channel, act on the channels whose value is inside their bounds (`CHANNEL_ROWS`).
+and c = 0 where `only_active` and the threshold is not exceeded. The length is ‖x‖, σ(x), or that of
+x in the plane that the block's other edits read; σ is the deviation of a row's channels from their
+mean. Gain and offset, a number for each channel, act on the channels whose value is inside their
+bounds (`CHANNEL_ROWS`).
 A block may act only where x lies on one side of a row.
 
 Dot products, norms and the sum are float32; the result is cast once. This is the only place,
@@ -45,8 +47,10 @@ class Law(NamedTuple):
     floor: float = -math.inf
     ceiling: float = math.inf
     relative: float = 0.0
-    """`TO_NORM`, `TO_PLANE`, or 0."""
-    cosine: float = 0.0
+    """`TO_NORM`, `TO_PLANE`, `TO_DEVIATION`, or 0."""
+    measure: float = 0.0
+    """`PRODUCT`, `COSINE`, `CENTRED` or `SHARE`."""
+    only_active: float = 0.0
 
     @staticmethod
     def constant(value: float, *, relative: bool = False) -> Law:
@@ -69,10 +73,17 @@ class Law(NamedTuple):
 
 
 LAW_FIELDS = len(Law._fields)
-BIAS, THRESHOLD, INTERCEPT, SLOPE, FLOOR, CEILING, RELATIVE, COSINE = range(LAW_FIELDS)
-TO_NORM, TO_PLANE = 1.0, 2.0
-"""What a relative law is relative to: ‖x‖, or the length of x in the plane that the block's edits
-of other laws read, whose rows are orthonormal."""
+BIAS, THRESHOLD, INTERCEPT, SLOPE, FLOOR, CEILING, RELATIVE, MEASURE, ONLY_ACTIVE = range(
+    LAW_FIELDS
+)
+TO_NORM, TO_PLANE, TO_DEVIATION = RELATIONS = 1.0, 2.0, 3.0
+"""What a relative law is relative to: ‖x‖, the length of x in the plane that the block's edits of
+other laws read, whose rows are orthonormal, or σ(x)."""
+PRODUCT, COSINE, CENTRED, SHARE = MEASURES = 0.0, 1.0, 2.0, 3.0
+"""What a law reads: ⟨r, x⟩; that over ‖x‖; that over σ(x) + 1e-5, for a row r without a mean; or
+u/‖x‖, the share of the norm that is above the threshold."""
+EPSILON = 1e-5
+"""What keeps the division by σ(x) finite, as in the SAEs that are trained on centred tokens."""
 
 CHANNEL_ROWS = GAIN, OFFSET, LOWER, UPPER = range(4)
 """The rows of a block's `channels`: x gets gain · x + offset where lower ≤ x ≤ upper."""
@@ -82,14 +93,15 @@ CHANNEL_ROWS = GAIN, OFFSET, LOWER, UPPER = range(4)
 class TopKCutoff:
     """A TopK SAE's encoder: a feature is active only among the k largest pre-activations.
 
-    `read` `[d_sae, d]` and `bias` `[d_sae]` are all of the SAE's latents; `identity` is the SAE's
-    hash, so that clamps of one SAE share one encode.
+    `read` `[d_sae, d]` and `bias` `[d_sae]` are all of the SAE's latents, which read x by `measure`
+    as laws do; `identity` is the SAE's hash, so that clamps of one SAE share one encode.
     """
 
     identity: str
     read: Float[Tensor, "d_sae d"]
     bias: Float[Tensor, " d_sae"]
     k: int
+    measure: float = PRODUCT
 
     def least_active(self, x: Float[Tensor, "T d"]) -> Float[Tensor, "T 1"]:
         """The price of being active: halfway from the k-th to the next pre-activation.
@@ -97,6 +109,10 @@ class TopKCutoff:
         Halfway, because a clamped feature is read by a product of another shape, whose rounding
         differs: at the k-th value itself, the last active feature would often count as inactive.
         """
+        if self.measure == COSINE:
+            x = x / x.norm(dim=-1, keepdim=True).clamp_min(_TINY)
+        elif self.measure == CENTRED:
+            x = x / (deviation(x) + EPSILON)
         values = torch.addmm(self.bias, x, self.read.T).clamp_min_(0.0)
         if self.k >= values.shape[-1]:
             return values.new_zeros(len(values), 1)
@@ -107,7 +123,7 @@ class TopKCutoff:
 class Block:
     """What one intervention does at one hook point. All tensors float32.
 
-    `shift` `[d]` is added as it is; `read` and `write` `[K, d]` with `laws` `[K, 8]` are rank-1
+    `shift` `[d]` is added as it is; `read` and `write` `[K, d]` with `laws` `[K, 9]` are rank-1
     edits that all see the same x; `channels` `[4, d]` change each channel by itself
     (`CHANNEL_ROWS`); where `side` `[d]` is given, rows with ⟨side, x⟩ ≤ 0 are left alone; `replace`
     discards x and keeps the shift alone; `preserve_norm` rescales the result to ‖x‖.
@@ -116,7 +132,7 @@ class Block:
     shift: Float[Tensor, " d"] | None = None
     read: Float[Tensor, "K d"] | None = None
     write: Float[Tensor, "K d"] | None = None
-    laws: Float[Tensor, "K 8"] | None = None
+    laws: Float[Tensor, "K 9"] | None = None
     channels: Float[Tensor, "4 d"] | None = None
     side: Float[Tensor, " d"] | None = None
     cutoff: TopKCutoff | None = None
@@ -164,70 +180,121 @@ class Traits(NamedTuple):
     clipped: bool = True
     relative: bool = True
     planar: bool = True
+    spread: bool = True
     cosine: bool = True
+    centred: bool = True
+    shared: bool = True
+    selective: bool = True
 
     @staticmethod
-    def of(laws: Float[Tensor, "K 8"]) -> Traits:
+    def of(laws: Float[Tensor, "K 9"]) -> Traits:
         """The traits of `laws`, which lie on the host."""
-        columns = laws.isfinite()
+        columns, relative, measure = laws.isfinite(), laws[:, RELATIVE], laws[:, MEASURE]
         return Traits(
             thresholded=bool(columns[:, THRESHOLD].any()),
             clipped=bool(columns[:, FLOOR : CEILING + 1].any()),
-            relative=bool((laws[:, RELATIVE] == TO_NORM).any()),
-            planar=bool((laws[:, RELATIVE] == TO_PLANE).any()),
-            cosine=bool(laws[:, COSINE].any()),
+            relative=bool((relative == TO_NORM).any()),
+            planar=bool((relative == TO_PLANE).any()),
+            spread=bool((relative == TO_DEVIATION).any()),
+            cosine=bool((measure == COSINE).any()),
+            centred=bool((measure == CENTRED).any()),
+            shared=bool((measure == SHARE).any()),
+            selective=bool(laws[:, ONLY_ACTIVE].any()),
         )
 
     @property
-    def measures(self) -> bool:
+    def measures_norm(self) -> bool:
         """Whether a law needs ‖x‖."""
-        return self.relative or self.cosine
+        return self.relative or self.cosine or self.shared
+
+    @property
+    def measures_deviation(self) -> bool:
+        """Whether a law needs σ(x)."""
+        return self.spread or self.centred
 
     def either(self, other: Traits) -> Traits:
         return Traits(*(mine or theirs for mine, theirs in zip(self, other, strict=True)))
 
 
 EVERY_TRAIT = Traits()
-NO_TRAIT = Traits(False, False, False, False, False)
+NO_TRAIT = Traits(*(False,) * len(EVERY_TRAIT))
 
 _TINY = torch.finfo(torch.float32).tiny
 
 
+class Lengths(NamedTuple):
+    """What laws measure of each token, as far as their traits need it; `[T, 1]`, or `[1, K]` where
+    each edit has a token of its own."""
+
+    norm: Tensor | None = None
+    deviation: Tensor | None = None
+    plane: Tensor | None = None
+
+    @staticmethod
+    def of(x: Float[Tensor, "T d"], traits: Traits) -> Lengths:
+        """The lengths of x but that in the plane, which depends on the block."""
+        return Lengths(
+            x.norm(dim=-1, keepdim=True) if traits.measures_norm else None,
+            deviation(x) if traits.measures_deviation else None,
+        )
+
+
+def deviation(x: Float[Tensor, "T d"]) -> Float[Tensor, "T 1"]:
+    """σ(x): the unbiased standard deviation of each row's channels."""
+    length: Tensor = (x - x.mean(dim=-1, keepdim=True)).norm(dim=-1, keepdim=True)
+    free: float = max(x.shape[-1] - 1, 1)
+    return length / math.sqrt(free)
+
+
 def coefficients(
     products: Float[Tensor, "T K"],
-    laws: Float[Tensor, "K 8"],
-    norms: Float[Tensor, "T 1"] | Float[Tensor, "T K"] | None,
+    laws: Float[Tensor, "K 9"],
+    lengths: Lengths,
     cutoff: Float[Tensor, "T K"] | Float[Tensor, "T 1"] | None = None,
     traits: Traits = EVERY_TRAIT,
-    lengths: Float[Tensor, "T 1"] | Float[Tensor, "T K"] | None = None,
 ) -> Float[Tensor, "T K"]:
     """c_k(a) for `products` ⟨r_k, x⟩, each column by its own law.
 
     `cutoff` is the least pre-activation that counts as active under a `TopKCutoff`. `traits` are
-    those of `laws`, or more; `norms` are used where a law is relative or reads a cosine, `lengths`
-    where one is relative to its block's plane (`squares_in_plane`).
+    those of `laws`, or more; `lengths` are what they need (`Lengths.of`, `squares_in_plane`).
     """
-    value = products
-    if traits.cosine and norms is not None:
-        value = torch.where(laws[:, COSINE] > 0, value / norms.clamp_min(_TINY), value)
-    value = value + laws[:, BIAS]
-    if traits.thresholded or cutoff is not None:
+    value = _measured(products, laws[:, MEASURE], lengths, traits) + laws[:, BIAS]
+    inactive = None
+    if traits.thresholded or traits.selective or cutoff is not None:
         inactive = value <= laws[:, THRESHOLD]
         if cutoff is not None:
             inactive |= value < cutoff
         value = value.masked_fill(inactive, 0.0)
+    if traits.shared and lengths.norm is not None:
+        share = value / lengths.norm.clamp_min(_TINY)
+        value = torch.where(laws[:, MEASURE] == SHARE, share, value)
     c = torch.addcmul(laws[:, INTERCEPT], laws[:, SLOPE], value)
     if traits.clipped:
         c = torch.minimum(torch.maximum(c, laws[:, FLOOR]), laws[:, CEILING])
-    if traits.relative and norms is not None:
-        c = torch.where(laws[:, RELATIVE] == TO_NORM, c * norms, c)
-    if traits.planar and lengths is not None:
-        c = torch.where(laws[:, RELATIVE] == TO_PLANE, c * lengths, c)
+    if traits.selective and inactive is not None:
+        c = c.masked_fill(inactive & (laws[:, ONLY_ACTIVE] > 0), 0.0)
+    for relation, length in zip(
+        RELATIONS, (lengths.norm, lengths.plane, lengths.deviation), strict=True
+    ):
+        if length is not None:
+            c = torch.where(laws[:, RELATIVE] == relation, c * length, c)
     return c
 
 
+def _measured(
+    products: Float[Tensor, "T K"], measure: Float[Tensor, " K"], lengths: Lengths, traits: Traits
+) -> Float[Tensor, "T K"]:
+    """What is read of each token, before any bias."""
+    value = products
+    if traits.cosine and lengths.norm is not None:
+        value = torch.where(measure == COSINE, value / lengths.norm.clamp_min(_TINY), value)
+    if traits.centred and lengths.deviation is not None:
+        value = torch.where(measure == CENTRED, value / (lengths.deviation + EPSILON), value)
+    return value
+
+
 def squares_in_plane(
-    products: Float[Tensor, "T K"], laws: Float[Tensor, "K 8"]
+    products: Float[Tensor, "T K"], laws: Float[Tensor, "K 9"]
 ) -> Float[Tensor, "T K"]:
     """What each edit adds to the squared length of x in its block's plane."""
     return products.square().masked_fill(laws[:, RELATIVE] == TO_PLANE, 0.0)
@@ -274,12 +341,12 @@ def apply(block: Block, x: Tensor) -> Tensor:
     if block.channels is not None:
         after = after + channel_changes(before, block.channels)
     if block.read is not None and block.write is not None and block.laws is not None:
-        products, lengths = before @ block.read.T, None
-        norms = before.norm(dim=-1, keepdim=True) if block.traits.measures else None
+        products, lengths = before @ block.read.T, Lengths.of(before, block.traits)
         cutoff = None if block.cutoff is None else block.cutoff.least_active(before)
         if block.traits.planar:
-            lengths = squares_in_plane(products, block.laws).sum(-1, keepdim=True).sqrt()
-        c = coefficients(products, block.laws, norms, cutoff, block.traits, lengths)
+            plane = squares_in_plane(products, block.laws).sum(-1, keepdim=True).sqrt()
+            lengths = lengths._replace(plane=plane)
+        c = coefficients(products, block.laws, lengths, cutoff, block.traits)
         after = after + c @ block.write
     if block.preserve_norm:
         after = rescaled(after, before.norm(dim=-1, keepdim=True))

@@ -109,6 +109,14 @@ def _strength_tag(value: Any) -> str:
     return models.get(type(value), "a number")
 
 
+def _values_tag(value: Any) -> str:
+    return "numbers" if isinstance(value, list | tuple) else "a number"
+
+
+def _value_tag(value: Any) -> str:
+    return "a norm" if isinstance(value, dict | BaseModel) else _values_tag(value)
+
+
 def _few_enough(value: Any) -> Any:
     # Every wrong intervention is named, so that there must not be too many to name.
     if isinstance(value, list | tuple) and len(value) > MAX_INTERVENTIONS:
@@ -136,6 +144,13 @@ StoredName: TypeAlias = Annotated[
     str,
     AfterValidator(check_name),
     Field(json_schema_extra={"pattern": f"^{_STORED_NAME}$"}),
+]
+OneEach: TypeAlias = Annotated[
+    tuple[Number, ...], Field(min_length=1, max_length=MAX_FEATURES, fail_fast=True)
+]
+Values: TypeAlias = Annotated[
+    Annotated[Number, Tag("a number")] | Annotated[OneEach, Tag("numbers")],
+    Discriminator(_values_tag),
 ]
 Layers: TypeAlias = Annotated[
     tuple[Index, ...],
@@ -377,10 +392,31 @@ class Project(_Intervention):
         return self
 
 
-class Clamp(_Intervention):
-    """Fix or bound SAE features, leaving the reconstruction error untouched.
+class NormValue(_Frozen):
+    """Values in shares of the token's own norm: at the value 1 a feature's decoder row, times its
+    activation, is as long as the token."""
 
-    `value` is an activation (or, for mode `scale`, a factor); one for all features, or one each.
+    norm: Values
+
+
+ClampValue: TypeAlias = Annotated[
+    Annotated[Number, Tag("a number")]
+    | Annotated[OneEach, Tag("numbers")]
+    | Annotated[NormValue, Tag("a norm")],
+    Discriminator(_value_tag),
+]
+
+
+class Clamp(_Intervention):
+    """Fix, bound, scale or add to SAE features, leaving the reconstruction error untouched.
+
+    `value` is an activation (for mode `scale` a factor, for `add` what is added), or a share of the
+    token's norm; one for all features, or one each. `drop` sets them to 0 and `keep_only` all
+    others; both have none. With `only_if_active` a token is changed only where the feature is
+    active. `balance` is the activation that counts as full, f̂ = f / balance within 0 and 1: what is
+    added is multiplied by 1 − f̂, what is taken away by f̂ (G-SAE, 2506.19382). `with_absorbers`
+    clamps with each feature those whose decoder rows have at least this cosine with its own, which
+    may be active in its place (absorption, 2409.14507).
     """
 
     kind: Literal["clamp"] = "clamp"
@@ -388,31 +424,59 @@ class Clamp(_Intervention):
     features: Annotated[
         tuple[Index, ...], Field(min_length=1, max_length=MAX_FEATURES, fail_fast=True)
     ]
-    value: (
-        Number
-        | Annotated[
-            tuple[Number, ...], Field(min_length=1, max_length=MAX_FEATURES, fail_fast=True)
-        ]
-    )
-    mode: Literal["set", "at_least", "at_most", "scale"] = "set"
+    value: ClampValue | None = None
+    mode: Literal["set", "at_least", "at_most", "scale", "add", "drop", "keep_only"] = "set"
+    # Written only where they say something, so that older specs keep their fingerprint.
+    only_if_active: bool = Field(default=False, strict=True, exclude_if=lambda value: not value)
+    balance: Annotated[Number, Field(gt=0)] | None = None
+    with_absorbers: Annotated[Number, Field(gt=0, le=1)] | None = None
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The value of each feature; 0 where the mode has none."""
+        value = self.value.norm if isinstance(self.value, NormValue) else self.value
+        if isinstance(value, tuple):
+            return value
+        return (0.0 if value is None else value,) * len(self.features)
 
     @model_validator(mode="after")
     def _check(self) -> Clamp:
         if len(set(self.features)) != len(self.features):
             raise ValueError("'features' names a feature twice")
-        if isinstance(self.value, tuple) and len(self.value) != len(self.features):
+        if len(self.numbers) != len(self.features):
             raise ValueError(
-                f"'value' lists {len(self.value)} numbers for {len(self.features)} features: "
+                f"'value' lists {len(self.numbers)} numbers for {len(self.features)} features: "
                 "give one number, or one for each feature"
             )
+        self._check_mode()
         return self
+
+    def _check_mode(self) -> None:
+        """Raises `ValueError` for what says nothing in this mode."""
+        valueless = self.mode in ("drop", "keep_only")
+        if valueless and self.value is not None:
+            raise ValueError(
+                f"mode {self.mode!r} sets features to 0: leave 'value' out, or use mode 'set'"
+            )
+        if not valueless and self.value is None:
+            raise ValueError(f"mode {self.mode!r} needs a 'value'")
+        if self.mode == "scale" and isinstance(self.value, NormValue):
+            raise ValueError("mode 'scale' takes a factor: a factor has no norm")
+        if (valueless or self.mode == "scale") and self.only_if_active:
+            raise ValueError(
+                f"mode {self.mode!r} changes nothing where a feature is silent: leave "
+                "'only_if_active' out"
+            )
+        if self.mode != "add" and self.balance is not None:
+            raise ValueError(f"'balance' weighs what mode 'add' adds; the mode is {self.mode!r}")
 
 
 class Concept(_Intervention):
     """Steer towards what a text means to an SAE (Concept Steerers, 2501.19066).
 
     The text is encoded without the top-k limit and λ·Σ zᵢ·W_dec[i] is added. With `contrast`, the
-    latents of that text are subtracted.
+    latents of that text are subtracted. With `explain` the receipt lists the features that the text
+    lit.
     """
 
     kind: Literal["concept"] = "concept"
@@ -420,6 +484,8 @@ class Concept(_Intervention):
     text: Annotated[str, Field(min_length=1, max_length=4096)]
     contrast: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     strength: Number = 1.0
+    # Written only where it says something, so that older specs keep their fingerprint.
+    explain: bool = Field(default=False, strict=True, exclude_if=lambda value: not value)
 
 
 class Swap(_Intervention):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from steer.batch.tables import TableView
 from steer.edits import (
+    Lengths,
     beyond,
     channel_changes,
     coefficients,
@@ -33,9 +34,7 @@ def apply_table(
     if not any(needs):
         return (x.float() + view.shift.index_select(0, slots)).to(x.dtype)
     before = after = x.float()
-    norms = None
-    if needs.preserving or view.traits.measures:
-        norms = before.norm(dim=-1, keepdim=True)
+    lengths = Lengths.of(before, view.traits)
     if needs.replacing:
         after = before.masked_fill(view.replace.index_select(0, slots)[:, None], 0.0)
     if view.shifting:
@@ -43,11 +42,12 @@ def apply_table(
     if needs.mapping:
         after = after + channel_changes(before, view.channels.of(slots))
     if needs.edits and solo is not None:
-        after = after.index_add(0, solo, _solo(view, before, norms, slots, solo))
+        after = after.index_add(0, solo, _solo(view, before, lengths, slots, solo))
     elif needs.edits:
-        after = after + _bank(view, before, norms, slots)
-    if needs.preserving and norms is not None:
+        after = after + _bank(view, before, lengths, slots)
+    if needs.preserving:
         preserved = view.preserve.index_select(0, slots)[:, None]
+        norms = before.norm(dim=-1, keepdim=True) if lengths.norm is None else lengths.norm
         after = torch.where(preserved, rescaled(after, norms), after)
     if needs.choosing:
         after = torch.where(beyond(before, view.sides.of(slots)), after, before)
@@ -57,38 +57,38 @@ def apply_table(
 def _bank(
     view: TableView,
     x: Float[Tensor, "T d"],
-    norms: Float[Tensor, "T 1"] | None,
+    lengths: Lengths,
     slots: Int[Tensor, " T"],
 ) -> Float[Tensor, "T d"]:
     """Σ c_k(⟨r_k, x⟩) w_k over the bank rows that belong to each token's slot."""
-    products, lengths = x @ view.read.T, None
+    products = x @ view.read.T
     others = view.owner != slots[:, None]
     if view.traits.planar:
         squares = squares_in_plane(products, view.laws).masked_fill(others, 0.0)
-        lengths = squares.sum(-1, keepdim=True).sqrt()
-    c = coefficients(products, view.laws, norms, _cutoffs(view, x), view.traits, lengths)
+        lengths = lengths._replace(plane=squares.sum(-1, keepdim=True).sqrt())
+    c = coefficients(products, view.laws, lengths, _cutoffs(view, x), view.traits)
     return c.masked_fill(others, 0.0) @ view.write
 
 
 def _solo(
     view: TableView,
     x: Float[Tensor, "T d"],
-    norms: Float[Tensor, "T 1"] | None,
+    lengths: Lengths,
     slots: Int[Tensor, " T"],
     solo: Int[Tensor, " K"],
 ) -> Float[Tensor, "K d"]:
     """The summands c_k(⟨r_k, x⟩) w_k of the bank rows k, each for its one token: T times less
     arithmetic than `_bank`, which multiplies every row with every token."""
-    products, lengths = (x.index_select(0, solo) * view.read).sum(-1)[None], None
+    products = (x.index_select(0, solo) * view.read).sum(-1)[None]
     if view.traits.planar:
         squares = squares_in_plane(products, view.laws)[0]
-        lengths = squares.new_zeros(len(x)).index_add(0, solo, squares).sqrt()[solo][None]
-    if norms is not None:
-        norms = norms.index_select(0, solo).T
+        plane = squares.new_zeros(len(x)).index_add(0, solo, squares).sqrt()
+        lengths = lengths._replace(plane=plane[:, None])
+    lengths = Lengths(*(None if one is None else one.index_select(0, solo).T for one in lengths))
     cutoff = _cutoffs(view, x)
     if cutoff is not None:
         cutoff = cutoff.gather(0, solo[None])
-    c = coefficients(products, view.laws, norms, cutoff, view.traits, lengths)
+    c = coefficients(products, view.laws, lengths, cutoff, view.traits)
     c = c.masked_fill(view.owner != slots.index_select(0, solo), 0.0)
     return c.T * view.write
 

@@ -26,5 +26,6 @@ class DeviceCutoffs:
                 cutoff.read.to(self.device, torch.float32).contiguous(),
                 cutoff.bias.to(self.device, torch.float32).contiguous(),
                 cutoff.k,
+                cutoff.measure,
             )
         return found

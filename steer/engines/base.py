@@ -117,6 +117,8 @@ class Receipt:
     strengths: tuple[Mapping[str, Any], ...] = ()
     """The strengths that a calibration or a limit turned into another number; see
     `SteeringPlan.resolved_strengths`."""
+    concepts: tuple[Mapping[str, Any], ...] = ()
+    """The features that concepts lit, where a spec asks; see `SteeringPlan.explanations`."""
     speculation: SpeculationReceipt | None = None
     """Given by engines that speculate."""
 
@@ -142,6 +144,8 @@ class Receipt:
         }
         if self.strengths:
             answer["strengths"] = [dict(entry) for entry in self.strengths]
+        if self.concepts:
+            answer["concepts"] = [dict(entry) for entry in self.concepts]
         if self.speculation is not None:
             answer["speculation"] = asdict(self.speculation)
         return answer

@@ -58,6 +58,7 @@ def receipt_of(
         tuple(points),
         tuple(gates),
         plan.resolved_strengths,
+        plan.explanations,
     )
 
 

@@ -9,12 +9,17 @@ from torch import Tensor
 
 from steer.edits import (
     BIAS,
+    CENTRED,
     CHANNEL_ROWS,
     COSINE,
     GAIN,
     INTERCEPT,
     LAW_FIELDS,
+    MEASURE,
+    MEASURES,
     OFFSET,
+    PRODUCT,
+    RELATIONS,
     RELATIVE,
     SLOPE,
     Block,
@@ -103,6 +108,8 @@ def _encoder_fault(cutoff: TopKCutoff, width: int) -> str | None:
             f"competes among latents of read {list(read.shape)} and bias {list(bias.shape)}; "
             f"[d_sae, {width}] and [d_sae] are needed"
         )
+    if cutoff.measure not in (PRODUCT, COSINE, CENTRED):
+        return f"competes among latents that are read by the unknown measure {cutoff.measure!r}"
     if not 1 <= cutoff.k <= len(read):
         return f"lets {cutoff.k} of {len(read)} latents be active"
     return None
@@ -113,14 +120,23 @@ def _value_fault(block: Block) -> str | None:
     rows = [row for row in named if row is not None]
     # Threshold, floor and ceiling may be infinite, and the bounds of channels: they do not bind.
     if block.laws is not None:
-        rows.append(block.laws[:, [BIAS, INTERCEPT, SLOPE, RELATIVE, COSINE]])
+        rows.append(block.laws[:, [BIAS, INTERCEPT, SLOPE, RELATIVE, MEASURE]])
     if block.channels is not None:
         rows.append(block.channels[[GAIN, OFFSET]])
     if any(bool(rows.isnan().any()) for rows in (block.laws, block.channels) if rows is not None):
         return "contains NaN"
+    if block.laws is not None and not _known(block.laws):
+        return "has a law that measures in no known way"
     if not all(bool(row.isfinite().all()) for row in rows):
         return "is not finite in float32: use a smaller strength or value"
     return None
+
+
+def _known(laws: Tensor) -> bool:
+    """Whether what laws read and what they are relative to is something that there is."""
+    measures, relations = laws.new_tensor(MEASURES), laws.new_tensor((0.0, *RELATIONS))
+    known = torch.isin(laws[:, MEASURE], measures) & torch.isin(laws[:, RELATIVE], relations)
+    return bool(known.all())
 
 
 def _size_fault(block: Block, largest: float, dtype: str) -> str | None:

@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 from steer.errors import SpecError, SteerError, pointer
 from steer.model import Capabilities, forward_order
 from steer.plan.checks import check_size
+from steer.plan.clamps import with_absorbers
 from steer.plan.composition import compose
-from steer.plan.kinds import Blocks, blocks_of
-from steer.plan.plan import AS_REQUESTED, Gate, Rule, SteeringPlan, check_rules
+from steer.plan.concepts import features_lit, read_concept
+from steer.plan.kinds import blocks_of
+from steer.plan.plan import AS_REQUESTED, EXPLAINING, Blocks, Gate, Rule, SteeringPlan, check_rules
 from steer.plan.resolve import OPEN, Compilation, Policy, Resolved, Resolver, Tokenize
 from steer.plan.selection import Selection
 from steer.plan.sources import Sources
@@ -45,7 +47,8 @@ def compile_plan(
     resolver, resolved = Resolver(asked), list[Resolved]()
     for place, item in enumerate(spec.interventions):
         with problems.of(place):
-            resolved.append(resolve_strength(resolver.resolved(place, item), asked))
+            found = read_concept(with_absorbers(resolver.resolved(place, item)))
+            resolved.append(resolve_strength(found, asked))
     if spec.compose is not None:
         with problems.of_the_whole():
             resolved = compose(resolved)
@@ -214,9 +217,8 @@ def _fingerprint(
     spec: SteeringSpec, summary: Sequence[dict[str, Any]], artefacts: Sequence[str]
 ) -> str:
     # A strength that was asked for in another way, but is the same, means the same.
-    kept = [
-        {key: value for key, value in entry.items() if key not in AS_REQUESTED} for entry in summary
-    ]
+    told = AS_REQUESTED | EXPLAINING
+    kept = [{key: value for key, value in entry.items() if key not in told} for entry in summary]
     text = json.dumps([kept, artefacts], sort_keys=True, separators=(",", ":"))
     ways = str(spec.norm) + (f"+{spec.compose}" if spec.compose else "")
     return hashlib.sha256(f"steer/plan/1\n{ways}\n{text}".encode()).hexdigest()[:32]
@@ -243,6 +245,8 @@ def _described(one: Resolved, blocks: Blocks) -> dict[str, Any]:
         when = one.gate.when.model_dump(mode="json", exclude_none=True, exclude={"vector"})
         vector = one.gate.vector
         entry["when"] = {**when, "vector": _versioned(vector.card.name, vector.sha256)}
+    if (lit := features_lit(one)) is not None:
+        entry["lit"] = lit
     if one.strength is not None:
         entry["requested"] = one.strength.requested
         if one.strength.capped:

@@ -24,7 +24,7 @@ from safetensors.numpy import save as save_safetensors
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from steer.edits import COSINE, Block, TopKCutoff
+from steer.edits import COSINE, LAW_FIELDS, MEASURE, ONLY_ACTIVE, Block, TopKCutoff
 from steer.errors import FileFormatError, SpecError, TooLarge
 from steer.formats.guards.safetensors import MAX_HEADER_BYTES
 from steer.model import HookPoint, ModelInfo, forward_order
@@ -172,7 +172,9 @@ def _block_record(point: HookPoint, block: Block, rows: _RowWriter) -> BlockReco
             laws=rows.name(_written_laws(block.laws)),
         )
     if block.cutoff is not None:
-        cutoff = CutoffRecord(sae=block.cutoff.identity, k=block.cutoff.k)
+        cutoff = CutoffRecord(
+            sae=block.cutoff.identity, k=block.cutoff.k, measure=block.cutoff.measure
+        )
     return BlockRecord(
         point=point,
         shift=None if block.shift is None else rows.name(block.shift),
@@ -186,14 +188,18 @@ def _block_record(point: HookPoint, block: Block, rows: _RowWriter) -> BlockReco
 
 
 def _written_laws(laws: Tensor) -> Tensor:
-    """Without the last column where no law reads a cosine, so that files keep the names they had
-    before there was one."""
-    return laws if bool(laws[:, COSINE].any()) else laws[:, :COSINE]
+    """Without the last columns where no law needs them, so that files keep the names they had
+    before there were such. A column is never short of what it meant then."""
+    measure = laws[:, MEASURE]
+    if bool(laws[:, ONLY_ACTIVE].any()) or bool((measure > COSINE).any()):
+        return laws
+    return laws[:, : ONLY_ACTIVE if bool(measure.any()) else MEASURE]
 
 
 def _read_laws(laws: Tensor) -> Tensor:
-    if laws.ndim == 2 and laws.shape[1] == COSINE:
-        return torch.cat([laws, laws.new_zeros(len(laws), 1)], dim=1)
+    if laws.ndim == 2 and MEASURE <= laws.shape[1] < LAW_FIELDS:
+        rest = laws.new_zeros(len(laws), LAW_FIELDS - laws.shape[1])
+        return torch.cat([laws, rest], dim=1)
     return laws
 
 
@@ -241,7 +247,10 @@ class _Reader:
         cutoff = None
         if cutoff_record is not None:
             cutoff = TopKCutoff(
-                cutoff_record.sae, *self._encoder(cutoff_record.sae), cutoff_record.k
+                cutoff_record.sae,
+                *self._encoder(cutoff_record.sae),
+                cutoff_record.k,
+                cutoff_record.measure,
             )
         return Block(
             shift=None if record.shift is None else self._row(record.shift),

@@ -19,19 +19,17 @@ from torch import Tensor
 
 from steer.artefacts.affine import channel_rows
 from steer.artefacts.control_vector import ControlVector
-from steer.artefacts.sae.base import SAE
-from steer.artefacts.sae.reads import FeatureReads
-from steer.edits import TO_NORM, TO_PLANE, Block, Law, TopKCutoff
-from steer.errors import SpecError, SteerError, Unsupported
-from steer.model import HookPoint
+from steer.edits import COSINE, PRODUCT, TO_NORM, TO_PLANE, Block, Law
+from steer.errors import SpecError
+from steer.plan.clamps import clamp
+from steer.plan.concepts import concept
+from steer.plan.plan import Blocks
 from steer.plan.points import row
 from steer.plan.resolve import Resolved
 from steer.spec import (
     Ablate,
     Add,
     Affine,
-    Clamp,
-    Concept,
     Exchange,
     LowRank,
     NormStrength,
@@ -41,8 +39,6 @@ from steer.spec import (
     Rotate,
     Swap,
 )
-
-Blocks = dict[HookPoint, Block]
 
 
 def blocks_of(one: Resolved) -> Blocks:
@@ -98,81 +94,6 @@ def _projection(item: Project, vector: ControlVector, layer: int) -> float:
     return float(mean)
 
 
-def clamp(item: Clamp, one: Resolved) -> Blocks:
-    """f ← value on the chosen features, the rest of x untouched (Scaling Monosemanticity)."""
-    sae, (point,) = one.sae("sae"), one.points
-    try:
-        reads = sae.reads(item.features)
-    except SteerError as error:
-        raise error.at("/features") from None
-    _check_clampable(sae, reads)
-    values = item.value if isinstance(item.value, tuple) else (item.value,) * len(item.features)
-    if item.mode == "scale" and all(value == 1 for value in values):
-        return {}
-    laws = []
-    for value, bias, threshold in zip(
-        values, reads.bias.tolist(), reads.threshold.tolist(), strict=True
-    ):
-        if item.mode == "scale":
-            laws.append(Law.scaled(value, bias=bias, threshold=threshold))
-        else:
-            laws.append(Law.toward(value, item.mode, bias=bias, threshold=threshold))
-    cutoff = None
-    if sae.architecture == "topk" and sae.k is not None:
-        every = sae.reads(None)
-        cutoff = TopKCutoff(sae.sha256, every.read, every.bias, sae.k)
-    block = Block.of_edits(reads.read, sae.writes(item.features), laws, cutoff=cutoff)
-    return {point: block}
-
-
-def _check_clampable(sae: SAE, reads: FeatureReads) -> None:
-    """Raises `Unsupported` for features that blocks cannot hold yet; such SAEs are searched and
-    captured all the same."""
-    if reads.measure != "product":
-        raise Unsupported(
-            f"the features of the SAE {sae.card.name!r} cannot be clamped: normalize_activations "
-            f"{sae.normalize!r} scales every token by itself; capture them, or clamp with an SAE "
-            "that does not normalise",
-            param="/sae",
-            code="per_token_normalisation",
-        )
-    _check_one_site(sae)
-    if sae.competitive and sae.architecture != "topk":
-        raise Unsupported(
-            f"the features of the SAE {sae.card.name!r} cannot be clamped: under "
-            f"{sae.architecture!r} they compete in a way that is encoded and captured only; clamp "
-            "with a standard, jumprelu or topk SAE",
-            param="/sae",
-            code="competing_features",
-        )
-
-
-def _check_one_site(sae: SAE) -> None:
-    if sae.is_transcoder:
-        raise Unsupported(
-            f"the SAE {sae.card.name!r} is a transcoder, which reads at {sae.site} and writes at "
-            f"{sae.write_point.site}; edits of two sites are not served: capture its features, or "
-            "steer with an SAE of one site",
-            param="/sae",
-            code="two_sites",
-        )
-
-
-def concept(item: Concept, one: Resolved) -> Blocks:
-    """λ·Σ zᵢ·W_dec[i], z the mean latents of the text without the top-k limit (2501.19066)."""
-    sae, (point,) = one.sae("sae"), one.points
-    if one.encode_text is None:
-        raise Unsupported("a concept needs a model to read its text: none is attached here")
-    _check_one_site(sae)
-    latents = sae.latents(one.encode_text(item.text, point)).mean(0)
-    if item.contrast is not None:
-        latents = latents - sae.latents(one.encode_text(item.contrast, point)).mean(0)
-    active = latents.nonzero()[:, 0]
-    if item.strength == 0 or len(active) == 0:
-        return {}
-    return {point: Block(shift=item.strength * (latents[active] @ sae.writes(active.tolist())))}
-
-
 def swap(item: Swap, one: Resolved) -> Blocks:
     """x + β‖x‖(v̂_add − v̂_remove) (LRC, 2311.08968)."""
     old, new = one.vector("remove"), one.vector("add")
@@ -220,7 +141,7 @@ def read_write(item: ReadWrite, one: Resolved) -> Blocks:
         threshold=item.threshold if item.activation == "relu" else -math.inf,
         slope=strength,
         relative=TO_NORM if relative else 0.0,
-        cosine=float(item.measure == "cosine"),
+        measure=COSINE if item.measure == "cosine" else PRODUCT,
     )
     blocks: Blocks = {}
     for point in one.points:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -21,8 +21,13 @@ from steer.model import HookPoint, forward_order
 from steer.plan.selection import Selection
 from steer.spec import SteeringSpec
 
+Blocks: TypeAlias = dict[HookPoint, Block]
+"""What an intervention does at each of its hook points."""
+
 AS_REQUESTED = frozenset({"requested", "capped", "above_null"})
 """The keys of a summary that tell what was asked for where it became another number."""
+EXPLAINING = frozenset({"lit"})
+"""The keys that tell how an edit came to be: numbers of a forward pass, no part of its name."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,15 @@ class SteeringPlan:
             }
             for place, entry in enumerate(self.summary)
             if "requested" in entry
+        )
+
+    @cached_property
+    def explanations(self) -> tuple[Mapping[str, Any], ...]:
+        """For each concept that is to be explained, the features that its text lit."""
+        return tuple(
+            {"intervention": place, "features": entry["lit"]}
+            for place, entry in enumerate(self.summary)
+            if "lit" in entry
         )
 
     def first_steered(self, prompt: tuple[int, ...], horizon: int) -> int | None:

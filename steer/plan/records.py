@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError
 
+from steer.edits import CENTRED, PRODUCT
 from steer.errors import FileFormatError, SpecError, SteerError
 from steer.plan.selection import Selection
 from steer.references import put_at
@@ -70,6 +71,7 @@ class CutoffRecord(_Record):
 
     sae: Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}\z")]
     k: Annotated[int, Field(strict=True, ge=1)]
+    measure: Annotated[float, Field(strict=True, ge=PRODUCT, le=CENTRED)] = PRODUCT
 
 
 class BlockRecord(_Record):

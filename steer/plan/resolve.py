@@ -105,7 +105,8 @@ class Resolved:
     tokens or its gate, which is told where nothing else is: one wrong 'where' or 'when' of the
     whole spec does not hide what is wrong with the interventions. Later steps put a number for the
     strength into `item` (`strength` says what became of it) and the vector without the overlap
-    with others into `composed`, which `direction` then is.
+    with others into `composed`, which `direction` then is, and what a concept's text means to its
+    SAE, `[d_sae]`, into `latents`.
     """
 
     place: int
@@ -119,6 +120,7 @@ class Resolved:
     fault: SteerError | None = None
     strength: ResolvedStrength | None = None
     composed: ControlVector | None = None
+    latents: Tensor | None = None
 
     @property
     def rule_selection(self) -> Selection:

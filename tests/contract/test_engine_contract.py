@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from artefacts import random_map, random_sae, random_vector
+from artefacts import CLAMPS, random_map, random_sae, random_vector
 from float64_reference import selected
 from liveness import LIVENESS_SECONDS
 from tiny_models import ARCHITECTURES, LAYERS, VOCABULARY, WIDTH
@@ -31,9 +31,11 @@ VECTORS = {f"v{n}": random_vector(n, *range(LAYERS), width=WIDTH) for n in range
 SAES = {
     name: random_sae(name, seed=40 + n, width=WIDTH, layer=1)
     for n, name in enumerate(("jumprelu", "topk"))
+} | {
+    "centred": random_sae("jumprelu-centred", seed=42, width=WIDTH, layer=0),
+    "ranked": random_sae("topk-centred", seed=43, width=WIDTH, layer=2),
+    "rescaled": random_sae("jumprelu-rescaled", seed=44, width=WIDTH, layer=1),
 }
-
-
 MAPS = {"map": random_map(50, 0, 1, width=WIDTH)}
 
 
@@ -77,6 +79,18 @@ SPECS: dict[str, dict[str, Any] | None] = {
         "interventions": [
             {"kind": "clamp", "sae": "topk", "features": [2, 7], "value": 3.0, "mode": "at_least"},
             add("v3", strength={"norm": 0.4}),
+        ]
+    },
+    "clamps of every measure": {
+        "interventions": [
+            {**CLAMPS[name], "sae": sae}
+            for name, sae in (
+                ("clamp set where active standard", "jumprelu"),
+                ("clamp set a share standard", "jumprelu"),
+                ("clamp add a share in balance jumprelu-centred", "centred"),
+                ("clamp at_least topk-centred", "ranked"),
+                ("clamp drop jumprelu-rescaled", "rescaled"),
+            )
         ]
     },
     "read a cosine": one(

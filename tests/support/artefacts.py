@@ -21,6 +21,54 @@ from steer.model import Capabilities, ModelInfo
 from steer.spec import KINDS, SITES
 
 ARCHITECTURES = ("standard", "jumprelu", "topk")
+NORMALISATIONS = {"": "none", "-rescaled": "constant_norm_rescale", "-centred": "layer_norm"}
+SAE_NAMES = tuple(
+    architecture + suffix for suffix in NORMALISATIONS for architecture in ARCHITECTURES
+)
+
+_EACH = [0.7, 0.0, 3.0, 1.0, 0.3]
+_ADDED = [0.7, 0.1, -1.5, 1.0, -0.3]
+MODES: dict[str, dict[str, Any]] = {
+    "set": {"value": _EACH},
+    "at_least": {"value": _EACH, "mode": "at_least"},
+    "at_most": {"value": _EACH, "mode": "at_most"},
+    "scale": {"value": _EACH, "mode": "scale"},
+    "drop": {"mode": "drop"},
+    "keep_only": {"mode": "keep_only"},
+    "add": {"value": _ADDED, "mode": "add"},
+    "add a share": {"value": {"norm": _ADDED}, "mode": "add"},
+    "add in balance": {"value": _ADDED, "mode": "add", "balance": 1.5},
+    "add a share in balance": {"value": {"norm": _ADDED}, "mode": "add", "balance": 0.4},
+    "set where active": {"value": _EACH, "only_if_active": True},
+    "set at least where active": {"value": _EACH, "mode": "at_least", "only_if_active": True},
+    "set at most where active": {"value": -0.4, "mode": "at_most", "only_if_active": True},
+    "add where active": {"value": _ADDED, "mode": "add", "only_if_active": True},
+    "add a share in balance where active": {
+        "value": {"norm": _ADDED}, "mode": "add", "balance": 0.4, "only_if_active": True,
+    },
+    "set a share": {"value": {"norm": _EACH}},
+    "set at least a share": {"value": {"norm": 0.2}, "mode": "at_least"},
+    "set at most a share where active": {
+        "value": {"norm": 0.1}, "mode": "at_most", "only_if_active": True,
+    },
+}  # fmt: skip
+
+
+def allowed(sae: str, mode: str) -> bool:
+    """Whether there is such a clamp: a target that is a share of the norm is none of the
+    deviation."""
+    return not (sae.endswith("-centred") and mode.startswith("set") and "a share" in mode)
+
+
+CLAMPS: dict[str, dict[str, Any]] = {
+    f"clamp {mode} {sae}": {
+        "kind": "clamp", "sae": sae, "features": [3, 60, 17, 8, 21], **MODES[mode],
+    }
+    for sae in SAE_NAMES
+    for mode in MODES
+    if allowed(sae, mode)
+}  # fmt: skip
+"""What a clamp can be asked for, over the SAEs of `artefacts`."""
 
 
 def shape_of(width: int = 16, layers: int = 4) -> ModelInfo:
@@ -69,7 +117,9 @@ def calibration(
 def random_sae(
     architecture: str, *, seed: int = 0, width: int = 16, layer: int = 1, **card: Any
 ) -> SAE:
-    """64 features; a middling share of them is on for random tokens."""
+    """64 features; a middling share of them is on for random tokens. `architecture` may end in how
+    tokens are normalised (`SAE_NAMES`)."""
+    architecture, dash, suffix = architecture.partition("-")
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -85,6 +135,7 @@ def random_sae(
         threshold=0.5 * draw(size).abs() if architecture == "jumprelu" else None,
         k=8 if architecture == "topk" else None,
         layer=layer,
+        normalize=NORMALISATIONS[dash + suffix],
         **card,
     )
 
@@ -151,13 +202,13 @@ EXAMPLES: Mapping[ArtefactKind, Callable[[], Artefact]] = {
 
 
 def artefacts(width: int = 16, layers: int = 4) -> dict[str, Any]:
-    """Vectors `v0` … `v5` on every layer, an SAE of each architecture on layer 1, an adapter of
-    each form and a map."""
+    """Vectors `v0` … `v5` on every layer, an SAE of each architecture and normalisation on layer 1,
+    an adapter of each form and a map."""
     everywhere = range(layers)
     return {
         "vectors": {f"v{n}": random_vector(n, *everywhere, width=width) for n in range(6)},
         "saes": {
-            name: random_sae(name, seed=50 + n, width=width) for n, name in enumerate(ARCHITECTURES)
+            name: random_sae(name, seed=50 + n, width=width) for n, name in enumerate(SAE_NAMES)
         },
         "low_ranks": {
             "lora": random_adapter(90, *everywhere, width=width),
@@ -186,7 +237,7 @@ def random_intervention(draw: random.Random, layers: int = 4) -> dict[str, Any]:
     """Any kind but `concept`, on one or two layers."""
     kind = draw.choice([kind for kind in KINDS if kind != "concept"])
     first, second = (f"v{n}" for n in draw.sample(range(6), 2))
-    strength = round(draw.uniform(-2, 2), 3)
+    strength = round(draw.uniform(-2, 2), 3) or 0.5  # 0 compiles to no edit
     fields: dict[str, dict[str, Any]] = {
         "add": {"vector": first, "strength": draw.choice([strength, {"norm": strength / 4}])},
         "ablate": {"vector": first, "strength": strength},
@@ -196,10 +247,9 @@ def random_intervention(draw: random.Random, layers: int = 4) -> dict[str, Any]:
             "mode": draw.choice(["set", "at_least", "at_most"]),
         },
         "clamp": {
-            "sae": draw.choice(ARCHITECTURES),
+            "sae": (sae := draw.choice(SAE_NAMES)),
             "features": draw.sample(range(64), 5),
-            "value": abs(strength),
-            "mode": draw.choice(["set", "at_least", "at_most", "scale"]),
+            **MODES[draw.choice([mode for mode in MODES if allowed(sae, mode)])],
         },
         "swap": {"remove": first, "add": second, "strength": strength / 4},
         "exchange": {

@@ -19,7 +19,7 @@ from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.sae.base import SAE
 from steer.model import HookPoint
-from steer.spec import Clamp, Concept, Intervention, SteeringSpec, Where
+from steer.spec import Clamp, Concept, Intervention, NormValue, SteeringSpec, Where
 
 Array = NDArray[np.float64]
 
@@ -140,14 +140,29 @@ class Float64Reference:
     def _clamp(self, item: Any, x: Array, layer: int) -> Array:
         sae = self.saes[item.sae]
         features = self.encode(sae, x)
-        error = x - self.decode(sae, features)
-        values = item.value if isinstance(item.value, tuple) else [item.value] * len(item.features)
-        for feature, value in zip(item.features, values, strict=True):
+        error = x - self.decode(sae, features, x)
+        if item.mode == "keep_only":
+            kept = np.zeros_like(features)
+            kept[list(item.features)] = features[list(item.features)]
+            return self.decode(sae, kept, x) + error
+        for feature, number in zip(item.features, item.numbers, strict=True):
+            active = features[feature]
+            if item.only_if_active and active <= 0:
+                continue
+            value = number
+            if isinstance(item.value, NormValue):
+                # The activation at which the decoder row is as long as this share of the token.
+                row = self.factor(sae, x) * f64(sae.W_dec)[feature]
+                value = number * np.linalg.norm(x) / np.linalg.norm(row)
             if item.mode == "scale":
                 features[feature] *= value
+            elif item.mode == "drop":
+                features[feature] = 0.0
+            elif item.mode == "add":
+                features[feature] += value * _balance(item, value, active)
             else:
-                features[feature] = _bounded(features[feature], value, item.mode)
-        return self.decode(sae, features) + error
+                features[feature] = _bounded(active, value, item.mode)
+        return self.decode(sae, features, x) + error
 
     def encode(self, sae: SAE, x: Array) -> Array:
         """All activations of one token, by the definition of the architecture."""
@@ -161,18 +176,31 @@ class Float64Reference:
         return active
 
     def pre_activations(self, sae: SAE, x: Array) -> Array:
-        inputs = x - f64(sae.b_dec) if sae.subtract_b_dec else x
+        if sae.normalize == "layer_norm":
+            inputs = (x - x.mean()) / (x.std(ddof=1) + 1e-5)
+        else:
+            inputs = x / self.factor(sae, x)
+        inputs = inputs - f64(sae.b_dec) if sae.subtract_b_dec else inputs
         return inputs @ f64(sae.W_enc) + f64(sae.b_enc)
 
-    def decode(self, sae: SAE, features: Array) -> Array:
-        return features @ f64(sae.W_dec) + f64(sae.b_dec)
+    def factor(self, sae: SAE, x: Array) -> float:
+        """What the SAE divides a token by, and multiplies its output by."""
+        if sae.normalize == "layer_norm":
+            return float(x.std(ddof=1))
+        if sae.normalize == "constant_norm_rescale":
+            return float(np.linalg.norm(x)) / len(x) ** 0.5
+        return 1.0
+
+    def decode(self, sae: SAE, features: Array, x: Array) -> Array:
+        mean = x.mean() if sae.normalize == "layer_norm" else 0.0
+        return self.factor(sae, x) * (features @ f64(sae.W_dec) + f64(sae.b_dec)) + mean
 
     def _concept(self, item: Any, x: Array, layer: int) -> Array:
         sae = self.saes[item.sae]
         latents = self._latents(sae, item.text)
         if item.contrast is not None:
             latents = latents - self._latents(sae, item.contrast)
-        return x + item.strength * latents @ f64(sae.W_dec)
+        return x + item.strength * self.factor(sae, x) * latents @ f64(sae.W_dec)
 
     def _latents(self, sae: SAE, text: str) -> Array:
         assert self.encode_text is not None
@@ -243,6 +271,14 @@ class Float64Reference:
 
     def _patch(self, item: Any, x: Array, layer: int) -> Array:
         return self.row(item.vector, layer)
+
+
+def _balance(item: Clamp, value: float, active: float) -> float:
+    """β of G-SAE: what is still missing of a full activation, or what there is of it."""
+    if item.balance is None:
+        return 1.0
+    share = min(active / item.balance, 1.0)
+    return 1.0 - share if value > 0 else share
 
 
 def _bounded(value: float, target: float, mode: str) -> float:

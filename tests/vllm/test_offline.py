@@ -111,12 +111,15 @@ def test_stop_strings_leave_an_exact_receipt(steered: Steered) -> None:
 
 
 def test_a_concept_reads_its_text_with_the_served_model(steered: Steered) -> None:
-    spec = {
-        "interventions": [{"kind": "concept", "sae": "resid-3", "text": "music", "strength": 3}]
-    }
+    item = {"kind": "concept", "sae": "resid-3", "text": "music", "strength": 3, "explain": True}
+    spec = {"interventions": [item]}
     answer = steered.generate("the cat sat", params(ignore_eos=True), spec, use_tqdm=False)[0]
     assert answer.receipt is not None
     assert answer.receipt.tokens_steered > 0
+    ((told),) = answer.receipt.concepts
+    assert told["intervention"] == 0
+    assert all({"feature", "label", "value"} == one.keys() for one in told["features"])
+    assert told["features"][0]["value"] > 0
 
 
 def test_what_is_wrong_is_named(steered: Steered) -> None:

@@ -346,6 +346,7 @@ def _receipt(request: GenerationRequest, generated: Sequence[int]) -> Receipt | 
         ),
         gates=tuple(GateReceipt(name, fired, 0.5) for name, fired in gates.items()),
         strengths=plan.resolved_strengths,
+        concepts=plan.explanations,
     )
 
 

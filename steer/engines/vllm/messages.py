@@ -58,6 +58,7 @@ def read_receipt(answer: Mapping[str, Any]) -> Receipt:
             GateReceipt(gate["name"], gate["fired"], gate["value"]) for gate in answer["gates"]
         ),
         strengths=tuple(answer.get("strengths", ())),
+        concepts=tuple(answer.get("concepts", ())),
         speculation=SpeculationReceipt(**answer["speculation"])
         if "speculation" in answer
         else None,

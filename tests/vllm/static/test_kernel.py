@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from artefacts import EVERYTHING, artefacts, random_spec, random_vector, shape_of
+from artefacts import CLAMPS, EVERYTHING, artefacts, random_spec, random_vector, shape_of
 from float64_reference import Float64Reference
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -459,11 +459,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "project-most": {
         "kind": "project", "vector": "v2", "value": 0.1, "mode": "at_most", "layers": [1],
     },
-    "clamp": {"kind": "clamp", "sae": "standard", "features": [1, 5, 9, 30], "value": 2.0},
-    "clamp-scale": {
-        "kind": "clamp", "sae": "jumprelu", "features": [2, 3, 4], "value": 3.0, "mode": "scale",
-    },
     "clamp-topk": {"kind": "clamp", "sae": "topk", "features": [1, 5, 9, 30], "value": 1.5},
+    **{name.replace(" ", "-"): clamp for name, clamp in CLAMPS.items()},
     "clamp-topk-scale": {
         "kind": "clamp", "sae": "topk", "features": [*range(16)], "value": 3.0, "mode": "scale",
     },

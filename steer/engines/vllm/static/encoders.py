@@ -14,9 +14,9 @@ import torch
 from steer.batch.cutoffs import DeviceCutoffs
 from steer.edits import TopKCutoff
 
-# Fields of an encoder's entry: the addresses of `read` and `bias`, the latents, and k.
-READ, BIAS, LATENTS, K = range(4)
-ENCODER_FIELDS = 4
+# Fields of an encoder's entry: the addresses of `read` and `bias`, the latents, k, and the measure.
+READ, BIAS, LATENTS, K, MEASURE = range(5)
+ENCODER_FIELDS = 8
 
 
 @dataclass
@@ -60,5 +60,7 @@ class Encoders:
     def _write(self, cutoff: TopKCutoff) -> _Entry:
         entry = _Entry(self._free.pop(), cutoff)
         fields = [cutoff.read.data_ptr(), cutoff.bias.data_ptr(), len(cutoff.bias), cutoff.k]
-        self.table[entry.number] = torch.tensor(fields, dtype=torch.int64).to(self.table.device)
+        fields.append(int(cutoff.measure))
+        row = torch.tensor(fields, dtype=torch.int64)
+        self.table[entry.number, : len(fields)] = row.to(self.table.device)
         return entry

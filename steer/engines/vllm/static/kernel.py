@@ -46,6 +46,7 @@ _REPLACES = tl.constexpr(static_rows.REPLACES)
 _PRESERVES = tl.constexpr(static_rows.PRESERVES)
 _NEEDS_NORM = tl.constexpr(static_rows.NEEDS_NORM)
 _NEEDS_PLANE = tl.constexpr(static_rows.NEEDS_PLANE)
+_NEEDS_DEVIATION = tl.constexpr(static_rows.NEEDS_DEVIATION)
 _CHANNELS = tl.constexpr(static_rows.CHANNELS)
 _SIDE = tl.constexpr(static_rows.SIDE)
 _ENCODER = tl.constexpr(static_rows.ENCODER)
@@ -54,10 +55,16 @@ _READ = tl.constexpr(static_encoders.READ)
 _ENCODER_BIAS = tl.constexpr(static_encoders.BIAS)
 _LATENTS = tl.constexpr(static_encoders.LATENTS)
 _K = tl.constexpr(static_encoders.K)
+_ENCODER_MEASURE = tl.constexpr(static_encoders.MEASURE)
 _GATE_FIELDS = tl.constexpr(static_rows.GATE_FIELDS)
 _ABOVE = tl.constexpr(static_rows.ABOVE)
 _BELOW = tl.constexpr(static_rows.BELOW)
+_MEASURE = tl.constexpr(edits.MEASURE)
 _READS_COSINE = tl.constexpr(edits.COSINE)
+_READS_CENTRED = tl.constexpr(edits.CENTRED)
+_READS_SHARE = tl.constexpr(edits.SHARE)
+_ONLY_ACTIVE = tl.constexpr(edits.ONLY_ACTIVE)
+_EPSILON = tl.constexpr(edits.EPSILON)
 _COSINE = tl.constexpr(static_rows.COSINE)
 _TOKEN_FIELDS = tl.constexpr(static_tables.TOKEN_FIELDS)
 _SLOT = tl.constexpr(static_tables.SLOT)
@@ -77,6 +84,7 @@ _CEILING = tl.constexpr(edits.CEILING)
 _RELATIVE = tl.constexpr(edits.RELATIVE)
 _TO_NORM = tl.constexpr(edits.TO_NORM)
 _TO_PLANE = tl.constexpr(edits.TO_PLANE)
+_TO_DEVIATION = tl.constexpr(edits.TO_DEVIATION)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 _FLOATS_PER_THREAD = 16
@@ -101,20 +109,35 @@ def _length(x):
 
 
 @triton.jit
-def _coefficient(product, laws, row, norm, length, cutoff):
+def _deviation(x, width, BLOCK: tl.constexpr):
+    """`steer.edits.deviation`."""
+    columns = tl.arange(0, BLOCK)
+    rest = tl.where(columns < width, x - tl.sum(x, axis=0) / width, 0.0)
+    return tl.sqrt_rn(tl.sum(rest * rest, axis=0) / (width - 1))
+
+
+@triton.jit
+def _coefficient(product, laws, row, norm, length, deviation, cutoff):
     """`steer.edits.coefficients` of one edit."""
     law = laws + row * _LAW_STRIDE
     value = product
-    if tl.load(law + _READS_COSINE) > 0:
+    measure = tl.load(law + _MEASURE)
+    if measure == _READS_COSINE:
         value = value / tl.maximum(norm, _TINY)
+    if measure == _READS_CENTRED:
+        value = value / (deviation + _EPSILON)
     value += tl.load(law + _BIAS)
     active = (value > tl.load(law + _THRESHOLD)) & ((value < cutoff) == 0)
     value = tl.where(active, value, 0.0)
+    if measure == _READS_SHARE:
+        value = value / tl.maximum(norm, _TINY)
     c = tl.load(law + _INTERCEPT) + tl.load(law + _SLOPE) * value
     c = tl.maximum(c, tl.load(law + _FLOOR), propagate_nan=tl.PropagateNan.ALL)
     c = tl.minimum(c, tl.load(law + _CEILING), propagate_nan=tl.PropagateNan.ALL)
+    c = tl.where(active | (tl.load(law + _ONLY_ACTIVE) == 0.0), c, 0.0)
     relative = tl.load(law + _RELATIVE)
     c = tl.where(relative == _TO_NORM, c * norm, c)
+    c = tl.where(relative == _TO_DEVIATION, c * deviation, c)
     return tl.where(relative == _TO_PLANE, c * length, c)
 
 
@@ -145,6 +168,11 @@ def _channel_changes(x, row, read, write, following, width, BLOCK: tl.constexpr)
 def _encode(x, entry, latents, part, parts, width, TILE: tl.constexpr, BLOCK: tl.constexpr):
     """Writes what the encoder `entry` makes of `x` into `latents`: the `part`-th of `parts` shares
     of it, tile by tile."""
+    measure = tl.load(entry + _ENCODER_MEASURE)
+    if measure == _READS_COSINE:
+        x = x / tl.maximum(_length(x), _TINY)
+    if measure == _READS_CENTRED:
+        x = x / (_deviation(x, width, BLOCK) + _EPSILON)
     read = tl.load(entry + _READ).to(tl.pointer_type(tl.float32))
     bias = tl.load(entry + _ENCODER_BIAS).to(tl.pointer_type(tl.float32))
     count = tl.load(entry + _LATENTS).to(tl.int32)
@@ -219,6 +247,9 @@ def _after_block(
     length = tl.full((), 0.0, tl.float32)
     if (flags & _NEEDS_NORM) != 0:
         norm = _length(before)
+    deviation = tl.full((), 0.0, tl.float32)
+    if (flags & _NEEDS_DEVIATION) != 0:
+        deviation = _deviation(before, width, BLOCK)
     if (flags & _NEEDS_PLANE) != 0:
         length = _length_in_plane(before, block, read, laws, following, width, BLOCK)
     after = before
@@ -233,9 +264,10 @@ def _after_block(
     row = tl.load(block + _FIRST)
     for _ in range(tl.load(block + _COUNT)):
         product = tl.full((), 0.0, tl.float32)
-        if tl.load(laws + row * _LAW_STRIDE + _SLOPE) != 0.0:
+        law = laws + row * _LAW_STRIDE
+        if (tl.load(law + _SLOPE) != 0.0) | (tl.load(law + _ONLY_ACTIVE) != 0.0):
             product = tl.sum(_row(read, row, width, width, BLOCK) * before, axis=0)
-        c = _coefficient(product, laws, row, norm, length, cutoff)
+        c = _coefficient(product, laws, row, norm, length, deviation, cutoff)
         after += c * _row(write, row, width, width, BLOCK)
         row = tl.load(following + row)
     if (flags & _PRESERVES) != 0:

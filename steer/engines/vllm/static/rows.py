@@ -21,7 +21,7 @@ from steer.plan.plan import Gate, SteeringPlan
 # Fields of a block's record, and the bits of its flags.
 FIRST, COUNT, CONSTANT, FLAGS, CHANNELS, SIDE, ENCODER = range(7)
 BLOCK_FIELDS = 8
-REPLACES, PRESERVES, NEEDS_NORM, NEEDS_PLANE = 1, 2, 4, 8
+REPLACES, PRESERVES, NEEDS_NORM, NEEDS_PLANE, NEEDS_DEVIATION = 1, 2, 4, 8, 16
 CHANNEL_EDITS = 2
 """A block's `channels` lie in the rows of two edits, the second following the first: gain and
 offset where others read and write, then the lower and the upper bounds."""
@@ -29,7 +29,7 @@ offset where others read and write, then the lower and the upper bounds."""
 # Fields of a gate.
 ABOVE, BELOW, COSINE = range(3)
 GATE_FIELDS = 4
-LAW_STRIDE = LAW_FIELDS
+LAW_STRIDE = 16
 """Laws, gates and records have a power of two of fields, so that their rows are aligned."""
 
 
@@ -98,13 +98,14 @@ class Bank:
             record[CHANNELS] = self._write_edits(read, write, taken)[0]
         if block.read is not None and block.write is not None and block.laws is not None:
             rows = self._write_edits(block.read, block.write, taken)
-            self.laws[rows] = block.laws.to(self.laws)
+            self.laws[rows, :LAW_FIELDS] = block.laws.to(self.laws)
             record[FIRST], record[COUNT] = rows[0], len(rows)
         record[FLAGS] = (
             REPLACES * block.replace
             | PRESERVES * block.preserve_norm
-            | NEEDS_NORM * (block.preserve_norm or block.traits.measures)
+            | NEEDS_NORM * (block.preserve_norm or block.traits.measures_norm)
             | NEEDS_PLANE * block.traits.planar
+            | NEEDS_DEVIATION * block.traits.measures_deviation
         )
         return record
 

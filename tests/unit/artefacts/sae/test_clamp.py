@@ -5,11 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from artefacts import EVERYTHING, shape_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from steer.artefacts.library import MemoryLibrary
 from steer.edits import Block, Law, TopKCutoff, apply
 from steer.errors import IncompatibleArtefact
+from steer.plan.compiler import compile_plan
+from steer.plan.sources import Sources
+from steer.spec import parse_spec
 
 D_IN, D_SAE = 12, 40
 READ_BY_ROWS = ("standard", "jumprelu", "topk")
@@ -122,3 +127,28 @@ def test_rows_that_are_read_centred_do_not_see_the_mean(make_sae):
     reads = make_sae(normalize="layer_norm").reads(None)
     assert reads.measure == "centred"
     torch.testing.assert_close(reads.read.sum(-1), torch.zeros(D_SAE), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", READ_BY_ROWS)
+@pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm_rescale"])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+def test_rows_of_an_sae_that_scales_each_token_say_by_what(
+    make_sae, float64, architecture, normalize, scale
+):
+    """The change is decode(clamped) − decode(f), in the token's own units."""
+    sae, features = make_sae(architecture, normalize=normalize), [1, 7, 20]
+    x = scale * torch.randn(40, D_IN, generator=torch.Generator().manual_seed(4))
+    exact = x.double().numpy()
+    clean = float64(sae).encode(exact)
+    edited = clean.copy()
+    edited[:, features] = 1.5
+    expected = exact + float64(sae).decode(edited, exact) - float64(sae).decode(clean, exact)
+
+    spec = parse_spec(
+        {"interventions": [{"kind": "clamp", "sae": "s", "features": features, "value": 1.5}]}
+    )
+    sources = Sources(MemoryLibrary(saes={"s": sae}), shape_of(D_IN))
+    (rule,) = compile_plan(spec, sources, EVERYTHING).rules
+
+    (block,) = rule.blocks.values()
+    np.testing.assert_allclose(apply(block, x).numpy(), expected, rtol=1e-5, atol=1e-5 * scale)
