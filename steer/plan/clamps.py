@@ -179,8 +179,8 @@ def _cutoff(sae: SAE) -> TopKCutoff | None:
     if sae.architecture != "topk" or sae.k is None:
         raise Unsupported(
             f"features of a {sae.architecture} SAE cannot be clamped: which are active depends on "
-            "all of them, in a way that no cutoff says. Add to them with mode 'add', or use a "
-            "vector made of the decoder row",
+            "all of them, in a way that no cutoff says. Add to them with mode 'add', or capture "
+            "them",
             param="/sae",
             code="competitive_sae",
         )

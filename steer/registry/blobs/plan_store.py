@@ -23,7 +23,7 @@ from pathlib import Path
 from torch import Tensor
 
 from steer.artefacts.sae.base import SAE
-from steer.errors import SteerError, StorageError, TooLarge, Unsupported
+from steer.errors import SteerError, StorageError, TooLarge
 from steer.registry.blobs import locks
 from steer.registry.blobs.blobs import BlobStore, blobs_at
 from steer.registry.blobs.caches import LoadedCache
@@ -114,12 +114,6 @@ class PlanStore:
         def load() -> tuple[Tensor, Tensor]:
             with self._blobs.open(sha256) as stream:
                 reads = SAE.from_file(stream, sha256=sha256).reads(None)
-            if reads.measure != "product":
-                raise Unsupported(
-                    f"the features of the SAE {sha256[:12]} are read relative to each token's "
-                    f"length ({reads.measure}), which no plan says",
-                    code="per_token_normalisation",
-                )
             return reads.read, reads.bias
 
         with disk_errors("reading an SAE"):

@@ -125,7 +125,8 @@ def test_a_target_in_norms_of_an_sae_that_measures_deviations_is_refused(mode: s
 
 def test_a_row_without_a_direction_is_no_share_of_a_norm() -> None:
     sae = random_sae("standard")
-    sae.W_dec[5] = 0
+    assert isinstance(sae.decoder.matrix, torch.Tensor)
+    sae.decoder.matrix[5] = 0
     with pytest.raises(SpecError, match="decoder row of feature 5 is zero") as caught:
         plan_of({"sae": "flat", "value": {"norm": 0.1}}, flat=sae)
     assert caught.value.code == "no_direction"

@@ -17,11 +17,9 @@ from steer.spec import parse_spec
 
 TRANSCODER = {"site": "mlp_in", "write_site": "mlp_out", "subtract_b_dec": False}
 REFUSED = [
-    ("standard", {"normalize": "layer_norm"}, "per_token_normalisation"),
-    ("topk", {"normalize": "constant_norm_rescale", "k": 3}, "per_token_normalisation"),
-    ("groupmax", {"k": 4}, "competing_features"),
-    ("abstopk", {"k": 4}, "competing_features"),
-    ("matching_pursuit", {}, "competing_features"),
+    ("groupmax", {"k": 4}, "competitive_sae"),
+    ("abstopk", {"k": 4}, "competitive_sae"),
+    ("matching_pursuit", {}, "competitive_sae"),
     ("standard", TRANSCODER, "two_sites"),
 ]
 
@@ -42,6 +40,16 @@ def test_a_clamp_is_refused(architecture: str, fields: dict[str, Any], code: str
     with pytest.raises(Unsupported, match="capture") as caught:
         PlanCache(library, shape_of(), EVERYTHING).plan(parse_spec(spec))
     assert (caught.value.code, caught.value.param) == (code, "/interventions/0/sae")
+
+
+@pytest.mark.parametrize("architecture", ["groupmax", "abstopk"])
+def test_features_that_compete_can_be_added(architecture: str) -> None:
+    sae = an_sae(architecture, {"k": 4})
+    clamp = {"kind": "clamp", "sae": "s", "features": [3], "mode": "add", "value": 2.0}
+    plans = PlanCache(MemoryLibrary(saes={"s": sae}), shape_of(), EVERYTHING)
+    (rule,) = plans.plan(parse_spec({"interventions": [clamp]})).rules
+    (block,) = rule.blocks.values()
+    torch.testing.assert_close(block.shift, 2.0 * sae.W_dec[3])
 
 
 def test_a_transcoder_is_no_concept_steerer_and_refines_nothing() -> None:
