@@ -109,7 +109,7 @@ async def _answered(route: TheirRoute, request: Any, raw_request: Request) -> Re
     if fields.ticket is None:
         return await call(request, raw_request)
     plain = request.model_copy() if fields.added.compare else None
-    pending = state.steer_guard.expect(fields.ticket)
+    pending = state.steer_guard.expect(fields.ticket, inspects=fields.added.inspect is not None)
     request.vllm_xargs = {**(request.vllm_xargs or {}), **pending.extra_args}
     if request.stream:
         response = await call(request, raw_request)
