@@ -82,8 +82,7 @@ class ReceiptGuard:
             return self._ordered(start, sampling_params)
         pending = self._pending_of(extra)
         if pending.inspects and _is_more_than_tokens(prompt):
-            pending.refused = _only_tokens_are_read()
-            raise refusal(pending.refused)
+            return _refused(pending, _only_tokens_are_read())
         return self._watched(start, sampling_params, pending, pending.begin())
 
     def _pending_of(self, extra: Mapping[str, Any]) -> PendingReceipts:
@@ -189,6 +188,13 @@ class _Clock:
         if self._first is not None and generated > 1:
             seconds = time.perf_counter() - self._first
             self._metrics.output_token.labels("true").observe(seconds / (generated - 1))
+
+
+async def _refused(pending: PendingReceipts, error: SteerError) -> Outputs:
+    """No outputs, and the reason; vLLM's routes deal with what comes while they wait for outputs."""
+    pending.refused = error
+    raise refusal(error)
+    yield
 
 
 def _is_more_than_tokens(prompt: Any) -> bool:

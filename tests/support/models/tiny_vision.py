@@ -68,12 +68,11 @@ def _processor(tokenizer: PreTrainedTokenizerFast) -> Idefics3Processor:
     return Idefics3Processor(images, tokenizer, image_seq_len=PARTS)
 
 
-_CHAT = """{% for message in messages %}{{ message.role }}:
-{%- if message.content is string %} {{ message.content }}{% else %}
+_CHAT = """{% for message in messages %}{{ message.role + ':' }}
 {%- for part in message.content %}
-{%- if part.type == 'image' %}<image>{% else %} {{ part.text }}{% endif %}
-{%- endfor %}{% endif %}
-{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
+{%- if part.type == 'image' %}<image>{% else %}{{ ' ' + part.text }}{% endif %}
+{%- endfor %}{{ '\\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"""
 
 
 def picture(seed: int) -> Image.Image:
