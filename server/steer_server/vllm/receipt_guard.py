@@ -191,7 +191,7 @@ class _Clock:
 
 
 async def _refused(pending: PendingReceipts, error: SteerError) -> Outputs:
-    """No outputs, and the reason; vLLM's routes deal with what comes while they wait for outputs."""
+    """No outputs, and the reason, when vLLM's route asks for the first."""
     pending.refused = error
     raise refusal(error)
     yield

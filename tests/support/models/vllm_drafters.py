@@ -114,10 +114,11 @@ _SHAPE = (
 
 @dataclass(frozen=True)
 class Drafter:
-    """The folder of a target, and the `speculative_config` of what drafts for it."""
+    """The folder of a target, the `speculative_config` of what drafts for it, and its class."""
 
     target: Path
     config: dict[str, Any]
+    model: str | None
 
 
 def drafters(folder: Path, model: Path) -> dict[str, Drafter]:
@@ -126,15 +127,21 @@ def drafters(folder: Path, model: Path) -> dict[str, Drafter]:
     write_eagle3(folder / "eagle3", model)
     write_medusa(folder / "medusa", model)
     write_mtp(folder / "mtp", model)
-    own = {name: folder / name for name in ("eagle", "eagle3", "medusa")}
-    found = {
-        name: Drafter(model, {"method": name, "model": str(path)})
-        for name, path in {**own, "draft_model": model}.items()
+    models = {
+        "eagle": (folder / "eagle", "EagleLlamaForCausalLM"),
+        "eagle3": (folder / "eagle3", "Eagle3LlamaForCausalLM"),
+        "draft_model": (model, "LlamaForCausalLM"),
+        "medusa": (folder / "medusa", "Medusa"),
     }
-    found["mtp"] = Drafter(folder / "mtp", {"method": "mtp"})
-    for one in found.values():
-        one.config["num_speculative_tokens"] = DRAFTS
+    found = {
+        name: Drafter(model, {"method": name, "model": str(path), **_AT_ONCE}, made)
+        for name, (path, made) in models.items()
+    }
+    found["mtp"] = Drafter(folder / "mtp", {"method": "mtp", **_AT_ONCE}, "Glm4MoeMTP")
     return found
+
+
+_AT_ONCE = {"num_speculative_tokens": DRAFTS}
 
 
 def _layer(prefix: str, config: dict[str, Any], *, inputs: int) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ import pytest
 import vllm_engine
 from speculation_runner import REQUESTS
 from vllm_drafters import Drafter, drafters
+from vllm_speculation import NGRAM
 
 from steer.engines.base import Completion
 from steer.engines.transformers.engine import TransformersEngine
@@ -26,18 +27,15 @@ from steer.registry.registry import Registry
 
 RUNNER = Path(__file__).parents[2] / "support" / "vllm_side" / "speculation_runner.py"
 SEED = 4
-CLASSES = {
-    "eagle": "EagleLlamaForCausalLM",
-    "eagle3": "Eagle3LlamaForCausalLM",
-    "draft_model": "LlamaForCausalLM",
-    "medusa": "Medusa",
-    "mtp": "Glm4MoeMTP",
-}
+METHODS = ("eagle", "eagle3", "draft_model", "medusa", "mtp")
+COMPILED = ("ngram", "eagle")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Drafter]:
-    return drafters(tmp_path_factory.mktemp("drafters"), vllm_engine.DEMO_MODEL)
+    demo = vllm_engine.DEMO_MODEL
+    found = drafters(tmp_path_factory.mktemp("drafters"), demo)
+    return {**found, "ngram": Drafter(demo, NGRAM, None)}
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +45,11 @@ def runs(
     root = tmp_path_factory.mktemp("runs")
     with Registry.open(root) as registry:
         demo_specs.register(registry)
+    engines = {name: (made[name], {}) for name in METHODS}
+    engines |= {f"{name}, compiled": (made[name], {"enforce_eager": False}) for name in COMPILED}
     jobs = []
-    for name, one in made.items():
-        job = {"model": str(one.target), "speculative_config": one.config, "options": {}}
+    for name, (one, options) in engines.items():
+        job = {"model": str(one.target), "speculative_config": one.config, "options": options}
         job |= {"registry": str(root), "seed": SEED, "out": str(root / f"{name}.answers")}
         jobs.append(root / f"{name}.job")
         jobs[-1].write_text(json.dumps(job))
@@ -57,7 +57,7 @@ def runs(
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     found = {}
-    for name in CLASSES:
+    for name in engines:
         answers = root / f"{name}.answers"
         assert answers.exists(), f"{name}: {done.stderr[-20_000:]}"
         found[name] = json.loads(answers.read_text())
@@ -76,14 +76,15 @@ def wanted(made: dict[str, Drafter]) -> dict[Path, list[Completion]]:
     return found
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", [*METHODS, *(f"{name}, compiled" for name in COMPILED)])
 def test_answers_and_receipts_are_those_without_drafts(
     runs: dict[str, Any],
     made: dict[str, Drafter],
     wanted: dict[Path, list[Completion]],
     name: str,
 ) -> None:
-    for mine, other in zip(runs[name]["answers"], wanted[made[name].target], strict=True):
+    target = made[name.partition(",")[0]].target
+    for mine, other in zip(runs[name]["answers"], wanted[target], strict=True):
         assert tuple(mine["tokens"]) == other.tokens
         assert mine["finish"] == other.finish
         if other.receipt is None:
@@ -97,10 +98,10 @@ def test_answers_and_receipts_are_those_without_drafts(
     assert runs[name]["slots in use"] == 0
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_drafters_are_not_tapped(runs: dict[str, Any], name: str) -> None:
+@pytest.mark.parametrize("name", METHODS)
+def test_drafters_are_not_tapped(runs: dict[str, Any], made: dict[str, Drafter], name: str) -> None:
     told = runs[name]
-    assert told["drafter"] == CLASSES[name]
+    assert told["drafter"] == made[name].model
     assert told["drafts"] > 10
     assert told["taps"] > 10
     assert told["taps while drafting"] == 0
@@ -113,5 +114,5 @@ def test_what_drafts_well_is_accepted(runs: dict[str, Any]) -> None:
         return float(sum(one["accepted"] for one in found) / sum(one["drafted"] for one in found))
 
     assert share("draft_model") > 0.2
-    for name in CLASSES.keys() - {"draft_model"}:
+    for name in runs.keys() - {"draft_model", "ngram, compiled"}:
         assert share(name) < 0.1, name

@@ -42,7 +42,7 @@ def oracle(folder: Path) -> SeeingOracle:
 
 
 @pytest.fixture(scope="module")
-def ask(oracle: SeeingOracle, folder: Path) -> Iterator[Callable[..., Any]]:  # noqa: ARG001
+def ask(oracle: SeeingOracle, folder: Path) -> Iterator[Callable[..., Any]]:
     """A greedy chat about picture number `image`; `steering` goes beside OpenAI's fields."""
     with Registry.open(folder / "registry") as registry:
         demo_specs.register(registry)

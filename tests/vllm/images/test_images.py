@@ -67,7 +67,7 @@ def oracle(folder: Path) -> SeeingOracle:
 
 
 @pytest.fixture(scope="module")
-def llm(oracle: SeeingOracle, folder: Path) -> Any:  # noqa: ARG001 - it writes the model
+def llm(oracle: SeeingOracle, folder: Path) -> Any:
     registry = folder / "registry"
     with Registry.open(registry) as opened:
         demo_specs.register(opened)
@@ -84,9 +84,8 @@ def steered(llm: Any) -> Steered:
 
 
 @pytest.fixture(autouse=True)
-def _empty_cache(llm: Any) -> Iterator[None]:
+def _empty_cache(llm: Any) -> None:
     assert llm.reset_prefix_cache()
-    yield
 
 
 def ask(steered: Steered, asked: Sequence[Asked], specs: Sequence[Any]) -> list[SteeredOutput]:
@@ -110,7 +109,8 @@ def assert_said(answer: SteeredOutput, wanted: Said) -> None:
     (choice,) = answer.output.outputs
     assert answer.output.prompt_token_ids == wanted.prompt
     assert list(choice.token_ids) == wanted.tokens
-    scores = [each[token].logprob for token, each in zip(choice.token_ids, choice.logprobs)]
+    pairs = zip(choice.token_ids, choice.logprobs, strict=True)
+    scores = [each[token].logprob for token, each in pairs]
     assert scores == pytest.approx(wanted.logprobs, abs=1e-4)
     steered = sum(wanted.steered)
     if answer.receipt is None:
