@@ -17,6 +17,7 @@ import pytest
 import torch
 import vllm_engine
 from liveness import LIVENESS_SECONDS
+from vllm.config import CacheConfig, ParallelConfig
 from vllm_simulation import (
     Plans,
     assert_all_free,
@@ -153,6 +154,7 @@ def test_a_token_that_the_host_does_not_know_yet_is_read_from_the_models_input()
     runner = SimpleNamespace(
         _model_forward=lambda input_ids, positions, intermediate_tensors, inputs_embeds: None,
         _determine_batch_execution_and_padding=lambda force_eager: None,
+        vllm_config=SimpleNamespace(parallel_config=ParallelConfig(), cache_config=CacheConfig()),
         speculative_config=None,
         use_async_spec_decode=False,
         positions=None,

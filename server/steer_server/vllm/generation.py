@@ -109,7 +109,7 @@ async def _answered(route: TheirRoute, request: Any, raw_request: Request) -> Re
     if fields.ticket is None:
         return await call(request, raw_request)
     plain = request.model_copy() if fields.added.compare else None
-    pending = state.steer_guard.expect(fields.ticket)
+    pending = state.steer_guard.expect(fields.ticket, inspects=fields.added.inspect is not None)
     request.vllm_xargs = {**(request.vllm_xargs or {}), **pending.extra_args}
     if request.stream:
         response = await call(request, raw_request)
@@ -134,6 +134,22 @@ class _Refused(Exception):
         self.response = response
 
 
+async def _said(
+    route: TheirRoute, request: Any, raw_request: Request, pending: PendingReceipts
+) -> Response | None:
+    """vLLM's response. Raises what Steer refused, which vLLM raises or answers in words of its
+    own."""
+    try:
+        response = await route.call(request, raw_request)
+    except Exception as error:
+        if pending.refused is None:
+            raise
+        raise pending.refused from error
+    if pending.refused is not None:
+        raise pending.refused
+    return response
+
+
 async def _whole(
     route: TheirRoute,
     raw_request: Request,
@@ -150,15 +166,13 @@ async def _whole(
         if plain is not None:
             beside = asyncio.ensure_future(route.call(plain, raw_request))
         try:
-            response = await route.call(request, raw_request)
+            response = await _said(route, request, raw_request, pending)
             default = None if beside is None else await beside
         finally:
             if beside is not None:
                 beside.cancel()
         if response is None or (beside is not None and default is None):
             raise ClientDisconnect
-        if pending.refused is not None:
-            raise pending.refused
         for answer in (response, default):
             if answer is not None and answer.status_code >= 400:
                 raise _Refused(answer)

@@ -20,6 +20,8 @@ class PendingReceipts:
     """
 
     ticket: Ticket
+    inspects: bool = False
+    """Whether the model is to read the prompts' tokens again when they are answered."""
     prompts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """The tokens of each prompt, once the engine has begun with it."""
     refused: SteerError | None = None

@@ -23,7 +23,7 @@ from steer.engines.base import Receipt
 from steer.engines.vllm.front.ranks import ask_engines
 from steer.engines.vllm.messages import take_off
 from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
-from steer.errors import NotFinite, SpecError, SteerError
+from steer.errors import NotFinite, SpecError, SteerError, Unsupported
 from steer_server.generation.steering import Steering
 from steer_server.metrics import Metrics
 from steer_server.vllm.pending_receipts import Count, PendingReceipts, renewed, with_ticket
@@ -64,9 +64,10 @@ class ReceiptGuard:
         """By the texts of their tickets: of one that was not made here nothing is read."""
         client.generate = self.generate
 
-    def expect(self, ticket: Ticket) -> PendingReceipts:
-        """The ticket is good for as long as somebody holds this."""
-        pending = PendingReceipts(ticket)
+    def expect(self, ticket: Ticket, *, inspects: bool = False) -> PendingReceipts:
+        """The ticket is good for as long as somebody holds this; `inspects` is whether its prompts
+        are to be read as well."""
+        pending = PendingReceipts(ticket, inspects)
         self._pending[pending.extra_args[EXTRA_ARG]] = pending
         return pending
 
@@ -80,6 +81,8 @@ class ReceiptGuard:
         if EXTRA_ARG not in extra:
             return self._ordered(start, sampling_params)
         pending = self._pending_of(extra)
+        if pending.inspects and _is_more_than_tokens(prompt):
+            return _refused(pending, _only_tokens_are_read())
         return self._watched(start, sampling_params, pending, pending.begin())
 
     def _pending_of(self, extra: Mapping[str, Any]) -> PendingReceipts:
@@ -185,6 +188,29 @@ class _Clock:
         if self._first is not None and generated > 1:
             seconds = time.perf_counter() - self._first
             self._metrics.output_token.labels("true").observe(seconds / (generated - 1))
+
+
+async def _refused(pending: PendingReceipts, error: SteerError) -> Outputs:
+    """No outputs, and the reason, when vLLM's route asks for the first."""
+    pending.refused = error
+    raise refusal(error)
+    yield
+
+
+def _is_more_than_tokens(prompt: Any) -> bool:
+    """Whether vLLM's input holds images, sound or video: then its tokens are not all of it."""
+    if isinstance(prompt, Mapping):
+        return prompt.get("type") == "multimodal" or bool(prompt.get("multi_modal_data"))
+    return bool(getattr(prompt, "mm_features", None))
+
+
+def _only_tokens_are_read() -> Unsupported:
+    return Unsupported(
+        "'inspect' reads the tokens of a prompt alone, and this one holds images, sound or video: "
+        "leave 'inspect' out, or ask with text",
+        param="/inspect",
+        code="unsupported_parameter",
+    )
 
 
 def foreign_ticket() -> SpecError:

@@ -1,7 +1,7 @@
 """Runs vLLM with Steer and a drafter: `python speculation_runner.py JOB.json …`.
 
 A test's child process, with a process for each job (see `architecture_runner.py`). A job names a
-`speculative_config` and where its results go.
+`model`, a `speculative_config`, further `options` of vLLM, and where its results go.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def run(job: dict[str, Any]) -> None:
     from steer.engines.vllm.taps.taps import EagerTap
     from steer.plan.cache import PlanCache
 
-    options = {"speculative_config": job["speculative_config"]}
+    options = {name: job[name] for name in ("model", "speculative_config")} | job["options"]
     with vllm_engine.start_engine(Path(job["registry"]), **options) as engine, ExitStack() as stack:
         runner = core(engine).model_executor.driver_worker.worker.model_runner
         model = runner.get_draft_model()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from steer.batch.ledger import PositionLedger
 from steer.batch.requests import Ints
 from steer.engines.vllm.taps.shifts import Shifts
 from steer.engines.vllm.worker.requests import WorkerRequest
+from steer.errors import Unsupported
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,26 @@ class BatchTokens:
     counts: Ints
     ids: Callable[[int], Ints]
     drafts: Ints | None = None
+
+
+def refuse_split_batches(vllm_config: Any) -> None:
+    """Raises `Unsupported` where the model is called with parts of a step's batch: its taps count a
+    pass's tokens from the batch's first, and a part would get the edits of another."""
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    splits = {
+        "micro-batching (enable_dbo, ubatch_size)": parallel.use_ubatching,
+        "prefill context parallelism (prefill_context_parallel_size)": (
+            parallel.prefill_context_parallel_size > 1
+        ),
+        "fast prefill (kv_sharing_fast_prefill)": cache.kv_sharing_fast_prefill,
+    }
+    for name, used in splits.items():
+        if used:
+            raise Unsupported(
+                f"{name} splits the batch within a forward pass, which is not supported beside "
+                "steering: start vLLM without it",
+                code="split_batch",
+            )
 
 
 @dataclass

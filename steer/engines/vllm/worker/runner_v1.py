@@ -19,7 +19,7 @@ from steer.batch.requests import Ints
 from steer.engines.vllm.internals import DISPATCH_V1, RUNNER_V1, STAGES
 from steer.engines.vllm.pipeline import handing_on
 from steer.engines.vllm.seams import check, forced
-from steer.engines.vllm.worker.prepared import BatchTokens
+from steer.engines.vllm.worker.prepared import BatchTokens, refuse_split_batches
 from steer.engines.vllm.worker.states import (
     empty_states,
     filled_null_block,
@@ -129,8 +129,9 @@ def _joined(made: Any) -> Tensor:
 
 
 def _check(runner: Any) -> None:
-    """Refuses a runner that is not built as this adapter expects."""
+    """Refuses a runner that is not built as this adapter expects, or that splits its batches."""
     check(*RUNNER_V1, *STAGES)
+    refuse_split_batches(runner.vllm_config)
     if runner.speculative_config is not None and runner.speculative_config.use_ngram_gpu():
         raise Unsupported(
             "the speculative method 'ngram_gpu' changes the schedule of a step within it on vLLM's "

@@ -25,7 +25,7 @@ from steer.batch.requests import Ints
 from steer.engines.vllm.internals import DISPATCH_V2, RUNNER_V2, STAGES
 from steer.engines.vllm.pipeline import handing_on
 from steer.engines.vllm.seams import check, forced, version
-from steer.engines.vllm.worker.prepared import BatchTokens
+from steer.engines.vllm.worker.prepared import BatchTokens, refuse_split_batches
 from steer.engines.vllm.worker.states import (
     NULL_CONTEXT,
     empty_states,
@@ -154,6 +154,7 @@ def _batch(batch: Any, *, ahead: bool = False) -> BatchTokens:
 def _check(runner: Any) -> None:
     """Refuses a runner that is not built as this adapter expects, or that splits its batches."""
     check(*RUNNER_V2, *STAGES)
+    refuse_split_batches(runner.vllm_config)
     parameters = tuple(inspect.signature(runner.model_state.prepare_inputs).parameters)
     if parameters != _PREPARE_INPUTS:
         raise Unsupported(
@@ -174,17 +175,3 @@ def _check(runner: Any) -> None:
             "a model that samples several tokens in a step is not supported beside steering",
             code="several_tokens_per_step",
         )
-    splits = {
-        "micro-batching (enable_dbo, ubatch_size)": config.parallel_config.use_ubatching,
-        "prefill context parallelism (prefill_context_parallel_size)": (
-            config.parallel_config.prefill_context_parallel_size > 1
-        ),
-        "fast prefill (kv_sharing_fast_prefill)": config.cache_config.kv_sharing_fast_prefill,
-    }
-    for name, used in splits.items():
-        if used:
-            raise Unsupported(
-                f"{name} splits the batch within a forward pass, which is not supported beside "
-                "steering: start vLLM without it",
-                code="split_batch",
-            )

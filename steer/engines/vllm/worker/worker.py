@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from steer.engines.vllm.seams import version
+from steer.engines.vllm.taps.streams import uncompiled
 from steer.engines.vllm.taps.taps import DecoderStack
 from steer.engines.vllm.worker.answers import (
     capture_answer,
@@ -91,19 +93,21 @@ class SteerWorker:
         super().load_model(*args, **named)  # type: ignore[misc]
         worker: Any = self
         runner = worker.model_runner
-        steered = adapter(runner)
-        read = read_model(
-            runner.get_model(),
-            partial(steered.trial_pass, runner),
-            worker.vllm_config,
-            largest=runner.max_num_tokens,
-        )
+        steered, drafter = adapter(runner), runner.get_draft_model()
+        # What drafts runs in trial passes as well, and would be compiled for them.
+        with nullcontext() if drafter is None else uncompiled(drafter):
+            read = read_model(
+                runner.get_model(),
+                partial(steered.trial_pass, runner),
+                worker.vllm_config,
+                largest=runner.max_num_tokens,
+            )
         self._unembed = read.unembed and without_adapters(runner, read.unembed)
         self.steering = attach(
             read,
             worker.vllm_config,
             worker.device,
-            tapped=partial(check_apart, read.stack, runner.get_draft_model()),
+            tapped=partial(check_apart, read.stack, drafter),
         )
         self._runner = steered(runner, self.steering)
         look_at_logits(runner.get_model(), self.steering)
