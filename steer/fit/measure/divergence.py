@@ -170,9 +170,10 @@ def kl_divergence(
     apart = logits.double() - reference.double()
     # 0 · log 0 is 0: a token that p rules out adds nothing, whatever q says.
     apart.masked_fill_(weights == 0, 0.0)
-    mean = torch.linalg.vecdot(weights, apart) / weights.sum(-1)
+    mean = torch.einsum("tv,tv->t", weights, apart) / weights.sum(-1)
     of_reference = log_total(reference) if reference_total is None else reference_total
-    return (mean - total + of_reference).clamp(min=0.0)
+    divergence: Tensor = mean - total + of_reference
+    return divergence.clamp(min=0.0)
 
 
 def log_total(logits: Float[Tensor, "T vocab"]) -> Float[Tensor, " T"]:

@@ -143,7 +143,14 @@ async def test_capabilities_and_health(http: httpx.AsyncClient, engine: FakeEngi
         "limits",
     ]
     assert found["engine"]["inspection"] == ["patchscope", "logit_lens", "activations"]
-    assert found["engine"]["sae_architectures"] == ["standard", "jumprelu", "topk"]
+    assert found["engine"]["sae_architectures"] == [
+        "standard",
+        "jumprelu",
+        "topk",
+        "groupmax",
+        "abstopk",
+        "matching_pursuit",
+    ]
     assert found["limits"]["max_choices"] == 32
     assert (await http.get("/health")).json() == {
         "status": "ok",

@@ -178,7 +178,8 @@ def _started(
 
     def row(point: HookPoint) -> Tensor:
         d = engine.info.width(point.site)
-        return _BEGUN * units[point] * torch.randn(d, generator=generator) / d**0.5
+        drawn = torch.randn(d, generator=generator)
+        return drawn * (_BEGUN * units[point] / d**0.5)
 
     return {point: nn.Parameter(row(point).to(device)) for point in units}
 
