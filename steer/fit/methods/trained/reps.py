@@ -178,7 +178,7 @@ def _started(
 
     def row(point: HookPoint) -> Tensor:
         d = engine.info.width(point.site)
-        drawn = torch.randn(d, generator=generator)
+        drawn: Tensor = torch.randn(d, generator=generator)
         return drawn * (_BEGUN * units[point] / d**0.5)
 
     return {point: nn.Parameter(row(point).to(device)) for point in units}
