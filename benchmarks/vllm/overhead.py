@@ -53,6 +53,10 @@ class _TapsAlone:
 
     speculative_config = None
     use_async_spec_decode = False
+    vllm_config = SimpleNamespace(
+        parallel_config=SimpleNamespace(use_ubatching=False, prefill_context_parallel_size=1),
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
+    )
 
     def __init__(self, shape: Shape, batch: int, *, compiled: bool) -> None:
         self.input_batch = SimpleNamespace(
