@@ -19,6 +19,7 @@ Memory: v and Adam's two moments, 3·d per layer; and the graph of one batch of 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 
@@ -178,8 +179,8 @@ def _started(
 
     def row(point: HookPoint) -> Tensor:
         d = engine.info.width(point.site)
-        drawn: Tensor = torch.randn(d, generator=generator)
-        return drawn * (_BEGUN * units[point] / d**0.5)
+        length: float = _BEGUN * units[point] / math.sqrt(d)
+        return torch.randn(d, generator=generator) * length
 
     return {point: nn.Parameter(row(point).to(device)) for point in units}
 
