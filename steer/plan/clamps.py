@@ -33,7 +33,6 @@ from steer.spec import MAX_FEATURES, Clamp, NormValue
 
 _MEASURES = {"product": PRODUCT, "cosine": COSINE, "centred": CENTRED}
 _RELATIONS = {"product": 0.0, "cosine": TO_NORM, "centred": TO_DEVIATION}
-_ROWS_AT_ONCE = 4096
 _MOST_NUMBERS = 2**26
 """The most numbers of an SAE that a plan carries: 256 MiB."""
 
@@ -54,7 +53,7 @@ def clamp(item: Clamp, one: Resolved) -> Blocks:
         return {}
     if item.mode == "add" and item.balance is None and not item.only_if_active:
         return {point: _addition(item, reads, writes)}
-    laws = _laws(item, sae, reads)
+    laws = _laws(item, reads, writes)
     return {point: Block.of_edits(reads.read, writes, laws, cutoff=_cutoff(sae))}
 
 
@@ -110,9 +109,9 @@ def _addition(item: Clamp, reads: FeatureReads, writes: Tensor) -> Block:
     return _constant(row, relative)
 
 
-def added(row: Tensor, reads: FeatureReads) -> Block:
-    """A sum of decoder rows as an addition, in the units in which the SAE of `reads` writes."""
-    return _constant(row * reads.write_scale, _RELATIONS[reads.measure])
+def added(row: Tensor, sae: SAE) -> Block:
+    """A sum of decoder rows as an addition, in the units in which the SAE writes."""
+    return _constant(row * sae.write_scale, _RELATIONS[sae.measure])
 
 
 def _constant(row: Tensor, relative: float) -> Block:
@@ -122,14 +121,14 @@ def _constant(row: Tensor, relative: float) -> Block:
     return Block.of_edits(torch.zeros_like(row)[None], row[None], [law])
 
 
-def _laws(item: Clamp, sae: SAE, reads: FeatureReads) -> list[Law]:
-    """The law of each feature, in the units in which the SAE reads and writes."""
+def _laws(item: Clamp, reads: FeatureReads, writes: Tensor) -> list[Law]:
+    """The law of each feature, in the units in which the SAE reads and writes (`_writes`)."""
     numbers = item.numbers
     measure, relative = _MEASURES[reads.measure], _RELATIONS[reads.measure]
     if isinstance(item.value, NormValue):
         if item.mode != "add":
             measure = _share_of_norm(reads)
-            lengths = (sae.writes(item.features) * reads.write_scale).norm(dim=-1).tolist()
+            lengths = writes.norm(dim=-1).tolist()
             numbers = tuple(value / length for value, length in zip(numbers, lengths, strict=True))
         relative = TO_NORM
     active = float(item.only_if_active)
@@ -217,14 +216,8 @@ def with_absorbers(one: Resolved) -> Resolved:
 def _absorbers(sae: SAE, features: tuple[int, ...], least: float) -> Iterable[tuple[int, int]]:
     """The features, other than those named, whose decoder rows have a cosine of `least` with one of
     theirs, and the place of the nearest; the whole decoder is read, some rows at a time."""
-    named = _units(sae.writes(features))
-    for start in range(0, sae.d_sae, _ROWS_AT_ONCE):
-        block = range(start, min(start + _ROWS_AT_ONCE, sae.d_sae))
-        cosine, nearest = (_units(sae.writes(block)) @ named.T).max(dim=1)
+    for start, cosines in sae.decoder.cosines(sae.writes(features)):
+        cosine, nearest = cosines.max(dim=1)
         for row in (cosine >= least).nonzero()[:, 0].tolist():
             if start + row not in features:
                 yield start + row, int(nearest[row])
-
-
-def _units(rows: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(rows, dim=-1)

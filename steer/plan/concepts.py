@@ -45,7 +45,7 @@ def concept(item: Concept, one: Resolved) -> Blocks:
     if item.strength == 0 or len(active) == 0:
         return {}
     row = one.latents[active] @ sae.writes(active.tolist())
-    return {point: added(item.strength * row, sae.reads([0]))}
+    return {point: added(item.strength * row, sae)}
 
 
 def features_lit(one: Resolved) -> list[dict[str, Any]] | None:

@@ -36,6 +36,7 @@ from steer.prompts.places import EncodedPrompt, PromptReader, encode_prompt
 from steer.prompts.rendering import render
 from steer.prompts.tokens import (
     answer_text,
+    begins,
     inner_tokens,
     part_tokens,
     text_tokens,
@@ -57,6 +58,7 @@ __all__ = [
     "answer_end",
     "answer_text",
     "as_chat",
+    "begins",
     "chat_tokens",
     "check_text_length",
     "encode_prompt",

@@ -22,13 +22,16 @@ def text_tokens(tokenizer: Any, text: str) -> list[int]:
     template, does not get it twice.
     """
     ids = list(tokenizer.encode(text))
-    beginnings = {getattr(tokenizer, name, None) for name in ("bos_token_id", "cls_token_id")} - {
-        None
-    }
-    if len(ids) > 1 and ids[0] == ids[1] and ids[0] in beginnings:
+    if ids[1:] and ids[0] == ids[1] and begins(tokenizer, ids):
         spelled = part_tokens(tokenizer, text)
         return ids[1:] if len(ids) > len(spelled) and ids[1:][: len(spelled)] == spelled else ids
     return ids
+
+
+def begins(tokenizer: Any, ids: Sequence[int]) -> bool:
+    """Whether the first of `ids` is a token that the tokenizer puts before a text."""
+    names = ("bos_token_id", "cls_token_id")
+    return ids[0] in {getattr(tokenizer, name, None) for name in names} - {None}
 
 
 def part_tokens(tokenizer: Any, text: str) -> list[int]:

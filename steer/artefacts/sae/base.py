@@ -207,6 +207,16 @@ class SAE:
         return self.card.write_site is not None
 
     @property
+    def measure(self) -> Measure:
+        """What its features are read and written relative to (`FeatureReads`)."""
+        return _MEASURES.get(self.normalize, "product")
+
+    @property
+    def write_scale(self) -> float:
+        """What its rows are multiplied with when they are written (`FeatureReads`)."""
+        return self.d_in**-0.5 if self.measure == "cosine" else 1.0
+
+    @property
     def competitive(self) -> bool:
         """Whether a feature's activation depends on the token's other features (TopK)."""
         return architecture_named(self.architecture).competitive
@@ -279,13 +289,12 @@ class SAE:
         if self.threshold is not None:
             # A negative threshold never acts: activations are not negative.
             threshold = self.threshold[chosen].clamp(min=0.0)
-        measure, write_scale = _MEASURES.get(self.normalize, "product"), 1.0
-        if measure == "centred":
+        if self.measure == "centred":
             read = (read.double() - read.double().mean(-1, keepdim=True)).float()
-        if measure == "cosine":
+        if self.measure == "cosine":
             # The length that is divided by is ‖x‖/√d.
-            read, write_scale = read * self.d_in**0.5, self.d_in**-0.5
-        return FeatureReads(read, bias.float(), threshold, measure, write_scale)
+            read = read * self.d_in**0.5
+        return FeatureReads(read, bias.float(), threshold, self.measure, self.write_scale)
 
     def writes(self, features: Sequence[int] | None = None) -> Float[Tensor, "K d_out"]:
         """The decoder rows of `features` (None: all)."""

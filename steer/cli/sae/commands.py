@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import Parameter
 from pathlib import Path
@@ -110,10 +110,7 @@ def tokens(
     from steer.prompts import as_chat
 
     fields: dict[str, Any] = {"sae": sae, "top_features": top, "positions": at or "all"}
-    with (
-        open_registry(registry, model) as library,
-        running_engine(model, device=device, dtype=dtype) as engine,
-    ):
+    with _working(model=model, registry=registry, device=device, dtype=dtype) as (engine, library):
         asked = as_chat(engine.tokenizer, prompt) if chat else prompt
         fields["text" if isinstance(asked, str) else "messages"] = asked
         layer = library.sae(sae).layer
@@ -127,11 +124,13 @@ def tokens(
 
 
 @contextmanager
-def _working(values: Mapping[str, Any]) -> Iterator[tuple[TransformersEngine, Registry]]:
-    """The model and the registry that a command names."""
+def _working(
+    *, model: str, registry: str | None, device: str | None, dtype: str | None, **_others: Any
+) -> Iterator[tuple[TransformersEngine, Registry]]:
+    """The model and the registry that a command's values name."""
     with (
-        open_registry(values["registry"], values["model"]) as library,
-        running_engine(values["model"], device=values["device"], dtype=values["dtype"]) as engine,
+        open_registry(registry, model) as library,
+        running_engine(model, device=device, dtype=dtype) as engine,
     ):
         yield engine, library
 
@@ -172,23 +171,21 @@ def _request(kind: type[FeaturesRequest], values: dict[str, Any]) -> Any:
 def _survey(values: dict[str, Any]) -> None:
     request: SurveyRequest = _request(SurveyRequest, values)
     with (
-        _working(values) as (engine, library),
+        _working(**values) as (engine, library),
         tempfile.TemporaryDirectory(prefix="steer-survey-") as scratch,
     ):
         request.check(engine, library)
         with progress_bar("texts", request.texts) as done:
-            found = request.run(engine, library, Path(scratch), progress=done)
-        fired = found.array("fired")
+            found = request.run(engine, library, Path(scratch), progress=done).counts()
     if values["as_json"]:
-        plain = found.card.model_dump(exclude={"vocabulary", "data"})
-        typer.echo(json.dumps({**plain, "never_active": int((fired == 0).sum())}, indent=2))
+        typer.echo(json.dumps(found, indent=2))
         return
-    show_survey(request.sae, found.card, fired)
+    show_survey(request.sae, found)
 
 
 def _contrast(values: dict[str, Any]) -> None:
     request: ContrastRequest = _request(ContrastRequest, values)
-    with _working(values) as (engine, library):
+    with _working(**values) as (engine, library):
         request.check(engine, library)
         with progress_bar("texts", request.texts) as done:
             found = request.run(engine, library, progress=done)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from steer.cli.reporting import out, table_out
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from steer.fit.features.contrast import Contrast
     from steer.inspection.activations import ActivationsResult
     from steer.registry.features.card import FeatureCard
-    from steer.registry.features.survey import FeatureExample, FeatureStatistics, SurveyCard
+    from steer.registry.features.survey import FeatureExample, FeatureStatistics
 
 
 def show_card(card: FeatureCard) -> None:
@@ -101,11 +101,11 @@ def show_active(result: ActivationsResult) -> None:
     _table(("position", "token", "active", "most active"), rows)
 
 
-def show_survey(name: str, card: SurveyCard, fired: Any) -> None:
-    """What a survey has counted."""
+def show_survey(name: str, counts: Mapping[str, Any]) -> None:
+    """What a survey has counted (`Survey.counts`)."""
     _say(
-        f"{card.tokens} tokens of {card.texts} texts: {fired.sum() / card.tokens:.1f} features "
-        f"fire on a token, {int((fired == 0).sum())} of {card.d_sae} on none"
+        "{tokens} tokens of {texts} texts: {active_per_token:.1f} features fire on a token, "
+        "{never_active} of {d_sae} on none".format(**counts)
     )
     _say(f"`steer sae show {name} FEATURE` shows one")
 

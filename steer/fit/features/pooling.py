@@ -16,6 +16,7 @@ from steer.engines.base import Engine
 from steer.fit.data.prompt import Positions, Prompt
 from steer.fit.features.surveying import check_fits
 from steer.fit.states import Progress, make_reading, read_tokens
+from steer.prompts import begins
 
 Pooled = Literal["max", "mean", "last"]
 _NUMBERS = 1 << 24
@@ -35,10 +36,9 @@ def pooled_activations(
     the tokenizer puts before a text does not count). Raises `SteerError`."""
     check_fits(engine, sae)
     reading = make_reading(engine, site=sae.site, layers=[sae.layer], positions=at, batch=batch)
-    skipped = getattr(engine.tokenizer, "bos_token_id", None)
     rows = []
     for ids, states in read_tokens(engine, prompts, reading):
-        kept = states[sae.layer][int(len(ids) > 1 and ids[0] == skipped) :]
+        kept = states[sae.layer][int(len(ids) > 1 and begins(engine.tokenizer, ids)) :]
         rows.append(sparse.csr_array(_pool(sae, kept[-1:] if pooled == "last" else kept, pooled)))
         if progress is not None:
             progress(1)

@@ -17,7 +17,7 @@ from steer.fit.data.prompt import Prompt
 from steer.fit.features.tally import Tally
 from steer.fit.states import Progress, make_reading, prompt_tokens, read_tokens
 from steer.model import HookPoint
-from steer.prompts import token_texts
+from steer.prompts import begins, token_texts
 from steer.registry.features.store import SurveyStore
 from steer.registry.features.survey import Survey, SurveyCard
 
@@ -64,10 +64,9 @@ def survey(
         tally.restore(saved)
         _told(progress, done)
     reading = make_reading(engine, site=sae.site, layers=[sae.layer], positions="mean", batch=batch)
-    skipped = getattr(engine.tokenizer, "bos_token_id", None)
     unsaved = 0
     for ids, rows in read_tokens(engine, prompts[done:], reading):
-        first = int(ids[0] == skipped)
+        first = int(begins(engine.tokenizer, ids))
         tally.add(rows[sae.layer][first:], done, first)
         done += 1
         _told(progress, 1)

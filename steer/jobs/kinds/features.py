@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from steer.engines.base import Engine
 from steer.fit.requests.features import ContrastRequest, FeaturesRequest, SurveyRequest
 from steer.jobs.kinds.kind import JobContext, JobKind
+from steer.registry.registry import Registry
+
+
+def _check(engine: Engine, registry: Registry, request: FeaturesRequest) -> None:
+    request.check(engine, registry)
 
 
 def _shown(request: FeaturesRequest) -> dict[str, Any]:
@@ -14,19 +20,10 @@ def _shown(request: FeaturesRequest) -> dict[str, Any]:
 
 
 def _survey(context: JobContext, request: SurveyRequest) -> dict[str, Any]:
-    found = request.run(
-        context.engine,
-        context.registry,
-        context.scratch,
-        progress=context.counter(request.texts, "texts"),
-    )
-    card = found.card
-    fired = found.array("fired")
-    return {
-        **card.model_dump(exclude={"vocabulary", "data"}),
-        "never_active": int((fired == 0).sum()),
-        "active_per_token": float(fired.sum() / card.tokens),
-    }
+    progress = context.counter(request.texts, "texts")
+    return request.run(
+        context.engine, context.registry, context.scratch, progress=progress
+    ).counts()
 
 
 def _contrast(context: JobContext, request: ContrastRequest) -> dict[str, Any]:
@@ -38,7 +35,7 @@ SURVEY = JobKind(
     name="sae/survey",
     params=SurveyRequest,
     run=_survey,
-    check=lambda engine, registry, request: request.check(engine, registry),
+    check=_check,
     summary="Counts what every feature of an SAE does on texts, and keeps its best examples.",
     data=frozenset(SurveyRequest.data),
     shown=_shown,
@@ -48,7 +45,7 @@ CONTRAST = JobKind(
     name="sae/contrast",
     params=ContrastRequest,
     run=_contrast,
-    check=lambda engine, registry, request: request.check(engine, registry),
+    check=_check,
     summary="Finds the features of an SAE that tell two sets of texts apart.",
     data=frozenset(ContrastRequest.data),
     shown=_shown,

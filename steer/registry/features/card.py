@@ -14,8 +14,6 @@ from steer.registry.features.survey import FeatureStatistics, TogetherFeature
 from steer.registry.registry import Registry
 from steer.spec import Site
 
-_BLOCK = 1 << 12
-
 
 class Neighbour(BaseModel):
     """A feature whose decoder row points nearly the same way."""
@@ -76,12 +74,8 @@ def feature_card(registry: Registry, name: str, feature: int) -> FeatureCard:
 def neighbours(sae: SAE, feature: int, count: int = 5) -> tuple[Neighbour, ...]:
     """The `count` features whose decoder rows have the greatest cosine with that of `feature`, read
     a block of rows at a time."""
-    row = sae.writes([feature])[0].float()
-    row = row / row.norm().clamp(min=1e-12)
-    cosines = torch.empty(sae.d_sae)
-    for start in range(0, sae.d_sae, _BLOCK):
-        rows = sae.writes(range(start, min(start + _BLOCK, sae.d_sae))).float()
-        cosines[start : start + len(rows)] = rows @ row / rows.norm(dim=1).clamp(min=1e-12)
+    blocks = sae.decoder.cosines(sae.writes([feature]))
+    cosines = torch.cat([block[:, 0] for _, block in blocks])
     cosines[feature] = -2.0
     best = cosines.topk(min(count, sae.d_sae - 1))
     return tuple(

@@ -165,6 +165,15 @@ class Survey:
             ) from error
         return Survey(card, open_file, offsets)
 
+    def counts(self) -> dict[str, Any]:
+        """What it was made of, how many features never fired, and how many fire on a token."""
+        fired = self.array("fired")
+        return {
+            **self.card.model_dump(exclude={"vocabulary", "data"}),
+            "never_active": int((fired == 0).sum()),
+            "active_per_token": float(fired.sum() / self.card.tokens),
+        }
+
     def array(self, name: str) -> Array:
         """A whole array."""
         with self.open_file() as file:

@@ -16,7 +16,7 @@ import demo_specs
 import pytest
 import vllm_engine
 from seeing_oracle import Said, SeeingOracle
-from tiny_vision import IMAGE, PARTS, picture, write_seeing_model
+from tiny_vision import IMAGE, PARTS, picture
 
 from steer.engines.vllm.front.offline import Steered, SteeredOutput
 from steer.registry.registry import Registry
@@ -54,16 +54,6 @@ SPECS: dict[str, Any] = {
     "a clamp that competes": demo_specs.SPECS["a clamp that competes"],
     "norm preserved": demo_specs.SPECS["norm preserved"],
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("seeing")
-
-
-@pytest.fixture(scope="module")
-def oracle(folder: Path) -> SeeingOracle:
-    return SeeingOracle(write_seeing_model(folder, vllm_engine.DEMO_MODEL), folder)
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,9 @@ from typing import Any
 import demo_specs
 import openai
 import pytest
-import vllm_engine
 from liveness import LIVENESS_SECONDS
 from seeing_oracle import SeeingOracle
-from tiny_vision import IMAGE, picture, write_seeing_model
+from tiny_vision import IMAGE, picture
 from vllm_server import running_server
 
 from steer.registry.registry import Registry
@@ -29,16 +28,6 @@ SPECS: dict[str, Any] = {
     "text": {"interventions": [ADD], "where": {"except": {"tokens": [IMAGE]}}},
     "images": {"interventions": [ADD], "where": {"tokens": [IMAGE]}},
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("seeing")
-
-
-@pytest.fixture(scope="module")
-def oracle(folder: Path) -> SeeingOracle:
-    return SeeingOracle(write_seeing_model(folder, vllm_engine.DEMO_MODEL), folder)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,9 @@ BLOCK_BYTES = 64 << 20
 KEPT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The types that a matrix is stored in; float64 becomes float32."""
 
+_TINY = 1e-12
+"""What keeps the division by a row's length finite."""
+
 
 @dataclass(frozen=True, eq=False)
 class FeatureRows:
@@ -101,6 +104,15 @@ class FeatureRows:
             chosen = active[start : start + size]
             out += flat[:, chosen] @ self.take(chosen.tolist())
         return out.reshape(*z.shape[:-1], -1)
+
+    def cosines(
+        self, directions: Float[Tensor, "K d"]
+    ) -> Iterator[tuple[int, Float[Tensor, "B K"]]]:
+        """The cosine of every row with each of `directions`, in blocks as `blocks` gives them; 0
+        with a zero row."""
+        units = torch.nn.functional.normalize(directions, dim=-1)
+        for start, block in self.blocks():
+            yield start, block @ units.T / block.norm(dim=-1, keepdim=True).clamp(min=_TINY)
 
     def norms(self) -> Float[Tensor, " d_sae"]:
         """The length of each row."""

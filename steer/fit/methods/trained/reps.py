@@ -104,7 +104,7 @@ def fit_reps(
         progress=progress,
     )
     middle, generator = sum(factors) / len(factors), random.Random(seed)
-    lengths = median_lengths(engine, rows, reading.points)
+    lengths = _median_lengths(engine, rows, reading.points)
     units = {point: length / (middle * len(lengths)) for point, length in lengths.items()}
     vectors = _started(engine, units, seed)
     losses = train(
@@ -151,7 +151,7 @@ def fit_reps(
     )
 
 
-def median_lengths(
+def _median_lengths(
     engine: Engine, rows: Sequence[PreferenceRow], points: Sequence[HookPoint]
 ) -> dict[HookPoint, float]:
     """The median length of the states of a few answers: the first token's, a hundred times as long

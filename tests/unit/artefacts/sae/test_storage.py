@@ -69,6 +69,21 @@ def test_a_clamp_reads_the_rows_of_its_features_alone():
     assert source.read == 2 * D * 4
 
 
+def test_cosines_are_those_of_whole_rows_and_0_with_a_zero_row(in_file):
+    matrix = draw(F, D)
+    matrix[4] = 0
+    source = Counting(matrix.numpy().tobytes())
+    stored = FeatureRows(FileArray.plain(source, torch.float32, 0, (F, D)))
+    blocks = list(stored.cosines(matrix[[2, 4]]))
+    assert [start for start, _ in blocks] == list(range(0, F, 7))
+    found = torch.cat([block for _, block in blocks])
+    wanted = torch.nn.functional.cosine_similarity(matrix[:, None], matrix[None, [2, 4]], dim=-1)
+    torch.testing.assert_close(found, wanted)
+    assert float(found[2, 0]) == pytest.approx(1.0)
+    assert not found[4].any()
+    assert not found[:, 1].any()
+
+
 def test_a_reconstruction_reads_the_rows_of_active_features_alone():
     matrix, z = draw(F, D), torch.zeros(3, F)
     z[0, 4], z[2, 9] = 1.5, -2.0
