@@ -187,11 +187,10 @@ def _cutoff(sae: SAE) -> TopKCutoff | None:
     return TopKCutoff(sae.sha256, every.read, every.bias, sae.k, _MEASURES[every.measure])
 
 
-def with_absorbers(one: Resolved) -> Resolved:
-    """A clamp with the features that may be active in the place of those it names, each with the
-    value of the one it is nearest to (absorption, 2409.14507); others as they are."""
-    item = one.item
-    if not isinstance(item, Clamp) or item.with_absorbers is None:
+def with_absorbers(item: Clamp, one: Resolved) -> Resolved:
+    """A clamp with the features that may be active in the place of those it names, where it asks
+    for them, each with the value of the one it is nearest to (absorption, 2409.14507)."""
+    if item.with_absorbers is None:
         return one
     numbers, sae = item.numbers, one.sae("sae")
     try:

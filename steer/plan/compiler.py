@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 from steer.errors import SpecError, SteerError, pointer
 from steer.model import Capabilities, forward_order
 from steer.plan.checks import check_size
-from steer.plan.clamps import with_absorbers
 from steer.plan.composition import compose
-from steer.plan.concepts import features_lit, read_concept
-from steer.plan.kinds import blocks_of
+from steer.plan.concepts import features_lit
+from steer.plan.kinds import blocks_of, prepared
 from steer.plan.plan import AS_REQUESTED, EXPLAINING, Blocks, Gate, Rule, SteeringPlan, check_rules
 from steer.plan.resolve import OPEN, Compilation, Policy, Resolved, Resolver, Tokenize
 from steer.plan.selection import Selection
@@ -47,7 +46,7 @@ def compile_plan(
     resolver, resolved = Resolver(asked), list[Resolved]()
     for place, item in enumerate(spec.interventions):
         with problems.of(place):
-            found = read_concept(with_absorbers(resolver.resolved(place, item)))
+            found = prepared(resolver.resolved(place, item))
             resolved.append(resolve_strength(found, asked))
     if spec.compose is not None:
         with problems.of_the_whole():

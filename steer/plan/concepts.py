@@ -17,12 +17,9 @@ MOST_EXPLAINED = 20
 """Of the features that a text lights, the strongest are told."""
 
 
-def read_concept(one: Resolved) -> Resolved:
+def read_concept(item: Concept, one: Resolved) -> Resolved:
     """A concept with what its text means to the SAE: the mean latents over its tokens, without the
-    top-k limit, less those of the contrast (2501.19066); others as they are."""
-    item = one.item
-    if not isinstance(item, Concept):
-        return one
+    top-k limit, less those of the contrast (2501.19066)."""
     check_one_site(one.sae("sae"))
     latents = _latents(one, item.text)
     if item.contrast is not None:

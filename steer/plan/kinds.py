@@ -21,8 +21,8 @@ from steer.artefacts.affine import channel_rows
 from steer.artefacts.control_vector import ControlVector
 from steer.edits import COSINE, PRODUCT, TO_NORM, TO_PLANE, Block, Law
 from steer.errors import SpecError
-from steer.plan.clamps import clamp
-from steer.plan.concepts import concept
+from steer.plan.clamps import clamp, with_absorbers
+from steer.plan.concepts import concept, read_concept
 from steer.plan.plan import Blocks
 from steer.plan.points import row
 from steer.plan.resolve import Resolved
@@ -39,6 +39,17 @@ from steer.spec import (
     Rotate,
     Swap,
 )
+
+_PREPARED: Mapping[str, Callable[[Any, Resolved], Resolved]] = MappingProxyType(
+    {"clamp": with_absorbers, "concept": read_concept}
+)
+"""What a kind works out of its artefacts or its text before strengths and blocks are known."""
+
+
+def prepared(one: Resolved) -> Resolved:
+    """An intervention with what its kind works out first. Raises `SteerError`."""
+    prepare = _PREPARED.get(one.item.kind)
+    return one if prepare is None else prepare(one.item, one)
 
 
 def blocks_of(one: Resolved) -> Blocks:
