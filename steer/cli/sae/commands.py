@@ -34,6 +34,7 @@ from steer.cli.options import (
 )
 from steer.cli.reporting import progress_bar
 from steer.cli.sae.showing import show_active, show_card, show_contrast, show_matches, show_survey
+from steer.cli.sae.training import train
 from steer.fit.requests.features import ContrastRequest, FeaturesRequest, SurveyRequest
 
 if TYPE_CHECKING:
@@ -209,3 +210,4 @@ app.command("contrast")(
         summary="Find the features that tell two sets of texts apart, and not by chance.",
     )
 )
+app.command("train")(train)

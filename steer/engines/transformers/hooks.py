@@ -24,6 +24,10 @@ _OPTIONAL = ("attention_mask", "position_ids", "logits_to_keep")
 """Arguments that some models do without: they count positions themselves, or return all logits."""
 
 
+class _AllRead(Exception):
+    """Ends a forward pass of which nothing more is wanted."""
+
+
 class HookedModel:
     """Assumes: one forward pass at a time.
 
@@ -40,6 +44,7 @@ class HookedModel:
         self._tokens: int | None = None
         self._wanted: frozenset[HookPoint] = frozenset()
         self._captured: dict[HookPoint, Tensor] = {}
+        self._last: HookPoint | None = None
 
     @property
     def device(self) -> torch.device:
@@ -51,23 +56,39 @@ class HookedModel:
         capture: Iterable[HookPoint] = (),
         *,
         key_values: Any = None,
+        states_alone: bool = False,
         **inputs: Any,
     ) -> tuple[Any, dict[HookPoint, Tensor]]:
         """One forward pass with `step`'s edits; the outputs, and a copy of every captured state.
 
         States are read after the edits at their point. Positions, mask and `logits_to_keep` go to
-        models that take them.
+        models that take them. With `states_alone` the pass ends, without outputs, where the last
+        state was read and `step` has nothing left to do.
         """
         given = {n: v for n, v in inputs.items() if n not in _OPTIONAL or n in self._parameters}
         if key_values is not None:
             given[self._cache_keyword] = key_values
         self.begin(step, capture)
         self._tokens = inputs["input_ids"].numel()
+        if states_alone:
+            self._last = self._last_point()
         try:
             outputs = self.model(**given)
             return outputs, self.end()
+        except _AllRead:
+            return None, self.end()
         finally:
             self._step, self._wanted, self._tokens = None, frozenset(), None
+            self._last = None
+
+    def _last_point(self) -> HookPoint | None:
+        """The point after which nothing is read or edited; None where that is not sure: parts of a
+        block run in an order of the model's own."""
+        edited = frozenset() if self._step is None else self._step.points
+        last = max(self._wanted | edited, key=forward_order, default=None)
+        if last is None or (edited and last.site != "resid_post"):
+            return None
+        return last
 
     def begin(self, step: Step | None, capture: Iterable[HookPoint] = ()) -> None:
         """Arms the hooks for the next forward pass."""
@@ -109,6 +130,8 @@ class HookedModel:
         if point in self._wanted:
             # A copy: later modules may add to this tensor in place.
             self._captured[point] = x.detach().clone()
+        if point == self._last and len(self._captured) == len(self._wanted):
+            raise _AllRead
         return x
 
     def _add(self, point: HookPoint) -> None:

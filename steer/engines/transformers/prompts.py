@@ -112,6 +112,7 @@ def run_prompts(
             key_values=cache,
             use_cache=cache is not None,
             logits_to_keep=last_columns(wanted, end - start, device),
+            states_alone=logits == "none" and logprobs is None,
         )
         kept_states.append(states)
         if logprobs is not None:

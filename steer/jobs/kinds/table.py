@@ -16,6 +16,7 @@ from steer.jobs.kinds.fit import fit_kind
 from steer.jobs.kinds.importing import Download, Fetch, import_kind
 from steer.jobs.kinds.kind import JobKind, JobKinds, Report
 from steer.jobs.kinds.make import MAKE
+from steer.jobs.kinds.sae_training import TRAIN
 from steer.jobs.kinds.suite import suite_kind
 from steer.jobs.kinds.sweep import sweep_kind
 from steer.plan.resolve import Policy
@@ -46,6 +47,7 @@ def builtin_kinds(
         suite_kind(policy),
         SURVEY,
         CONTRAST,
+        TRAIN,
         import_kind(fetchers),
     )
     return MappingProxyType({kind.name: kind for kind in kinds})

@@ -1,0 +1,48 @@
+"""Jobs that train an SAE on the serving model's states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from steer.engines.base import Engine
+from steer.fit.requests.sae_training import SAETrainingRequest
+from steer.jobs.kinds.kind import JobContext, JobKind
+from steer.registry.registry import Registry
+
+
+def _check(engine: Engine, registry: Registry, request: SAETrainingRequest) -> None:
+    request.check(engine, registry)
+
+
+def _shown(request: SAETrainingRequest) -> dict[str, Any]:
+    """How many texts came, and how many of them with a label, in their place."""
+    labels = [one for one in request.labels or () if one is not None]
+    return {"prompts": len(request.prompts), "labels": len(labels)}
+
+
+def _train(context: JobContext, request: SAETrainingRequest) -> dict[str, Any]:
+    found = request.run(context.engine, context.counter)
+    entry, created = context.registry.add(request.name, found.sae)
+    request.forget(context.engine)
+    return {
+        "sae": entry.id,
+        "name": entry.name,
+        "version": entry.version,
+        "sha256": entry.sha256,
+        "created": created,
+        "layers": list(found.sae.card.layers),
+        "measures": found.measures.model_dump(),
+        "loss": found.sae.card.provenance.get("loss"),
+    }
+
+
+TRAIN = JobKind(
+    name="sae/train",
+    params=SAETrainingRequest,
+    run=_train,
+    check=_check,
+    summary="Trains an SAE on the model's own states of texts, and registers it.",
+    data=frozenset(SAETrainingRequest.data),
+    shown=_shown,
+    repeatable=True,  # it goes on where it was ended
+)
