@@ -25,7 +25,7 @@ def largest_of_rows(pre: Float[Tensor, "T n"], k: int) -> Int[Tensor, "T k"]:
 def largest_of_batch(
     pre: Float[Tensor, "T n"], k: int
 ) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"]]:
-    """Row and column of the k · T largest of the whole batch, row by row (BatchTopK, 2412.06410)."""
+    """Row and column of the k · T largest of the whole batch, row by row (2412.06410)."""
     count = min(k * len(pre), pre.numel())
     places = pre.flatten().topk(count, sorted=False).indices.sort().values
     return places // pre.shape[1], places % pre.shape[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
@@ -31,16 +32,19 @@ def loss_of(
     passed: Passed,
     dead: Bool[Tensor, " n"],
     labels: Float[Tensor, "T c"] | None = None,
+    *,
+    settled: float = 1.0,
 ) -> Loss:
     """The loss of a batch; `labels` are 0, 1, or NaN where nothing is known, for the first c
-    latents."""
+    latents. `settled`, from 0 to 1, is how much of the penalty on active latents counts: directions
+    have to be there before thresholds choose among them."""
     options, nothing = network.options, x.new_zeros(())
     error = x - passed.rebuilt
     variance = (x - x.mean(0)).square().sum().clamp_min(1e-12)
     sparsity = nothing
     if passed.count is not None:
         # Towards k on average, as far in shares as in either direction (2407.14435, appendix).
-        sparsity = options.sparsity_weight * (passed.count.mean() / options.k - 1).square()
+        sparsity = settled * options.sparsity_weight * (passed.count.mean() / options.k - 1).square()
     return Loss(
         unexplained=error.square().sum() / variance,
         dead=options.aux_weight * revival(network, x, error.detach(), dead),

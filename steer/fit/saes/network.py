@@ -102,7 +102,8 @@ class SAENetwork(nn.Module):
         if self.pursues:
             atoms = self.decoder if latents is None else self.decoder[latents]
             return (x - self.bias) @ atoms.T
-        rows, bias = self.encoder, self.encoder_bias
+        rows: Tensor = self.encoder
+        bias: Tensor = self.encoder_bias
         if latents is not None:
             rows, bias = rows[latents], bias[latents]
         return functional.linear(x, rows, bias - rows @ self.bias)

@@ -15,9 +15,9 @@ class SAEOptions:
 
     `k` latents are active on a token: exactly (`topk`), on average (`batchtopk`, and `jumprelu`
     through a penalty), or picked one after the other (`matching_pursuit`). A latent is dead once
-    `dead_after` tokens, or a tenth of all, have passed without it; `aux_k` dead ones at a time then learn what the
-    others leave over, with the weight `aux_weight` (2406.04093). `epochs` are passes over the rows;
-    the rate rises over the first steps and falls over the last fifth.
+    `dead_after` tokens, or a tenth of all, have passed without it; `aux_k` dead ones at a time then
+    learn what the others leave over, with the weight `aux_weight` (2406.04093). `epochs` are passes
+    over the rows; the rate rises over the first steps and falls over the last fifth.
 
     `guide_weight` is that of the labels (G-SAE, 2506.19382), where rows have labels;
     `prediction_weight` that of the divergence of the model's own predictions when it runs on what

@@ -20,6 +20,8 @@ from steer.registry.blobs.disk import disk_errors
 
 _WARM_UP = 100
 _FALL = 0.2
+_SETTLED = 0.5
+"""The share of the steps over which the penalty on active latents comes in."""
 _FASTER = 10.0
 """How much faster JumpReLU's thresholds learn than the rest, so that they come to where as many
 latents are active as was asked for."""
@@ -89,7 +91,14 @@ class Trainer:
             group["lr"] = rate * group["times"]
         passed = self.network(x)
         dead = self.dead()
-        loss = loss_of(self.network, x, passed, dead, labels)
+        loss = loss_of(
+            self.network,
+            x,
+            passed,
+            dead,
+            labels,
+            settled=min(1.0, self.done / (_SETTLED * self.steps)),
+        )
         self.optimiser.zero_grad()
         loss.total.backward()  # type: ignore[no-untyped-call]
         if self._predictions is not None and self.done % options.prediction_every == 0:

@@ -18,7 +18,7 @@ POINT = HookPoint(LAYER)
 CONTEXT = 128
 OF_EACH = 600
 """Passages of a package."""
-CHATS, ANSWER = 1200, 96
+CHATS, ANSWER = 640, 96
 SEED = 0
 SHARD = 32 << 20
 _HEADER = 3

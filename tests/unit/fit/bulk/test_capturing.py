@@ -1,0 +1,125 @@
+"""Captures of whole data sets: what lies in the shards is what the engine reads, however cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from steer.engines.base import CaptureRequest
+from steer.engines.transformers.engine import TransformersEngine
+from steer.errors import FileFormatError, SteerError
+from steer.fit.bulk.capturing import BulkReading, Tokens, capture_to, pieces
+from steer.fit.bulk.shards import CARD, CapturedStates, read_card
+from steer.model import HookPoint
+
+POINT, OTHER = HookPoint(1), HookPoint(2, "mlp_out")
+TEXTS: list[Tokens] = [tuple(range(30 + n, 36 + 2 * n)) for n in range(13)]
+
+
+def test_shards_hold_what_the_engine_reads(engine: TransformersEngine, tmp_path: Path) -> None:
+    reading = BulkReading((POINT, OTHER), stride=2, skip=1, batch=4, dtype="float32")
+    card = capture_to(engine, TEXTS, tmp_path, reading, shard_bytes=4000)
+    assert len(card.shards) > 3
+    for point in reading.points:
+        found = CapturedStates.open(tmp_path, point)
+        assert len(found) == card.rows == sum(len(text) // 2 for text in TEXTS)
+        every = found.rows(np.arange(len(found)))
+        start = 0
+        for number, text in enumerate(TEXTS):
+            [alone] = engine.capture(CaptureRequest([text], (point,)))
+            wanted = alone.states[point][1::2]
+            here = slice(start, start + len(wanted))
+            torch.testing.assert_close(every[here], wanted, rtol=1e-4, atol=1e-5)
+            assert found.texts[here].tolist() == [number] * len(wanted)
+            assert [text[n] for n in found.positions[here]] == found.tokens[here].tolist()
+            start += len(wanted)
+    backwards = np.arange(len(found))[::-1].copy()
+    assert torch.equal(found.rows(backwards), every.flip(0))
+
+
+class Ended(Exception):
+    pass
+
+
+def test_a_capture_that_was_ended_goes_on(engine: TransformersEngine, tmp_path: Path) -> None:
+    reading = BulkReading((POINT,), batch=1, dtype="float32")
+    whole = capture_to(engine, TEXTS, tmp_path / "whole", reading, shard_bytes=4000)
+    told: list[int] = []
+
+    def end(count: int) -> None:
+        told.append(count)
+        if sum(told) == 7:
+            raise Ended
+
+    parts = tmp_path / "parts"
+    with pytest.raises(Ended):
+        capture_to(engine, TEXTS, parts, reading, shard_bytes=4000, progress=end)
+    begun = read_card(parts)
+    assert begun is not None
+    assert 0 < begun.texts_done <= 7
+    assert not begun.whole
+    with pytest.raises(SteerError, match=r"of 13 texts are captured: run the capture again"):
+        CapturedStates.open(parts)
+    told.clear()
+    assert (
+        capture_to(engine, TEXTS, parts, reading, shard_bytes=4000, progress=told.append) == whole
+    )
+    assert told[0] == begun.texts_done
+    assert sum(told) == len(TEXTS)
+    for shard in whole.shards:
+        one, other = ((tmp_path / name / shard.file).read_bytes() for name in ("whole", "parts"))
+        assert one == other
+
+
+def test_a_folder_holds_one_capture(engine: TransformersEngine, tmp_path: Path) -> None:
+    capture_to(engine, TEXTS, tmp_path, BulkReading((POINT,)))
+    with pytest.raises(SteerError, match="holds another capture") as caught:
+        capture_to(engine, TEXTS[:-1], tmp_path, BulkReading((POINT,)))
+    assert caught.value.code == "other_capture"
+    with pytest.raises(FileFormatError, match="holds the hook points 1.resid_post"):
+        CapturedStates.open(tmp_path, OTHER)
+    (tmp_path / CARD).write_text("{}")
+    with pytest.raises(FileFormatError, match="not what a capture writes"):
+        CapturedStates.open(tmp_path)
+    (tmp_path / CARD).unlink()
+    with pytest.raises(FileFormatError, match=r"no capture\.json"):
+        CapturedStates.open(tmp_path)
+
+
+@pytest.mark.parametrize("pooled", ["last", "mean", "max"])
+def test_pooled_texts_are_a_row_each(
+    engine: TransformersEngine, tmp_path: Path, pooled: str
+) -> None:
+    reading = BulkReading((POINT,), pooled=pooled, dtype="float32", batch=1)  # type: ignore[arg-type]
+    capture_to(engine, TEXTS, tmp_path, reading)
+    found = CapturedStates.open(tmp_path)
+    assert found.tokens.tolist() == [text[-1] for text in TEXTS]
+    for row, text in zip(found.rows(np.arange(len(found))), TEXTS, strict=True):
+        [alone] = engine.capture(CaptureRequest([text], (POINT,)))
+        states = alone.states[POINT]
+        wanted = {"last": states[-1], "mean": states.mean(0), "max": states.amax(0)}[pooled]
+        torch.testing.assert_close(row, wanted)
+
+
+def test_answers_are_read_as_well(engine: TransformersEngine, tmp_path: Path) -> None:
+    reading = BulkReading((POINT,), answer_tokens=5, seed=3, dtype="float32")
+    capture_to(engine, TEXTS, tmp_path, reading)
+    found = CapturedStates.open(tmp_path)
+    for number, text in enumerate(TEXTS):
+        own = found.tokens[found.texts == number].tolist()
+        assert own[: len(text)] == list(text)
+        assert len(text) < len(own) <= len(text) + 5
+
+
+def test_long_texts_are_cut(engine: TransformersEngine) -> None:
+    texts, owners = pieces(engine, ["abcdefgh", "ab", "abcdefghi"], 5)
+    assert owners == [0, 0, 1, 2, 2]
+    joined = [sum((t for t, o in zip(texts, owners, strict=True) if o == n), ()) for n in range(3)]
+    whole, _ = pieces(engine, ["abcdefgh", "ab", "abcdefghi"])
+    assert joined == whole
+    # A last piece of one token says nothing.
+    cut, _ = pieces(engine, ["abcdefgh"], len(whole[0]) - 1)
+    assert cut == [whole[0][:-1]]
