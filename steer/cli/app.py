@@ -18,8 +18,8 @@ from steer.cli import (
     validate,
     vectors,
 )
+from steer.cli.fit import capturing, make
 from steer.cli.fit import commands as fit
-from steer.cli.fit import make
 from steer.cli.measure import calibrate, evaluate, sweep
 from steer.cli.reporting import ReportingGroup
 from steer.cli.sae import commands as sae
@@ -68,4 +68,5 @@ app.add_typer(names.aliases, name="aliases")
 app.add_typer(names.tags, name="tags")
 app.add_typer(sae.app, name="sae")
 app.add_typer(inspecting.app, name="inspect")
+app.command("capture")(capturing.capture)
 app.add_typer(jobs.app, name="jobs")

@@ -16,7 +16,7 @@ from steer.cli.local import open_registry, running_engine
 from steer.cli.measure.asking import AS_JSON
 from steer.cli.options import MODEL, PLACE, checked, command, keyword, options, read_values
 from steer.cli.reporting import out, progress_bar
-from steer.fit.requests.sae_training import SAETrainingRequest
+from steer.fit.requests.saes.training import SAETrainingRequest
 
 if TYPE_CHECKING:
     from steer.fit.saes.training import TrainedSAE

@@ -44,7 +44,9 @@ def loss_of(
     sparsity = nothing
     if passed.count is not None:
         # Towards k on average, as far in shares as in either direction (2407.14435, appendix).
-        sparsity = settled * options.sparsity_weight * (passed.count.mean() / options.k - 1).square()
+        sparsity = (
+            settled * options.sparsity_weight * (passed.count.mean() / options.k - 1).square()
+        )
     return Loss(
         unexplained=error.square().sum() / variance,
         dead=options.aux_weight * revival(network, x, error.detach(), dead),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from steer.engines.base import Engine
-from steer.fit.requests.sae_training import SAETrainingRequest
+from steer.fit.requests.saes.training import SAETrainingRequest
 from steer.jobs.kinds.kind import JobContext, JobKind
 from steer.registry.registry import Registry
 

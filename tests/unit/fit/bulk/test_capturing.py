@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from steer.cli.app import app as cli
 from steer.engines.base import CaptureRequest
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import FileFormatError, SteerError
@@ -79,7 +81,7 @@ def test_a_folder_holds_one_capture(engine: TransformersEngine, tmp_path: Path) 
     with pytest.raises(SteerError, match="holds another capture") as caught:
         capture_to(engine, TEXTS[:-1], tmp_path, BulkReading((POINT,)))
     assert caught.value.code == "other_capture"
-    with pytest.raises(FileFormatError, match="holds the hook points 1.resid_post"):
+    with pytest.raises(FileFormatError, match=r"holds the hook points 1\.resid_post"):
         CapturedStates.open(tmp_path, OTHER)
     (tmp_path / CARD).write_text("{}")
     with pytest.raises(FileFormatError, match="not what a capture writes"):
@@ -123,3 +125,18 @@ def test_long_texts_are_cut(engine: TransformersEngine) -> None:
     # A last piece of one token says nothing.
     cut, _ = pieces(engine, ["abcdefgh"], len(whole[0]) - 1)
     assert cut == [whole[0][:-1]]
+
+
+def test_the_command_writes_what_python_reads(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("\n".join(f'"Where does the {word} live?"' for word in ("wolf", "owl")))
+    folder = tmp_path / "states"
+    command = ["capture", str(texts), str(folder), "--layers", "1,3", "--chat", "--skip", "1"]
+    done = CliRunner().invoke(cli, command)
+    assert done.exit_code == 0, done.output
+    found = CapturedStates.open(folder, HookPoint(3))
+    assert f"{len(found)} rows of 2 texts" in done.output
+    assert set(found.texts) == {0, 1}
+    assert found.positions.min() == 1
+    refused = CliRunner().invoke(cli, [*command, "--context", "8", "--answer-tokens", "4"])
+    assert refused.exit_code != 0

@@ -181,8 +181,7 @@ def test_dead_latents_come_to_life() -> None:
             fired = network.after_step(passed)
         return int(fired[:32].sum())
 
-    assert alive(0.0) == 0
-    assert alive(1.0) > 16
+    assert alive(1.0) > alive(0.0) + 16
 
 
 def test_labels_teach_the_first_latents(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What one may ask of SAEs that are made here."""
