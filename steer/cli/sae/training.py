@@ -32,7 +32,8 @@ _LABELLED = Annotated[
     bool,
     typer.Option(
         "--labelled",
-        help="Each line has a 'label' too: the first latents are taught one of them each.",
+        help="Each line has a 'label' too, or 'labels' that are true or false: the first latents "
+        "are taught one of them each.",
     ),
 ]
 
@@ -54,15 +55,16 @@ def _parameters() -> Iterator[Parameter]:
 
 def _request(values: dict[str, Any]) -> SAETrainingRequest:
     """The request, with the texts of the file. Raises `SteerError`."""
-    from steer.fit.data.labels import read_labelled
+    from steer.fit.data.labels import read_judged
     from steer.fit.data.pairs import read_prompts
     from steer.fit.data.prompt import prompt_json
 
     path, fields = values.pop("prompts"), read_values(SAETrainingRequest, values)
     if values["labelled"]:
-        found = read_labelled(path).items
+        found = read_judged(path)
         fields["prompts"] = [prompt_json(one.prompt) for one in found]
-        fields["labels"] = [one.label for one in found]
+        names = {name for one in found for name in one.labels}
+        fields["labels"] = {name: [one.labels.get(name) for one in found] for name in names}
     else:
         fields["prompts"] = [prompt_json(one) for one in read_prompts(path)]
     return checked(SAETrainingRequest, fields)

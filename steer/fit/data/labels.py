@@ -6,7 +6,7 @@ or with `prompt` any form that `steer.prompts` describes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,14 @@ class Labelled:
 
     prompt: Prompt
     label: str
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A prompt, and for some labels whether it has them."""
+
+    prompt: Prompt
+    labels: Mapping[str, bool]
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,33 @@ def parse_labelled(data: bytes, source: str) -> LabelledSet:
     """Those of JSON lines that are called `source` in errors. Raises `FileFormatError`."""
     found = _reader(Path(source)).read_bytes(data, _labelled)
     return LabelledSet(found.items, found.sha256)
+
+
+def read_judged(path: Path) -> tuple[Judged, ...]:
+    """Texts of which several things are known: lines with `labels`, an object of true and false,
+    or with `label`, which means that the text has none of the others. Raises `FileFormatError`."""
+    found = _reader(path).read(_judged).items
+    every = {name for one in found if isinstance(one, Labelled) for name in (one.label,)}
+    return tuple(
+        Judged(one.prompt, {name: name == one.label for name in every})
+        if isinstance(one, Labelled)
+        else one
+        for one in found
+    )
+
+
+def _judged(value: Any, at: str) -> Labelled | Judged:
+    if not isinstance(value, dict) or "labels" not in value:
+        return _labelled(value, at)
+    labels = value["labels"]
+    if not isinstance(labels, dict) or not all(isinstance(one, bool) for one in labels.values()):
+        raise FileFormatError(
+            f"{at}: 'labels' is an object of true and false; what is not known is left out; got "
+            f"{labels!r}",
+            code=_CODE,
+        )
+    rest = {key: one for key, one in value.items() if key != "labels"}
+    return Judged(_labelled({**rest, "label": "-"}, at).prompt, labels)
 
 
 def _reader(path: Path) -> LineReader:

@@ -88,10 +88,12 @@ def loss_recovered(
     mean: Float[Tensor, " d"],
     *,
     skip: int = 1,
+    counted: Sequence[int] | None = None,
     batch: int = 8,
 ) -> LossRecovered:
     """The loss on `texts` with the states at the SAE's point replaced; the first `skip` tokens of
-    a text keep theirs, as in training. Raises `Unsupported` (`no_gradients`)."""
+    a text keep theirs, as in training. Of each text the tokens from number `counted` on count, by
+    default those that follow a replaced state. Raises `Unsupported` (`no_gradients`)."""
     able = differentiable(engine)
     point = HookPoint(sae.layer, sae.site)
     edits: list[Edit | None] = [
@@ -99,20 +101,26 @@ def loss_recovered(
         lambda x: sae.decode(sae.encode(x.float().cpu())).to(x),
         lambda x: mean.to(x).expand_as(x),
     ]
-    totals, tokens = [0.0, 0.0, 0.0], 0
-    for start in range(0, len(texts), batch):
-        group = [text for text in texts[start : start + batch] if len(text) > skip + 1]
-        if not group:
-            continue
-        tokens += sum(len(text) - 1 - skip for text in group)
+    given = [skip + 1] * len(texts) if counted is None else counted
+    every = [
+        (text, max(first, skip + 1))
+        for text, first in zip(texts, given, strict=True)
+        if len(text) > max(first, skip + 1)
+    ]
+    totals = [0.0, 0.0, 0.0]
+    tokens = sum(len(text) - first for text, first in every)
+    for start in range(0, len(every), batch):
         for place, edit in enumerate(edits):
+            group = every[start : start + batch]
             totals[place] += able.differentiate(_losses(group, point, edit, skip))
     own, rebuilt, without = (total / tokens for total in totals)
     return LossRecovered(tokens=tokens, own=own, rebuilt=rebuilt, mean=without)
 
 
-def _losses(group: Sequence[Tokens], point: HookPoint, edit: Edit | None, skip: int) -> Any:
-    """Work that gives the summed loss of the tokens after the first `skip` + 1."""
+def _losses(
+    group: Sequence[tuple[Tokens, int]], point: HookPoint, edit: Edit | None, skip: int
+) -> Any:
+    """Work that gives the summed loss of each text's tokens from its number on."""
 
     def changed(x: Tensor) -> Tensor:
         assert edit is not None
@@ -120,13 +128,13 @@ def _losses(group: Sequence[Tokens], point: HookPoint, edit: Edit | None, skip: 
 
     def work(model: DifferentiableModel) -> float:
         with torch.no_grad():
-            logits = model.run(group, edits={point: changed} if edit else {}).logits
+            texts = [text for text, _ in group]
+            logits = model.run(texts, edits={point: changed} if edit else {}).logits
             total = 0.0
-            for row, text in zip(logits, group, strict=True):
-                wanted = torch.tensor(text[skip + 1 :], device=row.device)
-                total += float(
-                    functional.cross_entropy(row[skip : len(text) - 1], wanted, reduction="sum")
-                )
+            for row, (text, first) in zip(logits, group, strict=True):
+                wanted = torch.tensor(text[first:], device=row.device)
+                said = row[first - 1 : len(text) - 1]
+                total += float(functional.cross_entropy(said, wanted, reduction="sum"))
             return total
 
     return work

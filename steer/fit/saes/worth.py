@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from steer.artefacts.sae.labels import FeatureLabel
 from steer.engines.base import Engine
@@ -14,6 +15,14 @@ from steer.fit.saes.rows import held_out_texts
 from steer.fit.saes.training import TrainedSAE
 
 
+class TextApart(NamedTuple):
+    """A text, with the model's answer where it gave one, and the first token whose loss counts:
+    the answer's, or the first that follows a state which is replaced."""
+
+    tokens: Tokens
+    counted: int
+
+
 def texts_apart(
     captures: Sequence[CapturedStates],
     texts: Sequence[Sequence[Tokens]],
@@ -21,20 +30,25 @@ def texts_apart(
     held_out: float,
     seed: int,
     most: int = 64,
-) -> list[Tokens]:
-    """At most `most` of the `texts` of each capture that training with this share and seed left
-    out."""
-    found: list[Tokens] = []
+) -> list[TextApart]:
+    """At most `most` of the texts that training with this share and seed left out, where `texts`
+    are those that each capture was asked to read."""
+    found: list[TextApart] = []
     for place, (capture, own) in enumerate(zip(captures, texts, strict=True)):
         numbers = held_out_texts(capture, place, held_out, seed)
-        found += [own[n] for n in numbers[: max(1, most // len(captures))]]
+        for n in numbers[: max(1, most // len(captures))]:
+            # Its own tokens as far as they were skipped, then those that were read.
+            read = tuple(capture.tokens[capture.texts == n].tolist())
+            whole = own[n][: capture.card.skip] + read
+            answered = bool(capture.card.answer_tokens)
+            found.append(TextApart(whole, len(own[n]) if answered else capture.card.skip + 1))
     return found
 
 
 def with_worth(
     engine: Engine,
     trained: TrainedSAE,
-    apart: Sequence[Tokens],
+    apart: Sequence[TextApart],
     *,
     skip: int,
     classes: Sequence[str] = (),
@@ -45,7 +59,8 @@ def with_worth(
     made = dict(card.provenance)
     if engine.capabilities.gradients:
         mean = trained.sample.mean(0)
-        found = loss_recovered(engine, trained.sae, apart, mean, skip=skip)
+        texts, counted = [one.tokens for one in apart], [one.counted for one in apart]
+        found = loss_recovered(engine, trained.sae, texts, mean, skip=skip, counted=counted)
         made["loss"] = {name: round(one, 4) for name, one in found.as_json().items()}
     labels = {n: FeatureLabel(text=name) for n, name in enumerate(classes)}
     card = type(card).model_validate(card.model_dump() | {"provenance": made})

@@ -15,9 +15,8 @@ def _check(engine: Engine, registry: Registry, request: SAETrainingRequest) -> N
 
 
 def _shown(request: SAETrainingRequest) -> dict[str, Any]:
-    """How many texts came, and how many of them with a label, in their place."""
-    labels = [one for one in request.labels or () if one is not None]
-    return {"prompts": len(request.prompts), "labels": len(labels)}
+    """How many texts came, and which labels, in their place."""
+    return {"prompts": len(request.prompts), "labels": list(request.classes)}
 
 
 def _train(context: JobContext, request: SAETrainingRequest) -> dict[str, Any]:

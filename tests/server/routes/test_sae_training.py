@@ -84,10 +84,13 @@ async def test_a_trained_sae_is_registered_and_clamped(
 async def test_labels_become_the_first_features(
     http: httpx.AsyncClient, registry: Registry
 ) -> None:
-    labels = [None if n % 5 == 0 else text.split()[0] for n, text in enumerate(TEXTS)]
+    labels = {
+        name: [None if n % 5 == 0 else name in text for n, text in enumerate(TEXTS)]
+        for name in ("fish", "bird")
+    }
     job = await worked(http, {**BODY, "labels": labels})
     assert job["state"] == "succeeded", job
-    assert job["request"]["labels"] == 32
+    assert job["request"]["labels"] == ["bird", "fish"]
     sae = await asyncio.to_thread(registry.sae, "trained")
     assert {n: one.text for n, one in sae.labels.items()} == {0: "bird", 1: "fish"}
 
@@ -97,13 +100,14 @@ async def test_labels_become_the_first_features(
     [
         ({"layer": 99}, "/layer", "99"),
         ({"k": 25}, "/k", "25 of 24 latents cannot be active"),
-        ({"labels": ["one"]}, "/labels", "there are 1 labels for 40 texts"),
+        ({"labels": {"a/b": [True]}}, "/labels/a~1b", "given for 1 of 40 texts"),
+        ({"labels": {"a": [1] * 40}}, "/labels/a/0", "boolean"),
         (
-            {"labels": ["a"] * 40, "architecture": "matching_pursuit"},
+            {"labels": {"a": [True] * 40}, "architecture": "matching_pursuit"},
             "/architecture",
             "matching pursuit has none",
         ),
-        ({"labels": [str(n) for n in range(40)]}, "/latents", "40 different labels"),
+        ({"labels": {str(n): [True] * 40 for n in range(40)}}, "/latents", "there are 40 labels"),
         ({"prediction_weight": 1.0}, None, "cannot differentiate"),
         ({"prompts": TEXTS[:3]}, "/prompts", "at least 16"),
         ({"architecture": "gated"}, "/architecture", "batchtopk"),

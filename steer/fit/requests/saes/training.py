@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
 
-from steer.errors import SteerError, Unsupported
+from steer.errors import SteerError, Unsupported, pointer
 from steer.fit.requests.fields import (
     MAX_ITEMS,
     DescriptionField,
@@ -72,11 +72,16 @@ class SAETrainingRequest(BaseModel):
     layer: Annotated[Index, Field(description="The layer whose states are rebuilt.")]
     site: SiteField = "resid_post"
     labels: Annotated[
-        tuple[Annotated[str, Field(min_length=1, max_length=256)] | None, ...] | None,
+        dict[
+            Annotated[str, Field(min_length=1, max_length=256)],
+            Annotated[tuple[StrictBool | None, ...], Field(max_length=MAX_ITEMS)],
+        ]
+        | None,
         Field(
-            max_length=MAX_ITEMS,
-            description="A label for each text, or null: the first latents are taught to fire on "
-            "the texts of one label each (G-SAE).",
+            min_length=1,
+            max_length=1024,
+            description="For each label whether each text has it: true, false, or null where that "
+            "is not known. The first latents are taught one of them each (G-SAE).",
         ),
     ] = None
     chat: Annotated[
@@ -149,13 +154,14 @@ class SAETrainingRequest(BaseModel):
                 param="/k",
                 code="invalid_option",
             )
-        if self.labels is not None and len(self.labels) != len(self.prompts):
-            raise SteerError(
-                f"there are {len(self.labels)} labels for {len(self.prompts)} texts: give one for "
-                "each, null where there is none",
-                param="/labels",
-                code="invalid_option",
-            )
+        for name, given in (self.labels or {}).items():
+            if len(given) != len(self.prompts):
+                raise SteerError(
+                    f"the label {name!r} is given for {len(given)} of {len(self.prompts)} texts: "
+                    "give true or false for each, null where it is not known",
+                    param=pointer("labels", name),
+                    code="invalid_option",
+                )
         if self.labels is not None and self.architecture == "matching_pursuit":
             raise SteerError(
                 "labels teach pre-activations, and matching pursuit has none: train topk, "
@@ -165,7 +171,8 @@ class SAETrainingRequest(BaseModel):
             )
         if len(self.classes) > self.latents:
             raise SteerError(
-                f"there are {len(self.classes)} different labels and {self.latents} latents",
+                f"there are {len(self.classes)} labels and {self.latents} latents: each is taught "
+                "to one",
                 param="/latents",
                 code="invalid_option",
             )
@@ -174,8 +181,8 @@ class SAETrainingRequest(BaseModel):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The different labels, in alphabetical order: that of the latents that are taught."""
-        return tuple(sorted({one for one in self.labels or () if one is not None}))
+        """The labels in alphabetical order: that of the latents that are taught."""
+        return tuple(sorted(self.labels or ()))
 
     @property
     def options(self) -> SAEOptions:
@@ -259,14 +266,13 @@ class SAETrainingRequest(BaseModel):
         shutil.rmtree(self.work_folder(engine), ignore_errors=True)
 
     def _targets(self, owners: list[int]) -> torch.Tensor:
-        """`[texts, classes]`: 1 for a piece's own label, 0 for the others, NaN without one."""
+        """`[texts, classes]`: of each piece 1 for what its text has, 0 for what it has not, NaN
+        for what is not known."""
         import torch
 
         assert self.labels is not None, "only asked for where there are classes"
-        targets = torch.full((len(owners), len(self.classes)), torch.nan)
-        for piece, owner in enumerate(owners):
-            label = self.labels[owner]
-            if label is not None:
-                targets[piece] = 0.0
-                targets[piece, self.classes.index(label)] = 1.0
-        return targets
+        columns = [self.labels[name] for name in self.classes]
+        of_text = torch.tensor(
+            [[torch.nan if known is None else float(known) for known in one] for one in columns]
+        )
+        return of_text.T[torch.tensor(owners)]

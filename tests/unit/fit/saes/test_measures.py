@@ -62,6 +62,8 @@ def test_a_perfect_sae_explains_everything_and_half_of_one_half(
         for one, text in zip(captured, TEXTS, strict=True)
     )
     assert found.own == pytest.approx(total / found.tokens, abs=1e-4)
+    last = loss_recovered(lively, whole_sae(len(mean)), TEXTS, mean, counted=[99, *[9] * 22])
+    assert last.tokens == sum(len(text) - 9 for text in TEXTS[1:])
     half = measure(whole_sae(len(mean), 0.5), states)
     left = float((0.5 * states).square().sum() / (states - mean).square().sum())
     assert half.explained == pytest.approx(1 - left, abs=1e-5)
