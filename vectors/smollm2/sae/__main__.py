@@ -11,12 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from steer_vectors.smollm2.sae.states import CONTEXT, POINT, SEED, cache, collect, texts_of
+from steer_vectors.smollm2.sae.states import CONTEXT, POINT, SEED, cache, collect
 from tqdm import tqdm
 
 from steer.artefacts.sae import save_directory
 from steer.engines.transformers.engine import TransformersEngine
-from steer.fit.bulk.shards import CapturedStates
 from steer.fit.saes.options import SAEOptions
 from steer.fit.saes.plot import plot_training
 from steer.fit.saes.training import steps_of, train_sae
@@ -34,12 +33,11 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="a picture of the training")
     options = parser.parse_args()
     with TransformersEngine.load("smollm2", dtype=options.dtype) as engine:
-        folders, packages = collect(engine)
-        captures = [CapturedStates.open(folder) for folder in folders]
-        steps = steps_of(captures, OPTIONS, HELD_OUT)
+        found = collect(engine)
+        steps = steps_of(found.captures, OPTIONS, HELD_OUT)
         with tqdm(total=steps, desc="training", unit="step", mininterval=10) as bar:
             trained = train_sae(
-                captures,
+                found.captures,
                 OPTIONS,
                 cache(),
                 name=NAME,
@@ -52,15 +50,13 @@ def main() -> None:
                     "model's own chats."
                 ),
             )
-        # Of chats what the model answered is not kept as text; the prose says what the loss is.
-        prose = texts_of(engine)
-        apart = texts_apart(captures[:1], [prose], held_out=HELD_OUT, seed=SEED)
+        apart = texts_apart(found.captures, found.texts, held_out=HELD_OUT, seed=SEED)
         trained = with_worth(engine, trained, apart, skip=1)
     card = trained.sae.card
     made = {
         **card.provenance,
         "recipe": "steer_vectors.smollm2.sae",
-        "packages": packages,
+        "packages": found.packages,
         "context": CONTEXT,
         "dtype": options.dtype,
     }

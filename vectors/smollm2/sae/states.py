@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from steer_vectors.smollm2.sae.texts import prose, questions
@@ -9,6 +10,7 @@ from tqdm import tqdm
 
 from steer.engines.base import Engine
 from steer.fit.bulk.capturing import BulkReading, Tokens, capture_to, pieces
+from steer.fit.bulk.shards import CapturedStates
 from steer.model import HookPoint
 from steer.prompts import as_chat
 from steer.registry.location import cache_folder
@@ -30,28 +32,34 @@ def cache() -> Path:
     return cache_folder() / "smollm2-sae"
 
 
-def collect(engine: Engine) -> tuple[list[Path], list[str]]:
-    """Folders with the states after block `LAYER`, and the packages that the prose is from. What
-    was begun goes on."""
-    _, packages = prose(cache() / "debian", OF_EACH, SEED)
-    _read(engine, "prose", texts_of(engine), BulkReading((POINT,), skip=1, batch=32))
+@dataclass(frozen=True)
+class Collected:
+    """Captures, what each was asked to read, and the packages that the prose is from."""
+
+    captures: list[CapturedStates]
+    texts: list[list[Tokens]]
+    packages: list[str]
+
+
+def collect(engine: Engine) -> Collected:
+    """The states after block `LAYER`. What was begun goes on."""
+    passages, packages = prose(cache() / "debian", OF_EACH, SEED)
+    texts, _ = pieces(engine, passages, CONTEXT)
     asked = questions(cache() / "debian", CHATS, SEED)
     chats, _ = pieces(engine, [as_chat(engine.tokenizer, one) for one in asked])
     skip = _common(chats) - _HEADER
-    reading = BulkReading((POINT,), skip=skip, answer_tokens=ANSWER, seed=SEED, batch=64)
-    _read(engine, "chats", chats, reading)
-    return [cache() / "prose", cache() / "chats"], packages
+    of_chats = BulkReading((POINT,), skip=skip, answer_tokens=ANSWER, seed=SEED, batch=64)
+    captures = [
+        _read(engine, "prose", texts, BulkReading((POINT,), skip=1, batch=32)),
+        _read(engine, "chats", chats, of_chats),
+    ]
+    return Collected(captures, [texts, chats], packages)
 
 
-def texts_of(engine: Engine) -> list[Tokens]:
-    """The prose, in pieces of `CONTEXT` tokens."""
-    passages, _ = prose(cache() / "debian", OF_EACH, SEED)
-    return pieces(engine, passages, CONTEXT)[0]
-
-
-def _read(engine: Engine, name: str, texts: list[Tokens], reading: BulkReading) -> None:
+def _read(engine: Engine, name: str, texts: list[Tokens], reading: BulkReading) -> CapturedStates:
     with tqdm(total=len(texts), desc=name, unit="text", mininterval=10) as bar:
         capture_to(engine, texts, cache() / name, reading, shard_bytes=SHARD, progress=bar.update)
+    return CapturedStates.open(cache() / name)
 
 
 def _common(texts: list[Tokens]) -> int:
