@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from steer.fit.saes.network import Passed, SAENetwork
+from steer.fit.saes.network import OUTLIER, Passed, SAENetwork
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,11 @@ def loss_of(
     latents. `settled`, from 0 to 1, is how much of the penalty on active latents counts: directions
     have to be there before thresholds choose among them."""
     options, nothing = network.options, x.new_zeros(())
-    error = x - passed.rebuilt
-    variance = (x - x.mean(0)).square().sum().clamp_min(1e-12)
+    # A row that is too long counts as one that is not: one of them would outweigh all others.
+    longest = OUTLIER * math.sqrt(x.shape[1])
+    weight = (longest / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp_max(1.0)
+    error = weight * (x - passed.rebuilt)
+    variance = (weight * (x - x.mean(0))).square().sum().clamp_min(1e-12)
     sparsity = nothing
     if passed.count is not None:
         # Towards k on average, as far in shares as in either direction (2407.14435, appendix).
@@ -49,7 +53,7 @@ def loss_of(
         )
     return Loss(
         unexplained=error.square().sum() / variance,
-        dead=options.aux_weight * revival(network, x, error.detach(), dead),
+        dead=options.aux_weight * revival(network, weight * x, error.detach(), dead),
         sparsity=sparsity,
         labels=nothing if labels is None else options.guide_weight * guidance(network, x, labels),
     )

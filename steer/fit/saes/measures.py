@@ -15,6 +15,7 @@ from steer.artefacts.sae.base import SAE
 from steer.engines.base import Engine
 from steer.engines.gradients import DifferentiableModel, Edit, differentiable
 from steer.fit.bulk.capturing import Tokens
+from steer.fit.saes.network import typical
 from steer.model import HookPoint
 
 _NUMBERS = 1 << 24
@@ -23,15 +24,19 @@ _NUMBERS = 1 << 24
 class SAEMeasures(BaseModel):
     """How well an SAE stands for states.
 
-    `explained` is 1 − Σ‖x − x̂‖² / Σ‖x − mean‖²; `cosine` the mean cosine of x and x̂; `active`
-    the mean number of features on a token; `dead` the share of features on none of the `tokens`,
-    `dense` of those on more than a tenth of them.
+    `explained` is 1 − Σ‖x − x̂‖² / Σ‖x − mean‖² over typical tokens, `explained_all` over all of
+    them: `outliers` is the share of tokens whose states are more than four times as long as the
+    median, which then decide the second figure alone. `cosine` is the mean cosine of x and x̂;
+    `active` the mean number of features on a token; `dead` the share of features on none of the
+    `tokens`, `dense` of those on more than a tenth of them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tokens: int
     explained: float
+    explained_all: float
+    outliers: float
     cosine: float
     active: float
     dead: float
@@ -60,25 +65,33 @@ class LossRecovered(BaseModel):
 def measure(sae: SAE, rows: Float[Tensor, "n d"]) -> SAEMeasures:
     """The SAE on `rows`, a few at a time."""
     size = max(16, _NUMBERS // sae.d_sae)
-    left, cosines = 0.0, 0.0
+    ordinary, cosines = typical(rows), 0.0
+    left: list[Tensor] = []
     fired = torch.zeros(sae.d_sae, dtype=torch.int64)
     for start in range(0, len(rows), size):
         block = rows[start : start + size]
         f = sae.encode(block)
         rebuilt = sae.decode(f)
-        left += float((block - rebuilt).double().square().sum())
+        left.append((block - rebuilt).double().square().sum(-1))
         cosines += float(functional.cosine_similarity(block, rebuilt, dim=-1).sum())
         fired += (f != 0).sum(0)
-    variance = float((rows - rows.mean(0)).double().square().sum())
+    errors = torch.cat(left)
     rates = fired.double() / len(rows)
     return SAEMeasures(
         tokens=len(rows),
-        explained=1 - left / variance,
+        explained=_explained(errors[ordinary], rows[ordinary]),
+        explained_all=_explained(errors, rows),
+        outliers=1 - float(ordinary.double().mean()),
         cosine=cosines / len(rows),
         active=float(rates.sum()),
         dead=float((fired == 0).double().mean()),
         dense=float((rates > 0.1).double().mean()),
     )
+
+
+def _explained(errors: Float[Tensor, " n"], rows: Float[Tensor, "n d"]) -> float:
+    variance = (rows - rows.mean(0)).double().square().sum()
+    return 1 - float(errors.sum() / variance)
 
 
 def loss_recovered(

@@ -17,25 +17,34 @@ from steer.fit.saes.activation import above, largest_of_batch, largest_of_rows, 
 from steer.fit.saes.options import SAEOptions
 from steer.model import HookPoint
 
+OUTLIER = 4.0
 _FIRST_THRESHOLD = 0.1
 _SLOW = 0.01
 
 
 @dataclass(frozen=True)
 class RowUnits:
-    """Training sees (x − mean) · scale, whose mean length is √d."""
+    """Training sees (x − mean) · scale, whose mean length is √d; both are those of typical rows."""
 
     mean: Float[Tensor, " d"]
     scale: float
 
     @staticmethod
     def of(rows: Float[Tensor, "n d"]) -> RowUnits:
-        mean = rows.mean(0)
-        length = float((rows - mean).norm(dim=-1).mean())
+        kept = rows[typical(rows)]
+        mean = kept.mean(0)
+        length = float((kept - mean).norm(dim=-1).mean())
         return RowUnits(mean, math.sqrt(rows.shape[1]) / max(length, 1e-12))
 
     def of_states(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         return (rows - self.mean) * self.scale
+
+
+def typical(rows: Float[Tensor, "n d"]) -> Bool[Tensor, " n"]:
+    """Which rows are no longer than `OUTLIER` times the median: many models keep, on a few tokens
+    that say nothing, states of a hundred times the length of others (2402.17762)."""
+    lengths = rows.norm(dim=-1)
+    return lengths <= OUTLIER * lengths.median()
 
 
 @dataclass(frozen=True)

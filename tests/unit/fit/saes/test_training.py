@@ -243,3 +243,23 @@ def test_too_little_and_mixed_data_are_refused(tmp_path: Path) -> None:
     narrow = captured(tmp_path / "narrow", planted(1000, 1)[0][:, :16].contiguous())
     with pytest.raises(SteerError, match="trained at one point of one model"):
         TrainingRows.of([few, narrow], held_out=0.1, seed=0)
+
+
+def test_a_few_very_long_states_do_not_outweigh_the_rest(tmp_path: Path) -> None:
+    """One state in two hundred is a hundred times as long, as those on which models keep what
+    belongs to no word: what is learnt of the others is the same."""
+    states, directions, _ = planted(8000, 1)
+    states[::200] = 300.0 * functional.normalize(torch.randn(WIDTH), dim=-1)
+    capture = captured(tmp_path / "states", states)
+    found = train_sae([capture], options("topk"), tmp_path / "work", name="p", held_out=0.1)
+    cosines = functional.normalize(found.sae.W_dec, dim=-1) @ directions.T
+    assert float(cosines.max(0).values.mean()) > 0.9
+    measures = found.measures
+    assert measures.outliers == pytest.approx(1 / 200, rel=0.2)
+    assert measures.explained > 0.8
+    fresh, _, _ = planted(2000, 2)
+    assert measure(found.sae, fresh).explained == pytest.approx(measures.explained, abs=0.05)
+    assert measure(found.sae, fresh).outliers == 0
+    # Of all variance the few have nearly everything.
+    everything = (states - states.mean(0)).square().sum(-1)
+    assert float(everything[::200].sum() / everything.sum()) > 0.8
