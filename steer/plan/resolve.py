@@ -22,7 +22,7 @@ from steer.model import Capabilities, HookPoint
 from steer.plan import selection
 from steer.plan.plan import Gate
 from steer.plan.points import Found, hook_points, row
-from steer.plan.selection import Selection
+from steer.plan.selection import NO_READER, Selection, TokenReader
 from steer.plan.sources import EncodeText, Named, Sources
 from steer.references import Reference, own_references
 from steer.spec import Intervention, SteeringSpec, When, Where
@@ -72,7 +72,7 @@ class Compilation:
     spec: SteeringSpec
     sources: Sources
     capabilities: Capabilities
-    tokenize: Tokenize | None = None
+    reader: TokenReader = NO_READER
     policy: Policy = OPEN
 
 
@@ -220,7 +220,7 @@ class Resolver:
     def _selection(self, where: Where | None, at: str) -> Selection:
         key = (where, at)
         if key not in self._selections:
-            self._selections[key] = selection.resolve(where, self._asked.tokenize, param=at)
+            self._selections[key] = selection.resolve(where, self._asked.reader, param=at)
         return self._selections[key]
 
     def _gate(self, place: int, item: Intervention) -> ResolvedGate | None:
