@@ -18,6 +18,7 @@ from artefacts import (
     EVERYTHING,
     SAE_NAMES,
     artefacts,
+    random_roles,
     random_spans,
     random_spec,
     shape_of,
@@ -36,7 +37,7 @@ from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
 from steer.plan.selection import trace_of
 from steer.prompts.roles import RoleSpans
-from steer.spec import ROLES, Role, SteeringSpec, When, Where, parse_spec
+from steer.spec import SteeringSpec, When, Where, parse_spec
 
 WIDTH, LAYERS, VOCABULARY = 16, 4, 64
 SLOTS, ROWS = 3, 8
@@ -65,9 +66,7 @@ class Request:
 
     @property
     def seen(self) -> Seen:
-        spans = () if self.roles is None else self.roles.spans
-        whose = {place: role for start, end, role in spans for place in range(start, end)}
-        return Seen(self.tokens, PIECES, whose)
+        return Seen.of(self.tokens, PIECES, self.roles)
 
 
 class Truth:
@@ -330,17 +329,6 @@ def random_plan(draw: random.Random, spans: bool) -> tuple[SteeringSpec, Steerin
             return spec, PLANS.plan(spec)
         except SteerError:
             continue
-
-
-def random_roles(draw: random.Random, length: int) -> RoleSpans:
-    """A chat's messages, with a template's marks between them."""
-    spans: list[tuple[int, int, Role]] = []
-    start = draw.randint(0, 2)
-    while start < length:
-        end = min(start + draw.randint(1, 4), length)
-        spans.append((start, end, draw.choice(ROLES)))
-        start = end + draw.randint(0, 2)
-    return RoleSpans(length, tuple(spans))
 
 
 def random_requests(draw: random.Random, count: int, *, spans: bool = False) -> list[Request]:

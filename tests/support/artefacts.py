@@ -18,7 +18,8 @@ from steer.artefacts.kinds import ArtefactKind
 from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
 from steer.model import Capabilities, ModelInfo
-from steer.spec import KINDS, ROLES, SITES
+from steer.prompts.roles import RoleSpans
+from steer.spec import KINDS, ROLES, SITES, Role
 
 ARCHITECTURES = ("standard", "jumprelu", "topk")
 NORMALISATIONS = {"": "none", "-rescaled": "constant_norm_rescale", "-centred": "layer_norm"}
@@ -318,6 +319,17 @@ def random_spans(draw: random.Random, vocabulary: int = 64) -> dict[str, Any]:
         name = draw.choice([name for name in made if name not in where])
         where["except"] = {name: made[name]}
     return where
+
+
+def random_roles(draw: random.Random, length: int) -> RoleSpans:
+    """A chat's messages, with a template's marks between them."""
+    spans: list[tuple[int, int, Role]] = []
+    start = draw.randint(0, 2)
+    while start < length:
+        end = min(start + draw.randint(1, 4), length)
+        spans.append((start, end, draw.choice(ROLES)))
+        start = end + draw.randint(0, 2)
+    return RoleSpans(length, tuple(spans))
 
 
 def random_spec(draw: random.Random, *, layers: int = 4, longest: int = 5) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.sae.base import SAE
 from steer.model import HookPoint
+from steer.prompts.roles import RoleSpans
 from steer.spec import Clamp, Concept, Intervention, NormValue, SteeringSpec, Where
 
 Array = NDArray[np.float64]
@@ -35,6 +36,12 @@ class Seen:
     tokens: Sequence[int]
     vocabulary: Sequence[bytes] = ()
     roles: Mapping[int, str] = field(default_factory=dict)
+
+    @staticmethod
+    def of(tokens: Sequence[int], vocabulary: Sequence[bytes], roles: RoleSpans | None) -> Seen:
+        spans = () if roles is None else roles.spans
+        whose = {place: role for start, end, role in spans for place in range(start, end)}
+        return Seen(tokens, vocabulary, whose)
 
     def inside(self, opening: Any, closing: Any, end: int) -> bool:
         """Whether the first `end` tokens leave off after an opening that was not closed."""
