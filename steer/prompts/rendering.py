@@ -14,6 +14,7 @@ from typing import Any
 from steer.errors import SteerError
 from steer.prompts.chat import (
     OPEN,
+    THOUGHT_ENDS,
     answered_form,
     chat_tokens,
     read_chat,
@@ -23,9 +24,6 @@ from steer.prompts.forms import Marked, Messages, Prompt
 from steer.prompts.places import EncodedPrompt
 from steer.prompts.spans import Span, shared_length, token_spans, tokens_within
 from steer.prompts.tokens import part_tokens, text_tokens
-
-THOUGHT_ENDS = ("</think>", "[/THINK]", "</thinking>", "</thought>", "</seed:think>")
-"""How templates end thoughts; what stands before the last of them is none of the answer."""
 
 
 def render(tokenizer: Any, prompt: Prompt) -> list[int]:

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from steer.errors import SteerError, Unsupported
-from steer.prompts.chat import OPEN, ChatForm, read_chat
+from steer.prompts.chat import OPEN, THOUGHT_ENDS, ChatForm, read_chat
 from steer.prompts.forms import Messages
-from steer.prompts.rendering import THOUGHT_ENDS
 from steer.prompts.spans import token_spans, tokens_within
 from steer.spec import ROLES, Role
 
@@ -69,20 +68,15 @@ class MarkedChat:
         free = (chr(code) for code in _MARKS if chr(code) not in avoiding)
         marked, roles, marks = [], [], []
         for turn in messages:
-            text = turn.get("content")
             role = _AS.get(turn["role"], turn["role"])
-            if not isinstance(text, str) or not text.strip() or role not in ROLES:
+            parts = _texts(turn.get("content"))
+            if role not in ROLES or not "".join(parts).strip():
                 marked.append(dict(turn))
                 continue
             pair = next(free, ""), next(free, "")
             if not all(pair):
                 raise _unsupported(f"it has more than {len(marks)} messages")
-            start = _after_thoughts(text)
-            start += len(text[start:]) - len(text[start:].lstrip())
-            end = len(text.rstrip())
-            marked.append(
-                {**turn, "content": text[:start] + pair[0] + text[start:end] + pair[1] + text[end:]}
-            )
+            marked.append({**turn, "content": _marked(turn["content"], pair)})
             roles.append(cast(Role, role))
             marks.append(pair)
         return MarkedChat(marked, tuple(roles), tuple(marks))
@@ -131,19 +125,25 @@ def role_spans(
 
 
 def chat_roles(
-    tokenizer: Any, messages: Messages, form: ChatForm = OPEN, *, param: str | None = None
+    tokenizer: Any,
+    messages: Messages,
+    form: ChatForm = OPEN,
+    *,
+    ids: Sequence[int] | None = None,
+    param: str | None = None,
 ) -> RoleSpans:
-    """Where in the tokens of `messages` (`chat_tokens`) each message lies.
+    """Where in the tokens of `messages` each message lies: in `chat_tokens`, or in `ids` where
+    these were made of the same text in another way.
 
     Raises `SteerError` as `chat_tokens` does, and `Unsupported` (`roles_unsupported`).
     """
-    ids, text = read_chat(tokenizer, messages, form, param=param)
-    chat = MarkedChat.of(messages, avoiding=text + "".join(map(_content, messages)))
-    _, marked = read_chat(tokenizer, chat.messages, form, param=param)
+    read, text = read_chat(tokenizer, messages, form, param=param)
     try:
-        return role_spans(tokenizer, ids, text, chat, marked)
+        chat = MarkedChat.of(messages, avoiding=text + contents(messages))
+        _, marked = read_chat(tokenizer, chat.messages, form, param=param)
+        return role_spans(tokenizer, read if ids is None else ids, text, chat, marked)
     except SteerError as error:
-        raise error.at(param) if param is not None else error from None
+        raise error if param is None else error.at(param) from None
 
 
 def found_roles(tokenizer: Any) -> tuple[Role, ...]:
@@ -170,9 +170,40 @@ def _is_found(tokenizer: Any, role: Role) -> bool:
     )
 
 
-def _content(turn: Any) -> str:
-    text = turn.get("content")
-    return text if isinstance(text, str) else ""
+def contents(messages: Messages) -> str:
+    """All that messages say."""
+    return "".join(text for turn in messages for text in _texts(turn.get("content")))
+
+
+def _texts(content: Any) -> list[str]:
+    """What a message says, in its parts where it has such."""
+    if isinstance(content, str):
+        return [content]
+    parts = content if isinstance(content, list) else []
+    return [part["text"] for part in parts if isinstance(part.get("text"), str)]
+
+
+def _marked(content: Any, pair: tuple[str, str]) -> Any:
+    """`content` with one mark before its first word, and the other behind its last."""
+    if isinstance(content, str):
+        start, end = _words(content)
+        return content[:start] + pair[0] + content[start:end] + pair[1] + content[end:]
+    said = [n for n, part in enumerate(content) if _texts([part]) and part["text"].strip()]
+    parts = [dict(part) for part in content]
+    first, last = parts[said[0]], parts[said[-1]]
+    end = _words(last["text"])[1]
+    last["text"] = last["text"][:end] + pair[1] + last["text"][end:]
+    start = _words(first["text"])[0]
+    first["text"] = first["text"][:start] + pair[0] + first["text"][start:]
+    return parts
+
+
+def _words(text: str) -> tuple[int, int]:
+    """Where in a text what it says begins and ends: without thoughts, which templates leave out of
+    a history, and white space around it."""
+    start = _after_thoughts(text)
+    start += len(text[start:]) - len(text[start:].lstrip())
+    return start, max(len(text.rstrip()), start)
 
 
 def _after_thoughts(text: str) -> int:
