@@ -260,7 +260,7 @@ Marks: TypeAlias = Annotated[
     tuple[Mark, ...], Field(min_length=1, max_length=MAX_MARKS, fail_fast=True)
 ]
 Pairs: TypeAlias = Annotated[
-    tuple[tuple[Mark, Mark], ...], Field(min_length=1, max_length=MAX_MARKS, fail_fast=True)
+    tuple[tuple[Mark, Mark | None], ...], Field(min_length=1, max_length=MAX_MARKS, fail_fast=True)
 ]
 
 
@@ -304,8 +304,8 @@ class Where(_Frozen):
     The others look for texts, or token ids, in prompt and answer as in one sequence. One is met
     from the token after that in which it ends. `after` selects once any of the texts has been met,
     `before` as long as none has; `between` after an opening and up to the token in which the next
-    closing ends, as often as they come; `outside` all but that, the opening itself and what may be
-    the beginning of one.
+    closing ends, as often as they come (a closing of null never comes); `outside` all but that, the
+    opening itself and what may be the beginning of one.
 
     One that has only `except` takes these tokens away from what would be selected without it: an
     intervention's from the spec's, the spec's from those that a card says. With any other field it

@@ -303,7 +303,7 @@ def random_spans(draw: random.Random, vocabulary: int = 64) -> dict[str, Any]:
     def pair() -> list[Any]:
         if draw.random() < 0.2:
             return [ids(), ids()]
-        return [draw.choice(SPAN_TEXTS), draw.choice(SPAN_TEXTS)]
+        return [draw.choice(SPAN_TEXTS), draw.choice([*SPAN_TEXTS, None])]
 
     made: dict[str, Any] = {
         "after": [mark() for _ in range(draw.randint(1, 2))],

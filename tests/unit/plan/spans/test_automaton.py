@@ -24,7 +24,7 @@ READER = TokenReader(vocabulary=lambda: PIECES, roles=ROLES)
 marks = st.sampled_from(SPAN_TEXTS) | st.lists(st.integers(0, 5), min_size=1, max_size=3)
 texts = st.sampled_from(SPAN_TEXTS)
 idlists = st.lists(st.integers(0, 5), min_size=1, max_size=2)
-pairs = st.lists(texts, min_size=2, max_size=2) | st.lists(idlists, min_size=2, max_size=2)
+pairs = st.tuples(texts, texts | st.none()) | st.lists(idlists, min_size=2, max_size=2)
 wheres = st.one_of(
     st.fixed_dictionaries({"after": st.lists(marks, min_size=1, max_size=2)}),
     st.fixed_dictionaries({"before": st.lists(marks, min_size=1, max_size=2)}),
