@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steer.plan.plan import Rule, SteeringPlan
-from steer.plan.spans.trace import TokenTrace
+from steer.plan.texts.trace import TokenTrace
 
 Ints = NDArray[np.int64]
 NOBODY = -1

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from torch import Tensor
 
 from steer.model import Capabilities, HookPoint, ModelInfo
-from steer.prompts.roles import RoleSpans
+from steer.prompts.roles import RoleRanges
 
 if TYPE_CHECKING:
     from steer.plan.plan import SteeringPlan
@@ -71,7 +71,7 @@ class GenerationRequest:
     """Called with every generated token, in order and once; true ends the request after that token
     with finish `"stop"` and its receipt. Front ends match stop strings here, because closing the
     iterator would lose the receipt."""
-    roles: RoleSpans | None = None
+    roles: RoleRanges | None = None
     """Whose words the prompt's tokens are; None where it was not given as messages, and then no
     plan may ask."""
 
@@ -207,7 +207,7 @@ class CaptureRequest:
     logits: Literal["none", "last", "all"] = "none"
     logprobs: int | None = None
     tail: int | None = None
-    roles: Sequence[RoleSpans | None] | None = None
+    roles: Sequence[RoleRanges | None] | None = None
 
     def read_for_logits(self, length: int) -> range:
         """The positions of a prompt of `length` tokens whose logits are needed: for those that are

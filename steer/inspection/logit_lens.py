@@ -33,7 +33,7 @@ from steer.inspection.token_labels import place_label
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.prompts import PromptInput, encode_prompt
-from steer.prompts.roles import RoleSpans
+from steer.prompts.roles import RoleRanges
 from steer.spec import SteeringSpec
 
 _LOGITS_AT_ONCE = 1 << 24
@@ -96,7 +96,7 @@ def logit_lens(
     *,
     plans: PlanCache | None = None,
     library: Library | None = None,
-    roles: RoleSpans | None = None,
+    roles: RoleRanges | None = None,
 ) -> LogitLensResult:
     """Reads the prompt through the logit lens, under `request.steering` where it has one.
 

@@ -15,7 +15,7 @@ from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
 from steer.prompts import EncodedPrompt, Place
-from steer.prompts.roles import RoleSpans
+from steer.prompts.roles import RoleRanges
 from steer.spec import Index, Site, SteeringSpec
 
 MAX_NUMBERS = 1 << 16
@@ -86,6 +86,6 @@ def plan_for(
         raise
 
 
-def roles_for(plan: SteeringPlan | None, prompt: EncodedPrompt) -> RoleSpans | None:
+def roles_for(plan: SteeringPlan | None, prompt: EncodedPrompt) -> RoleRanges | None:
     """Whose words the tokens of `prompt` are, where `plan` asks."""
     return None if plan is None or not plan.reads_roles else prompt.roles

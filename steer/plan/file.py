@@ -45,7 +45,7 @@ from steer.plan.records import (
     spec_to_json,
 )
 from steer.plan.selection import Selection
-from steer.plan.spans.automaton import Moves, default_moves
+from steer.plan.texts.automaton import Moves, default_moves
 from steer.spec import parse_spec
 
 Encoder: TypeAlias = Callable[[str], tuple[Tensor, Tensor]]

@@ -19,7 +19,7 @@ from steer.edits import Block
 from steer.errors import Unsupported
 from steer.model import HookPoint, forward_order
 from steer.plan.selection import Selection
-from steer.prompts.roles import RoleSpans
+from steer.prompts.roles import RoleRanges
 from steer.spec import SteeringSpec
 
 Blocks: TypeAlias = dict[HookPoint, Block]
@@ -137,7 +137,7 @@ class SteeringPlan:
         return any(one.reads_roles for one in self.selections)
 
     def first_steered(
-        self, prompt: tuple[int, ...], horizon: int, roles: RoleSpans | None = None
+        self, prompt: tuple[int, ...], horizon: int, roles: RoleRanges | None = None
     ) -> int | None:
         """The first position whose state this plan may change: KV before it can be shared."""
         firsts = [one.first(prompt, horizon, roles) for one in self.selections]

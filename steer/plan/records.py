@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, Valida
 from steer.edits import CENTRED, PRODUCT
 from steer.errors import FileFormatError, SpecError, SteerError
 from steer.plan.selection import Counted, Selection
-from steer.plan.spans.automaton import Moves, TokenAutomaton
-from steer.plan.spans.condition import TextCondition, TextRelation
+from steer.plan.texts.automaton import Moves, TokenAutomaton
+from steer.plan.texts.condition import TextCondition, TextRelation
 from steer.references import put_at
 from steer.spec import Index, InlineVector, Phase, Role, Site, SteeringSpec
 

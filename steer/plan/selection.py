@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steer.errors import SpecError, Unsupported, pointer
-from steer.plan.spans.automaton import TokenAutomaton, compile_automaton
-from steer.plan.spans.condition import RELATIONS, TextCondition
-from steer.plan.spans.trace import TokenTrace
-from steer.prompts.roles import RoleSpans
+from steer.plan.texts.automaton import TokenAutomaton, compile_automaton
+from steer.plan.texts.condition import RELATIONS, TextCondition
+from steer.plan.texts.trace import TokenTrace
+from steer.prompts.roles import RoleRanges
 from steer.spec import Mark, Phase, Role, Schedule, Where
 
 Mask = NDArray[np.bool_]
@@ -170,7 +170,7 @@ class Selection:
         return max(bounds)
 
     def first(
-        self, prompt: Sequence[int], horizon: int, roles: RoleSpans | None = None
+        self, prompt: Sequence[int], horizon: int, roles: RoleRanges | None = None
     ) -> int | None:
         """The first position before `horizon` that is, or (for token triggers, texts, and roles
         that are not known) may be, selected."""
@@ -193,7 +193,7 @@ class Selection:
 def trace_of(
     selections: Iterable[Selection],
     prompt: Sequence[int] | Ints,
-    roles: RoleSpans | None = None,
+    roles: RoleRanges | None = None,
 ) -> TokenTrace | None:
     """What `selections` need to know of a request with this prompt; None where they need
     nothing."""

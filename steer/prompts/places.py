@@ -13,7 +13,7 @@ from steer.prompts.chat import ChatForm, check_variables, read_chat
 from steer.prompts.forms import Messages, Place, PromptInput
 from steer.prompts.labels import token_texts
 from steer.prompts.length import check_text_length
-from steer.prompts.roles import RoleSpans, chat_roles
+from steer.prompts.roles import RoleRanges, chat_roles
 from steer.prompts.spans import Span, token_spans, tokens_within
 from steer.prompts.tokens import text_tokens
 
@@ -36,7 +36,7 @@ class EncodedPrompt:
     """The messages that it was written from, and how."""
 
     @cached_property
-    def roles(self) -> RoleSpans | None:
+    def roles(self) -> RoleRanges | None:
         """Whose words its tokens are; None where it was not given as messages. Raises `SteerError`
         (`roles_unsupported`) where the template does not show that."""
         if self.chat is None:

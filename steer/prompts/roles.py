@@ -42,11 +42,11 @@ _SAMPLES: dict[Role, list[dict[str, str]]] = {
 
 
 @dataclass(frozen=True)
-class RoleSpans:
+class RoleRanges:
     """Half-open ranges of positions, each of one message's text, in a prompt of `length` tokens."""
 
     length: int
-    spans: tuple[tuple[int, int, Role], ...]
+    ranges: tuple[tuple[int, int, Role], ...]
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,13 @@ class MarkedChat:
         return [(places[start], places[end]) for start, end in self.marks]
 
 
-def role_spans(
+def role_ranges(
     tokenizer: Any,
     ids: Sequence[int],
     text: str,
     chat: MarkedChat,
     marked: str,
-) -> RoleSpans:
+) -> RoleRanges:
     """The messages of a chat whose tokens are `ids` and whose text is `text`; `marked` is that of
     `chat`. A token belongs to a message where it shares characters with what it says.
 
@@ -121,7 +121,7 @@ def role_spans(
         places = tokens_within(spans, span)
         if places:
             each.append((places[0], places[-1] + 1, role))
-    return RoleSpans(len(ids), tuple(each))
+    return RoleRanges(len(ids), tuple(each))
 
 
 def chat_roles(
@@ -131,7 +131,7 @@ def chat_roles(
     *,
     ids: Sequence[int] | None = None,
     param: str | None = None,
-) -> RoleSpans:
+) -> RoleRanges:
     """Where in the tokens of `messages` each message lies: in `chat_tokens`, or in `ids` where
     these were made of the same text in another way.
 
@@ -141,7 +141,7 @@ def chat_roles(
     try:
         chat = MarkedChat.of(messages, avoiding=text + contents(messages))
         _, marked = read_chat(tokenizer, chat.messages, form, param=param)
-        return role_spans(tokenizer, read if ids is None else ids, text, chat, marked)
+        return role_ranges(tokenizer, read if ids is None else ids, text, chat, marked)
     except SteerError as error:
         raise error if param is None else error.at(param) from None
 
@@ -162,7 +162,7 @@ def _is_found(tokenizer: Any, role: Role) -> bool:
     wanted = [turn["content"] for turn in messages if turn["role"] == role]
     said = [
         str(tokenizer.decode(list(ids[start:end])))
-        for start, end, whose in found.spans
+        for start, end, whose in found.ranges
         if whose == role
     ]
     return len(said) == len(wanted) and all(

@@ -36,7 +36,7 @@ from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
 from steer.plan.selection import trace_of
-from steer.prompts.roles import RoleSpans
+from steer.prompts.roles import RoleRanges
 from steer.spec import SteeringSpec, When, Where, parse_spec
 
 WIDTH, LAYERS, VOCABULARY = 16, 4, 64
@@ -62,7 +62,7 @@ class Request:
     computed: int = 0
     request: SteeredRequest | None = None
     results: dict[int, torch.Tensor] = field(default_factory=dict)
-    roles: RoleSpans | None = None
+    roles: RoleRanges | None = None
 
     @property
     def seen(self) -> Seen:

@@ -130,7 +130,7 @@ def test_a_capture_of_what_was_said_sees_the_states_that_said_it(
         assert roles is not None
         length, whole = len(request.prompt), (*request.prompt, *done.tokens[:-1])
         said = replace(
-            roles, length=len(whole), spans=(*roles.spans, (length, len(whole), "assistant"))
+            roles, length=len(whole), ranges=(*roles.ranges, (length, len(whole), "assistant"))
         )
         anchored = replace(
             plan,

@@ -18,7 +18,7 @@ from steer.artefacts.kinds import ArtefactKind
 from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
 from steer.model import Capabilities, ModelInfo
-from steer.prompts.roles import RoleSpans
+from steer.prompts.roles import RoleRanges
 from steer.spec import KINDS, ROLES, SITES, Role
 
 ARCHITECTURES = ("standard", "jumprelu", "topk")
@@ -321,7 +321,7 @@ def random_spans(draw: random.Random, vocabulary: int = 64) -> dict[str, Any]:
     return where
 
 
-def random_roles(draw: random.Random, length: int) -> RoleSpans:
+def random_roles(draw: random.Random, length: int) -> RoleRanges:
     """A chat's messages, with a template's marks between them."""
     spans: list[tuple[int, int, Role]] = []
     start = draw.randint(0, 2)
@@ -329,7 +329,7 @@ def random_roles(draw: random.Random, length: int) -> RoleSpans:
         end = min(start + draw.randint(1, 4), length)
         spans.append((start, end, draw.choice(ROLES)))
         start = end + draw.randint(0, 2)
-    return RoleSpans(length, tuple(spans))
+    return RoleRanges(length, tuple(spans))
 
 
 def random_spec(draw: random.Random, *, layers: int = 4, longest: int = 5) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.sae.base import SAE
 from steer.model import HookPoint
-from steer.prompts.roles import RoleSpans
+from steer.prompts.roles import RoleRanges
 from steer.spec import Clamp, Concept, Intervention, NormValue, SteeringSpec, Where
 
 Array = NDArray[np.float64]
@@ -38,8 +38,8 @@ class Seen:
     roles: Mapping[int, str] = field(default_factory=dict)
 
     @staticmethod
-    def of(tokens: Sequence[int], vocabulary: Sequence[bytes], roles: RoleSpans | None) -> Seen:
-        spans = () if roles is None else roles.spans
+    def of(tokens: Sequence[int], vocabulary: Sequence[bytes], roles: RoleRanges | None) -> Seen:
+        spans = () if roles is None else roles.ranges
         whose = {place: role for start, end, role in spans for place in range(start, end)}
         return Seen(tokens, vocabulary, whose)
 

@@ -53,7 +53,7 @@ def test_the_words_of_a_role_are_those_of_its_messages(
     http: httpx.Client, roles: list[str], parts: bool
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    spans = chat_roles(tokenizer, MESSAGES).spans
+    spans = chat_roles(tokenizer, MESSAGES).ranges
     prompt = sum(end - start for start, end, role in spans if role in roles)
     assert prompt > 0 or roles == ["system"]
     messages: list[dict[str, Any]] = MESSAGES

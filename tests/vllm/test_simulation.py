@@ -32,7 +32,7 @@ from steer.engines.transformers.engine import TransformersEngine
 from steer.engines.vllm.front.engine import VllmEngine
 from steer.engines.vllm.worker.runner_v1 import RunnerV1
 from steer.plan.cache import PlanCache
-from steer.prompts.roles import RoleSpans
+from steer.prompts.roles import RoleRanges
 from steer.registry.registry import Registry
 
 CLIENTS, WAVES = 500, 10
@@ -97,7 +97,7 @@ def test_seeded_samples_equal_those_of_the_request_alone(engine: VllmEngine, pla
                 tuple(range(50 + n, 50 + n + STEP_TOKENS // REQUESTS)),
                 SamplingParams(max_tokens=20, temperature=0.8, top_p=0.95, seed=n, ignore_eos=True),
                 plans[name],
-                roles=RoleSpans(3, ((1, 3, "user"),)),
+                roles=RoleRanges(3, ((1, 3, "user"),)),
             )
             for n, name in enumerate(names[first : first + REQUESTS], first)
         ]

@@ -11,7 +11,7 @@ from typing import Any
 from steer.errors import SpecError, Unsupported
 from steer.prompts import ChatForm, chat_tokens, check_text_length, part_tokens, text_tokens
 from steer.prompts.chat import check_variables, read_chat, template_variables, variables_told
-from steer.prompts.roles import RoleSpans, chat_roles
+from steer.prompts.roles import RoleRanges, chat_roles
 from steer_server.generation.request_models import ChatRequest
 from steer_server.state import Serving
 
@@ -39,7 +39,7 @@ def chat_prompt(serving: Serving, body: ChatRequest) -> list[int]:
     return text_tokens(tokenizer, text)
 
 
-def chat_prompt_roles(serving: Serving, body: ChatRequest, prompt: Sequence[int]) -> RoleSpans:
+def chat_prompt_roles(serving: Serving, body: ChatRequest, prompt: Sequence[int]) -> RoleRanges:
     """Whose words the tokens of `prompt`, as `chat_prompt` made them, are.
 
     Raises `Unsupported` (`roles_unsupported`) where the template does not show that.

@@ -20,7 +20,7 @@ from steer.engines.base import (
     TokenLogprob,
 )
 from steer.errors import SteerError, TooLarge, Unsupported, pointer
-from steer.prompts.roles import RoleSpans
+from steer.prompts.roles import RoleRanges
 from steer_server.generation.request_models import SamplingFields
 from steer_server.generation.steering import Steering, resolve, whose_words
 from steer_server.generation.text import TextRules, TextStream
@@ -92,7 +92,7 @@ def prepare(
     *,
     prefix: str,
     at: str,
-    roles: Callable[[], RoleSpans] | None = None,
+    roles: Callable[[], RoleRanges] | None = None,
 ) -> Generation:
     """Plans the steering and has every sequence admitted. Runs in a worker thread.
 

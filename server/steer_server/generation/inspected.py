@@ -7,7 +7,7 @@ from typing import Any
 
 from steer.errors import SteerError
 from steer.inspection.logit_lens import LogitLensRequest, logit_lens
-from steer.prompts.roles import RoleSpans
+from steer.prompts.roles import RoleRanges
 from steer_server.generation.inspect_spec import InspectSpec
 from steer_server.generation.steering import Steering
 from steer_server.state import Serving
@@ -18,7 +18,7 @@ async def inspected(
     spec: InspectSpec,
     prompt: Sequence[int],
     steering: Steering,
-    roles: RoleSpans | None = None,
+    roles: RoleRanges | None = None,
 ) -> dict[str, Any]:
     """What `spec` reads from the tokens of `prompt`, steered; `roles` are those of its messages."""
     return await serving.inspections.run(
@@ -31,7 +31,7 @@ def _logit_lens(
     spec: InspectSpec,
     prompt: tuple[int, ...],
     steering: Steering,
-    roles: RoleSpans | None,
+    roles: RoleRanges | None,
 ) -> dict[str, Any]:
     request = LogitLensRequest(
         tokens=prompt,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from steer.engines.checks import no_messages
 from steer.errors import SpecError, SteerError, UnknownArtefact, UnknownModel
 from steer.plan.plan import SteeringPlan
-from steer.prompts.roles import RoleSpans
+from steer.prompts.roles import RoleRanges
 from steer.registry.profiles import Profile
 from steer.spec import SteeringSpec
 from steer_server.state import Serving
@@ -70,7 +70,7 @@ def resolve(serving: Serving, model: str, spec: SteeringSpec | None) -> Steering
     return Steering(plan, profile.name if profile else None)
 
 
-def whose_words(steering: Steering, find: Callable[[], RoleSpans] | None) -> RoleSpans | None:
+def whose_words(steering: Steering, find: Callable[[], RoleRanges] | None) -> RoleRanges | None:
     """Whose words the prompt's tokens are, found where the steering asks; `find` is None for a
     prompt that was not given as messages, and then such steering is refused (`no_messages`)."""
     if steering.plan is None or not steering.plan.reads_roles:

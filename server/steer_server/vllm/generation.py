@@ -35,11 +35,14 @@ from steer_server.vllm.answers import (
 )
 from steer_server.vllm.pending_receipts import PendingReceipts
 from steer_server.vllm.requests import (
+    FindRoles,
     PlainChatRequest,
     PlainCompletionRequest,
     PlainResponsesRequest,
+    refuse_responses,
+    refuse_text,
+    roles_of_chat,
 )
-from steer_server.vllm.roles import FindRoles, refuse_responses, refuse_text, roles_of_chat
 from steer_server.vllm.steer_fields import SteerFields, concerns, planned, take_fields
 
 Call = Callable[[Any, Request], Awaitable[Response | None]]

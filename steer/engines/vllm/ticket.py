@@ -24,7 +24,7 @@ from steer.errors import SpecError, SteerError
 from steer.model import HookPoint
 from steer.plan.file import selection_from_json, selection_to_json
 from steer.plan.selection import Selection
-from steer.prompts.roles import RoleSpans
+from steer.prompts.roles import RoleRanges
 from steer.spec import ROLES
 
 EXTRA_ARG = "steer"
@@ -66,7 +66,7 @@ class Ticket:
     measure: bool = False
     attached: bool = False
     latents: int = 0
-    roles: RoleSpans | None = None
+    roles: RoleRanges | None = None
     capture: CaptureOrder | None = field(default=None, compare=False)
 
     def as_extra_args(self) -> dict[str, str]:
@@ -79,7 +79,7 @@ class Ticket:
             content |= {"steering": _written(steering), "measure": self.measure}
             content |= {"attached": True} if self.attached else {}
             if self.roles is not None:
-                content["roles"] = [self.roles.length, self.roles.spans]
+                content["roles"] = [self.roles.length, self.roles.ranges]
         if self.capture is not None:
             content["capture"] = {
                 "points": [[point.layer, point.site] for point in self.capture.points],
@@ -153,12 +153,12 @@ def _steering(text: str) -> _Steering:
     return _Steering(str(fingerprint), plan, int(rows), selections, latents)
 
 
-def _roles(length: int, spans: Sequence[Sequence[Any]]) -> RoleSpans:
+def _roles(length: int, spans: Sequence[Sequence[Any]]) -> RoleRanges:
     found = tuple((int(start), int(end), role) for start, end, role in spans)
     for start, end, role in found:
         if not 0 <= start < end <= length or role not in ROLES:
             raise ValueError(f"roles {(start, end, role)!r} of {length} tokens")
-    return RoleSpans(int(length), found)
+    return RoleRanges(int(length), found)
 
 
 @lru_cache(_TICKETS)

@@ -35,7 +35,7 @@ from steer.engines.vllm.core.cache_keys import ticket_of
 from steer.engines.vllm.front.engine import VllmEngine
 from steer.engines.vllm.front.sequences import RunningSequence
 from steer.plan.plan import SteeringPlan
-from steer.prompts.roles import RoleSpans
+from steer.prompts.roles import RoleRanges
 
 T = TypeVar("T")
 Plans = Mapping[str, SteeringPlan | None]
@@ -130,7 +130,7 @@ class Crowd:
             roles=random_roles(draw, len(prompt)) if number % 2 else None,
         )
         if plan is not None and plan.reads_roles and request.roles is None:
-            request = replace(request, roles=RoleSpans(len(prompt), ((0, len(prompt), "user"),)))
+            request = replace(request, roles=RoleRanges(len(prompt), ((0, len(prompt), "user"),)))
         streams = stop is not None or leaves is not None or draw.random() < 0.3
         client = Client(request, spec, streams, leaves)
         self._neighbours = [*self._neighbours, client][-4:]

@@ -33,7 +33,7 @@ def words(tokenizer: Any, messages: list[dict[str, Any]], form: ChatForm) -> lis
     ids, _ = read_chat(tokenizer, messages, form)
     found = chat_roles(tokenizer, messages, form)
     assert found.length == len(ids)
-    return [(role, tokenizer.decode(ids[start:end])) for start, end, role in found.spans]
+    return [(role, tokenizer.decode(ids[start:end])) for start, end, role in found.ranges]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -88,7 +88,7 @@ def test_a_character_of_several_tokens_has_them_all() -> None:
     tokenizer.chat_template = TEMPLATES["chatml"]
     messages = [{"role": "user", "content": "日"}]
     ids, _ = read_chat(tokenizer, messages)
-    ((start, end, role),) = chat_roles(tokenizer, messages).spans
+    ((start, end, role),) = chat_roles(tokenizer, messages).ranges
     assert role == "user"
     assert tokenizer.decode(ids[start:end]).strip() == "日"
     assert end - start >= 3
@@ -147,6 +147,6 @@ def test_an_inspections_prompt_knows_its_messages() -> None:
     asked = {"messages": [{"role": "user", "content": "who?"}]}
     prompt = encode_prompt(Reader(), PromptInput.model_validate(asked))
     assert prompt.roles is not None
-    ((start, end, role),) = prompt.roles.spans
+    ((start, end, role),) = prompt.roles.ranges
     assert (role, Reader.tokenizer.decode(prompt.ids[start:end])) == ("user", "who?")
     assert encode_prompt(Reader(), PromptInput.model_validate({"text": "who?"})).roles is None

@@ -37,7 +37,7 @@ from steer.engines.vllm.ticket import Ticket
 from steer.errors import EngineError
 from steer.plan.file import load_selections
 from steer.plan.selection import EVERYWHERE, Selection, rules_selecting, trace_of
-from steer.plan.spans.trace import TokenTrace
+from steer.plan.texts.trace import TokenTrace
 from steer.registry.blobs.plan_store import PlanStore
 
 ExtraKeys = tuple[Any, ...] | None

@@ -23,7 +23,7 @@ from steer.errors import EngineError, NotFinite, SteerError
 from steer.model import HookPoint, ModelInfo
 from steer.plan.plan import SteeringPlan
 from steer.plan.selection import rules_selecting, trace_of
-from steer.plan.spans.trace import TokenTrace
+from steer.plan.texts.trace import TokenTrace
 
 _KEPT_RECORDS = 4096
 """Finished requests whose receipts nobody has fetched; the oldest go first."""

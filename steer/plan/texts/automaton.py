@@ -102,7 +102,7 @@ def _symbols(mark: Mark) -> Sequence[int]:
     return mark.encode() if isinstance(mark, str) else mark
 
 
-class _Search:
+class _MarkSearch:
     """Knuth, Morris and Pratt's search for one mark: the state is how much of it was read last."""
 
     def __init__(self, mark: Mark, first: int, met: int) -> None:
@@ -129,11 +129,11 @@ class _Compiler:
 
     def __init__(self, opening: Mark, closing: Mark | None) -> None:
         inside = len(_symbols(opening))
-        self._searches = [_Search(opening, 0, inside)]
+        self._searches = [_MarkSearch(opening, 0, inside)]
         if closing is not None:
-            self._searches.append(_Search(closing, inside, 0))
+            self._searches.append(_MarkSearch(closing, inside, 0))
         self._default = default_moves(opening, closing)
-        self._search_of: list[_Search | None] = [
+        self._search_of: list[_MarkSearch | None] = [
             search for search in self._searches for _ in search.symbols
         ]
         if closing is None:

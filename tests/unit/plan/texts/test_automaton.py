@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from steer.errors import EngineError, Unsupported
 from steer.plan.selection import NO_READER, TokenReader, resolve, trace_of
-from steer.plan.spans.automaton import compile_automaton
-from steer.prompts.roles import RoleSpans
+from steer.plan.texts.automaton import compile_automaton
+from steer.prompts.roles import RoleRanges
 from steer.spec import ROLES, Where
 
 SIZE = 40
@@ -138,7 +138,7 @@ def test_tables_say_what_reading_symbol_by_symbol_does(opening: Any, closing: An
 
 
 def test_roles_are_those_of_the_prompts_messages_and_the_answer_is_the_assistants() -> None:
-    roles = RoleSpans(6, ((1, 2, "system"), (3, 5, "user")))
+    roles = RoleRanges(6, ((1, 2, "system"), (3, 5, "user")))
     positions = np.arange(9)
     for asked, found in {"system": [1], "user": [3, 4], "assistant": [6, 7, 8], "tool": []}.items():
         selection = resolve(Where.model_validate({"roles": [asked]}), READER)

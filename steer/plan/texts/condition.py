@@ -8,8 +8,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from steer.plan.spans.automaton import TokenAutomaton
-from steer.plan.spans.trace import TokenTrace
+from steer.plan.texts.automaton import TokenAutomaton
+from steer.plan.texts.trace import TokenTrace
 
 TextRelation: TypeAlias = Literal["after", "before", "between", "outside"]
 RELATIONS: tuple[TextRelation, ...] = ("after", "before", "between", "outside")

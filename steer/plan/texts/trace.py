@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steer.errors import EngineError
-from steer.plan.spans.automaton import TokenAutomaton
-from steer.prompts.roles import RoleSpans
+from steer.plan.texts.automaton import TokenAutomaton
+from steer.prompts.roles import RoleRanges
 from steer.spec import ROLES, Role
 
 Ints = NDArray[np.int64]
@@ -33,7 +33,7 @@ class TokenTrace:
         self,
         automata: Iterable[TokenAutomaton],
         prompt: Sequence[int] | Ints,
-        roles: RoleSpans | None = None,
+        roles: RoleRanges | None = None,
     ) -> None:
         self._automata = tuple(dict.fromkeys(automata))
         self._number = {one: number for number, one in enumerate(self._automata)}
@@ -94,9 +94,9 @@ class TokenTrace:
         self._known = end
 
 
-def _role_numbers(roles: RoleSpans, prompt_length: int) -> Ints:
+def _role_numbers(roles: RoleRanges, prompt_length: int) -> Ints:
     """The number of each prompt token's role; those of no message have one behind all of them."""
     numbers = np.full(prompt_length, len(ROLES), dtype=np.int64)
-    for start, end, role in roles.spans:
+    for start, end, role in roles.ranges:
         numbers[start:end] = ROLES.index(role)
     return numbers
