@@ -288,28 +288,24 @@ def _check_roles(asked: Sequence[Role], known: Collection[Role], param: str) -> 
 def _texts(where: Where, reader: TokenReader, param: str) -> tuple[TextCondition, ...]:
     found = []
     for relation in RELATIONS:
-        marks: Sequence[Mark | tuple[Mark, Mark]] | None = getattr(where, relation)
-        if marks is not None:
-            if reader.vocabulary is None:
-                raise Unsupported(
-                    f"{relation!r} looks for texts among a request's tokens, which nobody follows "
-                    "here: send the spec to an engine, or select by 'phases', 'positions' or "
-                    "'tokens'",
-                    param=f"{param}/{relation}",
-                    code="texts_unsupported",
-                )
-            vocabulary = reader.vocabulary()
-            pairs = relation in ("between", "outside")
-            automata = [
-                _automaton(*(mark if pairs else (mark, None)), vocabulary)  # type: ignore[misc]
-                for mark in marks
-            ]
-            found.append(TextCondition(relation, tuple(automata)))
+        marks: Sequence[Mark | tuple[Mark, Mark | None]] | None = getattr(where, relation)
+        if marks is None:
+            continue
+        if reader.vocabulary is None:
+            raise Unsupported(
+                f"{relation!r} looks for texts among a request's tokens, which nobody follows here: "
+                "send the spec to an engine, or select by 'phases', 'positions' or 'tokens'",
+                param=f"{param}/{relation}",
+                code="texts_unsupported",
+            )
+        spans = relation in ("between", "outside")
+        pairs = marks if spans else [(mark, None) for mark in marks]
+        automata = [
+            compile_automaton(opening, closing, reader.vocabulary())  # type: ignore[arg-type]
+            for opening, closing in pairs
+        ]
+        found.append(TextCondition(relation, tuple(automata)))
     return tuple(found)
-
-
-def _automaton(opening: Mark, closing: Mark | None, vocabulary: Sequence[bytes]) -> TokenAutomaton:
-    return compile_automaton(opening, closing, vocabulary)
 
 
 def _single_token(text: str, tokenize: Callable[[str], list[int]] | None, param: str) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from steer.errors import SteerError, Unsupported
 from steer.prompts.chat import OPEN, THOUGHT_ENDS, ChatForm, read_chat
@@ -66,18 +66,20 @@ class MarkedChat:
         Raises `Unsupported` for more messages than there are marks.
         """
         free = (chr(code) for code in _MARKS if chr(code) not in avoiding)
-        marked, roles, marks = [], [], []
+        marked: list[dict[str, Any]] = []
+        roles: list[Role] = []
+        marks: list[tuple[str, str]] = []
         for turn in messages:
-            role = _AS.get(turn["role"], turn["role"])
+            role = _role(turn["role"])
             parts = _texts(turn.get("content"))
-            if role not in ROLES or not "".join(parts).strip():
+            if role is None or not "".join(parts).strip():
                 marked.append(dict(turn))
                 continue
             pair = next(free, ""), next(free, "")
             if not all(pair):
                 raise _unsupported(f"it has more than {len(marks)} messages")
             marked.append({**turn, "content": _marked(turn["content"], pair)})
-            roles.append(cast(Role, role))
+            roles.append(role)
             marks.append(pair)
         return MarkedChat(marked, tuple(roles), tuple(marks))
 
@@ -168,6 +170,12 @@ def _is_found(tokenizer: Any, role: Role) -> bool:
     return len(said) == len(wanted) and all(
         text in told for text, told in zip(wanted, said, strict=True)
     )
+
+
+def _role(name: str) -> Role | None:
+    """The role that a message of this one counts as."""
+    counted = _AS.get(name, name)
+    return next((role for role in ROLES if role == counted), None)
 
 
 def contents(messages: Messages) -> str:

@@ -72,7 +72,7 @@ def test_the_words_of_a_role_are_those_of_its_messages(
 def test_roles_are_said_in_a_profile_and_read_by_inspections(http: httpx.Client) -> None:
     spec = french({"roles": ["user"]})
     saved = http.post("/v1/steering/profiles", json={"name": "users", "spec": spec})
-    assert saved.status_code == 201, saved.text
+    assert saved.status_code == 200, saved.text
     inspect = {"kind": "logit_lens", "layers": [2], "positions": [-1]}
     by_name = chat(http, model=f"{MODEL}:users", inspect=inspect)
     assert by_name["steering"] | {"gates": []} == chat(http, spec)["steering"] | {"gates": []}

@@ -132,7 +132,7 @@ async def _rendered(render: Callable[[Any], Awaitable[Any]], request: Any) -> An
         found = await render(request)
     except Exception:  # its own route meets the same, and answers it
         return None
-    inputs = found[1] if isinstance(found, tuple) else ()
+    inputs: Any = found[1] if isinstance(found, tuple) else ()
     return inputs[0] if len(inputs) == 1 else None
 
 
