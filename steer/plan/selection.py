@@ -293,7 +293,7 @@ def _texts(where: Where, reader: TokenReader, param: str) -> tuple[TextCondition
             continue
         if reader.vocabulary is None:
             raise Unsupported(
-                f"{relation!r} looks for texts among a request's tokens, which nobody follows here: "
+                f"{relation!r} looks for texts among tokens, which nobody follows here: "
                 "send the spec to an engine, or select by 'phases', 'positions' or 'tokens'",
                 param=f"{param}/{relation}",
                 code="texts_unsupported",
