@@ -10,8 +10,9 @@ from chats import TEMPLATES, WithoutOffsets, WithoutTemplate, byte_fallback, cha
 
 from steer.engines.fake.tokenizer import ByteTokenizer
 from steer.errors import SteerError, Unsupported
-from steer.prompts import ChatForm, PromptInput, encode_prompt
+from steer.prompts import ChatForm, Marked, PromptInput, encode_prompt, render
 from steer.prompts.chat import read_chat
+from steer.prompts.rendering import rendered_roles
 from steer.prompts.roles import chat_roles, found_roles
 
 PIECES = ("fox", "yes", "a b", "日本", "🦊", "\n", "```", "<b>", "user", "  ", "é")
@@ -150,3 +151,17 @@ def test_an_inspections_prompt_knows_its_messages() -> None:
     ((start, end, role),) = prompt.roles.ranges
     assert (role, Reader.tokenizer.decode(prompt.ids[start:end])) == ("user", "who?")
     assert encode_prompt(Reader(), PromptInput.model_validate({"text": "who?"})).roles is None
+
+
+def test_prompts_of_data_files_know_their_messages() -> None:
+    tokenizer = chat_tokenizer("chatml")
+    asked = [{"role": "user", "content": "who?"}]
+    for messages in (asked, [*asked, {"role": "assistant", "content": "fox"}]):
+        ids, found = render(tokenizer, messages), rendered_roles(tokenizer, messages)
+        assert found is not None
+        assert found.length == len(ids)
+        said = [tokenizer.decode(ids[start:end]) for start, end, _ in found.ranges]
+        assert said == [turn["content"] for turn in messages]
+        assert rendered_roles(tokenizer, Marked(messages)) == found
+    assert rendered_roles(tokenizer, "who?") is None
+    assert rendered_roles(tokenizer, Marked(asked, response="fox")) is None
