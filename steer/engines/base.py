@@ -7,7 +7,7 @@ synchronous methods may be called from any thread and wait for their turn betwee
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
@@ -208,6 +208,15 @@ class CaptureRequest:
     logprobs: int | None = None
     tail: int | None = None
     roles: Sequence[RoleRanges | None] | None = None
+
+    def of(self, numbers: Sequence[int]) -> CaptureRequest:
+        """The same, asked of the prompts with these numbers alone."""
+        return replace(
+            self,
+            prompts=[self.prompts[n] for n in numbers],
+            plans=None if self.plans is None else [self.plans[n] for n in numbers],
+            roles=None if self.roles is None else [self.roles[n] for n in numbers],
+        )
 
     def read_for_logits(self, length: int) -> range:
         """The positions of a prompt of `length` tokens whose logits are needed: for those that are

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from steer.errors import SpecError, Unsupported, pointer
 from steer.plan.texts.automaton import TokenAutomaton, compile_automaton
-from steer.plan.texts.condition import RELATIONS, TextCondition
+from steer.plan.texts.condition import RELATIONS, TextCondition, TextRelation
 from steer.plan.texts.trace import TokenTrace
 from steer.prompts.roles import RoleRanges
 from steer.spec import Mark, Phase, Role, Schedule, Where
@@ -288,8 +288,8 @@ def _check_roles(asked: Sequence[Role], known: Collection[Role], param: str) -> 
 def _texts(where: Where, reader: TokenReader, param: str) -> tuple[TextCondition, ...]:
     found = []
     for relation in RELATIONS:
-        marks: Sequence[Mark | tuple[Mark, Mark | None]] | None = getattr(where, relation)
-        if marks is None:
+        pairs = _pairs(where, relation)
+        if not pairs:
             continue
         if reader.vocabulary is None:
             raise Unsupported(
@@ -298,14 +298,23 @@ def _texts(where: Where, reader: TokenReader, param: str) -> tuple[TextCondition
                 param=f"{param}/{relation}",
                 code="texts_unsupported",
             )
-        spans = relation in ("between", "outside")
-        pairs = marks if spans else [(mark, None) for mark in marks]
-        automata = [
-            compile_automaton(opening, closing, reader.vocabulary())  # type: ignore[arg-type]
-            for opening, closing in pairs
-        ]
+        vocabulary = reader.vocabulary()
+        automata = [compile_automaton(*pair, vocabulary) for pair in pairs]
         found.append(TextCondition(relation, tuple(automata)))
     return tuple(found)
+
+
+def _pairs(where: Where, relation: TextRelation) -> Sequence[tuple[Mark, Mark | None]]:
+    """The marks that one field of `where` looks for, each with its closing where it has one."""
+    match relation:
+        case "after":
+            return [(mark, None) for mark in where.after or ()]
+        case "before":
+            return [(mark, None) for mark in where.before or ()]
+        case "between":
+            return where.between or ()
+        case "outside":
+            return where.outside or ()
 
 
 def _single_token(text: str, tokenize: Callable[[str], list[int]] | None, param: str) -> int:
