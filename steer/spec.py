@@ -34,6 +34,9 @@ MAX_INTERVENTIONS = 64
 MAX_FEATURES = 256
 MAX_MARKS = 16
 """The most texts that one field of `where` looks for."""
+MAX_TEXTS = 32
+"""The most different texts, or pairs of them, that a spec looks for: each is followed token by
+token."""
 MAX_INTEGER = 2**53 - 1
 """The largest integer of a spec: the last that all readers of JSON agree on (RFC 8259, 6)."""
 
@@ -249,9 +252,9 @@ def _mark_tag(value: Any) -> str:
 
 
 Mark: TypeAlias = Annotated[
-    Annotated[str, Field(min_length=1, max_length=256), Tag("a text")]
+    Annotated[str, Field(min_length=1, max_length=64), Tag("a text")]
     | Annotated[
-        tuple[Index, ...], Field(min_length=1, max_length=64, fail_fast=True), Tag("token ids")
+        tuple[Index, ...], Field(min_length=1, max_length=16, fail_fast=True), Tag("token ids")
     ],
     Discriminator(_mark_tag),
 ]
@@ -358,6 +361,15 @@ class Where(_Frozen):
         """Whether any field says which tokens, beside the one that takes some away."""
         return any(
             getattr(self, name) is not None for name in type(self).model_fields.keys() - {"except_"}
+        )
+
+    @property
+    def texts(self) -> frozenset[object]:
+        """The texts and pairs that are looked for, each once."""
+        mine = (*(self.after or ()), *(self.before or ()))
+        pairs = (*(self.between or ()), *(self.outside or ()))
+        return frozenset([(mark, None) for mark in mine]).union(
+            pairs, self.except_.texts if self.except_ is not None else ()
         )
 
     def over(self, default: Where | None) -> Where:

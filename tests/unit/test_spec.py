@@ -62,7 +62,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an empty schedule": ({**one(), "where": {"every": {}}}, "/where/every"),
     "every 0th": ({**one(), "where": {"every": {"nth": 0}}}, "/where/every/nth"),
     "an unknown schedule": ({**one(), "where": {"every": {"last": 3}}}, "/where/every/last"),
-    "too many texts": ({**one(), "where": {"after": ["a"] * 17}}, "/where/after"),
+    "a long text": ({**one(), "where": {"after": ["a" * 65]}}, "/where/after/0"),
+    "too many texts of a field": ({**one(), "where": {"after": ["a"] * 17}}, "/where/after"),
     "gate without bounds": (one(when={"vector": "g"}), "/interventions/0/when"),
     "gate that never opens": (
         one(when={"vector": "g", "above": 1, "below": 0}),
