@@ -64,6 +64,7 @@ def generate(
     """Answer a prompt twice, side by side: the model as it is, and steered."""
     from steer.engines.base import GenerationRequest, SamplingParams
     from steer.prompts import as_chat, render
+    from steer.prompts.rendering import rendered_roles
 
     sampling = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
@@ -82,10 +83,11 @@ def generate(
             plan = plans(engine, library).plan(wanted, vectors=overlay)
             asked = prompt if plain else as_chat(engine.tokenizer, prompt, system)
             tokens = tuple(render(engine.tokenizer, asked))
+            roles = rendered_roles(engine.tokenizer, asked) if plan.reads_roles else None
             completions = engine.complete(
                 [
                     GenerationRequest("default", tokens, sampling),
-                    GenerationRequest("steered", tokens, sampling, plan, measure=True),
+                    GenerationRequest("steered", tokens, sampling, plan, measure=True, roles=roles),
                 ]
             )
             texts = [_text(engine.tokenizer, one) for one in completions]

@@ -7,12 +7,13 @@ synchronous methods may be called from any thread and wait for their turn betwee
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
 
 from steer.model import Capabilities, HookPoint, ModelInfo
+from steer.prompts.roles import RoleRanges
 
 if TYPE_CHECKING:
     from steer.plan.plan import SteeringPlan
@@ -70,6 +71,9 @@ class GenerationRequest:
     """Called with every generated token, in order and once; true ends the request after that token
     with finish `"stop"` and its receipt. Front ends match stop strings here, because closing the
     iterator would lose the receipt."""
+    roles: RoleRanges | None = None
+    """Whose words the prompt's tokens are; None where it was not given as messages, and then no
+    plan may ask."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,7 @@ class CaptureRequest:
     `tail`, logits are those at the last `tail` positions and log-probabilities those of the last
     `tail` tokens; what comes before is then computed once for prompts that share it, unsteered.
     States are read after the edits of `plan` at the same point, as the model goes on to see them.
+    `roles` has one entry for each prompt, as `GenerationRequest.roles`.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -202,6 +207,16 @@ class CaptureRequest:
     logits: Literal["none", "last", "all"] = "none"
     logprobs: int | None = None
     tail: int | None = None
+    roles: Sequence[RoleRanges | None] | None = None
+
+    def of(self, numbers: Sequence[int]) -> CaptureRequest:
+        """The same, asked of the prompts with these numbers alone."""
+        return replace(
+            self,
+            prompts=[self.prompts[n] for n in numbers],
+            plans=None if self.plans is None else [self.plans[n] for n in numbers],
+            roles=None if self.roles is None else [self.roles[n] for n in numbers],
+        )
 
     def read_for_logits(self, length: int) -> range:
         """The positions of a prompt of `length` tokens whose logits are needed: for those that are

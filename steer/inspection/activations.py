@@ -23,6 +23,7 @@ from steer.inspection.selection import (
     chosen_points,
     chosen_positions,
     plan_for,
+    roles_for,
 )
 from steer.inspection.state_file import StateFile, StateSelection, state_file
 from steer.inspection.token_labels import place_label
@@ -139,7 +140,13 @@ def activations(
     plan = plan_for(engine, request.steering, plans, at="/steering")
     read = points if sae is None else tuple(dict.fromkeys([*points, _point_of(sae)]))
     captured = engine.capture(
-        CaptureRequest(prompts=[prompt.ids], points=read, positions=positions, plans=[plan])
+        CaptureRequest(
+            prompts=[prompt.ids],
+            points=read,
+            positions=positions,
+            plans=[plan],
+            roles=[roles_for(plan, prompt)],
+        )
     )[0]
     return ActivationsResult(
         model=engine.info.name,

@@ -20,8 +20,8 @@ from steer.plan.composition import compose
 from steer.plan.concepts import features_lit
 from steer.plan.kinds import blocks_of, prepared
 from steer.plan.plan import AS_REQUESTED, EXPLAINING, Blocks, Gate, Rule, SteeringPlan, check_rules
-from steer.plan.resolve import OPEN, Compilation, Policy, Resolved, Resolver, Tokenize
-from steer.plan.selection import Selection
+from steer.plan.resolve import OPEN, Compilation, Policy, Resolved, Resolver
+from steer.plan.selection import NO_READER, Selection, TokenReader
 from steer.plan.sources import Sources
 from steer.plan.strengths import resolve_strength
 from steer.references import put_at
@@ -32,7 +32,7 @@ def compile_plan(
     spec: SteeringSpec,
     sources: Sources,
     capabilities: Capabilities,
-    tokenize: Tokenize | None = None,
+    reader: TokenReader = NO_READER,
     *,
     policy: Policy = OPEN,
 ) -> SteeringPlan:
@@ -41,7 +41,7 @@ def compile_plan(
     What `policy` does not allow in any place is refused before anything is looked up.
     """
     policy.check(spec)
-    asked = Compilation(spec, sources, capabilities, tokenize, policy)
+    asked = Compilation(spec, sources, capabilities, reader, policy)
     problems = _Problems()
     resolver, resolved = Resolver(asked), list[Resolved]()
     for place, item in enumerate(spec.interventions):

@@ -32,6 +32,7 @@ from steer.plan.checks import check_block, check_gate, check_model
 from steer.plan.plan import Gate, Rule, SteeringPlan
 from steer.plan.records import (
     VERSION,
+    AutomatonRecord,
     BlockRecord,
     CutoffRecord,
     EditsRecord,
@@ -44,6 +45,7 @@ from steer.plan.records import (
     spec_to_json,
 )
 from steer.plan.selection import Selection
+from steer.plan.texts.automaton import Moves, default_moves
 from steer.spec import parse_spec
 
 Encoder: TypeAlias = Callable[[str], tuple[Tensor, Tensor]]
@@ -119,6 +121,21 @@ def load_plan(data: bytes, encoder: Encoder, *, model: ModelInfo | None = None) 
     )
 
 
+def load_selections(data: bytes) -> tuple[Selection, ...]:
+    """The selections of the plan in `data`, one for each rule, and nothing else of it.
+
+    Raises `FileFormatError` for anything that `dump_plan` did not write.
+    """
+    content, tensors = _opened(data)
+    record = checked(PlanRecord, content)
+    reader = _Reader(tensors, _no_encoder)
+    return tuple(reader.read_selection(one) for one in record.passes)
+
+
+def _no_encoder(sha256: str) -> tuple[Tensor, Tensor]:
+    raise AssertionError(f"a selection has no SAE, and asked for {sha256}")
+
+
 def selection_to_json(selection: Selection) -> dict[str, Any]:
     """`selection` as a small JSON object, without what has its default value.
 
@@ -149,6 +166,12 @@ class _RowWriter:
         self.arrays[name] = array
         return name
 
+    def moves(self, moves: Moves) -> tuple[str, str]:
+        """The names of what an automaton does; float32 holds every token's id."""
+        tokens = np.stack([moves.tokens, moves.row_of], axis=1)
+        each = (torch.from_numpy(one.astype(np.float32)) for one in (tokens, moves.rows))
+        return self.name(next(each)), self.name(next(each))
+
 
 def _rule_record(one: Rule, rows: _RowWriter) -> RuleRecord:
     blocks = []
@@ -157,7 +180,7 @@ def _rule_record(one: Rule, rows: _RowWriter) -> RuleRecord:
         check_block(point, block, SpecError)
         blocks.append(_block_record(point, block, rows))
     return RuleRecord(
-        selection=selection_record(one.selection),
+        selection=selection_record(one.selection, rows.moves),
         gate=None if one.gate is None else _gate_record(one.gate, rows),
         blocks=tuple(blocks),
     )
@@ -240,7 +263,27 @@ class _Reader:
             blocks[point] = self._block(one)
             check_block(point, blocks[point], FileFormatError)
         gate = None if record.gate is None else self._gate(record.gate)
-        return Rule(selection_of(record.selection), gate, blocks)
+        return Rule(self.read_selection(record), gate, blocks)
+
+    def read_selection(self, record: RuleRecord) -> Selection:
+        return selection_of(record.selection, self._moves)
+
+    def _moves(self, record: AutomatonRecord) -> Moves:
+        if record.tokens is None or record.rows is None:
+            raise _malformed(f"what its text {record.opening!r} does to tokens is missing")
+        pairs, rows = (
+            self._row(name).to(torch.int64).numpy() for name in (record.tokens, record.rows)
+        )
+        default = default_moves(record.opening, record.closing)
+        whole = pairs.ndim == rows.ndim == 2 and pairs.shape[1] == 2
+        if not (whole and rows.shape[1] == len(default) and _within(rows, len(default))):
+            raise _malformed(f"what its text {record.opening!r} does to tokens is of odd shape")
+        if not _within(pairs[:, 1], len(rows)):
+            raise _malformed(f"what its text {record.opening!r} does to tokens points nowhere")
+        moves = Moves(pairs[:, 0], pairs[:, 1], rows, default)
+        if moves.digest != record.digest:
+            raise _malformed(f"what its text {record.opening!r} does to tokens is damaged")
+        return moves
 
     def _block(self, record: BlockRecord) -> Block:
         edits, cutoff_record = record.edits, record.competition
@@ -285,6 +328,10 @@ class _Reader:
             # products with it come out the same to the bit.
             self._rows[name] = self._tensors[name].clone(memory_format=torch.contiguous_format)
         return self._rows[name]
+
+
+def _within(numbers: NDArray[np.int64], end: int) -> bool:
+    return bool(((numbers >= 0) & (numbers < end)).all())
 
 
 def _opened(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:

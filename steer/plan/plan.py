@@ -19,6 +19,7 @@ from steer.edits import Block
 from steer.errors import Unsupported
 from steer.model import HookPoint, forward_order
 from steer.plan.selection import Selection
+from steer.prompts.roles import RoleRanges
 from steer.spec import SteeringSpec
 
 Blocks: TypeAlias = dict[HookPoint, Block]
@@ -130,9 +131,16 @@ class SteeringPlan:
             if "lit" in entry
         )
 
-    def first_steered(self, prompt: tuple[int, ...], horizon: int) -> int | None:
+    @cached_property
+    def reads_roles(self) -> bool:
+        """Whether it depends on whose message a token stands in: a request must say that."""
+        return any(one.reads_roles for one in self.selections)
+
+    def first_steered(
+        self, prompt: tuple[int, ...], horizon: int, roles: RoleRanges | None = None
+    ) -> int | None:
         """The first position whose state this plan may change: KV before it can be shared."""
-        firsts = [one.selection.first(prompt, horizon) for one in self.rules]
+        firsts = [one.first(prompt, horizon, roles) for one in self.selections]
         return min((first for first in firsts if first is not None), default=None)
 
     def describe(self) -> dict[str, Any]:

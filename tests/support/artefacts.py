@@ -18,7 +18,8 @@ from steer.artefacts.kinds import ArtefactKind
 from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
 from steer.model import Capabilities, ModelInfo
-from steer.spec import KINDS, SITES
+from steer.prompts.roles import RoleRanges
+from steer.spec import KINDS, ROLES, SITES, Role
 
 ARCHITECTURES = ("standard", "jumprelu", "topk")
 NORMALISATIONS = {"": "none", "-rescaled": "constant_norm_rescale", "-centred": "layer_norm"}
@@ -87,7 +88,7 @@ def shape_of(width: int = 16, layers: int = 4) -> ModelInfo:
     )
 
 
-EVERYTHING = Capabilities("test", KINDS, SITES)
+EVERYTHING = Capabilities("test", KINDS, SITES, roles=ROLES)
 
 
 def random_vector(seed: int, *layers: int, width: int = 16, **card: Any) -> ControlVector:
@@ -279,6 +280,56 @@ def random_intervention(draw: random.Random, layers: int = 4) -> dict[str, Any]:
     }
     placed = {} if kind == "clamp" else {"layers": sorted(draw.sample(range(layers), 2))}
     return {"kind": kind, **fields[kind], **placed}
+
+
+SPAN_TEXTS = ("<", "<<", "ab", "<a>", "</a>", "a", "ba<", ">")
+SPAN_PIECES = ("", "<", ">", "a", "b", "/", "ab", "</", "a>", "<a", "<<", "ba", "</a>", "<a>b")
+
+
+def span_vocabulary(size: int = 64) -> list[bytes]:
+    """Tokens of few letters, in which the texts of `random_spans` often lie, and lie in pieces."""
+    return [SPAN_PIECES[token % len(SPAN_PIECES)].encode() for token in range(size)]
+
+
+def random_spans(draw: random.Random, vocabulary: int = 64) -> dict[str, Any]:
+    """A `where` that looks for texts, token ids and messages, or counts tokens."""
+
+    def ids() -> list[int]:
+        return [draw.randrange(vocabulary // 8) for _ in range(draw.randint(1, 2))]
+
+    def mark() -> Any:
+        return draw.choice(SPAN_TEXTS) if draw.random() < 0.8 else ids()
+
+    def pair() -> list[Any]:
+        if draw.random() < 0.2:
+            return [ids(), ids()]
+        return [draw.choice(SPAN_TEXTS), draw.choice([*SPAN_TEXTS, None])]
+
+    made: dict[str, Any] = {
+        "after": [mark() for _ in range(draw.randint(1, 2))],
+        "before": [mark() for _ in range(draw.randint(1, 2))],
+        "between": [pair() for _ in range(draw.randint(1, 2))],
+        "outside": [pair() for _ in range(draw.randint(1, 2))],
+        "every": draw.choice([{"nth": 2}, {"first": 3}, {"nth": 3, "first": 5}]),
+        "roles": draw.sample(ROLES, draw.randint(1, 3)),
+    }
+    names = draw.sample(sorted(made), draw.choice([1, 1, 2]))
+    where = {name: made[name] for name in names}
+    if draw.random() < 0.3:
+        name = draw.choice([name for name in made if name not in where])
+        where["except"] = {name: made[name]}
+    return where
+
+
+def random_roles(draw: random.Random, length: int) -> RoleRanges:
+    """A chat's messages, with a template's marks between them."""
+    spans: list[tuple[int, int, Role]] = []
+    start = draw.randint(0, 2)
+    while start < length:
+        end = min(start + draw.randint(1, 4), length)
+        spans.append((start, end, draw.choice(ROLES)))
+        start = end + draw.randint(0, 2)
+    return RoleRanges(length, tuple(spans))
 
 
 def random_spec(draw: random.Random, *, layers: int = 4, longest: int = 5) -> dict[str, Any]:

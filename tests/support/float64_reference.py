@@ -6,7 +6,7 @@ tables, no rank-1 form. SAEs are encoded in full, edited, and decoded with their
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.sae.base import SAE
 from steer.model import HookPoint
+from steer.prompts.roles import RoleRanges
 from steer.spec import Clamp, Concept, Intervention, NormValue, SteeringSpec, Where
 
 Array = NDArray[np.float64]
@@ -28,7 +29,59 @@ def f64(tensor: Tensor) -> Array:
     return tensor.detach().double().cpu().numpy()
 
 
-def selected(where: Where | None, position: int, prompt_length: int, token: int) -> bool:
+@dataclass(frozen=True)
+class Seen:
+    """The tokens of a request, what each stands for, and whose words those of its prompt are."""
+
+    tokens: Sequence[int]
+    vocabulary: Sequence[bytes] = ()
+    roles: Mapping[int, str] = field(default_factory=dict)
+
+    @staticmethod
+    def of(tokens: Sequence[int], vocabulary: Sequence[bytes], roles: RoleRanges | None) -> Seen:
+        spans = () if roles is None else roles.ranges
+        whose = {place: role for start, end, role in spans for place in range(start, end)}
+        return Seen(tokens, vocabulary, whose)
+
+    def inside(self, opening: Any, closing: Any, end: int) -> bool:
+        """Whether the first `end` tokens leave off after an opening that was not closed."""
+        return self._left(opening, closing, end)[0]
+
+    def may_begin(self, opening: Any, closing: Any, end: int) -> bool:
+        """Whether they end in the beginning of an opening."""
+        inside, rest, mark = self._left(opening, closing, end)
+        return not inside and any(
+            rest[len(rest) - n :] == mark[:n] for n in range(1, min(len(rest), len(mark)) + 1)
+        )
+
+    def _left(self, opening: Any, closing: Any, end: int) -> tuple[bool, Any, Any]:
+        """Looked for one after the other, from where the last one ended: what the next one is."""
+        marks = [self._symbols(mark) for mark in (opening, closing) if mark is not None]
+        text: Any = tuple(self.tokens[:end])
+        if isinstance(opening, str):
+            text = b"".join(self.vocabulary[token] for token in text)
+        inside = False
+        while True:
+            if inside and closing is None:
+                return True, text, marks[0]
+            mark = marks[inside]
+            places = range(len(text) - len(mark) + 1)
+            found = next((n for n in places if text[n : n + len(mark)] == mark), None)
+            if found is None:
+                return inside, text, mark
+            text, inside = text[found + len(mark) :], not inside
+
+    def _symbols(self, mark: Any) -> Any:
+        return mark.encode() if isinstance(mark, str) else tuple(mark)
+
+
+def selected(
+    where: Where | None,
+    position: int,
+    prompt_length: int,
+    token: int,
+    seen: Seen | None = None,
+) -> bool:
     """Whether one token is selected: `where` read aloud."""
     if where is None:
         return True
@@ -43,15 +96,54 @@ def selected(where: Where | None, position: int, prompt_length: int, token: int)
         return False
     if where.tokens is not None and token not in where.tokens:
         return False
-    return where.except_ is None or not selected(where.except_, position, prompt_length, token)
+    if where.every is not None:
+        number = position - prompt_length
+        if number < 0 or number % (where.every.nth or 1):
+            return False
+        if where.every.first is not None and number >= where.every.first:
+            return False
+    if seen is not None and not _stands_so(where, position, prompt_length, seen):
+        return False
+    return where.except_ is None or not selected(
+        where.except_, position, prompt_length, token, seen
+    )
+
+
+def _stands_so(where: Where, position: int, prompt_length: int, seen: Seen) -> bool:
+    """What `where` asks of the tokens before this one, and of the messages."""
+    if where.roles is not None:
+        role = seen.roles.get(position) if position < prompt_length else "assistant"
+        if role not in where.roles:
+            return False
+    if where.after is not None and not any(
+        seen.inside(mark, None, position) for mark in where.after
+    ):
+        return False
+    if where.before is not None and any(seen.inside(mark, None, position) for mark in where.before):
+        return False
+    if where.between is not None and not any(
+        seen.inside(*pair, position) for pair in where.between
+    ):
+        return False
+    return where.outside is None or not any(
+        seen.inside(*pair, position)
+        or seen.inside(*pair, position + 1)
+        or seen.may_begin(*pair, position + 1)
+        for pair in where.outside
+    )
 
 
 def chosen(
-    spec: SteeringSpec, item: Intervention, position: int, prompt_length: int, token: int
+    spec: SteeringSpec,
+    item: Intervention,
+    position: int,
+    prompt_length: int,
+    token: int,
+    seen: Seen | None = None,
 ) -> bool:
     """Whether `item` acts on one token, by its own `where` and the spec's."""
-    own, token_at = item.where, (position, prompt_length, token)
-    if own is None or own.phases is own.positions is own.tokens is None:
+    own, token_at = item.where, (position, prompt_length, token, seen)
+    if own is None or not (own.model_fields_set - {"except_"}):
         excepted = own is not None and own.except_ is not None and selected(own.except_, *token_at)
         return selected(spec.where, *token_at) and not excepted
     return selected(own, *token_at)
@@ -87,12 +179,13 @@ class Float64Reference:
         prompt_length: int,
         token: int,
         gate_open: Callable[[Any], bool] = lambda when: True,
+        seen: Seen | None = None,
     ) -> Array:
         """One token's row at `point` after every intervention of `spec` that acts there."""
         for item in spec.interventions:
             when = spec.when if item.when is None else item.when
             if point not in self.points(item) or not chosen(
-                spec, item, position, prompt_length, token
+                spec, item, position, prompt_length, token, seen
             ):
                 continue
             if when is not None and not gate_open(when):

@@ -32,6 +32,7 @@ from steer.engines.transformers.engine import TransformersEngine
 from steer.engines.vllm.front.engine import VllmEngine
 from steer.engines.vllm.worker.runner_v1 import RunnerV1
 from steer.plan.cache import PlanCache
+from steer.prompts.roles import RoleRanges
 from steer.registry.registry import Registry
 
 CLIENTS, WAVES = 500, 10
@@ -62,7 +63,8 @@ def reference() -> Iterator[TransformersEngine]:
 @pytest.fixture(scope="module")
 def plans(engine: VllmEngine) -> Plans:
     cache = PlanCache(demo_specs.LIBRARY, engine.info, engine.capabilities)
-    return demo_specs.compiled(cache)
+    spans = demo_specs.span_plans(engine.info, engine.capabilities)
+    return demo_specs.compiled(cache) | spans
 
 
 def test_every_request_of_a_crowd_equals_itself_alone(
@@ -95,6 +97,7 @@ def test_seeded_samples_equal_those_of_the_request_alone(engine: VllmEngine, pla
                 tuple(range(50 + n, 50 + n + STEP_TOKENS // REQUESTS)),
                 SamplingParams(max_tokens=20, temperature=0.8, top_p=0.95, seed=n, ignore_eos=True),
                 plans[name],
+                roles=RoleRanges(3, ((1, 3, "user"),)),
             )
             for n, name in enumerate(names[first : first + REQUESTS], first)
         ]

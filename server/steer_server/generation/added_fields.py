@@ -29,5 +29,7 @@ async def added_fields(
     if default:
         fields["default"] = [choice(answer) for answer in default]
     if inspect is not None:
-        fields["inspect"] = await inspected(serving, inspect, run.prompts[0], run.steering)
+        fields["inspect"] = await inspected(
+            serving, inspect, run.prompts[0], run.steering, run.sequences[0].roles
+        )
     return fields

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import cast
@@ -20,8 +20,9 @@ from steer.engines.base import (
     TokenLogprob,
 )
 from steer.errors import SteerError, TooLarge, Unsupported, pointer
+from steer.prompts.roles import RoleRanges
 from steer_server.generation.request_models import SamplingFields
-from steer_server.generation.steering import Steering, resolve
+from steer_server.generation.steering import Steering, resolve, whose_words
 from steer_server.generation.text import TextRules, TextStream
 from steer_server.http.request_id import request_id
 from steer_server.state import Serving
@@ -91,10 +92,12 @@ def prepare(
     *,
     prefix: str,
     at: str,
+    roles: Callable[[], RoleRanges] | None = None,
 ) -> Generation:
     """Plans the steering and has every sequence admitted. Runs in a worker thread.
 
-    Raises what is wrong with the request; `at` is the pointer of the prompt in it.
+    `roles` finds whose words the tokens of a prompt are that was given as messages. Raises what is
+    wrong with the request; `at` is the pointer of the prompt in it.
     """
     started = time.perf_counter()
     check_choices(serving, body, len(prompts))
@@ -106,6 +109,7 @@ def prepare(
             code="nothing_to_compare",
         )
     _check_sampling(serving, body)
+    whose = whose_words(steering, roles)
     name = prefix + uuid.uuid4().hex
     sequences = []
     for place, prompt in enumerate(prompts):
@@ -120,6 +124,7 @@ def prepare(
                     plan=steering.plan,
                     measure=steering.plan is not None
                     and (body.receipt == "full" or serving.settings.measures(name)),
+                    roles=whose,
                 )
             )
     default = [

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -35,9 +35,13 @@ from steer_server.vllm.answers import (
 )
 from steer_server.vllm.pending_receipts import PendingReceipts
 from steer_server.vllm.requests import (
+    FindRoles,
     PlainChatRequest,
     PlainCompletionRequest,
     PlainResponsesRequest,
+    refuse_responses,
+    refuse_text,
+    roles_of_chat,
 )
 from steer_server.vllm.steer_fields import SteerFields, concerns, planned, take_fields
 
@@ -53,11 +57,12 @@ class TheirRoute:
     call: Call
     stream: AddReceipt
     answer: str
+    roles: FindRoles
 
 
-_CHAT = TheirRoute(chat.create_chat_completion, with_receipt, "choices")
-_COMPLETION = TheirRoute(completion.create_completion, with_receipt, "choices")
-_RESPONSES = TheirRoute(responses.create_responses, with_receipt_inside, "output")
+_CHAT = TheirRoute(chat.create_chat_completion, with_receipt, "choices", roles_of_chat)
+_COMPLETION = TheirRoute(completion.create_completion, with_receipt, "choices", refuse_text)
+_RESPONSES = TheirRoute(responses.create_responses, with_receipt_inside, "output", refuse_responses)
 
 
 class SteeredRoute(SteerRoute):
@@ -108,8 +113,12 @@ async def _answered(route: TheirRoute, request: Any, raw_request: Request) -> Re
     request.model = fields.model
     if fields.ticket is None:
         return await call(request, raw_request)
+    ticket = fields.ticket
+    if ticket.reads_roles:
+        roles = await route.roles(fields.steering.roles_at, request, raw_request)
+        ticket = replace(ticket, roles=roles)
     plain = request.model_copy() if fields.added.compare else None
-    pending = state.steer_guard.expect(fields.ticket, inspects=fields.added.inspect is not None)
+    pending = state.steer_guard.expect(ticket, inspects=fields.added.inspect is not None)
     request.vllm_xargs = {**(request.vllm_xargs or {}), **pending.extra_args}
     if request.stream:
         response = await call(request, raw_request)
@@ -181,6 +190,10 @@ async def _whole(
             added["default"] = json.loads(bytes(default.body))[route.answer]
         if fields.added.inspect is not None:
             added["inspect"] = await inspected(
-                serving, fields.added.inspect, pending.prompts[0], steering
+                serving,
+                fields.added.inspect,
+                pending.prompts[0],
+                steering,
+                pending.ticket.roles,
             )
         return with_fields(response, added)

@@ -39,6 +39,8 @@ from steer.engines.logprobs import following
 from steer.errors import CapacityError, EngineError
 from steer.model import SAMPLING, Capabilities, HookPoint, ModelInfo, forward_order
 from steer.plan.plan import SteeringPlan
+from steer.plan.selection import trace_of
+from steer.prompts.roles import found_roles
 from steer.spec import KINDS, SITES
 
 _PLAIN = ("the", "river", "runs", "past", "a", "small", "café", "and", "rain", "falls", "today")
@@ -140,6 +142,7 @@ class FakeEngine:
         failure: FakeFailure | None = None,
     ) -> None:
         self.info = info or fake_model()
+        tokenizer = ByteTokenizer()
         self.capabilities = Capabilities(
             engine="fake",
             kinds=KINDS,
@@ -147,9 +150,10 @@ class FakeEngine:
             sae_architectures=SUPPORTED,
             sampling=SAMPLING,
             captures=self.info.sites,
+            roles=found_roles(tokenizer),
             limits={"slots": slots},
         )
-        self.tokenizer: Any = ByteTokenizer()
+        self.tokenizer: Any = tokenizer
         self.stepper, self.failure = stepper, failure
         self.counts: Counter[str] = Counter()
         self.seen: list[GenerationRequest] = []
@@ -325,11 +329,14 @@ def _receipt(request: GenerationRequest, generated: Sequence[int]) -> Receipt | 
         return None
     fed = np.array([*request.prompt, *generated[:-1]], dtype=np.int64)
     places = np.arange(len(fed))
+    trace = trace_of(plan.selections, request.prompt, request.roles)
+    if trace is not None:
+        trace.read(len(request.prompt), fed[len(request.prompt) :])
     any_mask = np.zeros(len(fed), dtype=bool)
     at_point: dict[HookPoint, Any] = {}
     gates: dict[str, int] = {}
     for one in plan.rules:
-        mask = one.selection.mask(places, len(request.prompt), fed)
+        mask = one.selection.mask(places, len(request.prompt), fed, trace)
         any_mask |= mask
         for point in one.blocks:
             at_point[point] = at_point.get(point, np.zeros(len(fed), dtype=bool)) | mask

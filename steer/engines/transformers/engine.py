@@ -39,6 +39,7 @@ from steer.errors import SteerError
 from steer.formats.guards.stand_ins import check_model_folder
 from steer.model import SAMPLING, Capabilities, ModelInfo
 from steer.prompts import ends
+from steer.prompts.roles import found_roles
 from steer.spec import KINDS
 
 Result = TypeVar("Result")
@@ -99,6 +100,7 @@ class TransformersEngine:
             # With autograd, prompts are padded on the right, which causal models alone allow.
             gradients=self._batch.causal,
             no_unembedding=refusal.message if refusal is not None else None,
+            roles=found_roles(tokenizer),
             limits={"slots": slots, "passes": MAX_RULES, "batch": rows},
         )
 

@@ -24,6 +24,7 @@ from steer.engines.receipts import make_receipt
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.sampling import NO_TOKEN, Sampler, choose, logprobs
 from steer.errors import EngineError, SteerError
+from steer.plan.selection import trace_of
 
 
 @dataclass
@@ -122,10 +123,13 @@ class RequestRows:
 
     def take(self, request: GenerationRequest) -> SteeredRequest:
         """Takes a slot and a ledger row; raises `CapacityError` when all slots are in use."""
-        slot = 0 if request.plan is None else self.tables.acquire(request.plan)
+        plan, trace = request.plan, None
+        if plan is not None:
+            trace = trace_of(plan.selections, request.prompt, request.roles)
+        slot = 0 if plan is None else self.tables.acquire(plan)
         row = self._free_rows.pop()
         self.ledger.reset(row)
-        return SteeredRequest(row, len(request.prompt), request.plan, slot, request.measure)
+        return SteeredRequest(row, len(request.prompt), plan, slot, request.measure, trace)
 
     def give_back(self, steered: SteeredRequest) -> None:
         """Gives back what `take` took."""

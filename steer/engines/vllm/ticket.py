@@ -14,22 +14,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 from steer.batch.tables import MAX_RULES
 from steer.errors import SpecError, SteerError
 from steer.model import HookPoint
 from steer.plan.file import selection_from_json, selection_to_json
 from steer.plan.selection import Selection
+from steer.prompts.roles import RoleRanges
+from steer.spec import ROLES
 
 EXTRA_ARG = "steer"
-_VERSION = 3
+_VERSION = 4
 _PLANS, _TICKETS = 1024, 256
 """How many plans' parts, and whole tickets, a process remembers."""
 _SHORT = 16_384
@@ -54,7 +53,8 @@ class Ticket:
     only read. `rows` is the number of edit rows that the plan takes in the tables, `latents` how
     many of a TopK SAE it ranks for a token. `selections` has one entry per rule of the plan. With
     `measure` the sizes of edits are measured; with `attached` the receipt comes on the engine's
-    last output where it can (`core/attached.py`).
+    last output where it can (`core/attached.py`). `roles` say whose words the prompt is, where the
+    plan asks. Texts in `selections` are only named: what they do to tokens stands in the plan.
     """
 
     key: str
@@ -66,6 +66,7 @@ class Ticket:
     measure: bool = False
     attached: bool = False
     latents: int = 0
+    roles: RoleRanges | None = None
     capture: CaptureOrder | None = field(default=None, compare=False)
 
     def as_extra_args(self) -> dict[str, str]:
@@ -77,6 +78,8 @@ class Ticket:
             )
             content |= {"steering": _written(steering), "measure": self.measure}
             content |= {"attached": True} if self.attached else {}
+            if self.roles is not None:
+                content["roles"] = [self.roles.length, self.roles.ranges]
         if self.capture is not None:
             content["capture"] = {
                 "points": [[point.layer, point.site] for point in self.capture.points],
@@ -102,20 +105,20 @@ class Ticket:
                 code="invalid_ticket",
             ) from error
 
-    def selected(
-        self, positions: NDArray[np.int64], prompt_length: int, tokens: NDArray[np.int64]
-    ) -> NDArray[np.uint8]:
-        """Which rules select each token, as bits `[T]`: rule n is bit n."""
-        bits = np.zeros(len(positions), dtype=np.uint8)
-        for number, selection in enumerate(self.selections):
-            chosen = selection.mask(positions, prompt_length, tokens)
-            bits |= chosen.astype(np.uint8) << np.uint8(number)
-        return bits
-
     @cached_property
     def reads_tokens(self) -> bool:
         """Whether which tokens it selects depends on their ids."""
         return any(selection.reads_tokens for selection in self.selections)
+
+    @cached_property
+    def reads_texts(self) -> bool:
+        """Whether it depends on texts, so that the plan is needed to say which."""
+        return any(selection.automata for selection in self.selections)
+
+    @cached_property
+    def reads_roles(self) -> bool:
+        """Whether it depends on whose words tokens are."""
+        return any(selection.reads_roles for selection in self.selections)
 
 
 class _Steering(NamedTuple):
@@ -150,6 +153,14 @@ def _steering(text: str) -> _Steering:
     return _Steering(str(fingerprint), plan, int(rows), selections, latents)
 
 
+def _roles(length: int, spans: Sequence[Sequence[Any]]) -> RoleRanges:
+    found = tuple((int(start), int(end), role) for start, end, role in spans)
+    for start, end, role in found:
+        if not 0 <= start < end <= length or role not in ROLES:
+            raise ValueError(f"roles {(start, end, role)!r} of {length} tokens")
+    return RoleRanges(int(length), found)
+
+
 @lru_cache(_TICKETS)
 def _read(text: str) -> Ticket:
     content: Mapping[str, Any] = json.loads(text)
@@ -161,11 +172,13 @@ def _read(text: str) -> Ticket:
         points = tuple(HookPoint(int(layer), site) for layer, site in order["points"])
         capture = CaptureOrder(points, tuple(int(position) for position in order["positions"]))
     steering = _steering(content["steering"]) if "steering" in content else _Steering()
+    roles = content.get("roles")
     return Ticket(
         str(content["key"]),
         int(content["n"]),
         **steering._asdict(),
         measure=bool(content.get("measure", False)),
         attached=bool(content.get("attached", False)),
+        roles=None if roles is None else _roles(*roles),
         capture=capture,
     )

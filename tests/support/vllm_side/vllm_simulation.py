@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import demo_specs
-from float64_reference import chosen
+from artefacts import random_roles
+from float64_reference import Seen, chosen
 from liveness import LIVENESS_SECONDS
 from vllm_engine import plain
 
@@ -34,6 +35,7 @@ from steer.engines.vllm.core.cache_keys import ticket_of
 from steer.engines.vllm.front.engine import VllmEngine
 from steer.engines.vllm.front.sequences import RunningSequence
 from steer.plan.plan import SteeringPlan
+from steer.prompts.roles import RoleRanges
 
 T = TypeVar("T")
 Plans = Mapping[str, SteeringPlan | None]
@@ -117,14 +119,18 @@ class Crowd:
         )
         stop = _every(draw.randint(5, 40)) if draw.random() < 0.15 else None
         leaves = draw.randint(1, 6) if draw.random() < 0.12 else None
+        plan = self.plans[spec]
         request = GenerationRequest(
             f"{number} {spec}",
             prompt,
             sampling,
-            self.plans[spec],
+            plan,
             measure=number % 5 == 3,
             stop=stop,
+            roles=random_roles(draw, len(prompt)) if number % 2 else None,
         )
+        if plan is not None and plan.reads_roles and request.roles is None:
+            request = replace(request, roles=RoleRanges(len(prompt), ((0, len(prompt), "user"),)))
         streams = stop is not None or leaves is not None or draw.random() < 0.3
         client = Client(request, spec, streams, leaves)
         self._neighbours = [*self._neighbours, client][-4:]
@@ -221,8 +227,9 @@ class Judge:
         if receipt.tokens_cached:
             self.counts["steered and cached"] += 1
         spec = request.plan.spec
+        seen = Seen.of(fed, demo_specs.PIECES, request.roles)
         touched = [
-            any(chosen(spec, item, n, length, token) for item in spec.interventions)
+            any(chosen(spec, item, n, length, token, seen) for item in spec.interventions)
             for n, token in enumerate(fed)
         ]
         if request.plan.gated:

@@ -11,9 +11,17 @@ import random
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from artefacts import EVERYTHING, artefacts, random_spec, random_vector, shape_of
+from artefacts import (
+    EVERYTHING,
+    artefacts,
+    random_spec,
+    random_vector,
+    shape_of,
+    span_vocabulary,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
@@ -34,11 +42,13 @@ from steer.plan.cache import PlanCache
 from steer.plan.file import (
     dump_plan,
     load_plan,
+    load_selections,
     selection_from_json,
     selection_to_json,
 )
 from steer.plan.plan import SteeringPlan
-from steer.plan.selection import Selection
+from steer.plan.selection import Selection, trace_of
+from steer.prompts.roles import RoleRanges
 from steer.spec import KINDS, parse_spec
 
 LIBRARY = MemoryLibrary(**artefacts())
@@ -472,3 +482,61 @@ def test_flipped_bytes_raise_our_own_errors_or_none(name: str, draw: st.DataObje
         return
     assert all(isinstance(b, Block) for p in plan.rules for b in p.blocks.values())
     dump_plan(plan)
+
+
+TEXTS = one(
+    add(),
+    where={
+        "after": ["<a>", [3, 4]],
+        "outside": [["<", None]],
+        "roles": ["user", "tool"],
+        "every": {"nth": 3, "first": 9},
+        "except": {"between": [["a", "b"]]},
+    },
+)
+
+
+def text_plan() -> SteeringPlan:
+    pieces = span_vocabulary()
+    cache = PlanCache(LIBRARY, shape_of(), EVERYTHING, vocabulary=lambda: pieces)
+    return cache.plan(parse_spec(TEXTS))
+
+
+def test_texts_are_read_back_with_all_that_tokens_do_to_them() -> None:
+    plan = text_plan()
+    data = dump_plan(plan)
+    (rule,) = load_plan(data, encoder).rules
+    selections = load_selections(data)
+    assert selections == (rule.selection,) == plan.selections
+    ids = list(range(60))
+    roles = RoleRanges(30, ((2, 20, "user"),))
+    masks = []
+    for selection in (plan.selections[0], rule.selection, selections[0]):
+        trace = trace_of([selection], ids[:30], roles)
+        assert trace is not None
+        trace.read(30, np.array(ids[30:]))
+        masks.append(selection.mask(np.arange(60), 30, np.array(ids), trace).tolist())
+    assert masks[0] == masks[1] == masks[2]
+    named = selection_from_json(selection_to_json(rule.selection))
+    assert named == rule.selection
+    assert all(one.moves is None for one in named.automata)
+    assert len(json.dumps(selection_to_json(rule.selection))) < 1000
+
+
+@pytest.mark.parametrize("change", ["states", "row", "token", "missing"])
+def test_what_tokens_do_to_texts_is_not_taken_on_trust(change: str) -> None:
+    data = dump_plan(text_plan())
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    content = json.loads(header["__metadata__"]["steer.plan"])
+    text = content["passes"][0]["selection"]["texts"][0]["automata"][0]
+    tensors = {name: array.copy() for name, array in load(data).items()}
+    if change == "missing":
+        del text["rows"]
+    elif change == "states":
+        tensors[text["rows"]][0, 0] = 99
+    else:
+        tensors[text["tokens"]][0, ["token", "row"].index(change)] += 1000
+    broken = save(tensors, metadata={"steer.plan": json.dumps(content)})
+    with pytest.raises(FileFormatError) as caught:
+        load_selections(broken)
+    assert caught.value.code == "invalid_plan"

@@ -48,7 +48,8 @@ def reference() -> Iterator[TransformersEngine]:
 @pytest.fixture(scope="module")
 def plans(engine: VllmEngine) -> Plans:
     cache = PlanCache(demo_specs.LIBRARY, engine.info, engine.capabilities)
-    return demo_specs.compiled(cache)
+    spans = demo_specs.span_plans(engine.info, engine.capabilities)
+    return demo_specs.compiled(cache) | spans
 
 
 def test_every_request_of_a_crowd_equals_itself_alone_without_drafts(

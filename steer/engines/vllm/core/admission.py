@@ -14,6 +14,7 @@ from functools import cached_property, lru_cache, partial, wraps
 from typing import Any, NamedTuple
 
 from steer.batch.tables import MAX_RULES
+from steer.engines.checks import no_messages
 from steer.engines.vllm.core.scheduler import holds_back
 from steer.engines.vllm.internals import CORE, FRONT
 from steer.engines.vllm.options import KEY, SteerOptions, registry_location
@@ -187,6 +188,15 @@ def _check_content(ticket: Ticket, prompt_length: int) -> None:
         raise _malformed("its plan has no fingerprint")
     if ticket.rows < 0:
         raise _malformed(f"it asks for {ticket.rows} edit rows")
+    if ticket.reads_roles:
+        if ticket.roles is None:
+            raise no_messages()
+        if ticket.roles.length != prompt_length:
+            raise SpecError(
+                f"the messages whose roles are asked for are {ticket.roles.length} tokens and the "
+                f"prompt has {prompt_length}: send them whole, without 'truncate_prompt_tokens'",
+                code="no_messages",
+            )
     for position in ticket.capture.positions if ticket.capture is not None else ():
         if not 0 <= position < prompt_length:
             raise SpecError(

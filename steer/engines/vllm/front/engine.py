@@ -39,6 +39,7 @@ from steer.engines.vllm.options import REGISTRY_VARIABLE, registry_location
 from steer.errors import SteerError, Unsupported
 from steer.model import SAMPLING, Capabilities, ModelInfo
 from steer.plan.plan import check_rules
+from steer.prompts.roles import found_roles
 from steer.registry.blobs.plan_store import PlanStore
 from steer.spec import KINDS
 
@@ -73,6 +74,7 @@ class VllmEngine:
             sae_architectures=SUPPORTED,
             sampling=SAMPLING,
             captures=self.info.sites,
+            roles=found_roles(tokenizer),
             limits={"slots": slots, "passes": self._passes, "batch": slots},
         )
         self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
@@ -188,14 +190,15 @@ class VllmEngine:
         for point in request.points:
             self.info.check_point(point)
         plans = request.plans or [None] * len(request.prompts)
+        roles = request.roles or [None] * len(request.prompts)
         orders = [capture_order(request, prompt, self.info) for prompt in request.prompts]
         self.start()
         sampling = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
         tickets, running, listeners = [], [], []
-        for prompt, plan, order in zip(request.prompts, plans, orders, strict=True):
-            generation = GenerationRequest("capture", tuple(prompt), sampling, plan)
+        for prompt, plan, order, whose in zip(request.prompts, plans, orders, roles, strict=True):
+            generation = GenerationRequest("capture", tuple(prompt), sampling, plan, roles=whose)
             self.admit(generation)
-            tickets.append(self.tickets.issue(plan, capture=order))
+            tickets.append(self.tickets.issue(plan, capture=order, roles=whose))
             listeners.append(BlockingListener())
             running.append(
                 RunningSequence(generation, tickets[-1], listeners[-1], self.ends, quiet=True)
@@ -222,7 +225,7 @@ class VllmEngine:
     ) -> RunningSequence:
         ticket = None
         if request.plan is not None:
-            ticket = self.tickets.issue(request.plan, measure=request.measure)
+            ticket = self.tickets.issue(request.plan, measure=request.measure, roles=request.roles)
         return RunningSequence(request, ticket, listener, self.ends)
 
     def _mailbox(self) -> Mailbox:

@@ -11,6 +11,7 @@ from steer.engines.vllm.static.rows import budget_rows
 from steer.engines.vllm.ticket import CaptureOrder, Ticket
 from steer.plan.file import dump_plan
 from steer.plan.plan import SteeringPlan
+from steer.prompts.roles import RoleRanges
 from steer.registry.blobs.plan_store import PlanStore
 
 _REMEMBERED = 4096
@@ -35,8 +36,10 @@ class TicketIssuer:
         measure: bool = False,
         attached: bool = False,
         capture: CaptureOrder | None = None,
+        roles: RoleRanges | None = None,
     ) -> Ticket:
-        """A ticket with a key of its own for one request of `n` choices."""
+        """A ticket with a key of its own for one request of `n` choices; `roles` say whose words
+        its prompt is, where the plan asks."""
         key = uuid.uuid4().hex
         if plan is None:
             return Ticket(key, n, capture=capture)
@@ -51,6 +54,7 @@ class TicketIssuer:
             measure=measure,
             attached=attached,
             latents=plan.latents,
+            roles=roles if plan.reads_roles else None,
             capture=capture,
         )
 

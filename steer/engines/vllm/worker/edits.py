@@ -146,7 +146,7 @@ class TapEdits:
             self._ledger(),
             coming.spans,
             coming.tokens,
-            reads_tokens={one.offset for one in coming.steered if one.request.reads_tokens},
+            reads_tokens={one.offset for one in coming.steered if one.request.changes},
         )
         wanted = frozenset(point for one in coming.reading for point in one.request.states)
         if step is None and not wanted:
@@ -201,7 +201,7 @@ class StaticEdits:
     def lasts(self, request: ScheduledRequest) -> bool:
         """In kernels, as long as its tokens' slots stay the same."""
         one = request.request
-        reads = one.reads_tokens or (one.plan is not None and one.plan.gated)
+        reads = one.changes or (one.plan is not None and one.plan.gated)
         return self._in_python(one) or one.plan is None or not reads
 
     def begin(self, coming: ComingPass) -> RunningPass | None:

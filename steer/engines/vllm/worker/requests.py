@@ -22,6 +22,8 @@ from steer.engines.vllm.ticket import Ticket
 from steer.errors import EngineError, NotFinite, SteerError
 from steer.model import HookPoint, ModelInfo
 from steer.plan.plan import SteeringPlan
+from steer.plan.selection import rules_selecting, trace_of
+from steer.plan.texts.trace import TokenTrace
 
 _KEPT_RECORDS = 4096
 """Finished requests whose receipts nobody has fetched; the oldest go first."""
@@ -52,6 +54,10 @@ class WorkerRequest:
     """The position from which on the rules that select a token depend on its id alone."""
     reads_tokens: bool = False
     """Whether they do depend on it."""
+    varies: bool = False
+    """Whether it does not say so alone, however late the token comes."""
+    trace: TokenTrace | None = None
+    """What its plan has to know of the tokens read so far."""
     states: dict[HookPoint, Tensor] = field(default_factory=dict)
     """Captured states by point, float32 `[positions, d]`; rows not reached yet are −inf, which no
     model computes throughout, while steering may make NaN."""
@@ -59,20 +65,30 @@ class WorkerRequest:
 
     def selected(self, start: int, ids: Ints) -> NDArray[np.uint8]:
         """The rules that select each of the tokens `ids` at positions from `start` on."""
-        if start >= self.fixed_from:
+        if start >= self.fixed_from and not self.varies:
             if not self.reads_tokens:
                 return np.full(len(ids), self.selected_by(-1), dtype=np.uint8)
             return np.array([self.selected_by(token) for token in ids.tolist()], dtype=np.uint8)
-        positions = np.arange(start, start + len(ids), dtype=np.int64)
-        return self.ticket.selected(positions, len(self.prompt), ids)
+        if self.trace is not None:
+            self.trace.read(start, ids)
+        return self.rules(np.arange(start, start + len(ids), dtype=np.int64), ids)
+
+    @property
+    def changes(self) -> bool:
+        """Whether other rules may select the tokens to come than that of the last pass."""
+        return self.reads_tokens or self.varies
+
+    def rules(self, positions: Ints, ids: Ints) -> NDArray[np.uint8]:
+        """The rules that select the tokens `ids` at `positions`, which the trace has read."""
+        selections = () if self.plan is None else self.plan.selections
+        return rules_selecting(selections, positions, len(self.prompt), ids, self.trace)
 
     def selected_by(self, token: int) -> int:
         """The rules that select `token` at any position from `fixed_from` on."""
         found = self._selected_by.get(token)
         if found is None:
             position = np.array([self.fixed_from], dtype=np.int64)
-            selected = self.ticket.selected(position, len(self.prompt), np.array([token]))
-            found = self._selected_by[token] = int(selected[0])
+            found = self._selected_by[token] = int(self.rules(position, np.array([token]))[0])
         return found
 
 
@@ -147,6 +163,8 @@ class WorkerRequests:
             bounds = [one.fixed_from(len(ids)) for one in ticket.selections]
             request.fixed_from = max(bounds, default=0)
             request.reads_tokens = ticket.reads_tokens
+            request.varies = any(one.varies for one in plan.selections)
+            request.trace = trace_of(plan.selections, ids, ticket.roles)
         if ticket.capture is not None:
             count = len(ticket.capture.positions)
             for point in filter(self._owns, ticket.capture.points):
@@ -198,7 +216,12 @@ class WorkerRequests:
                         self._free_slot(other)
             slot = request.tables.acquire(request.plan)
             request.steered = SteeredRequest(
-                request.row, len(request.prompt), request.plan, slot, request.ticket.measure
+                request.row,
+                len(request.prompt),
+                request.plan,
+                slot,
+                request.ticket.measure,
+                request.trace,
             )
         return request.steered
 
@@ -285,9 +308,7 @@ def receipt(record: Record, fed: int) -> Receipt:
 def _cached_rules(request: WorkerRequest, positions: Ints) -> Ints:
     """The rules that shaped cached tokens. A gate on single tokens was decided when the cached
     state was made and is not known here: its rule counts as closed."""
-    bits = request.ticket.selected(
-        positions, len(request.prompt), request.prompt[positions]
-    ).astype(np.int64)
+    bits = request.rules(positions, request.prompt[positions]).astype(np.int64)
     for number, one in enumerate(request.plan.rules if request.plan is not None else ()):
         if one.gate is not None:
             bits &= ~(1 << number)

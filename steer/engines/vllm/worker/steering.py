@@ -22,7 +22,7 @@ from steer.engines.vllm.ticket import Ticket
 from steer.engines.vllm.worker.edits import ComingPass, Edits, TablesOf
 from steer.engines.vllm.worker.inline import assign_shifts
 from steer.engines.vllm.worker.prepared import BatchTokens, Prepared, ScheduledRequest
-from steer.engines.vllm.worker.requests import WorkerRequest, WorkerRequests
+from steer.engines.vllm.worker.requests import WorkerRequests
 from steer.errors import CapacityError, EngineError
 from steer.model import HookPoint, ModelInfo
 from steer.plan.plan import SteeringPlan
@@ -246,7 +246,7 @@ class WorkerSteering:
                 n,
                 int(offsets[n]),
                 int(batch.starts[n]),
-                _ids(batch, n, request),
+                batch.tokens_of(n, request.ticket.reads_tokens),
                 int(drafts[n]),
                 int(logits[n]),
             )
@@ -289,13 +289,6 @@ class WorkerSteering:
         self._carried = None
         for one in placed:
             one.request.fault = why
-
-
-def _ids(batch: BatchTokens, index: int, request: WorkerRequest) -> Ints:
-    """The tokens of a request in `batch`; −1 for each where its plan does not read them."""
-    if request.ticket.reads_tokens:
-        return batch.ids(index)
-    return np.full(int(batch.counts[index]), -1, dtype=np.int64)
 
 
 def _joined(parts: Sequence[Ints]) -> Ints:
