@@ -28,6 +28,9 @@ fi
 # small, because the machine may be.
 export VLLM_ENABLE_V1_MULTIPROCESSING=0 OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 export VLLM_CPU_KVCACHE_SPACE=1 VLLM_LOGGING_LEVEL=WARNING
+# Compiled once: vLLM starts up to seven processes an engine, and each imports all of torch.
+export PYTHONPYCACHEPREFIX=${PYTHONPYCACHEPREFIX:-$PWD/.venvs/bytecode-$version}
+unset PYTHONDONTWRITEBYTECODE
 # Nothing from outside.
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 

@@ -9,7 +9,7 @@ import asyncio
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import demo_specs
 from float64_reference import chosen
 from liveness import LIVENESS_SECONDS
-from vllm_engine import plain
+from vllm_engine import Plans, plain
 
 from steer.engines.base import (
     Completion,
@@ -33,10 +33,8 @@ from steer.engines.base import (
 from steer.engines.vllm.core.cache_keys import ticket_of
 from steer.engines.vllm.front.engine import VllmEngine
 from steer.engines.vllm.front.sequences import RunningSequence
-from steer.plan.plan import SteeringPlan
 
 T = TypeVar("T")
-Plans = Mapping[str, SteeringPlan | None]
 
 LONGEST_PROMPT = 150
 TIE = 1e-3

@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import demo_specs
-import inner_specs
 import pytest
 import torch
 import vllm_engine
 from lora_adapters import write_adapter, write_merged
+from vllm_engine import Plans
 
 from steer.engines.base import CaptureRequest, Completion, GenerationRequest, Receipt
 from steer.engines.transformers.engine import TransformersEngine
 from steer.engines.vllm.front.offline import Steered
 from steer.model import HookPoint
-from steer.plan.cache import PlanCache
-from steer.plan.plan import SteeringPlan
 from steer.registry.registry import Registry
 
 SPECS = (
@@ -48,20 +46,18 @@ SLOTS = 3
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapters, and the model that each is merged into."""
     root = tmp_path_factory.mktemp("lora")
     for seed, name in enumerate(NAMES[1:]):
         assert name is not None
         adapter = write_adapter(root / name, vllm_engine.DEMO_MODEL, seed=seed)
         write_merged(root / f"{name}-merged", vllm_engine.DEMO_MODEL, adapter)
-    with Registry.open(root / "registry") as registry:
-        demo_specs.register(registry)
-        inner_specs.register(registry)
     return root
 
 
 @pytest.fixture(scope="module")
-def steered(folder: Path) -> Iterator[Steered]:
-    os.environ["STEER_REGISTRY"] = str(folder / "registry")
+def steered(registry: Path) -> Iterator[Steered]:
+    os.environ["STEER_REGISTRY"] = str(registry)
     from vllm import LLM
 
     llm = LLM(
@@ -71,20 +67,18 @@ def steered(folder: Path) -> Iterator[Steered]:
         max_loras=SLOTS,
         max_lora_rank=8,
     )
-    with Registry.open(folder / "registry") as registry:
-        yield Steered(llm, library=registry)
+    with Registry.open(registry) as opened:
+        yield Steered(llm, library=opened)
 
 
 @pytest.fixture(scope="module")
-def plans(steered: Steered) -> dict[str, SteeringPlan | None]:
-    cache = PlanCache(demo_specs.LIBRARY, steered.engine.info, steered.engine.capabilities)
-    inner = inner_specs.compiled(steered.engine.info, steered.engine.capabilities)
-    every = demo_specs.compiled(cache) | inner
+def plans(steered: Steered) -> Plans:
+    every = vllm_engine.plans_for(steered.engine)
     return {name: every[name] for name in SPECS}
 
 
 @pytest.fixture(scope="module")
-def requests(plans: dict[str, SteeringPlan | None]) -> list[tuple[str | None, GenerationRequest]]:
+def requests(plans: Plans) -> list[tuple[str | None, GenerationRequest]]:
     """Each spec with the model and with both adapters, in a mixed order."""
     found = demo_specs.requests_for(plans, 3 * len(SPECS), seed=2, longest=40)
     counts: dict[str, int] = {}
@@ -173,7 +167,7 @@ def test_every_request_is_steered_with_its_own_adapter(
 
 
 def test_adapters_and_specs_both_part_the_cache(
-    steered: Steered, folder: Path, plans: dict[str, SteeringPlan | None]
+    steered: Steered, folder: Path, plans: Plans
 ) -> None:
     """One long prompt, asked with every adapter and spec in turn, and all of it once more: only the
     second time is anything cached, and no answer changes."""

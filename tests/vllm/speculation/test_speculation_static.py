@@ -7,30 +7,27 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import demo_specs
 import pytest
 import vllm_engine
 from vllm_contract import assert_same
-from vllm_simulation import Plans, assert_all_free, simulate, steering
+from vllm_engine import Plans
+from vllm_simulation import assert_all_free, simulate, steering
 from vllm_speculation import NGRAM, counted_drafts
 
 from steer.engines.transformers.engine import TransformersEngine
 from steer.engines.vllm.front.engine import VllmEngine
-from steer.plan.cache import PlanCache
-from steer.registry.registry import Registry
 
 CLIENTS, WAVES = 60, 2
 REQUESTS, BLOCKS, STEP_TOKENS = 16, 14, 64
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
-    folder = tmp_path_factory.mktemp("registry")
-    with Registry.open(folder) as registry:
-        demo_specs.register(registry)
+def engine(registry: Path) -> Iterator[VllmEngine]:
     with vllm_engine.start_engine(
-        folder,
+        registry,
         speculative_config=NGRAM,
         additional_config={"steer": {"form": "static"}},
         num_gpu_blocks_override=BLOCKS,
@@ -39,18 +36,6 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
     ) as running:
         assert steering(running).edits.static
         yield running
-
-
-@pytest.fixture(scope="module")
-def reference() -> Iterator[TransformersEngine]:
-    with TransformersEngine.load(vllm_engine.DEMO_MODEL, name="steer-demo") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def plans(engine: VllmEngine) -> Plans:
-    cache = PlanCache(demo_specs.LIBRARY, engine.info, engine.capabilities)
-    return demo_specs.compiled(cache)
 
 
 def test_mixed_requests_and_their_sizes_are_those_without_drafts(

@@ -11,21 +11,20 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import demo_specs
-import inner_specs
 import pytest
 import vllm_engine
 from vllm.config import CUDAGraphMode
 from vllm_contract import *  # noqa: F403
-from vllm_contract import Plans
+from vllm_engine import Plans
 from vllm_simulation import core, steering
 
 from steer.engines.base import CaptureRequest, GenerationRequest, SamplingParams
 from steer.engines.vllm.front.engine import VllmEngine
 from steer.model import HookPoint
-from steer.registry.registry import Registry
 from steer.spec import Site
 
 TOPK, LATENTS, RANKED = "a clamp that competes", 64, 32
@@ -33,14 +32,10 @@ TOPK, LATENTS, RANKED = "a clamp that competes", 64, 32
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
-    folder = tmp_path_factory.mktemp("registry")
-    with Registry.open(folder) as registry:
-        demo_specs.register(registry)
-        inner_specs.register(registry)
+def engine(registry: Path) -> Iterator[VllmEngine]:
     # One site inside is enough to show the kernel there: the interpreter is slow.
     own = {"form": "static", "sites": ["mlp_act"], "latents_at_once": LATENTS * RANKED}
-    with vllm_engine.start_engine(folder, additional_config={"steer": own}) as running:
+    with vllm_engine.start_engine(registry, additional_config={"steer": own}) as running:
         assert steering(running).edits.static
         yield running
 
