@@ -1,9 +1,16 @@
 """Adapters (LoRA) of vLLM's beside steering: the model and its adapters in one batch, each request
-steered by a spec of its own, against the transformers engine with the adapter in its weights."""
+steered by a spec of its own, against the transformers engine with the adapter in its weights.
+
+In every form, on one worker and on two that split the model; workers of the form for CUDA graphs
+have their kernel interpreted, in processes of their own.
+"""
 
 from __future__ import annotations
 
 import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +47,14 @@ SPECS = (
 )
 NAMES = (None, "one", "two")
 """The model itself, and its adapters."""
+STATIC = {"form": "static", "sites": ["attn_in", "mlp_in"]}
+"""Inside graphs two workers gather nothing, so there the other two sites stay shut."""
+ENGINES: dict[str, dict[str, Any]] = {
+    "in Python": {},
+    "static": {"distributed_executor_backend": "mp", "additional_config": {"steer": STATIC}},
+    "split": {"tensor_parallel_size": 2},
+    "split, static": {"tensor_parallel_size": 2, "additional_config": {"steer": STATIC}},
+}
 SLOTS = 3
 """One more than adapters: on a CPU, vLLM gives rows without an adapter the one in the last slot."""
 
@@ -55,32 +70,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module")
-def steered(registry: Path) -> Iterator[Steered]:
+@pytest.fixture(scope="module", params=ENGINES)
+def steered(registry: Path, request: pytest.FixtureRequest) -> Iterator[Steered]:
     os.environ["STEER_REGISTRY"] = str(registry)
     from vllm import LLM
 
-    llm = LLM(
-        **vllm_engine.OPTIONS,
-        **vllm_engine.ALL_SITES,
-        enable_lora=True,
-        max_loras=SLOTS,
-        max_lora_rank=8,
-    )
+    options = vllm_engine.OPTIONS | vllm_engine.ALL_SITES | ENGINES[request.param]
+    llm = LLM(**options, enable_lora=True, max_loras=SLOTS, max_lora_rank=8)
     with Registry.open(registry) as opened:
         yield Steered(llm, library=opened)
+    llm.llm_engine.engine_core.shutdown()
 
 
 @pytest.fixture(scope="module")
 def plans(steered: Steered) -> Plans:
     every = vllm_engine.plans_for(steered.engine)
-    return {name: every[name] for name in SPECS}
+    return {name: every[name] for name in SPECS if name in every}
 
 
 @pytest.fixture(scope="module")
 def requests(plans: Plans) -> list[tuple[str | None, GenerationRequest]]:
     """Each spec with the model and with both adapters, in a mixed order."""
-    found = demo_specs.requests_for(plans, 3 * len(SPECS), seed=2, longest=40)
+    found = demo_specs.requests_for(plans, 3 * len(plans), seed=2, longest=20)
     counts: dict[str, int] = {}
     named = []
     for request in found:
@@ -194,7 +205,7 @@ def test_states_read_after_a_batch_with_adapters_are_the_models_own(
     steered: Steered, folder: Path, requests: list[tuple[str | None, GenerationRequest]]
 ) -> None:
     run(steered, folder, [one for one in requests if one[0] is not None][:5])
-    points = (HookPoint(2, "mlp_act"), HookPoint(5))
+    points = (HookPoint(2, steered.engine.info.sites[-2]), HookPoint(5))
     request = CaptureRequest(((5, 9, 200, 31), (7,)), points, logits="all")
     with TransformersEngine.load(vllm_engine.DEMO_MODEL, name="steer-demo") as engine:
         wanted = engine.capture(request)

@@ -12,15 +12,13 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import demo_specs
 import pytest
 import vllm_engine
-from vllm.config import CUDAGraphMode
 from vllm_contract import *  # noqa: F403
 from vllm_engine import Plans
-from vllm_simulation import core, steering
+from vllm_simulation import graphless_steps, steering
 
 from steer.engines.base import CaptureRequest, GenerationRequest, SamplingParams
 from steer.engines.vllm.front.engine import VllmEngine
@@ -46,17 +44,10 @@ def closed() -> frozenset[Site]:
 
 
 @pytest.fixture
-def forced(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+def forced(engine: VllmEngine) -> Iterator[list[bool]]:
     """For each step, whether vLLM let it have no graph."""
-    runner = core(engine).model_executor.driver_worker.worker.model_runner
-    dispatch, seen = runner.cudagraph_dispatcher.dispatch, []
-
-    def seen_to_dispatch(*args: Any, **named: Any) -> Any:
-        seen.append(named["valid_modes"] == {CUDAGraphMode.NONE})
-        return dispatch(*args, **named)
-
-    monkeypatch.setattr(runner.cudagraph_dispatcher, "dispatch", seen_to_dispatch)
-    return seen
+    with graphless_steps(engine) as steps:
+        yield steps
 
 
 def sites(engine: VllmEngine) -> tuple[HookPoint, ...]:

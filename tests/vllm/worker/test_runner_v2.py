@@ -32,11 +32,10 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner  # noqa: E402
 from vllm.v1.worker.gpu import model_runner  # noqa: E402
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner  # noqa: E402
 from vllm_contract import assert_same  # noqa: E402
+from vllm_crowd import Client, Outcome  # noqa: E402
 from vllm_engine import Plans  # noqa: E402
 from vllm_simulation import (  # noqa: E402
-    Client,
     Judge,
-    Outcome,
     assert_all_free,
     core,
     in_engine,
