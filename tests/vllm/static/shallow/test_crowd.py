@@ -24,7 +24,7 @@ from steer.engines.transformers.engine import TransformersEngine
 from steer.engines.vllm.front.engine import VllmEngine
 
 CLIENTS, WAVES = 500, 10
-REQUESTS, BLOCKS, STEP_TOKENS = 16, 10, 48
+REQUESTS, BLOCKS, STEP_TOKENS = 16, 12, 48
 RANKED = 8
 """For how many tokens a step inside a graph has room to rank latents."""
 

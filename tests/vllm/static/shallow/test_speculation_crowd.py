@@ -1,4 +1,7 @@
-"""The crowd of `test_crowd` on an engine that speculates, against each request alone without."""
+"""The crowd of `test_crowd` on an engine that speculates, against each request alone without.
+
+So shallow a model says the same again and again: most drafts stay, and some do not.
+"""
 
 from __future__ import annotations
 
@@ -60,6 +63,7 @@ def test_every_request_of_a_crowd_equals_itself_alone_without_drafts(
     assert counts["ties"] <= CLIENTS // 100
     assert counts["left"] >= 10
     assert counts["read"] >= 15
-    assert total.accepted >= 20
-    assert total.drafted - total.accepted >= 200
+    assert len(report.watch.preempted) >= 1
+    assert total.accepted >= 200
+    assert total.drafted - total.accepted >= 50
     assert 20 < sum(steps) < len(steps) - 20
