@@ -6,9 +6,9 @@ does not run there in reasonable time, so this says what Steer's part is and how
 share. Needs valgrind and a C compiler (Debian: `valgrind`, `gcc`): counting is switched on and off
 by a library of four lines, so that imports run uncounted.
 
-With `--cold` it also counts what has to come from memory, in lines of 64 bytes: once as in a loop
-of steps alone, and once with caches that are empty at every tap, which is how a layer of a model
-leaves them, whose weights are larger than they are.
+With `--cold` it also counts what has to come from memory, in lines of 64 bytes: once with caches
+that are empty when a step begins, which is all that it touches, and once when every tap does, which
+is how a layer of a model leaves them, whose weights are larger than they are.
 """
 
 from __future__ import annotations
@@ -68,7 +68,10 @@ def main(
     batch: Annotated[list[int] | None, typer.Option(help="Default: 1, 32.")] = None,
     compiled: Annotated[bool, typer.Option("--compiled")] = False,
     cold: Annotated[
-        bool, typer.Option("--cold", help="Count lines from memory too, caches warm and empty.")
+        bool,
+        typer.Option(
+            "--cold", help="Count lines from memory too, caches empty at steps and at taps."
+        ),
     ] = False,
     diet: Annotated[list[str] | None, typer.Option(help="Default: all.")] = None,
     top: Annotated[int, typer.Option(help="Functions of each diet to list.")] = 0,
@@ -208,7 +211,7 @@ def count(switch: Switch, asked: dict[str, Any]) -> None:
             if asked["cold"]:
                 between.empties = True
                 _count_steps(switch, alone, 0, COLD_STEPS)
-                told |= {"diet": f"{diet.name}, caches empty", "steps": COLD_STEPS}
+                told |= {"diet": f"{diet.name}, empty at taps", "steps": COLD_STEPS}
                 switch.dump(json.dumps(told))
             alone.check()
 
@@ -223,7 +226,8 @@ def _count_steps(switch: Switch, alone: StepAlone, warm: int, counted: int) -> N
 
 
 class _Between:
-    """Empties callgrind's caches before a tap, if it is told to: they are when it begins anew."""
+    """Empties callgrind's caches before a tap, if it is told to: whenever counting begins, they
+    are."""
 
     def __init__(self, switch: Switch) -> None:
         self._switch, self.empties = switch, False

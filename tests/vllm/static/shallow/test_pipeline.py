@@ -40,6 +40,7 @@ def engine(model: Path, registry: Path) -> Iterator[VllmEngine]:
         max_num_seqs=16,
     ) as running:
         yield running
+    running._driver.llm.llm_engine.engine_core.shutdown()  # type: ignore[attr-defined]
 
 
 def requests_for(plans: Plans) -> list[GenerationRequest]:
