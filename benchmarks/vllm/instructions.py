@@ -44,6 +44,7 @@ void resume(void) { CALLGRIND_START_INSTRUMENTATION; }
 void pause_(void) { CALLGRIND_STOP_INSTRUMENTATION; }
 void dump(const char *name) { CALLGRIND_DUMP_STATS_AT(name); }
 """
+_DIETS = (*DIETS, TRIGGERED)
 _WORKER = "--worker"
 LINES = "lines from memory"
 _MISSES = ("ILmr", "DLmr", "DLmw")
@@ -78,10 +79,14 @@ def main(
     out: Annotated[Path | None, typer.Option(help="A JSON file.")] = None,
 ) -> None:
     """Counts one step of each diet; the interpreter, torch and the system libraries included."""
+    names = [one.name for one in _DIETS]
+    for name in diet or ():
+        if name not in names:
+            raise typer.BadParameter(f"{name!r} is none of {names}", param_hint="--diet")
     asked = {"shape": shape, "batches": batch or [1, 32], "compiled": compiled}
     asked |= {"cold": cold, "diets": diet}
-    with tempfile.TemporaryDirectory() as name:
-        found = _counted(Path(name), asked)
+    with tempfile.TemporaryDirectory() as folder:
+        found = _counted(Path(folder), asked)
     columns = ("instructions", *((LINES,) if cold else ()))
     rows = [
         (str(one["batch"]), one["diet"], *(f"{one[column]:,.0f}" for column in columns))
@@ -195,7 +200,7 @@ def count(switch: Switch, asked: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     shape = SHAPES[asked["shape"]]
     plans = PlanCache(library(shape), shape.info(), CAPABILITIES)
-    diets = [one for one in (*DIETS, TRIGGERED) if one.name in (asked["diets"] or [one.name])]
+    diets = [one for one in _DIETS if one.name in (asked["diets"] or [one.name])]
     for batch in asked["batches"]:
         for diet in diets:
             wanted = [
@@ -203,12 +208,12 @@ def count(switch: Switch, asked: dict[str, Any]) -> None:
                 for spec in diet.batch(shape, batch)
             ]
             told = {"batch": batch, "diet": diet.name, "steps": STEPS}
-            between = _Between(switch)
+            between = _Between(switch) if asked["cold"] else None
             alone = StepAlone(shape, wanted, compiled=asked["compiled"], between=between)
             alone.begin()
             _count_steps(switch, alone, WARM, STEPS)
             switch.dump(json.dumps(told))
-            if asked["cold"]:
+            if between is not None:
                 between.empties = True
                 _count_steps(switch, alone, 0, COLD_STEPS)
                 told |= {"diet": f"{diet.name}, empty at taps", "steps": COLD_STEPS}
