@@ -35,6 +35,7 @@ from steer.registry.catalogue.listing import Search, found_entries
 from steer.registry.catalogue.model_view import EVERYONE, ModelView
 from steer.registry.catalogue.tags import tags_of_names
 from steer.registry.entry import Entry, parse_ref
+from steer.registry.features.findings import BesideFiles, FindingStore
 from steer.registry.features.store import SurveyStore
 from steer.registry.figures import RegistryFigures, RegistryStats
 from steer.registry.jobs.job_files import JobFiles
@@ -76,6 +77,9 @@ class Registry:
         self.jobs = JobStore(parts.catalogue)
         self.job_files = JobFiles(parts.location.work / "jobs")
         self.surveys = SurveyStore(parts.location.root, read_only=parts.catalogue.read_only)
+        self.findings = FindingStore(
+            BesideFiles(parts.location.root, read_only=parts.catalogue.read_only)
+        )
         self._max_upload_bytes = max_upload_bytes
         self._loaded: LoadedCache[tuple[str, str, str], Any] = LoadedCache(cache_bytes)
         self._figures = RegistryFigures(parts.catalogue)

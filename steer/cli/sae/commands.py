@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from inspect import Parameter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -19,7 +18,6 @@ from steer.cli.local import (
     ModelOption,
     RegistryOption,
     open_registry,
-    running_engine,
 )
 from steer.cli.measure.asking import AS_JSON
 from steer.cli.options import (
@@ -33,20 +31,15 @@ from steer.cli.options import (
     spelling,
 )
 from steer.cli.reporting import progress_bar
+from steer.cli.sae.effect import EFFECT
+from steer.cli.sae.place import JsonOption, SAEArgument, working
 from steer.cli.sae.showing import show_active, show_card, show_contrast, show_matches, show_survey
-from steer.fit.requests.features import ContrastRequest, FeaturesRequest, SurveyRequest
-
-if TYPE_CHECKING:
-    from steer.engines.transformers.engine import TransformersEngine
-    from steer.registry.registry import Registry
+from steer.fit.requests.features.texts import ContrastRequest, FeaturesRequest, SurveyRequest
 
 app = typer.Typer(
     help="Find the features of SAEs, and see what they do.",
     no_args_is_help=True,
 )
-
-SAEArgument = Annotated[str, typer.Argument(help="The SAE, by its name.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command("show")
@@ -110,7 +103,7 @@ def tokens(
     from steer.prompts import as_chat
 
     fields: dict[str, Any] = {"sae": sae, "top_features": top, "positions": at or "all"}
-    with _working(model=model, registry=registry, device=device, dtype=dtype) as (engine, library):
+    with working(model=model, registry=registry, device=device, dtype=dtype) as (engine, library):
         asked = as_chat(engine.tokenizer, prompt) if chat else prompt
         fields["text" if isinstance(asked, str) else "messages"] = asked
         layer = library.sae(sae).layer
@@ -121,18 +114,6 @@ def tokens(
         return
     assert isinstance(result, ActivationsResult)
     show_active(result)
-
-
-@contextmanager
-def _working(
-    *, model: str, registry: str | None, device: str | None, dtype: str | None, **_others: Any
-) -> Iterator[tuple[TransformersEngine, Registry]]:
-    """The model and the registry that a command's values name."""
-    with (
-        open_registry(registry, model) as library,
-        running_engine(model, device=device, dtype=dtype) as engine,
-    ):
-        yield engine, library
 
 
 def _parameters(request: type[FeaturesRequest]) -> Iterator[Parameter]:
@@ -171,7 +152,7 @@ def _request(kind: type[FeaturesRequest], values: dict[str, Any]) -> Any:
 def _survey(values: dict[str, Any]) -> None:
     request: SurveyRequest = _request(SurveyRequest, values)
     with (
-        _working(**values) as (engine, library),
+        working(**values) as (engine, library),
         tempfile.TemporaryDirectory(prefix="steer-survey-") as scratch,
     ):
         request.check(engine, library)
@@ -185,7 +166,7 @@ def _survey(values: dict[str, Any]) -> None:
 
 def _contrast(values: dict[str, Any]) -> None:
     request: ContrastRequest = _request(ContrastRequest, values)
-    with _working(**values) as (engine, library):
+    with working(**values) as (engine, library):
         request.check(engine, library)
         with progress_bar("texts", request.texts) as done:
             found = request.run(engine, library, progress=done)
@@ -209,3 +190,4 @@ app.command("contrast")(
         summary="Find the features that tell two sets of texts apart, and not by chance.",
     )
 )
+app.command("effect")(EFFECT)

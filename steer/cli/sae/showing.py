@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from steer.cli.reporting import out, table_out
+from steer.cli.reporting import table_out
+from steer.cli.sae.effect import effect_lines
+from steer.cli.sae.tables import number, say, table
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -19,20 +21,22 @@ if TYPE_CHECKING:
 
 def show_card(card: FeatureCard) -> None:
     """A feature: what is known of it in lines, its examples in a table."""
-    _say(f"feature {card.feature} of {card.sae}, layer {card.layer}, {card.site}")
-    _say(f"label: {said(card.label)}")
-    _say(
+    say(f"feature {card.feature} of {card.sae}, layer {card.layer}, {card.site}")
+    say(f"label: {said(card.label)}")
+    say(
         "nearest decoder rows: "
         + ", ".join(f"{one.feature} ({one.cosine:.2f})" for one in card.neighbours)
     )
+    for line in () if card.effect is None else effect_lines(card.effect):
+        say(line)
     found = card.statistics
     if found is None:
-        _say(f"not surveyed: `steer sae survey {card.sae} TEXTS` counts what its features do")
+        say(f"not surveyed: `steer sae survey {card.sae} TEXTS` counts what its features do")
         return
     for line in _counted(found):
-        _say(line)
+        say(line)
     if card.together:
-        _say(
+        say(
             "fires together with: "
             + ", ".join(f"{one.feature} ({one.jaccard:.2f})" for one in card.together[:5])
         )
@@ -59,12 +63,12 @@ def _counted(found: FeatureStatistics) -> Iterable[str]:
 def _show_examples(title: str, examples: Sequence[FeatureExample]) -> None:
     from rich.table import Table
 
-    table = Table(title=title)
-    table.add_column("value", justify="right")
-    table.add_column("token in its text", overflow="fold")
+    drawn = Table(title=title)
+    drawn.add_column("value", justify="right")
+    drawn.add_column("token in its text", overflow="fold")
     for one in examples:
-        table.add_row(f"{one.value:.3g}", marked(one))
-    table_out().print(table)
+        drawn.add_row(f"{one.value:.3g}", marked(one))
+    table_out().print(drawn)
 
 
 def marked(example: FeatureExample) -> Text:
@@ -79,12 +83,12 @@ def marked(example: FeatureExample) -> Text:
 
 def show_matches(found: Sequence[FeatureMatch]) -> None:
     """One row a feature, the best match first."""
-    _table(
+    table(
         ("feature", "label", "effect"),
-        [(str(one.feature), said(one.label), _number(one.label.effect)) for one in found],
+        [(str(one.feature), said(one.label), number(one.label.effect)) for one in found],
     )
     if not found:
-        _say("no label has these words")
+        say("no label has these words")
 
 
 def show_active(result: ActivationsResult) -> None:
@@ -98,16 +102,16 @@ def show_active(result: ActivationsResult) -> None:
         )
         token = repr(result.tokens[position])[1:-1]
         rows.append((str(position), token, str(active), features))
-    _table(("position", "token", "active", "most active"), rows)
+    table(("position", "token", "active", "most active"), rows)
 
 
 def show_survey(name: str, counts: Mapping[str, Any]) -> None:
     """What a survey has counted (`Survey.counts`)."""
-    _say(
+    say(
         "{tokens} tokens of {texts} texts: {active_per_token:.1f} features fire on a token, "
         "{never_active} of {d_sae} on none".format(**counts)
     )
-    _say(f"`steer sae show {name} FEATURE` shows one")
+    say(f"`steer sae show {name} FEATURE` shows one")
 
 
 def show_contrast(found: Contrast) -> None:
@@ -124,35 +128,15 @@ def show_contrast(found: Contrast) -> None:
         )
         for one in found.features
     ]
-    _table(("feature", "fires on", "AUROC", "p", "held out", "confirmed", "label"), rows)
-    _say(
+    table(("feature", "fires on", "AUROC", "p", "held out", "confirmed", "label"), rows)
+    say(
         f"{found.tested} features fire on the half that finds; the best of them reaches "
         f"{found.chance:.3f} by chance in 1 of 20. {found.positive} and {found.negative} texts"
     )
     if not any(one.confirmed for one in found.features):
-        _say("none is confirmed: give more texts, or sets that differ in more")
+        say("none is confirmed: give more texts, or sets that differ in more")
 
 
 def said(label: FeatureLabel | None) -> str:
     """A label in words."""
     return "none" if label is None or not label.text else label.text
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table()
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    table_out().print(table)
-
-
-def _say(line: str) -> None:
-    out().print(line, highlight=False, markup=False)

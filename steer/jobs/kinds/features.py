@@ -1,16 +1,18 @@
-"""Jobs about the features of an SAE: surveys, and contrasts of two sets of texts."""
+"""Jobs about the features of an SAE: what they do on texts, and to what the model says."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from steer.engines.base import Engine
-from steer.fit.requests.features import ContrastRequest, FeaturesRequest, SurveyRequest
+from steer.fit.requests.features.effect import EffectRequest
+from steer.fit.requests.features.request import SAERequest
+from steer.fit.requests.features.texts import ContrastRequest, FeaturesRequest, SurveyRequest
 from steer.jobs.kinds.kind import JobContext, JobKind
 from steer.registry.registry import Registry
 
 
-def _check(engine: Engine, registry: Registry, request: FeaturesRequest) -> None:
+def _check(engine: Engine, registry: Registry, request: SAERequest) -> None:
     request.check(engine, registry)
 
 
@@ -29,6 +31,16 @@ def _survey(context: JobContext, request: SurveyRequest) -> dict[str, Any]:
 def _contrast(context: JobContext, request: ContrastRequest) -> dict[str, Any]:
     progress = context.counter(request.texts, "texts")
     return request.run(context.engine, context.registry, progress=progress).model_dump()
+
+
+def _effect(context: JobContext, request: EffectRequest) -> dict[str, Any]:
+    progress = context.counter(request.work(), "directions")
+    found = request.run(context.engine, context.registry, progress=progress)
+    return {"features": [one.model_dump() for one in found]}
+
+
+def _questions(request: EffectRequest) -> dict[str, Any]:
+    return {} if request.prompts is None else {"prompts": len(request.prompts)}
 
 
 SURVEY = JobKind(
@@ -50,4 +62,14 @@ CONTRAST = JobKind(
     data=frozenset(ContrastRequest.data),
     shown=_shown,
     repeatable=True,  # it only reads
+)
+EFFECT = JobKind(
+    name="sae/effect",
+    params=EffectRequest,
+    run=_effect,
+    check=_check,
+    summary="Measures whether features cause what the model says, beside directions of chance.",
+    data=frozenset({"prompts"}),
+    shown=_questions,
+    repeatable=True,  # the same finding again takes the first one's place
 )

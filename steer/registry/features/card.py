@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from steer.artefacts.sae.base import SAE
 from steer.artefacts.sae.labels import FeatureLabel
 from steer.errors import UnknownArtefact
+from steer.registry.features.effect import OutputEffect
 from steer.registry.features.survey import FeatureStatistics, TogetherFeature
 from steer.registry.registry import Registry
 from steer.spec import Site
@@ -29,7 +30,8 @@ class FeatureCard(BaseModel):
     surveyed, what it did on the survey's data.
 
     `decoder_norm` is ‖W_dec[i]‖; `neighbours` are the features whose decoder rows point most
-    nearly the same way; `together` those that fire on the same tokens.
+    nearly the same way; `together` those that fire on the same tokens. `effect` is what it does to
+    what the model says, where that was measured.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,6 +46,7 @@ class FeatureCard(BaseModel):
     neighbours: tuple[Neighbour, ...]
     statistics: FeatureStatistics | None = None
     together: tuple[TogetherFeature, ...] = ()
+    effect: OutputEffect | None = None
 
 
 def feature_card(registry: Registry, name: str, feature: int) -> FeatureCard:
@@ -57,7 +60,8 @@ def feature_card(registry: Registry, name: str, feature: int) -> FeatureCard:
             f"the SAE {name!r} has no feature {feature}: it has features 0 to {sae.d_sae - 1}",
             code="unknown_feature",
         )
-    survey = registry.surveys.find(registry.entry("sae", name).sha256)
+    sha256 = registry.entry("sae", name).sha256
+    survey = registry.surveys.find(sha256)
     return FeatureCard(
         sae=sae.card.name,
         feature=feature,
@@ -68,6 +72,7 @@ def feature_card(registry: Registry, name: str, feature: int) -> FeatureCard:
         neighbours=neighbours(sae, feature),
         statistics=None if survey is None else survey.feature(feature),
         together=() if survey is None else survey.together(feature),
+        effect=registry.findings.find(sha256, OutputEffect, feature),
     )
 
 

@@ -64,6 +64,18 @@ async def test_a_contrast_ranks_the_features(http: httpx.AsyncClient) -> None:
     assert len(found) <= 3
 
 
+async def test_what_a_feature_causes_is_on_its_card(http: httpx.AsyncClient) -> None:
+    body = {"sae": "features", "features": [1, 5], "nulls": 3, "prompts": TEXTS[:2]}
+    job = await worked(http, "/v1/steering/sae/effect", body)
+    assert job["state"] == "succeeded", job
+    assert job["request"]["prompts"] == 2
+    assert job["progress"]["done"] == job["progress"]["total"] == 2 + 2 * 3
+    found = {one["feature"]: one for one in job["result"]["features"]}
+    assert set(found) == {1, 5}
+    assert (await http.get(f"{FEATURES}/1")).json()["effect"] == found[1]
+    assert (await http.get(f"{FEATURES}/2")).json()["effect"] is None
+
+
 @pytest.mark.parametrize(
     ("kind", "body", "code", "param"),
     [
@@ -75,6 +87,10 @@ async def test_a_contrast_ranks_the_features(http: httpx.AsyncClient) -> None:
             None,
             "/negative",
         ),
+        ("effect", {"sae": "none", "features": [1]}, "unknown_sae", "/sae"),
+        ("effect", {"sae": "features", "features": [8]}, "feature_out_of_range", "/features"),
+        ("effect", {"sae": "features", "features": []}, None, "/features"),
+        ("effect", {"sae": "features", "features": [1], "kl": 0}, None, "/kl"),
     ],
 )
 async def test_what_cannot_be_read_is_refused_at_its_field(

@@ -60,5 +60,14 @@ def test_a_feature_before_and_after_a_survey(place: Path, tmp_path: Path) -> Non
     assert "fires on" in steer(place, "show", "resid-3", best["feature"])
 
 
+def test_what_makes_it_answer_in_french_promotes_french(place: Path) -> None:
+    asked = ("effect", "resid-3", LATENT, "--nulls", 10, "--max-tokens", 12)
+    [found] = json.loads(steer(place, *asked, "--json"))
+    assert found["written"]["change"] > found["written"]["strongest"]
+    assert {" la", " le", " Le", "La", "Le"} & {one["token"] for one in found["promoted"]}
+    assert found["verdict"] in ("writes", "causes")
+    assert "raised by" in steer(place, "show", "resid-3", LATENT)
+
+
 def test_a_feature_that_is_not_there(place: Path) -> None:
     assert "unknown_feature" in steer(place, "show", "resid-3", 9999, code=2)
