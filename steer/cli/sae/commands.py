@@ -32,6 +32,7 @@ from steer.cli.options import (
 )
 from steer.cli.reporting import progress_bar
 from steer.cli.sae.effect import EFFECT
+from steer.cli.sae.labels import labels_app
 from steer.cli.sae.place import JsonOption, SAEArgument, working
 from steer.cli.sae.showing import show_active, show_card, show_contrast, show_matches, show_survey
 from steer.fit.requests.features.texts import ContrastRequest, FeaturesRequest, SurveyRequest
@@ -71,8 +72,10 @@ def search(
     registry: RegistryOption = None,
 ) -> None:
     """Find features by their labels."""
+    from steer.artefacts.sae.labels import search_labels
+
     with open_registry(registry, model) as library:
-        found = library.sae(sae).search(query, limit=limit)
+        found = search_labels(library.labels(sae), query, limit=limit)
     if as_json:
         typer.echo(json.dumps([one.model_dump(exclude_none=True) for one in found], indent=2))
         return
@@ -191,3 +194,4 @@ app.command("contrast")(
     )
 )
 app.command("effect")(EFFECT)
+app.add_typer(labels_app, name="labels")

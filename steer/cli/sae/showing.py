@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 def show_card(card: FeatureCard) -> None:
     """A feature: what is known of it in lines, its examples in a table."""
     say(f"feature {card.feature} of {card.sae}, layer {card.layer}, {card.site}")
-    say(f"label: {said(card.label)}")
+    say(f"label: {said(card.label)}{_source(card.label)}")
+    for one in card.labels[1:]:
+        say(f"also called: {said(one)}{_source(one)}")
     say(
         "nearest decoder rows: "
         + ", ".join(f"{one.feature} ({one.cosine:.2f})" for one in card.neighbours)
@@ -135,6 +137,10 @@ def show_contrast(found: Contrast) -> None:
     )
     if not any(one.confirmed for one in found.features):
         say("none is confirmed: give more texts, or sets that differ in more")
+
+
+def _source(label: FeatureLabel | None) -> str:
+    return "" if label is None or label.source is None else f" ({label.source})"
 
 
 def said(label: FeatureLabel | None) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from steer.engines.base import Engine
 from steer.fit.requests.features.effect import EffectRequest
+from steer.fit.requests.features.labels import LabelRequest
 from steer.fit.requests.features.request import SAERequest
 from steer.fit.requests.features.texts import ContrastRequest, FeaturesRequest, SurveyRequest
 from steer.jobs.kinds.kind import JobContext, JobKind
@@ -37,6 +38,10 @@ def _effect(context: JobContext, request: EffectRequest) -> dict[str, Any]:
     progress = context.counter(request.work(), "directions")
     found = request.run(context.engine, context.registry, progress=progress)
     return {"features": [one.model_dump() for one in found]}
+
+
+def _labels(context: JobContext, request: LabelRequest) -> dict[str, Any]:
+    return request.run(context.registry).model_dump()
 
 
 def _questions(request: EffectRequest) -> dict[str, Any]:
@@ -72,4 +77,15 @@ EFFECT = JobKind(
     data=frozenset({"prompts"}),
     shown=_questions,
     repeatable=True,  # the same finding again takes the first one's place
+)
+LABELS = JobKind(
+    name="sae/labels",
+    params=LabelRequest,
+    run=_labels,
+    check=_check,
+    summary="Makes labels of features from what a survey saw, and keeps them beside the SAE.",
+    data=frozenset({"features"}),
+    shown=lambda one: {} if one.features is None else {"features": len(one.features)},
+    repeatable=True,  # the same labels again take the first ones' place
+    any_model=True,  # the survey has read what is needed
 )

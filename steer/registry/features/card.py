@@ -29,9 +29,10 @@ class FeatureCard(BaseModel):
     """One feature: its label where it has one, what is read off the weights, and, where the SAE was
     surveyed, what it did on the survey's data.
 
-    `decoder_norm` is ‖W_dec[i]‖; `neighbours` are the features whose decoder rows point most
-    nearly the same way; `together` those that fire on the same tokens. `effect` is what it does to
-    what the model says, where that was measured.
+    `labels` are those of all sources, the one that is shown first. `decoder_norm` is ‖W_dec[i]‖;
+    `neighbours` are the features whose decoder rows point most nearly the same way; `together`
+    those that fire on the same tokens. `effect` is what it does to what the model says, where that
+    was measured.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -42,6 +43,7 @@ class FeatureCard(BaseModel):
     layer: int
     site: Site
     label: FeatureLabel | None
+    labels: tuple[FeatureLabel, ...] = ()
     decoder_norm: float
     neighbours: tuple[Neighbour, ...]
     statistics: FeatureStatistics | None = None
@@ -62,12 +64,14 @@ def feature_card(registry: Registry, name: str, feature: int) -> FeatureCard:
         )
     sha256 = registry.entry("sae", name).sha256
     survey = registry.surveys.find(sha256)
+    known = registry.labels(name)
     return FeatureCard(
         sae=sae.card.name,
         feature=feature,
         layer=sae.layer,
         site=sae.site,
-        label=sae.labels.get(feature),
+        label=known.get(feature),
+        labels=known.every(feature),
         decoder_norm=float(sae.writes([feature])[0].norm()),
         neighbours=neighbours(sae, feature),
         statistics=None if survey is None else survey.feature(feature),

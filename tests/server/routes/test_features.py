@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,6 +75,64 @@ async def test_what_a_feature_causes_is_on_its_card(http: httpx.AsyncClient) -> 
     assert set(found) == {1, 5}
     assert (await http.get(f"{FEATURES}/1")).json()["effect"] == found[1]
     assert (await http.get(f"{FEATURES}/2")).json()["effect"] is None
+
+
+LABELS = "/v1/steering/saes/features/labels"
+
+
+async def test_labels_are_kept_by_their_source(http: httpx.AsyncClient) -> None:
+    assert (await http.get(LABELS)).json() == {
+        "object": "list",
+        "sae": "features",
+        "own": 3,
+        "data": [],
+    }
+    kept = await http.put(f"{LABELS}/mine", json={"labels": {"1": "Gallic", "2": {"text": "two"}}})
+    assert kept.json() == {"source": "mine", "kind": "imported", "labels": 2}
+    row = {"modelId": "m", "layer": "2-res-8", "index": "3", "description": "cats"}
+    await http.put(f"{LABELS}/np", json={"data": json.dumps(row)})
+    found = (await http.get("/v1/steering/saes/features/features")).json()["data"]
+    said = {one["feature"]: one["label"]["text"] for one in found}
+    assert said == {1: "Gallic", 2: "two", 3: "cats", 5: "French cities", 6: "food"}
+    shown = (await http.get(f"{FEATURES}/1")).json()
+    assert shown["label"]["source"] == "mine"
+    assert [one["text"] for one in shown["labels"]] == ["Gallic", "French words"]
+    assert shown["label"]["auroc"] == 0.9
+    assert [one["source"] for one in (await http.get(LABELS)).json()["data"]] == ["mine", "np"]
+    assert (await http.delete(f"{LABELS}/mine")).json() == {"source": "mine", "deleted": True}
+    assert (await http.get(f"{FEATURES}/1")).json()["label"]["text"] == "French words"
+
+
+async def test_labels_are_made_of_a_survey(http: httpx.AsyncClient) -> None:
+    refused = await http.post("/v1/steering/sae/labels", json={"sae": "features"})
+    assert refused.json()["error"]["code"] == "no_survey"
+    await worked(http, "/v1/steering/sae/survey", {"sae": "features", "prompts": TEXTS})
+    job = await worked(http, "/v1/steering/sae/labels", {"sae": "features"})
+    assert job["state"] == "succeeded", job
+    assert job["result"]["source"] == job["result"]["kind"] == "exemplars"
+    shown = [(await http.get(f"{FEATURES}/{n}")).json() for n in range(8)]
+    made = [any(x.get("source") == "exemplars" for x in one["labels"]) for one in shown]
+    assert made == [not one["statistics"]["dead"] for one in shown]
+
+
+@pytest.mark.parametrize(
+    ("source", "body", "code", "param"),
+    [
+        ("mine", {}, "invalid_labels", None),
+        ("mine", {"labels": {"1": "a"}, "data": "{}"}, "invalid_labels", None),
+        ("mine", {"labels": {"8": "a"}}, "wrong_labels", "/labels"),
+        ("mine", {"data": "{"}, "invalid_labels", "/data"),
+        ("mine", {"data": "{}"}, "no_labels", "/data"),
+        ("a@0123456", {"labels": {"1": "a"}}, "invalid_name", "/source"),
+    ],
+)
+async def test_labels_that_are_none_are_refused(
+    http: httpx.AsyncClient, source: str, body: dict[str, Any], code: str, param: str | None
+) -> None:
+    refused = await http.put(f"{LABELS}/{source}", json=body)
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert (error["code"], error["param"]) == (code, param)
 
 
 @pytest.mark.parametrize(

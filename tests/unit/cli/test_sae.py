@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from stub_model import stub_model
 from typer.testing import CliRunner
 
 from steer.cli import app
@@ -67,6 +68,46 @@ def test_what_makes_it_answer_in_french_promotes_french(place: Path) -> None:
     assert {" la", " le", " Le", "La", "Le"} & {one["token"] for one in found["promoted"]}
     assert found["verdict"] in ("writes", "causes")
     assert "raised by" in steer(place, "show", "resid-3", LATENT)
+
+
+def test_labels_are_brought_along_made_and_removed(place: Path, tmp_path: Path) -> None:
+    brought = tmp_path / "labels.json"
+    brought.write_text('{"809": "it says it in French", "3": "numerals"}')
+    assert "2 labels" in steer(place, "labels", "import", "resid-3", brought, "--source", "mine")
+    assert "numerals" in steer(place, "search", "resid-3", "numerals")
+    shown = json.loads(steer(place, "show", "resid-3", LATENT, "--json"))
+    assert [one.get("source") for one in shown["labels"][:2]] == ["mine", None]
+    assert shown["label"]["text"] == "it says it in French"
+    assert shown["label"]["effect"] == shown["labels"][1]["effect"]  # what was measured stays
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('"Is Rome nice?"\n"Rome is in Italy."\n')
+    steer(place, "survey", "resid-3", texts)
+    steer(place, "labels", "make", "resid-3")
+    with stub_model() as model:
+        model.reply = lambda question: "places in Europe"
+        active = json.loads(
+            steer(place, "tokens", "resid-3", "Is Rome nice?", "--at", "Rome", "--json")
+        )
+        (best, *_), *_ = active["features"]["top"]
+        steer(place, "labels", "make", "resid-3", best["feature"], "--labeller", model.place)
+    labels = json.loads(steer(place, "show", "resid-3", best["feature"], "--json"))["labels"]
+    assert [one["text"] for one in labels if one.get("source") == "labeller"] == [
+        "places in Europe"
+    ]
+    assert labels[-1]["source"] == "exemplars"
+    listed = steer(place, "labels", "list", "resid-3")
+    for source in ("mine", "exemplars", "labeller"):
+        assert source in listed
+        steer(place, "labels", "remove", "resid-3", source)
+    assert json.loads(steer(place, "labels", "list", "resid-3", "--json")) == []
+    assert "unknown_labels" in steer(place, "labels", "remove", "resid-3", "mine", code=2)
+
+
+def test_labels_of_another_sae_are_refused(place: Path, tmp_path: Path) -> None:
+    brought = tmp_path / "batch-0.jsonl"
+    row = {"modelId": "m", "layer": "20-res-16k", "index": "1", "description": "cats"}
+    brought.write_text(json.dumps(row))
+    assert "wrong_labels" in steer(place, "labels", "import", "resid-3", brought, code=2)
 
 
 def test_a_feature_that_is_not_there(place: Path) -> None:

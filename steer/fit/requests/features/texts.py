@@ -148,7 +148,7 @@ class ContrastRequest(FeaturesRequest):
         return contrast(
             positive,
             negative,
-            labels=sae.labels,
+            labels=registry.labels(self.sae),
             top=self.top,
             permutations=self.permutations,
             seed=self.seed,
