@@ -34,6 +34,7 @@ from steer.cli.reporting import progress_bar
 from steer.cli.sae.effect import EFFECT
 from steer.cli.sae.labels import labels_app
 from steer.cli.sae.place import JsonOption, SAEArgument, working
+from steer.cli.sae.score import SCORE
 from steer.cli.sae.showing import show_active, show_card, show_contrast, show_matches, show_survey
 from steer.fit.requests.features.texts import ContrastRequest, FeaturesRequest, SurveyRequest
 
@@ -194,4 +195,5 @@ app.command("contrast")(
     )
 )
 app.command("effect")(EFFECT)
+app.command("score")(SCORE)
 app.add_typer(labels_app, name="labels")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from steer.cli.reporting import table_out
 from steer.cli.sae.effect import effect_lines
+from steer.cli.sae.score import score_lines
 from steer.cli.sae.tables import number, say, table
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def show_card(card: FeatureCard) -> None:
         + ", ".join(f"{one.feature} ({one.cosine:.2f})" for one in card.neighbours)
     )
     for line in () if card.effect is None else effect_lines(card.effect):
+        say(line)
+    for line in () if card.scores is None else score_lines(card.scores):
         say(line)
     found = card.statistics
     if found is None:

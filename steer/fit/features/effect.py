@@ -135,16 +135,13 @@ def raising(sae: str, features: Sequence[int], value: float) -> dict[str, object
 
 
 @dataclass(frozen=True)
-class MatchedDirections:
-    """Directions at the strengths of one KL, and what each does to every token."""
+class Raised:
+    """Features and then nulls, at the strengths of one KL: `plans` with their `matches`, of which
+    the first `features` are the features'."""
 
+    features: int
     matches: Sequence[Match]
-    changes: TokenChanges
-
-    @property
-    def risen(self) -> Float[Tensor, "plans vocab"]:
-        """The change of each token's log-probability less the mean over the vocabulary."""
-        return self.changes.change - self.changes.change.mean(1, keepdim=True)
+    plans: Sequence[SteeringPlan]
 
 
 def output_effects(
@@ -174,18 +171,34 @@ def effects_on(
     progress: Progress | None = None,
 ) -> list[OutputEffect]:
     """As `output_effects`, on a ground that there is."""
-    lengths = (ground.sae.writes(features) * ground.sae.write_scale).norm(dim=-1).tolist()
-    plans = [ground.plan_at(feature) for feature in features]
-    base = plans[0](1.0)
-    nulls = [_null_at(base, one) for one in drawn_nulls(ground, features)]
-    starts = [*map(ground.start, lengths), *[ground.start(1.0)] * len(nulls)]
-    found = _matched(ground, [*plans, *nulls], starts, progress)
+    raised = raised_features(ground, features, progress=progress)
+    changes = ground.references.token_changes(raised.plans)
     lens = written_tokens(ground.engine, ground.sae, features)
     special = frozenset(getattr(ground.engine.tokenizer, "all_special_ids", ()))
     return [
-        _effect(ground, row, found, lens[row], _detected(survey, feature, special), features)
+        _effect(ground, feature, row, raised, changes, lens[row], survey, special)
         for row, feature in enumerate(features)
     ]
+
+
+def raised_features(
+    ground: EffectGround, features: Sequence[int], *, progress: Progress | None = None
+) -> Raised:
+    """The features, and nulls that know nothing of them, raised to the ground's KL. `progress` is
+    told of `effect_steps`."""
+    lengths = (ground.sae.writes(features) * ground.sae.write_scale).norm(dim=-1).tolist()
+    own = [ground.plan_at(feature) for feature in features]
+    nulls = [_null_at(own[0](1.0), one) for one in drawn_nulls(ground, features)]
+    plans = [*own, *nulls]
+    matches = matched_strengths(
+        ground.references,
+        plans,
+        [ground.options.kl] * len(plans),
+        start=[*map(ground.start, lengths), *[ground.start(1.0)] * len(nulls)],
+        progress=progress,
+    )
+    steered = [at(match.strength) for at, match in zip(plans, matches, strict=True)]
+    return Raised(len(features), matches, steered)
 
 
 def effect_steps(features: int, options: EffectOptions) -> int:
@@ -201,19 +214,6 @@ def check_raisable(engine: Engine, sae: SAE, feature: int) -> None:
     except SteerError as error:
         error.param = "/sae"
         raise
-
-
-def _matched(
-    ground: EffectGround,
-    plans: Sequence[PlanAt],
-    starts: Sequence[float],
-    progress: Progress | None,
-) -> MatchedDirections:
-    matches = matched_strengths(
-        ground.references, plans, [ground.options.kl] * len(plans), start=starts, progress=progress
-    )
-    steered = [at(match.strength) for at, match in zip(plans, matches, strict=True)]
-    return MatchedDirections(matches, ground.references.token_changes(steered))
 
 
 def drawn_nulls(ground: EffectGround, features: Sequence[int]) -> list[ControlVector]:
@@ -280,20 +280,23 @@ def _detected(
 
 def _effect(
     ground: EffectGround,
+    feature: int,
     row: int,
-    found: MatchedDirections,
+    raised: Raised,
+    changes: TokenChanges,
     written: Mapping[int, float] | None,
-    detected: Mapping[int, float] | None,
-    features: Sequence[int],
+    survey: Survey | None,
+    special: frozenset[int],
 ) -> OutputEffect:
-    match, tokenizer = found.matches[row], ground.engine.tokenizer
-    risen = found.risen
-    nulls = risen[len(features) :]
+    match, tokenizer = raised.matches[row], ground.engine.tokenizer
+    risen = changes.change - changes.change.mean(1, keepdim=True)
+    nulls = risen[raised.features :]
+    detected = _detected(survey, feature, special)
     beside_written = _beside(risen[row], nulls, written, tokenizer)
     beside_detected = _beside(risen[row], nulls, detected, tokenizer)
-    promoted, demoted = _changed(found.changes, row, ground.options.top, tokenizer)
+    promoted, demoted = _changed(changes, row, ground.options.top, tokenizer)
     return OutputEffect(
-        feature=features[row],
+        feature=feature,
         model=ground.engine.info.name,
         prompts=len(ground.references.answers),
         strength=match.strength,

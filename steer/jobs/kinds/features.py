@@ -8,6 +8,7 @@ from steer.engines.base import Engine
 from steer.fit.requests.features.effect import EffectRequest
 from steer.fit.requests.features.labels import LabelRequest
 from steer.fit.requests.features.request import SAERequest
+from steer.fit.requests.features.score import ScoreRequest
 from steer.fit.requests.features.texts import ContrastRequest, FeaturesRequest, SurveyRequest
 from steer.jobs.kinds.kind import JobContext, JobKind
 from steer.registry.registry import Registry
@@ -44,7 +45,12 @@ def _labels(context: JobContext, request: LabelRequest) -> dict[str, Any]:
     return request.run(context.registry).model_dump()
 
 
-def _questions(request: EffectRequest) -> dict[str, Any]:
+def _score(context: JobContext, request: ScoreRequest) -> dict[str, Any]:
+    progress = context.counter(request.work(context.engine), "answers")
+    return request.run(context.engine, context.registry, progress=progress).model_dump()
+
+
+def _questions(request: EffectRequest | ScoreRequest) -> dict[str, Any]:
     return {} if request.prompts is None else {"prompts": len(request.prompts)}
 
 
@@ -88,4 +94,14 @@ LABELS = JobKind(
     shown=lambda one: {} if one.features is None else {"features": len(one.features)},
     repeatable=True,  # the same labels again take the first ones' place
     any_model=True,  # the survey has read what is needed
+)
+SCORE = JobKind(
+    name="sae/score",
+    params=ScoreRequest,
+    run=_score,
+    check=_check,
+    summary="Scores the labels of features: what they predict, and what raising the features does.",
+    data=frozenset({"prompts"}),
+    shown=_questions,
+    repeatable=True,  # the same scores again take the first ones' place
 )

@@ -11,6 +11,7 @@ from steer.artefacts.sae.base import SAE
 from steer.artefacts.sae.labels import FeatureLabel
 from steer.errors import UnknownArtefact
 from steer.registry.features.effect import OutputEffect
+from steer.registry.features.scores import LabelScores
 from steer.registry.features.survey import FeatureStatistics, TogetherFeature
 from steer.registry.registry import Registry
 from steer.spec import Site
@@ -31,8 +32,8 @@ class FeatureCard(BaseModel):
 
     `labels` are those of all sources, the one that is shown first. `decoder_norm` is ‖W_dec[i]‖;
     `neighbours` are the features whose decoder rows point most nearly the same way; `together`
-    those that fire on the same tokens. `effect` is what it does to what the model says, where that
-    was measured.
+    those that fire on the same tokens. `effect` is what it does to what the model says, and
+    `scores` are how good a label is, where these were measured.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,6 +50,7 @@ class FeatureCard(BaseModel):
     statistics: FeatureStatistics | None = None
     together: tuple[TogetherFeature, ...] = ()
     effect: OutputEffect | None = None
+    scores: LabelScores | None = None
 
 
 def feature_card(registry: Registry, name: str, feature: int) -> FeatureCard:
@@ -65,19 +67,28 @@ def feature_card(registry: Registry, name: str, feature: int) -> FeatureCard:
     sha256 = registry.entry("sae", name).sha256
     survey = registry.surveys.find(sha256)
     known = registry.labels(name)
+    scores = registry.findings.find(sha256, LabelScores, feature)
     return FeatureCard(
         sae=sae.card.name,
         feature=feature,
         layer=sae.layer,
         site=sae.site,
-        label=known.get(feature),
+        label=_trusted(known.get(feature), scores),
         labels=known.every(feature),
         decoder_norm=float(sae.writes([feature])[0].norm()),
         neighbours=neighbours(sae, feature),
         statistics=None if survey is None else survey.feature(feature),
         together=() if survey is None else survey.together(feature),
         effect=registry.findings.find(sha256, OutputEffect, feature),
+        scores=scores,
     )
+
+
+def _trusted(label: FeatureLabel | None, scores: LabelScores | None) -> FeatureLabel | None:
+    """The label with how far it was found to be right, where it is the one that was scored."""
+    if label is None or scores is None or scores.label != label.text:
+        return label
+    return label.model_copy(update={"confidence": scores.confidence})
 
 
 def neighbours(sae: SAE, feature: int, count: int = 5) -> tuple[Neighbour, ...]:

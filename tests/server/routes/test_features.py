@@ -77,6 +77,21 @@ async def test_what_a_feature_causes_is_on_its_card(http: httpx.AsyncClient) -> 
     assert (await http.get(f"{FEATURES}/2")).json()["effect"] is None
 
 
+async def test_scores_of_a_label_are_on_the_features_card(http: httpx.AsyncClient) -> None:
+    await worked(http, "/v1/steering/sae/survey", {"sae": "features", "prompts": TEXTS})
+    body = {"sae": "features", "features": [1, 5], "nulls": 2, "prompts": TEXTS[:2]}
+    job = await worked(http, "/v1/steering/sae/score", body)
+    assert job["state"] == "succeeded", job
+    assert job["progress"]["done"] == job["progress"]["total"] == (2 + 4) * (1 + 2)
+    found = {one["feature"]: one for one in job["result"]["features"]}
+    assert {n: one["label"] for n, one in found.items()} == {1: "French words", 5: "French cities"}
+    shown = (await http.get(f"{FEATURES}/5")).json()
+    assert shown["scores"] == found[5]
+    refused = await http.post("/v1/steering/sae/score", json={**body, "features": [1, 2]})
+    error = refused.json()["error"]
+    assert (error["code"], error["param"]) == ("no_labels", "/features")
+
+
 LABELS = "/v1/steering/saes/features/labels"
 
 

@@ -103,6 +103,25 @@ def test_labels_are_brought_along_made_and_removed(place: Path, tmp_path: Path) 
     assert "unknown_labels" in steer(place, "labels", "remove", "resid-3", "mine", code=2)
 
 
+def test_a_scored_label_says_how_far_it_is_right(place: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    lines = ["Is Rome nice?", "I love Rome.", "Why?", "Tell me how to cook rice.", "A short day."]
+    texts.write_text("\n".join(map(json.dumps, lines)))
+    steer(place, "survey", "resid-3", texts)
+    found = json.loads(steer(place, "tokens", "resid-3", lines[0], "--at", "Rome", "--json"))
+    feature = found["features"]["top"][0][0]["feature"]
+    steer(place, "labels", "make", "resid-3", feature, "--source", "seen")
+    few = ("--nulls", 0, "--max-tokens", 2)
+    with stub_model() as model:
+        model.reply = lambda question: "1, 2"
+        steer(place, "score", "resid-3", feature, *few, "--labeller", model.place)
+        assert model.asked
+    scored = json.loads(steer(place, "show", "resid-3", feature, "--json"))
+    assert scored["scores"]["detection"]["asked"] > 0
+    assert scored["label"]["confidence"]["precision"] == scored["scores"]["detection"]["precision"]
+    assert "changes log p of" in steer(place, "show", "resid-3", feature)
+
+
 def test_labels_of_another_sae_are_refused(place: Path, tmp_path: Path) -> None:
     brought = tmp_path / "batch-0.jsonl"
     row = {"modelId": "m", "layer": "20-res-16k", "index": "1", "description": "cats"}
