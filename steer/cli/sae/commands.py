@@ -36,6 +36,7 @@ from steer.cli.sae.labels import labels_app
 from steer.cli.sae.place import JsonOption, SAEArgument, working
 from steer.cli.sae.score import SCORE
 from steer.cli.sae.showing import show_active, show_card, show_contrast, show_matches, show_survey
+from steer.cli.sae.trust import TRUST
 from steer.fit.requests.features.texts import ContrastRequest, FeaturesRequest, SurveyRequest
 
 app = typer.Typer(
@@ -196,4 +197,5 @@ app.command("contrast")(
 )
 app.command("effect")(EFFECT)
 app.command("score")(SCORE)
+app.command("trust")(TRUST)
 app.add_typer(labels_app, name="labels")

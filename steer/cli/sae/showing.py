@@ -9,6 +9,7 @@ from steer.cli.reporting import table_out
 from steer.cli.sae.effect import effect_lines
 from steer.cli.sae.score import score_lines
 from steer.cli.sae.tables import number, say, table
+from steer.cli.sae.trust import trust_lines
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -30,9 +31,7 @@ def show_card(card: FeatureCard) -> None:
         "nearest decoder rows: "
         + ", ".join(f"{one.feature} ({one.cosine:.2f})" for one in card.neighbours)
     )
-    for line in () if card.effect is None else effect_lines(card.effect):
-        say(line)
-    for line in () if card.scores is None else score_lines(card.scores):
+    for line in _measured(card):
         say(line)
     found = card.statistics
     if found is None:
@@ -49,6 +48,15 @@ def show_card(card: FeatureCard) -> None:
         _show_examples("greatest activations", found.top)
     if found.fired > len(found.top):
         _show_examples("drawn evenly", sorted(found.sample, key=lambda one: -one.value))
+
+
+def _measured(card: FeatureCard) -> Iterable[str]:
+    if card.effect is not None:
+        yield from effect_lines(card.effect)
+    if card.scores is not None:
+        yield from score_lines(card.scores)
+    if card.trust is not None:
+        yield from trust_lines(card.trust)
 
 
 def _counted(found: FeatureStatistics) -> Iterable[str]:

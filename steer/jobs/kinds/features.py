@@ -10,6 +10,8 @@ from steer.fit.requests.features.labels import LabelRequest
 from steer.fit.requests.features.request import SAERequest
 from steer.fit.requests.features.score import ScoreRequest
 from steer.fit.requests.features.texts import ContrastRequest, FeaturesRequest, SurveyRequest
+from steer.fit.requests.features.trust import TrustRequest
+from steer.fit.requests.inline import count
 from steer.jobs.kinds.kind import JobContext, JobKind
 from steer.registry.registry import Registry
 
@@ -48,6 +50,12 @@ def _labels(context: JobContext, request: LabelRequest) -> dict[str, Any]:
 def _score(context: JobContext, request: ScoreRequest) -> dict[str, Any]:
     progress = context.counter(request.work(context.engine), "answers")
     return request.run(context.engine, context.registry, progress=progress).model_dump()
+
+
+def _trust(context: JobContext, request: TrustRequest) -> dict[str, Any]:
+    progress = context.counter(request.work(context.registry), "texts")
+    found = request.run(context.engine, context.registry, progress=progress)
+    return {"concepts": [one.model_dump() for one in found]}
 
 
 def _questions(request: EffectRequest | ScoreRequest) -> dict[str, Any]:
@@ -104,4 +112,14 @@ SCORE = JobKind(
     data=frozenset({"prompts"}),
     shown=_questions,
     repeatable=True,  # the same scores again take the first ones' place
+)
+TRUST = JobKind(
+    name="sae/trust",
+    params=TrustRequest,
+    run=_trust,
+    check=_check,
+    summary="Measures how purely features stand for the labels of texts: FMS and absorption.",
+    data=frozenset({"texts", "data"}),
+    shown=lambda request: {"texts": count(request.texts, request.data)},
+    repeatable=True,  # the same finding again takes the first one's place
 )

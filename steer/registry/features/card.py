@@ -13,6 +13,7 @@ from steer.errors import UnknownArtefact
 from steer.registry.features.effect import OutputEffect
 from steer.registry.features.scores import LabelScores
 from steer.registry.features.survey import FeatureStatistics, TogetherFeature
+from steer.registry.features.trust import ConceptTrust
 from steer.registry.registry import Registry
 from steer.spec import Site
 
@@ -32,8 +33,8 @@ class FeatureCard(BaseModel):
 
     `labels` are those of all sources, the one that is shown first. `decoder_norm` is ‖W_dec[i]‖;
     `neighbours` are the features whose decoder rows point most nearly the same way; `together`
-    those that fire on the same tokens. `effect` is what it does to what the model says, and
-    `scores` are how good a label is, where these were measured.
+    those that fire on the same tokens. Where these were measured, `effect` is what it does to what
+    the model says, `scores` how good a label is, and `trust` how purely it stands for a concept.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,6 +52,7 @@ class FeatureCard(BaseModel):
     together: tuple[TogetherFeature, ...] = ()
     effect: OutputEffect | None = None
     scores: LabelScores | None = None
+    trust: ConceptTrust | None = None
 
 
 def feature_card(registry: Registry, name: str, feature: int) -> FeatureCard:
@@ -81,6 +83,7 @@ def feature_card(registry: Registry, name: str, feature: int) -> FeatureCard:
         together=() if survey is None else survey.together(feature),
         effect=registry.findings.find(sha256, OutputEffect, feature),
         scores=scores,
+        trust=registry.findings.find(sha256, ConceptTrust, feature),
     )
 
 

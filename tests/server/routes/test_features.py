@@ -92,6 +92,28 @@ async def test_scores_of_a_label_are_on_the_features_card(http: httpx.AsyncClien
     assert (error["code"], error["param"]) == ("no_labels", "/features")
 
 
+LABELLED = [
+    {"text": f"{word} number {n}", "label": word} for n in range(20) for word in ("fish", "bird")
+]
+
+
+async def test_how_purely_a_feature_stands_for_a_concept(http: httpx.AsyncClient) -> None:
+    job = await worked(http, "/v1/steering/sae/trust", {"sae": "features", "texts": LABELLED})
+    assert job["state"] == "succeeded", job
+    assert job["request"]["texts"] == 40
+    assert job["progress"]["done"] == job["progress"]["total"] == 80
+    found = job["result"]["concepts"]
+    assert {one["concept"] for one in found} == {"fish", "bird"}
+    for one in found:
+        parts = one["capacity"] * (one["local"] + one["widely"]) / 2
+        assert one["fms"] == pytest.approx(parts)
+        assert (one["absorption"] is not None) == one["present"]
+        assert (await http.get(f"{FEATURES}/{one['feature']}")).json()["trust"] is not None
+    lines = "\n".join(map(json.dumps, LABELLED))
+    again = await worked(http, "/v1/steering/sae/trust", {"sae": "features", "data": lines})
+    assert again["result"] == job["result"]
+
+
 LABELS = "/v1/steering/saes/features/labels"
 
 
@@ -161,6 +183,9 @@ async def test_labels_that_are_none_are_refused(
             None,
             "/negative",
         ),
+        ("trust", {"sae": "none", "texts": LABELLED}, "unknown_sae", "/sae"),
+        ("trust", {"sae": "features", "texts": LABELLED[:20]}, "too_few_texts", "/texts"),
+        ("trust", {"sae": "features"}, "invalid_value", None),
         ("effect", {"sae": "none", "features": [1]}, "unknown_sae", "/sae"),
         ("effect", {"sae": "features", "features": [8]}, "feature_out_of_range", "/features"),
         ("effect", {"sae": "features", "features": []}, None, "/features"),

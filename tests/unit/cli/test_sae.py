@@ -122,6 +122,24 @@ def test_a_scored_label_says_how_far_it_is_right(place: Path, tmp_path: Path) ->
     assert "changes log p of" in steer(place, "show", "resid-3", feature)
 
 
+def test_how_purely_a_feature_stands_for_french(place: Path, tmp_path: Path) -> None:
+    data = tmp_path / "labelled.jsonl"
+    pairs = [json.loads(line) for line in FRENCH.read_text().splitlines()[:20]]
+    data.write_text(
+        "".join(
+            json.dumps({"messages": pair[side], "label": label}) + "\n"
+            for pair in pairs
+            for side, label in (("positive", "french"), ("negative", "plain"))
+        )
+    )
+    found = json.loads(steer(place, "trust", "resid-3", "--data", data, "--json"))
+    french = next(one for one in found if one["concept"] == "french")
+    assert french["capacity"] == 1.0
+    assert french["runners_up"]  # the demo model has several features for it
+    shown = steer(place, "show", "resid-3", french["feature"])
+    assert "from other texts" in shown
+
+
 def test_labels_of_another_sae_are_refused(place: Path, tmp_path: Path) -> None:
     brought = tmp_path / "batch-0.jsonl"
     row = {"modelId": "m", "layer": "20-res-16k", "index": "1", "description": "cats"}

@@ -29,6 +29,15 @@ PooledField = Annotated[
         "that on the last token."
     ),
 ]
+BatchField = Annotated[
+    StrictInt,
+    Field(
+        ge=1,
+        le=1024,
+        description="Texts read at once. Alone (1) a text's states are the same to the bit "
+        "every time.",
+    ),
+]
 
 
 def _data(description: str, least: int = 1) -> Any:
@@ -45,15 +54,7 @@ class FeaturesRequest(SAERequest):
         StrictBool,
         Field(description="Read texts as a user's message, in the model's chat template."),
     ] = False
-    batch: Annotated[
-        StrictInt,
-        Field(
-            ge=1,
-            le=1024,
-            description="Texts read at once. Alone (1) a text's states are the same to the bit "
-            "every time.",
-        ),
-    ] = 16
+    batch: BatchField = 16
 
     def asked(self, engine: Engine, prompts: tuple[PromptParam, ...]) -> list[Prompt]:
         """The texts of a field, as they are read."""
