@@ -13,6 +13,7 @@ from steer.artefacts.sae.labels import FeatureLabel, FeatureMatch, search_labels
 from steer.errors import SteerError
 from steer.formats.labels.reading import ReadLabels, read_label_text
 from steer.registry.features.card import FeatureCard, feature_card
+from steer.registry.features.families import FamilyCard, family_card
 from steer.registry.features.labels import LabelSource
 from steer_server.http.content_type import require_json
 from steer_server.http.error_route import SteerRoute
@@ -96,6 +97,14 @@ def show_feature(
 ) -> FeatureCard:
     """One feature: its label, its neighbours, and what it did where the SAE was surveyed."""
     return feature_card(serving.registry, name, feature)
+
+
+@router.get("/features/{feature}/family")
+def show_family(
+    name: str, feature: Annotated[int, Path(ge=0, le=2**31)], serving: ServingDep
+) -> FamilyCard:
+    """The features that fire where one does in the survey, and the spec that clamps all of them."""
+    return family_card(serving.registry, name, feature)
 
 
 @router.get("/labels")

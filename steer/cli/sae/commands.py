@@ -35,7 +35,15 @@ from steer.cli.sae.effect import EFFECT
 from steer.cli.sae.labels import labels_app
 from steer.cli.sae.place import JsonOption, SAEArgument, working
 from steer.cli.sae.score import SCORE
-from steer.cli.sae.showing import show_active, show_card, show_contrast, show_matches, show_survey
+from steer.cli.sae.showing import (
+    show_active,
+    show_card,
+    show_contrast,
+    show_family,
+    show_matches,
+    show_survey,
+)
+from steer.cli.sae.suggest import SUGGEST
 from steer.cli.sae.trust import TRUST
 from steer.fit.requests.features.texts import ContrastRequest, FeaturesRequest, SurveyRequest
 
@@ -62,6 +70,25 @@ def show(
         typer.echo(card.model_dump_json(indent=2, exclude_none=True))
         return
     show_card(card)
+
+
+@app.command("family")
+def family(
+    sae: SAEArgument,
+    feature: Annotated[int, typer.Argument(min=0, help="The feature's number.")],
+    as_json: JsonOption = False,
+    model: ModelOption = DEMO_MODEL,
+    registry: RegistryOption = None,
+) -> None:
+    """Show the features that fire where one does, and the spec that clamps all of them."""
+    from steer.registry.features.families import family_card
+
+    with open_registry(registry, model) as library:
+        found = family_card(library, sae, feature)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2, exclude_none=True))
+        return
+    show_family(found)
 
 
 @app.command("search")
@@ -198,4 +225,5 @@ app.command("contrast")(
 app.command("effect")(EFFECT)
 app.command("score")(SCORE)
 app.command("trust")(TRUST)
+app.command("suggest")(SUGGEST)
 app.add_typer(labels_app, name="labels")

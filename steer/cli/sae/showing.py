@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from steer.fit.features.contrast import Contrast
     from steer.inspection.activations import ActivationsResult
     from steer.registry.features.card import FeatureCard
+    from steer.registry.features.families import FamilyCard
     from steer.registry.features.survey import FeatureExample, FeatureStatistics
 
 
@@ -102,6 +104,24 @@ def show_matches(found: Sequence[FeatureMatch]) -> None:
     )
     if not found:
         say("no label has these words")
+
+
+def show_family(found: FamilyCard) -> None:
+    """One row a feature: the head of each family, and those below it."""
+    for family in found.families:
+        rows = [(f"{family.head} (head)", number(None))]
+        rows += [
+            (str(n), f"{one:.2f}") for n, one in zip(family.members, family.shared, strict=True)
+        ]
+        named = [
+            (name, shared, said(found.labels.get(feature)))
+            for (name, shared), feature in zip(rows, family.features, strict=True)
+        ]
+        table(("feature", "shared", "label"), named)
+    if found.spec is None:
+        say("it is in no family: nothing fires where it does oftener than by chance")
+        return
+    say(json.dumps(found.spec))
 
 
 def show_active(result: ActivationsResult) -> None:

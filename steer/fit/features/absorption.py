@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from steer.fit.features.monosemanticity import Split
+from steer.fit.features.monosemanticity import BalancedHalves
 from steer.registry.features.trust import Absorber, Absorption
 
 SPLIT = 0.03
@@ -61,7 +61,7 @@ def absorption(
     states: Floats,
     rows: sparse.csr_array,
     positive: Bools,
-    split: Split,
+    split: BalancedHalves,
     first: int,
     writes: Writes,
 ) -> Absorption:

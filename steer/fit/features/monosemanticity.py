@@ -25,20 +25,20 @@ LEAST = 8
 
 
 @dataclass(frozen=True)
-class Split:
+class BalancedHalves:
     """Rows to fit on and rows to hold out, each with as many of either class."""
 
     fitted: NDArray[np.int64]
     held_out: NDArray[np.int64]
 
     @staticmethod
-    def of(positive: NDArray[np.bool_], seed: int) -> Split:
+    def of(positive: NDArray[np.bool_], seed: int) -> BalancedHalves:
         """A half of each class, drawn with `seed`; of the larger class, as many as of the other."""
         rng = np.random.default_rng(seed)
         sides = [rng.permutation(np.flatnonzero(positive == one)) for one in (True, False)]
         count = min(map(len, sides))
         cut = count // 2
-        return Split(
+        return BalancedHalves(
             np.sort(np.concatenate([side[:cut] for side in sides])),
             np.sort(np.concatenate([side[cut:count] for side in sides])),
         )
@@ -59,7 +59,7 @@ class Monosemanticity:
 def monosemanticity(
     rows: sparse.csr_array,
     positive: NDArray[np.bool_],
-    split: Split,
+    split: BalancedHalves,
     *,
     p: int = 1,
     seed: int = 0,

@@ -13,7 +13,7 @@ from steer.errors import SteerError
 from steer.fit.data.labels import LabelledSet
 from steer.fit.data.prompt import Prompt
 from steer.fit.features.absorption import Floats, absorption
-from steer.fit.features.monosemanticity import LEAST, Split, monosemanticity
+from steer.fit.features.monosemanticity import LEAST, BalancedHalves, monosemanticity
 from steer.fit.features.pooling import Pooled, pooled_activations
 from steer.fit.states import Progress, make_reading, read_rows
 from steer.registry.features.trust import Absorption, ConceptTrust
@@ -47,7 +47,7 @@ def concept_trust(
     found = []
     for label in data.labels:
         positive = np.array([one.label == label for one in data.items])
-        split = Split.of(positive, seed)
+        split = BalancedHalves.of(positive, seed)
         score = monosemanticity(rows, positive, split, p=p, seed=seed)
         if score is None:
             continue
@@ -111,7 +111,7 @@ def _absorption(
     states: Floats | None,
     rows: sparse.csr_array,
     positive: np.ndarray,
-    split: Split,
+    split: BalancedHalves,
     first: int,
 ) -> Absorption | None:
     if states is None:

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from steer.artefacts.sae.labels import FeatureLabel
 from steer.errors import FileFormatError
@@ -101,7 +101,7 @@ class NeuronpediaRows:
                 self.peaks.setdefault(feature, Counter())[token] += 1
 
 
-def _number(value: Any) -> bool:
+def _number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 

@@ -9,6 +9,7 @@ from steer.fit.requests.features.effect import EffectRequest
 from steer.fit.requests.features.labels import LabelRequest
 from steer.fit.requests.features.request import SAERequest
 from steer.fit.requests.features.score import ScoreRequest
+from steer.fit.requests.features.suggest import SuggestRequest
 from steer.fit.requests.features.texts import ContrastRequest, FeaturesRequest, SurveyRequest
 from steer.fit.requests.features.trust import TrustRequest
 from steer.fit.requests.inline import count
@@ -58,7 +59,12 @@ def _trust(context: JobContext, request: TrustRequest) -> dict[str, Any]:
     return {"concepts": [one.model_dump() for one in found]}
 
 
-def _questions(request: EffectRequest | ScoreRequest) -> dict[str, Any]:
+def _suggest(context: JobContext, request: SuggestRequest) -> dict[str, Any]:
+    progress = context.counter(request.work(context.engine), "answers")
+    return request.run(context.engine, context.registry, progress=progress).model_dump()
+
+
+def _questions(request: EffectRequest | ScoreRequest | SuggestRequest) -> dict[str, Any]:
     return {} if request.prompts is None else {"prompts": len(request.prompts)}
 
 
@@ -122,4 +128,14 @@ TRUST = JobKind(
     data=frozenset({"texts", "data"}),
     shown=lambda request: {"texts": count(request.texts, request.data)},
     repeatable=True,  # the same finding again takes the first one's place
+)
+SUGGEST = JobKind(
+    name="sae/suggest",
+    params=SuggestRequest,
+    run=_suggest,
+    check=_check,
+    summary="Finds the features that do what a sentence asks for, with specs that clamp them.",
+    data=frozenset({"prompts"}),
+    shown=_questions,
+    repeatable=True,  # it only reads
 )

@@ -11,7 +11,7 @@ from steer.fit.requests.table import FIT_REQUESTS
 from steer.formats.hub import MAX_BYTES, fetch, parse_hub_ref
 from steer.jobs.kinds.calibrate import CALIBRATE
 from steer.jobs.kinds.evaluate import evaluate_kind
-from steer.jobs.kinds.features import CONTRAST, EFFECT, LABELS, SCORE, SURVEY, TRUST
+from steer.jobs.kinds.features import CONTRAST, EFFECT, LABELS, SCORE, SUGGEST, SURVEY, TRUST
 from steer.jobs.kinds.fit import fit_kind
 from steer.jobs.kinds.importing import Download, Fetch, import_kind
 from steer.jobs.kinds.kind import JobKind, JobKinds, Report
@@ -49,6 +49,7 @@ def builtin_kinds(
         EFFECT,
         LABELS,
         SCORE,
+        SUGGEST,
         TRUST,
         import_kind(fetchers),
     )

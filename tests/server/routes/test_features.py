@@ -92,6 +92,41 @@ async def test_scores_of_a_label_are_on_the_features_card(http: httpx.AsyncClien
     assert (error["code"], error["param"]) == ("no_labels", "/features")
 
 
+async def test_a_family_comes_with_its_clamp(http: httpx.AsyncClient) -> None:
+    refused = await http.get(f"{FEATURES}/1/family")
+    assert refused.json()["error"]["code"] == "no_survey"
+    await worked(http, "/v1/steering/sae/survey", {"sae": "features", "prompts": TEXTS})
+    for feature in range(8):
+        shown = (await http.get(f"{FEATURES}/{feature}/family")).json()
+        assert (shown["spec"] is None) == (shown["families"] == [])
+        if shown["spec"] is not None:
+            valid = await http.post("/v1/steering/validate", json={"steering": shown["spec"]})
+            assert valid.json()["valid"], valid.text
+    assert (await http.get(f"{FEATURES}/8/family")).json()["error"]["code"] == "unknown_feature"
+
+
+async def test_features_are_suggested_for_a_sentence(http: httpx.AsyncClient) -> None:
+    body = {
+        "sae": "features",
+        "instruction": "Be formal.",
+        "place": "system",
+        "prompts": TEXTS,
+        "candidates": 3,
+        "nulls": 2,
+        "max_tokens": 4,
+    }
+    job = await worked(http, "/v1/steering/sae/suggest", body)
+    assert job["state"] == "succeeded", job
+    assert job["request"]["prompts"] == 16
+    found = job["result"]["features"]
+    gains = [one["gain"] for one in found]
+    assert gains == sorted(gains, reverse=True)
+    assert 0 < len(found) <= 3
+    for one in found:
+        valid = await http.post("/v1/steering/validate", json={"steering": one["spec"]})
+        assert valid.json()["valid"], valid.text
+
+
 LABELLED = [
     {"text": f"{word} number {n}", "label": word} for n in range(20) for word in ("fish", "bird")
 ]
@@ -186,6 +221,13 @@ async def test_labels_that_are_none_are_refused(
         ("trust", {"sae": "none", "texts": LABELLED}, "unknown_sae", "/sae"),
         ("trust", {"sae": "features", "texts": LABELLED[:20]}, "too_few_texts", "/texts"),
         ("trust", {"sae": "features"}, "invalid_value", None),
+        (
+            "suggest",
+            {"sae": "features", "instruction": "x", "prompts": ["?"]},
+            "too_few_texts",
+            "/prompts",
+        ),
+        ("suggest", {"sae": "features", "instruction": " "}, None, "/instruction"),
         ("effect", {"sae": "none", "features": [1]}, "unknown_sae", "/sae"),
         ("effect", {"sae": "features", "features": [8]}, "feature_out_of_range", "/features"),
         ("effect", {"sae": "features", "features": []}, None, "/features"),

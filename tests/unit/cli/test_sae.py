@@ -140,6 +140,43 @@ def test_how_purely_a_feature_stands_for_french(place: Path, tmp_path: Path) -> 
     assert "from other texts" in shown
 
 
+def test_what_makes_it_answer_in_french_is_suggested(place: Path, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.jsonl"
+    pairs = [json.loads(line) for line in FRENCH.read_text().splitlines()[40:64]]
+    questions.write_text("".join(json.dumps(pair["negative"]) + "\n" for pair in pairs))
+    asked = ("suggest", "Answer in French.", "resid-3", "--opposite", "Answer in English.")
+    few = ("--place", "system", "--prompts", questions, "--nulls", 3, "--max-tokens", 12)
+    found = json.loads(steer(place, *asked, *few, "--json"))
+    best = found["features"][0]
+    assert LATENT in [one["feature"] for one in found["features"]]
+    assert best["gain"] > max(0.0, best["null"])
+    assert found["told"] > best["gain"]
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps(best["spec"]))
+    checked = ["validate", str(spec), "--registry", str(place)]
+    assert CliRunner().invoke(app, checked).exit_code == 0
+
+
+def test_a_family_before_and_after_a_survey(tmp_path: Path) -> None:
+    place = tmp_path / "registry"
+    assert "no_survey" in steer(place, "family", "resid-3", LATENT, code=2)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(_chats(40)))
+    steer(place, "survey", "resid-3", texts)
+    cards = [json.loads(steer(place, "family", "resid-3", n, "--json")) for n in (599, LATENT)]
+    for one in cards:
+        for family in one["families"]:
+            assert one["feature"] in (family["head"], *family["members"])
+    shown = steer(place, "family", "resid-3", LATENT)
+    assert ("interventions" in shown) == bool(cards[1]["families"])
+
+
+def _chats(count: int) -> list[str]:
+    """The chats of that many pairs, a line each."""
+    pairs = [json.loads(line) for line in FRENCH.read_text().splitlines()[:count]]
+    return [json.dumps(pair[side]) + "\n" for pair in pairs for side in ("positive", "negative")]
+
+
 def test_labels_of_another_sae_are_refused(place: Path, tmp_path: Path) -> None:
     brought = tmp_path / "batch-0.jsonl"
     row = {"modelId": "m", "layer": "20-res-16k", "index": "1", "description": "cats"}

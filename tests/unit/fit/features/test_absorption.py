@@ -9,7 +9,7 @@ import pytest
 from scipy import sparse
 
 from steer.fit.features.absorption import Probe, absorption, standing_for
-from steer.fit.features.monosemanticity import Split
+from steer.fit.features.monosemanticity import BalancedHalves
 
 WIDTH, OTHERS = 32, 20
 PARENT, CHILDREN = 0, (1, 2, 3)
@@ -45,7 +45,7 @@ class Planted:
 
 def test_planted_absorption_is_found_and_nothing_else() -> None:
     planted = Planted(absorbed=True)
-    split = Split.of(planted.positive, 0)
+    split = BalancedHalves.of(planted.positive, 0)
     found = absorption(
         planted.states, planted.latents, planted.positive, split, PARENT, planted.writes
     )
@@ -63,7 +63,7 @@ def test_planted_absorption_is_found_and_nothing_else() -> None:
 
 def test_without_absorption_none_is_found() -> None:
     planted = Planted(absorbed=False)
-    split = Split.of(planted.positive, 0)
+    split = BalancedHalves.of(planted.positive, 0)
     found = absorption(
         planted.states, planted.latents, planted.positive, split, PARENT, planted.writes
     )
@@ -74,7 +74,7 @@ def test_a_silent_feature_that_nothing_stands_in_for_is_not_absorbed() -> None:
     planted = Planted(absorbed=True)
     latents = planted.latents.toarray()
     latents[:, list(CHILDREN)] = 0.0
-    split = Split.of(planted.positive, 0)
+    split = BalancedHalves.of(planted.positive, 0)
     found = absorption(
         planted.states,
         sparse.csr_array(latents),

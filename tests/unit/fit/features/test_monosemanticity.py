@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from steer.fit.features.monosemanticity import Split, monosemanticity
+from steer.fit.features.monosemanticity import BalancedHalves, monosemanticity
 
 TEXTS, LATENTS, PLANTED = 800, 60, 7
 
@@ -29,7 +29,9 @@ def test_a_planted_latent_its_copies_and_noise(
     copies: int, wrong: float, score: float, within: float
 ) -> None:
     positive = np.arange(TEXTS) % 2 == 0
-    found = monosemanticity(latents(positive, copies, wrong), positive, Split.of(positive, 0))
+    found = monosemanticity(
+        latents(positive, copies, wrong), positive, BalancedHalves.of(positive, 0)
+    )
     assert found is not None
     assert found.fms == pytest.approx(score, abs=within)
     if copies:
@@ -39,10 +41,10 @@ def test_a_planted_latent_its_copies_and_noise(
 def test_the_parts_of_a_score() -> None:
     positive = np.arange(TEXTS) % 2 == 0
     rows = latents(positive, 2, 0.0)
-    once = monosemanticity(rows, positive, Split.of(positive, 0), p=1)
+    once = monosemanticity(rows, positive, BalancedHalves.of(positive, 0), p=1)
     assert once is not None
     assert (once.capacity, once.local, once.widely) == (1.0, 0.0, 1.0)
-    twice = monosemanticity(rows, positive, Split.of(positive, 0), p=2)
+    twice = monosemanticity(rows, positive, BalancedHalves.of(positive, 0), p=2)
     assert twice is not None
     assert set(twice.features[:2]) == {PLANTED, PLANTED + 1}
     assert twice.local == pytest.approx(1.0, abs=0.15)  # without both copies it is at chance
@@ -50,7 +52,7 @@ def test_the_parts_of_a_score() -> None:
 
 def test_classes_are_balanced_and_no_text_is_in_both_halves() -> None:
     positive = np.arange(100) < 20
-    split = Split.of(positive, 3)
+    split = BalancedHalves.of(positive, 3)
     assert len(split.fitted) == len(split.held_out) == 20
     assert not set(split.fitted) & set(split.held_out)
     for half in (split.fitted, split.held_out):
@@ -60,4 +62,4 @@ def test_classes_are_balanced_and_no_text_is_in_both_halves() -> None:
 def test_latents_that_never_fire_tell_nothing() -> None:
     positive = np.arange(40) < 20
     rows = sparse.csr_array((40, 5), dtype=np.float32)
-    assert monosemanticity(rows, positive, Split.of(positive, 0)) is None
+    assert monosemanticity(rows, positive, BalancedHalves.of(positive, 0)) is None
