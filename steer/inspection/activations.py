@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from torch import Tensor
 
 from steer.artefacts.control_vector import ControlVector
-from steer.artefacts.library import Library, MemoryLibrary
+from steer.artefacts.library import Library, MemoryLibrary, labels_of
 from steer.artefacts.sae.base import SAE
 from steer.artefacts.sae.labels import FeatureLabel
 from steer.engines.base import Captured, CaptureRequest, Engine
@@ -154,7 +154,7 @@ def activations(
         positions=positions,
         layers=tuple(_layer(p, captured.states[p], rows=request.states) for p in points),
         vectors=_readings(vectors, points, captured),
-        features=None if sae is None else _features(sae, captured, request),
+        features=None if sae is None else _features(sae, captured, request, known),
         fingerprint=plan.fingerprint if plan else None,
     )
 
@@ -299,12 +299,15 @@ def _readings(
     return tuple(readings)
 
 
-def _features(sae: SAE, captured: Captured, request: ActivationsRequest) -> FeatureReading:
+def _features(
+    sae: SAE, captured: Captured, request: ActivationsRequest, library: Library
+) -> FeatureReading:
+    labels = labels_of(library, str(request.sae))
     activations = sae.encode(captured.states[_point_of(sae)])
     best = activations.topk(min(request.top_features, sae.d_sae), dim=-1)
     top = [
         tuple(
-            ActiveFeature(feature=feature, activation=value, label=sae.labels.get(feature))
+            ActiveFeature(feature=feature, activation=value, label=labels.get(feature))
             for value, feature in zip(values, features, strict=True)
             if value > 0
         )

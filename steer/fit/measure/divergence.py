@@ -48,6 +48,15 @@ class Distributions(NamedTuple):
         return sum(part.numel() * part.element_size() for part in self)
 
 
+class TokenChanges(NamedTuple):
+    """Of every plan, the mean change of each token's log-probability in nats, and its mean
+    probability; `before` is the mean probability without a plan. All float64."""
+
+    change: Float[Tensor, "plans vocab"]
+    probability: Float[Tensor, "plans vocab"]
+    before: Float[Tensor, " vocab"]
+
+
 class References:
     """The unsteered next-token distributions along answers, which plans are held against.
 
@@ -97,6 +106,27 @@ class References:
             if progress is not None:
                 progress(len(group))
         return found
+
+    def token_changes(self, plans: Sequence[SteeringPlan]) -> TokenChanges:
+        """What each plan does to every token of the vocabulary, averaged over all distributions of
+        all answers. Raises as `divergences`."""
+        vocabulary = self._engine.info.vocab_size
+        change = torch.zeros(len(plans), vocabulary, dtype=torch.float64)
+        probability = torch.zeros(len(plans), vocabulary, dtype=torch.float64)
+        before = torch.zeros(vocabulary, dtype=torch.float64)
+        count = sum(len(one.tokens) + 1 for one in self.answers)
+        for column in range(len(self.answers)):
+            plain = self._unsteered([column])[column].logits.double().log_softmax(-1)
+            before += plain.exp().sum(0) / count
+            for start in range(0, len(plans), self._batch):
+                together = plans[start : start + self._batch]
+                for row, logits in enumerate(self._read([(plan, column) for plan in together])):
+                    steered = logits.double().log_softmax(-1)
+                    # What both rule out has no change, and not one that is no number.
+                    apart = (steered - plain).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+                    change[start + row] += apart.sum(0) / count
+                    probability[start + row] += steered.exp().sum(0) / count
+        return TokenChanges(change, probability, before)
 
     def _group(self, plans: Sequence[SteeringPlan], group: range) -> Float[Tensor, "plans answers"]:
         """The divergences on a few answers, `batch` texts at once."""
