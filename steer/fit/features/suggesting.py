@@ -109,6 +109,8 @@ def suggest(
         sampling=options.sampling,
         progress=progress,
     )
+    if progress is not None:
+        progress(raised.missed * len(few))
     asked = talk.asked(few)
     gains = [_gain(engine, asked, said) for said in (*answers, plain, told[: len(few)])]
     usual, by_words = gains[-2:]
