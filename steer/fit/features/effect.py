@@ -137,11 +137,12 @@ def raising(sae: str, features: Sequence[int], value: float) -> dict[str, object
 @dataclass(frozen=True)
 class Raised:
     """Features and then nulls, at the strengths of one KL: `plans` with their `matches`, of which
-    the first `features` are the features'."""
+    the first `features` are the features'. `missed` nulls of those asked for are not there."""
 
     features: int
     matches: Sequence[Match]
     plans: Sequence[SteeringPlan]
+    missed: int = 0
 
 
 def output_effects(
@@ -184,8 +185,8 @@ def effects_on(
 def raised_features(
     ground: EffectGround, features: Sequence[int], *, progress: Progress | None = None
 ) -> Raised:
-    """The features, and nulls that know nothing of them, raised to the ground's KL. `progress` is
-    told of `effect_steps`."""
+    """The features, and those nulls that know nothing of them and can be raised as far, at the
+    ground's KL. `progress` is told of `effect_steps`."""
     lengths = (ground.sae.writes(features) * ground.sae.write_scale).norm(dim=-1).tolist()
     own = [ground.plan_at(feature) for feature in features]
     nulls = [_null_at(own[0](1.0), one) for one in drawn_nulls(ground, features)]
@@ -197,8 +198,17 @@ def raised_features(
         start=[*map(ground.start, lengths), *[ground.start(1.0)] * len(nulls)],
         progress=progress,
     )
-    steered = [at(match.strength) for at, match in zip(plans, matches, strict=True)]
-    return Raised(len(features), matches, steered)
+    steps = effect_steps(len(own), ground.options)
+    if progress is not None:
+        progress(steps - len(plans))
+    # A null that saturates below the KL would be too easy to beat.
+    kept = [n for n, one in enumerate(matches) if n < len(own) or one.reached]
+    return Raised(
+        len(own),
+        [matches[n] for n in kept],
+        [plans[n](matches[n].strength) for n in kept],
+        missed=steps - len(kept),
+    )
 
 
 def effect_steps(features: int, options: EffectOptions) -> int:

@@ -63,6 +63,8 @@ def intervention_scores(
         sampling=sampling,
         progress=progress,
     )
+    if progress is not None:
+        progress(raised.missed * len(prompts))
     texts = list(labels.values())
     plain = _label_logprobs(ground.engine, ground.references.answers, texts)
     gains = np.stack(

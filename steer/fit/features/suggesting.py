@@ -93,9 +93,12 @@ def suggest(
     )
     answered = _answered(questions, told), _answered(questions, opposed)
     opened = [talk.told(one) for one in questions], [talk.opposed(one) for one in questions]
+    read_at: list[tuple[Sequence[Sequence[Prompt]], Positions]] = [
+        (answered, "response"),
+        (opened, "last"),
+    ]
     found = [
-        _told_apart(engine, sae, sides, place, options, labels, progress)
-        for sides, place in ((answered, "response"), (opened, "last"))
+        _told_apart(engine, sae, sides, at, options, labels, progress) for sides, at in read_at
     ]
     candidates = _candidates(found, options.candidates)
     few = questions[:RAISED_ON]
@@ -109,6 +112,8 @@ def suggest(
         sampling=options.sampling,
         progress=progress,
     )
+    if progress is not None:
+        progress(raised.missed * len(few))
     asked = talk.asked(few)
     gains = [_gain(engine, asked, said) for said in (*answers, plain, told[: len(few)])]
     usual, by_words = gains[-2:]
