@@ -16,6 +16,7 @@ from steer.model import Capabilities, HookPoint, ModelInfo
 
 if TYPE_CHECKING:
     from steer.plan.plan import SteeringPlan
+    from steer.readouts.plan import ReadoutPlan
 
 FinishReason = Literal["stop", "length"]
 
@@ -70,6 +71,20 @@ class GenerationRequest:
     """Called with every generated token, in order and once; true ends the request after that token
     with finish `"stop"` and its receipt. Front ends match stop strings here, because closing the
     iterator would lose the receipt."""
+    readouts: ReadoutPlan | None = None
+    """What is read of its tokens."""
+
+
+@dataclass(frozen=True)
+class TokenReadout:
+    """What was read of one token of a request, which stands at `position`: the numbers of its
+    `ReadoutPlan`, in their order. They are those of the pass that the token was fed in, so that the
+    last token of an answer has none; `kl` is of the distribution that it was chosen from."""
+
+    position: int
+    token: int
+    numbers: tuple[float, ...] = ()
+    kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -165,12 +180,15 @@ class TokenEvent:
 
     An end-of-sequence token is reported as an event whose `finish` is `"stop"`; it is not text.
     Where `GenerationRequest.stop` ended the request, that token is reported in the same way.
+    `readouts` are those of the tokens that were fed since the event before: the first one has the
+    prompt's, and each later one the token before its own.
     """
 
     token: int
     logprob: TokenLogprob | None = None
     finish: FinishReason | None = None
     receipt: Receipt | None = None
+    readouts: tuple[TokenReadout, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,6 +199,7 @@ class Completion:
     finish: FinishReason
     receipt: Receipt | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    readouts: tuple[TokenReadout, ...] = ()
 
 
 @dataclass(frozen=True)

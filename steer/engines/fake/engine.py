@@ -32,13 +32,17 @@ from steer.engines.base import (
     SamplingParams,
     TokenEvent,
     TokenLogprob,
+    TokenReadout,
 )
-from steer.engines.checks import check_request
+from steer.engines.checks import check_readouts, check_request
 from steer.engines.fake.tokenizer import ByteTokenizer
 from steer.engines.logprobs import following
 from steer.errors import CapacityError, EngineError
 from steer.model import SAMPLING, Capabilities, HookPoint, ModelInfo, forward_order
 from steer.plan.plan import SteeringPlan
+from steer.readouts.readers import Instruments
+from steer.readouts.readings import ReadSpan, Readings, RequestReadouts
+from steer.readouts.spec import READOUTS
 from steer.spec import KINDS, SITES
 
 _PLAIN = ("the", "river", "runs", "past", "a", "small", "café", "and", "rain", "falls", "today")
@@ -147,6 +151,7 @@ class FakeEngine:
             sae_architectures=SUPPORTED,
             sampling=SAMPLING,
             captures=self.info.sites,
+            readouts=tuple(name for name in READOUTS if name != "kl"),
             limits={"slots": slots},
         )
         self.tokenizer: Any = ByteTokenizer()
@@ -166,13 +171,14 @@ class FakeEngine:
 
     def admit(self, request: GenerationRequest) -> None:
         check_request(request, self.info, self.info.max_length)
+        check_readouts(request, self.capabilities)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
         self.admit(request)
         outcome = "cancelled"
         self._begin(request)
         try:
-            for event in _events(request, self.info.max_length, self.failure):
+            for event in self._read(request):
                 if self.stepper is not None:
                     await self.stepper.wait()
                 yield event
@@ -191,7 +197,7 @@ class FakeEngine:
             self._begin(request)
             outcome = "failed"
             try:
-                events = list(_events(request, self.info.max_length, self.failure))
+                events = list(self._read(request))
                 outcome = "finished"
             finally:
                 self._end(request, outcome)
@@ -243,6 +249,35 @@ class FakeEngine:
     def _count(self, what: str) -> None:
         self.counts[what] += 1
         self._changed.notify_all()
+
+    def _read(self, request: GenerationRequest) -> Iterator[TokenEvent]:
+        """The events of one request, with what is read of its tokens."""
+        events = _events(request, self.info.max_length, self.failure)
+        if request.readouts is None:
+            yield from events
+            return
+        readouts = RequestReadouts(request.readouts, len(request.prompt))
+        tools = Instruments(torch.device("cpu"), self.unembed, vocab_size=self.info.vocab_size)
+        tokens, fed = list(request.prompt), 0
+        for event in events:
+            span = ReadSpan(readouts, 0, fed, len(tokens) - fed)
+            readings = Readings.of([span], tools)
+            for point in readings.points if readings is not None else ():
+                places = range(fed, len(tokens))
+                before, after = (
+                    self._states(point, tuple(tokens), places, plan)
+                    for plan in (None, request.plan)
+                )
+                readings.see(point, before, after)
+            if readings is not None:
+                readings.finish()
+            fed = len(tokens)
+            rows = [
+                TokenReadout(position, tokens[position], tuple(numbers.tolist()))
+                for position, numbers in readouts.take(fed)
+            ]
+            tokens.append(event.token)
+            yield replace(event, readouts=tuple(rows))
 
     def _captured(
         self, request: CaptureRequest, prompt: tuple[int, ...], plan: SteeringPlan | None
@@ -367,6 +402,7 @@ def _completion(events: Sequence[TokenEvent]) -> Completion:
         finish=last.finish or "length",
         receipt=last.receipt,
         logprobs=tuple(event.logprob for event in kept if event.logprob is not None),
+        readouts=tuple(one for event in events for one in event.readouts),
     )
 
 

@@ -18,7 +18,7 @@ from steer.batch.tables import Tables
 from steer.engines.listeners import Item
 from steer.engines.transformers.cache import RollingCache
 from steer.engines.transformers.hooks import HookedModel
-from steer.engines.transformers.prompts import run_prompts
+from steer.engines.transformers.prompts import Read, run_prompts
 from steer.engines.transformers.proof import prove_steering
 from steer.engines.transformers.sequences import (
     BatchSequence,
@@ -27,6 +27,7 @@ from steer.engines.transformers.sequences import (
     is_last,
     take_tokens,
 )
+from steer.readouts.readings import ReadSpan, Readings
 
 
 class RollingBatch(RequestRows):
@@ -76,6 +77,7 @@ class RollingBatch(RequestRows):
                 [s.steered for s in group],
                 [s.request.prompt for s in group],
                 chunk=self.chunk,
+                read=Read.of([s.readouts for s in group], self.instruments),
             )
         except Exception as error:
             return self._join_apart(group, error)
@@ -124,9 +126,6 @@ class RollingBatch(RequestRows):
         self._carried_known = False
         return left
 
-    def lend(self) -> None:
-        """Nothing to do: this batch leaves the model as it is."""
-
     def prove(self) -> None:
         """The start-up proof; raises `Unsupported`."""
         prove_steering(self.hooked)
@@ -135,9 +134,10 @@ class RollingBatch(RequestRows):
         device = self.hooked.device
         ids = torch.tensor([[s.tokens[-1]] for s in self.sequences], device=device)
         places = torch.tensor([[s.fed] for s in self.sequences], device=device)
-        step = self._step()
+        step, readings = self._step(), self._readings()
         outputs, _ = self.hooked.forward(
             step,
+            readings=readings,
             input_ids=ids,
             attention_mask=self._cache.mask(1),
             position_ids=places,
@@ -145,7 +145,19 @@ class RollingBatch(RequestRows):
             use_cache=True,
         )
         logits: Tensor = outputs.logits[:, -1].float()
+        if readings is not None:
+            readings.finish()
         return logits
+
+    def _readings(self) -> Readings | None:
+        """What this decode reads."""
+        return self.readings(
+            [
+                ReadSpan(s.readouts, row, s.fed, 1)
+                for row, s in enumerate(self.sequences)
+                if s.readouts is not None
+            ]
+        )
 
     def _step(self) -> Step | None:
         """The step of this decode; the same object as long as nobody's slots can change."""

@@ -30,6 +30,7 @@ from steer.engines.transformers.sequences import (
     is_last,
 )
 from steer.errors import EngineError, SteerError
+from steer.readouts.readings import RequestReadouts
 
 Result = TypeVar("Result")
 
@@ -250,6 +251,9 @@ class Scheduler:
             self._batch.take(request),
             sampler,
             min(request.sampling.max_tokens, room),
+            readouts=None
+            if request.readouts is None
+            else RequestReadouts(request.readouts, len(request.prompt)),
         )
         self._tickets[id(sequence)] = submission
         return sequence

@@ -17,6 +17,7 @@ from steer.engines.base import (
     SamplingParams,
     TokenEvent,
     TokenLogprob,
+    TokenReadout,
 )
 from steer.engines.checks import not_finite
 from steer.engines.listeners import Item
@@ -24,6 +25,8 @@ from steer.engines.receipts import make_receipt
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.sampling import NO_TOKEN, Sampler, choose, logprobs
 from steer.errors import EngineError, SteerError
+from steer.readouts.readers import Instruments
+from steer.readouts.readings import ReadSpan, Readings, RequestReadouts
 
 
 @dataclass
@@ -35,11 +38,29 @@ class BatchSequence:
     sampler: Sampler
     limit: int
     tokens: list[int] = field(default_factory=list)
+    readouts: RequestReadouts | None = None
+    """What is read of it, where it asks."""
 
     @property
     def fed(self) -> int:
         """Tokens the model has computed: the last one generated is never fed back."""
         return len(self.request.prompt) + len(self.tokens) - 1
+
+    def read(self) -> tuple[TokenReadout, ...]:
+        """What was read of the tokens fed since it was last asked."""
+        if self.readouts is None:
+            return ()
+        prompt = self.request.prompt
+        return tuple(
+            TokenReadout(
+                position,
+                prompt[position]
+                if position < len(prompt)
+                else self.tokens[position - len(prompt)],
+                tuple(numbers.tolist()),
+            )
+            for position, numbers in self.readouts.take(self.fed)
+        )
 
     @property
     def fixed(self) -> bool:
@@ -63,6 +84,8 @@ class Batch(Protocol):
     hooked: HookedModel
     tables: Tables
     ledger: Ledger
+    instruments: Instruments
+    """What its requests' read-outs are made with."""
     sequences: list[BatchSequence]
     rows: int
     eos: frozenset[int]
@@ -113,6 +136,9 @@ class RequestRows:
         self.hooked, self.tables, self.rows, self.eos = hooked, tables, rows, eos
         self.sequences: list[BatchSequence] = []
         self.ledger = Ledger(2 * rows, tables.device)
+        self.instruments = Instruments(
+            hooked.device, self._unembed, vocab_size=hooked.info.vocab_size
+        )
         self._free_rows = list(range(2 * rows - 1, -1, -1))
 
     @property
@@ -126,6 +152,17 @@ class RequestRows:
         row = self._free_rows.pop()
         self.ledger.reset(row)
         return SteeredRequest(row, len(request.prompt), request.plan, slot, request.measure)
+
+    def readings(self, spans: Sequence[ReadSpan]) -> Readings | None:
+        """What a pass over `spans` reads; None where nothing is asked for."""
+        return Readings.of(spans, self.instruments) if spans else None
+
+    def lend(self) -> None:
+        """Nothing to do: the model is left as it is."""
+
+    def _unembed(self, states: Tensor) -> Tensor:
+        self.lend()
+        return self.hooked.unembed(states)
 
     def give_back(self, steered: SteeredRequest) -> None:
         """Gives back what `take` took."""
@@ -177,7 +214,7 @@ def _taken(
     receipt = None
     if finish and plan is not None:
         receipt = make_receipt(sequence.steered, ledger, sequence.fed)
-    return TokenEvent(token, logprob, finish, receipt)
+    return TokenEvent(token, logprob, finish, receipt, sequence.read())
 
 
 def _ends(request: GenerationRequest, token: int, eos: frozenset[int]) -> bool:

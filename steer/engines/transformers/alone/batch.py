@@ -31,6 +31,7 @@ from steer.engines.transformers.sequences import (
     is_last,
     take_tokens,
 )
+from steer.readouts.readings import ReadSpan, Readings
 
 
 class AloneBatch(RequestRows):
@@ -90,9 +91,6 @@ class AloneBatch(RequestRows):
             self.leave(sequence)
         return left
 
-    def lend(self) -> None:
-        """Nothing to do: what the model keeps is put back before a sequence's next pass."""
-
     def prove(self) -> None:
         """The start-up proof; raises `Unsupported`."""
         prove_steering(self.hooked)
@@ -107,7 +105,11 @@ class AloneBatch(RequestRows):
             tokens = sequence.tokens[-1:] or sequence.request.prompt
             try:
                 step = self._step(sequence, tokens, start)
-                rows.append(self._forward(self._memories[id(sequence)], tokens, start, step))
+                readings = self._readings(sequence, tokens, start)
+                memory = self._memories[id(sequence)]
+                rows.append(self._forward(memory, tokens, start, step, readings))
+                if readings is not None:
+                    readings.finish()  # what the model keeps has been stored
             except Exception as error:
                 items.append((sequence, failure_of(error)))
             else:
@@ -126,14 +128,27 @@ class AloneBatch(RequestRows):
         span = Span(sequence.steered, 0, places, np.asarray(tokens, dtype=np.int64))
         return build_step(self.tables, self.ledger, [span], len(tokens))
 
+    def _readings(
+        self, sequence: BatchSequence, tokens: Sequence[int], start: int
+    ) -> Readings | None:
+        if sequence.readouts is None:
+            return None
+        return self.readings([ReadSpan(sequence.readouts, 0, start, len(tokens))])
+
     def _forward(
-        self, memory: Memory, tokens: Sequence[int], start: int, step: Step | None
+        self,
+        memory: Memory,
+        tokens: Sequence[int],
+        start: int,
+        step: Step | None,
+        readings: Readings | None = None,
     ) -> Tensor:
         """The pass of one sequence's next tokens; float32 logits `[1, vocab]` of the last."""
         device, end = self.hooked.device, start + len(tokens)
         self._places.load(memory)
         outputs, _ = self.hooked.forward(
             step,
+            readings=readings,
             input_ids=torch.tensor([list(tokens)], device=device),
             position_ids=torch.arange(start, end, device=device)[None],
             key_values=memory.cache,

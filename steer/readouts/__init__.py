@@ -1,0 +1,1 @@
+"""Read-outs: small numbers that are read off states while a request runs, for each of its tokens."""
