@@ -25,8 +25,9 @@ from steer.edits import relative_sizes
 from steer.model import HookPoint
 from steer.readouts import measures
 
-Unembed: TypeAlias = Callable[[Tensor], Tensor]
-"""States after the last block `[T, d_model]` to float32 logits `[T, vocab]`."""
+Unembed: TypeAlias = Callable[[Tensor], Tensor | None]
+"""States after the last block `[T, d_model]` to float32 logits `[T, vocab]`; None on a worker that
+takes part in making them and gets none."""
 Held = TypeVar("Held")
 
 _NUMBERS_AT_ONCE = 1 << 24
@@ -209,21 +210,27 @@ def read_lenses(
     readers: Sequence[LensReader], states: Sequence[Float[Tensor, "T d"]], tools: Instruments
 ) -> list[Float[Tensor, "T n"]]:
     """The numbers of what each reader's `states` gave, read by the head in one go, a bounded number
-    of logits at a time."""
+    of logits at a time; NaN where there are no logits."""
     assert tools.unembed is not None, "checked when the spec was compiled"
     top = max(reader.top for reader in readers)
     rows = max(1, _NUMBERS_AT_ONCE // max(tools.vocab_size, 1))
     found = []
     for part in torch.split(torch.cat([one.float() for one in states]), rows):
         logits = tools.unembed(part)
-        best = measures.likeliest(logits, top)
-        found.append((*best, measures.entropies(logits)[:, None]))
+        if logits is not None:
+            best = measures.likeliest(logits, top)
+            found.append((*best, measures.entropies(logits)[:, None]))
+    if not found:
+        return [
+            mine.new_full((len(mine), reader.width), torch.nan)
+            for reader, mine in zip(readers, states, strict=True)
+        ]
     chances, tokens, entropy = (torch.cat(parts) for parts in zip(*found, strict=True))
     numbers, start = [], 0
     for reader, mine in zip(readers, states, strict=True):
         place = slice(start, start + len(mine))
-        best = measures.Ranked(chances[place, : reader.top], tokens[place, : reader.top])
-        numbers.append(torch.cat([_side_by_side(best), entropy[place]], dim=1))
+        mine_best = measures.Ranked(chances[place, : reader.top], tokens[place, : reader.top])
+        numbers.append(torch.cat([_side_by_side(mine_best), entropy[place]], dim=1))
         start = place.stop
     return numbers
 

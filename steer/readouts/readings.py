@@ -5,7 +5,7 @@ T tokens of the batch (packed, or a padded batch flattened), d the width of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -30,9 +30,18 @@ class RequestReadouts:
     drafted and dropped.
     """
 
-    def __init__(self, plan: ReadoutPlan, prompt_length: int) -> None:
+    def __init__(
+        self,
+        plan: ReadoutPlan,
+        prompt_length: int,
+        owns: Callable[[HookPoint], bool] = lambda _: True,
+    ) -> None:
+        """`owns` says which hook points lie here: columns of others stay NaN, and where none does
+        nothing is read."""
         self.plan, self.prompt_length = plan, prompt_length
-        self._next, self._end = plan.wanted(prompt_length)
+        self.columns = [(one, place) for one, place in plan.columns() if owns(one.point)]
+        self._first, self._end = plan.wanted(prompt_length)
+        self._next = self._first if self.columns else self._end
         self._rows: dict[int, Row] = {}
         self._fault: str | None = None
 
@@ -41,12 +50,16 @@ class RequestReadouts:
         self._fault = self._fault or why
 
     def wanted(self, start: int, count: int) -> range:
-        """Which of the positions `[start, start + count)` are read, and were not handed out."""
-        return range(max(start, self._next), min(start + count, self._end))
+        """Which of the positions `[start, start + count)` are read."""
+        if not self.columns:
+            return range(0)
+        return range(max(start, self._first), min(start + count, self._end))
 
     def put(self, positions: range, columns: slice, numbers: Row) -> None:
         """The `numbers` `[positions, n]` of one reader."""
         for position, row in zip(positions, numbers, strict=True):
+            if position < self._next:
+                continue  # computed again
             if position not in self._rows:
                 self._rows[position] = np.full(self.plan.width, np.nan, dtype=np.float32)
             self._rows[position][columns] = row
@@ -197,7 +210,7 @@ def _grouped(
     readers: dict[str, Reader] = {}
     parts: dict[str, list[tuple[int, slice]]] = {}
     for place, (span, _) in enumerate(spans):
-        for reader, columns in span.request.plan.columns():
+        for reader, columns in span.request.columns:
             readers.setdefault(reader.key, reader)
             parts.setdefault(reader.key, []).append((place, columns))
     rows = [

@@ -18,6 +18,7 @@ from steer.artefacts.kinds import ArtefactKind
 from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
 from steer.model import Capabilities, ModelInfo
+from steer.readouts.spec import READOUTS
 from steer.spec import KINDS, SITES
 
 ARCHITECTURES = ("standard", "jumprelu", "topk")
@@ -87,7 +88,7 @@ def shape_of(width: int = 16, layers: int = 4) -> ModelInfo:
     )
 
 
-EVERYTHING = Capabilities("test", KINDS, SITES)
+EVERYTHING = Capabilities("test", KINDS, SITES, captures=SITES, readouts=READOUTS)
 
 
 def random_vector(seed: int, *layers: int, width: int = 16, **card: Any) -> ControlVector:

@@ -46,6 +46,15 @@ class CaptureOrder:
 
 
 @dataclass(frozen=True)
+class ReadoutOrder:
+    """What is read of the request's tokens while it runs: the hash of its `ReadoutPlan` in the plan
+    store, and whether tokens of the prompt are read, which then must be computed."""
+
+    plan: str
+    prompt: bool
+
+
+@dataclass(frozen=True)
 class Ticket:
     """How one request is steered and read.
 
@@ -67,6 +76,7 @@ class Ticket:
     attached: bool = False
     latents: int = 0
     capture: CaptureOrder | None = field(default=None, compare=False)
+    readouts: ReadoutOrder | None = field(default=None, compare=False)
 
     def as_extra_args(self) -> dict[str, str]:
         """The entry of `SamplingParams.extra_args`, or of `vllm_xargs`."""
@@ -82,6 +92,8 @@ class Ticket:
                 "points": [[point.layer, point.site] for point in self.capture.points],
                 "positions": list(self.capture.positions),
             }
+        if self.readouts is not None:
+            content["readouts"] = [self.readouts.plan, self.readouts.prompt]
         return {EXTRA_ARG: json.dumps(content, separators=(",", ":"), sort_keys=True)}
 
     @staticmethod
@@ -111,6 +123,12 @@ class Ticket:
             chosen = selection.mask(positions, prompt_length, tokens)
             bits |= chosen.astype(np.uint8) << np.uint8(number)
         return bits
+
+    @property
+    def computes_prompt(self) -> bool:
+        """Whether every token of the prompt must be computed: states that come from the prefix
+        cache are never seen."""
+        return self.capture is not None or (self.readouts is not None and self.readouts.prompt)
 
     @cached_property
     def reads_tokens(self) -> bool:
@@ -160,6 +178,12 @@ def _read(text: str) -> Ticket:
     if order is not None:
         points = tuple(HookPoint(int(layer), site) for layer, site in order["points"])
         capture = CaptureOrder(points, tuple(int(position) for position in order["positions"]))
+    readouts = None
+    if "readouts" in content:
+        sha256, prompt = content["readouts"]
+        if not _SHA256.fullmatch(sha256):
+            raise ValueError(f"read-outs {sha256!r}")
+        readouts = ReadoutOrder(sha256, bool(prompt))
     steering = _steering(content["steering"]) if "steering" in content else _Steering()
     return Ticket(
         str(content["key"]),
@@ -168,4 +192,5 @@ def _read(text: str) -> Ticket:
         measure=bool(content.get("measure", False)),
         attached=bool(content.get("attached", False)),
         capture=capture,
+        readouts=readouts,
     )
