@@ -5,8 +5,9 @@ from __future__ import annotations
 from math import inf
 
 from steer.engines.base import Captured, GenerationRequest, SamplingParams
-from steer.errors import EngineError, NotFinite, SpecError, SteerError, Unsupported
+from steer.errors import EngineError, NotFinite, SpecError, SteerError
 from steer.model import Capabilities, ModelInfo
+from steer.readouts.spec import check_readable
 
 MAX_PENALTY = 2.0
 MAX_BIAS = 100.0
@@ -35,16 +36,8 @@ def check_request(request: GenerationRequest, model: ModelInfo, max_length: int)
 
 def check_readouts(request: GenerationRequest, capabilities: Capabilities) -> None:
     """Raises `Unsupported` for read-outs that the engine cannot make while it answers."""
-    if request.readouts is None:
-        return
-    missing = [name for name in request.readouts.fields if name not in capabilities.readouts]
-    if missing:
-        raise Unsupported(
-            f"the {capabilities.engine} engine cannot read {missing[0]!r} while it answers: leave "
-            f"it out; it reads {', '.join(capabilities.readouts) or 'nothing'}",
-            param=f"/{missing[0]}",
-            code="unsupported",
-        )
+    if request.readouts is not None:
+        check_readable(request.readouts.fields, capabilities)
 
 
 def check_sampling(params: SamplingParams, vocab_size: int) -> None:

@@ -33,7 +33,7 @@ from steer.readouts.readers import (
     SizeReader,
     TopFeaturesReader,
 )
-from steer.readouts.spec import FeatureSpec, ReadoutSpec
+from steer.readouts.spec import FeatureSpec, ReadoutSpec, check_readable
 
 DEFAULT_TOP = 5
 
@@ -60,6 +60,7 @@ def compile_readouts(
     not fit, for what the engine cannot read (`unsupported`), and beyond `limits` (`TooLarge`).
     """
     spec.check_asked()
+    check_readable(spec.asked, capabilities)
     sources = _Sources(library, model, capabilities, limits)
     readers = (
         *sources.projections(spec),
@@ -209,7 +210,8 @@ def _feature_reader(item: FeatureSpec, sae: SAE, point: HookPoint, at: str) -> R
             )
     whole = sae.competitive
     read = sae if whole else part_of(sae, item.features)
-    return FeatureReader(point, read, item.features, item.sae, whole)
+    labels = {one: sae.labels[one] for one in item.features if one in sae.labels}
+    return FeatureReader(point, read, item.features, item.sae, whole, labels)
 
 
 def _sizes(spec: ReadoutSpec, plan: SteeringPlan | None) -> list[Reader]:
@@ -229,15 +231,5 @@ def _nothing_steered(field: str) -> SpecError:
     )
 
 
-_OF_FIELD: dict[str, tuple[type, ...]] = {
-    "projections": (ProjectionReader,),
-    "features": (FeatureReader, TopFeaturesReader),
-    "lens": (LensReader,),
-    "norms": (NormReader,),
-    "relative_size": (SizeReader,),
-    "kl": (),
-}
-
-
 def _numbers(field: str, readers: tuple[Reader, ...]) -> int:
-    return sum(one.width for one in readers if isinstance(one, _OF_FIELD[field]))
+    return sum(one.width for one in readers if one.field == field)

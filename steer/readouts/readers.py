@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TypeAlias, TypeVar
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from steer.artefacts.lens import Lens, translate
 from steer.artefacts.sae.base import SAE
 from steer.artefacts.sae.encoders import encoder_bytes, encoder_on
+from steer.artefacts.sae.labels import FeatureLabel
 from steer.edits import relative_sizes
 from steer.model import HookPoint
 from steer.readouts import measures
@@ -74,6 +75,7 @@ class NormReader:
     """‖x‖."""
 
     point: HookPoint
+    field = "norms"
     width = 1
 
     @property
@@ -89,6 +91,7 @@ class SizeReader:
     """‖Δx‖/‖x‖ of the edits."""
 
     point: HookPoint
+    field = "relative_size"
     width = 1
 
     @property
@@ -106,6 +109,7 @@ class ProjectionReader:
     point: HookPoint
     units: Float[Tensor, "k d"]
     names: tuple[str, ...]
+    field = "projections"
 
     @property
     def width(self) -> int:
@@ -131,6 +135,8 @@ class FeatureReader:
     features: tuple[int, ...]
     name: str
     whole: bool
+    labels: Mapping[int, FeatureLabel] = field(default_factory=dict)
+    field = "features"
 
     @property
     def width(self) -> int:
@@ -155,6 +161,7 @@ class TopFeaturesReader:
     sae: SAE
     top: int
     name: str
+    field = "features"
 
     @property
     def width(self) -> int:
@@ -183,6 +190,7 @@ class LensReader:
     top: int
     lens: Lens | None = None
     name: str | None = None
+    field = "lens"
 
     @property
     def width(self) -> int:

@@ -5,11 +5,13 @@ Like a steering spec it is frozen, refuses unknown fields, and knows no torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
-from steer.errors import SpecError
+from steer.errors import SpecError, Unsupported, pointer
+from steer.model import Capabilities
 from steer.spec import Index, Layers, Name
 
 ReadTokens: TypeAlias = Literal["prompt", "generated", "all"]
@@ -22,6 +24,18 @@ _Top: TypeAlias = Annotated[int, Field(strict=True, ge=1, le=MAX_TOP)]
 
 READOUTS = ("projections", "features", "lens", "norms", "relative_size", "kl")
 """The fields of a `ReadoutSpec` that ask for something."""
+
+
+def check_readable(fields: Sequence[str], able: Capabilities) -> None:
+    """Raises `Unsupported` where an engine that is `able` cannot read one of `fields`."""
+    missing = [name for name in fields if name not in able.readouts]
+    if missing:
+        raise Unsupported(
+            f"the {able.engine} engine cannot read {missing[0]!r} while it answers: leave it out; "
+            f"it reads {', '.join(able.readouts) or 'nothing'}",
+            param=pointer(missing[0]),
+            code="unsupported",
+        )
 
 
 class ProjectionSpec(BaseModel):

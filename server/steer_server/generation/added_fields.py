@@ -9,6 +9,7 @@ from steer.engines.receipts import merged
 from steer_server.generation.generation import Answer, Generation
 from steer_server.generation.inspect_spec import InspectSpec
 from steer_server.generation.inspected import inspected
+from steer_server.generation.readouts import with_readouts
 from steer_server.state import Serving
 
 
@@ -30,4 +31,4 @@ async def added_fields(
         fields["default"] = [choice(answer) for answer in default]
     if inspect is not None:
         fields["inspect"] = await inspected(serving, inspect, run.prompts[0], run.steering)
-    return fields
+    return with_readouts(fields, [entry for answer in found for entry in answer.readouts])
