@@ -35,8 +35,8 @@ class ServerSettings(BaseModel):
     `jobs_kept` finished ones are remembered; while requests run, jobs take the share `job_duty` of
     the engine's time. `inspection_workers` inspections run at a time, `inspection_queue` more may
     wait. Read-outs of a request read at most `readout_layers` layers by one field and give at most
-    `readout_numbers` numbers for a token and `readout_values` for a sequence. `hub_imports` is whether clients may have artefacts fetched from the hub, of up to
-    `max_hub_bytes` each.
+    `readout_numbers` numbers for a token and `readout_values` for a sequence. `hub_imports` is
+    whether clients may have artefacts fetched from the hub, of up to `max_hub_bytes` each.
     Without a key, `insecure` is needed to listen on more than loopback, the server answers to its
     addresses and to `allowed_hosts`, and takes requests from its own pages and from those of
     `allowed_origins`, which browsers are told as well. A connection that has sent no whole request

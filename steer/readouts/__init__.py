@@ -1,1 +1,1 @@
-"""Read-outs: small numbers that are read off states while a request runs, for each of its tokens."""
+"""Read-outs: a few numbers for each token of a request, read off its states while it runs."""

@@ -52,7 +52,7 @@ def compile_readouts(
     model: ModelInfo,
     capabilities: Capabilities,
     plan: SteeringPlan | None,
-    limits: ReadoutLimits = ReadoutLimits(),  # noqa: B008 (frozen)
+    limits: ReadoutLimits = ReadoutLimits(),
 ) -> ReadoutPlan:
     """The plan of `spec` for a request that `plan` steers.
 

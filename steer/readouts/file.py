@@ -1,8 +1,8 @@
 """A read-out plan as one file, for the processes that read: named by the hash of its bytes.
 
-The file is safetensors. One metadata key, `steer.readouts`, holds a record of each reader; directions
-and the rows of SAE features that are read by themselves are tensors, whole SAEs and lenses are named
-by their hashes, and found where they are registered.
+The file is safetensors. One metadata key, `steer.readouts`, holds a record of each reader;
+directions and the rows of SAE features that are read by themselves are tensors, whole SAEs and
+lenses are named by their hashes, and found where they are registered.
 """
 
 from __future__ import annotations

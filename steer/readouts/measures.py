@@ -25,16 +25,12 @@ def unit(direction: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
     return direction.float() / direction.float().norm()
 
 
-def projections(
-    x: Float[Tensor, "T d"], units: Float[Tensor, "k d"]
-) -> Float[Tensor, "T k"]:
+def projections(x: Float[Tensor, "T d"], units: Float[Tensor, "k d"]) -> Float[Tensor, "T k"]:
     """⟨x, v̂⟩ along each of `units`, in units of the stream."""
     return x.float() @ units.T
 
 
-def cosines(
-    along: Float[Tensor, "T k"], lengths: Float[Tensor, " T"]
-) -> Float[Tensor, "T k"]:
+def cosines(along: Float[Tensor, "T k"], lengths: Float[Tensor, " T"]) -> Float[Tensor, "T k"]:
     """The cosines of states whose projections and norms are these; a state of norm 0 points
     nowhere, and its cosine with anything is 0."""
     return along / lengths.clamp_min(_TINY)[:, None]
@@ -63,10 +59,37 @@ def entropies(logits: Float[Tensor, "T vocab"]) -> Float[Tensor, " T"]:
     return torch.special.entr(logits.float().softmax(-1)).sum(-1)
 
 
-def divergences(
-    logits: Float[Tensor, "T vocab"], others: Float[Tensor, "T vocab"]
+def kl_divergence(
+    logits: Float[Tensor, "T vocab"],
+    reference: Float[Tensor, "T vocab"],
+    *,
+    reference_total: Float[Tensor, " T"] | None = None,
 ) -> Float[Tensor, " T"]:
-    """KL(p‖q) of the distributions of `logits` from those of `others`, in nats."""
-    p, q = logits.float().log_softmax(-1), others.float().log_softmax(-1)
-    # A token of probability 0 adds nothing, also where its logit is −∞ in both.
-    return torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum(-1)
+    """KL(p ‖ q) in nats, p and q the softmax of `logits` and `reference`; exact in float64.
+
+    `reference_total` is `log_total(reference)`, for those who hold much against one reference.
+    Σ p·(a − b) − log Σeᵃ + log Σeᵇ for logits a and b: one exponential for each number of p.
+    """
+    weights, total = _weighed(logits)
+    apart = logits.double() - reference.double()
+    # 0 · log 0 is 0: a token that p rules out adds nothing, whatever q says.
+    apart.masked_fill_(weights == 0, 0.0)
+    mean = torch.einsum("tv,tv->t", weights, apart) / weights.sum(-1)
+    of_reference = log_total(reference) if reference_total is None else reference_total
+    divergence: Tensor = mean - total + of_reference
+    return divergence.clamp(min=0.0)
+
+
+def log_total(logits: Float[Tensor, "T vocab"]) -> Float[Tensor, " T"]:
+    """log Σ exp of each row, in float64."""
+    return _weighed(logits)[1]
+
+
+def _weighed(
+    logits: Float[Tensor, "T vocab"],
+) -> tuple[Float[Tensor, "T vocab"], Float[Tensor, " T"]]:
+    """exp of each logit less the row's largest, and log Σ exp of the row, in float64."""
+    rows = logits.double()
+    top = rows.amax(-1, keepdim=True)
+    weights = (rows - top).exp_()
+    return weights, weights.sum(-1).log() + top.squeeze(-1)

@@ -45,6 +45,11 @@ class RequestReadouts:
         self._rows: dict[int, Row] = {}
         self._fault: str | None = None
 
+    @property
+    def reads_generated(self) -> bool:
+        """Whether states of generated tokens are read."""
+        return bool(self.columns) and self._end > self.prompt_length
+
     def fail(self, why: str) -> None:
         """Something that it asks for could not be read: nothing more is handed out."""
         self._fault = self._fault or why
@@ -203,9 +208,7 @@ def _read_lenses(groups: Sequence[_Group], tools: Instruments) -> None:
             group.seen = numbers
 
 
-def _grouped(
-    spans: Sequence[tuple[ReadSpan, range]], device: torch.device
-) -> list[_Group]:
+def _grouped(spans: Sequence[tuple[ReadSpan, range]], device: torch.device) -> list[_Group]:
     """The readers of all spans, each once with the rows of all who have it."""
     readers: dict[str, Reader] = {}
     parts: dict[str, list[tuple[int, slice]]] = {}

@@ -7,9 +7,9 @@ from typing import Any
 
 from steer.engines.receipts import merged
 from steer_server.generation.generation import Answer, Generation
-from steer_server.generation.inspect_spec import InspectSpec
-from steer_server.generation.inspected import inspected
-from steer_server.generation.readouts import with_readouts
+from steer_server.generation.inspection.inspect_spec import InspectSpec
+from steer_server.generation.inspection.inspected import inspected
+from steer_server.generation.inspection.readouts import with_readouts
 from steer_server.state import Serving
 
 

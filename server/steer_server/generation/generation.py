@@ -21,7 +21,7 @@ from steer.engines.base import (
 )
 from steer.errors import SteerError, TooLarge, Unsupported, pointer
 from steer.readouts.answer import Entry
-from steer_server.generation.readouts import ReadoutFeed, check_amount, planned_readouts
+from steer_server.generation.inspection.readouts import ReadoutFeed, check_amount, planned_readouts
 from steer_server.generation.request_models import SamplingFields
 from steer_server.generation.steering import Steering, resolve
 from steer_server.generation.text import TextRules, TextStream

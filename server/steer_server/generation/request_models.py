@@ -39,7 +39,7 @@ from steer_server.generation.field_types import (
     TokenId,
     TopK,
 )
-from steer_server.generation.inspect_spec import InspectSpec
+from steer_server.generation.inspection.inspect_spec import InspectSpec
 from steer_server.generation.kept_specs import spec_of
 from steer_server.generation.neutral_values import (
     CHAT,

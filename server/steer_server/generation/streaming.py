@@ -19,7 +19,7 @@ from steer.engines.base import FinishReason, Receipt
 from steer.engines.receipts import merged
 from steer.readouts.answer import Entry
 from steer_server.generation.generation import Generation, Logprobs, Piece, pieces
-from steer_server.generation.readouts import with_readouts
+from steer_server.generation.inspection.readouts import with_readouts
 from steer_server.generation.request_models import UsageOn
 from steer_server.http.openai_errors import failure
 from steer_server.http.request_id import request_id

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from steer.engines.receipts import merged
 from steer.errors import EngineError
-from steer_server.generation.readouts import with_readouts
+from steer_server.generation.inspection.readouts import with_readouts
 from steer_server.generation.steering import Steering
 from steer_server.http.openai_errors import failure
 from steer_server.metrics import Metrics

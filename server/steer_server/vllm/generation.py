@@ -23,8 +23,8 @@ from vllm.entrypoints.openai.completion import api_router as completion
 from vllm.entrypoints.openai.responses import api_router as responses
 
 from steer.errors import SteerError
-from steer_server.generation.inspected import inspected
-from steer_server.generation.readouts import with_readouts
+from steer_server.generation.inspection.inspected import inspected
+from steer_server.generation.inspection.readouts import with_readouts
 from steer_server.generation.request_models import not_streamed
 from steer_server.http.error_route import SteerRoute
 from steer_server.state import Serving
@@ -60,7 +60,9 @@ class TheirRoute:
 
 _CHAT = TheirRoute(chat.create_chat_completion, with_receipt, "choices")
 _COMPLETION = TheirRoute(completion.create_completion, with_receipt, "choices")
-_RESPONSES = TheirRoute(responses.create_responses, with_receipt_inside, "output", streams_readouts=False)
+_RESPONSES = TheirRoute(
+    responses.create_responses, with_receipt_inside, "output", streams_readouts=False
+)
 
 
 class SteeredRoute(SteerRoute):

@@ -92,8 +92,8 @@ class Count:
 
     def token(self, choice: int, position: int) -> int:
         """The token that stands there in a choice's sequence."""
-        length = len(self.prompt)
-        return self.prompt[position] if position < length else self.tokens[choice][position - length]
+        behind = position - len(self.prompt)
+        return self.prompt[position] if behind < 0 else self.tokens[choice][behind]
 
     @property
     def fed(self) -> dict[int, int]:

@@ -25,12 +25,12 @@ from steer.engines.vllm.messages import read_readouts, take_off
 from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
 from steer.errors import NotFinite, SpecError, SteerError, Unsupported
 from steer.readouts.plan import ReadoutPlan
-from steer_server.generation.readouts import ReadoutFeed, check_amount
+from steer_server.generation.inspection.readouts import ReadoutFeed, check_amount
 from steer_server.generation.steering import Steering
 from steer_server.metrics import Metrics
+from steer_server.vllm.fetching.readout_fetcher import ReadoutFetcher
+from steer_server.vllm.fetching.receipt_fetcher import ReceiptFetcher
 from steer_server.vllm.pending_receipts import Count, PendingReceipts, renewed, with_ticket
-from steer_server.vllm.readout_fetcher import ReadoutFetcher
-from steer_server.vllm.receipt_fetcher import ReceiptFetcher
 
 SPEC_ARG = "steering"
 """The entry of `vllm_xargs` that holds a spec, as JSON text."""

@@ -15,8 +15,8 @@ from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
 from steer.errors import SpecError, Unsupported
 from steer.readouts.plan import ReadoutPlan
 from steer.spec import SteeringSpec
+from steer_server.generation.inspection.readouts import planned_readouts
 from steer_server.generation.kept_specs import spec_of
-from steer_server.generation.readouts import planned_readouts
 from steer_server.generation.request_models import AddedFields
 from steer_server.generation.steering import Steering, resolve
 from steer_server.http.json_body import SMALL, bounded_json
@@ -161,9 +161,7 @@ def _with_ticket(
             code="unsupported_parameter",
         )
     readouts = planned_readouts(serving, added.readouts, plan)
-    ticket = issuer.issue(
-        plan, measure=added.receipt == "full", attached=True, readouts=readouts
-    )
+    ticket = issuer.issue(plan, measure=added.receipt == "full", attached=True, readouts=readouts)
     # Beside those that ask for it, a share of all requests is measured.
     if plan is not None and serving.settings.measures(ticket.key):
         ticket = replace(ticket, measure=True)

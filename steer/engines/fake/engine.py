@@ -32,16 +32,17 @@ from steer.engines.base import (
     SamplingParams,
     TokenEvent,
     TokenLogprob,
-    TokenReadout,
 )
 from steer.engines.checks import check_readouts, check_request
 from steer.engines.fake.tokenizer import ByteTokenizer
 from steer.engines.logprobs import following
+from steer.engines.readouts import ReadoutJoin
 from steer.errors import CapacityError, EngineError
 from steer.model import SAMPLING, Capabilities, HookPoint, ModelInfo, forward_order
 from steer.plan.plan import SteeringPlan
+from steer.readouts.measures import kl_divergence
 from steer.readouts.readers import Instruments
-from steer.readouts.readings import ReadSpan, Readings, RequestReadouts
+from steer.readouts.readings import Readings, ReadSpan, RequestReadouts
 from steer.readouts.spec import READOUTS
 from steer.spec import KINDS, SITES
 
@@ -151,7 +152,7 @@ class FakeEngine:
             sae_architectures=SUPPORTED,
             sampling=SAMPLING,
             captures=self.info.sites,
-            readouts=tuple(name for name in READOUTS if name != "kl"),
+            readouts=READOUTS,
             limits={"slots": slots},
         )
         self.tokenizer: Any = ByteTokenizer()
@@ -257,6 +258,7 @@ class FakeEngine:
             yield from events
             return
         readouts = RequestReadouts(request.readouts, len(request.prompt))
+        joined = ReadoutJoin(readouts)
         tools = Instruments(torch.device("cpu"), self.unembed, vocab_size=self.info.vocab_size)
         tokens, fed = list(request.prompt), 0
         for event in events:
@@ -272,12 +274,20 @@ class FakeEngine:
             if readings is not None:
                 readings.finish()
             fed = len(tokens)
-            rows = [
-                TokenReadout(position, tokens[position], tuple(numbers.tolist()))
-                for position, numbers in readouts.take(fed)
-            ]
+            if request.readouts.kl:
+                joined.chosen(fed, self._divergence(request, tokens))
             tokens.append(event.token)
+            rows = joined.take(tokens.__getitem__, fed, last=event.finish is not None)
             yield replace(event, readouts=tuple(rows))
+
+    def _divergence(self, request: GenerationRequest, tokens: Sequence[int]) -> float:
+        """KL of what the plan makes of the next token from what would be said without it."""
+        last, place = HookPoint(self.info.n_layers - 1), [len(tokens) - 1]
+        steered, plain = (
+            self.unembed(self._states(last, tuple(tokens), place, plan))
+            for plan in (request.plan, None)
+        )
+        return float(kl_divergence(steered, plain))
 
     def _captured(
         self, request: CaptureRequest, prompt: tuple[int, ...], plan: SteeringPlan | None

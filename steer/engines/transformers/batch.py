@@ -27,7 +27,7 @@ from steer.engines.transformers.sequences import (
     is_last,
     take_tokens,
 )
-from steer.readouts.readings import ReadSpan, Readings
+from steer.readouts.readings import Readings, ReadSpan
 
 
 class RollingBatch(RequestRows):
@@ -77,7 +77,7 @@ class RollingBatch(RequestRows):
                 [s.steered for s in group],
                 [s.request.prompt for s in group],
                 chunk=self.chunk,
-                read=Read.of([s.readouts for s in group], self.instruments),
+                read=Read.of([s.reads for s in group], self.instruments),
             )
         except Exception as error:
             return self._join_apart(group, error)
@@ -91,13 +91,16 @@ class RollingBatch(RequestRows):
         self, group: Sequence[BatchSequence], error: Exception
     ) -> list[tuple[BatchSequence, Item]]:
         """The batch has no part in a prompt's pass, so that it goes on without who made it fail."""
-        if len(group) == 1:
-            self.give_back(group[0].steered)
-            return [(group[0], failure_of(error))]
+        leaders = [sequence for sequence in group if sequence.leads]
+        if len(leaders) == 1:
+            for one in group:
+                self.give_back(one.steered)
+            return [(leaders[0], failure_of(error))]
         items: list[tuple[BatchSequence, Item]] = []
-        for sequence in group:
-            self.ledger.recount(sequence.steered.row)
-            items += self._join([sequence])
+        for sequence in leaders:
+            for one in sequence.together:
+                self.ledger.recount(one.steered.row)
+            items += self._join(sequence.together)
         return items
 
     def decode(self) -> list[tuple[BatchSequence, Item]]:
@@ -107,13 +110,14 @@ class RollingBatch(RequestRows):
         return self._take(self.sequences, logits)
 
     def leave(self, sequence: BatchSequence) -> None:
-        """Takes a sequence out of the batch."""
-        row = next(n for n, s in enumerate(self.sequences) if s is sequence)
-        self._cache.remove(row)
-        last = self.sequences.pop()
-        if last is not sequence:
-            self.sequences[row] = last
-        self.give_back(sequence.steered)
+        """Takes a sequence, and its twin, out of the batch."""
+        for one in sequence.together:
+            row = next(n for n, s in enumerate(self.sequences) if s is one)
+            self._cache.remove(row)
+            last = self.sequences.pop()
+            if last is not one:
+                self.sequences[row] = last
+            self.give_back(one.steered)
         self._changed()
 
     def clear(self) -> list[BatchSequence]:
@@ -153,9 +157,9 @@ class RollingBatch(RequestRows):
         """What this decode reads."""
         return self.readings(
             [
-                ReadSpan(s.readouts, row, s.fed, 1)
+                ReadSpan(s.reads, row, s.fed, 1)
                 for row, s in enumerate(self.sequences)
-                if s.readouts is not None
+                if s.reads is not None
             ]
         )
 
@@ -195,12 +199,13 @@ class RollingBatch(RequestRows):
     def _groups(self, newcomers: Sequence[BatchSequence]) -> list[list[BatchSequence]]:
         groups: list[list[BatchSequence]] = []
         longest = 0
-        for sequence in sorted(newcomers, key=lambda s: len(s.request.prompt)):
-            length = len(sequence.request.prompt)
-            roomy = groups and (len(groups[-1]) + 1) * length <= self._prefill_tokens
+        leaders = [sequence for sequence in newcomers if sequence.leads]
+        for sequence in sorted(leaders, key=lambda s: len(s.request.prompt)):
+            length, more = len(sequence.request.prompt), sequence.together
+            roomy = groups and (len(groups[-1]) + len(more)) * length <= self._prefill_tokens
             if roomy and length <= 2 * longest + 16:
-                groups[-1].append(sequence)
+                groups[-1] += more
             else:
-                groups.append([sequence])
+                groups.append(more)
                 longest = length
         return groups

@@ -99,7 +99,10 @@ class TransformersEngine:
             captures=self.info.sites,
             # With autograd, prompts are padded on the right, which causal models alone allow.
             gradients=self._batch.causal,
-            readouts=READOUTS,
+            # Packed sequences are put back one by one: twins would not stay side by side.
+            readouts=tuple(
+                one for one in READOUTS if one != "kl" or (self._batch.pairs and rows > 1)
+            ),
             no_unembedding=refusal.message if refusal is not None else None,
             limits={"slots": slots, "passes": MAX_RULES, "batch": rows},
         )

@@ -59,8 +59,8 @@ class HookedModel:
         """One forward pass with `step`'s edits; the outputs, and a copy of every captured state.
 
         States are captured after the edits at their point, and `readings` see them there, which
-        the caller finishes once the model may be run again, as lenses do. Positions, mask and `logits_to_keep` go to
-        models that take them.
+        the caller finishes once the model may be run again, as lenses do. Positions, mask and
+        `logits_to_keep` go to models that take them.
         """
         given = {n: v for n, v in inputs.items() if n not in _OPTIONAL or n in self._parameters}
         if key_values is not None:

@@ -20,7 +20,7 @@ from steer.engines.logprobs import following
 from steer.engines.transformers.hooks import HookedModel
 from steer.model import HookPoint
 from steer.readouts.readers import Instruments
-from steer.readouts.readings import ReadSpan, Readings, RequestReadouts
+from steer.readouts.readings import Readings, ReadSpan, RequestReadouts
 
 MOST_LOGITS = 1024
 """Rows of logits that are held at a time where all of a prompt are read: a large vocabulary makes

@@ -13,11 +13,13 @@ import torch
 from readout_oracle import SEVERAL, assert_read, expected, fed_tokens, reading, reading_library
 from readout_oracle import steering as plan_of
 from tiny_models import LAYERS, VOCABULARY, WIDTH
-from together import complete_together
+from together import complete_together, submit_together
 
 from steer.batch.ledger import Ledger
-from steer.engines.base import GenerationRequest, SamplingParams
+from steer.engines.base import CaptureRequest, GenerationRequest, SamplingParams
 from steer.engines.transformers.engine import TransformersEngine
+from steer.engines.transformers.hooks import HookedModel
+from steer.errors import SteerError, Unsupported
 
 LIBRARY = reading_library(WIDTH, LAYERS)
 SPECS: dict[str, dict[str, Any] | None] = {
@@ -82,9 +84,7 @@ def test_they_equal_an_offline_capture(engine: TransformersEngine) -> None:
 
 def test_reading_changes_no_token(engine: TransformersEngine) -> None:
     asked = [request for request, _, _ in crowd(engine)]
-    plain = [
-        GenerationRequest(one.id, one.prompt, one.sampling, one.plan) for one in asked
-    ]
+    plain = [GenerationRequest(one.id, one.prompt, one.sampling, one.plan) for one in asked]
     said = [(one.tokens, one.receipt) for one in complete_together(engine, plain)]
     assert [(one.tokens, one.receipt) for one in complete_together(engine, asked)] == said
 
@@ -138,3 +138,113 @@ def test_the_packed_crowd_is_put_back_and_computed_anew(
         asked = [replace(one, plan=None) for one, _, _ in crowd(engine)]
         complete_together(engine, asked)
     assert anew
+
+
+@pytest.fixture(params=["padded", "alone"])
+def pairing(
+    request: pytest.FixtureRequest, tiny_model: Callable[[str], torch.nn.Module]
+) -> Iterator[TransformersEngine]:
+    """The forms in which twins stay side by side."""
+    with TransformersEngine(tiny_model("llama"), None, **FORMS[request.param]) as made:
+        yield made
+
+
+@pytest.mark.parametrize("beside", [{}, {"norms": [1], "tokens": "all"}])
+def test_divergences_are_those_of_two_offline_passes(
+    pairing: TransformersEngine, beside: dict[str, Any]
+) -> None:
+    """Every generated token has one, the last too; what else is read is not disturbed."""
+    draw = random.Random(2)
+    asked = []
+    for n, name in enumerate(["added", "ablated"] * 4):
+        plan = plan_of(pairing, LIBRARY, SPECS[name] or {})
+        asked.append(
+            GenerationRequest(
+                str(n),
+                tuple(draw.randrange(3, VOCABULARY) for _ in range(draw.randint(1, 20))),
+                SamplingParams(max_tokens=1 + n, temperature=0.9, seed=n, ignore_eos=True),
+                plan,
+                readouts=reading(pairing, LIBRARY, {"kl": True, **beside}, plan),
+            )
+        )
+    crowded = [one for pair in zip(asked, crowd(pairing), strict=False) for one in pair]
+    requests = [one if isinstance(one, GenerationRequest) else one[0] for one in crowded]
+    answers = complete_together(pairing, requests)
+    for request, done in zip(asked, answers[::2], strict=True):
+        tokens = (*request.prompt, *done.tokens)
+        captured = pairing.capture(
+            CaptureRequest([tokens, tokens], plans=[request.plan, None], logits="all")
+        )
+        logits = [one.logits.double().log_softmax(-1) for one in captured if one.logits is not None]
+        wanted = (logits[0].exp() * (logits[0] - logits[1])).sum(-1)
+        found = {one.position: one.kl for one in done.readouts if one.kl is not None}
+        assert list(found) == list(range(len(request.prompt), len(tokens)))
+        for position, kl in found.items():
+            assert kl == pytest.approx(float(wanted[position - 1]), abs=1e-5)
+        positions = [one.position for one in done.readouts]
+        assert positions == sorted(set(positions))
+        if beside:
+            assert [bool(one.numbers) for one in done.readouts] == [True] * (len(tokens) - 1) + [
+                False
+            ]
+    assert {one.leads for one in pairing._batch.sequences} <= {True}
+    assert len(pairing._batch._free_rows) == 2 * 6  # type: ignore[attr-defined]
+
+
+def test_a_twin_that_finds_no_place_waits(tiny_model: Callable[[str], torch.nn.Module]) -> None:
+    with TransformersEngine(tiny_model("llama"), None, rows=2) as engine:
+        plan = plan_of(engine, LIBRARY, SPECS["added"] or {})
+        asked = [
+            GenerationRequest(
+                str(n),
+                (3 + n, 9),
+                SamplingParams(max_tokens=3, temperature=0, ignore_eos=True),
+                plan,
+                readouts=reading(engine, LIBRARY, {"kl": True}, plan),
+            )
+            for n in range(5)
+        ]
+        answers = complete_together(engine, asked)
+        assert [len(done.readouts) for done in answers] == [3] * 5
+
+
+def test_packed_batches_have_no_twins(tiny_model: Callable[[str], torch.nn.Module]) -> None:
+    with TransformersEngine(tiny_model("llama"), None, **FORMS["packed"]) as engine:
+        plan = plan_of(engine, LIBRARY, SPECS["added"] or {})
+        with pytest.raises(Unsupported, match="'kl'") as caught:
+            reading(engine, LIBRARY, {"kl": True}, plan)
+        assert caught.value.param == "/kl"
+
+
+def test_who_fails_beside_a_twin_fails_alone(
+    pairing: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass that fails once ends nobody's twin without its leader, and leaves no row taken."""
+    plan = plan_of(pairing, LIBRARY, SPECS["added"] or {})
+    request = GenerationRequest(
+        "kl",
+        (3, 9, 5),
+        SamplingParams(max_tokens=4, temperature=0, ignore_eos=True),
+        plan,
+        readouts=reading(pairing, LIBRARY, {"kl": True}, plan),
+    )
+    plain = replace(request, plan=None, readouts=None, prompt=(4, 4))
+    forward, calls = HookedModel.forward, list[int]()
+
+    def fails_once(self: HookedModel, *args: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("once")
+        return forward(self, *args, **named)
+
+    monkeypatch.setattr(HookedModel, "forward", fails_once)
+    ended: list[Any] = []
+    for listener in submit_together(pairing, [request, plain]):
+        try:
+            ended.append(len(listener.result().readouts))
+        except SteerError as error:
+            ended.append(error.code)
+    assert ended[1] == 0
+    pairing._scheduler.run(lambda: None)
+    assert pairing._batch.sequences == []
+    assert len(pairing._batch._free_rows) == 2 * 6  # type: ignore[attr-defined]

@@ -112,6 +112,18 @@ async def test_sizes_say_where_the_steering_acts(
         assert all(size["value"] > 0 for size in one["relative_size"])
 
 
+@pytest.mark.parametrize("beside", [{}, {"norms": [1]}])
+async def test_every_generated_token_has_its_divergence(
+    http: httpx.AsyncClient, chat: Body, joy: dict[str, Any], beside: dict[str, Any]
+) -> None:
+    found = await answer(http, chat(steering=joy, inspect={"kl": True, **beside}, max_tokens=4))
+    entries = found["steering"]["readouts"]
+    length = found["usage"]["prompt_tokens"]
+    assert [one["position"] for one in entries] == [length + n for n in range(4)]
+    assert all(one["kl"] >= 0 for one in entries)
+    assert ["norms" in one for one in entries] == [bool(beside)] * 3 + [False]
+
+
 async def test_compared_choices_are_not_read(
     http: httpx.AsyncClient, chat: Body, joy: dict[str, Any], engine: FakeEngine
 ) -> None:
@@ -149,7 +161,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"lens": {"layers": [1], "lens": "no"}}, "/inspect/lens/lens", "unknown_lens"),
     ({"lens": {"layers": [1], "top": 101}}, "/inspect/lens/top", "invalid_value"),
     ({"relative_size": True}, "/inspect/relative_size", "nothing_to_compare"),
-    ({"kl": True}, "/inspect/kl", "unsupported"),
+    ({"kl": True}, "/inspect/kl", "nothing_to_compare"),
 ]
 
 

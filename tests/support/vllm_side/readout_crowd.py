@@ -10,7 +10,6 @@ from typing import Any
 import demo_specs
 from readout_oracle import SEVERAL, assert_read, expected, fed_tokens, reading, reading_library
 from readout_oracle import steering as plan_of
-
 from vllm_simulation import steering
 
 from steer.engines.base import Completion, Engine, GenerationRequest, SamplingParams
@@ -56,9 +55,7 @@ def crowd(
         spec = None if name is None else SEVERAL[name]
         read = tokens or ("all", "generated", "prompt")[n // 2 % 3]
         size = length or draw.randint(1, 90)
-        prompt = (common if n % 4 == 0 else ()) + tuple(
-            draw.randrange(3, 800) for _ in range(size)
-        )
+        prompt = (common if n % 4 == 0 else ()) + tuple(draw.randrange(3, 800) for _ in range(size))
         found.append(
             Asked(
                 GenerationRequest(
@@ -76,9 +73,7 @@ def crowd(
     return found
 
 
-def assert_all_read(
-    engine: Engine, asked: Sequence[Asked], answers: Sequence[Completion]
-) -> None:
+def assert_all_read(engine: Engine, asked: Sequence[Asked], answers: Sequence[Completion]) -> None:
     for one, done in zip(asked, answers, strict=True):
         request = one.request
         if one.spec is None or request.readouts is None:

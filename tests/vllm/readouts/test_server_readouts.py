@@ -13,7 +13,8 @@ from liveness import LIVENESS_SECONDS
 from vllm_server import running_server
 
 MODEL = "steer-demo"
-FRENCH = {"interventions": [{"kind": "add", "vector": "french"}]}
+ALL = {"phases": ["prompt", "generation"]}
+FRENCH = {"interventions": [{"kind": "add", "vector": "french", "where": ALL}]}
 ASKED: dict[str, Any] = {
     "projections": [{"vector": "french", "layers": [3, 5]}],
     "features": [{"sae": "resid-3", "top": 3}, {"sae": "resid-3", "features": [1, 7]}],
@@ -58,12 +59,6 @@ def test_they_equal_an_offline_capture(http: httpx.Client, steering: Any) -> Non
     entries = found["readouts"]
     assert ("fingerprint" in found) == (steering is not None)
     assert [one["position"] for one in entries] == list(range(len(entries)))
-    prompt = [one["id"] for one in entries if one["phase"] == "prompt"]
-    # The spec steers what is generated: an offline capture is told where that begins.
-    whole = None
-    if steering is not None:
-        [item] = steering["interventions"]
-        whole = {"interventions": [{**item, "where": {"positions": [[len(prompt), None]]}}]}
     asked = {
         "tokens": [one["id"] for one in entries],
         "vectors": ["french"],
@@ -71,7 +66,7 @@ def test_they_equal_an_offline_capture(http: httpx.Client, steering: Any) -> Non
         "positions": "all",
         "sae": "resid-3",
         "top_features": 3,
-        **({} if whole is None else {"steering": whole}),
+        **steered,
     }
     offline = answer(http, asked, "inspect/activations")
     along = {one["layer"]: one["projections"] for one in offline["vectors"]}
@@ -109,7 +104,8 @@ def test_many_streams_beside_ordinary_traffic(http: httpx.Client) -> None:
     def one(number: int) -> list[dict[str, Any]]:
         asked = {"inspect": {"norms": [1], "tokens": "all"}} if number % 2 else {}
         steered = {"steering": FRENCH} if number % 3 == 0 else {}
-        return chunks(http, body(f"Tell me about {number}", n=2, **asked, **steered))
+        sampled = {"n": 2, "temperature": 0.7, "seed": number}
+        return chunks(http, body(f"Tell me about {number}", **sampled, **asked, **steered))
 
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(one, range(16)))

@@ -4,8 +4,8 @@ prompts in pieces, too little memory (so that requests are preempted), and a pre
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing
 from collections.abc import Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 
 import pytest

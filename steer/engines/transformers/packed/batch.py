@@ -28,7 +28,7 @@ from steer.engines.transformers.sequences import (
     take_tokens,
 )
 from steer.errors import EngineError, SteerError
-from steer.readouts.readings import ReadSpan, Readings
+from steer.readouts.readings import Readings, ReadSpan
 
 
 @dataclass
@@ -55,6 +55,8 @@ class PackedBatch(RequestRows):
     Guarantees: as `Batch`; no state is shared between requests; a receipt counts every token once,
     however often it was computed.
     """
+
+    pairs = False
 
     def __init__(
         self,
@@ -143,7 +145,7 @@ class PackedBatch(RequestRows):
     def _readings(self, chunks: Sequence[Chunk]) -> Readings | None:
         spans, offset = [], 0
         for chunk in chunks:
-            readouts = self._packed[chunk.key].sequence.readouts
+            readouts = self._packed[chunk.key].sequence.reads
             if readouts is not None:
                 spans.append(ReadSpan(readouts, offset, chunk.start, chunk.length))
             offset += chunk.length

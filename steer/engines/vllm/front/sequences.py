@@ -86,9 +86,7 @@ class RunningSequence:
                 return
             self._flush_last()
             self._said.append(token)
-            self._last = TokenEvent(
-                token, _logprob(token, places, self.request.sampling.logprobs)
-            )
+            self._last = TokenEvent(token, _logprob(token, places, self.request.sampling.logprobs))
             if token in self.ends or (self.request.stop is not None and self.request.stop(token)):
                 self.finish = "stop"
         if made.finish_reason is not None and self.finish is None:

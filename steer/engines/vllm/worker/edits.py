@@ -47,7 +47,8 @@ class ComingPass:
     """What the next pass has to do, over `tokens` tokens.
 
     `spans` are steered through the tables; `steered` are their requests, `reading` those that ask
-    for states; `readings` are what is read of tokens. `fault` is told why the pass did not do what it had to.
+    for states; `readings` are what is read of tokens. `fault` is told why the pass did not do
+    what it had to.
     """
 
     spans: Sequence[Span]

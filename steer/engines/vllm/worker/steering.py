@@ -28,7 +28,7 @@ from steer.model import HookPoint, ModelInfo
 from steer.plan.plan import SteeringPlan
 from steer.readouts.plan import ReadoutPlan
 from steer.readouts.readers import Instruments
-from steer.readouts.readings import ReadSpan, Readings
+from steer.readouts.readings import Readings, ReadSpan
 
 
 class WorkerSteering:

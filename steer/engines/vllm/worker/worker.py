@@ -138,9 +138,7 @@ class SteerWorker:
         """For each `(key, {choice: tokens fed})` the receipts by choice; they are then dropped."""
         return [receipt_answer(self.steering.requests, key, fed) for key, fed in asked]
 
-    def steer_readouts(
-        self, asked: list[tuple[str, dict[int, int], bool]]
-    ) -> list[dict[int, Any]]:
+    def steer_readouts(self, asked: list[tuple[str, dict[int, int], bool]]) -> list[dict[int, Any]]:
         """For each `(key, {choice: tokens fed}, last)` what was read by choice, each token's once;
         after the last call nothing is left."""
         requests = self.steering.requests
