@@ -245,7 +245,8 @@ def relative_sizes(
     """‖Δx‖/‖x‖ of what was done to each token, in float32."""
     tiny = torch.finfo(torch.float32).tiny
     lengths: Tensor = before.float().norm(dim=-1).clamp_min(tiny)
-    return (after.float() - before.float()).norm(dim=-1) / lengths
+    changes: Tensor = (after.float() - before.float()).norm(dim=-1)
+    return changes / lengths
 
 
 def deviation(x: Float[Tensor, "T d"]) -> Float[Tensor, "T 1"]:

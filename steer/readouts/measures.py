@@ -17,12 +17,14 @@ _TINY = 1e-30
 
 def norms(x: Float[Tensor, "T d"]) -> Float[Tensor, " T"]:
     """‖x‖ of each state."""
-    return x.float().norm(dim=-1)
+    lengths: Tensor = x.float().norm(dim=-1)
+    return lengths
 
 
 def unit(direction: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
     """A vector's direction, of length one."""
-    return direction.float() / direction.float().norm()
+    length: Tensor = direction.float().norm()
+    return direction.float() / length
 
 
 def projections(x: Float[Tensor, "T d"], units: Float[Tensor, "k d"]) -> Float[Tensor, "T k"]:
@@ -56,7 +58,8 @@ def likeliest(logits: Float[Tensor, "T vocab"], k: int) -> Ranked:
 
 def entropies(logits: Float[Tensor, "T vocab"]) -> Float[Tensor, " T"]:
     """The entropy of each row's distribution, in nats."""
-    return torch.special.entr(logits.float().softmax(-1)).sum(-1)
+    each: Tensor = torch.special.entr(logits.float().softmax(-1))
+    return each.sum(-1)
 
 
 def kl_divergence(

@@ -20,8 +20,8 @@ MOST_FILES = 15
 
 WORDS = """
 spec, intervention, kind, artefact, card, library, selection, gate, law, channels, side, block,
-rule, plan, slot, table, request, span, step, ledger, receipt, hook point, tap, capture, ticket,
-seam
+rule, plan, slot, table, request, span, step, ledger, receipt, hook point, tap, capture, read-out,
+reader, ticket, seam
 """
 
 RETIRED = {

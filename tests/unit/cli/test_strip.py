@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from steer.cli.generate import parse_readouts
-from steer.cli.strip import strip
+from steer.cli.answer.generate import parse_readouts
+from steer.cli.answer.strip import strip
 from steer.errors import SteerError
 
 AT = {"layer": 3, "site": "resid_post"}

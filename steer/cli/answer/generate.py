@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steer.cli.answer.strip import strip
 from steer.cli.fit.where import WhereChoice
 from steer.cli.local import (
     DEMO_MODEL,
@@ -21,7 +22,6 @@ from steer.cli.local import (
 )
 from steer.cli.reporting import table_out
 from steer.cli.steering import LayersOption, VectorOption, chosen_spec, parse_strength
-from steer.cli.strip import strip
 from steer.errors import SteerError, quoted
 from steer.model import parse_layers
 
