@@ -70,8 +70,10 @@ class ReadoutWriter:
                 pairs = zip(reader.names, numbers, strict=True)
                 entries = [{"vector": name, **at, "value": _number(one)} for name, one in pairs]
             case FeatureReader():
-                pairs = zip(reader.features, numbers, strict=True)
-                active = [_feature(one, value, reader.labels) for one, value in pairs]
+                active = [
+                    _feature(feature, value, reader.labels)
+                    for feature, value in zip(reader.features, numbers, strict=True)
+                ]
                 entries = [{"sae": reader.name, **at, "features": active}]
             case TopFeaturesReader():
                 values, places = numbers[: reader.top], numbers[reader.top :]

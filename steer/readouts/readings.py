@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -94,7 +93,8 @@ class RequestReadouts:
         return [(position, self._rows.pop(position)) for position in wanted]
 
 
-class ReadSpan(NamedTuple):
+@dataclass(frozen=True)
+class ReadSpan:
     """The tokens of one request in a pass: `count` from position `start` on, at the batch's rows
     from `offset` on."""
 

@@ -264,14 +264,13 @@ class FakeEngine:
         for event in events:
             span = ReadSpan(readouts, 0, fed, len(tokens) - fed)
             readings = Readings.of([span], tools)
-            for point in readings.points if readings is not None else ():
-                places = range(fed, len(tokens))
-                before, after = (
-                    self._states(point, tuple(tokens), places, plan)
-                    for plan in (None, request.plan)
-                )
-                readings.see(point, before, after)
             if readings is not None:
+                for point in readings.points:
+                    before, after = (
+                        self._states(point, tuple(tokens), range(fed, len(tokens)), plan)
+                        for plan in (None, request.plan)
+                    )
+                    readings.see(point, before, after)
                 readings.finish()
             fed = len(tokens)
             if request.readouts.kl:

@@ -67,7 +67,9 @@ class ReadoutFeed:
         index: int,
     ) -> None:
         self._metrics, self._index = metrics, index
-        self._writer = plan and ReadoutWriter(plan, prompt_length, tokenizer)
+        self._writer = None
+        if plan is not None:
+            self._writer = ReadoutWriter(plan, prompt_length, tokenizer)
 
     def entries(self, found: Sequence[TokenReadout]) -> tuple[Entry, ...]:
         """The entries of what was read, each with its choice; counted."""

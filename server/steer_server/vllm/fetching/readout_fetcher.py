@@ -4,7 +4,7 @@ so that a step in which many streams read costs one."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from steer.engines.vllm.pipeline import readout_answers
@@ -59,9 +59,9 @@ class ReadoutFetcher:
         dropped, self._dropped = self._dropped, []
         asked = [one for one, _ in batch] + [(key, {}, True) for key in dropped]
         failure: SteerError | None = None
-        answers: list[Found] = []
+        answers: Sequence[Found] = ()
         try:
-            answers = list(readout_answers(await self._ask(asked)))[: len(batch)]
+            answers = readout_answers(await self._ask(asked))
         except Exception as error:
             failure = EngineError(
                 "the workers could not be asked what was read, so the answer is withheld "
