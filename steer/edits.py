@@ -239,6 +239,16 @@ class Lengths(NamedTuple):
         )
 
 
+def relative_sizes(
+    before: Float[Tensor, "T d"], after: Float[Tensor, "T d"]
+) -> Float[Tensor, " T"]:
+    """‖Δx‖/‖x‖ of what was done to each token, in float32."""
+    tiny = torch.finfo(torch.float32).tiny
+    lengths: Tensor = before.float().norm(dim=-1).clamp_min(tiny)
+    changes: Tensor = (after.float() - before.float()).norm(dim=-1)
+    return changes / lengths
+
+
 def deviation(x: Float[Tensor, "T d"]) -> Float[Tensor, "T 1"]:
     """σ(x): the unbiased standard deviation of each row's channels."""
     length: Tensor = (x - x.mean(dim=-1, keepdim=True)).norm(dim=-1, keepdim=True)

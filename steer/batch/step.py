@@ -23,7 +23,7 @@ from steer.batch.ledger import Ledger
 from steer.batch.requests import NOBODY, Ints, Span
 from steer.batch.tables import Table, Tables, TableView
 from steer.batch.token_slots import GatedTokens, TokenSlots
-from steer.edits import apply
+from steer.edits import apply, relative_sizes
 from steer.errors import EngineError
 from steer.model import HookPoint
 
@@ -205,10 +205,7 @@ class Step:
 
     def _measure(self, point: HookPoint, before: Tensor, after: Tensor, edited: Tensor) -> None:
         """Measures the `edited` tokens `[T]`; what became of the others does not matter."""
-        tiny = torch.finfo(torch.float32).tiny
-        size = (after.float() - before.float()).norm(dim=-1) / before.float().norm(
-            dim=-1
-        ).clamp_min(tiny)
+        size = relative_sizes(before, after)
         self._ledger.add_relative(point, self._row_index, size, edited)
 
 

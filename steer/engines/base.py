@@ -17,6 +17,7 @@ from steer.prompts.roles import RoleRanges
 
 if TYPE_CHECKING:
     from steer.plan.plan import SteeringPlan
+    from steer.readouts.plan import ReadoutPlan
 
 FinishReason = Literal["stop", "length"]
 
@@ -74,6 +75,20 @@ class GenerationRequest:
     roles: RoleRanges | None = None
     """Whose words the prompt's tokens are; None where it was not given as messages, and then no
     plan may ask."""
+    readouts: ReadoutPlan | None = None
+    """What is read of its tokens."""
+
+
+@dataclass(frozen=True)
+class TokenReadout:
+    """What was read of one token of a request, which stands at `position`: the numbers of its
+    `ReadoutPlan`, in their order. They are those of the pass that the token was fed in, so that the
+    last token of an answer has none; `kl` is of the distribution that it was chosen from."""
+
+    position: int
+    token: int
+    numbers: tuple[float, ...] = ()
+    kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -169,12 +184,15 @@ class TokenEvent:
 
     An end-of-sequence token is reported as an event whose `finish` is `"stop"`; it is not text.
     Where `GenerationRequest.stop` ended the request, that token is reported in the same way.
+    `readouts` are those of the tokens that were fed since the event before: the first one has the
+    prompt's, and each later one the token before its own.
     """
 
     token: int
     logprob: TokenLogprob | None = None
     finish: FinishReason | None = None
     receipt: Receipt | None = None
+    readouts: tuple[TokenReadout, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -185,6 +203,7 @@ class Completion:
     finish: FinishReason
     receipt: Receipt | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    readouts: tuple[TokenReadout, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from math import inf
 
 from steer.engines.base import Captured, GenerationRequest, SamplingParams
 from steer.errors import EngineError, NotFinite, SpecError, SteerError
-from steer.model import ModelInfo
+from steer.model import Capabilities, ModelInfo
+from steer.readouts.spec import check_readable
 
 MAX_PENALTY = 2.0
 MAX_BIAS = 100.0
@@ -53,6 +54,12 @@ def no_messages(*, param: str | None = None) -> SpecError:
         param=param,
         code="no_messages",
     )
+
+
+def check_readouts(request: GenerationRequest, capabilities: Capabilities) -> None:
+    """Raises `Unsupported` for read-outs that the engine cannot make while it answers."""
+    if request.readouts is not None:
+        check_readable(request.readouts.fields, capabilities)
 
 
 def check_sampling(params: SamplingParams, vocab_size: int) -> None:

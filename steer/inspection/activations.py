@@ -31,6 +31,7 @@ from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.points import row
 from steer.prompts import PromptInput, encode_prompt
+from steer.readouts import measures
 from steer.spec import Name, Site, SteeringSpec
 
 
@@ -269,7 +270,7 @@ def _layer(
     return LayerActivations(
         layer=point.layer,
         site=point.site,
-        norms=tuple(states.norm(dim=-1).tolist()),
+        norms=tuple(measures.norms(states).tolist()),
         states=tuple(map(tuple, states.tolist())) if rows else None,
     )
 
@@ -285,15 +286,14 @@ def _readings(
                 continue
             direction = row(vector, point.layer)
             states = captured.states[point]
-            projections = states @ (direction / direction.norm())
-            # A state of norm 0 points nowhere: its cosine with anything is 0.
-            cosines = projections / states.norm(dim=-1).clamp_min(1e-30)
+            along = measures.projections(states, measures.unit(direction)[None])
+            cosines = measures.cosines(along, measures.norms(states))
             readings.append(
                 VectorReading(
                     vector=name,
                     layer=point.layer,
-                    cosines=tuple(cosines.tolist()),
-                    projections=tuple(projections.tolist()),
+                    cosines=tuple(cosines[:, 0].tolist()),
+                    projections=tuple(along[:, 0].tolist()),
                 )
             )
     return tuple(readings)
@@ -304,14 +304,14 @@ def _features(
 ) -> FeatureReading:
     labels = labels_of(library, str(request.sae))
     activations = sae.encode(captured.states[_point_of(sae)])
-    best = activations.topk(min(request.top_features, sae.d_sae), dim=-1)
+    best = measures.ranked(activations, request.top_features)
     top = [
         tuple(
             ActiveFeature(feature=feature, activation=value, label=labels.get(feature))
             for value, feature in zip(values, features, strict=True)
             if value > 0
         )
-        for values, features in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        for values, features in zip(best.values.tolist(), best.places.tolist(), strict=True)
     ]
     return FeatureReading(
         sae=str(request.sae),

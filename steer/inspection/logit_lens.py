@@ -34,6 +34,7 @@ from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.prompts import PromptInput, encode_prompt
 from steer.prompts.roles import RoleRanges
+from steer.readouts.measures import entropies
 from steer.spec import SteeringSpec
 
 _LOGITS_AT_ONCE = 1 << 24
@@ -171,8 +172,8 @@ def _readings(
     readings: list[tuple[tuple[TokenChance, ...], float]] = []
     for part in torch.split(states, rows):
         logits = engine.unembed(part).float().cpu()
-        entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
-        readings += zip(top_tokens(logits, engine.tokenizer, count), entropy.tolist(), strict=True)
+        entropy = entropies(logits).tolist()
+        readings += zip(top_tokens(logits, engine.tokenizer, count), entropy, strict=True)
     return readings
 
 

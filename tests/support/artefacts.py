@@ -19,6 +19,7 @@ from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
 from steer.model import Capabilities, ModelInfo
 from steer.prompts.roles import RoleRanges
+from steer.readouts.spec import READOUTS
 from steer.spec import KINDS, ROLES, SITES, Role
 
 ARCHITECTURES = ("standard", "jumprelu", "topk")
@@ -88,7 +89,7 @@ def shape_of(width: int = 16, layers: int = 4) -> ModelInfo:
     )
 
 
-EVERYTHING = Capabilities("test", KINDS, SITES, roles=ROLES)
+EVERYTHING = Capabilities("test", KINDS, SITES, captures=SITES, readouts=READOUTS, roles=ROLES)
 
 
 def random_vector(seed: int, *layers: int, width: int = 16, **card: Any) -> ControlVector:

@@ -61,7 +61,7 @@ async def _whole(serving: Serving, run: Generation, body: ChatRequest) -> Respon
     def choice(answer: Answer) -> Choice:
         return _choice(serving, answer, body)
 
-    extra = await added_fields(serving, run, body.inspect, found, default, choice)
+    extra = await added_fields(serving, run, body.prompt_lens, found, default, choice)
     completion = SteeredChatCompletion(
         id=run.id,
         object="chat.completion",

@@ -57,6 +57,6 @@ async def _whole(serving: Serving, run: Generation, body: ResponsesRequest) -> R
     def message(one: Answer) -> OutputMessage:
         return message_of(serving.engine.tokenizer, run, one)
 
-    extra = await added_fields(serving, run, body.inspect, [answer], default, message)
+    extra = await added_fields(serving, run, body.prompt_lens, [answer], default, message)
     found = response_of(run, body, **ended(run, answer), output=[message(answer)], **extra)
     return JSONResponse(as_json(found))

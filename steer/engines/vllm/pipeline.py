@@ -127,6 +127,21 @@ def gathered_answers(engines: Sequence[Sequence[Answers]]) -> list[dict[int, dic
     ]
 
 
+def readout_answers(
+    engines: Sequence[Sequence[Answers]],
+) -> list[dict[int, list[Mapping[str, Any]]]]:
+    """For each request that `steer_readouts` was asked about, in order, what the workers that ran
+    each of its choices say."""
+    workers = [worker for engine in engines for worker in engine]
+    return [
+        {
+            choice: [worker[choice] for worker in request if choice in worker]
+            for choice in dict.fromkeys(choice for worker in request for choice in worker)
+        }
+        for request in zip(*workers, strict=True)
+    ]
+
+
 _UNKNOWN = "unknown"
 
 

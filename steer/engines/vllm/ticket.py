@@ -45,6 +45,15 @@ class CaptureOrder:
 
 
 @dataclass(frozen=True)
+class ReadoutOrder:
+    """What is read of the request's tokens while it runs: the hash of its `ReadoutPlan` in the plan
+    store, and whether tokens of the prompt are read, which then must be computed."""
+
+    plan: str
+    prompt: bool
+
+
+@dataclass(frozen=True)
 class Ticket:
     """How one request is steered and read.
 
@@ -68,6 +77,7 @@ class Ticket:
     latents: int = 0
     roles: RoleRanges | None = None
     capture: CaptureOrder | None = field(default=None, compare=False)
+    readouts: ReadoutOrder | None = field(default=None, compare=False)
 
     def as_extra_args(self) -> dict[str, str]:
         """The entry of `SamplingParams.extra_args`, or of `vllm_xargs`."""
@@ -85,6 +95,8 @@ class Ticket:
                 "points": [[point.layer, point.site] for point in self.capture.points],
                 "positions": list(self.capture.positions),
             }
+        if self.readouts is not None:
+            content["readouts"] = [self.readouts.plan, self.readouts.prompt]
         return {EXTRA_ARG: json.dumps(content, separators=(",", ":"), sort_keys=True)}
 
     @staticmethod
@@ -104,6 +116,12 @@ class Ticket:
                 "send the spec in the field 'steering' instead",
                 code="invalid_ticket",
             ) from error
+
+    @property
+    def computes_prompt(self) -> bool:
+        """Whether every token of the prompt must be computed: states that come from the prefix
+        cache are never seen."""
+        return self.capture is not None or (self.readouts is not None and self.readouts.prompt)
 
     @cached_property
     def reads_tokens(self) -> bool:
@@ -171,6 +189,12 @@ def _read(text: str) -> Ticket:
     if order is not None:
         points = tuple(HookPoint(int(layer), site) for layer, site in order["points"])
         capture = CaptureOrder(points, tuple(int(position) for position in order["positions"]))
+    readouts = None
+    if "readouts" in content:
+        sha256, prompt = content["readouts"]
+        if not _SHA256.fullmatch(sha256):
+            raise ValueError(f"read-outs {sha256!r}")
+        readouts = ReadoutOrder(sha256, bool(prompt))
     steering = _steering(content["steering"]) if "steering" in content else _Steering()
     roles = content.get("roles")
     return Ticket(
@@ -181,4 +205,5 @@ def _read(text: str) -> Ticket:
         attached=bool(content.get("attached", False)),
         roles=None if roles is None else _roles(*roles),
         capture=capture,
+        readouts=readouts,
     )

@@ -22,6 +22,7 @@ from steer.engines.journal import remembered
 from steer.errors import Unsupported
 from steer.fit.measure.answers import Answer, Progress
 from steer.plan.plan import SteeringPlan
+from steer.readouts.measures import kl_divergence, log_total
 
 BATCH = 8
 """Texts read at once. It bounds memory: 2 · batch · tokens · vocabulary floats."""
@@ -183,42 +184,6 @@ def divergences(
 ) -> Float[Tensor, "plans answers"]:
     """`References.divergences`, for answers that are needed once."""
     return References(engine, answers, batch=batch, room=0).divergences(plans, progress=progress)
-
-
-def kl_divergence(
-    logits: Float[Tensor, "T vocab"],
-    reference: Float[Tensor, "T vocab"],
-    *,
-    reference_total: Float[Tensor, " T"] | None = None,
-) -> Float[Tensor, " T"]:
-    """KL(p ‖ q) in nats, p and q the softmax of `logits` and `reference`; exact in float64.
-
-    `reference_total` is `log_total(reference)`, for those who hold much against one reference.
-    Σ p·(a − b) − log Σeᵃ + log Σeᵇ for logits a and b: one exponential for each number of p.
-    """
-    weights, total = _weighed(logits)
-    apart = logits.double() - reference.double()
-    # 0 · log 0 is 0: a token that p rules out adds nothing, whatever q says.
-    apart.masked_fill_(weights == 0, 0.0)
-    mean = torch.einsum("tv,tv->t", weights, apart) / weights.sum(-1)
-    of_reference = log_total(reference) if reference_total is None else reference_total
-    divergence: Tensor = mean - total + of_reference
-    return divergence.clamp(min=0.0)
-
-
-def log_total(logits: Float[Tensor, "T vocab"]) -> Float[Tensor, " T"]:
-    """log Σ exp of each row, in float64."""
-    return _weighed(logits)[1]
-
-
-def _weighed(
-    logits: Float[Tensor, "T vocab"],
-) -> tuple[Float[Tensor, "T vocab"], Float[Tensor, " T"]]:
-    """exp of each logit less the row's largest, and log Σ exp of the row, in float64."""
-    rows = logits.double()
-    top = rows.amax(-1, keepdim=True)
-    weights = (rows - top).exp_()
-    return weights, weights.sum(-1).log() + top.squeeze(-1)
 
 
 def anchored(plan: SteeringPlan, prompt_length: int) -> SteeringPlan:

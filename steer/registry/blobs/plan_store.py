@@ -19,9 +19,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from os import utime
 from pathlib import Path
+from typing import IO, TypeVar
 
 from torch import Tensor
 
+from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
 from steer.errors import SteerError, StorageError, TooLarge
 from steer.registry.blobs import locks
@@ -37,6 +39,8 @@ _MAX_PLAN = 256 << 20
 _CACHE_BYTES = 1 << 30
 _REMEMBERED = 65_536
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Held = TypeVar("Held")
 
 
 class PlanStore:
@@ -118,6 +122,20 @@ class PlanStore:
 
         with disk_errors("reading an SAE"):
             return self._encoders.get(sha256, lambda rows: sum(map(_nbytes, rows)), load)
+
+    def sae(self, sha256: str) -> SAE:
+        """A registered SAE; its rows may stay in its file. Raises as `sae_encoder` does."""
+        return self._registered(sha256, lambda stream: SAE.from_file(stream, sha256=sha256))
+
+    def lens(self, sha256: str) -> Lens:
+        """A registered tuned lens. Raises as `sae_encoder` does."""
+        return self._registered(sha256, lambda stream: Lens.from_bytes(stream.read()))
+
+    def _registered(self, sha256: str, read: Callable[[IO[bytes]], Held]) -> Held:
+        _check_hash(sha256)
+        self._leases.take(sha256)
+        with disk_errors("reading an artefact"), self._blobs.open(sha256) as stream:
+            return read(stream)
 
     def prune(self, older_than_seconds: float, now: float | None = None) -> int:
         """Removes plans last used more than `older_than_seconds` before `now`; how many.

@@ -81,8 +81,8 @@ def check_tickets(examine: Examine | None = None) -> None:
 def check_request(request: Any, config: Any, examine: Examine | None = None) -> Ticket | None:
     """The ticket of an `EngineCoreRequest`; raises a `SteerError` where it cannot be honoured.
 
-    Sets `skip_reading_prefix_cache` on the request's own parameters where states are captured:
-    what comes from the cache is never computed, and so never seen.
+    Sets `skip_reading_prefix_cache` on the request's own parameters where its prompt is read: what
+    comes from the cache is never computed, and so never seen.
     """
     ticket = _ticket(request)
     if ticket is None:
@@ -94,7 +94,7 @@ def check_request(request: Any, config: Any, examine: Examine | None = None) -> 
         check_rows(ticket, SteerOptions.of(config.additional_config).edit_rows)
         if examine is not None:
             examine(ticket, config)
-    if ticket.capture is not None:
+    if ticket.computes_prompt:
         request.sampling_params.skip_reading_prefix_cache = True
     return ticket
 

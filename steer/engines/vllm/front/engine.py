@@ -25,7 +25,7 @@ from steer.engines.base import (
     SamplingParams,
     TokenEvent,
 )
-from steer.engines.checks import check_request
+from steer.engines.checks import check_readouts, check_request
 from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
 from steer.engines.vllm import plugin
 from steer.engines.vllm.front.capturing import capture_order, collect, unembed
@@ -40,6 +40,7 @@ from steer.errors import SteerError, Unsupported
 from steer.model import SAMPLING, Capabilities, ModelInfo
 from steer.plan.plan import check_rules
 from steer.prompts.roles import found_roles
+from steer.readouts.spec import READOUTS
 from steer.registry.blobs.plan_store import PlanStore
 from steer.spec import KINDS
 
@@ -75,6 +76,7 @@ class VllmEngine:
             sampling=SAMPLING,
             captures=self.info.sites,
             roles=found_roles(tokenizer),
+            readouts=_readouts(lens=bool(answer.get("lens", False))),
             limits={"slots": slots, "passes": self._passes, "batch": slots},
         )
         self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
@@ -150,6 +152,7 @@ class VllmEngine:
     def admit(self, request: GenerationRequest) -> None:
         """Raises where `request` can never run here."""
         check_request(request, self.info, self.info.max_length)
+        check_readouts(request, self.capabilities)
         if request.plan is not None:
             check_rules(len(request.plan.rules), self._passes)
 
@@ -224,8 +227,13 @@ class VllmEngine:
         self, request: GenerationRequest, listener: AsyncListener | BlockingListener
     ) -> RunningSequence:
         ticket = None
-        if request.plan is not None:
-            ticket = self.tickets.issue(request.plan, measure=request.measure, roles=request.roles)
+        if request.plan is not None or request.readouts is not None:
+            ticket = self.tickets.issue(
+                request.plan,
+                measure=request.measure,
+                roles=request.roles,
+                readouts=request.readouts,
+            )
         return RunningSequence(request, ticket, listener, self.ends)
 
     def _mailbox(self) -> Mailbox:
@@ -233,3 +241,10 @@ class VllmEngine:
         if loop not in self._mailboxes:
             self._mailboxes[loop] = Mailbox(loop)
         return self._mailboxes[loop]
+
+
+def _readouts(*, lens: bool) -> tuple[str, ...]:
+    """What workers read while they answer: an unsteered twin is not among it, and a `lens` only
+    where the model's head is with its layers and changed by no adapter."""
+    missing = {"kl"} if lens else {"kl", "lens"}
+    return tuple(name for name in READOUTS if name not in missing)

@@ -8,10 +8,12 @@ import uuid
 from collections import OrderedDict
 
 from steer.engines.vllm.static.rows import budget_rows
-from steer.engines.vllm.ticket import CaptureOrder, Ticket
+from steer.engines.vllm.ticket import CaptureOrder, ReadoutOrder, Ticket
 from steer.plan.file import dump_plan
 from steer.plan.plan import SteeringPlan
 from steer.prompts.roles import RoleRanges
+from steer.readouts.file import dump_readouts
+from steer.readouts.plan import ReadoutPlan
 from steer.registry.blobs.plan_store import PlanStore
 
 _REMEMBERED = 4096
@@ -37,12 +39,16 @@ class TicketIssuer:
         attached: bool = False,
         capture: CaptureOrder | None = None,
         roles: RoleRanges | None = None,
+        readouts: ReadoutPlan | None = None,
     ) -> Ticket:
         """A ticket with a key of its own for one request of `n` choices; `roles` say whose words
         its prompt is, where the plan asks."""
         key = uuid.uuid4().hex
+        order = None
+        if readouts is not None:
+            order = ReadoutOrder(self._store.put(dump_readouts(readouts)), readouts.reads_prompt)
         if plan is None:
-            return Ticket(key, n, capture=capture)
+            return Ticket(key, n, capture=capture, readouts=order)
         sha256, rows = self._publish(plan)
         return Ticket(
             key,
@@ -56,6 +62,7 @@ class TicketIssuer:
             latents=plan.latents,
             roles=roles if plan.reads_roles else None,
             capture=capture,
+            readouts=order,
         )
 
     def holds(self, plan: SteeringPlan) -> bool:

@@ -36,4 +36,5 @@ class GraphRoom:
         """Whether Python steers this request in a step that is `full`, or in one that is not:
         states leave a pass in Python alone, and an SAE may have more latents than there is room
         for."""
-        return ticket.capture is not None or ticket.latents > (0 if full else self.latents)
+        reads = ticket.capture is not None or ticket.readouts is not None
+        return reads or ticket.latents > (0 if full else self.latents)

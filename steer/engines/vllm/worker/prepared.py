@@ -21,6 +21,7 @@ from steer.batch.requests import Ints
 from steer.engines.vllm.taps.shifts import Shifts
 from steer.engines.vllm.worker.requests import WorkerRequest
 from steer.errors import Unsupported
+from steer.readouts.readings import Readings
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class ScheduledRequest:
     def fixed(self) -> bool:
         """Whether what the coming tokens need depends on their ids alone."""
         request = self.request
+        if request.readouts is not None and self.start < len(request.prompt):
+            return False
         return not request.states and (request.plan is None or self.start >= request.fixed_from)
 
 
@@ -133,6 +136,7 @@ class Prepared:
     inline_rows: Ints
     inline_selected: Ints
     running: RunningPass | None
+    readings: Readings | None = None
 
     def __post_init__(self) -> None:
         self._offsets = np.array([one.offset for one in self.placed], dtype=np.int64)
@@ -193,6 +197,9 @@ class Prepared:
             if selected != one.selected:
                 one.selected = selected
                 changes[one.offset] = _slots(one, selected)
+        if self.readings is not None:
+            starts = batch.starts[self._indices].tolist()
+            self.readings.move(dict(zip(self._offsets.tolist(), starts, strict=True)))
         if self.running is not None:
             self.running.carry_on(changes)
         return True

@@ -18,12 +18,11 @@ from steer.fit.measure.divergence import (
     References,
     anchored,
     divergences,
-    kl_divergence,
-    log_total,
 )
 from steer.fit.measure.scoring import Score
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
+from steer.readouts.measures import kl_divergence, log_total
 from steer.spec import parse_spec
 
 PROMPTS = ["one", "two words", "and three more"]

@@ -8,7 +8,7 @@ from typing import Any
 from steer.errors import SteerError
 from steer.inspection.logit_lens import LogitLensRequest, logit_lens
 from steer.prompts.roles import RoleRanges
-from steer_server.generation.inspect_spec import InspectSpec
+from steer_server.generation.inspection.inspect_spec import InspectSpec
 from steer_server.generation.steering import Steering
 from steer_server.state import Serving
 
