@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from steer.edits import Block
+from steer.edits import Block, Encoder
 from steer.errors import Unsupported
 from steer.model import HookPoint, forward_order
 from steer.plan.selection import Selection
@@ -63,6 +63,11 @@ class Rule:
     gate: Gate | None
     blocks: Mapping[HookPoint, Block]
 
+    @property
+    def touched(self) -> frozenset[HookPoint]:
+        """The hook points of its blocks, and those that these read."""
+        return read_elsewhere(self.blocks).union(self.blocks)
+
 
 @dataclass(frozen=True)
 class SteeringPlan:
@@ -83,6 +88,11 @@ class SteeringPlan:
         return tuple(sorted({p for one in self.rules for p in one.blocks}, key=forward_order))
 
     @cached_property
+    def reached(self) -> tuple[HookPoint, ...]:
+        """Every hook point that is edited or that an edit behind it reads, in forward order."""
+        return tuple(sorted({p for one in self.rules for p in one.touched}, key=forward_order))
+
+    @cached_property
     def selections(self) -> tuple[Selection, ...]:
         """The tokens that each rule selects."""
         return tuple(one.selection for one in self.rules)
@@ -94,14 +104,26 @@ class SteeringPlan:
     @cached_property
     def latents(self) -> int:
         """The latents of the largest TopK SAE whose features are clamped, every one of which is
-        read for each token; 0 where there is none."""
-        blocks = (block for one in self.rules for block in one.blocks.values())
-        return max((len(one.cutoff.bias) for one in blocks if one.cutoff is not None), default=0)
+        ranked for each token; 0 where there is none."""
+        return max((one.latents for one in self._encoders if one.ranks), default=0)
 
     @property
     def competes(self) -> bool:
-        """Whether features of a TopK SAE are clamped."""
-        return self.latents > 0
+        """Whether features are clamped that compete with others of their SAE."""
+        return bool(self._encoders)
+
+    @cached_property
+    def graphless(self) -> bool:
+        """Whether it does what no kernel does: it reads at one hook point what it writes at
+        another, or asks an encoder that does not rank."""
+        blocks = (block for one in self.rules for block in one.blocks.values())
+        elsewhere = any(block.reads_at is not None for block in blocks)
+        return elsewhere or not all(one.ranks for one in self._encoders)
+
+    @cached_property
+    def _encoders(self) -> tuple[Encoder, ...]:
+        blocks = (block for one in self.rules for block in one.blocks.values())
+        return tuple(block.encoder for block in blocks if block.encoder is not None)
 
     @cached_property
     def resolved_strengths(self) -> tuple[Mapping[str, Any], ...]:
@@ -143,6 +165,12 @@ class SteeringPlan:
             "hook_points": [{"layer": p.layer, "site": p.site} for p in self.points],
             "interventions": [dict(entry) for entry in self.summary],
         }
+
+
+def read_elsewhere(blocks: Mapping[HookPoint, Block]) -> frozenset[HookPoint]:
+    """The hook points that edits read which write at others."""
+    points = (block.reads_at for block in blocks.values())
+    return frozenset(point for point in points if point is not None)
 
 
 def check_rules(count: int, limit: int) -> None:

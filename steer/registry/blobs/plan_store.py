@@ -20,8 +20,6 @@ from contextlib import contextmanager, suppress
 from os import utime
 from pathlib import Path
 
-from torch import Tensor
-
 from steer.artefacts.sae.base import SAE
 from steer.errors import SteerError, StorageError, TooLarge
 from steer.registry.blobs import locks
@@ -40,7 +38,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class PlanStore:
-    """Plans and SAE encoders under `location`, a folder or any URL that fsspec opens.
+    """Plans and SAEs under `location`, a folder or any URL that fsspec opens.
 
     Assumes: the registry whose SAEs the plans name is at the same `location`.
     Guarantees: a plan appears whole or not at all; every method may be called from any thread,
@@ -64,7 +62,7 @@ class PlanStore:
         self._clock = clock
         self._used: OrderedDict[str, float] = OrderedDict()
         self._lock = threading.Lock()
-        self._encoders: LoadedCache[str, tuple[Tensor, Tensor]] = LoadedCache(cache_bytes)
+        self._saes: LoadedCache[str, SAE] = LoadedCache(cache_bytes)
 
     def put(self, data: bytes) -> str:
         """Stores a plan's bytes, unless they are here; their sha256.
@@ -99,10 +97,10 @@ class PlanStore:
                 self._touch(sha256)
         return data
 
-    def sae_encoder(self, sha256: str) -> tuple[Tensor, Tensor]:
-        """Read rows `[d_sae, d]` and biases `[d_sae]` of all latents of a registered SAE.
+    def sae(self, sha256: str) -> SAE:
+        """A registered SAE, whose rows stay in its file where there are many.
 
-        Kept in memory, the least recently used dropped over `cache_bytes` of them; the tensors are
+        Kept open, the least recently used dropped over `cache_bytes` of what lies in memory; it is
         shared and must not be changed. Raises `StorageError` for a hash that is not
         here, `FileFormatError` for one that is no SAE's.
         """
@@ -111,13 +109,12 @@ class PlanStore:
         # Those who put the plan have leased it already; a worker that only reads need not.
         self._leases.take(sha256)
 
-        def load() -> tuple[Tensor, Tensor]:
+        def load() -> SAE:
             with self._blobs.open(sha256) as stream:
-                reads = SAE.from_file(stream, sha256=sha256).reads(None)
-            return reads.read, reads.bias
+                return SAE.from_file(stream, sha256=sha256)
 
         with disk_errors("reading an SAE"):
-            return self._encoders.get(sha256, lambda rows: sum(map(_nbytes, rows)), load)
+            return self._saes.get(sha256, SAE.resident_bytes, load)
 
     def prune(self, older_than_seconds: float, now: float | None = None) -> int:
         """Removes plans last used more than `older_than_seconds` before `now`; how many.
@@ -223,10 +220,6 @@ class PlanStore:
 def _check_hash(sha256: str) -> None:
     if not _SHA256.fullmatch(sha256):
         raise StorageError(f"{sha256!r} is not a sha256 in 64 hex digits", code="invalid_hash")
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.nbytes
 
 
 def _lock_file(folder: Path) -> Path:

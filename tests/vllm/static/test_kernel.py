@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steer.artefacts.library import MemoryLibrary
+from steer.artefacts.sae.encoders import LatentRows, TopKEncoder
 from steer.batch.ledger import PositionLedger
 from steer.batch.requests import Span, SteeredRequest
 from steer.batch.step import build_step
@@ -39,7 +40,6 @@ from steer.edits import (
     UPPER,
     Block,
     Law,
-    TopKCutoff,
     apply,
 )
 from steer.engines.vllm.static import form as static_form
@@ -528,7 +528,7 @@ def test_a_feature_is_active_where_the_reference_has_it(
     write = torch.randint(-1, 2, (len(clamped), WIDTH), generator=_generator).float()
     before = Block(shift=torch.ones(WIDTH))
     ranking = Block.of_edits(
-        read[clamped], write, laws, cutoff=TopKCutoff("whole numbers", read, bias, k)
+        read[clamped], write, laws, encoder=TopKEncoder("whole numbers", LatentRows(read, bias), k)
     )
     rules = tuple(Rule(EVERYWHERE, None, {HookPoint(1): one}) for one in (before, ranking, ranking))
     plan = replace(plan_of(KINDS["clamp-topk"]), fingerprint="k", rules=rules)

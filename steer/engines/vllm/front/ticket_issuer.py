@@ -51,6 +51,7 @@ class TicketIssuer:
             measure=measure,
             attached=attached,
             latents=plan.latents,
+            graphless=plan.graphless,
             capture=capture,
         )
 

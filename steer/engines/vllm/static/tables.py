@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from steer.batch.cutoffs import DeviceCutoffs
+from steer.artefacts.sae.encoders import TopKEncoder
+from steer.batch.encoders import DeviceEncoders
 from steer.batch.slots import Holding, SlotTables
 from steer.batch.tables import MAX_RULES
 from steer.engines.vllm.static.encoders import Encoders
@@ -69,9 +70,9 @@ class StaticTables(SlotTables[_StaticHolding]):
         edit_rows: int = 4096,
         constant_rows: int | None = None,
         device: torch.device | str = "cpu",
-        cutoffs: DeviceCutoffs | None = None,
+        encoders: DeviceEncoders | None = None,
     ) -> None:
-        """`cutoffs` may be shared with other tables on `device`."""
+        """`encoders` may be shared with other tables on `device`."""
         super().__init__(model, slots=slots, device=device, max_rules=MAX_RULES)
         self.points = tuple(point for group in groups for point in group)
         self.first_points = tuple(int(n) for n in np.cumsum([0, *map(len, groups)]))
@@ -81,7 +82,8 @@ class StaticTables(SlotTables[_StaticHolding]):
         widths = {model.width(point.site) for point in self.points}
         self.banks = {width: Bank(width, capacity, self.device) for width in sorted(widths)}
         # A block that ranks latents has an edit: there are never more encoders than edit rows.
-        self.encoders = Encoders(edit_rows * len(self.banks), cutoffs or DeviceCutoffs(self.device))
+        encoders = encoders or DeviceEncoders(self.device)
+        self.encoders = Encoders(edit_rows * len(self.banks), encoders)
         shape = (slots + 1, len(self.points))
         self.work = self._zeros(*shape)
         self.group_work = self._zeros(slots + 1, len(groups))
@@ -103,7 +105,7 @@ class StaticTables(SlotTables[_StaticHolding]):
     def groups_of(self, plan: SteeringPlan) -> frozenset[int]:
         """The groups in which `plan` edits or reads."""
         read = {gate.point for one in plan.rules if (gate := own_gate(one)) is not None}
-        return frozenset(self._group_of[point] for point in {*plan.points, *read})
+        return frozenset(self._group_of[point] for point in {*plan.reached, *read})
 
     def check(self, plan: SteeringPlan) -> None:
         check_rules(len(plan.rules), self.max_rules)
@@ -195,9 +197,9 @@ class StaticTables(SlotTables[_StaticHolding]):
                 index = self._index[point]
                 blocks[index, number] = self.banks[width].write_block(block, taken[width])
                 work[index] |= 1 << EDITS + number
-                if block.cutoff is not None:
-                    blocks[index, number, ENCODER] = self.encoders.take(block.cutoff)
-                    encoders.append(block.cutoff.identity)
+                if isinstance(block.encoder, TopKEncoder):
+                    blocks[index, number, ENCODER] = self.encoders.take(block.encoder)
+                    encoders.append(block.encoder.identity)
                     work[index] |= 1 << RANKS + number
             if (gate := own_gate(one)) is not None:
                 width = self.model.width(gate.point.site)
