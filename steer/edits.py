@@ -180,6 +180,12 @@ class Block:
     def n_edits(self) -> int:
         return 0 if self.read is None else self.read.shape[0]
 
+    @property
+    def kept(self) -> int:
+        """How many numbers of a token are kept from where they are read to where it is written:
+        what each edit has read, and two lengths."""
+        return 0 if self.reads_at is None else self.n_edits + 2
+
     def fused_with(self, later: Block) -> Block:
         """The one block that adds both constants."""
         if not (self.is_shift and later.is_shift) or self.shift is None or later.shift is None:

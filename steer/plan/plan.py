@@ -102,10 +102,16 @@ class SteeringPlan:
         return any(one.gate is not None for one in self.rules)
 
     @cached_property
-    def latents(self) -> int:
+    def ranked(self) -> int:
         """The latents of the largest TopK SAE whose features are clamped, every one of which is
         ranked for each token; 0 where there is none."""
         return max((one.latents for one in self._encoders if one.ranks), default=0)
+
+    @cached_property
+    def latents(self) -> int:
+        """The numbers that kernels hold for each token: those that are ranked, and what edits read
+        at an earlier hook point."""
+        return self.ranked + sum(block.kept for block in self._blocks)
 
     @property
     def competes(self) -> bool:
@@ -114,16 +120,22 @@ class SteeringPlan:
 
     @cached_property
     def graphless(self) -> bool:
-        """Whether it does what no kernel does: it reads at one hook point what it writes at
-        another, or asks an encoder that does not rank."""
-        blocks = (block for one in self.rules for block in one.blocks.values())
-        elsewhere = any(block.reads_at is not None for block in blocks)
-        return elsewhere or not all(one.ranks for one in self._encoders)
+        """Whether it does what no kernel does: it asks an encoder that does not rank, or what it
+        reads at an earlier hook point lies before a gate of its rule."""
+        early = (
+            one.gate is not None and forward_order(point) < forward_order(one.gate.point)
+            for one in self.rules
+            for point in read_elsewhere(one.blocks)
+        )
+        return any(early) or not all(one.ranks for one in self._encoders)
+
+    @cached_property
+    def _blocks(self) -> tuple[Block, ...]:
+        return tuple(block for one in self.rules for block in one.blocks.values())
 
     @cached_property
     def _encoders(self) -> tuple[Encoder, ...]:
-        blocks = (block for one in self.rules for block in one.blocks.values())
-        return tuple(block.encoder for block in blocks if block.encoder is not None)
+        return tuple(block.encoder for block in self._blocks if block.encoder is not None)
 
     @cached_property
     def resolved_strengths(self) -> tuple[Mapping[str, Any], ...]:

@@ -17,7 +17,7 @@ from steer.artefacts.sae.encoders import GroupEncoder, LatentRows, PursuitEncode
 from steer.artefacts.sae.reads import Measure
 from steer.artefacts.sae.storage.rows import KEPT_DTYPES
 from steer.edits import CENTRED, COSINE, PRODUCT, Encoder
-from steer.errors import IncompatibleArtefact
+from steer.errors import IncompatibleArtefact, Unsupported
 
 MEASURES: dict[Measure, float] = {"product": PRODUCT, "cosine": COSINE, "centred": CENTRED}
 """What laws call what an SAE's features are read by."""
@@ -39,7 +39,7 @@ def competing(sae: SAE, features: Sequence[int], k: int | None = None) -> Compet
     """What clamps of `features` ask; None where each is read by its own row alone.
 
     `k` takes the place of the SAE's own, or of matching pursuit's number of steps. Raises
-    `IncompatibleArtefact` (`no_k`, `feature_out_of_range`).
+    `IncompatibleArtefact` (`no_k`, `feature_out_of_range`), `Unsupported` (`competitive_sae`).
     """
     if k is not None:
         check_k(sae, k)
@@ -49,7 +49,14 @@ def competing(sae: SAE, features: Sequence[int], k: int | None = None) -> Compet
     own = sae.sha256 if k in (None, sae.k) else f"{sae.sha256}/k={k}"
     if sae.pursuit is not None:
         return Competing(_shared(own, lambda: _pursuit(sae, own, k)), tuple(features))
-    assert sae.k is not None, "checked when the SAE was built"
+    if sae.k is None:
+        raise Unsupported(
+            f"features of a {sae.architecture} SAE cannot be clamped: which are active depends on "
+            "all of them, in a way that no encoder says. Add to them with mode 'add', or capture "
+            "them",
+            param="/sae",
+            code="competitive_sae",
+        )
     if sae.grouped:
         return _groups(sae, features, sae.k)
     ranked = k or sae.k

@@ -52,8 +52,8 @@ class Ticket:
     `key` names what the request leaves behind (receipt, captured states); `n` is the number of
     choices that share it. `plan` is the plan's hash in the plan store, None where the request is
     only read. `rows` is the number of edit rows that the plan takes in the tables, `latents` how
-    many of a TopK SAE it ranks for a token; a plan that is `graphless` does what no kernel does.
-    `selections` has one entry per rule of the plan. With
+    many numbers kernels hold of a token for it (`SteeringPlan.latents`); a plan that is `graphless`
+    does what no kernel does. `selections` has one entry per rule of the plan. With
     `measure` the sizes of edits are measured; with `attached` the receipt comes on the engine's
     last output where it can (`core/attached.py`).
     """

@@ -186,6 +186,16 @@ def test_files_hold_as_much_of_laws_as_says_something(clamp: dict[str, Any], col
     assert read.encoder is wrote.encoder
 
 
+def test_features_that_compete_in_no_known_way_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(SAE, "competitive", property(lambda _: True))
+    with pytest.raises(SteerError, match="standard SAE cannot be clamped") as caught:
+        plan_of({})
+    assert caught.value.code == "competitive_sae"
+    assert plan_of({"mode": "add"}).rules
+
+
 ADDED_IN_SHARES = {"mode": "add", "value": {"norm": 0.5}}
 
 

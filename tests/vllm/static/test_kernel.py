@@ -6,6 +6,7 @@ requests come, go, wait and are preempted; states and ledgers must agree after e
 
 from __future__ import annotations
 
+import itertools
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -21,7 +22,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from artefacts import CLAMPS, EVERYTHING, artefacts, random_spec, random_vector, shape_of
+from artefacts import (
+    CLAMPS,
+    EVERYTHING,
+    MODES,
+    NORMALISATIONS,
+    artefacts,
+    clamps_of,
+    random_spec,
+    random_transcoder,
+    random_vector,
+    shape_of,
+)
 from float64_reference import Float64Reference
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -67,6 +79,21 @@ MADE["vectors"] |= {
     for site in ("mlp_out", "resid_mid")
     for n in range(2)
 }
+TRANSCODERS = {
+    f"{one}{suffix} {site} {write_site}": random_transcoder(
+        one + suffix, seed=90 + n, width=WIDTH, site=site, write_site=write_site, W_skip=None
+    )
+    for n, (one, suffix, site, write_site) in enumerate(
+        itertools.product(
+            ("jumprelu", "topk", "abstopk"),
+            NORMALISATIONS,
+            ("resid_mid", "mlp_out"),
+            ("mlp_out", "resid_post"),
+        )
+    )
+    if site != write_site
+}
+MADE["saes"] |= TRANSCODERS
 REFERENCE = Float64Reference(**MADE)
 PLANS = PlanCache(MemoryLibrary(**MADE), MODEL, EVERYTHING)
 _generator = torch.Generator().manual_seed(12)
@@ -341,6 +368,24 @@ def ranking_plan(draw: random.Random) -> SteeringPlan:
             continue
 
 
+def reading_plan(draw: random.Random) -> SteeringPlan:
+    """Clamps of transcoders, one or two among other edits, behind gates or not."""
+    while True:
+        raw = random_spec(draw, layers=LAYERS, longest=2)
+        for name in draw.sample(list(TRANSCODERS), draw.randint(1, 2)):
+            place = draw.randint(0, len(raw["interventions"]))
+            mode = draw.choice(["set", "at_least", "scale", "add in balance", "set where active"])
+            clamp = {"kind": "clamp", "sae": name, "features": [3, 60, 17, 8, 21], **MODES[mode]}
+            gated = {"when": random_when(draw)} if draw.random() < 0.3 else {}
+            raw["interventions"].insert(place, {**clamp, **gated})
+        try:
+            plan = PLANS.plan(parse_spec(raw))
+        except SteerError:
+            continue
+        if not plan.graphless:
+            return plan
+
+
 def random_requests(
     draw: random.Random,
     count: int,
@@ -381,6 +426,16 @@ def test_features_are_clamped_by_their_rank_among_other_edits_and_gates(programs
     """By one program for a token, or several; in prompts and in what is generated."""
     simulation = Simulation(7, torch.float32, programs=programs)
     simulation.run(random_requests(random.Random(500), REQUESTS // 3, ranking_plan))
+    assert simulation.edited > 10
+    assert not simulation.form.buffers.arrived.any()
+
+
+@pytest.mark.parametrize("programs", [1, 40])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_read_at_one_point_is_written_at_another(seed: int, programs: int) -> None:
+    simulation = Simulation(seed, torch.float32, programs=programs)
+    requests = random_requests(random.Random(600 + seed), REQUESTS // 2, reading_plan)
+    simulation.run(requests)
     assert simulation.edited > 10
     assert not simulation.form.buffers.arrived.any()
 
@@ -451,6 +506,7 @@ def test_tokens_behind_the_last_of_the_prompt_take_its_decision(opens: bool, spl
     assert ledger.gate_open[0, 0].item() is opens
 
 
+SIGNED = [f"abstopk{suffix}" for suffix in NORMALISATIONS]
 KINDS: dict[str, dict[str, Any]] = {
     "add": {"kind": "add", "vector": "v0", "strength": 1.5, "layers": [1]},
     "add-norm": {"kind": "add", "vector": "v0", "strength": {"norm": 0.3}, "layers": [1]},
@@ -461,6 +517,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "clamp-topk": {"kind": "clamp", "sae": "topk", "features": [1, 5, 9, 30], "value": 1.5},
     **{name.replace(" ", "-"): clamp for name, clamp in CLAMPS.items()},
+    **{name.replace(" ", "-"): clamp for name, clamp in clamps_of(SIGNED).items()},
     "clamp-topk-scale": {
         "kind": "clamp", "sae": "topk", "features": [*range(16)], "value": 3.0, "mode": "scale",
     },
@@ -510,6 +567,34 @@ def test_every_kind_is_what_its_paper_says(name: str, norm: str | None) -> None:
         wanted = REFERENCE.steer(spec, HookPoint(1), row, position, 5, position)
         actual = (half + other)[position].double().numpy()
         assert np.abs(actual - wanted).max() <= 1e-5 * (1 + np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", TRANSCODERS)
+def test_a_clamp_of_a_transcoder_is_that_of_the_whole_one(name: str, mode: str) -> None:
+    """Read in one launch and written in another, or in the same."""
+    item = {"kind": "clamp", "sae": name, "features": [3, 60, 17, 8, 21], **MODES[mode]}
+    spec, sae = parse_spec({"interventions": [item]}), TRANSCODERS[name]
+    if "share" in mode and mode != "add a share" and sae.measure != "product":
+        return  # there is no such clamp: it would have two lengths
+    plan, read, written = PLANS.plan(spec), HookPoint(1, sae.site), sae.write_point
+    form = make_form(PositionLedger(1, LONGEST, torch.device("cpu")))
+    request = SteeredRequest(0, 5, plan, form.tables.acquire(plan))
+    assert form.begin([Span(request, 0, np.arange(5), np.arange(5))], 5, no_fault) is not None
+    # The state where it is read in an earlier launch; the part and the stream of the last one.
+    x, part, stream = torch.randn(3, 5, WIDTH, generator=_generator)
+    if read.site == "mlp_out":
+        x = part.clone()
+    else:
+        form.edit(tap_of(read), x / 3, x - x / 3)
+    before = part.clone() if written.site == "mlp_out" else part + stream
+    form.edit(tap_of(written), part, stream)
+    actual = part if written.site == "mlp_out" else part + stream
+    for found, old, row in zip(actual, before, x, strict=True):
+        wanted = REFERENCE.clamped(
+            spec.interventions[0], old.double().numpy(), row.double().numpy()
+        )
+        assert np.abs(found.double().numpy() - wanted).max() <= 1e-5 * (1 + np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("programs", [1, 18])
