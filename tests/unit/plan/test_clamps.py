@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from artefacts import EVERYTHING, artefacts, random_sae, random_transcoder, shape_of
+from artefacts import EVERYTHING, artefacts, random_sae, random_transcoder, random_vector, shape_of
 
 from steer.artefacts.library import MemoryLibrary
 from steer.artefacts.sae.base import SAE
@@ -269,6 +269,31 @@ def test_a_clamp_of_a_transcoder_reads_where_it_reads_and_writes_where_it_writes
     assert plan.describe()["hook_points"] == [{"layer": 1, "site": "mlp_out"}]
     added = block_of(plan_of({"sae": "t", "mode": "add"}, t=random_transcoder("jumprelu")))
     assert added.is_shift
+
+
+@pytest.mark.parametrize(
+    ("clamp", "latents", "graphless"),
+    [
+        ({"sae": "standard"}, 0, False),
+        ({"sae": "topk"}, 64, False),
+        ({"sae": "abstopk"}, 64, False),
+        ({"sae": "groupmax"}, 0, True),
+        ({"sae": "matching_pursuit"}, 0, True),
+        ({"sae": "t"}, 2 + 2, False),
+        ({"sae": "ranked"}, 64 + 2 + 2, False),
+        ({"sae": "t", "when": {"vector": "v0", "above": 0.0, "layer": 0}}, 2 + 2, False),
+        ({"sae": "t", "when": {"vector": "late", "above": 0.0, "layer": 1}}, 2 + 2, True),
+    ],
+)
+def test_a_plan_says_what_kernels_hold_for_it_and_whether_they_can(
+    clamp: dict[str, Any], latents: int, graphless: bool
+) -> None:
+    saes = {**SAES, "t": random_transcoder("jumprelu"), "ranked": random_transcoder("topk")}
+    vectors = {"v0": random_vector(0, 0), "late": random_vector(1, 1, site="mlp_out")}
+    item = {"kind": "clamp", "features": [3, 5], "value": 1.0, **clamp}
+    sources = Sources(MemoryLibrary(vectors=vectors, saes=saes), shape_of())
+    plan = compile_plan(parse_spec({"interventions": [item]}), sources, EVERYTHING)
+    assert (plan.latents, plan.graphless) == (latents, graphless)
 
 
 def test_clamps_that_read_at_one_point_are_rules_of_their_own() -> None:

@@ -415,6 +415,16 @@ def _runs_over(x):
 
 
 @triton.jit
+def _contained(x, before, lost):
+    """`x`, or `before` where only the edits have driven it beyond all numbers, which is noted."""
+    if _runs_over(x):  # noqa: SIM102 -- the second is computed where the first is true
+        if not _runs_over(before):
+            x = before
+            tl.store(lost, 1)
+    return x
+
+
+@triton.jit
 def _write_back(x, before, hidden_row, residual_row, summed, inside, SPLIT: tl.constexpr):
     """Puts the row `x` in the place of `before`: a sum changes by the difference in `residual`."""
     if SPLIT:
@@ -553,10 +563,7 @@ def _at_point(
             # Loaded again, so that it needs no registers meanwhile.
             before = _stream(hidden_row, residual_row, summed, inside, SPLIT)
             x = _stored(x, hidden_row, summed, SPLIT)
-            if _runs_over(x):  # noqa: SIM102 -- the second is computed where the first is true
-                if not _runs_over(before):
-                    x = before
-                    tl.store(lost, 1)
+            x = _contained(x, before, lost)
             if (marks & _MEASURED) != 0:
                 tl.store(size, _length(x - before) / tl.maximum(_length(before), _TINY))
             _write_back(x, before, hidden_row, residual_row, summed, inside, SPLIT)
