@@ -75,7 +75,7 @@ class LatentRows:
 
     def _blocks(self) -> Iterator[Tensor]:
         size = max(1, BLOCK_BYTES // (4 * self.read.shape[1]))
-        return (block.float() for block in self.read.split(size))
+        return (block.float() for block in torch.split(self.read, size))
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +138,7 @@ class GroupEncoder:
 
     def tell(self, x: Float[Tensor, "T d"], columns: Int[Tensor, " K"]) -> Float[Tensor, "T K"]:
         """The price of each edit's group: halfway from its largest to the next."""
-        values = self.rows.of(x).clamp_min_(0.0).unflatten(-1, (-1, self.size))
+        values = self.rows.of(x).clamp_min_(0.0).reshape(len(x), -1, self.size)
         places = torch.searchsorted(self.groups, columns // self.size)
         return _between(values, 1)[..., 0].index_select(1, places)
 
@@ -177,6 +177,6 @@ class PursuitEncoder:
     def tell(self, x: Float[Tensor, "T d"], columns: Int[Tensor, " K"]) -> Float[Tensor, "T K"]:
         """The activations of each edit's feature, all of them computed for some tokens at once."""
         inputs = scaling(self.normalize, x).apply(x) - self.b_dec
-        parts = inputs.split(max(1, _MOST_ACTIVATIONS // self.latents))
+        parts = torch.split(inputs, max(1, _MOST_ACTIVATIONS // self.latents))
         each = (pursue(part, self.decoder, self.rule, k=self.k) for part in parts)
         return torch.cat([z.index_select(1, columns) for z in each])
