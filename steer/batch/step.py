@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -79,9 +80,9 @@ class Step:
         self._work = {point: work for point in points if (work := self._work_at(point, in_use))}
         self._reading: dict[HookPoint, list[_Work]] = {}
         """What reads at each point, and edits behind it."""
-        for work in (one for works in self._work.values() for one in works):
-            if work.view.reads_at is not None:
-                self._reading.setdefault(work.view.reads_at, []).append(work)
+        for one in chain.from_iterable(self._work.values()):
+            if one.view.reads_at is not None:
+                self._reading.setdefault(one.view.reads_at, []).append(one)
         self.points = frozenset(self._work.keys() | self._reading.keys() | gated)
 
     def edit(self, point: HookPoint, x: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ class Step:
                 "there were not applied, so the result is withheld"
             )
         self._visited = set()
-        for work in (one for works in self._reading.values() for one in works):
+        for work in chain.from_iterable(self._reading.values()):
             work.readings = None
         slots = self._tokens.slots if self._gates is None else self.slots.cpu().numpy()
         present = self._tokens.rows != NOBODY
