@@ -508,7 +508,8 @@ class Clamp(_Intervention):
     active. `balance` is the activation that counts as full, f̂ = f / balance within 0 and 1: what is
     added is multiplied by 1 − f̂, what is taken away by f̂ (G-SAE, 2506.19382). `with_absorbers`
     clamps with each feature those whose decoder rows have at least this cosine with its own, which
-    may be active in its place (absorption, 2409.14507).
+    may be active in its place (absorption, 2409.14507). `k` takes the place of the SAE's own k, or
+    is the number of features that matching pursuit picks at most.
     """
 
     kind: Literal["clamp"] = "clamp"
@@ -522,6 +523,7 @@ class Clamp(_Intervention):
     only_if_active: bool = Field(default=False, strict=True, exclude_if=lambda value: not value)
     balance: Annotated[Number, Field(gt=0)] | None = None
     with_absorbers: Annotated[Number, Field(gt=0, le=1)] | None = None
+    k: Annotated[int, Field(ge=1, strict=True)] | None = None
 
     @property
     def numbers(self) -> tuple[float, ...]:
@@ -561,6 +563,10 @@ class Clamp(_Intervention):
             )
         if self.mode != "add" and self.balance is not None:
             raise ValueError(f"'balance' weighs what mode 'add' adds; the mode is {self.mode!r}")
+        if self.mode == "add" and self.balance is None and not self.only_if_active and self.k:
+            raise ValueError(
+                "'k' says how features are found, and this 'add' looks at none: leave 'k' out"
+            )
 
 
 class Concept(_Intervention):

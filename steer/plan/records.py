@@ -102,12 +102,16 @@ class EditsRecord(_Record):
     laws: StrictStr
 
 
-class CutoffRecord(_Record):
-    """A `TopKCutoff` without its encoder, which the SAE of this hash has."""
+class EncoderRecord(_Record):
+    """Which encoder a block asks: that of the SAE of this hash, for these features.
+
+    `features` are left out where all of them compete for k places, whichever they are.
+    """
 
     sae: Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}\z")]
-    k: Annotated[int, Field(strict=True, ge=1)]
+    k: Annotated[int, Field(strict=True, ge=1)] | None = None
     measure: Annotated[float, Field(strict=True, ge=PRODUCT, le=CENTRED)] = PRODUCT
+    features: Annotated[tuple[Index, ...], Field(min_length=1)] | None = None
 
 
 class BlockRecord(_Record):
@@ -118,7 +122,8 @@ class BlockRecord(_Record):
     edits: EditsRecord | None = None
     channels: StrictStr | None = None
     side: StrictStr | None = None
-    competition: CutoffRecord | None = None
+    competition: EncoderRecord | None = None
+    reads_at: _Point | None = None
     replace: StrictBool = False
     preserve_norm: StrictBool = False
 

@@ -10,7 +10,6 @@ from steer.artefacts.lens import Lens
 from steer.artefacts.library import Library
 from steer.artefacts.sae.architectures import architecture_named
 from steer.artefacts.sae.base import SAE
-from steer.artefacts.sae.encoders import part_of
 from steer.errors import (
     IncompatibleArtefact,
     SpecError,
@@ -23,6 +22,7 @@ from steer.model import Capabilities, HookPoint, ModelInfo
 from steer.plan.plan import SteeringPlan
 from steer.plan.points import row
 from steer.readouts import measures
+from steer.readouts.encoding import part_of
 from steer.readouts.plan import ReadoutPlan, check_countable
 from steer.readouts.readers import (
     FeatureReader,

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from steer.artefacts.lens import Lens, translate
 from steer.artefacts.sae.base import SAE
-from steer.artefacts.sae.encoders import encoder_bytes, encoder_on
 from steer.artefacts.sae.labels import FeatureLabel
 from steer.edits import relative_sizes
 from steer.model import HookPoint
 from steer.readouts import measures
+from steer.readouts.encoding import encoder_bytes, encoder_on
 
 Unembed: TypeAlias = Callable[[Tensor], Tensor | None]
 """States after the last block `[T, d_model]` to float32 logits `[T, vocab]`; None on a worker that

@@ -17,6 +17,7 @@ from steer.artefacts.control_vector import ControlVector, LayerMeasure, LowRankA
 from steer.artefacts.kinds import ArtefactKind
 from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
+from steer.artefacts.sae.pursuit import Pursuit
 from steer.model import Capabilities, ModelInfo
 from steer.prompts.roles import RoleRanges
 from steer.readouts.spec import READOUTS
@@ -27,6 +28,11 @@ NORMALISATIONS = {"": "none", "-rescaled": "constant_norm_rescale", "-centred": 
 SAE_NAMES = tuple(
     architecture + suffix for suffix in NORMALISATIONS for architecture in ARCHITECTURES
 )
+COMPETING = ("groupmax", "abstopk", "matching_pursuit")
+COMPETING_NAMES = tuple(
+    architecture + suffix for suffix in NORMALISATIONS for architecture in COMPETING
+)
+"""The others, whose features compete in ways of their own."""
 
 _EACH = [0.7, 0.0, 3.0, 1.0, 0.3]
 _ADDED = [0.7, 0.1, -1.5, 1.0, -0.3]
@@ -62,15 +68,20 @@ def allowed(sae: str, mode: str) -> bool:
     return not (sae.endswith("-centred") and mode.startswith("set") and "a share" in mode)
 
 
-CLAMPS: dict[str, dict[str, Any]] = {
-    f"clamp {mode} {sae}": {
-        "kind": "clamp", "sae": sae, "features": [3, 60, 17, 8, 21], **MODES[mode],
-    }
-    for sae in SAE_NAMES
-    for mode in MODES
-    if allowed(sae, mode)
-}  # fmt: skip
-"""What a clamp can be asked for, over the SAEs of `artefacts`."""
+def clamps_of(saes: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What a clamp can be asked for, over some of the SAEs of `artefacts`."""
+    return {
+        f"clamp {mode} {sae}": {
+            "kind": "clamp", "sae": sae, "features": [3, 60, 17, 8, 21], **MODES[mode],
+        }
+        for sae in saes
+        for mode in MODES
+        if allowed(sae, mode)
+    }  # fmt: skip
+
+
+CLAMPS = clamps_of(SAE_NAMES)
+COMPETING_CLAMPS = clamps_of(COMPETING_NAMES)
 
 
 def shape_of(width: int = 16, layers: int = 4) -> ModelInfo:
@@ -128,18 +139,30 @@ def random_sae(
         return torch.randn(shape, generator=generator)
 
     size = 64
+    fields = {
+        "W_enc": draw(width, size) / width**0.5,
+        "b_enc": 0.3 * draw(size),
+        "W_dec": draw(size, width) / width**0.5,
+        "b_dec": draw(width),
+        "threshold": 0.5 * draw(size).abs() if architecture == "jumprelu" else None,
+        "k": 8 if architecture in ("topk", "groupmax", "abstopk") else None,
+    }
+    if architecture == "matching_pursuit":  # whose rows have length 1, or it would not come nearer
+        fields["W_dec"] = torch.nn.functional.normalize(fields["W_dec"], dim=-1)
+        fields["pursuit"] = Pursuit(max_iterations=9)
     return SAE.of(
         architecture,
-        W_enc=draw(width, size) / width**0.5,
-        b_enc=0.3 * draw(size),
-        W_dec=draw(size, width) / width**0.5,
-        b_dec=draw(width),
-        threshold=0.5 * draw(size).abs() if architecture == "jumprelu" else None,
-        k=8 if architecture == "topk" else None,
         layer=layer,
         normalize=NORMALISATIONS[dash + suffix],
-        **card,
+        **fields | card,
     )
+
+
+def random_transcoder(architecture: str, *, seed: int = 0, width: int = 16, **card: Any) -> SAE:
+    """As `random_sae`, from the input of the MLP of layer 1 to its output, with a skip."""
+    skip = torch.randn(width, width, generator=torch.Generator().manual_seed(seed)) / width**0.5
+    places = {"site": "mlp_in", "write_site": "mlp_out", "subtract_b_dec": False, "W_skip": skip}
+    return random_sae(architecture, seed=seed, width=width, **places | card)
 
 
 def random_adapter(
@@ -210,7 +233,8 @@ def artefacts(width: int = 16, layers: int = 4) -> dict[str, Any]:
     return {
         "vectors": {f"v{n}": random_vector(n, *everywhere, width=width) for n in range(6)},
         "saes": {
-            name: random_sae(name, seed=50 + n, width=width) for n, name in enumerate(SAE_NAMES)
+            name: random_sae(name, seed=50 + n, width=width)
+            for n, name in enumerate((*SAE_NAMES, *COMPETING_NAMES))
         },
         "low_ranks": {
             "lora": random_adapter(90, *everywhere, width=width),

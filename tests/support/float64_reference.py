@@ -166,8 +166,7 @@ class Float64Reference:
     def points(self, item: Any) -> list[HookPoint]:
         """Where `item` acts; tests give `layers` wherever a vector is used."""
         if isinstance(item, Clamp | Concept):
-            sae = self.saes[item.sae]
-            return [HookPoint(sae.layer, sae.site)]
+            return [self.saes[item.sae].write_point]
         return [HookPoint(layer, item.site or "resid_post") for layer in item.layers]
 
     def steer(
@@ -231,21 +230,26 @@ class Float64Reference:
         return x + (target - projection) * v
 
     def _clamp(self, item: Any, x: Array, layer: int) -> Array:
+        return self.clamped(item, x, x)
+
+    def clamped(self, item: Any, x: Array, read: Array) -> Array:
+        """x after a clamp of what the whole SAE makes of `read`: x itself, or of a transcoder the
+        token where that reads, whose output x is."""
         sae = self.saes[item.sae]
-        features = self.encode(sae, x)
-        error = x - self.decode(sae, features, x)
+        features = self.encode(sae, read, item.k)
+        error = x - self.decode(sae, features, read)
         if item.mode == "keep_only":
             kept = np.zeros_like(features)
             kept[list(item.features)] = features[list(item.features)]
-            return self.decode(sae, kept, x) + error
+            return self.decode(sae, kept, read) + error
         for feature, number in zip(item.features, item.numbers, strict=True):
             active = features[feature]
-            if item.only_if_active and active <= 0:
+            if item.only_if_active and active == 0:
                 continue
             value = number
             if isinstance(item.value, NormValue):
                 # The activation at which the decoder row is as long as this share of the token.
-                row = self.factor(sae, x) * f64(sae.W_dec)[feature]
+                row = self.factor(sae, read) * f64(sae.W_dec)[feature]
                 value = number * np.linalg.norm(x) / np.linalg.norm(row)
             if item.mode == "scale":
                 features[feature] *= value
@@ -255,26 +259,52 @@ class Float64Reference:
                 features[feature] += value * _balance(item, value, active)
             else:
                 features[feature] = _bounded(active, value, item.mode)
-        return self.decode(sae, features, x) + error
+        return self.decode(sae, features, read) + error
 
-    def encode(self, sae: SAE, x: Array) -> Array:
+    def encode(self, sae: SAE, x: Array, k: int | None = None) -> Array:
         """All activations of one token, by the definition of the architecture."""
+        k = sae.k if k is None else k
+        if sae.pursuit is not None:
+            return self._pursued(sae, x, k)
         pre = self.pre_activations(sae, x)
+        if sae.architecture == "abstopk":
+            pre[np.argsort(-np.abs(pre), kind="stable")[k:]] = 0.0
+            return pre
         active = np.maximum(pre, 0.0)
         if sae.architecture == "topk":
-            active[np.argsort(-pre, kind="stable")[sae.k :]] = 0.0
+            active[np.argsort(-pre, kind="stable")[k:]] = 0.0
+        if sae.architecture == "groupmax":
+            groups = active.reshape(sae.k, -1)
+            groups[groups < groups.max(axis=1, keepdims=True)] = 0.0
         if sae.architecture == "jumprelu":
             assert sae.threshold is not None
             active[pre <= f64(sae.threshold)] = 0.0
         return active
 
     def pre_activations(self, sae: SAE, x: Array) -> Array:
+        return self._inputs(sae, x) @ f64(sae.W_enc) + f64(sae.b_enc)
+
+    def _inputs(self, sae: SAE, x: Array) -> Array:
         if sae.normalize == "layer_norm":
             inputs = (x - x.mean()) / (x.std(ddof=1) + 1e-5)
         else:
             inputs = x / self.factor(sae, x)
-        inputs = inputs - f64(sae.b_dec) if sae.subtract_b_dec else inputs
-        return inputs @ f64(sae.W_enc) + f64(sae.b_enc)
+        return inputs - f64(sae.b_dec) if sae.subtract_b_dec else inputs
+
+    def _pursued(self, sae: SAE, x: Array, steps: int | None) -> Array:
+        """Matching pursuit, one feature after another."""
+        left, rows, rule = self._inputs(sae, x), f64(sae.W_dec), sae.pursuit
+        assert rule is not None
+        z = np.zeros(len(rows))
+        for _ in range(steps or rule.max_iterations or len(left)):
+            best = int(np.argmax(rows @ left))
+            value, known = max(float(rows[best] @ left), 0.0), z[best] != 0
+            z[best] += value
+            left = left - value * rows[best]
+            stuck = rule.stop_on_duplicate_support and (known or value == 0)
+            if stuck or np.linalg.norm(left) < rule.residual_threshold:
+                break
+        return z
 
     def factor(self, sae: SAE, x: Array) -> float:
         """What the SAE divides a token by, and multiplies its output by."""
@@ -286,7 +316,10 @@ class Float64Reference:
 
     def decode(self, sae: SAE, features: Array, x: Array) -> Array:
         mean = x.mean() if sae.normalize == "layer_norm" else 0.0
-        return self.factor(sae, x) * (features @ f64(sae.W_dec) + f64(sae.b_dec)) + mean
+        output = features @ f64(sae.W_dec) + f64(sae.b_dec)
+        if sae.W_skip is not None:
+            output = output + f64(sae.W_skip) @ x
+        return self.factor(sae, x) * output + mean
 
     def _concept(self, item: Any, x: Array, layer: int) -> Array:
         sae = self.saes[item.sae]
@@ -370,7 +403,7 @@ def _balance(item: Clamp, value: float, active: float) -> float:
     """β of G-SAE: what is still missing of a full activation, or what there is of it."""
     if item.balance is None:
         return 1.0
-    share = min(active / item.balance, 1.0)
+    share = min(max(active / item.balance, 0.0), 1.0)
     return 1.0 - share if value > 0 else share
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from steer.batch.gates import Decisions
 from steer.engines.vllm.seams import replaced
+from steer.errors import Unsupported
 from steer.model import HookPoint, forward_order
 from steer.plan.plan import Gate, SteeringPlan
 
@@ -36,8 +37,16 @@ def own_part(plan: SteeringPlan, stage: OwnLayers) -> SteeringPlan:
     """`plan` as `stage` runs it; its rules keep their numbers.
 
     They lose the edits of other stages, and a gate that reads behind this one, whose rule has no
-    edits here.
+    edits here. Raises `Unsupported` (`read_on_another_stage`) for an edit here that reads there.
     """
+    for one in plan.rules:
+        for point, block in one.blocks.items():
+            if block.reads_at and stage.owns(point) and not stage.owns(block.reads_at):
+                raise Unsupported(
+                    f"the edit at {point} reads {block.reads_at}, which another stage of the "
+                    "pipeline computes: clamp a transcoder that reads inside its layer",
+                    code="read_on_another_stage",
+                )
     rules = tuple(
         replace(
             one,

@@ -60,7 +60,8 @@ class Ticket:
     `key` names what the request leaves behind (receipt, captured states); `n` is the number of
     choices that share it. `plan` is the plan's hash in the plan store, None where the request is
     only read. `rows` is the number of edit rows that the plan takes in the tables, `latents` how
-    many of a TopK SAE it ranks for a token. `selections` has one entry per rule of the plan. With
+    many numbers kernels hold of a token for it (`SteeringPlan.latents`); a plan that is `graphless`
+    does what no kernel does. `selections` has one entry per rule of the plan. With
     `measure` the sizes of edits are measured; with `attached` the receipt comes on the engine's
     last output where it can (`core/attached.py`). `roles` say whose words the prompt is, where the
     plan asks. Texts in `selections` are only named: what they do to tokens stands in the plan.
@@ -76,6 +77,7 @@ class Ticket:
     attached: bool = False
     latents: int = 0
     roles: RoleRanges | None = None
+    graphless: bool = False
     capture: CaptureOrder | None = field(default=None, compare=False)
     readouts: ReadoutOrder | None = field(default=None, compare=False)
 
@@ -84,7 +86,12 @@ class Ticket:
         content: dict[str, Any] = {"v": _VERSION, "key": self.key, "n": self.n}
         if self.plan is not None:
             steering = _Steering(
-                self.fingerprint, self.plan, self.rows, self.selections, self.latents
+                self.fingerprint,
+                self.plan,
+                self.rows,
+                self.selections,
+                self.latents,
+                self.graphless,
             )
             content |= {"steering": _written(steering), "measure": self.measure}
             content |= {"attached": True} if self.attached else {}
@@ -147,6 +154,7 @@ class _Steering(NamedTuple):
     rows: int = 0
     selections: tuple[Selection, ...] = ()
     latents: int = 0
+    graphless: bool = False
 
 
 @lru_cache(_PLANS)
@@ -167,8 +175,8 @@ def _steering(text: str) -> _Steering:
     if len(selections) > MAX_RULES:
         raise ValueError(f"{len(selections)} rules")
     fingerprint, rows = content.get("fingerprint", ""), content.get("rows", 0)
-    latents = int(content.get("latents", 0))
-    return _Steering(str(fingerprint), plan, int(rows), selections, latents)
+    latents, graphless = int(content.get("latents", 0)), bool(content.get("graphless", False))
+    return _Steering(str(fingerprint), plan, int(rows), selections, latents, graphless)
 
 
 def _roles(length: int, spans: Sequence[Sequence[Any]]) -> RoleRanges:

@@ -219,6 +219,7 @@ class _Facts(NamedTuple):
     rows: int
     selections: tuple[Selection, ...]
     latents: int
+    graphless: bool
 
 
 class PlanCheck:
@@ -240,7 +241,8 @@ class PlanCheck:
         if ticket.plan is None:
             return
         facts = self._facts(ticket.plan)
-        if facts != (ticket.fingerprint, ticket.rows, ticket.selections, ticket.latents):
+        told = (ticket.fingerprint, ticket.rows, ticket.selections)
+        if facts != (*told, ticket.latents, ticket.graphless):
             raise SpecError(
                 "the ticket says something else than the plan that it names: send the spec in the "
                 "field 'steering' instead",
@@ -248,7 +250,8 @@ class PlanCheck:
             )
 
     def _look(self, plan: str) -> _Facts:
-        loaded = load_plan(self._store.get(plan), self._store.sae_encoder)
+        loaded = load_plan(self._store.get(plan), self._store.sae)
         check_rules(len(loaded.rules), MAX_RULES)
         selections = tuple(one.selection for one in loaded.rules)
-        return _Facts(loaded.fingerprint, budget_rows(loaded), selections, loaded.latents)
+        rows = budget_rows(loaded)
+        return _Facts(loaded.fingerprint, rows, selections, loaded.latents, loaded.graphless)

@@ -61,6 +61,7 @@ class TicketIssuer:
             attached=attached,
             latents=plan.latents,
             roles=roles if plan.reads_roles else None,
+            graphless=plan.graphless,
             capture=capture,
             readouts=order,
         )

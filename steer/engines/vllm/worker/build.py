@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from steer.batch.cutoffs import DeviceCutoffs
+from steer.batch.encoders import DeviceEncoders
 from steer.engines.vllm.options import KEY, SteerOptions, is_static, registry_location
 from steer.engines.vllm.pipeline import own_part
 from steer.engines.vllm.static.form import StaticForm, set_form
@@ -145,7 +145,7 @@ def _static_edits(
     info: ModelInfo, stack: DecoderStack, sizes: _Sizes, options: SteerOptions, device: torch.device
 ) -> StaticEdits:
     """Edits in kernels, which the operators of this process launch from now on."""
-    cutoffs = DeviceCutoffs(device)
+    encoders = DeviceEncoders(device)
     form = StaticForm(
         info,
         stack.taps,
@@ -154,10 +154,10 @@ def _static_edits(
         edit_rows=options.edit_rows,
         device=device,
         latents=options.latents_at_once,
-        cutoffs=cutoffs,
+        encoders=encoders,
     )
     set_form(form)
-    return StaticEdits(form, TapEdits(info, sizes.requests, device, cutoffs=cutoffs))
+    return StaticEdits(form, TapEdits(info, sizes.requests, device, encoders=encoders))
 
 
 def _shift_tables(
@@ -220,7 +220,7 @@ def plan_loader(store: PlanStore, model: ModelInfo) -> Callable[[str], SteeringP
 
     @lru_cache(_KEPT_PLANS)
     def load(sha256: str) -> SteeringPlan:
-        return load_plan(store.get(sha256), store.sae_encoder, model=model)
+        return load_plan(store.get(sha256), store.sae, model=model)
 
     return load
 

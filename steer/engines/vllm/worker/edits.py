@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steer.batch.cutoffs import DeviceCutoffs
+from steer.batch.encoders import DeviceEncoders
 from steer.batch.gates import Decisions
 from steer.batch.ledger import PositionLedger
 from steer.batch.requests import Ints, Span
@@ -111,13 +111,13 @@ class TapEdits:
         requests: int,
         device: torch.device,
         shards: Mapping[Site, Shard] | None = None,
-        cutoffs: DeviceCutoffs | None = None,
+        encoders: DeviceEncoders | None = None,
         switch: TapSwitch | None = None,
     ) -> None:
-        """`shards` are the sites whose rows are split over workers; `cutoffs` may be shared with
+        """`shards` are the sites whose rows are split over workers; `encoders` may be shared with
         other tables on `device`. Taps that have a `switch` are in place while they are needed."""
         self._model = model
-        self.tables = Tables(model, slots=requests, device=device, cutoffs=cutoffs)
+        self.tables = Tables(model, slots=requests, device=device, encoders=encoders)
         self._shards, self._switch = shards or {}, switch
         self._ledger: Callable[[], PositionLedger] | None = None
 
