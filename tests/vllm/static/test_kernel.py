@@ -80,7 +80,7 @@ MADE["vectors"] |= {
     for n in range(2)
 }
 TRANSCODERS = {
-    f"{name} {site} {write_site}": random_transcoder(
+    f"{name}.{site}.{write_site}": random_transcoder(
         name, seed=90 + n, width=WIDTH, site=site, write_site=write_site, W_skip=None
     )
     for n, (name, site, write_site) in enumerate(
