@@ -10,11 +10,13 @@ with every scalar law c taken from one family with nine parameters (`Law`):
     u    = a + bias                where that exceeds `threshold`, else 0; or the share of ‖x‖ it is
     c(a) = clip(intercept + slope · u, floor, ceiling)         times a length where `relative`
 
-and c = 0 where `only_active` and the threshold is not exceeded. The length is ‖x‖, σ(x), or that of
+and c = 0 where `only_active` and u is 0. The length is ‖x‖, σ(x), or that of
 x in the plane that the block's other edits read; σ is the deviation of a row's channels from their
 mean. Gain and offset, a number for each channel, act on the channels whose value is inside their
 bounds (`CHANNEL_ROWS`).
-A block may act only where x lies on one side of a row.
+A block may act only where x lies on one side of a row. It may read u at an earlier hook point of
+the layer (`Block.reads_at`): x is then only added to. Where features compete, an `Encoder` says
+which are active, or how much.
 
 Dot products, norms and the sum are float32; the result is cast once. This is the only place,
 with `steer.batch.apply` and `steer.artefacts.sae`, where activations are computed with.
@@ -28,13 +30,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from steer.errors import Unsupported
+from steer.errors import EngineError, Unsupported
+from steer.model import HookPoint
 
 
 class Law(NamedTuple):
@@ -89,34 +92,29 @@ CHANNEL_ROWS = GAIN, OFFSET, LOWER, UPPER = range(4)
 """The rows of a block's `channels`: x gets gain · x + offset where lower ≤ x ≤ upper."""
 
 
-@dataclass(frozen=True)
-class TopKCutoff:
-    """A TopK SAE's encoder: a feature is active only among the k largest pre-activations.
+class Encoder(Protocol):
+    """What is asked of an SAE where a feature's activation takes more of a token than the feature's
+    own row: encoders of one `identity` are one, and are asked once for all edits of a batch.
 
-    `read` `[d_sae, d]` and `bias` `[d_sae]` are all of the SAE's latents, which read x by `measure`
-    as laws do; `identity` is the SAE's hash, so that clamps of one SAE share one encode.
+    `gives_activations` is whether it tells the activations themselves; else the least absolute
+    pre-activation that counts as active. `latents` are computed for each token, in kernels too
+    where it `ranks` them.
     """
 
-    identity: str
-    read: Float[Tensor, "d_sae d"]
-    bias: Float[Tensor, " d_sae"]
-    k: int
-    measure: float = PRODUCT
+    @property
+    def identity(self) -> str: ...
+    @property
+    def latents(self) -> int: ...
+    @property
+    def gives_activations(self) -> bool: ...
+    @property
+    def ranks(self) -> bool: ...
 
-    def least_active(self, x: Float[Tensor, "T d"]) -> Float[Tensor, "T 1"]:
-        """The price of being active: halfway from the k-th to the next pre-activation.
+    def on(self, device: torch.device) -> Encoder:
+        """The same, with its tensors on `device`."""
 
-        Halfway, because a clamped feature is read by a product of another shape, whose rounding
-        differs: at the k-th value itself, the last active feature would often count as inactive.
-        """
-        if self.measure == COSINE:
-            x = x / x.norm(dim=-1, keepdim=True).clamp_min(_TINY)
-        elif self.measure == CENTRED:
-            x = x / (deviation(x) + EPSILON)
-        values = torch.addmm(self.bias, x, self.read.T).clamp_min_(0.0)
-        if self.k >= values.shape[-1]:
-            return values.new_zeros(len(values), 1)
-        return values.topk(self.k + 1, dim=-1).values[:, -2:].mean(-1, keepdim=True)
+    def tell(self, x: Float[Tensor, "T d"], columns: Int[Tensor, " K"]) -> Float[Tensor, "T K"]:
+        """What it says of K edits, which know by `columns` what of it is theirs."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +125,9 @@ class Block:
     edits that all see the same x; `channels` `[4, d]` change each channel by itself
     (`CHANNEL_ROWS`); where `side` `[d]` is given, rows with ⟨side, x⟩ ≤ 0 are left alone; `replace`
     discards x and keeps the shift alone; `preserve_norm` rescales the result to ‖x‖.
+
+    `encoder` is asked where features compete, `columns` are those of the edits in it. With
+    `reads_at`, `read` is of the state at that hook point, as it is after all edits there.
     """
 
     shift: Float[Tensor, " d"] | None = None
@@ -135,7 +136,9 @@ class Block:
     laws: Float[Tensor, "K 9"] | None = None
     channels: Float[Tensor, "4 d"] | None = None
     side: Float[Tensor, " d"] | None = None
-    cutoff: TopKCutoff | None = None
+    encoder: Encoder | None = None
+    columns: tuple[int, ...] | None = None
+    reads_at: HookPoint | None = None
     replace: bool = False
     preserve_norm: bool = False
 
@@ -145,11 +148,22 @@ class Block:
         write: Float[Tensor, "K d"],
         laws: Sequence[Law],
         *,
-        cutoff: TopKCutoff | None = None,
+        encoder: Encoder | None = None,
+        columns: Sequence[int] | None = None,
+        reads_at: HookPoint | None = None,
     ) -> Block:
-        """A block of simultaneous rank-1 edits."""
+        """A block of simultaneous rank-1 edits; `columns` are 0 where there are none."""
         table = torch.tensor(laws, dtype=torch.float32)
-        return Block(read=read, write=write, laws=table, cutoff=cutoff)
+        if encoder is not None:
+            columns = (0,) * len(read) if columns is None else tuple(columns)
+        return Block(
+            read=read,
+            write=write,
+            laws=table,
+            encoder=encoder,
+            columns=None if columns is None else tuple(columns),
+            reads_at=reads_at,
+        )
 
     @cached_property
     def is_shift(self) -> bool:
@@ -165,6 +179,12 @@ class Block:
     @property
     def n_edits(self) -> int:
         return 0 if self.read is None else self.read.shape[0]
+
+    @property
+    def kept(self) -> int:
+        """How many numbers of a token are kept from where they are read to where it is written:
+        what each edit has read, and two lengths."""
+        return 0 if self.reads_at is None else self.n_edits + 2
 
     def fused_with(self, later: Block) -> Block:
         """The one block that adds both constants."""
@@ -238,6 +258,25 @@ class Lengths(NamedTuple):
             deviation(x) if traits.measures_deviation else None,
         )
 
+    def read_at(self, there: Lengths, laws: Float[Tensor, "K 9"], traits: Traits) -> Lengths:
+        """These of the state that is written to, with those of the state `there` for laws that
+        measure it in its own length: what they write is in that length too."""
+        if not (traits.cosine or traits.centred):
+            return self
+        own = (laws[:, MEASURE] != COSINE) & (laws[:, MEASURE] != CENTRED)
+        pairs = zip(self, there, strict=True)
+        return Lengths(*(h if h is None or t is None else torch.where(own, h, t) for h, t in pairs))
+
+
+def relative_sizes(
+    before: Float[Tensor, "T d"], after: Float[Tensor, "T d"]
+) -> Float[Tensor, " T"]:
+    """‖Δx‖/‖x‖ of what was done to each token, in float32."""
+    tiny = torch.finfo(torch.float32).tiny
+    lengths: Tensor = before.float().norm(dim=-1).clamp_min(tiny)
+    changes: Tensor = (after.float() - before.float()).norm(dim=-1)
+    return changes / lengths
+
 
 def deviation(x: Float[Tensor, "T d"]) -> Float[Tensor, "T 1"]:
     """σ(x): the unbiased standard deviation of each row's channels."""
@@ -246,33 +285,71 @@ def deviation(x: Float[Tensor, "T d"]) -> Float[Tensor, "T 1"]:
     return length / math.sqrt(free)
 
 
-def coefficients(
+class Readings(NamedTuple):
+    """What K edits have read of each token: u, `[T, K]`, or `[1, K]` where each edit has a token of
+    its own; and the lengths of the state that it was read from."""
+
+    values: Tensor
+    lengths: Lengths
+
+
+class Told(NamedTuple):
+    """What encoders say of K edits: the least absolute pre-activation that counts as active, −∞
+    where there is none; and for the edits `given`, `[K]`, the `activations` themselves."""
+
+    cutoff: Tensor
+    given: Tensor | None = None
+    activations: Tensor | None = None
+
+    def of_one_token(self, tokens: Int[Tensor, " K"]) -> Told:
+        """The same of one token for each edit, `[1, K]`."""
+        cutoff = self.cutoff.gather(0, tokens[None])
+        if self.activations is None:
+            return Told(cutoff)
+        return Told(cutoff, self.given, self.activations.gather(0, tokens[None]))
+
+
+def activations(
     products: Float[Tensor, "T K"],
     laws: Float[Tensor, "K 9"],
     lengths: Lengths,
-    cutoff: Float[Tensor, "T K"] | Float[Tensor, "T 1"] | None = None,
+    told: Told | None = None,
     traits: Traits = EVERY_TRAIT,
 ) -> Float[Tensor, "T K"]:
-    """c_k(a) for `products` ⟨r_k, x⟩, each column by its own law.
+    """u for `products` ⟨r_k, x⟩, before any share of the norm is taken.
 
-    `cutoff` is the least pre-activation that counts as active under a `TopKCutoff`. `traits` are
-    those of `laws`, or more; `lengths` are what they need (`Lengths.of`, `squares_in_plane`).
+    `traits` are those of `laws`, or more; `lengths` are what they need of x (`Lengths.of`).
     """
     value = _measured(products, laws[:, MEASURE], lengths, traits) + laws[:, BIAS]
-    inactive = None
-    if traits.thresholded or traits.selective or cutoff is not None:
+    if traits.thresholded or traits.selective or told is not None:
         inactive = value <= laws[:, THRESHOLD]
-        if cutoff is not None:
-            inactive |= value < cutoff
+        if told is not None:
+            inactive |= value.abs() < told.cutoff
         value = value.masked_fill(inactive, 0.0)
+    if told is not None and told.given is not None and told.activations is not None:
+        value = torch.where(told.given, told.activations, value)
+    return value
+
+
+def coefficients(
+    values: Float[Tensor, "T K"],
+    laws: Float[Tensor, "K 9"],
+    lengths: Lengths,
+    traits: Traits = EVERY_TRAIT,
+) -> Float[Tensor, "T K"]:
+    """c_k(u) for `values` u_k, each column by its own law.
+
+    `traits` and `lengths` are as for `activations`, with that in the plane (`squares_in_plane`).
+    """
+    value = values
     if traits.shared and lengths.norm is not None:
         share = value / lengths.norm.clamp_min(_TINY)
         value = torch.where(laws[:, MEASURE] == SHARE, share, value)
     c = torch.addcmul(laws[:, INTERCEPT], laws[:, SLOPE], value)
     if traits.clipped:
         c = torch.minimum(torch.maximum(c, laws[:, FLOOR]), laws[:, CEILING])
-    if traits.selective and inactive is not None:
-        c = c.masked_fill(inactive & (laws[:, ONLY_ACTIVE] > 0), 0.0)
+    if traits.selective:
+        c = c.masked_fill((values == 0) & (laws[:, ONLY_ACTIVE] > 0), 0.0)
     for relation, length in zip(
         RELATIONS, (lengths.norm, lengths.plane, lengths.deviation), strict=True
     ):
@@ -330,8 +407,11 @@ def overflow_shown(x: Float[Tensor, "T d"]) -> Float[Tensor, "T d"]:
     return x.masked_fill(~x.norm(dim=-1, keepdim=True).isfinite(), math.nan)
 
 
-def apply(block: Block, x: Tensor) -> Tensor:
-    """`block` applied to every row of `x` `[..., d]`; the result has the dtype of `x`."""
+def apply(block: Block, x: Tensor, readings: Readings | None = None) -> Tensor:
+    """`block` applied to every row of `x` `[..., d]`; the result has the dtype of `x`.
+
+    `readings` are what a block that reads elsewhere has read there (`read`).
+    """
     if block.is_shift and block.shift is not None:
         return (x.float() + block.shift).to(x.dtype)
     before = x.reshape(-1, x.shape[-1]).float()
@@ -341,18 +421,77 @@ def apply(block: Block, x: Tensor) -> Tensor:
     if block.channels is not None:
         after = after + channel_changes(before, block.channels)
     if block.read is not None and block.write is not None and block.laws is not None:
-        products, lengths = before @ block.read.T, Lengths.of(before, block.traits)
-        cutoff = None if block.cutoff is None else block.cutoff.least_active(before)
-        if block.traits.planar:
-            plane = squares_in_plane(products, block.laws).sum(-1, keepdim=True).sqrt()
-            lengths = lengths._replace(plane=plane)
-        c = coefficients(products, block.laws, lengths, cutoff, block.traits)
-        after = after + c @ block.write
+        after = after + _changes(block, before, readings) @ block.write
     if block.preserve_norm:
         after = rescaled(after, before.norm(dim=-1, keepdim=True))
     if block.side is not None:
         after = torch.where(beyond(before, block.side), after, before)
     return overflow_shown(after).to(x.dtype).reshape(x.shape)
+
+
+def read(block: Block, x: Tensor) -> Readings:
+    """What the edits of `block` read of every row of `x` `[..., d]`."""
+    assert block.read is not None, "a block without edits reads nothing"
+    assert block.laws is not None
+    state = x.reshape(-1, x.shape[-1]).float()
+    products, lengths = state @ block.read.T, Lengths.of(state, block.traits)
+    if block.traits.planar:
+        plane = squares_in_plane(products, block.laws).sum(-1, keepdim=True).sqrt()
+        lengths = lengths._replace(plane=plane)
+    told = None
+    if block.encoder is not None:
+        columns = torch.tensor(block.columns, device=state.device)
+        told = told_of(state, len(block.laws), [EncoderUse(block.encoder, slice(None), columns)])
+    values = activations(products, block.laws, lengths, told, block.traits)
+    return Readings(values, lengths)
+
+
+def _changes(
+    block: Block, before: Float[Tensor, "T d"], readings: Readings | None
+) -> Float[Tensor, "T K"]:
+    """The coefficients of a block's edits."""
+    assert block.laws is not None
+    if block.reads_at is None:
+        values, lengths = read(block, before)
+    else:
+        values, there = elsewhere(readings, block.reads_at)
+        lengths = Lengths.of(before, block.traits).read_at(there, block.laws, block.traits)
+    return coefficients(values, block.laws, lengths, block.traits)
+
+
+def elsewhere(readings: Readings | None, point: HookPoint) -> Readings:
+    """`readings`, which are there; raises `EngineError` where the state at `point` comes later."""
+    if readings is None:
+        raise EngineError(
+            f"the forward pass did not reach {point} before what is read there is written: the "
+            "edits were not applied, so the result is withheld"
+        )
+    return readings
+
+
+class EncoderUse(NamedTuple):
+    """An encoder and who asks it: the places `rows` of edits in a bank, and their `columns`."""
+
+    encoder: Encoder
+    rows: Tensor | slice
+    columns: Tensor
+
+
+def told_of(x: Float[Tensor, "T d"], edits: int, uses: Sequence[EncoderUse]) -> Told | None:
+    """What the encoders in `uses` say of `edits` edits; None where there are none."""
+    if not uses:
+        return None
+    cutoff, given, values = x.new_full((len(x), edits), -math.inf), None, None
+    for encoder, rows, columns in uses:
+        found = encoder.tell(x, columns)
+        if not encoder.gives_activations:
+            cutoff[:, rows] = found
+            continue
+        if given is None or values is None:
+            given = torch.zeros(edits, dtype=torch.bool, device=x.device)
+            values = torch.zeros_like(cutoff)
+        given[rows], values[:, rows] = True, found
+    return Told(cutoff, given, values)
 
 
 def gate_open(

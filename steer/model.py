@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from steer.errors import IncompatibleArtefact, SteerError, Unsupported
-from steer.spec import STRENGTH_UNITS, Site
+from steer.spec import STRENGTH_UNITS, Role, Site
 
 MAX_LAYERS = 1024
 """More layers than any model has; what is written beyond them is a slip."""
@@ -202,8 +202,9 @@ class Capabilities:
 
     `captures` are the sites whose states can be read (none: `capture` is refused), `gradients`
     whether the model can be differentiated (`steer.engines.gradients`); `no_unembedding` says why
-    states cannot be read as logits, where they cannot. What can be inspected and fitted follows
-    from them: engines know no method by name.
+    states cannot be read as logits, where they cannot; `readouts` are the fields of a `ReadoutSpec`
+    that can be read while a request runs. What can be inspected and fitted follows from them:
+    engines know no method by name. `roles` are those whose messages are found in the model's chats.
     """
 
     engine: str
@@ -217,4 +218,6 @@ class Capabilities:
     captures: tuple[Site, ...] = ()
     gradients: bool = False
     no_unembedding: str | None = None
+    roles: tuple[Role, ...] = ()
+    readouts: tuple[str, ...] = ()
     limits: dict[str, int] = field(default_factory=dict)

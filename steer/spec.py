@@ -32,10 +32,17 @@ from steer.references import Names, Reference, references_in
 
 MAX_INTERVENTIONS = 64
 MAX_FEATURES = 256
+MAX_MARKS = 16
+"""The most texts that one field of `where` looks for."""
+MAX_TEXTS = 32
+"""The most different texts, or pairs of them, that a spec looks for: each is followed token by
+token."""
 MAX_INTEGER = 2**53 - 1
 """The largest integer of a spec: the last that all readers of JSON agree on (RFC 8259, 6)."""
 
 Phase: TypeAlias = Literal["prompt", "generation"]
+Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[Role, ...] = get_args(Role)
 Site: TypeAlias = Literal[
     "resid_pre",
     "resid_mid",
@@ -240,16 +247,72 @@ AdapterRef: TypeAlias = Annotated[Name, Names("low_rank")]
 MapRef: TypeAlias = Annotated[Name, Names("affine")]
 
 
+def _mark_tag(value: Any) -> str:
+    return "a text" if isinstance(value, str) else "token ids"
+
+
+Mark: TypeAlias = Annotated[
+    Annotated[str, Field(min_length=1, max_length=64), Tag("a text")]
+    | Annotated[
+        tuple[Index, ...], Field(min_length=1, max_length=16, fail_fast=True), Tag("token ids")
+    ],
+    Discriminator(_mark_tag),
+]
+"""What is looked for among a request's tokens: a text, or token ids that follow one another."""
+Marks: TypeAlias = Annotated[
+    tuple[Mark, ...], Field(min_length=1, max_length=MAX_MARKS, fail_fast=True)
+]
+Pairs: TypeAlias = Annotated[
+    tuple[tuple[Mark, Mark | None], ...], Field(min_length=1, max_length=MAX_MARKS, fail_fast=True)
+]
+
+
+class Schedule(_Frozen):
+    """Which of the generated tokens, by their number: every `nth` from the first on, and of these
+    those among the `first` so many."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": [name], "properties": {name: {"type": "integer"}}}
+                for name in ("nth", "first")
+            ]
+        }
+    )
+
+    nth: Annotated[Index, Field(ge=1)] | None = None
+    first: Annotated[Index, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Schedule:
+        if self.nth is None and self.first is None:
+            raise ValueError("a schedule needs 'nth', 'first' or both")
+        return self
+
+
+def _unsaid() -> Any:
+    """A field that is null unless it says something, and then is not written."""
+    return Field(default=None, exclude_if=lambda value: value is None)
+
+
 class Where(_Frozen):
     """Which tokens an intervention touches. All the fields given must agree (logical and).
 
     `positions` are half-open ranges of absolute positions; a negative bound counts from the end
     of the prompt, and an end of null is open: `[[-1, null]]` is the last prompt token and
-    everything generated. `tokens` are ids, or strings that are one token of the model.
+    everything generated. `tokens` are ids, or strings that are one token of the model. `roles` are
+    those of a chat's messages: the tokens of what they say, without the template's marks around
+    it; what is generated is the assistant's. `every` counts generated tokens.
+
+    The others look for texts, or token ids, in prompt and answer as in one sequence. One is met
+    from the token after that in which it ends. `after` selects once any of the texts has been met,
+    `before` as long as none has; `between` after an opening and up to the token in which the next
+    closing ends, as often as they come (a closing of null never comes); `outside` all but that, the
+    opening itself and what may be the beginning of one.
 
     One that has only `except` takes these tokens away from what would be selected without it: an
-    intervention's from the spec's, the spec's from those that a card says. With `phases`,
-    `positions` or `tokens` it stands in their place.
+    intervention's from the spec's, the spec's from those that a card says. With any other field it
+    stands in their place.
     """
 
     phases: (
@@ -269,6 +332,16 @@ class Where(_Frozen):
         ]
         | None
     ) = None
+    # Written only where they say something, so that the cards of older files keep their hash.
+    roles: (
+        Annotated[tuple[Role, ...], Field(min_length=1, max_length=len(ROLES), fail_fast=True)]
+        | None
+    ) = _unsaid()
+    after: Marks | None = _unsaid()
+    before: Marks | None = _unsaid()
+    between: Pairs | None = _unsaid()
+    outside: Pairs | None = _unsaid()
+    every: Schedule | None = _unsaid()
     except_: Where | None = Field(default=None, alias="except")
 
     @model_validator(mode="after")
@@ -283,16 +356,35 @@ class Where(_Frozen):
             raise ValueError("'except' may not contain another 'except'")
         return self
 
+    @property
+    def selects(self) -> bool:
+        """Whether any field says which tokens, beside the one that takes some away."""
+        return any(
+            getattr(self, name) is not None for name in type(self).model_fields.keys() - {"except_"}
+        )
+
+    @property
+    def texts(self) -> frozenset[object]:
+        """The texts and pairs that are looked for, each once."""
+        mine = (*(self.after or ()), *(self.before or ()))
+        pairs = (*(self.between or ()), *(self.outside or ()))
+        return frozenset([(mark, None) for mark in mine]).union(
+            pairs, self.except_.texts if self.except_ is not None else ()
+        )
+
     def over(self, default: Where | None) -> Where:
         """What this selects where `default` would hold without it.
 
         Raises `SpecError` (`two_exceptions`) where both take tokens away in ways that no single
         `except` can say.
         """
-        selects = (self.phases, self.positions, self.tokens) != (None, None, None)
-        if default is None or selects:
+        if default is None or self.selects:
             return self
         return default.model_copy(update={"except_": _either(self.except_, default.except_)})
+
+
+_JOINED_BY_EITHER = frozenset({"phases", "positions", "tokens", "roles", "after", "between"})
+"""Fields of which a longer list selects the tokens of each entry."""
 
 
 def _either(one: Where | None, other: Where | None) -> Where | None:
@@ -300,7 +392,7 @@ def _either(one: Where | None, other: Where | None) -> Where | None:
     if one is None or other is None or one == other:
         return other if one is None else one
     mine, theirs = (where.model_dump(exclude_none=True) for where in (one, other))
-    if len(mine) > 1 or mine.keys() != theirs.keys():
+    if len(mine) > 1 or mine.keys() != theirs.keys() or not mine.keys() <= _JOINED_BY_EITHER:
         raise SpecError(
             "'except' alone narrows a selection that has an 'except' of its own, "
             f"{other.model_dump_json(exclude_none=True)}, and the two do not make one: say the "
@@ -416,7 +508,8 @@ class Clamp(_Intervention):
     active. `balance` is the activation that counts as full, f̂ = f / balance within 0 and 1: what is
     added is multiplied by 1 − f̂, what is taken away by f̂ (G-SAE, 2506.19382). `with_absorbers`
     clamps with each feature those whose decoder rows have at least this cosine with its own, which
-    may be active in its place (absorption, 2409.14507).
+    may be active in its place (absorption, 2409.14507). `k` takes the place of the SAE's own k, or
+    is the number of features that matching pursuit picks at most.
     """
 
     kind: Literal["clamp"] = "clamp"
@@ -430,6 +523,7 @@ class Clamp(_Intervention):
     only_if_active: bool = Field(default=False, strict=True, exclude_if=lambda value: not value)
     balance: Annotated[Number, Field(gt=0)] | None = None
     with_absorbers: Annotated[Number, Field(gt=0, le=1)] | None = None
+    k: Annotated[int, Field(ge=1, strict=True)] | None = None
 
     @property
     def numbers(self) -> tuple[float, ...]:
@@ -469,6 +563,10 @@ class Clamp(_Intervention):
             )
         if self.mode != "add" and self.balance is not None:
             raise ValueError(f"'balance' weighs what mode 'add' adds; the mode is {self.mode!r}")
+        if self.mode == "add" and self.balance is None and not self.only_if_active and self.k:
+            raise ValueError(
+                "'k' says how features are found, and this 'add' looks at none: leave 'k' out"
+            )
 
 
 class Concept(_Intervention):
@@ -640,6 +738,20 @@ class SteeringSpec(_Frozen):
     def fingerprint(self) -> str:
         """32 hex digits that identify this spec's meaning (names are taken as written)."""
         return self._fingerprint
+
+    @property
+    def roles_at(self) -> str | None:
+        """The pointer of the first `where` that names roles; None where only a card's does."""
+        places = [("/where", self.where)] + [
+            (pointer("interventions", place, "where"), item.where)
+            for place, item in enumerate(self.interventions)
+        ]
+        for at, where in places:
+            if where is not None and where.roles is not None:
+                return at + "/roles"
+            if where is not None and where.except_ is not None and where.except_.roles is not None:
+                return at + "/except/roles"
+        return None
 
     def references(self) -> Iterator[Reference]:
         """Every artefact that the spec refers to, vectors that it carries included."""

@@ -46,7 +46,7 @@ class Kernels:
         for dtype, bound in BOUNDS.items():
             name = str(dtype).removeprefix("torch.")
             for kind, spec in of_kinds(self.shape, 3).items():
-                if "gate" in kind or "competing" in kind or "trigger" in kind:
+                if "gate" in kind or "trigger" in kind:
                     continue  # a batch of all kinds has them
                 for halves in (1, 2):
                     yield Case(

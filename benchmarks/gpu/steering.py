@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.gpu.device import Device
 from benchmarks.vllm.diets import Batch
-from benchmarks.vllm.shapes import CAPABILITIES, Shape, library
+from benchmarks.vllm.shapes import CAPABILITIES, FEATURES, Shape, library
 from steer.batch.ledger import PositionLedger
 from steer.batch.requests import Span, SteeredRequest
 from steer.engines.vllm.static.form import StaticForm, StaticPass, set_form
@@ -55,6 +55,7 @@ class Steering:
             batch_tokens=tokens,
             edit_rows=EDIT_ROWS,
             device=device.torch,
+            latents=FEATURES * tokens,
         )
         self.ledger = PositionLedger(requests, _PROMPT + tokens + 1, device.torch)
         self.form.bind(lambda: self.ledger)
@@ -75,9 +76,7 @@ class Steering:
         return CompiledTap(index, self.shifts, OpaqueTap(index, static=True))
 
     def plans(self, specs: Batch) -> list[SteeringPlan | None]:
-        """What the static form can carry; features that compete are chosen outside of graphs."""
-        made = [None if one is None else self._plans.plan(parse_spec(one)) for one in specs]
-        return [one if one is None or not one.competes else None for one in made]
+        return [None if one is None else self._plans.plan(parse_spec(one)) for one in specs]
 
     def idle(self) -> None:
         """Nobody is steered in the passes that come."""

@@ -5,6 +5,10 @@ which counts what the processor executes: a number that no neighbour and no cloc
 does not run there in reasonable time, so this says what Steer's part is and how it changes, not its
 share. Needs valgrind and a C compiler (Debian: `valgrind`, `gcc`): counting is switched on and off
 by a library of four lines, so that imports run uncounted.
+
+With `--cold` it also counts what has to come from memory, in lines of 64 bytes: once with caches
+that are empty when a step begins, which is all that it touches, and once when every tap does, which
+is how a layer of a model leaves them, whose weights are larger than they are.
 """
 
 from __future__ import annotations
@@ -32,15 +36,19 @@ from benchmarks.vllm.shapes import CAPABILITIES, SHAPES, library
 from steer.plan.cache import PlanCache
 from steer.spec import parse_spec
 
-STEPS, WARM = 8, 16
-"""Steps that are counted, after those in which caches fill."""
+STEPS, COLD_STEPS, WARM = 8, 2, 16
+"""Steps that are counted, after those in which caches fill. To empty the caches takes seconds."""
 _SWITCH = r"""
 #include <valgrind/callgrind.h>
 void resume(void) { CALLGRIND_START_INSTRUMENTATION; }
 void pause_(void) { CALLGRIND_STOP_INSTRUMENTATION; }
 void dump(const char *name) { CALLGRIND_DUMP_STATS_AT(name); }
 """
+_DIETS = (*DIETS, TRIGGERED)
 _WORKER = "--worker"
+LINES = "lines from memory"
+_MISSES = ("ILmr", "DLmr", "DLmw")
+"""Of instructions, of numbers read and of numbers written, in the last cache."""
 _POSITIONS = "0123456789+-*"
 """What a line with a count begins with: where in the source it was, or how far from the last."""
 
@@ -60,18 +68,34 @@ def main(
     shape: str = "100m",
     batch: Annotated[list[int] | None, typer.Option(help="Default: 1, 32.")] = None,
     compiled: Annotated[bool, typer.Option("--compiled")] = False,
+    cold: Annotated[
+        bool,
+        typer.Option(
+            "--cold", help="Count lines from memory too, caches empty at steps and at taps."
+        ),
+    ] = False,
+    diet: Annotated[list[str] | None, typer.Option(help="Default: all.")] = None,
     top: Annotated[int, typer.Option(help="Functions of each diet to list.")] = 0,
     out: Annotated[Path | None, typer.Option(help="A JSON file.")] = None,
 ) -> None:
     """Counts one step of each diet; the interpreter, torch and the system libraries included."""
+    names = [one.name for one in _DIETS]
+    for name in diet or ():
+        if name not in names:
+            raise typer.BadParameter(f"{name!r} is none of {names}", param_hint="--diet")
     asked = {"shape": shape, "batches": batch or [1, 32], "compiled": compiled}
-    with tempfile.TemporaryDirectory() as name:
-        found = _counted(Path(name), asked)
-    rows = [(str(one["batch"]), one["diet"], f"{one['instructions']:,.0f}") for one in found]
+    asked |= {"cold": cold, "diets": diet}
+    with tempfile.TemporaryDirectory() as folder:
+        found = _counted(Path(folder), asked)
+    columns = ("instructions", *((LINES,) if cold else ()))
+    rows = [
+        (str(one["batch"]), one["diet"], *(f"{one[column]:,.0f}" for column in columns))
+        for one in found
+    ]
     mode = "compiled" if compiled else "eager"
     title = f"Steer's own work in a step: {shape}, {mode}"
     console = Console(width=150)
-    Table(title, ("batch", "diet", "instructions"), rows).show(console)
+    Table(title, ("batch", "diet", *columns), rows).show(console)
     for one in found if top else ():
         for function, count in list(one["functions"].items())[:top]:
             console.print(f"{one['batch']:3} {one['diet']}  {count:14,.0f}  {function}")
@@ -87,6 +111,7 @@ def _counted(folder: Path, asked: dict[str, Any]) -> list[dict[str, Any]]:
         subprocess.run(
             [
                 *("valgrind", "--tool=callgrind", "--instr-atstart=no", "--quiet"),
+                f"--cache-sim={'yes' if asked['cold'] else 'no'}",
                 f"--callgrind-out-file={profile}",
                 *(sys.executable, "-m", __spec__.name, _WORKER, str(built), json.dumps(asked)),
             ],
@@ -104,7 +129,8 @@ def read(path: Path) -> dict[str, Any]:
     """What one dump of callgrind counted, for one step: in all, and by function (its own code)."""
     functions: Counter[str] = Counter()
     names: dict[str, str] = {}
-    current, called, total = "", False, 0
+    current, called = "", False
+    events, totals = ["Ir"], Counter[str]()
     for line in path.read_text(errors="replace").splitlines():
         if line.startswith("fn="):
             current = _name(line[3:], names)
@@ -114,13 +140,21 @@ def read(path: Path) -> dict[str, Any]:
             called = True  # the next line is what is called, which has lines of its own
         elif line[:1] and line[0] in _POSITIONS:
             if not called:
-                functions[current] += int(line.split()[-1])
+                functions[current] += int(line.split()[1])
             called = False
+        elif line.startswith("events:"):
+            events = line.split()[1:]
         elif line.startswith(("summary:", "totals:")):
-            total = int(line.split()[1])
+            # Trailing zeros are left out.
+            totals = Counter(dict(zip(events, map(int, line.split()[1:]), strict=False)))
     described = json.loads(_named(path) or "{}")
-    ranked = {name: count / STEPS for name, count in functions.most_common(200)}
-    return {**described, "instructions": total / STEPS, "functions": ranked}
+    steps = described.pop("steps")
+    return {
+        **described,
+        "instructions": totals["Ir"] / steps,
+        LINES: sum(totals[event] for event in _MISSES) / steps,
+        "functions": {name: count / steps for name, count in functions.most_common(200)},
+    }
 
 
 def _name(field: str, names: dict[str, str]) -> str:
@@ -166,22 +200,47 @@ def count(switch: Switch, asked: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     shape = SHAPES[asked["shape"]]
     plans = PlanCache(library(shape), shape.info(), CAPABILITIES)
+    diets = [one for one in _DIETS if one.name in (asked["diets"] or [one.name])]
     for batch in asked["batches"]:
-        for diet in (*DIETS, TRIGGERED):
+        for diet in diets:
             wanted = [
                 None if spec is None else plans.plan(parse_spec(spec))
                 for spec in diet.batch(shape, batch)
             ]
-            alone = StepAlone(shape, wanted, compiled=asked["compiled"])
+            told = {"batch": batch, "diet": diet.name, "steps": STEPS}
+            between = _Between(switch) if asked["cold"] else None
+            alone = StepAlone(shape, wanted, compiled=asked["compiled"], between=between)
             alone.begin()
-            for number in range(WARM + STEPS):
-                alone.prepare()
-                if number >= WARM:
-                    switch.resume()
-                alone.step()
-                switch.pause()
-            switch.dump(json.dumps({"batch": batch, "diet": diet.name}))
+            _count_steps(switch, alone, WARM, STEPS)
+            switch.dump(json.dumps(told))
+            if between is not None:
+                between.empties = True
+                _count_steps(switch, alone, 0, COLD_STEPS)
+                told |= {"diet": f"{diet.name}, empty at taps", "steps": COLD_STEPS}
+                switch.dump(json.dumps(told))
             alone.check()
+
+
+def _count_steps(switch: Switch, alone: StepAlone, warm: int, counted: int) -> None:
+    for number in range(warm + counted):
+        alone.prepare()
+        if number >= warm:
+            switch.resume()
+        alone.step()
+        switch.pause()
+
+
+class _Between:
+    """Empties callgrind's caches before a tap, if it is told to: whenever counting begins, they
+    are."""
+
+    def __init__(self, switch: Switch) -> None:
+        self._switch, self.empties = switch, False
+
+    def __call__(self) -> None:
+        if self.empties:
+            self._switch.pause()
+            self._switch.resume()
 
 
 if __name__ == "__main__":

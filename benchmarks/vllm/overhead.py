@@ -58,7 +58,10 @@ class _TapsAlone:
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
     )
 
-    def __init__(self, shape: Shape, batch: int, *, compiled: bool) -> None:
+    def __init__(
+        self, shape: Shape, batch: int, *, compiled: bool, between: Callable[[], None] | None
+    ) -> None:
+        self._between = between
         self.input_batch = SimpleNamespace(
             req_ids=[f"r{n}" for n in range(batch)],
             num_computed_tokens_cpu=np.zeros(batch, dtype=np.int32),
@@ -97,6 +100,8 @@ class _TapsAlone:
         hidden, residual = self._now
         self.entered = time.perf_counter()
         for tap in self._taps:
+            if self._between is not None:
+                self._between()
             tap(hidden, residual)
         self.left = time.perf_counter()
 
@@ -105,9 +110,17 @@ class StepAlone:
     """Steer's work in a decode step of the requests of `plans`, which steer a model of `shape`.
 
     In a compiled engine the constants are part of the graph and not of this; `tap_costs` has them.
+    `between` is called before every tap, where a model would compute its layer.
     """
 
-    def __init__(self, shape: Shape, plans: Plans, *, compiled: bool) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        plans: Plans,
+        *,
+        compiled: bool,
+        between: Callable[[], None] | None = None,
+    ) -> None:
         self._batch = batch = len(plans)
         known = {_hash(plan): plan for plan in plans if plan is not None}
         model = shape.info(MAX_LENGTH)
@@ -118,7 +131,7 @@ class StepAlone:
             max_requests=SLOTS,
             shifts=_shift_tables(shape) if compiled else None,
         )
-        self._runner = _TapsAlone(shape, batch, compiled=compiled)
+        self._runner = _TapsAlone(shape, batch, compiled=compiled, between=between)
         self._adapter = RunnerV1(self._runner, self._steering)
         self._arriving: Sequence[object] = [
             SimpleNamespace(

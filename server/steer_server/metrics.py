@@ -87,6 +87,12 @@ class Metrics:
         self.gate_fires = Counter(
             "steer_gate_fires", "Tokens that a gate let through", registry=own
         )
+        self.readout_values = Counter(
+            "steer_readout_values",
+            "Numbers read off the states of requests while they run, by the field that asks",
+            ("reading",),
+            registry=own,
+        )
         self.first_token = Histogram(
             "steer_time_to_first_token_seconds",
             "From the request to its first token",

@@ -34,8 +34,9 @@ class ServerSettings(BaseModel):
     `job_workers` jobs run at a time (0: this server only queues them), `job_queue` more may wait,
     `jobs_kept` finished ones are remembered; while requests run, jobs take the share `job_duty` of
     the engine's time. `inspection_workers` inspections run at a time, `inspection_queue` more may
-    wait. `hub_imports` is whether clients may have artefacts fetched from the hub, of up to
-    `max_hub_bytes` each.
+    wait. Read-outs of a request read at most `readout_layers` layers by one field and give at most
+    `readout_numbers` numbers for a token and `readout_values` for a sequence. `hub_imports` is
+    whether clients may have artefacts fetched from the hub, of up to `max_hub_bytes` each.
     Without a key, `insecure` is needed to listen on more than loopback, the server answers to its
     addresses and to `allowed_hosts`, and takes requests from its own pages and from those of
     `allowed_origins`, which browsers are told as well. A connection that has sent no whole request
@@ -68,6 +69,9 @@ class ServerSettings(BaseModel):
     job_duty: float = Field(default=0.03, gt=0, le=1)
     inspection_workers: int = Field(default=2, ge=1, le=64)
     inspection_queue: int = Field(default=32, ge=0)
+    readout_layers: int = Field(default=64, ge=1)
+    readout_numbers: int = Field(default=1024, ge=1)
+    readout_values: int = Field(default=1 << 22, ge=1)
     hub_imports: bool = True
     max_hub_bytes: int = Field(default=512 * MIB, ge=1)
     insecure: bool = False
@@ -115,6 +119,9 @@ _FROM_ENVIRONMENT = (
     "job_duty",
     "inspection_workers",
     "inspection_queue",
+    "readout_layers",
+    "readout_numbers",
+    "readout_values",
     "hub_imports",
     "max_hub_bytes",
     "insecure",

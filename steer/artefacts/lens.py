@@ -82,13 +82,12 @@ class Lens:
                 f"{self.card.width}; the model has {model.n_layers} of width {model.d_model}"
             )
 
-    def translated(
-        self, states: Float[Tensor, "N d_model"], layer: int, site: Site
-    ) -> Float[Tensor, "N d_model"]:
-        """What `states` at a block's resid_pre or resid_post would become after the last block.
+    def translator(self, layer: int, site: Site) -> tuple[Tensor, Tensor] | None:
+        """W and b in float32 for states at a block's resid_pre or resid_post; None for those of the
+        last block, which need none.
 
-        A block's output is the next one's input, so its translator is the next one's; that of the
-        last block is returned unchanged. Raises `Unsupported` for other sites.
+        A block's output is the next one's input, so its translator is the next one's. Raises
+        `Unsupported` for other sites.
         """
         if site not in ("resid_pre", "resid_post"):
             raise Unsupported(
@@ -97,12 +96,32 @@ class Lens:
                 code="unsupported_site",
                 param="/site",
             )
-        block = layer if site == "resid_pre" else layer + 1
-        if block == len(self.translators):
-            return states
-        weight, bias = (part.to(torch.float32) for part in self.translators[block])
-        x = states.to(torch.float32)
-        return x + torch.nn.functional.linear(x, weight, bias)
+        if not self.translates(layer, site):
+            return None
+        weight, bias = self.translators[layer if site == "resid_pre" else layer + 1]
+        return weight.to(torch.float32), bias.to(torch.float32)
+
+    def translates(self, layer: int, site: Site) -> bool:
+        """Whether it does anything to states there: those after the last block need nothing."""
+        return (layer if site == "resid_pre" else layer + 1) != len(self.translators)
+
+    def translated(
+        self, states: Float[Tensor, "N d_model"], layer: int, site: Site
+    ) -> Float[Tensor, "N d_model"]:
+        """What `states` there would become after the last block; those of the last block are
+        returned unchanged. Raises as `translator` does."""
+        found = self.translator(layer, site)
+        return states if found is None else translate(states, *found)
+
+
+def translate(
+    states: Float[Tensor, "N d_model"],
+    weight: Float[Tensor, "d_model d_model"],
+    bias: Float[Tensor, " d_model"],
+) -> Float[Tensor, "N d_model"]:
+    """x + W x + b in float32."""
+    x = states.to(torch.float32)
+    return x + torch.nn.functional.linear(x, weight, bias)
 
 
 def _check(layer: int, weight: Tensor, bias: Tensor, width: int) -> None:

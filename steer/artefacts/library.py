@@ -10,6 +10,7 @@ from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
+from steer.artefacts.sae.labels import FeatureLabel
 from steer.errors import UnknownArtefact
 
 Held = TypeVar("Held")
@@ -46,6 +47,18 @@ class DatedLibrary(Library, Protocol):
 
     def keep(self, sha256s: Iterable[str]) -> None:
         """What has these contents was found here and is still in use, without being asked for."""
+
+
+@runtime_checkable
+class LabellingLibrary(Library, Protocol):
+    """A library that knows labels of features beside those in the SAEs themselves."""
+
+    def labels(self, ref: str) -> Mapping[int, FeatureLabel]: ...
+
+
+def labels_of(library: Library, ref: str) -> Mapping[int, FeatureLabel]:
+    """What the features of the SAE that `ref` names are called. Raises `UnknownArtefact`."""
+    return library.labels(ref) if isinstance(library, LabellingLibrary) else library.sae(ref).labels
 
 
 @dataclass(frozen=True)

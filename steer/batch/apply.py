@@ -9,13 +9,29 @@ from torch import Tensor
 from steer.batch.tables import TableView
 from steer.edits import (
     Lengths,
+    Readings,
+    activations,
     beyond,
     channel_changes,
     coefficients,
+    elsewhere,
     overflow_shown,
     rescaled,
     squares_in_plane,
+    told_of,
 )
+
+
+def read_table(
+    view: TableView,
+    x: Float[Tensor, "T d"],
+    slots: Int[Tensor, " T"],
+    solo: Int[Tensor, " K"] | None = None,
+) -> Readings:
+    """What the edits of `view` read of each token of `x`; with `solo`, each of its one token."""
+    x = x.float()
+    lengths = Lengths.of(x, view.traits)
+    return _read(view, x, lengths, slots, solo)
 
 
 def apply_table(
@@ -23,12 +39,13 @@ def apply_table(
     x: Float[Tensor, "T d"],
     slots: Int[Tensor, " T"],
     solo: Int[Tensor, " K"] | None = None,
+    readings: Readings | None = None,
 ) -> Float[Tensor, "T d"]:
     """x with each token's block applied; a token whose slot is 0 is returned to the bit.
 
     `view` is that of the slots in `slots`, or of more. With nothing needed, constants are added.
     `solo` may be given where each slot of `view` is that of one token at most: the token of each
-    row of the bank.
+    row of the bank. `readings` are what a view that reads elsewhere has read there (`read_table`).
     """
     needs = view.needs
     if not any(needs):
@@ -41,10 +58,12 @@ def apply_table(
         after = after + view.shift.index_select(0, slots)
     if needs.mapping:
         after = after + channel_changes(before, view.channels.of(slots))
-    if needs.edits and solo is not None:
-        after = after.index_add(0, solo, _solo(view, before, lengths, slots, solo))
-    elif needs.edits:
-        after = after + _bank(view, before, lengths, slots)
+    if needs.edits:
+        c = _coefficients(view, before, lengths, slots, solo, readings)
+        if solo is None:
+            after = after + c @ view.write
+        else:
+            after = after.index_add(0, solo, c.T * view.write)
     if needs.preserving:
         preserved = view.preserve.index_select(0, slots)[:, None]
         norms = before.norm(dim=-1, keepdim=True) if lengths.norm is None else lengths.norm
@@ -54,50 +73,63 @@ def apply_table(
     return torch.where((slots != 0)[:, None], overflow_shown(after).to(x.dtype), x)
 
 
-def _bank(
+def _coefficients(
     view: TableView,
     x: Float[Tensor, "T d"],
     lengths: Lengths,
     slots: Int[Tensor, " T"],
-) -> Float[Tensor, "T d"]:
-    """Σ c_k(⟨r_k, x⟩) w_k over the bank rows that belong to each token's slot."""
-    products = x @ view.read.T
-    others = view.owner != slots[:, None]
-    if view.traits.planar:
-        squares = squares_in_plane(products, view.laws).masked_fill(others, 0.0)
-        lengths = lengths._replace(plane=squares.sum(-1, keepdim=True).sqrt())
-    c = coefficients(products, view.laws, lengths, _cutoffs(view, x), view.traits)
-    return c.masked_fill(others, 0.0) @ view.write
+    solo: Int[Tensor, " K"] | None,
+    readings: Readings | None,
+) -> Float[Tensor, "T K"]:
+    """c_k of the bank rows for each token, 0 where a row belongs to another slot; `[1, K]` for
+    `solo`, T times less arithmetic."""
+    if view.reads_at is None:
+        values, here = _read(view, x, lengths, slots, solo)
+    else:
+        values, there = elsewhere(readings, view.reads_at)
+        here = _of_each(lengths, solo).read_at(there, view.laws, view.traits)
+    c = coefficients(values, view.laws, here, view.traits)
+    owned = slots[:, None] if solo is None else slots.index_select(0, solo)[None]
+    return c.masked_fill(view.owner != owned, 0.0)
 
 
-def _solo(
+def _read(
     view: TableView,
     x: Float[Tensor, "T d"],
     lengths: Lengths,
     slots: Int[Tensor, " T"],
-    solo: Int[Tensor, " K"],
-) -> Float[Tensor, "K d"]:
-    """The summands c_k(⟨r_k, x⟩) w_k of the bank rows k, each for its one token: T times less
-    arithmetic than `_bank`, which multiplies every row with every token."""
-    products = (x.index_select(0, solo) * view.read).sum(-1)[None]
+    solo: Int[Tensor, " K"] | None,
+) -> Readings:
+    """u of the bank rows for each token; for `solo`, of each row for its one token."""
+    if solo is None:
+        products = x @ view.read.T
+    else:
+        products = (x.index_select(0, solo) * view.read).sum(-1)[None]
     if view.traits.planar:
-        squares = squares_in_plane(products, view.laws)[0]
-        plane = squares.new_zeros(len(x)).index_add(0, solo, squares).sqrt()
-        lengths = lengths._replace(plane=plane[:, None])
-    lengths = Lengths(*(None if one is None else one.index_select(0, solo).T for one in lengths))
-    cutoff = _cutoffs(view, x)
-    if cutoff is not None:
-        cutoff = cutoff.gather(0, solo[None])
-    c = coefficients(products, view.laws, lengths, cutoff, view.traits)
-    c = c.masked_fill(view.owner != slots.index_select(0, solo), 0.0)
-    return c.T * view.write
+        lengths = lengths._replace(plane=_lengths_in_plane(view, products, slots, solo))
+    told = told_of(x, len(view.laws), view.encoders)
+    if told is not None and solo is not None:
+        told = told.of_one_token(solo)
+    lengths = _of_each(lengths, solo)
+    return Readings(activations(products, view.laws, lengths, told, view.traits), lengths)
 
 
-def _cutoffs(view: TableView, x: Float[Tensor, "T d"]) -> Float[Tensor, "T K"] | None:
-    """For each bank row the least pre-activation that counts as active; None without SAEs whose
-    features compete."""
-    if not view.cutoffs:
-        return None
-    columns = [x.new_full((len(x), 1), float("-inf"))]
-    columns += [cutoff.least_active(x) for cutoff in view.cutoffs]
-    return torch.cat(columns, dim=1).index_select(1, view.cutoff_column)
+def _lengths_in_plane(
+    view: TableView,
+    products: Float[Tensor, "T K"],
+    slots: Int[Tensor, " T"],
+    solo: Int[Tensor, " K"] | None,
+) -> Float[Tensor, "T 1"]:
+    """The length of each token in the plane that its slot's edits read."""
+    squares = squares_in_plane(products, view.laws)
+    if solo is not None:
+        return squares.new_zeros(len(slots)).index_add(0, solo, squares[0]).sqrt()[:, None]
+    squares = squares.masked_fill(view.owner != slots[:, None], 0.0)
+    return squares.sum(-1, keepdim=True).sqrt()
+
+
+def _of_each(lengths: Lengths, solo: Int[Tensor, " K"] | None) -> Lengths:
+    """The lengths `[T, 1]` of all tokens, or those of the tokens of `solo`, `[1, K]`."""
+    if solo is None:
+        return lengths
+    return Lengths(*(None if one is None else one.index_select(0, solo).T for one in lengths))

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steer.plan.plan import Rule, SteeringPlan
+from steer.plan.texts.trace import TokenTrace
 
 Ints = NDArray[np.int64]
 NOBODY = -1
@@ -17,13 +18,15 @@ NOBODY = -1
 
 @dataclass(frozen=True)
 class SteeredRequest:
-    """A request that runs: its ledger row, its slot in the tables, and where its prompt ends."""
+    """A request that runs: its ledger row, its slot in the tables, where its prompt ends, and what
+    its plan has to know of the tokens read so far."""
 
     row: int
     prompt_length: int
     plan: SteeringPlan | None = None
     slot: int = 0
     measure: bool = False
+    trace: TokenTrace | None = None
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -36,6 +39,8 @@ class SteeredRequest:
 
     def slots(self, positions: Ints, tokens: Ints) -> Ints:
         """The slot of each token in each rule, `[P, T]`, gates apart; positions ascend."""
+        if self.trace is not None and len(positions):
+            self.trace.read(int(positions[0]), tokens)
         fixed = self._fixed
         if fixed is not None and len(positions) and positions[0] >= fixed[0]:
             return np.repeat(fixed[1], len(positions), axis=1)
@@ -49,7 +54,8 @@ class SteeredRequest:
     def _masked(self, positions: Ints, tokens: Ints) -> Ints:
         out = np.zeros((len(self.rules), len(positions)), dtype=np.int64)
         for number, one in enumerate(self.rules):
-            out[number] = one.selection.mask(positions, self.prompt_length, tokens) * self.slot
+            selected = one.selection.mask(positions, self.prompt_length, tokens, self.trace)
+            out[number] = selected * self.slot
         return out
 
     @cached_property
@@ -68,9 +74,10 @@ class SteeredRequest:
 
     @property
     def fixed_from(self) -> int | None:
-        """The position from which on `slots` no longer changes; None where token ids decide."""
+        """The position from which on `slots` no longer changes; None where it may change for
+        ever."""
         selections = [one.selection for one in self.rules]
-        if any(selection.reads_tokens for selection in selections):
+        if any(selection.reads_tokens or selection.varies for selection in selections):
             return None
         return max((one.fixed_from(self.prompt_length) for one in selections), default=0)
 

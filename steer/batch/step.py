@@ -11,19 +11,20 @@ T tokens of the batch (packed, or a padded batch flattened), P rules.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from steer.batch.apply import apply_table
+from steer.batch.apply import apply_table, read_table
 from steer.batch.gates import Decisions, Gates
 from steer.batch.ledger import Ledger
 from steer.batch.requests import NOBODY, Ints, Span
 from steer.batch.tables import Table, Tables, TableView
 from steer.batch.token_slots import GatedTokens, TokenSlots
-from steer.edits import apply
+from steer.edits import Readings, apply, read, relative_sizes
 from steer.errors import EngineError
 from steer.model import HookPoint
 
@@ -33,9 +34,10 @@ _SOLO = 4
 """From so many tokens on, edits that belong to one token each are not multiplied with all."""
 
 
-class _Work(NamedTuple):
+@dataclass(eq=False)
+class _Work:
     """What one rule does at one hook point: to all tokens, or to `rows` alone. `slots` are those
-    that have a block there."""
+    that have a block there. `readings` are what its edits have read elsewhere in this pass."""
 
     number: int
     slots: set[int]
@@ -43,6 +45,7 @@ class _Work(NamedTuple):
     view: TableView
     rows: Tensor | None
     solo: Tensor | None
+    readings: Readings | None = None
 
 
 class Step:
@@ -75,10 +78,16 @@ class Step:
             self.slots = self._gates.close(self.slots, tokens.gated)
             gated = self._gates.points(in_use)
         self._work = {point: work for point in points if (work := self._work_at(point, in_use))}
-        self.points = frozenset(self._work.keys() | gated)
+        self._reading: dict[HookPoint, list[_Work]] = {}
+        """What reads at each point, and edits behind it."""
+        for one in chain.from_iterable(self._work.values()):
+            if one.view.reads_at is not None:
+                self._reading.setdefault(one.view.reads_at, []).append(one)
+        self.points = frozenset(self._work.keys() | self._reading.keys() | gated)
 
     def edit(self, point: HookPoint, x: Tensor) -> Tensor:
-        """`x` `[..., d]`, T rows in all, after the gates and edits of `point`."""
+        """`x` `[..., d]`, T rows in all, after the gates and edits of `point`; what is read there
+        for edits behind it is read after them, as the model itself reads it."""
         self._visited.add(point)
         if point not in self.points:
             return x
@@ -90,11 +99,14 @@ class Step:
             if self._shared is None:
                 flat = self._apply(work, flat)
             elif self._shared[work.number]:
-                flat = apply(work.table.blocks[self._shared[work.number]], flat)
+                block = work.table.blocks[self._shared[work.number]]
+                flat = apply(block, flat, work.readings)
         if flat is not before:
             flat = self._ledger.contained(self._row_index, before, flat)
             if self._measured is not None:
                 self._measure(point, before, flat, self._measured & self._edited(point))
+        for work in self._reading.get(point, ()):
+            work.readings = self._read(work, flat)
         return flat.reshape(x.shape)
 
     def carry_on(self, changes: Mapping[int, Ints]) -> None:
@@ -130,6 +142,8 @@ class Step:
                 "there were not applied, so the result is withheld"
             )
         self._visited = set()
+        for work in chain.from_iterable(self._reading.values()):
+            work.readings = None
         slots = self._tokens.slots if self._gates is None else self.slots.cpu().numpy()
         present = self._tokens.rows != NOBODY
         applied = np.zeros(slots.shape[1], dtype=np.int64)
@@ -184,9 +198,20 @@ class Step:
     def _apply(self, work: _Work, x: Tensor) -> Tensor:
         slots = self.slots[work.number]
         if work.rows is None:
-            return apply_table(work.view, x, slots, work.solo)
+            return apply_table(work.view, x, slots, work.solo, work.readings)
         mine, slots = x.index_select(0, work.rows), slots.index_select(0, work.rows)
-        return x.index_copy(0, work.rows, apply_table(work.view, mine, slots, work.solo))
+        edited = apply_table(work.view, mine, slots, work.solo, work.readings)
+        return x.index_copy(0, work.rows, edited)
+
+    def _read(self, work: _Work, x: Tensor) -> Readings | None:
+        """What the edits of `work`, whose tokens' gates may still be closed, read of `x`."""
+        if self._shared is not None:
+            slot = self._shared[work.number]
+            return read(work.table.blocks[slot], x) if slot else None
+        slots = self.slots[work.number]
+        if work.rows is not None:
+            x, slots = x.index_select(0, work.rows), slots.index_select(0, work.rows)
+        return read_table(work.view, x, slots, work.solo)
 
     def _edited(self, point: HookPoint) -> Tensor:
         """Which tokens `[T]` a block of `point` acts on."""
@@ -205,10 +230,7 @@ class Step:
 
     def _measure(self, point: HookPoint, before: Tensor, after: Tensor, edited: Tensor) -> None:
         """Measures the `edited` tokens `[T]`; what became of the others does not matter."""
-        tiny = torch.finfo(torch.float32).tiny
-        size = (after.float() - before.float()).norm(dim=-1) / before.float().norm(
-            dim=-1
-        ).clamp_min(tiny)
+        size = relative_sizes(before, after)
         self._ledger.add_relative(point, self._row_index, size, edited)
 
 

@@ -19,11 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steer.batch.cutoffs import DeviceCutoffs
+from steer.batch.encoders import DeviceEncoders
 from steer.batch.slots import Holding, SlotTables
-from steer.edits import LAW_FIELDS, NO_TRAIT, Block, TopKCutoff, Traits
+from steer.edits import LAW_FIELDS, NO_TRAIT, Block, Encoder, EncoderUse, Traits
 from steer.errors import CapacityError
-from steer.model import HookPoint, ModelInfo
+from steer.model import HookPoint, ModelInfo, forward_order
 from steer.plan.plan import Gate, SteeringPlan, check_rules
 
 MAX_RULES = 8
@@ -72,7 +72,7 @@ class SlotRows:
 @dataclass(frozen=True)
 class TableView:
     """A table as far as some slots need it: constants and flags by slot `[S + 1, ...]`, and a bank
-    of K edits, in which every row knows its slot and its column among the cutoffs."""
+    of K edits, in which every row knows its slot. All of them read at `reads_at`, or here."""
 
     shift: Tensor
     replace: Tensor
@@ -83,8 +83,8 @@ class TableView:
     write: Tensor
     laws: Tensor
     owner: Tensor
-    cutoff_column: Tensor
-    cutoffs: tuple[TopKCutoff, ...]
+    encoders: tuple[EncoderUse, ...]
+    reads_at: HookPoint | None
     needs: Needs
     traits: Traits
     """Of the laws of these slots."""
@@ -99,9 +99,9 @@ class Table:
     free have owner −1 and zero weights.
     """
 
-    def __init__(self, slots: int, width: int, cutoffs: DeviceCutoffs) -> None:
-        device = cutoffs.device
-        self.device, self.width, self._encoders = device, width, cutoffs
+    def __init__(self, slots: int, width: int, encoders: DeviceEncoders) -> None:
+        device = encoders.device
+        self.device, self.width, self._on_device = device, width, encoders
         self.shift = torch.full((slots, width), -0.0, device=device)
         self.replace = torch.zeros(slots, dtype=torch.bool, device=device)
         self.preserve = torch.zeros(slots, dtype=torch.bool, device=device)
@@ -111,22 +111,29 @@ class Table:
         self.write = torch.zeros(0, width, device=device)
         self.laws = torch.zeros(0, LAW_FIELDS, device=device)
         self.owner = torch.zeros(0, dtype=torch.long, device=device)
-        self.cutoff_column = torch.zeros(0, dtype=torch.long, device=device)
-        self.cutoffs: dict[str, tuple[int, TopKCutoff]] = {}
+        self.encoder = torch.zeros(0, dtype=torch.long, device=device)
+        """The number of the encoder that each bank row asks, 0 for none; and its column there."""
+        self.column = torch.zeros(0, dtype=torch.long, device=device)
+        self.encoders: dict[str, tuple[int, Encoder]] = {}
         self.blocks: dict[int, Block] = {}
         self.bank_rows = 0
         self._owned: dict[int, list[int]] = {}
         self._views: OrderedDict[frozenset[int], TableView] = OrderedDict()
 
     def groups(self, slots: set[int]) -> list[set[int]]:
-        """The slots among `slots` with a block here, those that compete apart from the others: a
-        cutoff reads every latent of an SAE, for each token that it is shown."""
-        mine = slots & self.blocks.keys()
-        competing = {slot for slot in mine if self.blocks[slot].cutoff is not None}
-        return [group for group in (mine - competing, competing) if group]
+        """The slots among `slots` with a block here, in groups that share a view: apart are those
+        that read at another point, and those with an encoder, which is asked about each token that
+        it is shown."""
+        found: dict[tuple[bool, HookPoint | None], set[int]] = {}
+        for slot in sorted(slots & self.blocks.keys()):
+            block = self.blocks[slot]
+            key = (block.encoder is not None, block.reads_at)
+            found.setdefault(key, set()).add(slot)
+        return [found[key] for key in sorted(found, key=_plain_first)]
 
     def view(self, slots: Iterable[int]) -> TableView:
-        """What `slots`, all of which have a block here, make necessary, whatever others hold."""
+        """What `slots`, of one group or of all that read here, make necessary, whatever others
+        hold."""
         key = frozenset(slots)
         found = self._views.get(key)
         if found is None:
@@ -142,14 +149,6 @@ class Table:
         chosen: slice | Tensor = slice(self.bank_rows)
         if compact:
             chosen = torch.tensor(rows, dtype=torch.long, device=self.device)
-        identities = dict.fromkeys(
-            block.cutoff.identity
-            for slot in sorted(slots)
-            if (block := self.blocks[slot]).cutoff is not None
-        )
-        columns = torch.zeros(len(self.cutoffs) + 1, dtype=torch.long, device=self.device)
-        for number, identity in enumerate(identities, start=1):
-            columns[self.cutoffs[identity][0]] = number
         return TableView(
             self.shift,
             self.replace,
@@ -160,12 +159,23 @@ class Table:
             self.write[chosen],
             self.laws[chosen],
             self.owner[chosen],
-            columns[self.cutoff_column[chosen]],
-            tuple(self.cutoffs[identity][1] for identity in identities),
+            self._uses(slots, chosen),
+            next((self.blocks[slot].reads_at for slot in slots), None),
             self.needs(slots),
             reduce(Traits.either, (self.blocks[slot].traits for slot in slots), NO_TRAIT),
             any(self.blocks[slot].shift is not None for slot in slots),
         )
+
+    def _uses(self, slots: Iterable[int], chosen: slice | Tensor) -> tuple[EncoderUse, ...]:
+        """The encoders that the blocks of `slots` ask, and where in the bank rows `chosen`."""
+        encoders = [self.blocks[slot].encoder for slot in sorted(slots)]
+        asked = dict.fromkeys(one.identity for one in encoders if one is not None)
+        mine, columns = self.encoder[chosen], self.column[chosen]
+        found = []
+        for number, encoder in (self.encoders[identity] for identity in asked):
+            rows = (mine == number).nonzero()[:, 0]
+            found.append(EncoderUse(encoder, rows, columns[rows]))
+        return tuple(found)
 
     def needs(self, slots: Iterable[int]) -> Needs:
         """What the blocks of `slots` make necessary, whatever idle slots hold."""
@@ -196,7 +206,9 @@ class Table:
             self.write[rows] = block.write.to(self.device)
             self.laws[rows] = block.laws.to(self.device)
             self.owner[rows] = slot
-            self.cutoff_column[rows] = self._enter(block.cutoff)
+            if block.encoder is not None:
+                self.encoder[rows] = self._enter(block.encoder)
+                self.column[rows] = torch.tensor(block.columns, device=self.device)
         self._refresh()
 
     def clear(self, slot: int) -> None:
@@ -213,23 +225,21 @@ class Table:
             self.write[rows] = 0.0
             self.laws[rows] = 0.0
             self.owner[rows] = -1
-            self.cutoff_column[rows] = 0
-        in_use = {b.cutoff.identity for b in self.blocks.values() if b.cutoff is not None}
-        if not in_use:
-            self.cutoffs.clear()
+            self.encoder[rows] = self.column[rows] = 0
+        if all(block.encoder is None for block in self.blocks.values()):
+            self.encoders.clear()
         self._refresh()
 
     def _refresh(self) -> None:
         self._views.clear()
         self.bank_rows = 1 + max((max(rows) for rows in self._owned.values()), default=-1)
 
-    def _enter(self, cutoff: TopKCutoff | None) -> int:
-        """The column of `competition` among the cutoffs; column 0 is no cutoff."""
-        if cutoff is None:
-            return 0
-        if cutoff.identity not in self.cutoffs:
-            self.cutoffs[cutoff.identity] = (len(self.cutoffs) + 1, self._encoders.of(cutoff))
-        return self.cutoffs[cutoff.identity][0]
+    def _enter(self, encoder: Encoder) -> int:
+        """The number of `encoder` in this table."""
+        if encoder.identity not in self.encoders:
+            number = len(self.encoders) + 1
+            self.encoders[encoder.identity] = (number, self._on_device.of(encoder))
+        return self.encoders[encoder.identity][0]
 
     def _free_rows(self, count: int) -> list[int]:
         taken = {row for rows in self._owned.values() for row in rows}
@@ -245,7 +255,13 @@ class Table:
         self.write = torch.cat([self.write, self.write.new_zeros(extra, self.width)])
         self.laws = torch.cat([self.laws, self.laws.new_zeros(extra, LAW_FIELDS)])
         self.owner = torch.cat([self.owner, self.owner.new_full((extra,), -1)])
-        self.cutoff_column = torch.cat([self.cutoff_column, self.cutoff_column.new_zeros(extra)])
+        self.encoder = torch.cat([self.encoder, self.encoder.new_zeros(extra)])
+        self.column = torch.cat([self.column, self.column.new_zeros(extra)])
+
+
+def _plain_first(key: tuple[bool, HookPoint | None]) -> tuple[bool, tuple[int, int]]:
+    asks, reads_at = key
+    return asks, (-1, -1) if reads_at is None else forward_order(reads_at)
 
 
 def _no_channels(width: int, device: torch.device) -> Tensor:
@@ -301,11 +317,11 @@ class Tables(SlotTables[_PlanHolding]):
         slots: int = 256,
         device: torch.device | str = "cpu",
         max_rules: int = MAX_RULES,
-        cutoffs: DeviceCutoffs | None = None,
+        encoders: DeviceEncoders | None = None,
     ) -> None:
-        """`cutoffs` may be shared with other tables on `device`."""
+        """`encoders` may be shared with other tables on `device`."""
         super().__init__(model, slots=slots, device=device, max_rules=max_rules)
-        self._cutoffs = cutoffs or DeviceCutoffs(self.device)
+        self._encoders = encoders or DeviceEncoders(self.device)
         self._by_point: dict[HookPoint, list[Table | None]] = {}
         self._gates: dict[HookPoint, list[GateTable | None]] = {}
 
@@ -321,7 +337,7 @@ class Tables(SlotTables[_PlanHolding]):
         return self._gates.get(point, [])
 
     def points(self) -> set[HookPoint]:
-        """Hook points at which some slot, in use or idle, edits or reads."""
+        """Hook points at which some slot, in use or idle, edits or a gate reads."""
         edited = {p for p, row in self._by_point.items() if any(s and s.blocks for s in row)}
         return edited | {p for p, row in self._gates.items() if any(g and g.live for g in row)}
 
@@ -356,7 +372,7 @@ class Tables(SlotTables[_PlanHolding]):
                 table = row[number]
                 if table is None:
                     width = self.model.width(point.site)
-                    table = row[number] = Table(size, width, self._cutoffs)
+                    table = row[number] = Table(size, width, self._encoders)
                 table.write_block(slot, block)
             if one.gate is not None:
                 gates = self._gates.setdefault(one.gate.point, [None] * self.max_rules)

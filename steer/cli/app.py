@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from steer.cli import (
-    generate,
     inspecting,
     jobs,
     names,
@@ -18,6 +17,7 @@ from steer.cli import (
     validate,
     vectors,
 )
+from steer.cli.answer import generate
 from steer.cli.fit import capturing, make
 from steer.cli.fit import commands as fit
 from steer.cli.measure import calibrate, evaluate, sweep

@@ -7,15 +7,17 @@ synchronous methods may be called from any thread and wait for their turn betwee
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
 
 from steer.model import Capabilities, HookPoint, ModelInfo
+from steer.prompts.roles import RoleRanges
 
 if TYPE_CHECKING:
     from steer.plan.plan import SteeringPlan
+    from steer.readouts.plan import ReadoutPlan
 
 FinishReason = Literal["stop", "length"]
 
@@ -70,6 +72,23 @@ class GenerationRequest:
     """Called with every generated token, in order and once; true ends the request after that token
     with finish `"stop"` and its receipt. Front ends match stop strings here, because closing the
     iterator would lose the receipt."""
+    roles: RoleRanges | None = None
+    """Whose words the prompt's tokens are; None where it was not given as messages, and then no
+    plan may ask."""
+    readouts: ReadoutPlan | None = None
+    """What is read of its tokens."""
+
+
+@dataclass(frozen=True)
+class TokenReadout:
+    """What was read of one token of a request, which stands at `position`: the numbers of its
+    `ReadoutPlan`, in their order. They are those of the pass that the token was fed in, so that the
+    last token of an answer has none; `kl` is of the distribution that it was chosen from."""
+
+    position: int
+    token: int
+    numbers: tuple[float, ...] = ()
+    kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -165,12 +184,15 @@ class TokenEvent:
 
     An end-of-sequence token is reported as an event whose `finish` is `"stop"`; it is not text.
     Where `GenerationRequest.stop` ended the request, that token is reported in the same way.
+    `readouts` are those of the tokens that were fed since the event before: the first one has the
+    prompt's, and each later one the token before its own.
     """
 
     token: int
     logprob: TokenLogprob | None = None
     finish: FinishReason | None = None
     receipt: Receipt | None = None
+    readouts: tuple[TokenReadout, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,6 +203,7 @@ class Completion:
     finish: FinishReason
     receipt: Receipt | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    readouts: tuple[TokenReadout, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -193,6 +216,7 @@ class CaptureRequest:
     `tail`, logits are those at the last `tail` positions and log-probabilities those of the last
     `tail` tokens; what comes before is then computed once for prompts that share it, unsteered.
     States are read after the edits of `plan` at the same point, as the model goes on to see them.
+    `roles` has one entry for each prompt, as `GenerationRequest.roles`.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -202,6 +226,16 @@ class CaptureRequest:
     logits: Literal["none", "last", "all"] = "none"
     logprobs: int | None = None
     tail: int | None = None
+    roles: Sequence[RoleRanges | None] | None = None
+
+    def of(self, numbers: Sequence[int]) -> CaptureRequest:
+        """The same, asked of the prompts with these numbers alone."""
+        return replace(
+            self,
+            prompts=[self.prompts[n] for n in numbers],
+            plans=None if self.plans is None else [self.plans[n] for n in numbers],
+            roles=None if self.roles is None else [self.roles[n] for n in numbers],
+        )
 
     def read_for_logits(self, length: int) -> range:
         """The positions of a prompt of `length` tokens whose logits are needed: for those that are

@@ -6,7 +6,8 @@ from math import inf
 
 from steer.engines.base import Captured, GenerationRequest, SamplingParams
 from steer.errors import EngineError, NotFinite, SpecError, SteerError
-from steer.model import ModelInfo
+from steer.model import Capabilities, ModelInfo
+from steer.readouts.spec import check_readable
 
 MAX_PENALTY = 2.0
 MAX_BIAS = 100.0
@@ -30,7 +31,35 @@ def check_request(request: GenerationRequest, model: ModelInfo, max_length: int)
             f"the token {unknown[0]} is not in the vocabulary of {model.vocab_size}",
             code="unknown_token",
         )
+    check_roles(request)
     check_sampling(request.sampling, model.vocab_size)
+
+
+def check_roles(request: GenerationRequest) -> None:
+    """Raises `SpecError` (`no_messages`) where the plan asks for the messages of a prompt that was
+    not given as such."""
+    if request.plan is None or not request.plan.reads_roles:
+        return
+    if request.roles is None:
+        raise no_messages(param=request.plan.spec.roles_at)
+    if request.roles.length != len(request.prompt):
+        raise AssertionError("the roles are those of another prompt")
+
+
+def no_messages(*, param: str | None = None) -> SpecError:
+    """For a spec that names roles, with a prompt that has none."""
+    return SpecError(
+        "'roles' are those of a chat's messages, and this prompt is a text or token ids: send "
+        "messages, or select by 'positions', 'between' or 'after'",
+        param=param,
+        code="no_messages",
+    )
+
+
+def check_readouts(request: GenerationRequest, capabilities: Capabilities) -> None:
+    """Raises `Unsupported` for read-outs that the engine cannot make while it answers."""
+    if request.readouts is not None:
+        check_readable(request.readouts.fields, capabilities)
 
 
 def check_sampling(params: SamplingParams, vocab_size: int) -> None:

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -25,6 +25,7 @@ from steer.engines.base import (
 )
 from steer.errors import StorageError
 from steer.plan.plan import SteeringPlan
+from steer.prompts.roles import RoleRanges
 from steer.registry.location import cache_folder
 
 
@@ -99,19 +100,15 @@ class JournaledEngine:
         if request.points or request.logits != "none" or request.logprobs is None:
             return self.engine.capture(request)
         plans = request.plans or [None] * len(request.prompts)
+        roles = request.roles or [None] * len(request.prompts)
         rest = [request.logprobs, request.tail]
         keys = [
-            _key("reading", prompt, plan, rest)
-            for prompt, plan in zip(request.prompts, plans, strict=True)
+            _key("reading", prompt, plan, whose, rest)
+            for prompt, plan, whose in zip(request.prompts, plans, roles, strict=True)
         ]
         missing = [n for n, key in enumerate(keys) if key not in self._known]
         if missing:
-            fewer = replace(
-                request,
-                prompts=[request.prompts[n] for n in missing],
-                plans=None if request.plans is None else [plans[n] for n in missing],
-            )
-            found = self.engine.capture(fewer)
+            found = self.engine.capture(request.of(missing))
             self._write(
                 (keys[n], [list(_entry(x)) for x in one.logprobs])
                 for n, one in zip(missing, found, strict=True)
@@ -164,11 +161,20 @@ def _identity(engine: Engine) -> list[Any]:
 
 
 def _answer_key(request: GenerationRequest) -> str:
-    return _key("answer", request.prompt, request.plan, asdict(request.sampling))
+    return _key("answer", request.prompt, request.plan, request.roles, asdict(request.sampling))
 
 
-def _key(what: str, prompt: Sequence[int], plan: SteeringPlan | None, rest: Any) -> str:
-    return _digest([what, list(prompt), None if plan is None else plan.fingerprint, rest])[:32]
+def _key(
+    what: str,
+    prompt: Sequence[int],
+    plan: SteeringPlan | None,
+    roles: RoleRanges | None,
+    rest: Any,
+) -> str:
+    asked = [what, list(prompt), None if plan is None else plan.fingerprint, rest]
+    if roles is not None and plan is not None and plan.reads_roles:
+        asked.append(roles.ranges)
+    return _digest(asked)[:32]
 
 
 def _digest(what: Any) -> str:

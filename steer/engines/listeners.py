@@ -82,5 +82,9 @@ class BlockingListener:
         kept = self._events[:-1] if last.finish == "stop" else self._events
         logprobs: tuple[TokenLogprob, ...] = tuple(e.logprob for e in kept if e.logprob)
         return Completion(
-            tuple(e.token for e in kept), last.finish or "length", last.receipt, logprobs
+            tuple(e.token for e in kept),
+            last.finish or "length",
+            last.receipt,
+            logprobs,
+            tuple(one for event in self._events for one in event.readouts),
         )

@@ -12,6 +12,7 @@ from steer.engines.base import CaptureRequest, Engine
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.prompts import text_tokens, trigger_tokens
+from steer.prompts.vocabulary import vocabulary_of
 from steer.registry.registry import Registry
 
 
@@ -34,6 +35,7 @@ def plans_of(engine: Engine, library: Library, **options: Any) -> PlanCache:
         engine.info,
         engine.capabilities,
         tokenize=partial(trigger_tokens, tokenizer),
+        vocabulary=partial(vocabulary_of, tokenizer, engine.info.vocab_size),
         encode_text=encode_text,
         **options,
     )

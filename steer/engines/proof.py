@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from steer.edits import Block, Law, TopKCutoff
+from steer.artefacts.sae.encoders import LatentRows, TopKEncoder
+from steer.edits import Block, Law
 from steer.model import INNER_SITES, SITE_ORDER, HookPoint, ModelInfo
 from steer.plan.plan import Rule, SteeringPlan
 from steer.plan.selection import EVERYWHERE
@@ -49,10 +50,11 @@ def ranking_plan(model: ModelInfo, point: HookPoint) -> SteeringPlan:
     active too, would drive the state beyond all numbers, and such a state is left alone."""
     direction = probe_shift(model, point.site)
     nothing = torch.zeros(2, len(direction))
-    cutoff = TopKCutoff(f"probe-{len(direction)}", nothing, torch.tensor([2.0, 1.0]), 1)
+    rows = LatentRows(nothing, torch.tensor([2.0, 1.0]))
+    encoder = TopKEncoder(f"probe-{len(direction)}", rows, 1)
     write = torch.stack([direction, torch.full_like(direction, 3e38)])
     laws = [Law(bias=2.0, slope=0.5), Law(bias=1.0)]
-    block = Block.of_edits(nothing, write, laws, cutoff=cutoff)
+    block = Block.of_edits(nothing, write, laws, encoder=encoder)
     return _plan(f"probe-{point}-ranks", point, block)
 
 

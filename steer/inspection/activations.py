@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from torch import Tensor
 
 from steer.artefacts.control_vector import ControlVector
-from steer.artefacts.library import Library, MemoryLibrary
+from steer.artefacts.library import Library, MemoryLibrary, labels_of
 from steer.artefacts.sae.base import SAE
 from steer.artefacts.sae.labels import FeatureLabel
 from steer.engines.base import Captured, CaptureRequest, Engine
@@ -23,6 +23,7 @@ from steer.inspection.selection import (
     chosen_points,
     chosen_positions,
     plan_for,
+    roles_for,
 )
 from steer.inspection.state_file import StateFile, StateSelection, state_file
 from steer.inspection.token_labels import place_label
@@ -30,6 +31,7 @@ from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.points import row
 from steer.prompts import PromptInput, encode_prompt
+from steer.readouts import measures
 from steer.spec import Name, Site, SteeringSpec
 
 
@@ -139,7 +141,13 @@ def activations(
     plan = plan_for(engine, request.steering, plans, at="/steering")
     read = points if sae is None else tuple(dict.fromkeys([*points, _point_of(sae)]))
     captured = engine.capture(
-        CaptureRequest(prompts=[prompt.ids], points=read, positions=positions, plans=[plan])
+        CaptureRequest(
+            prompts=[prompt.ids],
+            points=read,
+            positions=positions,
+            plans=[plan],
+            roles=[roles_for(plan, prompt)],
+        )
     )[0]
     return ActivationsResult(
         model=engine.info.name,
@@ -147,7 +155,7 @@ def activations(
         positions=positions,
         layers=tuple(_layer(p, captured.states[p], rows=request.states) for p in points),
         vectors=_readings(vectors, points, captured),
-        features=None if sae is None else _features(sae, captured, request),
+        features=None if sae is None else _features(sae, captured, request, known),
         fingerprint=plan.fingerprint if plan else None,
     )
 
@@ -262,7 +270,7 @@ def _layer(
     return LayerActivations(
         layer=point.layer,
         site=point.site,
-        norms=tuple(states.norm(dim=-1).tolist()),
+        norms=tuple(measures.norms(states).tolist()),
         states=tuple(map(tuple, states.tolist())) if rows else None,
     )
 
@@ -278,30 +286,32 @@ def _readings(
                 continue
             direction = row(vector, point.layer)
             states = captured.states[point]
-            projections = states @ (direction / direction.norm())
-            # A state of norm 0 points nowhere: its cosine with anything is 0.
-            cosines = projections / states.norm(dim=-1).clamp_min(1e-30)
+            along = measures.projections(states, measures.unit(direction)[None])
+            cosines = measures.cosines(along, measures.norms(states))
             readings.append(
                 VectorReading(
                     vector=name,
                     layer=point.layer,
-                    cosines=tuple(cosines.tolist()),
-                    projections=tuple(projections.tolist()),
+                    cosines=tuple(cosines[:, 0].tolist()),
+                    projections=tuple(along[:, 0].tolist()),
                 )
             )
     return tuple(readings)
 
 
-def _features(sae: SAE, captured: Captured, request: ActivationsRequest) -> FeatureReading:
+def _features(
+    sae: SAE, captured: Captured, request: ActivationsRequest, library: Library
+) -> FeatureReading:
+    labels = labels_of(library, str(request.sae))
     activations = sae.encode(captured.states[_point_of(sae)])
-    best = activations.topk(min(request.top_features, sae.d_sae), dim=-1)
+    best = measures.ranked(activations, request.top_features)
     top = [
         tuple(
-            ActiveFeature(feature=feature, activation=value, label=sae.labels.get(feature))
+            ActiveFeature(feature=feature, activation=value, label=labels.get(feature))
             for value, feature in zip(values, features, strict=True)
             if value > 0
         )
-        for values, features in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        for values, features in zip(best.values.tolist(), best.places.tolist(), strict=True)
     ]
     return FeatureReading(
         sae=str(request.sae),

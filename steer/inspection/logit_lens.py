@@ -27,11 +27,14 @@ from steer.inspection.selection import (
     chosen_points,
     chosen_positions,
     plan_for,
+    roles_for,
 )
 from steer.inspection.token_labels import place_label
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.prompts import PromptInput, encode_prompt
+from steer.prompts.roles import RoleRanges
+from steer.readouts.measures import entropies
 from steer.spec import SteeringSpec
 
 _LOGITS_AT_ONCE = 1 << 24
@@ -94,10 +97,12 @@ def logit_lens(
     *,
     plans: PlanCache | None = None,
     library: Library | None = None,
+    roles: RoleRanges | None = None,
 ) -> LogitLensResult:
     """Reads the prompt through the logit lens, under `request.steering` where it has one.
 
-    `plans` knows the artefacts that the steering names, `library` the lens. Raises `SteerError`
+    `plans` knows the artefacts that the steering names, `library` the lens; `roles` say whose words
+    a prompt is that comes as ids. Raises `SteerError`
     with a pointer into the request, `TooLarge` where the answer would pass `MAX_NUMBERS`.
     """
     LOGIT_LENS.require(engine)
@@ -111,7 +116,13 @@ def logit_lens(
     lens = _lens_for(engine, request, library)
     plan = plan_for(engine, request.steering, plans, at="/steering")
     captured = engine.capture(
-        CaptureRequest(prompts=[prompt.ids], points=points, positions=positions, plans=[plan])
+        CaptureRequest(
+            prompts=[prompt.ids],
+            points=points,
+            positions=positions,
+            plans=[plan],
+            roles=[roles or roles_for(plan, prompt)],
+        )
     )[0]
     states = torch.cat([_read_by(lens, point, captured.states[point]) for point in points])
     places = [(point.layer, position) for point in points for position in positions]
@@ -161,8 +172,8 @@ def _readings(
     readings: list[tuple[tuple[TokenChance, ...], float]] = []
     for part in torch.split(states, rows):
         logits = engine.unembed(part).float().cpu()
-        entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
-        readings += zip(top_tokens(logits, engine.tokenizer, count), entropy.tolist(), strict=True)
+        entropy = entropies(logits).tolist()
+        readings += zip(top_tokens(logits, engine.tokenizer, count), entropy, strict=True)
     return readings
 
 

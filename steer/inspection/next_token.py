@@ -10,6 +10,7 @@ from torch import Tensor
 
 from steer.inspection.method import Finite
 from steer.prompts import token_texts
+from steer.readouts.measures import likeliest
 
 
 class TokenChance(BaseModel):
@@ -26,9 +27,9 @@ def top_tokens(
     logits: Float[Tensor, "N vocab"], tokenizer: Any, count: int
 ) -> list[tuple[TokenChance, ...]]:
     """The `count` likeliest tokens of each row, best first; probabilities in float32."""
-    best = logits.float().softmax(-1).topk(min(count, logits.shape[-1]), dim=-1)
+    best = likeliest(logits, count)
     rows = []
-    for chances, ids in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+    for chances, ids in zip(best.values.tolist(), best.places.tolist(), strict=True):
         texts = token_texts(tokenizer, ids)
         rows.append(
             tuple(

@@ -42,6 +42,7 @@ from steer.inspection.selection import (
     chosen_points,
     chosen_positions,
     plan_for,
+    roles_for,
 )
 from steer.inspection.target import Preset, TargetPrompt, encode_target
 from steer.inspection.token_labels import place_label, token_label
@@ -197,6 +198,7 @@ def _patches(
             points=sweep.points,
             positions=read,
             plans=[sweep.plan],
+            roles=[roles_for(sweep.plan, sweep.source)],
             logits="all" if request.expect == "next_token" else "none",
         )
     )[0]

@@ -15,6 +15,7 @@ from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
 from steer.prompts import EncodedPrompt, Place
+from steer.prompts.roles import RoleRanges
 from steer.spec import Index, Site, SteeringSpec
 
 MAX_NUMBERS = 1 << 16
@@ -83,3 +84,8 @@ def plan_for(
     except SteerError as error:
         error.param = at + (error.param or "")
         raise
+
+
+def roles_for(plan: SteeringPlan | None, prompt: EncodedPrompt) -> RoleRanges | None:
+    """Whose words the tokens of `prompt` are, where `plan` asks."""
+    return None if plan is None or not plan.reads_roles else prompt.roles

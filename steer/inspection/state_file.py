@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from steer.engines.base import CaptureRequest, Engine
+from steer.inspection.selection import roles_for
 from steer.model import HookPoint
 from steer.plan.plan import SteeringPlan
 from steer.prompts import EncodedPrompt
@@ -90,6 +91,7 @@ def _pieces(engine: Engine, head: bytes, selected: StateSelection) -> Iterator[b
                 points=read,
                 positions=positions[start : start + rows],
                 plans=[selected.plan],
+                roles=[roles_for(selected.plan, selected.prompt)],
             )
             states = engine.capture(capture)[0].states
             for point in read:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -82,9 +81,7 @@ class BackgroundEngine:
         while len(found) < len(lengths):
             tokens = self._limits.busy_tokens if self._pace.busy else self._limits.idle_tokens
             end = _fitting(lengths, len(found), tokens)
-            piece = slice(len(found), end)
-            plans = None if request.plans is None else request.plans[piece]
-            part = replace(request, prompts=request.prompts[piece], plans=plans)
+            part = request.of(range(len(found), end))
             found += self._timed(partial(self._engine.capture, part))
         return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias, TypeVar
 
@@ -16,6 +16,7 @@ from steer.model import Capabilities, ModelInfo
 from steer.plan.compiler import compile_plan
 from steer.plan.plan import SteeringPlan
 from steer.plan.resolve import OPEN, Policy, Tokenize
+from steer.plan.selection import TokenReader
 from steer.plan.sources import EncodeText, Snapshot, Sources
 from steer.spec import SteeringSpec
 
@@ -52,6 +53,7 @@ class PlanCache:
         capabilities: Capabilities,
         *,
         tokenize: Tokenize | None = None,
+        vocabulary: Callable[[], Sequence[bytes]] | None = None,
         encode_text: EncodeText | None = None,
         size: int = 1024,
         observe_compile: Callable[[float], None] | None = None,
@@ -60,7 +62,7 @@ class PlanCache:
         self._sources = Sources(library, model, encode_text)
         self._policy = policy
         self._capabilities = capabilities
-        self._tokenize = tokenize
+        self._reader = TokenReader(tokenize, vocabulary, capabilities.roles)
         self._size = size
         self._observe_compile = observe_compile
         self._dated = library if isinstance(library, DatedLibrary) else None
@@ -91,7 +93,7 @@ class PlanCache:
                 self._plans.move_to_end(key)
                 return self._plans[key]
         started = time.perf_counter()
-        plan = compile_plan(spec, sources, self._capabilities, self._tokenize, policy=self._policy)
+        plan = compile_plan(spec, sources, self._capabilities, self._reader, policy=self._policy)
         seconds = time.perf_counter() - started
         with self._lock:
             self.stats.misses += 1

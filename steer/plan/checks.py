@@ -9,24 +9,20 @@ from torch import Tensor
 
 from steer.edits import (
     BIAS,
-    CENTRED,
     CHANNEL_ROWS,
-    COSINE,
     GAIN,
     INTERCEPT,
     LAW_FIELDS,
     MEASURE,
     MEASURES,
     OFFSET,
-    PRODUCT,
     RELATIONS,
     RELATIVE,
     SLOPE,
     Block,
-    TopKCutoff,
 )
 from steer.errors import IncompatibleArtefact, NotFinite, SteerError
-from steer.model import HookPoint, ModelInfo
+from steer.model import HookPoint, ModelInfo, forward_order
 from steer.plan.plan import Gate, Rule
 
 LONGEST_EDIT = 2.0**50
@@ -37,7 +33,7 @@ computes; one that overflows would make zeros of the state."""
 
 def check_block(point: HookPoint, block: Block, error: type[SteerError]) -> None:
     """Raises `error` for a block whose tensors disagree in shape or are not finite."""
-    fault = _shape_fault(block) or _value_fault(block)
+    fault = _shape_fault(block) or _value_fault(block) or _order_fault(point, block)
     if fault is not None:
         raise error(f"the edit at {point} {fault}", code="invalid_edit")
 
@@ -66,6 +62,8 @@ def check_model(rules: tuple[Rule, ...], model: ModelInfo) -> None:
     """Raises for rules whose hook points or widths are not those of `model`."""
     for one in rules:
         widths = [(point, _width(block)) for point, block in one.blocks.items()]
+        blocks = one.blocks.values()
+        widths += [(block.reads_at, _width(block)) for block in blocks if block.reads_at]
         if one.gate is not None:
             widths.append((one.gate.point, len(one.gate.direction)))
         for point, width in widths:
@@ -90,7 +88,8 @@ def _shape_fault(block: Block) -> str | None:
     if len(widths) > 1:
         return f"has rows of widths {widths}"
     if block.read is None or block.write is None or block.laws is None:
-        if block.cutoff is not None or (block.shift is None and channels is None):
+        asks = block.encoder is not None or block.reads_at is not None
+        if asks or (block.shift is None and channels is None):
             return "neither adds a row nor reads one"
         return None
     shape = block.read.shape
@@ -98,21 +97,17 @@ def _shape_fault(block: Block) -> str | None:
         return f"reads {list(shape)} and writes {list(block.write.shape)}; both are [K, d]"
     if block.laws.shape != (shape[0], LAW_FIELDS):
         return f"has laws {list(block.laws.shape)}; {shape[0]} edits have {[shape[0], LAW_FIELDS]}"
-    return None if block.cutoff is None else _encoder_fault(block.cutoff, shape[1])
-
-
-def _encoder_fault(cutoff: TopKCutoff, width: int) -> str | None:
-    read, bias = cutoff.read, cutoff.bias
-    if read.ndim != 2 or read.shape[1] != width or bias.shape != read.shape[:1]:
-        return (
-            f"competes among latents of read {list(read.shape)} and bias {list(bias.shape)}; "
-            f"[d_sae, {width}] and [d_sae] are needed"
-        )
-    if cutoff.measure not in (PRODUCT, COSINE, CENTRED):
-        return f"competes among latents that are read by the unknown measure {cutoff.measure!r}"
-    if not 1 <= cutoff.k <= len(read):
-        return f"lets {cutoff.k} of {len(read)} latents be active"
+    if block.encoder is not None and len(block.columns or ()) != shape[0]:
+        return f"asks for {len(block.columns or ())} columns of an encoder with {shape[0]} edits"
     return None
+
+
+def _order_fault(point: HookPoint, block: Block) -> str | None:
+    reads = block.reads_at
+    if reads is None:
+        return None
+    earlier = reads.layer == point.layer and forward_order(reads) < forward_order(point)
+    return None if earlier else f"reads {reads}, which is no earlier point of its layer"
 
 
 def _value_fault(block: Block) -> str | None:

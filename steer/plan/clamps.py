@@ -1,12 +1,15 @@
 """Clamps of SAE features to blocks: x + Σ (c − f)·W_dec, with f the feature and c what it becomes.
 
-A feature whose activation depends on its own row alone costs one read and one write; those of a
-TopK SAE need the token's other features too (`TopKCutoff`). An SAE that normalises each token reads
-and writes in units of that token's length, which its laws do as well: the change is exact.
+A feature whose activation depends on its own row alone costs one read and one write; where features
+compete, an encoder is asked about the token's others too (`steer.artefacts.sae.competing`). An SAE
+that normalises each token reads and writes in units of that token's length, which its laws do as
+well: the change is exact. A transcoder's features are read where it reads and written where it
+writes: what it adds whatever they are (b_dec, W_skip) cancels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -14,24 +17,15 @@ import torch
 from torch import Tensor
 
 from steer.artefacts.sae.base import SAE
+from steer.artefacts.sae.competing import MEASURES, check_k, competing
 from steer.artefacts.sae.reads import FeatureReads
-from steer.edits import (
-    CENTRED,
-    COSINE,
-    PRODUCT,
-    SHARE,
-    TO_DEVIATION,
-    TO_NORM,
-    Block,
-    Law,
-    TopKCutoff,
-)
+from steer.edits import COSINE, SHARE, TO_DEVIATION, TO_NORM, Block, Law
 from steer.errors import SpecError, SteerError, TooLarge, Unsupported
+from steer.model import HookPoint
 from steer.plan.plan import Blocks
 from steer.plan.resolve import Resolved
 from steer.spec import MAX_FEATURES, Clamp, NormValue
 
-_MEASURES = {"product": PRODUCT, "cosine": COSINE, "centred": CENTRED}
 _RELATIONS = {"product": 0.0, "cosine": TO_NORM, "centred": TO_DEVIATION}
 _MOST_NUMBERS = 2**26
 """The most numbers of an SAE that a plan carries: 256 MiB."""
@@ -40,7 +34,8 @@ _MOST_NUMBERS = 2**26
 def clamp(item: Clamp, one: Resolved) -> Blocks:
     """f ← c on the chosen features, the rest of x untouched (Scaling Monosemanticity)."""
     sae, (point,) = one.sae("sae"), one.points
-    check_one_site(sae)
+    if item.k is not None:
+        _check_k(sae, item.k)
     if item.mode == "keep_only":
         item = _drop_of_others(item, sae)
     try:
@@ -52,20 +47,55 @@ def clamp(item: Clamp, one: Resolved) -> Blocks:
     if all(value == identity for value in item.numbers):
         return {}
     if item.mode == "add" and item.balance is None and not item.only_if_active:
-        return {point: _addition(item, reads, writes)}
-    laws = _laws(item, reads, writes)
-    return {point: Block.of_edits(reads.read, writes, laws, cutoff=_cutoff(sae))}
+        return {point: _addition(item, sae, writes)}
+    _check_length(item, sae)
+    asked = competing(sae, item.features, item.k)
+    block = Block.of_edits(
+        reads.read,
+        writes,
+        _laws(item, sae, reads, writes),
+        encoder=None if asked is None else asked.encoder,
+        columns=None if asked is None else asked.columns,
+        reads_at=_reads_at(sae),
+    )
+    return {point: block}
 
 
-def check_one_site(sae: SAE) -> None:
-    """Raises `Unsupported` (`two_sites`) for a transcoder: a block reads where it writes."""
-    if sae.is_transcoder:
+def _reads_at(sae: SAE) -> HookPoint | None:
+    """Where a transcoder reads; None for an SAE that reads where it writes.
+
+    Raises `Unsupported` (`two_sites`) for one that could only be served backwards, or by rows of
+    two widths.
+    """
+    if not sae.is_transcoder:
+        return None
+    if not sae.writes_later:
         raise Unsupported(
-            f"the SAE {sae.card.name!r} is a transcoder, which reads at {sae.site} and writes at "
-            f"{sae.write_point.site}; edits of two sites are not served: capture its features, or "
-            "steer with an SAE of one site",
+            f"the transcoder {sae.card.name!r} reads rows of width {sae.d_in} at {sae.site} and "
+            f"writes rows of width {sae.d_out} at {sae.write_point.site}; what is read must come "
+            "before what is written, in rows as long: capture its features, or use mode 'add'",
             param="/sae",
             code="two_sites",
+        )
+    return HookPoint(sae.layer, sae.site)
+
+
+def _check_k(sae: SAE, k: int) -> None:
+    try:
+        check_k(sae, k)
+    except SteerError as error:
+        raise error.at("/k") from None
+
+
+def _check_length(item: Clamp, sae: SAE) -> None:
+    """Raises `Unsupported` (`norm_of_two_sites`) for a clamp that has two lengths."""
+    if isinstance(item.value, NormValue) and sae.is_transcoder and sae.measure != "product":
+        raise Unsupported(
+            f"the transcoder {sae.card.name!r} measures activations in the length of what it "
+            "reads, and 'value' is a share of the norm where it writes: give 'value' as an "
+            "activation, or use mode 'add' without 'balance' and 'only_if_active'",
+            param="/value",
+            code="norm_of_two_sites",
         )
 
 
@@ -102,29 +132,38 @@ def _writes(item: Clamp, sae: SAE, reads: FeatureReads) -> Tensor:
     return writes / lengths if item.mode == "add" else writes * reads.write_scale
 
 
-def _addition(item: Clamp, reads: FeatureReads, writes: Tensor) -> Block:
+def _addition(item: Clamp, sae: SAE, writes: Tensor) -> Block:
     """What is added whatever the features are: a constant, or one in the token's length."""
     row = torch.tensor(item.numbers, dtype=torch.float32) @ writes
-    relative = TO_NORM if isinstance(item.value, NormValue) else _RELATIONS[reads.measure]
-    return _constant(row, relative)
+    if isinstance(item.value, NormValue):
+        return _relative(row, Law.constant(1.0, relative=True))
+    return _in_units(row, sae)
 
 
 def added(row: Tensor, sae: SAE) -> Block:
     """A sum of decoder rows as an addition, in the units in which the SAE writes."""
-    return _constant(row * sae.write_scale, _RELATIONS[sae.measure])
+    return _in_units(row * sae.write_scale, sae)
 
 
-def _constant(row: Tensor, relative: float) -> Block:
-    if relative == 0:
+def _in_units(row: Tensor, sae: SAE) -> Block:
+    """`row` as an addition: a constant, or one in the length of the token that the SAE reads."""
+    if sae.measure == "product":
         return Block(shift=row)
-    law = Law.constant(1.0)._replace(relative=relative)
-    return Block.of_edits(torch.zeros_like(row)[None], row[None], [law])
+    reads_at = _reads_at(sae)
+    law = Law.constant(1.0)._replace(relative=_RELATIONS[sae.measure])
+    if reads_at is not None:
+        law = law._replace(measure=MEASURES[sae.measure])
+    return _relative(row, law, reads_at)
 
 
-def _laws(item: Clamp, reads: FeatureReads, writes: Tensor) -> list[Law]:
+def _relative(row: Tensor, law: Law, reads_at: HookPoint | None = None) -> Block:
+    return Block.of_edits(torch.zeros_like(row)[None], row[None], [law], reads_at=reads_at)
+
+
+def _laws(item: Clamp, sae: SAE, reads: FeatureReads, writes: Tensor) -> list[Law]:
     """The law of each feature, in the units in which the SAE reads and writes (`_writes`)."""
-    numbers = item.numbers
-    measure, relative = _MEASURES[reads.measure], _RELATIONS[reads.measure]
+    numbers, signed = item.numbers, sae.signed
+    measure, relative = MEASURES[reads.measure], _RELATIONS[reads.measure]
     if isinstance(item.value, NormValue):
         if item.mode != "add":
             measure = _share_of_norm(reads)
@@ -133,7 +172,7 @@ def _laws(item: Clamp, reads: FeatureReads, writes: Tensor) -> list[Law]:
         relative = TO_NORM
     active = float(item.only_if_active)
     return [
-        _law(item, value)._replace(
+        _law(item, value, signed=signed)._replace(
             bias=bias,
             threshold=threshold,
             measure=measure,
@@ -146,17 +185,19 @@ def _laws(item: Clamp, reads: FeatureReads, writes: Tensor) -> list[Law]:
     ]
 
 
-def _law(item: Clamp, value: float) -> Law:
-    """c − f for one feature, as a function of f."""
+def _law(item: Clamp, value: float, *, signed: bool) -> Law:
+    """c − f for one feature, as a function of f, which may be negative where it is `signed`."""
     if item.mode in ("scale", "drop"):
         return Law.scaled(value)
     if item.mode != "add":
         return Law.toward(value, item.mode)
     if item.balance is None:
         return Law.constant(value)
+    # A negative f is no part of what counts as full.
+    most = max(value, 0.0) if signed else math.inf
     if value > 0:
-        return Law(intercept=value, slope=-value / item.balance, floor=0.0)
-    return Law(slope=value / item.balance, floor=value)
+        return Law(intercept=value, slope=-value / item.balance, floor=0.0, ceiling=most)
+    return Law(slope=value / item.balance, floor=value, ceiling=most)
 
 
 def _share_of_norm(reads: FeatureReads) -> float:
@@ -169,22 +210,6 @@ def _share_of_norm(reads: FeatureReads) -> float:
             code="norm_of_centred",
         )
     return COSINE if reads.measure == "cosine" else SHARE
-
-
-def _cutoff(sae: SAE) -> TopKCutoff | None:
-    """The cutoff of a TopK SAE; None where a feature is read from its own row."""
-    if not sae.competitive:
-        return None
-    if sae.architecture != "topk" or sae.k is None:
-        raise Unsupported(
-            f"features of a {sae.architecture} SAE cannot be clamped: which are active depends on "
-            "all of them, in a way that no cutoff says. Add to them with mode 'add', or capture "
-            "them",
-            param="/sae",
-            code="competitive_sae",
-        )
-    every = sae.reads(None)
-    return TopKCutoff(sae.sha256, every.read, every.bias, sae.k, _MEASURES[every.measure])
 
 
 def with_absorbers(item: Clamp, one: Resolved) -> Resolved:

@@ -19,9 +19,18 @@ from steer.plan.checks import check_size
 from steer.plan.composition import compose
 from steer.plan.concepts import features_lit
 from steer.plan.kinds import blocks_of, prepared
-from steer.plan.plan import AS_REQUESTED, EXPLAINING, Blocks, Gate, Rule, SteeringPlan, check_rules
-from steer.plan.resolve import OPEN, Compilation, Policy, Resolved, Resolver, Tokenize
-from steer.plan.selection import Selection
+from steer.plan.plan import (
+    AS_REQUESTED,
+    EXPLAINING,
+    Blocks,
+    Gate,
+    Rule,
+    SteeringPlan,
+    check_rules,
+    read_elsewhere,
+)
+from steer.plan.resolve import OPEN, Compilation, Policy, Resolved, Resolver
+from steer.plan.selection import NO_READER, Selection, TokenReader
 from steer.plan.sources import Sources
 from steer.plan.strengths import resolve_strength
 from steer.references import put_at
@@ -32,7 +41,7 @@ def compile_plan(
     spec: SteeringSpec,
     sources: Sources,
     capabilities: Capabilities,
-    tokenize: Tokenize | None = None,
+    reader: TokenReader = NO_READER,
     *,
     policy: Policy = OPEN,
 ) -> SteeringPlan:
@@ -41,7 +50,7 @@ def compile_plan(
     What `policy` does not allow in any place is refused before anything is looked up.
     """
     policy.check(spec)
-    asked = Compilation(spec, sources, capabilities, tokenize, policy)
+    asked = Compilation(spec, sources, capabilities, reader, policy)
     problems = _Problems()
     resolver, resolved = Resolver(asked), list[Resolved]()
     for place, item in enumerate(spec.interventions):
@@ -158,10 +167,16 @@ class _OpenRule:
         mine = None if self.gate is None else self.gate.identity
         return self.selection == selection and mine == (None if gate is None else gate.identity)
 
+    def meets(self, blocks: Blocks) -> bool:
+        """Whether it edits at a point of `blocks`, or one of its edits reads elsewhere where one of
+        theirs does."""
+        reads = read_elsewhere(self.blocks) & read_elsewhere(blocks)
+        return bool(reads) or not blocks.keys().isdisjoint(self.blocks)
+
     def fuse(self, blocks: Blocks) -> bool:
         """Adds constants; False where one of the blocks is not a constant."""
         shared = self.blocks.keys() & blocks.keys()
-        if not all(self.blocks[p].is_shift and blocks[p].is_shift for p in shared):
+        if not shared or not all(self.blocks[p].is_shift and blocks[p].is_shift for p in shared):
             return False
         for point, block in blocks.items():
             self.blocks[point] = self.blocks[point].fused_with(block) if point in shared else block
@@ -178,11 +193,8 @@ def _packed(compiled: Iterable[_Compiled]) -> list[_OpenRule]:
 
 
 def _pack(rules: list[_OpenRule], blocks: Blocks, selection: Selection, gate: Gate | None) -> None:
-    """Puts `blocks` into the earliest rule after every rule that touches their points."""
-    last = max(
-        (n for n, one in enumerate(rules) if not blocks.keys().isdisjoint(one.blocks)),
-        default=-1,
-    )
+    """Puts `blocks` into the earliest rule after every rule that meets them."""
+    last = max((n for n, one in enumerate(rules) if one.meets(blocks)), default=-1)
     if last >= 0 and rules[last].fits(selection, gate) and rules[last].fuse(blocks):
         return
     for one in rules[last + 1 :]:

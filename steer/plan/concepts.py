@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from steer.errors import Unsupported
-from steer.plan.clamps import added, check_one_site
+from steer.model import HookPoint
+from steer.plan.clamps import added
 from steer.plan.plan import Blocks
 from steer.plan.resolve import Resolved
 from steer.spec import Concept
@@ -20,7 +21,6 @@ MOST_EXPLAINED = 20
 def read_concept(item: Concept, one: Resolved) -> Resolved:
     """A concept with what its text means to the SAE: the mean latents over its tokens, without the
     top-k limit, less those of the contrast (2501.19066)."""
-    check_one_site(one.sae("sae"))
     latents = _latents(one, item.text)
     if item.contrast is not None:
         latents = latents - _latents(one, item.contrast)
@@ -30,8 +30,8 @@ def read_concept(item: Concept, one: Resolved) -> Resolved:
 def _latents(one: Resolved, text: str) -> Tensor:
     if one.encode_text is None:
         raise Unsupported("a concept needs a model to read its text: none is attached here")
-    (point,) = one.points
-    return one.sae("sae").latents(one.encode_text(text, point)).mean(0)
+    sae = one.sae("sae")
+    return sae.latents(one.encode_text(text, HookPoint(sae.layer, sae.site))).mean(0)
 
 
 def concept(item: Concept, one: Resolved) -> Blocks:

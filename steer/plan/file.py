@@ -3,9 +3,10 @@
 The file is safetensors. One metadata key, `steer.plan`, holds everything that is not a tensor;
 the tensors `t0`, `t1`, … are float32, and rows that occur several times are stored once. Two
 things stay behind, because they are large and known elsewhere: the encoder of an SAE whose
-features compete is named by the SAE's hash, and the payload of an inline vector in the spec is
-replaced by its digest. A loaded plan's `spec` therefore tells what was asked, and where it held
-inline vectors cannot be compiled again; fingerprint, rules and hook points are the same.
+features compete is named by the SAE's hash and made from the SAE, and the payload of an inline
+vector in the spec is replaced by its digest. A loaded plan's `spec` therefore tells what was asked,
+and where it held inline vectors cannot be compiled again; fingerprint, rules and hook points are
+the same.
 """
 
 from __future__ import annotations
@@ -24,17 +25,21 @@ from safetensors.numpy import save as save_safetensors
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from steer.edits import COSINE, LAW_FIELDS, MEASURE, ONLY_ACTIVE, Block, TopKCutoff
-from steer.errors import FileFormatError, SpecError, TooLarge
+from steer.artefacts.sae.base import SAE
+from steer.artefacts.sae.competing import MEASURES, Competing, competing
+from steer.artefacts.sae.encoders import PursuitEncoder, TopKEncoder
+from steer.edits import COSINE, LAW_FIELDS, MEASURE, ONLY_ACTIVE, Block
+from steer.errors import FileFormatError, IncompatibleArtefact, SpecError, TooLarge
 from steer.formats.guards.safetensors import MAX_HEADER_BYTES
 from steer.model import HookPoint, ModelInfo, forward_order
 from steer.plan.checks import check_block, check_gate, check_model
 from steer.plan.plan import Gate, Rule, SteeringPlan
 from steer.plan.records import (
     VERSION,
+    AutomatonRecord,
     BlockRecord,
-    CutoffRecord,
     EditsRecord,
+    EncoderRecord,
     GateRecord,
     PlanRecord,
     RuleRecord,
@@ -44,10 +49,11 @@ from steer.plan.records import (
     spec_to_json,
 )
 from steer.plan.selection import Selection
+from steer.plan.texts.automaton import Moves, default_moves
 from steer.spec import parse_spec
 
-Encoder: TypeAlias = Callable[[str], tuple[Tensor, Tensor]]
-"""An SAE's hash to the read rows `[d_sae, d]` and biases `[d_sae]` of all its latents."""
+SAEOfHash: TypeAlias = Callable[[str], SAE]
+"""An SAE's hash to the SAE."""
 
 _KEY = "steer.plan"
 
@@ -84,8 +90,8 @@ def dump_plan(plan: SteeringPlan) -> bytes:
     return data
 
 
-def load_plan(data: bytes, encoder: Encoder, *, model: ModelInfo | None = None) -> SteeringPlan:
-    """The plan in `data`; its competing SAEs' rows come from `encoder`, whose errors pass through.
+def load_plan(data: bytes, sae: SAEOfHash, *, model: ModelInfo | None = None) -> SteeringPlan:
+    """The plan in `data`; SAEs whose features compete come from `sae`, whose errors pass through.
 
     Raises `FileFormatError` for anything that `dump_plan` did not write and, where `model` is
     given, `IncompatibleArtefact` or `Unsupported` for a plan made for another model. Needs memory
@@ -99,7 +105,7 @@ def load_plan(data: bytes, encoder: Encoder, *, model: ModelInfo | None = None) 
             code="plan_version",
         )
     record = checked(PlanRecord, content)
-    reader = _Reader(tensors, encoder)
+    reader = _Reader(tensors, sae)
     rules = tuple(reader.read_rule(one) for one in record.passes)
     if reader.unused:
         raise _malformed(f"nothing refers to its tensors {sorted(reader.unused)[:5]}")
@@ -117,6 +123,21 @@ def load_plan(data: bytes, encoder: Encoder, *, model: ModelInfo | None = None) 
         strengths=record.strengths,
         summary=record.summary,
     )
+
+
+def load_selections(data: bytes) -> tuple[Selection, ...]:
+    """The selections of the plan in `data`, one for each rule, and nothing else of it.
+
+    Raises `FileFormatError` for anything that `dump_plan` did not write.
+    """
+    content, tensors = _opened(data)
+    record = checked(PlanRecord, content)
+    reader = _Reader(tensors, _no_sae)
+    return tuple(reader.read_selection(one) for one in record.passes)
+
+
+def _no_sae(sha256: str) -> SAE:
+    raise AssertionError(f"a selection has no SAE, and asked for {sha256}")
 
 
 def selection_to_json(selection: Selection) -> dict[str, Any]:
@@ -149,6 +170,12 @@ class _RowWriter:
         self.arrays[name] = array
         return name
 
+    def moves(self, moves: Moves) -> tuple[str, str]:
+        """The names of what an automaton does; float32 holds every token's id."""
+        tokens = np.stack([moves.tokens, moves.row_of], axis=1)
+        each = (torch.from_numpy(one.astype(np.float32)) for one in (tokens, moves.rows))
+        return self.name(next(each)), self.name(next(each))
+
 
 def _rule_record(one: Rule, rows: _RowWriter) -> RuleRecord:
     blocks = []
@@ -157,23 +184,19 @@ def _rule_record(one: Rule, rows: _RowWriter) -> RuleRecord:
         check_block(point, block, SpecError)
         blocks.append(_block_record(point, block, rows))
     return RuleRecord(
-        selection=selection_record(one.selection),
+        selection=selection_record(one.selection, rows.moves),
         gate=None if one.gate is None else _gate_record(one.gate, rows),
         blocks=tuple(blocks),
     )
 
 
 def _block_record(point: HookPoint, block: Block, rows: _RowWriter) -> BlockRecord:
-    edits = cutoff = None
+    edits = None
     if block.read is not None and block.write is not None and block.laws is not None:
         edits = EditsRecord(
             read=rows.name(block.read),
             write=rows.name(block.write),
             laws=rows.name(_written_laws(block.laws)),
-        )
-    if block.cutoff is not None:
-        cutoff = CutoffRecord(
-            sae=block.cutoff.identity, k=block.cutoff.k, measure=block.cutoff.measure
         )
     return BlockRecord(
         point=point,
@@ -181,10 +204,21 @@ def _block_record(point: HookPoint, block: Block, rows: _RowWriter) -> BlockReco
         edits=edits,
         channels=None if block.channels is None else rows.name(block.channels),
         side=None if block.side is None else rows.name(block.side),
-        competition=cutoff,
+        competition=None if block.encoder is None else _encoder_record(block),
+        reads_at=block.reads_at,
         replace=block.replace,
         preserve_norm=block.preserve_norm,
     )
+
+
+def _encoder_record(block: Block) -> EncoderRecord:
+    encoder = block.encoder
+    assert encoder is not None
+    sae = encoder.identity.partition("/")[0]
+    if isinstance(encoder, TopKEncoder):
+        return EncoderRecord(sae=sae, k=encoder.k, measure=encoder.rows.measure)
+    k = encoder.k if isinstance(encoder, PursuitEncoder) else None
+    return EncoderRecord(sae=sae, k=k, features=block.columns)
 
 
 def _written_laws(laws: Tensor) -> Tensor:
@@ -223,8 +257,8 @@ def _gate_record(gate: Gate, rows: _RowWriter) -> GateRecord:
 class _Reader:
     """Turns records into what they stand for; refuses names that are missing or of odd shape."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], encoder: Encoder) -> None:
-        self._tensors, self._encoder = tensors, encoder
+    def __init__(self, tensors: Mapping[str, Tensor], sae: SAEOfHash) -> None:
+        self._tensors, self._sae = tensors, sae
         self._rows: dict[str, Tensor] = {}
 
     @property
@@ -240,29 +274,67 @@ class _Reader:
             blocks[point] = self._block(one)
             check_block(point, blocks[point], FileFormatError)
         gate = None if record.gate is None else self._gate(record.gate)
-        return Rule(selection_of(record.selection), gate, blocks)
+        return Rule(self.read_selection(record), gate, blocks)
+
+    def read_selection(self, record: RuleRecord) -> Selection:
+        return selection_of(record.selection, self._moves)
+
+    def _moves(self, record: AutomatonRecord) -> Moves:
+        if record.tokens is None or record.rows is None:
+            raise _malformed(f"what its text {record.opening!r} does to tokens is missing")
+        pairs, rows = (
+            self._row(name).to(torch.int64).numpy() for name in (record.tokens, record.rows)
+        )
+        default = default_moves(record.opening, record.closing)
+        whole = pairs.ndim == rows.ndim == 2 and pairs.shape[1] == 2
+        if not (whole and rows.shape[1] == len(default) and _within(rows, len(default))):
+            raise _malformed(f"what its text {record.opening!r} does to tokens is of odd shape")
+        if not _within(pairs[:, 1], len(rows)):
+            raise _malformed(f"what its text {record.opening!r} does to tokens points nowhere")
+        moves = Moves(pairs[:, 0], pairs[:, 1], rows, default)
+        if moves.digest != record.digest:
+            raise _malformed(f"what its text {record.opening!r} does to tokens is damaged")
+        return moves
 
     def _block(self, record: BlockRecord) -> Block:
-        edits, cutoff_record = record.edits, record.competition
-        cutoff = None
-        if cutoff_record is not None:
-            cutoff = TopKCutoff(
-                cutoff_record.sae,
-                *self._encoder(cutoff_record.sae),
-                cutoff_record.k,
-                cutoff_record.measure,
-            )
+        edits = record.edits
+        read = None if edits is None else self._row(edits.read)
+        asked = None
+        if record.competition is not None:
+            asked = self._asked(record.competition, () if read is None else tuple(read.shape))
         return Block(
             shift=None if record.shift is None else self._row(record.shift),
-            read=None if edits is None else self._row(edits.read),
+            read=read,
             write=None if edits is None else self._row(edits.write),
             laws=None if edits is None else _read_laws(self._row(edits.laws)),
             channels=None if record.channels is None else self._row(record.channels),
             side=None if record.side is None else self._row(record.side),
-            cutoff=cutoff,
+            encoder=None if asked is None else asked.encoder,
+            columns=None if asked is None else asked.columns,
+            reads_at=None if record.reads_at is None else HookPoint(*record.reads_at),
             replace=record.replace,
             preserve_norm=record.preserve_norm,
         )
+
+    def _asked(self, record: EncoderRecord, shape: tuple[int, ...]) -> Competing:
+        """The encoder for edits whose read rows have `shape` `[K, d]`."""
+        sae = self._sae(record.sae)
+        ranked = sae.k is not None and not sae.grouped
+        features = (0,) * (shape[0] if shape else 0) if ranked else record.features
+        if features is None or (record.features is not None) is ranked:
+            raise _malformed(f"it names the features of a {sae.architecture} SAE in no known way")
+        if shape[1:] != (sae.d_in,) or (ranked and record.measure != MEASURES[sae.measure]):
+            raise _malformed(
+                f"its edits of read rows {list(shape)} compete in another way than features of the "
+                f"SAE {record.sae[:12]}, which reads rows of width {sae.d_in}"
+            )
+        try:
+            asked = competing(sae, features, None if record.k == sae.k else record.k)
+        except IncompatibleArtefact as error:
+            raise _malformed(str(error)) from error
+        if asked is None:
+            raise _malformed(f"the features of the SAE {record.sae[:12]} do not compete")
+        return asked
 
     def _gate(self, record: GateRecord) -> Gate:
         gate = Gate(
@@ -285,6 +357,10 @@ class _Reader:
             # products with it come out the same to the bit.
             self._rows[name] = self._tensors[name].clone(memory_format=torch.contiguous_format)
         return self._rows[name]
+
+
+def _within(numbers: NDArray[np.int64], end: int) -> bool:
+    return bool(((numbers >= 0) & (numbers < end)).all())
 
 
 def _opened(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -15,10 +15,11 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from steer.edits import Block
+from steer.edits import Block, Encoder
 from steer.errors import Unsupported
 from steer.model import HookPoint, forward_order
 from steer.plan.selection import Selection
+from steer.prompts.roles import RoleRanges
 from steer.spec import SteeringSpec
 
 Blocks: TypeAlias = dict[HookPoint, Block]
@@ -63,6 +64,11 @@ class Rule:
     gate: Gate | None
     blocks: Mapping[HookPoint, Block]
 
+    @property
+    def touched(self) -> frozenset[HookPoint]:
+        """The hook points of its blocks, and those that these read."""
+        return read_elsewhere(self.blocks).union(self.blocks)
+
 
 @dataclass(frozen=True)
 class SteeringPlan:
@@ -83,6 +89,11 @@ class SteeringPlan:
         return tuple(sorted({p for one in self.rules for p in one.blocks}, key=forward_order))
 
     @cached_property
+    def reached(self) -> tuple[HookPoint, ...]:
+        """Every hook point that is edited or that an edit behind it reads, in forward order."""
+        return tuple(sorted({p for one in self.rules for p in one.touched}, key=forward_order))
+
+    @cached_property
     def selections(self) -> tuple[Selection, ...]:
         """The tokens that each rule selects."""
         return tuple(one.selection for one in self.rules)
@@ -92,16 +103,40 @@ class SteeringPlan:
         return any(one.gate is not None for one in self.rules)
 
     @cached_property
-    def latents(self) -> int:
+    def ranked(self) -> int:
         """The latents of the largest TopK SAE whose features are clamped, every one of which is
-        read for each token; 0 where there is none."""
-        blocks = (block for one in self.rules for block in one.blocks.values())
-        return max((len(one.cutoff.bias) for one in blocks if one.cutoff is not None), default=0)
+        ranked for each token; 0 where there is none."""
+        return max((one.latents for one in self._encoders if one.ranks), default=0)
+
+    @cached_property
+    def latents(self) -> int:
+        """The numbers that kernels hold for each token: those that are ranked, and what edits read
+        at an earlier hook point."""
+        return self.ranked + sum(block.kept for block in self._blocks)
 
     @property
     def competes(self) -> bool:
-        """Whether features of a TopK SAE are clamped."""
-        return self.latents > 0
+        """Whether features are clamped that compete with others of their SAE."""
+        return bool(self._encoders)
+
+    @cached_property
+    def graphless(self) -> bool:
+        """Whether it does what no kernel does: it asks an encoder that does not rank, or what it
+        reads at an earlier hook point lies before a gate of its rule."""
+        early = (
+            one.gate is not None and forward_order(point) < forward_order(one.gate.point)
+            for one in self.rules
+            for point in read_elsewhere(one.blocks)
+        )
+        return any(early) or not all(one.ranks for one in self._encoders)
+
+    @cached_property
+    def _blocks(self) -> tuple[Block, ...]:
+        return tuple(block for one in self.rules for block in one.blocks.values())
+
+    @cached_property
+    def _encoders(self) -> tuple[Encoder, ...]:
+        return tuple(block.encoder for block in self._blocks if block.encoder is not None)
 
     @cached_property
     def resolved_strengths(self) -> tuple[Mapping[str, Any], ...]:
@@ -130,9 +165,16 @@ class SteeringPlan:
             if "lit" in entry
         )
 
-    def first_steered(self, prompt: tuple[int, ...], horizon: int) -> int | None:
+    @cached_property
+    def reads_roles(self) -> bool:
+        """Whether it depends on whose message a token stands in: a request must say that."""
+        return any(one.reads_roles for one in self.selections)
+
+    def first_steered(
+        self, prompt: tuple[int, ...], horizon: int, roles: RoleRanges | None = None
+    ) -> int | None:
         """The first position whose state this plan may change: KV before it can be shared."""
-        firsts = [one.selection.first(prompt, horizon) for one in self.rules]
+        firsts = [one.first(prompt, horizon, roles) for one in self.selections]
         return min((first for first in firsts if first is not None), default=None)
 
     def describe(self) -> dict[str, Any]:
@@ -143,6 +185,12 @@ class SteeringPlan:
             "hook_points": [{"layer": p.layer, "site": p.site} for p in self.points],
             "interventions": [dict(entry) for entry in self.summary],
         }
+
+
+def read_elsewhere(blocks: Mapping[HookPoint, Block]) -> frozenset[HookPoint]:
+    """The hook points that edits read which write at others."""
+    points = (block.reads_at for block in blocks.values())
+    return frozenset(point for point in points if point is not None)
 
 
 def check_rules(count: int, limit: int) -> None:

@@ -74,23 +74,26 @@ def _vector_points(
 
 
 def _sae_point(item: Intervention, named: Reference, sae: SAE, model: ModelInfo) -> HookPoint:
-    point = HookPoint(sae.layer, sae.site)
-    if item.layers not in (None, "all", (sae.layer,)) or item.site not in (None, sae.site):
+    """Where `sae` writes, checked with where it reads."""
+    acts, reads = sae.write_point, HookPoint(sae.layer, sae.site)
+    if item.layers not in (None, "all", (sae.layer,)) or item.site not in (None, acts.site):
         raise SpecError(
-            f"the SAE {named.ref!r} reads {point.site} of layer {point.layer} and acts only there: "
-            "leave out 'layers' and 'site'",
-            param="/layers" if item.site in (None, sae.site) else "/site",
+            f"the SAE {named.ref!r} reads {reads.site} of layer {reads.layer} and acts only "
+            + ("there" if acts == reads else f"at {acts.site} of the same layer")
+            + ": leave out 'layers' and 'site'",
+            param="/layers" if item.site in (None, acts.site) else "/site",
             code="not_the_saes_layer",
         )
-    model.check_point(point, param=named.param)
-    if sae.d_in != model.width(point.site):
-        raise IncompatibleArtefact(
-            f"the SAE {named.ref!r} has width {sae.d_in}; {point.site} of {model.name!r} has width "
-            f"{model.width(point.site)}",
-            code="wrong_width",
-            param=named.param,
-        )
-    return point
+    for point, width in ((reads, sae.d_in), (acts, sae.d_out)):
+        model.check_point(point, param=named.param)
+        if width != model.width(point.site):
+            raise IncompatibleArtefact(
+                f"the SAE {named.ref!r} has width {width} at {point.site}; {point.site} of "
+                f"{model.name!r} has width {model.width(point.site)}",
+                code="wrong_width",
+                param=named.param,
+            )
+    return acts
 
 
 def _own_points(

@@ -6,15 +6,19 @@ Tensors appear by name. What has its default value is left out of the JSON.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Annotated, Any, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError
 
 from steer.edits import CENTRED, PRODUCT
 from steer.errors import FileFormatError, SpecError, SteerError
-from steer.plan.selection import Selection
+from steer.plan.selection import Counted, Selection
+from steer.plan.texts.automaton import Moves, TokenAutomaton
+from steer.plan.texts.condition import TextCondition, TextRelation
 from steer.references import put_at
-from steer.spec import Index, InlineVector, Phase, Site, SteeringSpec
+from steer.spec import Index, InlineVector, Phase, Role, Site, SteeringSpec
 
 VERSION = 1
 
@@ -31,6 +35,35 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+_Mark: TypeAlias = StrictStr | tuple[_Int, ...]
+
+
+class AutomatonRecord(_Record):
+    """A `TokenAutomaton`; the tensors of what it does are named where it is to read tokens:
+    `tokens` `[n, 2]` are tokens and their `rows` `[r, S]`."""
+
+    opening: _Mark
+    closing: _Mark | None = None
+    digest: Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{16}\z")]
+    tokens: StrictStr | None = None
+    rows: StrictStr | None = None
+
+
+class TextsRecord(_Record):
+    """A `TextCondition`."""
+
+    relation: TextRelation
+    automata: tuple[AutomatonRecord, ...]
+
+
+class CountedRecord(_Record):
+    """A `Counted`."""
+
+    nth: Annotated[int, Field(strict=True, ge=1, lt=1 << 63)] = 1
+    first: Annotated[int, Field(strict=True, ge=1, lt=1 << 63)] | None = None
+    origin: _Int | None = None
+
+
 class TokensRecord(_Record):
     """A `Selection` without exceptions; sets are sorted."""
 
@@ -38,6 +71,9 @@ class TokensRecord(_Record):
     ranges: tuple[tuple[_Int, _Int | None], ...] | None = None
     tokens: tuple[_Int, ...] | None = None
     from_last: StrictBool = False
+    roles: tuple[Role, ...] | None = None
+    counted: CountedRecord | None = None
+    texts: tuple[TextsRecord, ...] = ()
 
 
 class SelectionRecord(TokensRecord):
@@ -66,12 +102,16 @@ class EditsRecord(_Record):
     laws: StrictStr
 
 
-class CutoffRecord(_Record):
-    """A `TopKCutoff` without its encoder, which the SAE of this hash has."""
+class EncoderRecord(_Record):
+    """Which encoder a block asks: that of the SAE of this hash, for these features.
+
+    `features` are left out where all of them compete for k places, whichever they are.
+    """
 
     sae: Annotated[str, Field(strict=True, pattern=r"^[0-9a-f]{64}\z")]
-    k: Annotated[int, Field(strict=True, ge=1)]
+    k: Annotated[int, Field(strict=True, ge=1)] | None = None
     measure: Annotated[float, Field(strict=True, ge=PRODUCT, le=CENTRED)] = PRODUCT
+    features: Annotated[tuple[Index, ...], Field(min_length=1)] | None = None
 
 
 class BlockRecord(_Record):
@@ -82,7 +122,8 @@ class BlockRecord(_Record):
     edits: EditsRecord | None = None
     channels: StrictStr | None = None
     side: StrictStr | None = None
-    competition: CutoffRecord | None = None
+    competition: EncoderRecord | None = None
+    reads_at: _Point | None = None
     replace: StrictBool = False
     preserve_norm: StrictBool = False
 
@@ -120,19 +161,28 @@ def checked(kind: type[R], value: object, error: type[SteerError] = FileFormatEr
         ) from None
 
 
-def selection_record(selection: Selection) -> SelectionRecord:
-    """The record of `selection`; raises `SpecError` where masks could not be computed with it."""
+WriteMoves: TypeAlias = Callable[[Moves], tuple[str, str]]
+"""Stores what an automaton does; the names of its tensors."""
+ReadMoves: TypeAlias = Callable[[AutomatonRecord], Moves]
+"""The inverse; raises `FileFormatError`."""
+
+
+def selection_record(selection: Selection, write: WriteMoves | None = None) -> SelectionRecord:
+    """The record of `selection`, whose automata are only named without `write`. Raises `SpecError`
+    where masks could not be computed with it."""
     if selection.excluded is not None and selection.excluded.excluded is not None:
         raise SpecError("'except' may not contain another 'except'", param="/where/except")
-    excluded = None if selection.excluded is None else _tokens(selection.excluded)
-    return checked(SelectionRecord, {**_tokens(selection), "excluded": excluded}, SpecError)
+    excluded = None if selection.excluded is None else _tokens(selection.excluded, write)
+    fields = {**_tokens(selection, write), "excluded": excluded}
+    return checked(SelectionRecord, fields, SpecError)
 
 
-def selection_of(value: object) -> Selection:
-    """The selection that a record, or the JSON of one, stands for."""
+def selection_of(value: object, read: ReadMoves | None = None) -> Selection:
+    """The selection that a record, or the JSON of one, stands for; its automata can read tokens
+    where `read` is given."""
     record = checked(SelectionRecord, value)
-    excluded = None if record.excluded is None else Selection(**_fields(record.excluded))
-    return Selection(**_fields(record), excluded=excluded)
+    excluded = None if record.excluded is None else Selection(**_fields(record.excluded, read))
+    return Selection(**_fields(record, read), excluded=excluded)
 
 
 def spec_to_json(spec: SteeringSpec) -> dict[str, Any]:
@@ -151,19 +201,53 @@ def _digest(payload: str) -> str:
     return _DIGEST + hashlib.sha256(payload.encode()).hexdigest()
 
 
-def _tokens(selection: Selection) -> dict[str, Any]:
+def _tokens(selection: Selection, write: WriteMoves | None) -> dict[str, Any]:
     return {
         "phases": None if selection.phases is None else sorted(selection.phases),
         "ranges": selection.ranges,
         "tokens": None if selection.tokens is None else sorted(selection.tokens),
         "from_last": selection.from_last_prompt_token,
+        "roles": None if selection.roles is None else sorted(selection.roles),
+        "counted": None if selection.counted is None else asdict(selection.counted),
+        "texts": [
+            {
+                "relation": text.relation,
+                "automata": [_automaton(one, write) for one in text.automata],
+            }
+            for text in selection.texts
+        ],
     }
 
 
-def _fields(record: TokensRecord) -> dict[str, Any]:
+def _automaton(automaton: TokenAutomaton, write: WriteMoves | None) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "opening": automaton.opening,
+        "closing": automaton.closing,
+        "digest": automaton.digest,
+    }
+    if write is not None and automaton.moves is not None:
+        fields["tokens"], fields["rows"] = write(automaton.moves)
+    return fields
+
+
+def _fields(record: TokensRecord, read: ReadMoves | None) -> dict[str, Any]:
     return {
         "phases": None if record.phases is None else frozenset(record.phases),
         "ranges": record.ranges,
         "tokens": None if record.tokens is None else frozenset(record.tokens),
         "from_last_prompt_token": record.from_last,
+        "roles": None if record.roles is None else frozenset(record.roles),
+        "counted": None if record.counted is None else Counted(**record.counted.model_dump()),
+        "texts": tuple(
+            TextCondition(
+                text.relation,
+                tuple(
+                    TokenAutomaton(
+                        one.opening, one.closing, one.digest, None if read is None else read(one)
+                    )
+                    for one in text.automata
+                ),
+            )
+            for text in record.texts
+        ),
     }

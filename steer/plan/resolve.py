@@ -17,15 +17,15 @@ from torch import Tensor
 from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.sae.base import SAE
-from steer.errors import IncompatibleArtefact, SteerError, Unsupported, pointer
+from steer.errors import IncompatibleArtefact, SpecError, SteerError, Unsupported, pointer
 from steer.model import Capabilities, HookPoint
 from steer.plan import selection
 from steer.plan.plan import Gate
 from steer.plan.points import Found, hook_points, row
-from steer.plan.selection import Selection
+from steer.plan.selection import NO_READER, Selection, TokenReader
 from steer.plan.sources import EncodeText, Named, Sources
 from steer.references import Reference, own_references
-from steer.spec import Intervention, SteeringSpec, When, Where
+from steer.spec import MAX_TEXTS, Intervention, SteeringSpec, When, Where
 
 Kind = TypeVar("Kind", ControlVector, SAE, LowRankAdapter, AffineMap)
 Tokenize: TypeAlias = Callable[[str], list[int]]
@@ -72,7 +72,7 @@ class Compilation:
     spec: SteeringSpec
     sources: Sources
     capabilities: Capabilities
-    tokenize: Tokenize | None = None
+    reader: TokenReader = NO_READER
     policy: Policy = OPEN
 
 
@@ -162,6 +162,7 @@ class Resolver:
     def __init__(self, asked: Compilation) -> None:
         self._asked = asked
         self._selections: dict[tuple[Where | None, str], Selection] = {}
+        self._texts: frozenset[object] = frozenset()
         self._gates: dict[str, ResolvedGate] = {}
 
     def resolved(self, place: int, item: Intervention) -> Resolved:
@@ -220,8 +221,20 @@ class Resolver:
     def _selection(self, where: Where | None, at: str) -> Selection:
         key = (where, at)
         if key not in self._selections:
-            self._selections[key] = selection.resolve(where, self._asked.tokenize, param=at)
+            self._check_texts(where, at)
+            self._selections[key] = selection.resolve(where, self._asked.reader, param=at)
         return self._selections[key]
+
+    def _check_texts(self, where: Where | None, at: str) -> None:
+        """Each text takes its time for every token: a spec, its cards included, has few."""
+        self._texts |= frozenset() if where is None else where.texts
+        if len(self._texts) > MAX_TEXTS:
+            raise SpecError(
+                f"this spec looks for {len(self._texts)} different texts in 'after', 'before', "
+                f"'between' and 'outside', and at most {MAX_TEXTS} are followed: name fewer",
+                param=at,
+                code="too_many_texts",
+            )
 
     def _gate(self, place: int, item: Intervention) -> ResolvedGate | None:
         if item.when is not None:

@@ -2,27 +2,47 @@
 
 A token is prompt or generation by its absolute position against the prompt's length, and by
 nothing else. Chunked prefill, preemption and prefix caching change when a token is computed,
-never what it is; so every mask here is a function of (position, prompt length, token id).
+never what it is; so every mask here is a function of (position, prompt length, token id), and where
+texts or roles are asked for also of the tokens before it and of the prompt's messages, which a
+`TokenTrace` knows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from steer.errors import SpecError
-from steer.spec import Phase, Where
+from steer.errors import SpecError, Unsupported, pointer
+from steer.plan.texts.automaton import TokenAutomaton, compile_automaton
+from steer.plan.texts.condition import RELATIONS, TextCondition, TextRelation
+from steer.plan.texts.trace import TokenTrace
+from steer.prompts.roles import RoleRanges
+from steer.spec import Mark, Phase, Role, Schedule, Where
 
 Mask = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class Counted:
+    """A `Schedule`; it counts from the position `origin`, or else from the prompt's end."""
+
+    nth: int = 1
+    first: int | None = None
+    origin: int | None = None
+
+    def mask(self, positions: Ints, prompt_length: int) -> Mask:
+        number = positions - (prompt_length if self.origin is None else self.origin)
+        chosen: Mask = (number >= 0) & (number % self.nth == 0)
+        return chosen if self.first is None else chosen & (number < self.first)
+
+
+@dataclass(frozen=True)
 class Selection:
-    """A `Where` with its token strings turned into ids.
+    """A `Where` with its token strings turned into ids, and its texts into automata.
 
     `from_last_prompt_token` is set by prompt-scope gates, which are decided there.
     """
@@ -32,9 +52,14 @@ class Selection:
     tokens: frozenset[int] | None = None
     excluded: Selection | None = None
     from_last_prompt_token: bool = False
+    roles: frozenset[Role] | None = None
+    counted: Counted | None = None
+    texts: tuple[TextCondition, ...] = ()
 
-    def mask(self, positions: Ints, prompt_length: int, tokens: Ints) -> Mask:
-        """True for each token `[T]` that is selected."""
+    def mask(
+        self, positions: Ints, prompt_length: int, tokens: Ints, trace: TokenTrace | None = None
+    ) -> Mask:
+        """True for each token `[T]` that is selected; `trace` has read them where one is needed."""
         chosen: Mask = np.ones(len(positions), dtype=bool)
         if self.phases is not None and len(self.phases) == 1:
             generated = positions >= prompt_length
@@ -43,8 +68,16 @@ class Selection:
             chosen &= self._in_ranges(positions, prompt_length)
         if self.tokens is not None:
             chosen &= _among(tokens, self.tokens)
+        if self.counted is not None:
+            chosen &= self.counted.mask(positions, prompt_length)
+        if self.roles is not None or self.texts:
+            assert trace is not None, "texts and roles are known to a trace alone"
+            if self.roles is not None:
+                chosen &= trace.in_roles(self.roles, positions)
+            for condition in self.texts:
+                chosen &= condition.mask(trace, positions)
         if self.excluded is not None:
-            chosen &= ~self.excluded.mask(positions, prompt_length, tokens)
+            chosen &= ~self.excluded.mask(positions, prompt_length, tokens, trace)
         if self.from_last_prompt_token:
             chosen &= positions >= prompt_length - 1
         return chosen
@@ -65,9 +98,15 @@ class Selection:
             high = min((bound for bound in bounds if bound is not None), default=None)
             if high is None or low < high:
                 ranges.append((low, high))
+        counted = self.counted
+        if counted is not None and counted.origin is None:
+            counted = replace(counted, origin=prompt_length)
         return Selection(
             ranges=tuple(ranges),
             tokens=self.tokens,
+            roles=self.roles,
+            counted=counted,
+            texts=self.texts,
             excluded=None if self.excluded is None else self.excluded.anchored(prompt_length),
         )
 
@@ -83,48 +122,128 @@ class Selection:
     @property
     def reads_tokens(self) -> bool:
         """Whether the mask depends on token ids, and so cannot be known in advance."""
-        return self.tokens is not None or (self.excluded is not None and self.excluded.reads_tokens)
+        return any(one.tokens is not None or one.texts for one in self._parts)
+
+    @property
+    def reads_roles(self) -> bool:
+        """Whether the mask depends on whose message a token stands in."""
+        return any(one.roles is not None for one in self._parts)
+
+    @property
+    def automata(self) -> tuple[TokenAutomaton, ...]:
+        """What reads the request's tokens for this selection."""
+        texts = (text for one in self._parts for text in one.texts)
+        return tuple(automaton for text in texts for automaton in text.automata)
+
+    @property
+    def varies(self) -> bool:
+        """Whether a token's id does not say, however late it comes, whether it is selected: that
+        depends on the tokens before it, or on its number."""
+        counts = any(one.counted is not None and one.counted.nth > 1 for one in self._parts)
+        return counts or bool(self.automata)
+
+    @property
+    def _parts(self) -> tuple[Selection, ...]:
+        return (self,) if self.excluded is None else (self, self.excluded)
 
     @property
     def reads_prompt(self) -> bool:
         """Whether the mask depends on where the prompt ends."""
         return (
             (self.phases is not None and len(self.phases) == 1)
+            or (self.counted is not None and self.counted.origin is None)
             or any(bound is not None and bound < 0 for one in self.ranges or () for bound in one)
             or self.from_last_prompt_token
             or (self.excluded is not None and self.excluded.reads_prompt)
         )
 
     def fixed_from(self, prompt_length: int) -> int:
-        """The position from which on the mask depends on the tokens alone."""
+        """The position from which on the mask depends on the tokens alone, unless it `varies`."""
         bounds = [prompt_length]
-        for selection in (self, self.excluded):
-            for start, end in (selection.ranges or ()) if selection else ():
+        for selection in self._parts:
+            if selection.counted is not None:
+                origin, first = selection.counted.origin, selection.counted.first
+                bounds.append((prompt_length if origin is None else origin) + (first or 0))
+            for start, end in selection.ranges or ():
                 bounds.append(_absolute(start, prompt_length))
                 bounds.append(prompt_length if end is None else _absolute(end, prompt_length))
         return max(bounds)
 
-    def first(self, prompt: Sequence[int], horizon: int) -> int | None:
-        """The first position before `horizon` that is, or (for token triggers) may be, selected."""
+    def first(
+        self, prompt: Sequence[int], horizon: int, roles: RoleRanges | None = None
+    ) -> int | None:
+        """The first position before `horizon` that is, or (for token triggers, texts, and roles
+        that are not known) may be, selected."""
+        if self.reads_roles and roles is None:
+            return 0
         length = max(horizon, len(prompt))
         ids = np.full(length, -1, dtype=np.int64)
         ids[: len(prompt)] = prompt
         positions = np.arange(length, dtype=np.int64)
-        hits = np.flatnonzero(self.mask(positions, len(prompt), ids))
+        trace = trace_of([self], prompt, roles)
+        if trace is not None:
+            trace.read(len(prompt), ids[len(prompt) :])
+        hits = np.flatnonzero(self.mask(positions, len(prompt), ids, trace))
         first = int(hits[0]) if len(hits) else None
         if self.reads_tokens and (first is None or first > len(prompt)):
             return len(prompt)
         return first
 
 
+def trace_of(
+    selections: Iterable[Selection],
+    prompt: Sequence[int] | Ints,
+    roles: RoleRanges | None = None,
+) -> TokenTrace | None:
+    """What `selections` need to know of a request with this prompt; None where they need
+    nothing."""
+    selections = tuple(selections)
+    automata = [automaton for one in selections for automaton in one.automata]
+    if not automata and not any(one.reads_roles for one in selections):
+        return None
+    return TokenTrace(automata, prompt, roles)
+
+
+def rules_selecting(
+    selections: Sequence[Selection],
+    positions: Ints,
+    prompt_length: int,
+    tokens: Ints,
+    trace: TokenTrace | None = None,
+) -> NDArray[np.uint8]:
+    """Which of the rules with these selections select each token, as bits `[T]`: rule n is bit
+    n."""
+    bits = np.zeros(len(positions), dtype=np.uint8)
+    for number, selection in enumerate(selections):
+        chosen = selection.mask(positions, prompt_length, tokens, trace)
+        bits |= chosen.astype(np.uint8) << np.uint8(number)
+    return bits
+
+
 _FEW_TOKENS = 8
 EVERYWHERE = Selection()
 
 
-def resolve(
-    where: Where | None, tokenize: Callable[[str], list[int]] | None, *, param: str = ""
-) -> Selection:
-    """`where` as a `Selection`; a token string must be exactly one token of the model."""
+@dataclass(frozen=True)
+class TokenReader:
+    """What turns a `Where` into a selection: how the model reads a text (`tokenize`), the bytes
+    that each of its tokens stands for (`vocabulary`), and the `roles` that are found in its
+    chats."""
+
+    tokenize: Callable[[str], list[int]] | None = None
+    vocabulary: Callable[[], Sequence[bytes]] | None = None
+    roles: Collection[Role] = ()
+
+
+NO_READER = TokenReader()
+
+
+def resolve(where: Where | None, reader: TokenReader = NO_READER, *, param: str = "") -> Selection:
+    """`where` as a `Selection`; a token string must be exactly one token of the model.
+
+    Raises `SpecError`, and `Unsupported` (`roles_unsupported`) for roles that are not found in the
+    model's chats; `param` is the pointer of `where`.
+    """
     if where is None:
         return EVERYWHERE
     tokens = None
@@ -132,17 +251,70 @@ def resolve(
         tokens = frozenset(
             token
             if isinstance(token, int)
-            else _single_token(token, tokenize, f"{param}/tokens/{i}")
+            else _single_token(token, reader.tokenize, f"{param}/tokens/{i}")
             for i, token in enumerate(where.tokens)
         )
+    if where.roles is not None:
+        _check_roles(where.roles, reader.roles, param + "/roles")
     return Selection(
         phases=None if where.phases is None else frozenset(where.phases),
         ranges=where.positions,
         tokens=tokens,
+        roles=None if where.roles is None else frozenset(where.roles),
+        counted=None if where.every is None else _counted(where.every),
+        texts=_texts(where, reader, param),
         excluded=None
         if where.except_ is None
-        else resolve(where.except_, tokenize, param=f"{param}/except"),
+        else resolve(where.except_, reader, param=f"{param}/except"),
     )
+
+
+def _counted(schedule: Schedule) -> Counted:
+    return Counted(1 if schedule.nth is None else schedule.nth, schedule.first)
+
+
+def _check_roles(asked: Sequence[Role], known: Collection[Role], param: str) -> None:
+    for place, role in enumerate(asked):
+        if role not in known:
+            found = f"it finds {', '.join(sorted(known))}" if known else "it finds none"
+            raise Unsupported(
+                f"this engine does not find messages of the role {role!r} in the model's chats "
+                f"({found}): leave it out, or say the tokens by 'positions', 'between' or 'after'",
+                param=param + pointer(place),
+                code="roles_unsupported",
+            )
+
+
+def _texts(where: Where, reader: TokenReader, param: str) -> tuple[TextCondition, ...]:
+    found = []
+    for relation in RELATIONS:
+        pairs = _pairs(where, relation)
+        if not pairs:
+            continue
+        if reader.vocabulary is None:
+            raise Unsupported(
+                f"{relation!r} looks for texts among tokens, which nobody follows here: "
+                "send the spec to an engine, or select by 'phases', 'positions' or 'tokens'",
+                param=f"{param}/{relation}",
+                code="texts_unsupported",
+            )
+        vocabulary = reader.vocabulary()
+        automata = [compile_automaton(*pair, vocabulary) for pair in pairs]
+        found.append(TextCondition(relation, tuple(automata)))
+    return tuple(found)
+
+
+def _pairs(where: Where, relation: TextRelation) -> Sequence[tuple[Mark, Mark | None]]:
+    """The marks that one field of `where` looks for, each with its closing where it has one."""
+    match relation:
+        case "after":
+            return [(mark, None) for mark in where.after or ()]
+        case "before":
+            return [(mark, None) for mark in where.before or ()]
+        case "between":
+            return where.between or ()
+        case "outside":
+            return where.outside or ()
 
 
 def _single_token(text: str, tokenize: Callable[[str], list[int]] | None, param: str) -> int:

@@ -103,7 +103,7 @@ def _check_use(
         param = "/layers" if one.item.layers else "/vector"
         differs = param, f"on {place}, and here it acts on {here}"
     elif one.fault is None and one.selection != resolve(
-        calibration.where, asked.tokenize, param="/vector"
+        calibration.where, asked.reader, param="/vector"
     ):
         differs = "/strength", "on other tokens than 'where' selects here"
     elif asked.spec.norm == "preserve":

@@ -25,6 +25,8 @@ from steer.prompts.forms import Messages, Prompt
 
 MAX_REASON = 400
 """Characters of a template's own complaint that are passed on: it may quote the whole chat."""
+THOUGHT_ENDS = ("</think>", "[/THINK]", "</thinking>", "</thought>", "</seed:think>")
+"""How templates end thoughts; what stands before the last of them is none of the answer."""
 
 
 @dataclass(frozen=True)

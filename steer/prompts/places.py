@@ -10,9 +10,10 @@ from typing import Any, Protocol
 from steer.errors import SpecError, SteerError, pointer
 from steer.model import ModelInfo
 from steer.prompts.chat import ChatForm, check_variables, read_chat
-from steer.prompts.forms import Place, PromptInput
+from steer.prompts.forms import Messages, Place, PromptInput
 from steer.prompts.labels import token_texts
 from steer.prompts.length import check_text_length
+from steer.prompts.roles import RoleRanges, chat_roles
 from steer.prompts.spans import Span, token_spans, tokens_within
 from steer.prompts.tokens import text_tokens
 
@@ -31,6 +32,17 @@ class EncodedPrompt:
     ids: tuple[int, ...]
     text: str | None
     tokenizer: Any
+    chat: tuple[Messages, ChatForm] | None = None
+    """The messages that it was written from, and how."""
+
+    @cached_property
+    def roles(self) -> RoleRanges | None:
+        """Whose words its tokens are; None where it was not given as messages. Raises `SteerError`
+        (`roles_unsupported`) where the template does not show that."""
+        if self.chat is None:
+            return None
+        messages, form = self.chat
+        return chat_roles(self.tokenizer, messages, form, ids=self.ids)
 
     @cached_property
     def tokens(self) -> tuple[str, ...]:
@@ -122,7 +134,7 @@ def encode_prompt(reader: PromptReader, given: PromptInput, *, at: str = "") -> 
     Raises `SteerError` for messages that the chat template refuses, variables that it does not
     read, ids outside the vocabulary and prompts longer than the context.
     """
-    tokenizer, info, text = reader.tokenizer, reader.info, given.text
+    tokenizer, info, text, chat = reader.tokenizer, reader.info, given.text, None
     if given.tokens is not None:
         _check_ids(given.tokens, info.vocab_size, at)
         ids = given.tokens
@@ -136,7 +148,7 @@ def encode_prompt(reader: PromptReader, given: PromptInput, *, at: str = "") -> 
         check_text_length(tokenizer, turns, info.max_length, param=at + "/messages")
         form = ChatForm(open_answer=given.add_generation_prompt, variables=variables)
         read, text = read_chat(tokenizer, turns, form, param=at + "/messages")
-        ids = tuple(read)
+        ids, chat = tuple(read), (turns, form)
     field = next(
         name for name in ("text", "messages", "tokens") if getattr(given, name) is not None
     )
@@ -146,7 +158,7 @@ def encode_prompt(reader: PromptReader, given: PromptInput, *, at: str = "") -> 
             param=at + pointer(field),
             code="context_length_exceeded" if ids else "empty_prompt",
         )
-    return EncodedPrompt(ids, text, tokenizer)
+    return EncodedPrompt(ids, text, tokenizer, chat)
 
 
 def _check_ids(ids: Sequence[int], vocab_size: int, at: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from steer.errors import SteerError
 from steer.prompts.chat import (
     OPEN,
+    THOUGHT_ENDS,
     answered_form,
     chat_tokens,
     read_chat,
@@ -21,11 +22,9 @@ from steer.prompts.chat import (
 )
 from steer.prompts.forms import Marked, Messages, Prompt
 from steer.prompts.places import EncodedPrompt
+from steer.prompts.roles import RoleRanges, chat_roles
 from steer.prompts.spans import Span, shared_length, token_spans, tokens_within
 from steer.prompts.tokens import part_tokens, text_tokens
-
-THOUGHT_ENDS = ("</think>", "[/THINK]", "</thinking>", "</thought>", "</seed:think>")
-"""How templates end thoughts; what stands before the last of them is none of the answer."""
 
 
 def render(tokenizer: Any, prompt: Prompt) -> list[int]:
@@ -40,6 +39,16 @@ def render(tokenizer: Any, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         return text_tokens(tokenizer, prompt)
     return chat_tokens(tokenizer, prompt, answered_form(tokenizer) if _answered(prompt) else OPEN)
+
+
+def rendered_roles(tokenizer: Any, prompt: Prompt) -> RoleRanges | None:
+    """Whose words the tokens of `render` are; None for a text, and for a prompt that goes on with a
+    response. Raises `SteerError` (`roles_unsupported`) where the template does not show it."""
+    messages = prompt.prompt if isinstance(prompt, Marked) and not prompt.response else prompt
+    if isinstance(messages, str | Marked):
+        return None
+    form = answered_form(tokenizer) if _answered(messages) else OPEN
+    return chat_roles(tokenizer, messages, form)
 
 
 def answer_range(tokenizer: Any, prompt: Prompt) -> range:

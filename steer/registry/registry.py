@@ -35,6 +35,8 @@ from steer.registry.catalogue.listing import Search, found_entries
 from steer.registry.catalogue.model_view import EVERYONE, ModelView
 from steer.registry.catalogue.tags import tags_of_names
 from steer.registry.entry import Entry, parse_ref
+from steer.registry.features.findings import BesideFiles, FindingStore
+from steer.registry.features.labels import KnownLabels, LabelStore
 from steer.registry.features.store import SurveyStore
 from steer.registry.figures import RegistryFigures, RegistryStats
 from steer.registry.jobs.job_files import JobFiles
@@ -76,6 +78,8 @@ class Registry:
         self.jobs = JobStore(parts.catalogue)
         self.job_files = JobFiles(parts.location.work / "jobs")
         self.surveys = SurveyStore(parts.location.root, read_only=parts.catalogue.read_only)
+        beside = BesideFiles(parts.location.root, read_only=parts.catalogue.read_only)
+        self.findings, self.side_labels = FindingStore(beside), LabelStore(beside)
         self._max_upload_bytes = max_upload_bytes
         self._loaded: LoadedCache[tuple[str, str, str], Any] = LoadedCache(cache_bytes)
         self._figures = RegistryFigures(parts.catalogue)
@@ -411,6 +415,11 @@ class Registry:
     def sae(self, ref: str) -> SAE:
         """The SAE that `ref` names."""
         return self.load(SAE, ref)
+
+    def labels(self, ref: str) -> KnownLabels:
+        """What the features of the SAE that `ref` names are called: by its own labels, and by those
+        beside it."""
+        return self.side_labels.known(self.entry("sae", ref).sha256, self.sae(ref).labels)
 
     def low_rank(self, ref: str) -> LowRankAdapter:
         """The low-rank adapter that `ref` names."""

@@ -14,8 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from artefacts import EVERYTHING, SAE_NAMES, artefacts, random_spec, shape_of
-from float64_reference import Array, Float64Reference
+from artefacts import (
+    EVERYTHING,
+    SAE_NAMES,
+    artefacts,
+    random_roles,
+    random_spans,
+    random_spec,
+    shape_of,
+    span_vocabulary,
+)
+from float64_reference import Array, Float64Reference, Seen, chosen, selected
 
 from steer.artefacts.library import MemoryLibrary
 from steer.batch.ledger import Ledger
@@ -26,7 +35,9 @@ from steer.errors import SteerError
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
-from steer.spec import SteeringSpec, When, parse_spec
+from steer.plan.selection import trace_of
+from steer.prompts.roles import RoleRanges
+from steer.spec import SteeringSpec, When, Where, parse_spec
 
 WIDTH, LAYERS, VOCABULARY = 16, 4, 64
 SLOTS, ROWS = 3, 8
@@ -36,7 +47,10 @@ EMBEDDING = torch.randn(VOCABULARY, WIDTH, generator=_generator)
 WEIGHTS = torch.randn(LAYERS, WIDTH, WIDTH, generator=_generator) / WIDTH**0.5
 MADE = artefacts(WIDTH, LAYERS)
 REFERENCE = Float64Reference(**MADE)
-PLANS = PlanCache(MemoryLibrary(**MADE), shape_of(WIDTH, LAYERS), EVERYTHING)
+PIECES = span_vocabulary(VOCABULARY)
+PLANS = PlanCache(
+    MemoryLibrary(**MADE), shape_of(WIDTH, LAYERS), EVERYTHING, vocabulary=lambda: PIECES
+)
 
 
 @dataclass
@@ -48,6 +62,11 @@ class Request:
     computed: int = 0
     request: SteeredRequest | None = None
     results: dict[int, torch.Tensor] = field(default_factory=dict)
+    roles: RoleRanges | None = None
+
+    @property
+    def seen(self) -> Seen:
+        return Seen.of(self.tokens, PIECES, self.roles)
 
 
 class Truth:
@@ -86,9 +105,16 @@ class Truth:
                 if request.spec is not None:
                     calls = _Counted(is_open)
                     row = REFERENCE.steer(
-                        request.spec, point, row, position, prompt_length, token, calls
+                        request.spec,
+                        point,
+                        row,
+                        position,
+                        prompt_length,
+                        token,
+                        calls,
+                        request.seen,
                     )
-                    if calls.acted(REFERENCE, request.spec, point, position, prompt_length, token):
+                    if calls.acted(request, point, position):
                         points.add(point)
                 if point.site == "mlp_out":
                     out = row
@@ -125,20 +151,12 @@ class _Counted:
     def __call__(self, when: When) -> bool:
         return bool(self._is_open(when))
 
-    def acted(
-        self,
-        reference: Float64Reference,
-        spec: SteeringSpec,
-        point: HookPoint,
-        position: int,
-        prompt_length: int,
-        token: int,
-    ) -> bool:
-        from float64_reference import chosen
-
+    def acted(self, request: Request, point: HookPoint, position: int) -> bool:
+        spec, token = request.spec, request.tokens[position]
+        assert spec is not None
         return any(
-            point in reference.points(item)
-            and chosen(spec, item, position, prompt_length, token)
+            point in REFERENCE.points(item)
+            and chosen(spec, item, position, request.prompt_length, token, request.seen)
             and ((item.when or spec.when) is None or self(item.when or spec.when))
             for item in spec.interventions
         )
@@ -179,7 +197,13 @@ class Simulation:
             slot = self.tables.acquire(request.plan)
         row = self.rows.pop(self.draw.randrange(len(self.rows)))
         self.ledger.reset(row)
-        request.request = SteeredRequest(row, request.prompt_length, request.plan, slot)
+        prompt = request.tokens[: request.prompt_length]
+        trace = None
+        if request.plan is not None:
+            trace = trace_of(request.plan.selections, prompt, request.roles)
+        request.request = SteeredRequest(
+            row, request.prompt_length, request.plan, slot, trace=trace
+        )
         request.computed = 0
         self.running.append(request)
         return True
@@ -203,6 +227,8 @@ class Simulation:
         for request in chosen:
             assert request.request is not None
             left = len(request.tokens) - request.computed
+            if request.computed > request.prompt_length and self.draw.random() < 0.2:
+                self._draft(request)
             end = request.computed + self.draw.randint(1, left)
             offset += (gap := self.draw.randrange(3))
             ids += [0] * gap
@@ -228,6 +254,12 @@ class Simulation:
             request.computed = int(span.positions[-1]) + 1
             if request.computed == len(request.tokens):
                 self._finish(request)
+
+    def _draft(self, request: Request) -> None:
+        """Tokens that another pass computed and that did not stay."""
+        assert request.request is not None
+        drafted = np.array([self.draw.randrange(VOCABULARY) for _ in range(3)])
+        request.request.slots(np.arange(request.computed, request.computed + 3), drafted)
 
     def _finish(self, request: Request) -> None:
         truth = Truth(request)
@@ -279,13 +311,17 @@ def random_gate(draw: random.Random) -> dict[str, Any]:
     }
 
 
-def random_plan(draw: random.Random) -> tuple[SteeringSpec, SteeringPlan]:
+def random_plan(draw: random.Random, spans: bool) -> tuple[SteeringSpec, SteeringPlan]:
     while True:
         raw = random_spec(draw, layers=LAYERS, longest=draw.choice([1, 2, 4]))
+        if spans:
+            raw["where"] = random_spans(draw, VOCABULARY)
         for item in raw["interventions"]:
             if "layers" in item and draw.random() < 0.2:
                 item["site"] = "mlp_out"
             # A gate reads layer 0, so it can only rule what comes after.
+            if spans and draw.random() < 0.6:
+                item["where"] = random_spans(draw, VOCABULARY)
             if draw.random() < 0.3 and 0 not in item.get("layers", [1]):
                 item["when"] = random_gate(draw)
         try:
@@ -295,15 +331,17 @@ def random_plan(draw: random.Random) -> tuple[SteeringSpec, SteeringPlan]:
             continue
 
 
-def random_requests(draw: random.Random, count: int) -> list[Request]:
-    kinds = [random_plan(draw) for _ in range(7)]
+def random_requests(draw: random.Random, count: int, *, spans: bool = False) -> list[Request]:
+    kinds = [random_plan(draw, spans) for _ in range(7)]
     requests = []
     for _ in range(count):
         # A few are long, so that one request makes up most of a batch and others a token each.
         prompt_length = draw.randint(30, 50) if draw.random() < 0.15 else draw.randint(1, 8)
-        tokens = [draw.randrange(VOCABULARY) for _ in range(prompt_length + draw.randint(0, 6))]
+        length = prompt_length + draw.randint(0, 25 if spans else 6)
+        tokens = [draw.randrange(VOCABULARY) for _ in range(length)]
         spec, plan = draw.choice(kinds) if draw.random() < 0.8 else (None, None)
-        requests.append(Request(prompt_length, tokens, spec, plan))
+        roles = random_roles(draw, prompt_length) if spans else None
+        requests.append(Request(prompt_length, tokens, spec, plan, roles=roles))
     return requests
 
 
@@ -314,6 +352,38 @@ def test_every_token_gets_exactly_its_own_requests_edits(seed: int) -> None:
     assert simulation.finished >= 15
     assert simulation.tables.in_use == 0
     assert sorted(simulation.rows) == list(range(ROWS))
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_spans_are_met_in_whatever_pieces_their_tokens_come(seed: int) -> None:
+    simulation = Simulation(seed)
+    simulation.run(random_requests(random.Random(2_000 + seed), 25, spans=True))
+    assert simulation.finished >= 15
+
+
+def _wheres(spec: SteeringSpec) -> list[Where | None]:
+    return [spec.where, *(item.where for item in spec.interventions)]
+
+
+def test_the_simulation_of_spans_meets_what_it_is_about() -> None:
+    """Every field selects some tokens and leaves others, in prompts and in answers."""
+    met: set[tuple[str, bool, bool]] = set()
+    for seed in range(8):
+        for request in random_requests(random.Random(2_000 + seed), 25, spans=True):
+            for where in () if request.spec is None else _wheres(request.spec):
+                for name in where.model_fields_set - {"except_"} if where else ():
+                    alone = Where.model_validate({name: getattr(where, name)})
+                    for place, token in enumerate(request.tokens):
+                        told = (place, request.prompt_length, token, request.seen)
+                        generated = place >= request.prompt_length
+                        met.add((name, generated, selected(alone, *told)))
+    assert met >= {
+        (name, generated, chosen)
+        for name in ("after", "before", "between", "outside", "every", "roles")
+        for generated in (False, True)
+        for chosen in (False, True)
+        if (name, generated, chosen) != ("every", False, True)
+    }
 
 
 def test_the_simulation_meets_what_it_is_about() -> None:

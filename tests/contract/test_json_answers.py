@@ -15,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import GenerationRequest, SamplingParams
+from steer.engines.plans import plans_of
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError
-from steer.plan.cache import PlanCache
 from steer.spec import parse_spec
 
 END = 256
@@ -64,10 +64,11 @@ def engine() -> Iterator[TransformersEngine]:
         yield running
 
 
-def steered(engine: TransformersEngine) -> Any:
+def steered(engine: TransformersEngine, strength: float = 2.0, **where: Any) -> Any:
     library = MemoryLibrary({"v": random_vector(1, 0, 1, width=32)})
-    spec = {"interventions": [{"kind": "add", "vector": "v", "layers": [0], "strength": 2.0}]}
-    return PlanCache(library, engine.info, engine.capabilities).plan(parse_spec(spec))
+    item = {"kind": "add", "vector": "v", "layers": [0], "strength": strength}
+    spec = {"interventions": [item], **({"where": where} if where else {})}
+    return plans_of(engine, library).plan(parse_spec(spec))
 
 
 def test_every_answer_is_json_of_its_own_schema(engine: TransformersEngine) -> None:
@@ -135,3 +136,34 @@ def test_who_says_where_an_answer_ends_cannot_bind_it(
     with pytest.raises(SteerError) as caught:
         engine.admit(GenerationRequest("x", (5,), sampling))
     assert caught.value.param == "/" + next(iter(fields))
+
+
+def test_an_answer_that_the_spec_leaves_out_is_the_same_to_the_byte(
+    engine: TransformersEngine,
+) -> None:
+    """All of it, from the brace that opens it: not even that one is steered."""
+    everywhere = steered(engine, 60.0, phases=["generation"])
+    spared = steered(engine, 60.0, phases=["generation"], outside=[["{", None]])
+    schema, _ = SCHEMAS[1]
+    requests = [
+        GenerationRequest(
+            f"{n} {name}",
+            tuple(range(40 + n, 50 + n)),
+            SamplingParams(
+                max_tokens=60, temperature=0, logprobs=0, json_schema=json.dumps(schema)
+            ),
+            plan,
+        )
+        for n in range(12)
+        for name, plan in (("plain", None), ("spared", spared), ("everywhere", everywhere))
+    ]
+    done = complete_together(engine, requests)
+    changed = 0
+    for plain, kept, other in zip(done[::3], done[1::3], done[2::3], strict=True):
+        assert kept.tokens == plain.tokens
+        for mine, theirs in zip(kept.logprobs, plain.logprobs, strict=True):
+            assert abs(mine.logprob - theirs.logprob) <= 1e-5
+        assert kept.receipt is not None
+        assert kept.receipt.tokens_steered == 0
+        changed += other.tokens != plain.tokens
+    assert changed >= 3, "steering would not have changed the answers anyway"

@@ -242,8 +242,7 @@ def test_plans_and_saes_reach_a_worker_without_a_catalogue(
     monkeypatch.setenv("STEER_CACHE", str(tmp_path / "worker"))
     worker = PlanStore(place["location"])
     assert worker.get(plan) == b"a plan"
-    read, _ = worker.sae_encoder(sae.sha256)
-    assert torch.equal(read, sae.reads(None).read)
+    assert worker.sae(sae.sha256).to_bytes() == sae.to_bytes()
 
 
 def test_a_copy_on_this_machine_is_read_and_repaired(

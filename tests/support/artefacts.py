@@ -17,14 +17,22 @@ from steer.artefacts.control_vector import ControlVector, LayerMeasure, LowRankA
 from steer.artefacts.kinds import ArtefactKind
 from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
+from steer.artefacts.sae.pursuit import Pursuit
 from steer.model import Capabilities, ModelInfo
-from steer.spec import KINDS, SITES
+from steer.prompts.roles import RoleRanges
+from steer.readouts.spec import READOUTS
+from steer.spec import KINDS, ROLES, SITES, Role
 
 ARCHITECTURES = ("standard", "jumprelu", "topk")
 NORMALISATIONS = {"": "none", "-rescaled": "constant_norm_rescale", "-centred": "layer_norm"}
 SAE_NAMES = tuple(
     architecture + suffix for suffix in NORMALISATIONS for architecture in ARCHITECTURES
 )
+COMPETING = ("groupmax", "abstopk", "matching_pursuit")
+COMPETING_NAMES = tuple(
+    architecture + suffix for suffix in NORMALISATIONS for architecture in COMPETING
+)
+"""The others, whose features compete in ways of their own."""
 
 _EACH = [0.7, 0.0, 3.0, 1.0, 0.3]
 _ADDED = [0.7, 0.1, -1.5, 1.0, -0.3]
@@ -60,15 +68,20 @@ def allowed(sae: str, mode: str) -> bool:
     return not (sae.endswith("-centred") and mode.startswith("set") and "a share" in mode)
 
 
-CLAMPS: dict[str, dict[str, Any]] = {
-    f"clamp {mode} {sae}": {
-        "kind": "clamp", "sae": sae, "features": [3, 60, 17, 8, 21], **MODES[mode],
-    }
-    for sae in SAE_NAMES
-    for mode in MODES
-    if allowed(sae, mode)
-}  # fmt: skip
-"""What a clamp can be asked for, over the SAEs of `artefacts`."""
+def clamps_of(saes: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What a clamp can be asked for, over some of the SAEs of `artefacts`."""
+    return {
+        f"clamp {mode} {sae}": {
+            "kind": "clamp", "sae": sae, "features": [3, 60, 17, 8, 21], **MODES[mode],
+        }
+        for sae in saes
+        for mode in MODES
+        if allowed(sae, mode)
+    }  # fmt: skip
+
+
+CLAMPS = clamps_of(SAE_NAMES)
+COMPETING_CLAMPS = clamps_of(COMPETING_NAMES)
 
 
 def shape_of(width: int = 16, layers: int = 4) -> ModelInfo:
@@ -87,7 +100,7 @@ def shape_of(width: int = 16, layers: int = 4) -> ModelInfo:
     )
 
 
-EVERYTHING = Capabilities("test", KINDS, SITES)
+EVERYTHING = Capabilities("test", KINDS, SITES, captures=SITES, readouts=READOUTS, roles=ROLES)
 
 
 def random_vector(seed: int, *layers: int, width: int = 16, **card: Any) -> ControlVector:
@@ -126,18 +139,30 @@ def random_sae(
         return torch.randn(shape, generator=generator)
 
     size = 64
+    fields = {
+        "W_enc": draw(width, size) / width**0.5,
+        "b_enc": 0.3 * draw(size),
+        "W_dec": draw(size, width) / width**0.5,
+        "b_dec": draw(width),
+        "threshold": 0.5 * draw(size).abs() if architecture == "jumprelu" else None,
+        "k": 8 if architecture in ("topk", "groupmax", "abstopk") else None,
+    }
+    if architecture == "matching_pursuit":  # whose rows have length 1, or it would not come nearer
+        fields["W_dec"] = torch.nn.functional.normalize(fields["W_dec"], dim=-1)
+        fields["pursuit"] = Pursuit(max_iterations=9)
     return SAE.of(
         architecture,
-        W_enc=draw(width, size) / width**0.5,
-        b_enc=0.3 * draw(size),
-        W_dec=draw(size, width) / width**0.5,
-        b_dec=draw(width),
-        threshold=0.5 * draw(size).abs() if architecture == "jumprelu" else None,
-        k=8 if architecture == "topk" else None,
         layer=layer,
         normalize=NORMALISATIONS[dash + suffix],
-        **card,
+        **fields | card,
     )
+
+
+def random_transcoder(architecture: str, *, seed: int = 0, width: int = 16, **card: Any) -> SAE:
+    """As `random_sae`, from the input of the MLP of layer 1 to its output, with a skip."""
+    skip = torch.randn(width, width, generator=torch.Generator().manual_seed(seed)) / width**0.5
+    places = {"site": "mlp_in", "write_site": "mlp_out", "subtract_b_dec": False, "W_skip": skip}
+    return random_sae(architecture, seed=seed, width=width, **places | card)
 
 
 def random_adapter(
@@ -208,7 +233,8 @@ def artefacts(width: int = 16, layers: int = 4) -> dict[str, Any]:
     return {
         "vectors": {f"v{n}": random_vector(n, *everywhere, width=width) for n in range(6)},
         "saes": {
-            name: random_sae(name, seed=50 + n, width=width) for n, name in enumerate(SAE_NAMES)
+            name: random_sae(name, seed=50 + n, width=width)
+            for n, name in enumerate((*SAE_NAMES, *COMPETING_NAMES))
         },
         "low_ranks": {
             "lora": random_adapter(90, *everywhere, width=width),
@@ -279,6 +305,56 @@ def random_intervention(draw: random.Random, layers: int = 4) -> dict[str, Any]:
     }
     placed = {} if kind == "clamp" else {"layers": sorted(draw.sample(range(layers), 2))}
     return {"kind": kind, **fields[kind], **placed}
+
+
+SPAN_TEXTS = ("<", "<<", "ab", "<a>", "</a>", "a", "ba<", ">")
+SPAN_PIECES = ("", "<", ">", "a", "b", "/", "ab", "</", "a>", "<a", "<<", "ba", "</a>", "<a>b")
+
+
+def span_vocabulary(size: int = 64) -> list[bytes]:
+    """Tokens of few letters, in which the texts of `random_spans` often lie, and lie in pieces."""
+    return [SPAN_PIECES[token % len(SPAN_PIECES)].encode() for token in range(size)]
+
+
+def random_spans(draw: random.Random, vocabulary: int = 64) -> dict[str, Any]:
+    """A `where` that looks for texts, token ids and messages, or counts tokens."""
+
+    def ids() -> list[int]:
+        return [draw.randrange(vocabulary // 8) for _ in range(draw.randint(1, 2))]
+
+    def mark() -> Any:
+        return draw.choice(SPAN_TEXTS) if draw.random() < 0.8 else ids()
+
+    def pair() -> list[Any]:
+        if draw.random() < 0.2:
+            return [ids(), ids()]
+        return [draw.choice(SPAN_TEXTS), draw.choice([*SPAN_TEXTS, None])]
+
+    made: dict[str, Any] = {
+        "after": [mark() for _ in range(draw.randint(1, 2))],
+        "before": [mark() for _ in range(draw.randint(1, 2))],
+        "between": [pair() for _ in range(draw.randint(1, 2))],
+        "outside": [pair() for _ in range(draw.randint(1, 2))],
+        "every": draw.choice([{"nth": 2}, {"first": 3}, {"nth": 3, "first": 5}]),
+        "roles": draw.sample(ROLES, draw.randint(1, 3)),
+    }
+    names = draw.sample(sorted(made), draw.choice([1, 1, 2]))
+    where = {name: made[name] for name in names}
+    if draw.random() < 0.3:
+        name = draw.choice([name for name in made if name not in where])
+        where["except"] = {name: made[name]}
+    return where
+
+
+def random_roles(draw: random.Random, length: int) -> RoleRanges:
+    """A chat's messages, with a template's marks between them."""
+    spans: list[tuple[int, int, Role]] = []
+    start = draw.randint(0, 2)
+    while start < length:
+        end = min(start + draw.randint(1, 4), length)
+        spans.append((start, end, draw.choice(ROLES)))
+        start = end + draw.randint(0, 2)
+    return RoleRanges(length, tuple(spans))
 
 
 def random_spec(draw: random.Random, *, layers: int = 4, longest: int = 5) -> dict[str, Any]:

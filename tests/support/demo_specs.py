@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
-from artefacts import random_adapter, random_map, random_sae, random_vector, rectified_adapter
+from artefacts import (
+    random_adapter,
+    random_map,
+    random_sae,
+    random_vector,
+    rectified_adapter,
+    span_vocabulary,
+)
 
 from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import GenerationRequest, SamplingParams
+from steer.model import Capabilities, ModelInfo
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
 from steer.registry.registry import Registry
-from steer.spec import parse_spec
+from steer.spec import ROLES, parse_spec
 
 LAYERS, WIDTH, VOCABULARY = 6, 192, 3072
 
@@ -135,6 +144,40 @@ SPECS: dict[str, dict[str, Any] | None] = {
         for kind in ("add", "ablate")
     },
 }
+
+
+SPANS: dict[str, dict[str, Any]] = {
+    "after a text": one(add("v0"), where={"after": ["<a>", "ba<"]}),
+    "before token ids": one(add("v1"), where={"before": [[5], [7, 9]]}),
+    "between texts": {
+        "interventions": [add("v2"), ablate("v0", where={"between": [["<", "b"]]})],
+        "where": {"between": [["<a>", "</a>"], ["bb", "<<"]]},
+    },
+    "outside a span": one(add("v3"), where={"outside": [["<a>", "</a>"]]}),
+    "a span of the answer": one(
+        add("v0", strength=-1),
+        where={"phases": ["generation"], "except": {"between": [["a", "b"]]}},
+    ),
+    "every third token": one(add("v1"), where={"every": {"nth": 3, "first": 20}}),
+    "the first tokens": one(ablate("v2"), where={"every": {"first": 4}}),
+    "a user's words": one(add("v2", strength=1), where={"roles": ["user", "assistant"]}),
+    "not a system's words": {
+        "interventions": [add("v3"), add("v1", where={"roles": ["tool"], "after": ["ab"]})],
+        "where": {"except": {"roles": ["system"]}},
+    },
+    "a prompt gate between texts": one(
+        add("v2", layers=[1]),
+        when={"vector": "v3", "above": 0.0, "layer": 0},
+        where={"between": [["<", ">"]]},
+    ),
+}
+PIECES = span_vocabulary(VOCABULARY)
+"""What tokens stand for in `SPANS`: texts that occur are rare in the words of the model."""
+
+
+def span_plans(model: ModelInfo, capabilities: Capabilities) -> dict[str, SteeringPlan]:
+    cache = PlanCache(LIBRARY, model, replace(capabilities, roles=ROLES), vocabulary=lambda: PIECES)
+    return {name: cache.plan(parse_spec(spec)) for name, spec in SPANS.items()}
 
 
 def register(registry: Registry) -> None:

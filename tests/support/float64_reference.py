@@ -6,7 +6,7 @@ tables, no rank-1 form. SAEs are encoded in full, edited, and decoded with their
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.sae.base import SAE
 from steer.model import HookPoint
+from steer.prompts.roles import RoleRanges
 from steer.spec import Clamp, Concept, Intervention, NormValue, SteeringSpec, Where
 
 Array = NDArray[np.float64]
@@ -28,7 +29,59 @@ def f64(tensor: Tensor) -> Array:
     return tensor.detach().double().cpu().numpy()
 
 
-def selected(where: Where | None, position: int, prompt_length: int, token: int) -> bool:
+@dataclass(frozen=True)
+class Seen:
+    """The tokens of a request, what each stands for, and whose words those of its prompt are."""
+
+    tokens: Sequence[int]
+    vocabulary: Sequence[bytes] = ()
+    roles: Mapping[int, str] = field(default_factory=dict)
+
+    @staticmethod
+    def of(tokens: Sequence[int], vocabulary: Sequence[bytes], roles: RoleRanges | None) -> Seen:
+        spans = () if roles is None else roles.ranges
+        whose = {place: role for start, end, role in spans for place in range(start, end)}
+        return Seen(tokens, vocabulary, whose)
+
+    def inside(self, opening: Any, closing: Any, end: int) -> bool:
+        """Whether the first `end` tokens leave off after an opening that was not closed."""
+        return self._left(opening, closing, end)[0]
+
+    def may_begin(self, opening: Any, closing: Any, end: int) -> bool:
+        """Whether they end in the beginning of an opening."""
+        inside, rest, mark = self._left(opening, closing, end)
+        return not inside and any(
+            rest[len(rest) - n :] == mark[:n] for n in range(1, min(len(rest), len(mark)) + 1)
+        )
+
+    def _left(self, opening: Any, closing: Any, end: int) -> tuple[bool, Any, Any]:
+        """Looked for one after the other, from where the last one ended: what the next one is."""
+        marks = [self._symbols(mark) for mark in (opening, closing) if mark is not None]
+        text: Any = tuple(self.tokens[:end])
+        if isinstance(opening, str):
+            text = b"".join(self.vocabulary[token] for token in text)
+        inside = False
+        while True:
+            if inside and closing is None:
+                return True, text, marks[0]
+            mark = marks[inside]
+            places = range(len(text) - len(mark) + 1)
+            found = next((n for n in places if text[n : n + len(mark)] == mark), None)
+            if found is None:
+                return inside, text, mark
+            text, inside = text[found + len(mark) :], not inside
+
+    def _symbols(self, mark: Any) -> Any:
+        return mark.encode() if isinstance(mark, str) else tuple(mark)
+
+
+def selected(
+    where: Where | None,
+    position: int,
+    prompt_length: int,
+    token: int,
+    seen: Seen | None = None,
+) -> bool:
     """Whether one token is selected: `where` read aloud."""
     if where is None:
         return True
@@ -43,15 +96,54 @@ def selected(where: Where | None, position: int, prompt_length: int, token: int)
         return False
     if where.tokens is not None and token not in where.tokens:
         return False
-    return where.except_ is None or not selected(where.except_, position, prompt_length, token)
+    if where.every is not None:
+        number = position - prompt_length
+        if number < 0 or number % (where.every.nth or 1):
+            return False
+        if where.every.first is not None and number >= where.every.first:
+            return False
+    if seen is not None and not _stands_so(where, position, prompt_length, seen):
+        return False
+    return where.except_ is None or not selected(
+        where.except_, position, prompt_length, token, seen
+    )
+
+
+def _stands_so(where: Where, position: int, prompt_length: int, seen: Seen) -> bool:
+    """What `where` asks of the tokens before this one, and of the messages."""
+    if where.roles is not None:
+        role = seen.roles.get(position) if position < prompt_length else "assistant"
+        if role not in where.roles:
+            return False
+    if where.after is not None and not any(
+        seen.inside(mark, None, position) for mark in where.after
+    ):
+        return False
+    if where.before is not None and any(seen.inside(mark, None, position) for mark in where.before):
+        return False
+    if where.between is not None and not any(
+        seen.inside(*pair, position) for pair in where.between
+    ):
+        return False
+    return where.outside is None or not any(
+        seen.inside(*pair, position)
+        or seen.inside(*pair, position + 1)
+        or seen.may_begin(*pair, position + 1)
+        for pair in where.outside
+    )
 
 
 def chosen(
-    spec: SteeringSpec, item: Intervention, position: int, prompt_length: int, token: int
+    spec: SteeringSpec,
+    item: Intervention,
+    position: int,
+    prompt_length: int,
+    token: int,
+    seen: Seen | None = None,
 ) -> bool:
     """Whether `item` acts on one token, by its own `where` and the spec's."""
-    own, token_at = item.where, (position, prompt_length, token)
-    if own is None or own.phases is own.positions is own.tokens is None:
+    own, token_at = item.where, (position, prompt_length, token, seen)
+    if own is None or not (own.model_fields_set - {"except_"}):
         excepted = own is not None and own.except_ is not None and selected(own.except_, *token_at)
         return selected(spec.where, *token_at) and not excepted
     return selected(own, *token_at)
@@ -74,8 +166,7 @@ class Float64Reference:
     def points(self, item: Any) -> list[HookPoint]:
         """Where `item` acts; tests give `layers` wherever a vector is used."""
         if isinstance(item, Clamp | Concept):
-            sae = self.saes[item.sae]
-            return [HookPoint(sae.layer, sae.site)]
+            return [self.saes[item.sae].write_point]
         return [HookPoint(layer, item.site or "resid_post") for layer in item.layers]
 
     def steer(
@@ -87,12 +178,13 @@ class Float64Reference:
         prompt_length: int,
         token: int,
         gate_open: Callable[[Any], bool] = lambda when: True,
+        seen: Seen | None = None,
     ) -> Array:
         """One token's row at `point` after every intervention of `spec` that acts there."""
         for item in spec.interventions:
             when = spec.when if item.when is None else item.when
             if point not in self.points(item) or not chosen(
-                spec, item, position, prompt_length, token
+                spec, item, position, prompt_length, token, seen
             ):
                 continue
             if when is not None and not gate_open(when):
@@ -138,21 +230,26 @@ class Float64Reference:
         return x + (target - projection) * v
 
     def _clamp(self, item: Any, x: Array, layer: int) -> Array:
+        return self.clamped(item, x, x)
+
+    def clamped(self, item: Any, x: Array, read: Array) -> Array:
+        """x after a clamp of what the whole SAE makes of `read`: x itself, or of a transcoder the
+        token where that reads, whose output x is."""
         sae = self.saes[item.sae]
-        features = self.encode(sae, x)
-        error = x - self.decode(sae, features, x)
+        features = self.encode(sae, read, item.k)
+        error = x - self.decode(sae, features, read)
         if item.mode == "keep_only":
             kept = np.zeros_like(features)
             kept[list(item.features)] = features[list(item.features)]
-            return self.decode(sae, kept, x) + error
+            return self.decode(sae, kept, read) + error
         for feature, number in zip(item.features, item.numbers, strict=True):
             active = features[feature]
-            if item.only_if_active and active <= 0:
+            if item.only_if_active and active == 0:
                 continue
             value = number
             if isinstance(item.value, NormValue):
                 # The activation at which the decoder row is as long as this share of the token.
-                row = self.factor(sae, x) * f64(sae.W_dec)[feature]
+                row = self.factor(sae, read) * f64(sae.W_dec)[feature]
                 value = number * np.linalg.norm(x) / np.linalg.norm(row)
             if item.mode == "scale":
                 features[feature] *= value
@@ -162,26 +259,52 @@ class Float64Reference:
                 features[feature] += value * _balance(item, value, active)
             else:
                 features[feature] = _bounded(active, value, item.mode)
-        return self.decode(sae, features, x) + error
+        return self.decode(sae, features, read) + error
 
-    def encode(self, sae: SAE, x: Array) -> Array:
+    def encode(self, sae: SAE, x: Array, k: int | None = None) -> Array:
         """All activations of one token, by the definition of the architecture."""
+        k = sae.k if k is None else k
+        if sae.pursuit is not None:
+            return self._pursued(sae, x, k)
         pre = self.pre_activations(sae, x)
+        if sae.architecture == "abstopk":
+            pre[np.argsort(-np.abs(pre), kind="stable")[k:]] = 0.0
+            return pre
         active = np.maximum(pre, 0.0)
         if sae.architecture == "topk":
-            active[np.argsort(-pre, kind="stable")[sae.k :]] = 0.0
+            active[np.argsort(-pre, kind="stable")[k:]] = 0.0
+        if sae.architecture == "groupmax":
+            groups = active.reshape(sae.k, -1)
+            groups[groups < groups.max(axis=1, keepdims=True)] = 0.0
         if sae.architecture == "jumprelu":
             assert sae.threshold is not None
             active[pre <= f64(sae.threshold)] = 0.0
         return active
 
     def pre_activations(self, sae: SAE, x: Array) -> Array:
+        return self._inputs(sae, x) @ f64(sae.W_enc) + f64(sae.b_enc)
+
+    def _inputs(self, sae: SAE, x: Array) -> Array:
         if sae.normalize == "layer_norm":
             inputs = (x - x.mean()) / (x.std(ddof=1) + 1e-5)
         else:
             inputs = x / self.factor(sae, x)
-        inputs = inputs - f64(sae.b_dec) if sae.subtract_b_dec else inputs
-        return inputs @ f64(sae.W_enc) + f64(sae.b_enc)
+        return inputs - f64(sae.b_dec) if sae.subtract_b_dec else inputs
+
+    def _pursued(self, sae: SAE, x: Array, steps: int | None) -> Array:
+        """Matching pursuit, one feature after another."""
+        left, rows, rule = self._inputs(sae, x), f64(sae.W_dec), sae.pursuit
+        assert rule is not None
+        z = np.zeros(len(rows))
+        for _ in range(steps or rule.max_iterations or len(left)):
+            best = int(np.argmax(rows @ left))
+            value, known = max(float(rows[best] @ left), 0.0), z[best] != 0
+            z[best] += value
+            left = left - value * rows[best]
+            stuck = rule.stop_on_duplicate_support and (known or value == 0)
+            if stuck or np.linalg.norm(left) < rule.residual_threshold:
+                break
+        return z
 
     def factor(self, sae: SAE, x: Array) -> float:
         """What the SAE divides a token by, and multiplies its output by."""
@@ -193,7 +316,10 @@ class Float64Reference:
 
     def decode(self, sae: SAE, features: Array, x: Array) -> Array:
         mean = x.mean() if sae.normalize == "layer_norm" else 0.0
-        return self.factor(sae, x) * (features @ f64(sae.W_dec) + f64(sae.b_dec)) + mean
+        output = features @ f64(sae.W_dec) + f64(sae.b_dec)
+        if sae.W_skip is not None:
+            output = output + f64(sae.W_skip) @ x
+        return self.factor(sae, x) * output + mean
 
     def _concept(self, item: Any, x: Array, layer: int) -> Array:
         sae = self.saes[item.sae]
@@ -277,7 +403,7 @@ def _balance(item: Clamp, value: float, active: float) -> float:
     """β of G-SAE: what is still missing of a full activation, or what there is of it."""
     if item.balance is None:
         return 1.0
-    share = min(active / item.balance, 1.0)
+    share = min(max(active / item.balance, 0.0), 1.0)
     return 1.0 - share if value > 0 else share
 
 

@@ -19,9 +19,9 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text()
 MOST_FILES = 15
 
 WORDS = """
-spec, intervention, kind, artefact, card, library, selection, gate, law, channels, side, block,
-rule, plan, slot, table, request, span, step, ledger, receipt, hook point, tap, capture, ticket,
-seam
+spec, intervention, kind, artefact, card, library, selection, mark, automaton, trace, gate, law,
+channels, side, block, rule, plan, slot, table, request, span, step, ledger, receipt, hook point,
+tap, capture, read-out, reader, ticket, seam
 """
 
 RETIRED = {
@@ -30,11 +30,11 @@ RETIRED = {
     "Pass": "Rule",
     "Stage": "Table",
     "Part": "TableView",
-    "Competition": "TopKCutoff",
+    "Competition": "Encoder",
     "Desk": "TicketIssuer",
     "GraphForm": "StaticForm",
-    "rivals": "cutoff",
-    "contest": "cutoff",
+    "rivals": "encoder",
+    "contest": "encoder",
     "restless": "reads_tokens",
     "steady_from": "fixed_from",
     "settled_from": "fixed_from",

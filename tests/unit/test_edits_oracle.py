@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from artefacts import CLAMPS, EVERYTHING, SAE_NAMES, artefacts, shape_of
+from artefacts import (
+    CLAMPS,
+    COMPETING_CLAMPS,
+    EVERYTHING,
+    SAE_NAMES,
+    artefacts,
+    shape_of,
+)
 from float64_reference import Array, Float64Reference
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -95,7 +102,12 @@ KINDS["read_write without a threshold"] = {
     **KINDS["read_write product"],
     "activation": "linear",
 }
-KINDS |= CLAMPS
+KINDS |= CLAMPS | COMPETING_CLAMPS
+for _architecture in ("topk", "abstopk", "matching_pursuit-rescaled"):
+    KINDS[f"clamp with a k of its own {_architecture}"] = {
+        **(CLAMPS | COMPETING_CLAMPS)[f"clamp set {_architecture}"],
+        "k": 3,
+    }
 for _architecture in SAE_NAMES:
     KINDS[f"concept {_architecture}"] = {
         "kind": "concept",
@@ -234,13 +246,13 @@ def test_a_part_leaves_out_what_other_slots_hold() -> None:
     table = tables.at(POINT)[0]
     assert table is not None
     whole = table.view(table.blocks)
-    assert whole.cutoffs
+    assert whole.encoders
     x = rows(10, 20, 16)
     for slot in held.values():
         if slot in table.blocks:
             view, slots = table.view([slot]), torch.full((20,), slot)
             block = table.blocks[slot]
-            assert bool(view.cutoffs) == (block.cutoff is not None)
+            assert bool(view.encoders) == (block.encoder is not None)
             assert len(view.read) == block.n_edits
             assert_close(apply_table(view, x, slots), apply_table(whole, x, slots).double().numpy())
 

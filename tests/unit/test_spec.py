@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from steer.errors import SpecError
-from steer.spec import KINDS, SteeringSpec, parse_spec
+from steer.spec import KINDS, SteeringSpec, Where, parse_spec
 
 ROOT = Path(__file__).parents[2]
 ADD: dict[str, Any] = {"kind": "add", "vector": "v"}
@@ -52,6 +52,18 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         one(where={"except": {"except": {"tokens": [1]}}}),
         "/interventions/0/where",
     ),
+    "unknown role": (one(where={"roles": ["bot"]}), "/interventions/0/where/roles/0"),
+    "no texts": ({**one(), "where": {"after": []}}, "/where/after"),
+    "an empty text": ({**one(), "where": {"before": [""]}}, "/where/before/0"),
+    "a text that is a number": ({**one(), "where": {"after": [5]}}, "/where/after/0"),
+    "token ids below 0": ({**one(), "where": {"after": [[3, -1]]}}, "/where/after/0/1"),
+    "an opening alone": ({**one(), "where": {"between": [["a"]]}}, "/where/between/0/1"),
+    "a closing alone": ({**one(), "where": {"outside": [[None, "a"]]}}, "/where/outside/0/0"),
+    "an empty schedule": ({**one(), "where": {"every": {}}}, "/where/every"),
+    "every 0th": ({**one(), "where": {"every": {"nth": 0}}}, "/where/every/nth"),
+    "an unknown schedule": ({**one(), "where": {"every": {"last": 3}}}, "/where/every/last"),
+    "a long text": ({**one(), "where": {"after": ["a" * 65]}}, "/where/after/0"),
+    "too many texts of a field": ({**one(), "where": {"after": ["a"] * 17}}, "/where/after"),
     "gate without bounds": (one(when={"vector": "g"}), "/interventions/0/when"),
     "gate that never opens": (
         one(when={"vector": "g", "above": 1, "below": 0}),
@@ -136,3 +148,35 @@ def test_a_copy_has_nothing_that_was_worked_out_of_the_old_fields() -> None:
     assert copied.fingerprint() == other.fingerprint() != known[0]
     assert list(copied.references()) == list(other.references()) != known[1]
     assert spec.model_copy() == spec == copied.model_copy(update=dict(spec))
+
+
+def test_selections_of_older_specs_are_written_as_they_were() -> None:
+    """A card holds one, and its file is known by its hash."""
+    fields = Where(phases=("prompt",)).model_dump(by_alias=True)
+    assert fields.keys() == {"phases", "positions", "tokens", "except"}
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "both"),
+    [
+        ({"after": ["a"]}, {"after": ["b"]}, {"after": ["a", "b"]}),
+        ({"roles": ["user"]}, {"roles": ["tool"]}, {"roles": ["user", "tool"]}),
+        ({"before": ["a"]}, {"before": ["b"]}, None),
+        ({"outside": [["a", "b"]]}, {"outside": [["b", None]]}, None),
+        ({"every": {"nth": 2}}, {"every": {"nth": 3}}, None),
+        ({"every": {"nth": 2}}, {"every": {"nth": 2}}, {"every": {"nth": 2}}),
+    ],
+    ids=str,
+)
+def test_two_exceptions_make_one_where_a_longer_list_selects_what_either_does(
+    mine: dict[str, Any], theirs: dict[str, Any], both: dict[str, Any] | None
+) -> None:
+    own, default = (Where.model_validate({"except": one}) for one in (mine, theirs))
+    if both is None:
+        with pytest.raises(SpecError) as caught:
+            own.over(default)
+        assert caught.value.code == "two_exceptions"
+    else:
+        assert own.over(default) == Where.model_validate({"except": both})
+    assert not own.selects
+    assert Where.model_validate(mine).over(default) == Where.model_validate(mine)

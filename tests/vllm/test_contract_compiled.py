@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
-import demo_specs
-import inner_specs
 import pytest
 import vllm_engine
 from vllm_contract import *  # noqa: F403
 
 from steer.engines.vllm.front.engine import VllmEngine
-from steer.registry.registry import Registry
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
-    folder = tmp_path_factory.mktemp("registry")
-    with Registry.open(folder) as registry:
-        demo_specs.register(registry)
-        inner_specs.register(registry)
-    with vllm_engine.start_engine(folder, enforce_eager=False, **vllm_engine.ALL_SITES) as running:
+def engine(registry: Path) -> Iterator[VllmEngine]:
+    with vllm_engine.start_engine(
+        registry, enforce_eager=False, **vllm_engine.ALL_SITES
+    ) as running:
         yield running

@@ -11,18 +11,18 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import demo_specs
-import inner_specs
 import parallel_runner
 import pytest
 import torch
 import vllm_engine
 from liveness import LIVENESS_SECONDS
+from vllm_engine import Plans
 
 from steer.engines.base import Completion
 from steer.engines.transformers.engine import TransformersEngine
@@ -49,24 +49,9 @@ class Result:
 
 
 @pytest.fixture(scope="module")
-def reference() -> Iterator[TransformersEngine]:
-    with TransformersEngine.load(vllm_engine.DEMO_MODEL, name="steer-demo") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def plans(reference: TransformersEngine) -> parallel_runner.Plans:
-    cache = PlanCache(demo_specs.LIBRARY, reference.info, reference.capabilities)
-    return demo_specs.compiled(cache) | inner_specs.compiled(reference.info, reference.capabilities)
-
-
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("registry")
-    with Registry.open(folder) as opened:
-        demo_specs.register(opened)
-        inner_specs.register(opened)
-    return folder
+def engine(reference: TransformersEngine) -> TransformersEngine:
+    """What plans are made for: vLLM's own engines run in other processes."""
+    return reference
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +115,13 @@ def pipelined(run: Callable[..., Result]) -> Result:
 
 
 def test_tensor_parallel_workers_give_the_same_tokens_and_receipts(
-    tensor_parallel: Result, reference: TransformersEngine, plans: parallel_runner.Plans
+    tensor_parallel: Result, reference: TransformersEngine, plans: Plans
 ) -> None:
     assert_completions(tensor_parallel, reference, plans)
 
 
 def test_tensor_parallel_workers_capture_and_unembed(
-    tensor_parallel: Result, reference: TransformersEngine, plans: parallel_runner.Plans
+    tensor_parallel: Result, reference: TransformersEngine, plans: Plans
 ) -> None:
     assert_tensors(tensor_parallel, reference, plans)
 
@@ -145,7 +130,7 @@ def test_a_vector_uploaded_while_requests_run_reaches_every_worker(
     tensor_parallel: Result,
     registry: Path,
     reference: TransformersEngine,
-    plans: parallel_runner.Plans,
+    plans: Plans,
 ) -> None:
     late = tensor_parallel.answers["late"]
     with Registry.open(registry) as opened:
@@ -169,7 +154,7 @@ def test_a_vector_uploaded_while_requests_run_reaches_every_worker(
 
 
 def test_an_engine_core_that_replaces_a_killed_one_serves_the_same_plan(
-    tensor_parallel: Result, reference: TransformersEngine, plans: parallel_runner.Plans
+    tensor_parallel: Result, reference: TransformersEngine, plans: Plans
 ) -> None:
     """The front end's plans are in the store already, and it puts none there again."""
     answers = tensor_parallel.answers
@@ -181,7 +166,7 @@ def test_an_engine_core_that_replaces_a_killed_one_serves_the_same_plan(
 
 
 def test_pipeline_stages_give_the_same_tokens_and_receipts(
-    pipelined: Result, reference: TransformersEngine, plans: parallel_runner.Plans
+    pipelined: Result, reference: TransformersEngine, plans: Plans
 ) -> None:
     assert_completions(pipelined, reference, plans)
     gated = {name for name, plan in plans.items() if plan is not None and plan.gated}
@@ -190,7 +175,7 @@ def test_pipeline_stages_give_the_same_tokens_and_receipts(
 
 
 def test_pipeline_stages_capture_and_unembed(
-    pipelined: Result, reference: TransformersEngine, plans: parallel_runner.Plans
+    pipelined: Result, reference: TransformersEngine, plans: Plans
 ) -> None:
     assert_tensors(pipelined, reference, plans)
 
@@ -257,7 +242,7 @@ def test_of_several_engines_the_one_that_ran_a_choice_answers_for_it() -> None:
 def assert_completions(
     result: Result,
     reference: TransformersEngine,
-    plans: parallel_runner.Plans,
+    plans: Plans,
 ) -> None:
     requests = parallel_runner.sample(plans)
     found = result.answers["completions"]
@@ -287,9 +272,7 @@ def assert_same(mine: Mapping[str, Any], expected: Completion, name: str) -> Non
             assert point.get("relative_size") == close, name
 
 
-def assert_tensors(
-    result: Result, reference: TransformersEngine, plans: parallel_runner.Plans
-) -> None:
+def assert_tensors(result: Result, reference: TransformersEngine, plans: Plans) -> None:
     expected = parallel_runner.capture_all(reference, plans)
     assert result.tensors.keys() == expected.keys()
     for name, tensor in expected.items():

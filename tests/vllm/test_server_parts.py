@@ -35,12 +35,12 @@ from steer_server.metrics import Metrics
 from steer_server.settings import ServerSettings
 from steer_server.vllm import launch
 from steer_server.vllm.answers import with_fields, with_receipt
+from steer_server.vllm.fetching.receipt_fetcher import ReceiptFetcher
 from steer_server.vllm.figures import Figures
 from steer_server.vllm.ignored_field import RefuseIgnoredField
 from steer_server.vllm.mounting import _stop_first, mount
 from steer_server.vllm.pending_receipts import Count, PendingReceipts
 from steer_server.vllm.plugin import SteerEndpoints
-from steer_server.vllm.receipt_fetcher import ReceiptFetcher
 from steer_server.vllm.receipt_guard import ReceiptGuard
 from steer_server.vllm.settings import settings_of
 

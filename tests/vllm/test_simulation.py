@@ -9,17 +9,17 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
-import demo_specs
 import numpy as np
 import pytest
 import torch
 import vllm_engine
 from liveness import LIVENESS_SECONDS
 from vllm.config import CacheConfig, ParallelConfig
+from vllm_engine import Plans
 from vllm_simulation import (
-    Plans,
     assert_all_free,
     core,
     forget_cache,
@@ -31,20 +31,16 @@ from steer.engines.base import GenerationRequest, SamplingParams
 from steer.engines.transformers.engine import TransformersEngine
 from steer.engines.vllm.front.engine import VllmEngine
 from steer.engines.vllm.worker.runner_v1 import RunnerV1
-from steer.plan.cache import PlanCache
-from steer.registry.registry import Registry
+from steer.prompts.roles import RoleRanges
 
 CLIENTS, WAVES = 500, 10
 REQUESTS, BLOCKS, STEP_TOKENS = 16, 26, 48
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
-    folder = tmp_path_factory.mktemp("registry")
-    with Registry.open(folder) as registry:
-        demo_specs.register(registry)
+def engine(registry: Path) -> Iterator[VllmEngine]:
     with vllm_engine.start_engine(
-        folder,
+        registry,
         num_gpu_blocks_override=BLOCKS,
         max_num_batched_tokens=STEP_TOKENS,
         max_num_seqs=REQUESTS,
@@ -54,15 +50,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
 
 
 @pytest.fixture(scope="module")
-def reference() -> Iterator[TransformersEngine]:
-    with TransformersEngine.load(vllm_engine.DEMO_MODEL, name="steer-demo") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def plans(engine: VllmEngine) -> Plans:
-    cache = PlanCache(demo_specs.LIBRARY, engine.info, engine.capabilities)
-    return demo_specs.compiled(cache)
+    return vllm_engine.plans_with_spans(engine)
 
 
 def test_every_request_of_a_crowd_equals_itself_alone(
@@ -95,6 +84,7 @@ def test_seeded_samples_equal_those_of_the_request_alone(engine: VllmEngine, pla
                 tuple(range(50 + n, 50 + n + STEP_TOKENS // REQUESTS)),
                 SamplingParams(max_tokens=20, temperature=0.8, top_p=0.95, seed=n, ignore_eos=True),
                 plans[name],
+                roles=RoleRanges(3, ((1, 3, "user"),)),
             )
             for n, name in enumerate(names[first : first + REQUESTS], first)
         ]

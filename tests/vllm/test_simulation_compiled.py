@@ -7,27 +7,23 @@ at one time and in the general operator at another.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
-import demo_specs
 import pytest
 import vllm_engine
-from vllm_simulation import Plans, simulate, steering
+from vllm_engine import Plans
+from vllm_simulation import simulate, steering
 
 from steer.engines.transformers.engine import TransformersEngine
 from steer.engines.vllm.front.engine import VllmEngine
-from steer.plan.cache import PlanCache
-from steer.registry.registry import Registry
 
 CLIENTS, WAVES = 240, 3
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
-    folder = tmp_path_factory.mktemp("registry")
-    with Registry.open(folder) as registry:
-        demo_specs.register(registry)
+def engine(registry: Path) -> Iterator[VllmEngine]:
     with vllm_engine.start_engine(
-        folder,
+        registry,
         enforce_eager=False,
         num_gpu_blocks_override=26,
         max_num_batched_tokens=48,
@@ -38,15 +34,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
 
 
 @pytest.fixture(scope="module")
-def reference() -> Iterator[TransformersEngine]:
-    with TransformersEngine.load(vllm_engine.DEMO_MODEL, name="steer-demo") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def plans(engine: VllmEngine) -> Plans:
-    cache = PlanCache(demo_specs.LIBRARY, engine.info, engine.capabilities)
-    return demo_specs.compiled(cache)
+    return vllm_engine.plans_with_spans(engine)
 
 
 def test_every_request_of_a_crowd_equals_itself_alone(

@@ -7,8 +7,9 @@ from typing import Any
 
 from steer.engines.receipts import merged
 from steer_server.generation.generation import Answer, Generation
-from steer_server.generation.inspect_spec import InspectSpec
-from steer_server.generation.inspected import inspected
+from steer_server.generation.inspection.inspect_spec import InspectSpec
+from steer_server.generation.inspection.inspected import inspected
+from steer_server.generation.inspection.readouts import with_readouts
 from steer_server.state import Serving
 
 
@@ -29,5 +30,7 @@ async def added_fields(
     if default:
         fields["default"] = [choice(answer) for answer in default]
     if inspect is not None:
-        fields["inspect"] = await inspected(serving, inspect, run.prompts[0], run.steering)
-    return fields
+        fields["inspect"] = await inspected(
+            serving, inspect, run.prompts[0], run.steering, run.sequences[0].roles
+        )
+    return with_readouts(fields, [entry for answer in found for entry in answer.readouts])

@@ -5,11 +5,13 @@ The fields are those of vLLM's server, under its names.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from steer.errors import SpecError, Unsupported
 from steer.prompts import ChatForm, chat_tokens, check_text_length, part_tokens, text_tokens
 from steer.prompts.chat import check_variables, read_chat, template_variables, variables_told
+from steer.prompts.roles import RoleRanges, chat_roles
 from steer_server.generation.request_models import ChatRequest
 from steer_server.state import Serving
 
@@ -35,6 +37,16 @@ def chat_prompt(serving: Serving, body: ChatRequest) -> list[int]:
             code="unsupported_parameter",
         )
     return text_tokens(tokenizer, text)
+
+
+def chat_prompt_roles(serving: Serving, body: ChatRequest, prompt: Sequence[int]) -> RoleRanges:
+    """Whose words the tokens of `prompt`, as `chat_prompt` made them, are.
+
+    Raises `Unsupported` (`roles_unsupported`) where the template does not show that.
+    """
+    tokenizer = serving.engine.tokenizer
+    turns = [turn.model_dump() for turn in body.messages]
+    return chat_roles(tokenizer, turns, _form(tokenizer, body), ids=prompt, param="/messages")
 
 
 def _form(tokenizer: Any, body: ChatRequest) -> ChatForm:

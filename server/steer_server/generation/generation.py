@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import cast
@@ -20,8 +20,11 @@ from steer.engines.base import (
     TokenLogprob,
 )
 from steer.errors import SteerError, TooLarge, Unsupported, pointer
+from steer.prompts.roles import RoleRanges
+from steer.readouts.answer import Entry
+from steer_server.generation.inspection.readouts import ReadoutFeed, check_amount, planned_readouts
 from steer_server.generation.request_models import SamplingFields
-from steer_server.generation.steering import Steering, resolve
+from steer_server.generation.steering import Steering, resolve, whose_words
 from steer_server.generation.text import TextRules, TextStream
 from steer_server.http.request_id import request_id
 from steer_server.state import Serving
@@ -62,6 +65,7 @@ class Piece:
     logprobs: Logprobs = ()
     finish: FinishReason | None = None
     receipt: Receipt | None = None
+    readouts: tuple[Entry, ...] = ()
 
 
 @dataclass
@@ -75,11 +79,13 @@ class Answer:
     logprobs: list[tuple[int, TokenLogprob]] = field(default_factory=list)
     finish: FinishReason = "stop"
     receipt: Receipt | None = None
+    readouts: list[Entry] = field(default_factory=list)
 
     def add(self, piece: Piece) -> None:
         self.text += piece.text
         self.tokens += piece.tokens
         self.logprobs.extend(piece.logprobs)
+        self.readouts.extend(piece.readouts)
         if piece.finish is not None:
             self.finish, self.receipt = piece.finish, piece.receipt
 
@@ -91,10 +97,12 @@ def prepare(
     *,
     prefix: str,
     at: str,
+    roles: Callable[[], RoleRanges] | None = None,
 ) -> Generation:
     """Plans the steering and has every sequence admitted. Runs in a worker thread.
 
-    Raises what is wrong with the request; `at` is the pointer of the prompt in it.
+    `roles` finds whose words the tokens of a prompt are that was given as messages. Raises what is
+    wrong with the request; `at` is the pointer of the prompt in it.
     """
     started = time.perf_counter()
     check_choices(serving, body, len(prompts))
@@ -105,11 +113,14 @@ def prepare(
             param="/compare",
             code="nothing_to_compare",
         )
+    readouts = planned_readouts(serving, body.readouts, steering.plan)
     _check_sampling(serving, body)
+    whose = whose_words(steering, roles)
     name = prefix + uuid.uuid4().hex
-    sequences = []
+    sequences, most = [], serving.settings.readout_values
     for place, prompt in enumerate(prompts):
         sampling = _sampling(serving, body, prompt, at)
+        check_amount(most, readouts, len(prompt), sampling.max_tokens)
         for choice in range(body.choices):
             seed = None if sampling.seed is None else _wrapped(sampling.seed + choice)
             sequences.append(
@@ -120,10 +131,12 @@ def prepare(
                     plan=steering.plan,
                     measure=steering.plan is not None
                     and (body.receipt == "full" or serving.settings.measures(name)),
+                    roles=whose,
+                    readouts=readouts,
                 )
             )
     default = [
-        replace(one, id=f"{one.id}-default", plan=None, measure=False)
+        replace(one, id=f"{one.id}-default", plan=None, measure=False, readouts=None)
         for one in (sequences if body.compare else ())
     ]
     for one in (*sequences, *default):
@@ -219,6 +232,8 @@ async def _sequence(
 ) -> AsyncGenerator[Piece, None]:
     """The pieces of one sequence."""
     text = TextStream(serving.engine.tokenizer, run.text)
+    engine, length = serving.engine, len(request.prompt)
+    feed = ReadoutFeed(serving.metrics, engine.tokenizer, request.readouts, length, index)
     watched = bool(run.text.stops)
     if watched:
         request = replace(request, stop=text.watch)
@@ -235,9 +250,10 @@ async def _sequence(
                 first = last
                 serving.metrics.first_token.labels(steered).observe(first - run.started)
             if run.silent:
-                yield Piece(index, tokens=0, finish="length", receipt=event.receipt)
+                piece = Piece(index, tokens=0, finish="length", receipt=event.receipt)
             else:
-                yield _piece(index, event, text, watched=watched)
+                piece = _piece(index, event, text, watched=watched)
+            yield replace(piece, readouts=feed.entries(event.readouts)) if event.readouts else piece
             if event.finish is not None:
                 _observe(serving, event, steered, (last - first, count - 1))
 

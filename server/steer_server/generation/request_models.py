@@ -14,14 +14,17 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     JsonValue,
     StrictBool,
+    Tag,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from steer.errors import SteerError, Unsupported
+from steer.readouts.spec import ReadoutSpec
 from steer.spec import SteeringSpec
 from steer_server.generation.answer_format import ResponseFormat
 from steer_server.generation.field_types import (
@@ -36,7 +39,7 @@ from steer_server.generation.field_types import (
     TokenId,
     TopK,
 )
-from steer_server.generation.inspect_spec import InspectSpec
+from steer_server.generation.inspection.inspect_spec import InspectSpec
 from steer_server.generation.kept_specs import spec_of
 from steer_server.generation.neutral_values import (
     CHAT,
@@ -107,6 +110,29 @@ TokenIds = Annotated[
 """A prompt; not `TokenId`, because prompts are long and every check of an item costs."""
 
 
+def not_streamed(field: str) -> Unsupported:
+    """For a field that only a whole response can carry."""
+    return Unsupported(
+        f"{field!r} cannot be streamed here: send the request without 'stream'",
+        param=f"/{field}",
+        code="unsupported_parameter",
+    )
+
+
+def _inspection(value: Any) -> str:
+    """Which of the two things `inspect` asks for; by its fields, and without any the older one."""
+    if isinstance(value, dict):
+        return "read-outs" if ReadoutSpec.model_fields.keys() & value.keys() else "a lens"
+    return "read-outs" if isinstance(value, ReadoutSpec) else "a lens"
+
+
+Inspect = Annotated[
+    Annotated[InspectSpec, Tag("a lens")] | Annotated[ReadoutSpec, Tag("read-outs")],
+    Discriminator(_inspection),
+]
+"""A lens over the prompt (`InspectSpec`), or read-outs of the tokens."""
+
+
 class StreamOptions(BaseModel):
     """`include_usage` adds a last chunk with the token counts, and vLLM's `continuous_usage_stats`
     beside it those so far to every chunk. There is no obfuscation here, which
@@ -127,22 +153,35 @@ class AddedFields(BaseModel):
     steering: Spec = None
     receipt: Literal["basic", "full"] = "basic"
     compare: StrictBool = False
-    inspect: InspectSpec | None = None
+    inspect: Inspect | None = None
+
+    @property
+    def prompt_lens(self) -> InspectSpec | None:
+        """The lens that the prompt is read through when it has been answered."""
+        return self.inspect if isinstance(self.inspect, InspectSpec) else None
+
+    @property
+    def readouts(self) -> ReadoutSpec | None:
+        """What is read of each token while it is answered."""
+        return self.inspect if isinstance(self.inspect, ReadoutSpec) else None
 
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, data: Any) -> Any:
         return without_nulls(data) if isinstance(data, dict) else data
 
+    streams_readouts: ClassVar[bool] = True
+    """Whether the route's stream has room for them."""
+
     def check_stream(self, stream: bool | None) -> None:
         """Raises `Unsupported` for what only a whole response can carry."""
-        for field in ("compare", "inspect"):
-            if stream and getattr(self, field):
-                raise Unsupported(
-                    f"{field!r} cannot be streamed: send the request without 'stream'",
-                    param=f"/{field}",
-                    code="unsupported_parameter",
-                )
+        inspects = self.inspect is not None
+        if self.streams_readouts:
+            inspects = self.prompt_lens is not None
+        whole = {"compare": self.compare, "inspect": inspects}
+        for field in (name for name, asked in whole.items() if asked):
+            if stream:
+                raise not_streamed(field)
 
 
 class SamplingFields(AddedFields):

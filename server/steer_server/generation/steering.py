@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from steer.engines.checks import no_messages
 from steer.errors import SpecError, SteerError, UnknownArtefact, UnknownModel
 from steer.plan.plan import SteeringPlan
+from steer.prompts.roles import RoleRanges
 from steer.registry.profiles import Profile
 from steer.spec import SteeringSpec
 from steer_server.state import Serving
@@ -29,6 +32,13 @@ class Steering:
             if reference.kind == "vector"
         ]
         return tuple(dict.fromkeys(names))
+
+    @property
+    def roles_at(self) -> str:
+        """The pointer into the request at which roles are named."""
+        if self.profile is not None or self.plan is None:
+            return "/model"
+        return "/steering" + (self.plan.spec.roles_at or "")
 
     @property
     def strengths(self) -> tuple[float, ...]:
@@ -58,6 +68,16 @@ def resolve(serving: Serving, model: str, spec: SteeringSpec | None) -> Steering
     at = "/steering" if profile is None else "/model"
     plan = compile_spec(serving, spec, at=at)
     return Steering(plan, profile.name if profile else None)
+
+
+def whose_words(steering: Steering, find: Callable[[], RoleRanges] | None) -> RoleRanges | None:
+    """Whose words the prompt's tokens are, found where the steering asks; `find` is None for a
+    prompt that was not given as messages, and then such steering is refused (`no_messages`)."""
+    if steering.plan is None or not steering.plan.reads_roles:
+        return None
+    if find is None:
+        raise no_messages(param=steering.roles_at)
+    return find()
 
 
 def compile_spec(serving: Serving, spec: SteeringSpec, *, at: str) -> SteeringPlan:

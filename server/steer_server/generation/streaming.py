@@ -17,7 +17,9 @@ from openai.types import CompletionUsage
 
 from steer.engines.base import FinishReason, Receipt
 from steer.engines.receipts import merged
+from steer.readouts.answer import Entry
 from steer_server.generation.generation import Generation, Logprobs, Piece, pieces
+from steer_server.generation.inspection.readouts import with_readouts
 from steer_server.generation.request_models import UsageOn
 from steer_server.http.openai_errors import failure
 from steer_server.http.request_id import request_id
@@ -45,11 +47,18 @@ class ChunkForms:
 
 @dataclass
 class _Progress:
-    """Log-probabilities whose text is still held back, per choice."""
+    """Log-probabilities whose text is still held back, per choice, and read-outs that wait for the
+    next chunk."""
 
     waiting: dict[int, Logprobs]
+    unsent: list[Entry]
     tokens: int = 0
     unfinished: int = 0
+
+    def sent(self) -> list[Entry]:
+        """The read-outs that go with the next chunk."""
+        entries, self.unsent = self.unsent, []
+        return entries
 
 
 async def events(
@@ -80,7 +89,7 @@ def stream_failure(serving: Serving, run: Generation, error: Exception) -> dict[
 async def _chunks(
     serving: Serving, run: Generation, forms: ChunkForms, usage_on: UsageOn
 ) -> AsyncGenerator[Chunk, None]:
-    progress = _Progress({}, unfinished=len(run.sequences))
+    progress = _Progress({}, [], unfinished=len(run.sequences))
 
     def counted(chunk: Chunk) -> Chunk:
         if usage_on == "none":
@@ -94,15 +103,16 @@ async def _chunks(
     receipts: list[Receipt | None] = []
     async with aclosing(pieces(serving, run, run.sequences)) as stream:
         async for piece in stream:
+            progress.unsent.extend(piece.readouts)
             for chunk in _of_piece(piece, forms, progress):
-                yield counted(chunk)
+                yield counted(with_readouts(chunk, progress.sent()))
             if piece.finish is None:
                 continue
             receipts.append(piece.receipt)
             last = forms.last(piece.index, piece.finish)
             if not progress.unfinished and usage_on == "none":
                 last |= _steering(receipts)
-            yield counted(last)
+            yield counted(with_readouts(last, progress.sent()))
     if usage_on != "none":
         yield {**forms.empty(), "usage": _usage_body(run, progress), **_steering(receipts)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from anyio import to_thread
@@ -11,7 +12,7 @@ from openai.types.chat.chat_completion import Choice
 from starlette.responses import JSONResponse
 
 from steer_server.generation.added_fields import added_fields
-from steer_server.generation.chat_prompt import chat_prompt
+from steer_server.generation.chat_prompt import chat_prompt, chat_prompt_roles
 from steer_server.generation.generation import Answer, Generation, Logprobs, answers, prepare
 from steer_server.generation.request_models import ChatRequest
 from steer_server.generation.streaming import Chunk, ChunkForms, events, usage
@@ -50,7 +51,8 @@ async def create_chat_completion(
 
 def _prepared(serving: Serving, body: ChatRequest) -> Generation:
     prompt = tuple(chat_prompt(serving, body))
-    return prepare(serving, body, [prompt], prefix="chatcmpl-", at="/messages")
+    roles = partial(chat_prompt_roles, serving, body, prompt)
+    return prepare(serving, body, [prompt], prefix="chatcmpl-", at="/messages", roles=roles)
 
 
 async def _whole(serving: Serving, run: Generation, body: ChatRequest) -> Response:
@@ -59,7 +61,7 @@ async def _whole(serving: Serving, run: Generation, body: ChatRequest) -> Respon
     def choice(answer: Answer) -> Choice:
         return _choice(serving, answer, body)
 
-    extra = await added_fields(serving, run, body.inspect, found, default, choice)
+    extra = await added_fields(serving, run, body.prompt_lens, found, default, choice)
     completion = SteeredChatCompletion(
         id=run.id,
         object="chat.completion",

@@ -94,7 +94,7 @@ async def _whole(serving: Serving, run: Generation, body: CompletionRequest) -> 
     def choice(answer: Answer) -> Choice:
         return _choice(serving, answer, echo.of(answer.request), body)
 
-    extra = await added_fields(serving, run, body.inspect, found, default, choice)
+    extra = await added_fields(serving, run, body.prompt_lens, found, default, choice)
     completion = SteeredCompletion(
         id=run.id,
         object="text_completion",

@@ -1,20 +1,25 @@
-"""GET /v1/steering/saes/{name}/features: what the features of an SAE are about."""
+"""/v1/steering/saes/{name}/features and /labels: what the features of an SAE are about, and what
+they are called."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query
-from pydantic import BaseModel
+from fastapi import APIRouter, Depends, Path, Query
+from pydantic import BaseModel, ConfigDict, Field
 
-from steer.artefacts.sae.labels import FeatureMatch
+from steer.artefacts.sae.labels import FeatureLabel, FeatureMatch, search_labels
+from steer.errors import SteerError
+from steer.formats.labels.reading import ReadLabels, read_label_text
 from steer.registry.features.card import FeatureCard, feature_card
+from steer.registry.features.families import FamilyCard, family_card
+from steer.registry.features.labels import LabelSource
+from steer_server.http.content_type import require_json
 from steer_server.http.error_route import SteerRoute
 from steer_server.state import ServingDep
 
-router = APIRouter(
-    prefix="/v1/steering/saes/{name}/features", tags=["saes"], route_class=SteerRoute
-)
+router = APIRouter(prefix="/v1/steering/saes/{name}", tags=["saes"], route_class=SteerRoute)
 
 
 class FeatureList(BaseModel):
@@ -26,7 +31,50 @@ class FeatureList(BaseModel):
     data: list[FeatureMatch]
 
 
-@router.get("")
+class LabelsRequest(BaseModel):
+    """Labels to keep: an object of texts or labels by feature, or in `data` the text of a file of
+    them, such as one of Neuronpedia's export."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    labels: Annotated[dict[int, str | FeatureLabel] | None, Field(min_length=1)] = None
+    data: Annotated[str | None, Field(min_length=1)] = None
+
+    def read(self) -> ReadLabels:
+        """The labels; raises `SteerError`."""
+        if (self.labels is None) == (self.data is None):
+            raise SteerError(
+                "give 'labels', or 'data' with the text of a file of them", code="invalid_labels"
+            )
+        if self.data is not None:
+            try:
+                return read_label_text(self.data)
+            except SteerError as error:
+                raise error.at("/data") from None
+        given = {
+            feature: FeatureLabel(text=one) if isinstance(one, str) else one
+            for feature, one in (self.labels or {}).items()
+        }
+        return ReadLabels(given, "plain")
+
+
+class LabelSources(BaseModel):
+    """The sources of labels beside an SAE; `own` counts the labels in the SAE itself."""
+
+    object: str = "list"
+    sae: str
+    own: int
+    data: list[LabelSource]
+
+
+class LabelsDeleted(BaseModel):
+    """What was removed."""
+
+    source: str
+    deleted: bool = True
+
+
+@router.get("/features")
 def search_features(
     name: str,
     serving: ServingDep,
@@ -34,18 +82,55 @@ def search_features(
     limit: Annotated[int, Query(ge=1, le=1000)] = 20,
 ) -> FeatureList:
     """Features whose labels speak of `q`; without it, labelled features in order."""
-    sae = serving.registry.sae(name)
+    sae, labels = serving.registry.sae(name), serving.registry.labels(name)
     if q:
-        found = list(sae.search(q, limit=limit))
+        found = list(search_labels(labels, q, limit=limit))
     else:
-        listed = list(sae.labels.items())[:limit]
-        found = [FeatureMatch(feature=i, label=label, score=1.0) for i, label in listed]
+        listed = itertools.islice(labels, limit)
+        found = [FeatureMatch(feature=i, label=labels[i], score=1.0) for i in listed]
     return FeatureList(sae=sae.card.name, d_sae=sae.d_sae, data=found)
 
 
-@router.get("/{feature}")
+@router.get("/features/{feature}")
 def show_feature(
     name: str, feature: Annotated[int, Path(ge=0, le=2**31)], serving: ServingDep
 ) -> FeatureCard:
     """One feature: its label, its neighbours, and what it did where the SAE was surveyed."""
     return feature_card(serving.registry, name, feature)
+
+
+@router.get("/features/{feature}/family")
+def show_family(
+    name: str, feature: Annotated[int, Path(ge=0, le=2**31)], serving: ServingDep
+) -> FamilyCard:
+    """The features that fire where one does in the survey, and the spec that clamps all of them."""
+    return family_card(serving.registry, name, feature)
+
+
+@router.get("/labels")
+def list_label_sources(name: str, serving: ServingDep) -> LabelSources:
+    """The sources that the labels of an SAE's features come from."""
+    registry = serving.registry
+    sae, entry = registry.sae(name), registry.entry("sae", name)
+    found = registry.side_labels.sources(entry.sha256)
+    return LabelSources(sae=sae.card.name, own=len(sae.labels), data=found)
+
+
+@router.put("/labels/{source}", dependencies=[Depends(require_json)])
+def save_labels(name: str, source: str, body: LabelsRequest, serving: ServingDep) -> LabelSource:
+    """Keeps labels under a source's name, in the place of its older ones of the same features."""
+    registry = serving.registry
+    sae, read = registry.sae(name), body.read()
+    try:
+        read.check(sae.d_sae, sae.layer)
+    except SteerError as error:
+        raise error.at("/labels" if body.labels is not None else "/data") from None
+    sha256 = registry.entry("sae", name).sha256
+    return registry.side_labels.keep(sha256, source, "imported", read.labels)
+
+
+@router.delete("/labels/{source}")
+def delete_labels(name: str, source: str, serving: ServingDep) -> LabelsDeleted:
+    """Removes the labels of one source."""
+    serving.registry.side_labels.remove(serving.registry.entry("sae", name).sha256, source)
+    return LabelsDeleted(source=source)

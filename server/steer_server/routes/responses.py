@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Request, Response
 from starlette.responses import JSONResponse
 
 from steer.prompts import chat_tokens, check_text_length
+from steer.prompts.roles import chat_roles
 from steer_server.generation.added_fields import added_fields
 from steer_server.generation.generation import Answer, Generation, answers, prepare
 from steer_server.generation.responses.body import (
@@ -44,7 +47,8 @@ def _prepared(serving: Serving, body: ResponsesRequest) -> Generation:
     engine, turns = serving.engine, body.turns
     check_text_length(engine.tokenizer, turns, engine.info.max_length, param="/input")
     prompt = tuple(chat_tokens(engine.tokenizer, turns, param="/input"))
-    return prepare(serving, body, [prompt], prefix="resp_", at="/input")
+    roles = partial(chat_roles, engine.tokenizer, turns, param="/input")
+    return prepare(serving, body, [prompt], prefix="resp_", at="/input", roles=roles)
 
 
 async def _whole(serving: Serving, run: Generation, body: ResponsesRequest) -> Response:
@@ -53,6 +57,6 @@ async def _whole(serving: Serving, run: Generation, body: ResponsesRequest) -> R
     def message(one: Answer) -> OutputMessage:
         return message_of(serving.engine.tokenizer, run, one)
 
-    extra = await added_fields(serving, run, body.inspect, [answer], default, message)
+    extra = await added_fields(serving, run, body.prompt_lens, [answer], default, message)
     found = response_of(run, body, **ended(run, answer), output=[message(answer)], **extra)
     return JSONResponse(as_json(found))

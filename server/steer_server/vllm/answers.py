@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from steer.engines.receipts import merged
 from steer.errors import EngineError
+from steer_server.generation.inspection.readouts import with_readouts
 from steer_server.generation.steering import Steering
 from steer_server.http.openai_errors import failure
 from steer_server.metrics import Metrics
@@ -19,6 +20,8 @@ from steer_server.vllm.pending_receipts import PendingReceipts
 _DONE = "data: [DONE]"
 _DATA = "data: "
 _ERROR = 'data: {"error"'
+_CHOICES = 'data: {"id"'
+"""How a chunk begins."""
 
 _LAST = ("event: response.completed", "event: response.incomplete")
 """How the last event of a streamed response begins; it holds the whole response."""
@@ -64,6 +67,8 @@ async def with_receipt(
             failed = False
             async with aclosing(events):
                 async for event in events:
+                    if pending.unsent and event.startswith(_CHOICES):
+                        event = _with_readouts(event, pending)  # noqa: PLW2901
                     failed |= event.startswith(_ERROR)
                     if failed:
                         passing, held = [held, _told(event, pending)], ""
@@ -129,10 +134,19 @@ def _told(event: str, pending: PendingReceipts) -> str:
     return f"{_DATA}{json.dumps(failure(pending.refused)[1])}\n\n"
 
 
+def _with_readouts(event: str, pending: PendingReceipts) -> str:
+    """A chunk with what was read of the tokens up to it."""
+    content = with_readouts(json.loads(event.removeprefix(_DATA)), pending.sent())
+    return f"{_DATA}{json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
 def _last(held: str, pending: PendingReceipts) -> str:
     try:
         content = json.loads(held.removeprefix(_DATA)) if held else {"choices": []}
-        content |= receipt_of(pending)
+        receipt = receipt_of(pending).get("steering", {})
+        content = with_readouts(content, pending.sent())
+        if receipt:
+            content["steering"] = {**receipt, **content.get("steering", {})}
     except EngineError as error:
         content = failure(error)[1]
     return f"{_DATA}{json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -23,7 +23,9 @@ from vllm.entrypoints.openai.completion import api_router as completion
 from vllm.entrypoints.openai.responses import api_router as responses
 
 from steer.errors import SteerError
-from steer_server.generation.inspected import inspected
+from steer_server.generation.inspection.inspected import inspected
+from steer_server.generation.inspection.readouts import with_readouts
+from steer_server.generation.request_models import not_streamed
 from steer_server.http.error_route import SteerRoute
 from steer_server.state import Serving
 from steer_server.vllm.answers import (
@@ -35,9 +37,13 @@ from steer_server.vllm.answers import (
 )
 from steer_server.vllm.pending_receipts import PendingReceipts
 from steer_server.vllm.requests import (
+    FindRoles,
     PlainChatRequest,
     PlainCompletionRequest,
     PlainResponsesRequest,
+    refuse_responses,
+    refuse_text,
+    roles_of_chat,
 )
 from steer_server.vllm.steer_fields import SteerFields, concerns, planned, take_fields
 
@@ -53,11 +59,19 @@ class TheirRoute:
     call: Call
     stream: AddReceipt
     answer: str
+    roles: FindRoles
+    streams_readouts: bool = True
 
 
-_CHAT = TheirRoute(chat.create_chat_completion, with_receipt, "choices")
-_COMPLETION = TheirRoute(completion.create_completion, with_receipt, "choices")
-_RESPONSES = TheirRoute(responses.create_responses, with_receipt_inside, "output")
+_CHAT = TheirRoute(chat.create_chat_completion, with_receipt, "choices", roles_of_chat)
+_COMPLETION = TheirRoute(completion.create_completion, with_receipt, "choices", refuse_text)
+_RESPONSES = TheirRoute(
+    responses.create_responses,
+    with_receipt_inside,
+    "output",
+    refuse_responses,
+    streams_readouts=False,
+)
 
 
 class SteeredRoute(SteerRoute):
@@ -105,11 +119,21 @@ async def _answered(route: TheirRoute, request: Any, raw_request: Request) -> Re
     issuer = cast("Any", serving.engine).tickets
     take = partial(take_fields, serving, request, state.openai_serving_models)
     fields = await planned(serving, issuer, take, len(await raw_request.body()))
+    if request.stream and fields.readouts is not None and not route.streams_readouts:
+        raise not_streamed("inspect")
     request.model = fields.model
     if fields.ticket is None:
         return await call(request, raw_request)
+    ticket = fields.ticket
+    if ticket.reads_roles:
+        roles = await route.roles(fields.steering.roles_at, request, raw_request)
+        ticket = replace(ticket, roles=roles)
     plain = request.model_copy() if fields.added.compare else None
-    pending = state.steer_guard.expect(fields.ticket, inspects=fields.added.inspect is not None)
+    pending = state.steer_guard.expect(
+        ticket,
+        inspects=fields.added.prompt_lens is not None,
+        readouts=fields.readouts,
+    )
     request.vllm_xargs = {**(request.vllm_xargs or {}), **pending.extra_args}
     if request.stream:
         response = await call(request, raw_request)
@@ -176,11 +200,15 @@ async def _whole(
         for answer in (response, default):
             if answer is not None and answer.status_code >= 400:
                 raise _Refused(answer)
-        added = receipt_of(pending)
+        added = with_readouts(receipt_of(pending), pending.sent())
         if default is not None:
             added["default"] = json.loads(bytes(default.body))[route.answer]
-        if fields.added.inspect is not None:
+        if fields.added.prompt_lens is not None:
             added["inspect"] = await inspected(
-                serving, fields.added.inspect, pending.prompts[0], steering
+                serving,
+                fields.added.prompt_lens,
+                pending.prompts[0],
+                steering,
+                pending.ticket.roles,
             )
         return with_fields(response, added)

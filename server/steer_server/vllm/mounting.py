@@ -138,6 +138,8 @@ async def serve(client: Any, state: Any, environment: Mapping[str, str]) -> None
         state.steer.metrics,
         partial(planned_text, state.steer, engine.tickets),
         engine.ends - known_ends(client.vllm_config, engine.tokenizer),
+        tokenizer=copy.deepcopy(client.get_tokenizer()),
+        readout_values=settings.readout_values,
     )
     expose(state.steer.metrics.registry)
     # A worker's first call waits for this loop, so that it is started from another thread.

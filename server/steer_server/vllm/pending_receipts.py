@@ -10,6 +10,8 @@ from typing import Any
 from steer.engines.base import Receipt
 from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
 from steer.errors import SteerError
+from steer.readouts.answer import Entry
+from steer.readouts.plan import ReadoutPlan
 
 
 @dataclass(eq=False)
@@ -24,6 +26,10 @@ class PendingReceipts:
     """Whether the model is to read the prompts' tokens again when they are answered."""
     prompts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """The tokens of each prompt, once the engine has begun with it."""
+    readouts: ReadoutPlan | None = None
+    """What is read of the tokens, where the request asks."""
+    unsent: list[Entry] = field(default_factory=list)
+    """What was read and is in no answer yet."""
     refused: SteerError | None = None
     """What the client is told where its steering left nothing to answer from."""
     _receipts: dict[int, list[Receipt] | None] = field(default_factory=dict)
@@ -32,6 +38,11 @@ class PendingReceipts:
     def extra_args(self) -> dict[str, str]:
         """What requests to the engine carry: the ticket, written once."""
         return self.ticket.as_extra_args()
+
+    def sent(self) -> list[Entry]:
+        """The entries that go into the answer, or its next chunk."""
+        entries, self.unsent = self.unsent, []
+        return entries
 
     def begin(self) -> int:
         """A new request of the engine; its number, in the order of the prompts."""
@@ -57,11 +68,13 @@ class PendingReceipts:
 class Count:
     """Counts the tokens that each choice of one request fed, from vLLM's outputs."""
 
-    def __init__(self, *, delta: bool) -> None:
-        """`delta`: outputs hold the new tokens alone, otherwise all of a choice's so far."""
-        self._delta = delta
+    def __init__(self, *, delta: bool, keep: bool = False) -> None:
+        """`delta`: outputs hold the new tokens alone, otherwise all of a choice's so far. `keep`:
+        what tokens they are is kept in `tokens`."""
+        self._delta, self._keep = delta, keep
         self.prompt: tuple[int, ...] = ()
         self.generated: dict[int, int] = {}
+        self.tokens: dict[int, list[int]] = {}
         self.failed = False
 
     def take(self, output: Any) -> None:
@@ -71,8 +84,16 @@ class Count:
         for choice in output.outputs:
             before = self.generated.get(choice.index, 0) if self._delta else 0
             self.generated[choice.index] = before + len(choice.token_ids)
+            if self._keep:
+                kept = self.tokens.setdefault(choice.index, [])
+                kept[before:] = choice.token_ids
             # vLLM ended it for reasons of its own, and its routes say so.
             self.failed |= choice.finish_reason in ("abort", "error")
+
+    def token(self, choice: int, position: int) -> int:
+        """The token that stands there in a choice's sequence."""
+        behind = position - len(self.prompt)
+        return self.prompt[position] if behind < 0 else self.tokens[choice][behind]
 
     @property
     def fed(self) -> dict[int, int]:

@@ -19,15 +19,18 @@ from weakref import WeakValueDictionary
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 
-from steer.engines.base import Receipt
+from steer.engines.base import Receipt, TokenReadout
 from steer.engines.vllm.front.ranks import ask_engines
-from steer.engines.vllm.messages import take_off
+from steer.engines.vllm.messages import read_readouts, take_off
 from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
 from steer.errors import NotFinite, SpecError, SteerError, Unsupported
+from steer.readouts.plan import ReadoutPlan
+from steer_server.generation.inspection.readouts import ReadoutFeed, check_amount
 from steer_server.generation.steering import Steering
 from steer_server.metrics import Metrics
+from steer_server.vllm.fetching.readout_fetcher import ReadoutFetcher
+from steer_server.vllm.fetching.receipt_fetcher import ReceiptFetcher
 from steer_server.vllm.pending_receipts import Count, PendingReceipts, renewed, with_ticket
-from steer_server.vllm.receipt_fetcher import ReceiptFetcher
 
 SPEC_ARG = "steering"
 """The entry of `vllm_xargs` that holds a spec, as JSON text."""
@@ -50,24 +53,30 @@ class ReceiptGuard:
         metrics: Metrics,
         read_text: ReadText,
         ends: frozenset[int] = frozenset(),
+        tokenizer: Any = None,
+        readout_values: int = 1 << 22,
     ) -> None:
         """Puts itself in the place of `client.generate`. `ends` are the tokens that end an answer
-        by the model's files, beside those that vLLM knows."""
-        self._ends = ends
+        by the model's files, beside those that vLLM knows. `tokenizer` writes the tokens of
+        read-outs, of which one sequence may have so many values."""
+        self._ends, self._tokenizer, self._readout_values = ends, tokenizer, readout_values
         self._generate: Callable[..., Outputs] = client.generate
         self._metrics, self._read_text = metrics, read_text
         self._calls = ReceiptFetcher(
             lambda asked: ask_engines(client, "steer_receipts", asked),
             client.reset_prefix_cache,
         )
+        self._readouts = ReadoutFetcher(lambda asked: ask_engines(client, "steer_readouts", asked))
         self._pending: WeakValueDictionary[str, PendingReceipts] = WeakValueDictionary()
         """By the texts of their tickets: of one that was not made here nothing is read."""
         client.generate = self.generate
 
-    def expect(self, ticket: Ticket, *, inspects: bool = False) -> PendingReceipts:
+    def expect(
+        self, ticket: Ticket, *, inspects: bool = False, readouts: ReadoutPlan | None = None
+    ) -> PendingReceipts:
         """The ticket is good for as long as somebody holds this; `inspects` is whether its prompts
-        are to be read as well."""
-        pending = PendingReceipts(ticket, inspects)
+        are to be read as well, `readouts` what is read of its tokens."""
+        pending = PendingReceipts(ticket, inspects, readouts=readouts)
         self._pending[pending.extra_args[EXTRA_ARG]] = pending
         return pending
 
@@ -83,7 +92,19 @@ class ReceiptGuard:
         pending = self._pending_of(extra)
         if pending.inspects and _is_more_than_tokens(prompt):
             return _refused(pending, _only_tokens_are_read())
+        try:
+            self._check_amount(pending, prompt, sampling_params)
+        except SteerError as error:
+            return _refused(pending, error)
         return self._watched(start, sampling_params, pending, pending.begin())
+
+    def _check_amount(self, pending: PendingReceipts, prompt: Any, params: Any) -> None:
+        """Raises `TooLarge` for more read-outs than one sequence may have."""
+        if pending.readouts is not None:
+            ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
+            ids = getattr(prompt, "prompt_token_ids", None) if ids is None else ids
+            generated = 1 if params.max_tokens is None else params.max_tokens
+            check_amount(self._readout_values, pending.readouts, len(ids or ()), generated)
 
     def _pending_of(self, extra: Mapping[str, Any]) -> PendingReceipts:
         text = extra[EXTRA_ARG]
@@ -110,16 +131,18 @@ class ReceiptGuard:
         self, start: Callable[..., Outputs], params: Any, pending: PendingReceipts, number: int
     ) -> Outputs:
         ticket = None
-        if pending.ticket.plan is None:
+        if pending.ticket.plan is None and pending.readouts is None:
             params = with_ticket(params, None)
         elif number == 0 and params.n == pending.ticket.n:
             ticket = pending.ticket
         else:
             ticket = renewed(pending.ticket, uuid.uuid4().hex, params.n)
             params = with_ticket(params, ticket.as_extra_args())
-        count = Count(delta=params.output_kind == RequestOutputKind.DELTA)
-        clock = _Clock(self._metrics) if ticket is not None else None
-        fetched = ticket is None
+        reads = ticket is not None and pending.readouts is not None
+        steered = ticket is not None and ticket.plan is not None
+        count = Count(delta=params.output_kind == RequestOutputKind.DELTA, keep=reads)
+        clock = _Clock(self._metrics) if steered else None
+        fetched, read = not steered, not reads
         try:
             outputs = start(sampling_params=params)
             async with aclosing(outputs):
@@ -128,9 +151,12 @@ class ReceiptGuard:
                     pending.prompts[number] = count.prompt
                     if clock is not None and any(count.generated.values()):
                         clock.tick()
+                    if ticket is not None and reads and count.generated:
+                        read = output.finished
+                        await self._read(pending, number, ticket, count, last=read)
                     if output.finished and not count.failed:
                         receipts = []
-                        if ticket is not None:
+                        if ticket is not None and steered:
                             receipts = await self._receipts(ticket.key, output, count.fed, pending)
                             fetched = True
                         pending.close(number, receipts)
@@ -139,6 +165,32 @@ class ReceiptGuard:
         finally:
             if ticket is not None and not fetched:
                 self._calls.drop(ticket.key)
+            if ticket is not None and not read:
+                self._readouts.drop(ticket.key)
+
+    async def _read(
+        self, pending: PendingReceipts, number: int, ticket: Ticket, count: Count, *, last: bool
+    ) -> None:
+        """Fetches what was read since the output before, for the answer to carry."""
+        plan = pending.readouts
+        assert plan is not None
+        found = await self._readouts.fetch(ticket.key, count.fed, last=last)
+        for choice in sorted(count.fed):
+            try:
+                rows = read_readouts(found.get(choice, ()), plan.width)
+            except SteerError as error:
+                pending.refused = error
+                raise refusal(error) from error
+            feed = ReadoutFeed(
+                self._metrics,
+                self._tokenizer,
+                plan,
+                len(count.prompt),
+                number * ticket.n + choice,
+            )
+            pending.unsent += feed.entries(
+                [TokenReadout(at, count.token(choice, at), numbers) for at, numbers in rows]
+            )
 
     async def _receipts(
         self, key: str, output: Any, fed: dict[int, int], pending: PendingReceipts

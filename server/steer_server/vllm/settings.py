@@ -21,6 +21,9 @@ cache; what concerns HTTP alone does not belong there.
 | `STEER_JOB_DUTY` | The share of the engine's time that jobs take while requests run | 0.03 |
 | `STEER_INSPECTION_WORKERS` | How many inspections each API server runs at a time | 2 |
 | `STEER_INSPECTION_QUEUE` | How many more may wait | 32 |
+| `STEER_READOUT_LAYERS` | The most layers that one field of read-outs names | 64 |
+| `STEER_READOUT_NUMBERS` | The most numbers that are read of a token | 1024 |
+| `STEER_READOUT_VALUES` | The most numbers that are read of a sequence | 4194304 |
 | `STEER_HUB_IMPORTS` | Whether clients may have artefacts fetched from the hub | `true` |
 | `STEER_MAX_HUB_BYTES` | The largest artefact that is fetched from the hub | 512 MiB |
 | `STEER_ALLOWED_HOSTS` | Names that a server without a key answers to, commas between them | |

@@ -13,7 +13,9 @@ from pydantic import ValidationError
 from steer.engines.vllm.front.ticket_issuer import TicketIssuer
 from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
 from steer.errors import SpecError, Unsupported
+from steer.readouts.plan import ReadoutPlan
 from steer.spec import SteeringSpec
+from steer_server.generation.inspection.readouts import planned_readouts
 from steer_server.generation.kept_specs import spec_of
 from steer_server.generation.request_models import AddedFields
 from steer_server.generation.steering import Steering, resolve
@@ -50,6 +52,7 @@ class SteerFields:
     steering: Steering
     model: str | None
     ticket: Ticket | None
+    readouts: ReadoutPlan | None = None
 
 
 def concerns(request: Any, models: Any) -> bool:
@@ -94,7 +97,7 @@ def take_fields(serving: Serving, request: Any, models: Any) -> AskedFields:
         # Any other name that is not served is vLLM's to refuse.
         if prefix and served(models, prefix):
             name, base = f"{serving.model_name}:{profile}", prefix
-    if added.inspect is not None and base in models.lora_requests:
+    if added.prompt_lens is not None and base in models.lora_requests:
         raise Unsupported(
             f"'inspect' reads the model itself, and not with the adapter {base!r}: leave it out, "
             f"or ask {serving.model_name!r}",
@@ -127,7 +130,7 @@ def _planned(serving: Serving, issuer: TicketIssuer, asked: AskedFields) -> Stee
 
 def _held(serving: Serving, issuer: TicketIssuer, asked: AskedFields) -> SteerFields | None:
     """As `_planned`, from what is held here; None where something has to be waited for."""
-    if asked.name != serving.model_name:
+    if asked.name != serving.model_name or asked.added.readouts is not None:
         return None
     steering = Steering()
     if asked.added.steering is not None:
@@ -157,11 +160,12 @@ def _with_ticket(
             param=f"/{asked.unsteerable}",
             code="unsupported_parameter",
         )
-    ticket = issuer.issue(plan, measure=added.receipt == "full", attached=True)
+    readouts = planned_readouts(serving, added.readouts, plan)
+    ticket = issuer.issue(plan, measure=added.receipt == "full", attached=True, readouts=readouts)
     # Beside those that ask for it, a share of all requests is measured.
     if plan is not None and serving.settings.measures(ticket.key):
         ticket = replace(ticket, measure=True)
-    return SteerFields(added, steering, asked.model, ticket)
+    return SteerFields(added, steering, asked.model, ticket, readouts)
 
 
 def _added(request: Any) -> AddedFields:

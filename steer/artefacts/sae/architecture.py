@@ -23,7 +23,8 @@ class Architecture:
 
     `competitive` says that a feature's activation depends on the other features of the token, so
     that it cannot be read from its own encoder row alone; `signed`, that activations may be
-    negative; `iterative`, that they are found in steps (`steer.artefacts.sae.pursuit`) and not by
+    negative; `grouped`, that features compete within groups alone, of which there are k;
+    `iterative`, that they are found in steps (`steer.artefacts.sae.pursuit`) and not by
     `activation`.
     """
 
@@ -34,5 +35,6 @@ class Architecture:
     needs_k: bool = False
     competitive: bool = False
     signed: bool = False
+    grouped: bool = False
     iterative: bool = False
     source: str = ""

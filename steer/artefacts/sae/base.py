@@ -43,7 +43,7 @@ from steer.artefacts.sae.storage import canonical
 from steer.artefacts.sae.storage.file_arrays import ByteSource, HeldBytes, OpenedFile
 from steer.artefacts.sae.storage.rows import FeatureRows, held_rows
 from steer.errors import FileFormatError, IncompatibleArtefact, Unsupported
-from steer.model import HookPoint
+from steer.model import HookPoint, forward_order
 from steer.spec import Site
 
 _MEASURES: Mapping[Normalisation, Measure] = {
@@ -221,6 +221,28 @@ class SAE:
         """Whether a feature's activation depends on the token's other features (TopK)."""
         return architecture_named(self.architecture).competitive
 
+    @property
+    def signed(self) -> bool:
+        """Whether activations may be negative."""
+        return architecture_named(self.architecture).signed
+
+    @property
+    def grouped(self) -> bool:
+        """Whether features compete within groups alone, of which there are k."""
+        return architecture_named(self.architecture).grouped
+
+    @property
+    def takes_k(self) -> bool:
+        """Whether features are found by a number of them that a request may choose."""
+        return self.pursuit is not None or (self.k is not None and not self.grouped)
+
+    @property
+    def writes_later(self) -> bool:
+        """Whether it is a transcoder that writes behind what it reads, in rows as long."""
+        read, written = HookPoint(self.layer, self.site), self.write_point
+        later = forward_order(read) < forward_order(written)
+        return self.is_transcoder and later and self.d_in == self.d_out
+
     def resident_bytes(self) -> int:
         """The bytes of its tensors that are in memory; rows in a file are not."""
         matrices = [self.decoder] if self.encoder is self.decoder else [self.encoder, self.decoder]
@@ -279,13 +301,13 @@ class SAE:
 
         Raises `IncompatibleArtefact` (`feature_out_of_range`).
         """
-        self._check_features(features)
+        self.check_features(features)
         chosen = slice(None) if features is None else torch.tensor(list(features), dtype=torch.long)
         read = self.encoder.take(features)
-        bias = self.b_enc[chosen].double()
-        if self.subtract_b_dec:
-            bias = bias - read.double() @ self.b_dec.double()
+        bias = self._read_bias(chosen, read)
         threshold = torch.zeros(len(read))
+        if self.signed:
+            threshold -= torch.inf
         if self.threshold is not None:
             # A negative threshold never acts: activations are not negative.
             threshold = self.threshold[chosen].clamp(min=0.0)
@@ -294,11 +316,23 @@ class SAE:
         if self.measure == "cosine":
             # The length that is divided by is ‖x‖/√d.
             read = read * self.d_in**0.5
-        return FeatureReads(read, bias.float(), threshold, self.measure, self.write_scale)
+        return FeatureReads(read, bias, threshold, self.measure, self.write_scale)
+
+    def read_biases(self) -> Float[Tensor, " d_sae"]:
+        """The biases of `reads` of all features, without their rows."""
+        blocks = self.encoder.blocks()
+        each = (self._read_bias(slice(at, at + len(rows)), rows) for at, rows in blocks)
+        return torch.cat(list(each))
+
+    def _read_bias(self, chosen: slice | Tensor, rows: Float[Tensor, "K d_in"]) -> Tensor:
+        bias = self.b_enc[chosen].double()
+        if self.subtract_b_dec:
+            bias = bias - rows.double() @ self.b_dec.double()
+        return bias.float()
 
     def writes(self, features: Sequence[int] | None = None) -> Float[Tensor, "K d_out"]:
         """The decoder rows of `features` (None: all)."""
-        self._check_features(features)
+        self.check_features(features)
         return self.decoder.take(features)
 
     def search(self, query: str, *, limit: int = 20) -> tuple[FeatureMatch, ...]:
@@ -363,7 +397,8 @@ class SAE:
             )
         return scaling(self.normalize, x.float())
 
-    def _check_features(self, features: Sequence[int] | None) -> None:
+    def check_features(self, features: Sequence[int] | None) -> None:
+        """Raises `IncompatibleArtefact` (`feature_out_of_range`)."""
         for feature in features or ():
             if not 0 <= feature < self.d_sae:
                 raise IncompatibleArtefact(

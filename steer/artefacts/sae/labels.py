@@ -8,13 +8,25 @@ from collections.abc import Mapping
 from pydantic import BaseModel, ConfigDict, Field
 
 
+class LabelConfidence(BaseModel):
+    """How well a label says when its feature fires: of the texts that it predicts, the share on
+    which the feature fires (`precision`), and of those on which it fires, the share that it
+    predicts (`recall`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    precision: float = Field(ge=0, le=1)
+    recall: float = Field(ge=0, le=1)
+
+
 class FeatureLabel(BaseModel):
     """What one feature is about.
 
     `attribute` and `direction` name the known attribute and the class that the feature goes with;
     `auroc` is how well its activation tells that class apart on held-out data, `effect` how far
     clamping it moves the attribute's rate, `density` the share of tokens on which it is active,
-    `largest` its largest activation seen.
+    `largest` its largest activation seen. `source` says whose label it is, where it is not the
+    SAE's own, and `confidence` how far it was found to be right.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -27,6 +39,9 @@ class FeatureLabel(BaseModel):
     density: float | None = Field(default=None, ge=0, le=1)
     largest: float | None = None
     tokens: tuple[str, ...] = ()
+    # Written only where they say something, so that SAEs with labels keep their hash.
+    source: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    confidence: LabelConfidence | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class FeatureMatch(BaseModel):

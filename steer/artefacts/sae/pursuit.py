@@ -34,7 +34,7 @@ def pursue(
     """The activations of tokens from which b_dec is subtracted already; at most `k` steps."""
     left = inputs.reshape(-1, inputs.shape[-1])
     z = left.new_zeros(len(left), rows.shape[0])
-    done = torch.zeros(len(left), dtype=torch.bool)
+    done = torch.zeros(len(left), dtype=torch.bool, device=left.device)
     for _ in range(k or rule.max_iterations or inputs.shape[-1]):
         best = rows.along(left).relu().argmax(-1)
         picked = rows.take(best.tolist())

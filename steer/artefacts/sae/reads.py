@@ -24,8 +24,8 @@ class FeatureReads:
     standard deviation of x over its channels, and rows that are read `centred` sum to 0. Scales of
     the SAE are folded into `read`, `bias` and `write_scale`, which is 1 for a product.
 
-    `read` `[K, d_in]`, `bias` `[K]`, `threshold` `[K]`, float32. Where features compete (TopK) the
-    others must be looked at too (`reads(None)`).
+    `read` `[K, d_in]`, `bias` `[K]`, `threshold` `[K]`, float32; −∞ where activations have signs.
+    Where features compete the others must be looked at too (`steer.artefacts.sae.encoders`).
     """
 
     read: Float[Tensor, "K d_in"]

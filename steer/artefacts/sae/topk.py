@@ -39,7 +39,7 @@ def activate_signed(pre: Tensor, *, threshold: Tensor | None, k: int | None) -> 
 
 
 TOPK = Architecture("topk", activate, needs_k=True, competitive=True, source="2406.04093")
-GROUPMAX = Architecture("groupmax", activate_groups, needs_k=True, competitive=True)
+GROUPMAX = Architecture("groupmax", activate_groups, needs_k=True, competitive=True, grouped=True)
 ABSTOPK = Architecture(
     "abstopk", activate_signed, needs_k=True, competitive=True, signed=True, source="2510.00404"
 )

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from inspect import Parameter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -19,7 +18,6 @@ from steer.cli.local import (
     ModelOption,
     RegistryOption,
     open_registry,
-    running_engine,
 )
 from steer.cli.measure.asking import AS_JSON
 from steer.cli.options import (
@@ -33,21 +31,27 @@ from steer.cli.options import (
     spelling,
 )
 from steer.cli.reporting import progress_bar
-from steer.cli.sae.showing import show_active, show_card, show_contrast, show_matches, show_survey
+from steer.cli.sae.effect import EFFECT
+from steer.cli.sae.labels import labels_app
+from steer.cli.sae.place import JsonOption, SAEArgument, working
+from steer.cli.sae.score import SCORE
+from steer.cli.sae.showing import (
+    show_active,
+    show_card,
+    show_contrast,
+    show_family,
+    show_matches,
+    show_survey,
+)
+from steer.cli.sae.suggest import SUGGEST
 from steer.cli.sae.training import train
-from steer.fit.requests.features import ContrastRequest, FeaturesRequest, SurveyRequest
-
-if TYPE_CHECKING:
-    from steer.engines.transformers.engine import TransformersEngine
-    from steer.registry.registry import Registry
+from steer.cli.sae.trust import TRUST
+from steer.fit.requests.features.texts import ContrastRequest, FeaturesRequest, SurveyRequest
 
 app = typer.Typer(
     help="Find the features of SAEs, and see what they do.",
     no_args_is_help=True,
 )
-
-SAEArgument = Annotated[str, typer.Argument(help="The SAE, by its name.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command("show")
@@ -69,6 +73,25 @@ def show(
     show_card(card)
 
 
+@app.command("family")
+def family(
+    sae: SAEArgument,
+    feature: Annotated[int, typer.Argument(min=0, help="The feature's number.")],
+    as_json: JsonOption = False,
+    model: ModelOption = DEMO_MODEL,
+    registry: RegistryOption = None,
+) -> None:
+    """Show the features that fire where one does, and the spec that clamps all of them."""
+    from steer.registry.features.families import family_card
+
+    with open_registry(registry, model) as library:
+        found = family_card(library, sae, feature)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=2, exclude_none=True))
+        return
+    show_family(found)
+
+
 @app.command("search")
 def search(
     sae: SAEArgument,
@@ -79,8 +102,10 @@ def search(
     registry: RegistryOption = None,
 ) -> None:
     """Find features by their labels."""
+    from steer.artefacts.sae.labels import search_labels
+
     with open_registry(registry, model) as library:
-        found = library.sae(sae).search(query, limit=limit)
+        found = search_labels(library.labels(sae), query, limit=limit)
     if as_json:
         typer.echo(json.dumps([one.model_dump(exclude_none=True) for one in found], indent=2))
         return
@@ -111,7 +136,7 @@ def tokens(
     from steer.prompts import as_chat
 
     fields: dict[str, Any] = {"sae": sae, "top_features": top, "positions": at or "all"}
-    with _working(model=model, registry=registry, device=device, dtype=dtype) as (engine, library):
+    with working(model=model, registry=registry, device=device, dtype=dtype) as (engine, library):
         asked = as_chat(engine.tokenizer, prompt) if chat else prompt
         fields["text" if isinstance(asked, str) else "messages"] = asked
         layer = library.sae(sae).layer
@@ -122,18 +147,6 @@ def tokens(
         return
     assert isinstance(result, ActivationsResult)
     show_active(result)
-
-
-@contextmanager
-def _working(
-    *, model: str, registry: str | None, device: str | None, dtype: str | None, **_others: Any
-) -> Iterator[tuple[TransformersEngine, Registry]]:
-    """The model and the registry that a command's values name."""
-    with (
-        open_registry(registry, model) as library,
-        running_engine(model, device=device, dtype=dtype) as engine,
-    ):
-        yield engine, library
 
 
 def _parameters(request: type[FeaturesRequest]) -> Iterator[Parameter]:
@@ -172,7 +185,7 @@ def _request(kind: type[FeaturesRequest], values: dict[str, Any]) -> Any:
 def _survey(values: dict[str, Any]) -> None:
     request: SurveyRequest = _request(SurveyRequest, values)
     with (
-        _working(**values) as (engine, library),
+        working(**values) as (engine, library),
         tempfile.TemporaryDirectory(prefix="steer-survey-") as scratch,
     ):
         request.check(engine, library)
@@ -186,7 +199,7 @@ def _survey(values: dict[str, Any]) -> None:
 
 def _contrast(values: dict[str, Any]) -> None:
     request: ContrastRequest = _request(ContrastRequest, values)
-    with _working(**values) as (engine, library):
+    with working(**values) as (engine, library):
         request.check(engine, library)
         with progress_bar("texts", request.texts) as done:
             found = request.run(engine, library, progress=done)
@@ -211,3 +224,8 @@ app.command("contrast")(
     )
 )
 app.command("train")(train)
+app.command("effect")(EFFECT)
+app.command("score")(SCORE)
+app.command("trust")(TRUST)
+app.command("suggest")(SUGGEST)
+app.add_typer(labels_app, name="labels")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from steer.cli.reporting import out, table_out
+from steer.cli.reporting import table_out
+from steer.cli.sae.effect import effect_lines
+from steer.cli.sae.score import score_lines
+from steer.cli.sae.tables import number, say, table
+from steer.cli.sae.trust import trust_lines
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -14,25 +19,30 @@ if TYPE_CHECKING:
     from steer.fit.features.contrast import Contrast
     from steer.inspection.activations import ActivationsResult
     from steer.registry.features.card import FeatureCard
+    from steer.registry.features.families import FamilyCard
     from steer.registry.features.survey import FeatureExample, FeatureStatistics
 
 
 def show_card(card: FeatureCard) -> None:
     """A feature: what is known of it in lines, its examples in a table."""
-    _say(f"feature {card.feature} of {card.sae}, layer {card.layer}, {card.site}")
-    _say(f"label: {said(card.label)}")
-    _say(
+    say(f"feature {card.feature} of {card.sae}, layer {card.layer}, {card.site}")
+    say(f"label: {said(card.label)}{_source(card.label)}")
+    for one in card.labels[1:]:
+        say(f"also called: {said(one)}{_source(one)}")
+    say(
         "nearest decoder rows: "
         + ", ".join(f"{one.feature} ({one.cosine:.2f})" for one in card.neighbours)
     )
+    for line in _measured(card):
+        say(line)
     found = card.statistics
     if found is None:
-        _say(f"not surveyed: `steer sae survey {card.sae} TEXTS` counts what its features do")
+        say(f"not surveyed: `steer sae survey {card.sae} TEXTS` counts what its features do")
         return
     for line in _counted(found):
-        _say(line)
+        say(line)
     if card.together:
-        _say(
+        say(
             "fires together with: "
             + ", ".join(f"{one.feature} ({one.jaccard:.2f})" for one in card.together[:5])
         )
@@ -40,6 +50,15 @@ def show_card(card: FeatureCard) -> None:
         _show_examples("greatest activations", found.top)
     if found.fired > len(found.top):
         _show_examples("drawn evenly", sorted(found.sample, key=lambda one: -one.value))
+
+
+def _measured(card: FeatureCard) -> Iterable[str]:
+    if card.effect is not None:
+        yield from effect_lines(card.effect)
+    if card.scores is not None:
+        yield from score_lines(card.scores)
+    if card.trust is not None:
+        yield from trust_lines(card.trust)
 
 
 def _counted(found: FeatureStatistics) -> Iterable[str]:
@@ -59,12 +78,12 @@ def _counted(found: FeatureStatistics) -> Iterable[str]:
 def _show_examples(title: str, examples: Sequence[FeatureExample]) -> None:
     from rich.table import Table
 
-    table = Table(title=title)
-    table.add_column("value", justify="right")
-    table.add_column("token in its text", overflow="fold")
+    drawn = Table(title=title)
+    drawn.add_column("value", justify="right")
+    drawn.add_column("token in its text", overflow="fold")
     for one in examples:
-        table.add_row(f"{one.value:.3g}", marked(one))
-    table_out().print(table)
+        drawn.add_row(f"{one.value:.3g}", marked(one))
+    table_out().print(drawn)
 
 
 def marked(example: FeatureExample) -> Text:
@@ -79,12 +98,30 @@ def marked(example: FeatureExample) -> Text:
 
 def show_matches(found: Sequence[FeatureMatch]) -> None:
     """One row a feature, the best match first."""
-    _table(
+    table(
         ("feature", "label", "effect"),
-        [(str(one.feature), said(one.label), _number(one.label.effect)) for one in found],
+        [(str(one.feature), said(one.label), number(one.label.effect)) for one in found],
     )
     if not found:
-        _say("no label has these words")
+        say("no label has these words")
+
+
+def show_family(found: FamilyCard) -> None:
+    """One row a feature: the head of each family, and those below it."""
+    for family in found.families:
+        rows = [(f"{family.head} (head)", number(None))]
+        rows += [
+            (str(n), f"{one:.2f}") for n, one in zip(family.members, family.shared, strict=True)
+        ]
+        named = [
+            (name, shared, said(found.labels.get(feature)))
+            for (name, shared), feature in zip(rows, family.features, strict=True)
+        ]
+        table(("feature", "shared", "label"), named)
+    if found.spec is None:
+        say("it is in no family: nothing fires where it does oftener than by chance")
+        return
+    say(json.dumps(found.spec))
 
 
 def show_active(result: ActivationsResult) -> None:
@@ -98,16 +135,16 @@ def show_active(result: ActivationsResult) -> None:
         )
         token = repr(result.tokens[position])[1:-1]
         rows.append((str(position), token, str(active), features))
-    _table(("position", "token", "active", "most active"), rows)
+    table(("position", "token", "active", "most active"), rows)
 
 
 def show_survey(name: str, counts: Mapping[str, Any]) -> None:
     """What a survey has counted (`Survey.counts`)."""
-    _say(
+    say(
         "{tokens} tokens of {texts} texts: {active_per_token:.1f} features fire on a token, "
         "{never_active} of {d_sae} on none".format(**counts)
     )
-    _say(f"`steer sae show {name} FEATURE` shows one")
+    say(f"`steer sae show {name} FEATURE` shows one")
 
 
 def show_contrast(found: Contrast) -> None:
@@ -124,35 +161,19 @@ def show_contrast(found: Contrast) -> None:
         )
         for one in found.features
     ]
-    _table(("feature", "fires on", "AUROC", "p", "held out", "confirmed", "label"), rows)
-    _say(
+    table(("feature", "fires on", "AUROC", "p", "held out", "confirmed", "label"), rows)
+    say(
         f"{found.tested} features fire on the half that finds; the best of them reaches "
         f"{found.chance:.3f} by chance in 1 of 20. {found.positive} and {found.negative} texts"
     )
     if not any(one.confirmed for one in found.features):
-        _say("none is confirmed: give more texts, or sets that differ in more")
+        say("none is confirmed: give more texts, or sets that differ in more")
+
+
+def _source(label: FeatureLabel | None) -> str:
+    return "" if label is None or label.source is None else f" ({label.source})"
 
 
 def said(label: FeatureLabel | None) -> str:
     """A label in words."""
     return "none" if label is None or not label.text else label.text
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table()
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    table_out().print(table)
-
-
-def _say(line: str) -> None:
-    out().print(line, highlight=False, markup=False)

@@ -33,12 +33,19 @@ from steer.engines.base import (
     TokenEvent,
     TokenLogprob,
 )
-from steer.engines.checks import check_request
+from steer.engines.checks import check_readouts, check_request
 from steer.engines.fake.tokenizer import ByteTokenizer
 from steer.engines.logprobs import following
+from steer.engines.readouts import ReadoutJoin
 from steer.errors import CapacityError, EngineError
 from steer.model import SAMPLING, Capabilities, HookPoint, ModelInfo, forward_order
 from steer.plan.plan import SteeringPlan
+from steer.plan.selection import trace_of
+from steer.prompts.roles import found_roles
+from steer.readouts.measures import kl_divergence
+from steer.readouts.readers import Instruments
+from steer.readouts.readings import Readings, ReadSpan, RequestReadouts
+from steer.readouts.spec import READOUTS
 from steer.spec import KINDS, SITES
 
 _PLAIN = ("the", "river", "runs", "past", "a", "small", "café", "and", "rain", "falls", "today")
@@ -140,6 +147,7 @@ class FakeEngine:
         failure: FakeFailure | None = None,
     ) -> None:
         self.info = info or fake_model()
+        tokenizer = ByteTokenizer()
         self.capabilities = Capabilities(
             engine="fake",
             kinds=KINDS,
@@ -147,9 +155,11 @@ class FakeEngine:
             sae_architectures=SUPPORTED,
             sampling=SAMPLING,
             captures=self.info.sites,
+            roles=found_roles(tokenizer),
+            readouts=READOUTS,
             limits={"slots": slots},
         )
-        self.tokenizer: Any = ByteTokenizer()
+        self.tokenizer: Any = tokenizer
         self.stepper, self.failure = stepper, failure
         self.counts: Counter[str] = Counter()
         self.seen: list[GenerationRequest] = []
@@ -166,13 +176,14 @@ class FakeEngine:
 
     def admit(self, request: GenerationRequest) -> None:
         check_request(request, self.info, self.info.max_length)
+        check_readouts(request, self.capabilities)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
         self.admit(request)
         outcome = "cancelled"
         self._begin(request)
         try:
-            for event in _events(request, self.info.max_length, self.failure):
+            for event in self._read(request):
                 if self.stepper is not None:
                     await self.stepper.wait()
                 yield event
@@ -191,7 +202,7 @@ class FakeEngine:
             self._begin(request)
             outcome = "failed"
             try:
-                events = list(_events(request, self.info.max_length, self.failure))
+                events = list(self._read(request))
                 outcome = "finished"
             finally:
                 self._end(request, outcome)
@@ -243,6 +254,43 @@ class FakeEngine:
     def _count(self, what: str) -> None:
         self.counts[what] += 1
         self._changed.notify_all()
+
+    def _read(self, request: GenerationRequest) -> Iterator[TokenEvent]:
+        """The events of one request, with what is read of its tokens."""
+        events = _events(request, self.info.max_length, self.failure)
+        if request.readouts is None:
+            yield from events
+            return
+        readouts = RequestReadouts(request.readouts, len(request.prompt))
+        joined = ReadoutJoin(readouts)
+        tools = Instruments(torch.device("cpu"), self.unembed, vocab_size=self.info.vocab_size)
+        tokens, fed = list(request.prompt), 0
+        for event in events:
+            span = ReadSpan(readouts, 0, fed, len(tokens) - fed)
+            readings = Readings.of([span], tools)
+            if readings is not None:
+                for point in readings.points:
+                    before, after = (
+                        self._states(point, tuple(tokens), range(fed, len(tokens)), plan)
+                        for plan in (None, request.plan)
+                    )
+                    readings.see(point, before, after)
+                readings.finish()
+            fed = len(tokens)
+            if request.readouts.kl:
+                joined.chosen(fed, self._divergence(request, tokens))
+            tokens.append(event.token)
+            rows = joined.take(tokens.__getitem__, fed, last=event.finish is not None)
+            yield replace(event, readouts=tuple(rows))
+
+    def _divergence(self, request: GenerationRequest, tokens: Sequence[int]) -> float:
+        """KL of what the plan makes of the next token from what would be said without it."""
+        last, place = HookPoint(self.info.n_layers - 1), [len(tokens) - 1]
+        steered, plain = (
+            self.unembed(self._states(last, tuple(tokens), place, plan))
+            for plan in (request.plan, None)
+        )
+        return float(kl_divergence(steered, plain))
 
     def _captured(
         self, request: CaptureRequest, prompt: tuple[int, ...], plan: SteeringPlan | None
@@ -325,11 +373,14 @@ def _receipt(request: GenerationRequest, generated: Sequence[int]) -> Receipt | 
         return None
     fed = np.array([*request.prompt, *generated[:-1]], dtype=np.int64)
     places = np.arange(len(fed))
+    trace = trace_of(plan.selections, request.prompt, request.roles)
+    if trace is not None:
+        trace.read(len(request.prompt), fed[len(request.prompt) :])
     any_mask = np.zeros(len(fed), dtype=bool)
     at_point: dict[HookPoint, Any] = {}
     gates: dict[str, int] = {}
     for one in plan.rules:
-        mask = one.selection.mask(places, len(request.prompt), fed)
+        mask = one.selection.mask(places, len(request.prompt), fed, trace)
         any_mask |= mask
         for point in one.blocks:
             at_point[point] = at_point.get(point, np.zeros(len(fed), dtype=bool)) | mask
@@ -367,6 +418,7 @@ def _completion(events: Sequence[TokenEvent]) -> Completion:
         finish=last.finish or "length",
         receipt=last.receipt,
         logprobs=tuple(event.logprob for event in kept if event.logprob is not None),
+        readouts=tuple(one for event in events for one in event.readouts),
     )
 
 

@@ -84,7 +84,7 @@ def attach(
         block = hooked.map.targets[HookPoint(0, "resid_post")].module
         watch = PassWatch(
             modules_of_a_pass(model, block),
-            {hooked.map.targets[point].module for point in plan.points},
+            {hooked.map.targets[point].module for point in plan.reached},
             batch,
         )
         try:

@@ -18,7 +18,7 @@ from steer.batch.tables import Tables
 from steer.engines.listeners import Item
 from steer.engines.transformers.cache import RollingCache
 from steer.engines.transformers.hooks import HookedModel
-from steer.engines.transformers.prompts import run_prompts
+from steer.engines.transformers.prompts import Read, run_prompts
 from steer.engines.transformers.proof import prove_steering
 from steer.engines.transformers.sequences import (
     BatchSequence,
@@ -27,6 +27,7 @@ from steer.engines.transformers.sequences import (
     is_last,
     take_tokens,
 )
+from steer.readouts.readings import Readings, ReadSpan
 
 
 class RollingBatch(RequestRows):
@@ -76,6 +77,7 @@ class RollingBatch(RequestRows):
                 [s.steered for s in group],
                 [s.request.prompt for s in group],
                 chunk=self.chunk,
+                read=Read.of([s.reads for s in group], self.instruments),
             )
         except Exception as error:
             return self._join_apart(group, error)
@@ -89,13 +91,16 @@ class RollingBatch(RequestRows):
         self, group: Sequence[BatchSequence], error: Exception
     ) -> list[tuple[BatchSequence, Item]]:
         """The batch has no part in a prompt's pass, so that it goes on without who made it fail."""
-        if len(group) == 1:
-            self.give_back(group[0].steered)
-            return [(group[0], failure_of(error))]
+        leaders = [sequence for sequence in group if sequence.leads]
+        if len(leaders) == 1:
+            for one in group:
+                self.give_back(one.steered)
+            return [(leaders[0], failure_of(error))]
         items: list[tuple[BatchSequence, Item]] = []
-        for sequence in group:
-            self.ledger.recount(sequence.steered.row)
-            items += self._join([sequence])
+        for sequence in leaders:
+            for one in sequence.together:
+                self.ledger.recount(one.steered.row)
+            items += self._join(sequence.together)
         return items
 
     def decode(self) -> list[tuple[BatchSequence, Item]]:
@@ -105,13 +110,14 @@ class RollingBatch(RequestRows):
         return self._take(self.sequences, logits)
 
     def leave(self, sequence: BatchSequence) -> None:
-        """Takes a sequence out of the batch."""
-        row = next(n for n, s in enumerate(self.sequences) if s is sequence)
-        self._cache.remove(row)
-        last = self.sequences.pop()
-        if last is not sequence:
-            self.sequences[row] = last
-        self.give_back(sequence.steered)
+        """Takes a sequence, and its twin, out of the batch."""
+        for one in sequence.together:
+            row = next(n for n, s in enumerate(self.sequences) if s is one)
+            self._cache.remove(row)
+            last = self.sequences.pop()
+            if last is not one:
+                self.sequences[row] = last
+            self.give_back(one.steered)
         self._changed()
 
     def clear(self) -> list[BatchSequence]:
@@ -124,9 +130,6 @@ class RollingBatch(RequestRows):
         self._carried_known = False
         return left
 
-    def lend(self) -> None:
-        """Nothing to do: this batch leaves the model as it is."""
-
     def prove(self) -> None:
         """The start-up proof; raises `Unsupported`."""
         prove_steering(self.hooked)
@@ -135,9 +138,10 @@ class RollingBatch(RequestRows):
         device = self.hooked.device
         ids = torch.tensor([[s.tokens[-1]] for s in self.sequences], device=device)
         places = torch.tensor([[s.fed] for s in self.sequences], device=device)
-        step = self._step()
+        step, readings = self._step(), self._readings()
         outputs, _ = self.hooked.forward(
             step,
+            readings=readings,
             input_ids=ids,
             attention_mask=self._cache.mask(1),
             position_ids=places,
@@ -145,7 +149,19 @@ class RollingBatch(RequestRows):
             use_cache=True,
         )
         logits: Tensor = outputs.logits[:, -1].float()
+        if readings is not None:
+            readings.finish()
         return logits
+
+    def _readings(self) -> Readings | None:
+        """What this decode reads."""
+        return self.readings(
+            [
+                ReadSpan(s.reads, row, s.fed, 1)
+                for row, s in enumerate(self.sequences)
+                if s.reads is not None
+            ]
+        )
 
     def _step(self) -> Step | None:
         """The step of this decode; the same object as long as nobody's slots can change."""
@@ -183,12 +199,13 @@ class RollingBatch(RequestRows):
     def _groups(self, newcomers: Sequence[BatchSequence]) -> list[list[BatchSequence]]:
         groups: list[list[BatchSequence]] = []
         longest = 0
-        for sequence in sorted(newcomers, key=lambda s: len(s.request.prompt)):
-            length = len(sequence.request.prompt)
-            roomy = groups and (len(groups[-1]) + 1) * length <= self._prefill_tokens
+        leaders = [sequence for sequence in newcomers if sequence.leads]
+        for sequence in sorted(leaders, key=lambda s: len(s.request.prompt)):
+            length, more = len(sequence.request.prompt), sequence.together
+            roomy = groups and (len(groups[-1]) + len(more)) * length <= self._prefill_tokens
             if roomy and length <= 2 * longest + 16:
-                groups[-1].append(sequence)
+                groups[-1] += more
             else:
-                groups.append([sequence])
+                groups.append(more)
                 longest = length
         return groups

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 from steer.batch.requests import SteeredRequest
 from steer.engines.base import Captured, CaptureRequest, GenerationRequest
-from steer.engines.checks import check_captured
+from steer.engines.checks import check_captured, check_roles
 from steer.engines.transformers.prompts import run_prompts
 from steer.engines.transformers.sequences import Batch
 from steer.errors import SpecError
-from steer.plan.plan import SteeringPlan
 
 _WORTH_SHARING = 3
 """Prompts with a common beginning that are worth a pass of their own: fewer fill no batch."""
@@ -23,26 +22,32 @@ def capture_batch(batch: Batch, request: CaptureRequest) -> list[Captured]:
     where that is computed once; memory is bounded by one group's states and logits.
     """
     plans = request.plans or [None] * len(request.prompts)
+    roles = request.roles or [None] * len(request.prompts)
+    generations = [
+        GenerationRequest("capture", tuple(prompt), plan=plan, roles=whose)
+        for prompt, plan, whose in zip(request.prompts, plans, roles, strict=True)
+    ]
+    for one in generations:
+        check_roles(one)
     found: dict[int, Captured] = {}
-    for group in _groups(request, 1 if batch.chunk is None else batch.rows):
-        captured = _capture_group(
-            batch, request, [request.prompts[n] for n in group], [plans[n] for n in group]
-        )
+    for group in _groups(request, generations, 1 if batch.chunk is None else batch.rows):
+        captured = _capture_group(batch, request, [generations[n] for n in group])
         found.update(zip(group, captured, strict=True))
     return [found[n] for n in range(len(request.prompts))]
 
 
-def _groups(request: CaptureRequest, rows: int) -> list[list[int]]:
+def _groups(
+    request: CaptureRequest, generations: Sequence[GenerationRequest], rows: int
+) -> list[list[int]]:
     """The prompts by number, at most `rows` together."""
     order = sorted(range(len(request.prompts)), key=lambda n: len(request.prompts[n]))
     together: list[list[int]] = []
     if request.tail is not None:
-        plans = request.plans or [None] * len(request.prompts)
         alike: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for n in order:
             prompt = request.prompts[n]
             start = max(len(prompt) - request.tail, 0)
-            if not _steered_before(start, plans[n], prompt):
+            if not _steered_before(start, generations[n]):
                 alike.setdefault((len(prompt), tuple(prompt[:start])), []).append(n)
         together = [group for group in alike.values() if len(group) >= _WORTH_SHARING]
         alone = {n for group in together for n in group}
@@ -55,15 +60,13 @@ def _groups(request: CaptureRequest, rows: int) -> list[list[int]]:
 
 
 def _capture_group(
-    batch: Batch,
-    request: CaptureRequest,
-    prompts: Sequence[Sequence[int]],
-    plans: Sequence[SteeringPlan | None],
+    batch: Batch, request: CaptureRequest, generations: Sequence[GenerationRequest]
 ) -> list[Captured]:
+    prompts = [one.prompt for one in generations]
     requests: list[SteeredRequest] = []
     try:
-        for prompt, plan in zip(prompts, plans, strict=True):
-            requests.append(batch.take(GenerationRequest("capture", tuple(prompt), plan=plan)))
+        for one in generations:
+            requests.append(batch.take(one))
         done = run_prompts(
             batch.hooked,
             batch.tables,
@@ -74,12 +77,12 @@ def _capture_group(
             logits=request.logits,
             logprobs=request.logprobs,
             chunk=batch.chunk,
-            shared=0 if batch.chunk is None else _shared(request, prompts, plans),
+            shared=0 if batch.chunk is None else _shared(request, generations),
             tail=request.tail,
         )
     finally:
-        for one in requests:
-            batch.give_back(one)
+        for taken in requests:
+            batch.give_back(taken)
     width = max(map(len, prompts))
     results = []
     for row, prompt in enumerate(prompts):
@@ -93,18 +96,15 @@ def _capture_group(
         if request.tail is not None:
             scores = scores[len(scores) - min(request.tail, len(scores)) :]
         captured = Captured(states, logits, tuple(scores))
-        check_captured(captured, steered=plans[row] is not None)
+        check_captured(captured, steered=generations[row].plan is not None)
         results.append(captured)
     return results
 
 
-def _shared(
-    request: CaptureRequest,
-    prompts: Sequence[Sequence[int]],
-    plans: Sequence[SteeringPlan | None],
-) -> int:
+def _shared(request: CaptureRequest, generations: Sequence[GenerationRequest]) -> int:
     """How many first tokens are the same in all prompts, unsteered, and of no interest: such as
     those of a prompt into which one state after the other is put."""
+    prompts = [one.prompt for one in generations]
     length = len(prompts[0])
     tail = request.tail
     everywhere = request.logits == "all" or request.logprobs is not None
@@ -113,17 +113,23 @@ def _shared(
         return 0
     # What is of interest is left, and the token before it, which predicts its first.
     alike = length - 1 if not everywhere or tail is None else max(length - tail - 1, 0)
-    for prompt, plan in zip(prompts, plans, strict=True):
-        pairs = zip(prompts[0][:alike], prompt[:alike], strict=True)
+    for asked in generations:
+        pairs = zip(prompts[0][:alike], asked.prompt[:alike], strict=True)
         alike = next((n for n, (one, other) in enumerate(pairs) if one != other), alike)
-        first = None if plan is None else plan.first_steered(tuple(prompt), length)
+        first = _first_steered(asked)
         alike = alike if first is None else min(alike, first)
     return alike
 
 
-def _steered_before(start: int, plan: SteeringPlan | None, prompt: Sequence[int]) -> bool:
-    first = None if plan is None else plan.first_steered(tuple(prompt), len(prompt))
+def _steered_before(start: int, asked: GenerationRequest) -> bool:
+    first = _first_steered(asked)
     return first is not None and first < start
+
+
+def _first_steered(asked: GenerationRequest) -> int | None:
+    if asked.plan is None:
+        return None
+    return asked.plan.first_steered(asked.prompt, len(asked.prompt), asked.roles)
 
 
 def _columns(positions: tuple[int, ...] | None, length: int, width: int) -> list[int]:

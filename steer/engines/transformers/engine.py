@@ -21,7 +21,7 @@ from steer.engines.base import (
     GenerationRequest,
     TokenEvent,
 )
-from steer.engines.checks import check_request
+from steer.engines.checks import check_readouts, check_request
 from steer.engines.gradients import DifferentiableModel
 from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
 from steer.engines.threads import apart
@@ -39,6 +39,8 @@ from steer.errors import SteerError
 from steer.formats.guards.stand_ins import check_model_folder
 from steer.model import SAMPLING, Capabilities, ModelInfo
 from steer.prompts import ends
+from steer.prompts.roles import found_roles
+from steer.readouts.spec import READOUTS
 from steer.spec import KINDS
 
 Result = TypeVar("Result")
@@ -98,7 +100,12 @@ class TransformersEngine:
             captures=self.info.sites,
             # With autograd, prompts are padded on the right, which causal models alone allow.
             gradients=self._batch.causal,
+            # Packed sequences are put back one by one: twins would not stay side by side.
+            readouts=tuple(
+                one for one in READOUTS if one != "kl" or (self._batch.pairs and rows > 1)
+            ),
             no_unembedding=refusal.message if refusal is not None else None,
+            roles=found_roles(tokenizer),
             limits={"slots": slots, "passes": MAX_RULES, "batch": rows},
         )
 
@@ -159,6 +166,7 @@ class TransformersEngine:
     def admit(self, request: GenerationRequest) -> None:
         """Raises where `request` can never run here."""
         check_request(request, self.info, self._batch.max_length)
+        check_readouts(request, self.capabilities)
         if request.sampling.json_schema is not None:
             self._grammars.check(request.sampling.json_schema)
         if request.plan is not None:

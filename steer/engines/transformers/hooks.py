@@ -19,6 +19,7 @@ from steer.engines.transformers.structure.calls import first_tensor, given_tenso
 from steer.engines.transformers.structure.sites import HookTarget
 from steer.errors import EngineError
 from steer.model import HookPoint, forward_order
+from steer.readouts.readings import Readings
 
 _OPTIONAL = ("attention_mask", "position_ids", "logits_to_keep")
 """Arguments that some models do without: they count positions themselves, or return all logits."""
@@ -41,6 +42,7 @@ class HookedModel:
         self._parameters = frozenset(inspect.signature(model.forward).parameters)
         self._handles: dict[HookPoint, torch.utils.hooks.RemovableHandle] = {}
         self._step: Step | None = None
+        self._readings: Readings | None = None
         self._tokens: int | None = None
         self._wanted: frozenset[HookPoint] = frozenset()
         self._captured: dict[HookPoint, Tensor] = {}
@@ -55,20 +57,22 @@ class HookedModel:
         step: Step | None,
         capture: Iterable[HookPoint] = (),
         *,
+        readings: Readings | None = None,
         key_values: Any = None,
         states_alone: bool = False,
         **inputs: Any,
     ) -> tuple[Any, dict[HookPoint, Tensor]]:
         """One forward pass with `step`'s edits; the outputs, and a copy of every captured state.
 
-        States are read after the edits at their point. Positions, mask and `logits_to_keep` go to
-        models that take them. With `states_alone` the pass ends, without outputs, where the last
-        state was read and `step` has nothing left to do.
+        States are captured after the edits at their point, and `readings` see them there, which
+        the caller finishes once the model may be run again, as lenses do. Positions, mask and
+        `logits_to_keep` go to models that take them. With `states_alone` the pass ends, without
+        outputs, where the last state was captured and `step` has nothing left to do.
         """
         given = {n: v for n, v in inputs.items() if n not in _OPTIONAL or n in self._parameters}
         if key_values is not None:
             given[self._cache_keyword] = key_values
-        self.begin(step, capture)
+        self.begin(step, capture, readings)
         self._tokens = inputs["input_ids"].numel()
         if states_alone:
             self._last = self._last_point()
@@ -78,8 +82,8 @@ class HookedModel:
         except _AllRead:
             return None, self.end()
         finally:
-            self._step, self._wanted, self._tokens = None, frozenset(), None
-            self._last = None
+            self._step, self._readings, self._wanted = None, None, frozenset()
+            self._tokens, self._last = None, None
 
     def _last_point(self) -> HookPoint | None:
         """The point after which nothing is read or edited; None where that is not sure: parts of a
@@ -90,10 +94,18 @@ class HookedModel:
             return None
         return last
 
-    def begin(self, step: Step | None, capture: Iterable[HookPoint] = ()) -> None:
+    def begin(
+        self,
+        step: Step | None,
+        capture: Iterable[HookPoint] = (),
+        readings: Readings | None = None,
+    ) -> None:
         """Arms the hooks for the next forward pass."""
         self._step, self._wanted, self._captured = step, frozenset(capture), {}
-        for point in self._wanted | (step.points if step is not None else frozenset()):
+        self._readings = readings
+        edited = step.points if step is not None else frozenset()
+        seen = readings.points if readings is not None else frozenset()
+        for point in self._wanted | edited | seen:
             if point not in self._handles:
                 self._add(point)
 
@@ -101,6 +113,7 @@ class HookedModel:
         """Disarms the hooks; raises if a point that was asked for was never reached."""
         step, wanted, captured = self._step, self._wanted, self._captured
         self._step, self._wanted, self._captured = None, frozenset(), {}
+        self._readings = None
         if step is not None:
             step.finish()
         if len(captured) < len(wanted):
@@ -112,7 +125,7 @@ class HookedModel:
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
-        self._step, self._wanted = None, frozenset()
+        self._step, self._readings, self._wanted = None, None, frozenset()
 
     def unembed(self, states: Tensor) -> Tensor:
         """What the model makes of states after its last block: `[..., d_model]` to float32 logits
@@ -125,14 +138,21 @@ class HookedModel:
                 f"{self.info.architecture} computes {x.shape[:-1].numel()} of {self._tokens} "
                 f"tokens at {point}: edits and captures would fall on other tokens"
             )
+        before = x
         if self._step is not None:
             x = self._step.edit(point, x)
+        if self._readings is not None:
+            self._readings.see(point, before, x)
         if point in self._wanted:
             # A copy: later modules may add to this tensor in place.
             self._captured[point] = x.detach().clone()
         if point == self._last and len(self._captured) == len(self._wanted):
             raise _AllRead
         return x
+
+    @property
+    def _idle(self) -> bool:
+        return self._step is None and self._readings is None and not self._wanted
 
     def _add(self, point: HookPoint) -> None:
         """Hooks `point`, before the later points that lie at the same place: around a block that
@@ -157,7 +177,7 @@ class HookedModel:
 
     def _after(self, point: HookPoint) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            if self._step is None and not self._wanted:
+            if self._idle:
                 return None
             x = first_tensor(output)
             edited = self._visit(point, x)
@@ -169,7 +189,7 @@ class HookedModel:
 
     def _before(self, point: HookPoint, in_place: bool) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self._step is None and not self._wanted:
+            if self._idle:
                 return None
             x = given_tensor(args, kwargs)
             assert x is not None

@@ -19,6 +19,8 @@ from steer.engines.base import TokenLogprob
 from steer.engines.logprobs import following
 from steer.engines.transformers.hooks import HookedModel
 from steer.model import HookPoint
+from steer.readouts.readers import Instruments
+from steer.readouts.readings import Readings, ReadSpan, RequestReadouts
 
 MOST_LOGITS = 1024
 """Rows of logits that are held at a time where all of a prompt are read: a large vocabulary makes
@@ -41,6 +43,32 @@ class PromptPass:
     logprobs: list[list[TokenLogprob]]
 
 
+@dataclass(frozen=True)
+class Read:
+    """What is read of each of several prompts, and with what."""
+
+    requests: Sequence[RequestReadouts | None]
+    tools: Instruments
+
+    @staticmethod
+    def of(requests: Sequence[RequestReadouts | None], tools: Instruments) -> Read | None:
+        """None where nothing is asked for."""
+        return Read(requests, tools) if any(one is not None for one in requests) else None
+
+    def readings(
+        self, prompts: Sequence[Sequence[int]], width: int, start: int, end: int
+    ) -> Readings | None:
+        """What columns `start` to `end` of the padded batch give."""
+        spans = []
+        for row, (request, prompt) in enumerate(zip(self.requests, prompts, strict=True)):
+            padding = width - len(prompt)
+            first = max(start, padding)
+            if request is not None and first < end:
+                offset = row * (end - start) + first - start
+                spans.append(ReadSpan(request, offset, first - padding, end - first))
+        return Readings.of(spans, self.tools)
+
+
 def run_prompts(
     hooked: HookedModel,
     tables: Tables,
@@ -54,6 +82,7 @@ def run_prompts(
     chunk: int | None = 512,
     shared: int = 0,
     tail: int | None = None,
+    read: Read | None = None,
 ) -> PromptPass:
     """Computes all prompts, each row with its own request's steering.
 
@@ -64,6 +93,8 @@ def run_prompts(
 
     With a `tail`, only the logits at the last `tail` + 1 positions of each row are computed and
     kept, and only the tokens that they predict have log-probabilities.
+
+    `read` says what is read of each prompt's tokens.
 
     The first `shared` tokens are computed once for all rows, and nothing of them is kept.
     Assumes: there every prompt is the same and none is steered; `chunk` is not None, and all
@@ -103,9 +134,11 @@ def run_prompts(
         # The first column of this pass whose logits are wanted.
         first = start if tail is None else max(start, min(width - tail - 1, end - 1))
         wanted = end - first if logits == "all" or logprobs is not None else 1
+        readings = None if read is None else read.readings(prompts, width, start, end)
         outputs, states = hooked.forward(
             step,
             points,
+            readings=readings,
             input_ids=torch.from_numpy(ids[:, start:end]).to(device),
             attention_mask=all_mask[:, :end],
             position_ids=torch.from_numpy(places[:, start:end]).to(device),
@@ -114,6 +147,8 @@ def run_prompts(
             logits_to_keep=last_columns(wanted, end - start, device),
             states_alone=logits == "none" and logprobs is None,
         )
+        if readings is not None:
+            readings.finish()
         kept_states.append(states)
         if logprobs is not None:
             for row, prompt in enumerate(prompts):

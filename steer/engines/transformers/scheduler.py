@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, TypeAlias, TypeVar
 
@@ -30,6 +30,7 @@ from steer.engines.transformers.sequences import (
     is_last,
 )
 from steer.errors import EngineError, SteerError
+from steer.readouts.readings import RequestReadouts
 
 Result = TypeVar("Result")
 
@@ -191,7 +192,8 @@ class Scheduler:
                 item()
 
     def _drop_cancelled(self) -> None:
-        for sequence in [s for s in self._batch.sequences if self._tickets[id(s)].cancelled]:
+        leaders = [s for s in self._batch.sequences if s.leads]
+        for sequence in [s for s in leaders if self._tickets[id(s)].cancelled]:
             self._batch.leave(sequence)
             del self._tickets[id(sequence)]
         if any(submission.cancelled for submission in self._waiting):
@@ -199,8 +201,10 @@ class Scheduler:
 
     def _admit(self, touched: dict[int, Listener]) -> None:
         newcomers: list[BatchSequence] = []
-        while self._waiting and len(newcomers) < self._batch.free and not self._stopping:
+        while self._waiting and not self._stopping:
             submission = self._waiting[0]
+            if len(newcomers) + _places(submission.request) > self._batch.free:
+                break
             plan = submission.request.plan
             if plan is not None and not self._batch.tables.can_acquire(plan):
                 self.figures.slot_waits += not submission.waited
@@ -208,7 +212,7 @@ class Scheduler:
                 break
             self._waiting.popleft()
             try:
-                newcomers.append(self._running(submission))
+                newcomers += self._running(submission).together
             except Exception as error:
                 _refuse(submission, failure_of(error))
         if newcomers:
@@ -227,7 +231,8 @@ class Scheduler:
             if id(sequence) in present or id(sequence) not in self._tickets:
                 continue
             if not sequence.tokens:
-                self._batch.give_back(sequence.steered)
+                for one in sequence.together:
+                    self._batch.give_back(one.steered)
             listener = self._tickets.pop(id(sequence)).listener
             listener.fail(failure_of(error))
             touched[id(listener)] = listener
@@ -250,7 +255,12 @@ class Scheduler:
             self._batch.take(request),
             sampler,
             min(request.sampling.max_tokens, room),
+            reads=None
+            if request.readouts is None
+            else RequestReadouts(request.readouts, len(request.prompt)),
         )
+        if _places(request) > 1:
+            sequence.followed(self._batch.take(replace(request, plan=None)))
         self._tickets[id(sequence)] = submission
         return sequence
 
@@ -270,10 +280,15 @@ class Scheduler:
             touched[id(submission.listener)] = submission.listener
 
     def _fail_batch(self, error: Exception, touched: dict[int, Listener]) -> None:
-        for sequence in self._batch.clear():
+        for sequence in (s for s in self._batch.clear() if s.leads):
             submission = self._tickets.pop(id(sequence))
             submission.listener.fail(failure_of(error))
             touched[id(submission.listener)] = submission.listener
+
+
+def _places(request: GenerationRequest) -> int:
+    """How many sequences of the batch a request is: one with a twin is two."""
+    return 2 if request.readouts is not None and request.readouts.kl else 1
 
 
 def _refuse(submission: Submission, error: SteerError) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -17,13 +17,19 @@ from steer.engines.base import (
     SamplingParams,
     TokenEvent,
     TokenLogprob,
+    TokenReadout,
 )
 from steer.engines.checks import not_finite
 from steer.engines.listeners import Item
+from steer.engines.readouts import ReadoutJoin
 from steer.engines.receipts import make_receipt
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.sampling import NO_TOKEN, Sampler, choose, logprobs
 from steer.errors import EngineError, SteerError
+from steer.plan.selection import trace_of
+from steer.readouts.measures import kl_divergence
+from steer.readouts.readers import Instruments
+from steer.readouts.readings import Readings, ReadSpan, RequestReadouts
 
 
 @dataclass
@@ -35,11 +41,47 @@ class BatchSequence:
     sampler: Sampler
     limit: int
     tokens: list[int] = field(default_factory=list)
+    reads: RequestReadouts | None = None
+    """What is read of it in a pass, where it asks."""
+    twin: BatchSequence | None = None
+    """The same tokens without its plan, beside it in every pass, where it asks how much its
+    steering changes (`kl`)."""
+    leads: bool = True
+    """Whether its tokens are chosen; a twin's are those of whom it follows."""
+    readouts: ReadoutJoin | None = None
+    """What was read and is not handed out yet."""
+
+    def __post_init__(self) -> None:
+        if self.reads is not None:
+            self.readouts = ReadoutJoin(self.reads)
+
+    def followed(self, steered: SteeredRequest) -> BatchSequence:
+        """Gives it its twin, which runs as `steered`."""
+        request = replace(self.request, plan=None, measure=False, readouts=None, stop=None)
+        self.twin = BatchSequence(
+            request, steered, self.sampler, self.limit, self.tokens, leads=False
+        )
+        return self.twin
 
     @property
     def fed(self) -> int:
         """Tokens the model has computed: the last one generated is never fed back."""
         return len(self.request.prompt) + len(self.tokens) - 1
+
+    @property
+    def together(self) -> list[BatchSequence]:
+        """Itself, and its twin where it has one."""
+        return [self] if self.twin is None else [self, self.twin]
+
+    def read(self, *, last: bool) -> tuple[TokenReadout, ...]:
+        """What was read of the tokens fed since it was last asked; `last`: nobody asks again."""
+        if self.readouts is None:
+            return ()
+        return tuple(self.readouts.take(self._token, self.fed, last=last))
+
+    def _token(self, position: int) -> int:
+        prompt = self.request.prompt
+        return prompt[position] if position < len(prompt) else self.tokens[position - len(prompt)]
 
     @property
     def fixed(self) -> bool:
@@ -63,6 +105,10 @@ class Batch(Protocol):
     hooked: HookedModel
     tables: Tables
     ledger: Ledger
+    instruments: Instruments
+    """What its requests' read-outs are made with."""
+    pairs: bool
+    """Whether two sequences that join together are in every pass together."""
     sequences: list[BatchSequence]
     rows: int
     eos: frozenset[int]
@@ -107,12 +153,17 @@ class RequestRows:
     """What every form of `Batch` has: places for `rows` sequences, and for as many captures beside
     a full batch, each with a slot and a ledger row."""
 
+    pairs = True
+
     def __init__(
         self, hooked: HookedModel, tables: Tables, *, rows: int, eos: frozenset[int]
     ) -> None:
         self.hooked, self.tables, self.rows, self.eos = hooked, tables, rows, eos
         self.sequences: list[BatchSequence] = []
         self.ledger = Ledger(2 * rows, tables.device)
+        self.instruments = Instruments(
+            hooked.device, self._unembed, vocab_size=hooked.info.vocab_size
+        )
         self._free_rows = list(range(2 * rows - 1, -1, -1))
 
     @property
@@ -122,10 +173,24 @@ class RequestRows:
 
     def take(self, request: GenerationRequest) -> SteeredRequest:
         """Takes a slot and a ledger row; raises `CapacityError` when all slots are in use."""
-        slot = 0 if request.plan is None else self.tables.acquire(request.plan)
+        plan, trace = request.plan, None
+        if plan is not None:
+            trace = trace_of(plan.selections, request.prompt, request.roles)
+        slot = 0 if plan is None else self.tables.acquire(plan)
         row = self._free_rows.pop()
         self.ledger.reset(row)
-        return SteeredRequest(row, len(request.prompt), request.plan, slot, request.measure)
+        return SteeredRequest(row, len(request.prompt), plan, slot, request.measure, trace)
+
+    def readings(self, spans: Sequence[ReadSpan]) -> Readings | None:
+        """What a pass over `spans` reads; None where nothing is asked for."""
+        return Readings.of(spans, self.instruments) if spans else None
+
+    def lend(self) -> None:
+        """Nothing to do: the model is left as it is."""
+
+    def _unembed(self, states: Tensor) -> Tensor:
+        self.lend()
+        return self.hooked.unembed(states)
 
     def give_back(self, steered: SteeredRequest) -> None:
         """Gives back what `take` took."""
@@ -140,8 +205,11 @@ def take_tokens(
     """Each sequence's next token, chosen from its row of float32 logits `[n, vocab]`, or the error
     that it ends with, of which its neighbours hear nothing.
 
-    The event of a sequence that ends here carries the reason and the receipt.
+    The event of a sequence that ends here carries the reason and the receipt. Twins are given the
+    tokens of those whom they follow, and are handed out to nobody.
     """
+    if any(s.twin is not None for s in sequences):
+        sequences, logits = _compared(sequences, logits)
     samplers = [s.sampler for s in sequences]
     chosen = choose(logits, samplers, [s.tokens for s in sequences])
     tokens = [one if isinstance(one, int) else NO_TOKEN for one in chosen]
@@ -156,6 +224,21 @@ def take_tokens(
         except Exception as error:
             items.append(failure_of(error))
     return list(zip(sequences, items, strict=True))
+
+
+def _compared(
+    sequences: Sequence[BatchSequence], logits: Tensor
+) -> tuple[list[BatchSequence], Tensor]:
+    """Those whose tokens are chosen, and their rows; notes how far these are from their twins'."""
+    row_of = {id(s): row for row, s in enumerate(sequences)}
+    pairs = [(s, s.twin) for s in sequences if s.twin is not None]
+    mine, theirs = ([row_of[id(s)] for s in side] for side in zip(*pairs, strict=True))
+    apart = kl_divergence(logits[mine], logits[theirs]).tolist()
+    for (sequence, _), kl in zip(pairs, apart, strict=True):
+        if sequence.readouts is not None:
+            sequence.readouts.chosen(sequence.fed + 1, kl)
+    leading = [row for row, s in enumerate(sequences) if s.leads]
+    return [sequences[row] for row in leading], logits[leading]
 
 
 def _taken(
@@ -177,7 +260,7 @@ def _taken(
     receipt = None
     if finish and plan is not None:
         receipt = make_receipt(sequence.steered, ledger, sequence.fed)
-    return TokenEvent(token, logprob, finish, receipt)
+    return TokenEvent(token, logprob, finish, receipt, sequence.read(last=finish is not None))
 
 
 def _ends(request: GenerationRequest, token: int, eos: frozenset[int]) -> bool:

@@ -5,11 +5,12 @@ What is read here is written by `worker/answers.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from steer.engines.base import (
@@ -74,6 +75,22 @@ def read_logprobs(answer: Mapping[str, Any]) -> list[TokenLogprob]:
         TokenLogprob(logprob, tuple((token, value) for token, value in top))
         for logprob, top in answer["logprobs"]
     ]
+
+
+def read_readouts(
+    answers: Iterable[Mapping[str, Any]], width: int
+) -> list[tuple[int, tuple[float, ...]]]:
+    """The rows of one request by position, from what each worker that ran it says: a number that
+    one has not got, because its layers lie elsewhere, another has. Raises `EngineError`."""
+    rows: dict[int, NDArray[np.float32]] = {}
+    for answer in answers:
+        if "error" in answer:
+            raise EngineError(str(answer["error"]), code=str(answer.get("code", "readouts_missed")))
+        numbers = np.frombuffer(answer["numbers"], dtype=np.float32).reshape(-1, width)
+        for position, row in zip(answer["positions"], numbers, strict=True):
+            known = rows.get(position)
+            rows[position] = row if known is None else np.where(np.isnan(known), row, known)
+    return [(position, tuple(rows[position].tolist())) for position in sorted(rows)]
 
 
 def put_on(output: Any, fed: int, answer: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from steer.batch.gates import Decisions
 from steer.engines.vllm.seams import replaced
+from steer.errors import Unsupported
 from steer.model import HookPoint, forward_order
 from steer.plan.plan import Gate, SteeringPlan
 
@@ -36,8 +37,16 @@ def own_part(plan: SteeringPlan, stage: OwnLayers) -> SteeringPlan:
     """`plan` as `stage` runs it; its rules keep their numbers.
 
     They lose the edits of other stages, and a gate that reads behind this one, whose rule has no
-    edits here.
+    edits here. Raises `Unsupported` (`read_on_another_stage`) for an edit here that reads there.
     """
+    for one in plan.rules:
+        for point, block in one.blocks.items():
+            if block.reads_at and stage.owns(point) and not stage.owns(block.reads_at):
+                raise Unsupported(
+                    f"the edit at {point} reads {block.reads_at}, which another stage of the "
+                    "pipeline computes: clamp a transcoder that reads inside its layer",
+                    code="read_on_another_stage",
+                )
     rules = tuple(
         replace(
             one,
@@ -124,6 +133,21 @@ def gathered_answers(engines: Sequence[Sequence[Answers]]) -> list[dict[int, dic
             for choice in dict.fromkeys(choice for one in found for choice in one)
         }
         for found in zip(*answers, strict=True)
+    ]
+
+
+def readout_answers(
+    engines: Sequence[Sequence[Answers]],
+) -> list[dict[int, list[Mapping[str, Any]]]]:
+    """For each request that `steer_readouts` was asked about, in order, what the workers that ran
+    each of its choices say."""
+    workers = [worker for engine in engines for worker in engine]
+    return [
+        {
+            choice: [worker[choice] for worker in request if choice in worker]
+            for choice in dict.fromkeys(choice for worker in request for choice in worker)
+        }
+        for request in zip(*workers, strict=True)
     ]
 
 

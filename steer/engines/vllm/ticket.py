@@ -14,22 +14,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 from steer.batch.tables import MAX_RULES
 from steer.errors import SpecError, SteerError
 from steer.model import HookPoint
 from steer.plan.file import selection_from_json, selection_to_json
 from steer.plan.selection import Selection
+from steer.prompts.roles import RoleRanges
+from steer.spec import ROLES
 
 EXTRA_ARG = "steer"
-_VERSION = 3
+_VERSION = 4
 _PLANS, _TICKETS = 1024, 256
 """How many plans' parts, and whole tickets, a process remembers."""
 _SHORT = 16_384
@@ -46,15 +45,26 @@ class CaptureOrder:
 
 
 @dataclass(frozen=True)
+class ReadoutOrder:
+    """What is read of the request's tokens while it runs: the hash of its `ReadoutPlan` in the plan
+    store, and whether tokens of the prompt are read, which then must be computed."""
+
+    plan: str
+    prompt: bool
+
+
+@dataclass(frozen=True)
 class Ticket:
     """How one request is steered and read.
 
     `key` names what the request leaves behind (receipt, captured states); `n` is the number of
     choices that share it. `plan` is the plan's hash in the plan store, None where the request is
     only read. `rows` is the number of edit rows that the plan takes in the tables, `latents` how
-    many of a TopK SAE it ranks for a token. `selections` has one entry per rule of the plan. With
+    many numbers kernels hold of a token for it (`SteeringPlan.latents`); a plan that is `graphless`
+    does what no kernel does. `selections` has one entry per rule of the plan. With
     `measure` the sizes of edits are measured; with `attached` the receipt comes on the engine's
-    last output where it can (`core/attached.py`).
+    last output where it can (`core/attached.py`). `roles` say whose words the prompt is, where the
+    plan asks. Texts in `selections` are only named: what they do to tokens stands in the plan.
     """
 
     key: str
@@ -66,22 +76,34 @@ class Ticket:
     measure: bool = False
     attached: bool = False
     latents: int = 0
+    roles: RoleRanges | None = None
+    graphless: bool = False
     capture: CaptureOrder | None = field(default=None, compare=False)
+    readouts: ReadoutOrder | None = field(default=None, compare=False)
 
     def as_extra_args(self) -> dict[str, str]:
         """The entry of `SamplingParams.extra_args`, or of `vllm_xargs`."""
         content: dict[str, Any] = {"v": _VERSION, "key": self.key, "n": self.n}
         if self.plan is not None:
             steering = _Steering(
-                self.fingerprint, self.plan, self.rows, self.selections, self.latents
+                self.fingerprint,
+                self.plan,
+                self.rows,
+                self.selections,
+                self.latents,
+                self.graphless,
             )
             content |= {"steering": _written(steering), "measure": self.measure}
             content |= {"attached": True} if self.attached else {}
+            if self.roles is not None:
+                content["roles"] = [self.roles.length, self.roles.ranges]
         if self.capture is not None:
             content["capture"] = {
                 "points": [[point.layer, point.site] for point in self.capture.points],
                 "positions": list(self.capture.positions),
             }
+        if self.readouts is not None:
+            content["readouts"] = [self.readouts.plan, self.readouts.prompt]
         return {EXTRA_ARG: json.dumps(content, separators=(",", ":"), sort_keys=True)}
 
     @staticmethod
@@ -102,20 +124,26 @@ class Ticket:
                 code="invalid_ticket",
             ) from error
 
-    def selected(
-        self, positions: NDArray[np.int64], prompt_length: int, tokens: NDArray[np.int64]
-    ) -> NDArray[np.uint8]:
-        """Which rules select each token, as bits `[T]`: rule n is bit n."""
-        bits = np.zeros(len(positions), dtype=np.uint8)
-        for number, selection in enumerate(self.selections):
-            chosen = selection.mask(positions, prompt_length, tokens)
-            bits |= chosen.astype(np.uint8) << np.uint8(number)
-        return bits
+    @property
+    def computes_prompt(self) -> bool:
+        """Whether every token of the prompt must be computed: states that come from the prefix
+        cache are never seen."""
+        return self.capture is not None or (self.readouts is not None and self.readouts.prompt)
 
     @cached_property
     def reads_tokens(self) -> bool:
         """Whether which tokens it selects depends on their ids."""
         return any(selection.reads_tokens for selection in self.selections)
+
+    @cached_property
+    def reads_texts(self) -> bool:
+        """Whether it depends on texts, so that the plan is needed to say which."""
+        return any(selection.automata for selection in self.selections)
+
+    @cached_property
+    def reads_roles(self) -> bool:
+        """Whether it depends on whose words tokens are."""
+        return any(selection.reads_roles for selection in self.selections)
 
 
 class _Steering(NamedTuple):
@@ -126,6 +154,7 @@ class _Steering(NamedTuple):
     rows: int = 0
     selections: tuple[Selection, ...] = ()
     latents: int = 0
+    graphless: bool = False
 
 
 @lru_cache(_PLANS)
@@ -146,8 +175,16 @@ def _steering(text: str) -> _Steering:
     if len(selections) > MAX_RULES:
         raise ValueError(f"{len(selections)} rules")
     fingerprint, rows = content.get("fingerprint", ""), content.get("rows", 0)
-    latents = int(content.get("latents", 0))
-    return _Steering(str(fingerprint), plan, int(rows), selections, latents)
+    latents, graphless = int(content.get("latents", 0)), bool(content.get("graphless", False))
+    return _Steering(str(fingerprint), plan, int(rows), selections, latents, graphless)
+
+
+def _roles(length: int, spans: Sequence[Sequence[Any]]) -> RoleRanges:
+    found = tuple((int(start), int(end), role) for start, end, role in spans)
+    for start, end, role in found:
+        if not 0 <= start < end <= length or role not in ROLES:
+            raise ValueError(f"roles {(start, end, role)!r} of {length} tokens")
+    return RoleRanges(int(length), found)
 
 
 @lru_cache(_TICKETS)
@@ -160,12 +197,21 @@ def _read(text: str) -> Ticket:
     if order is not None:
         points = tuple(HookPoint(int(layer), site) for layer, site in order["points"])
         capture = CaptureOrder(points, tuple(int(position) for position in order["positions"]))
+    readouts = None
+    if "readouts" in content:
+        sha256, prompt = content["readouts"]
+        if not _SHA256.fullmatch(sha256):
+            raise ValueError(f"read-outs {sha256!r}")
+        readouts = ReadoutOrder(sha256, bool(prompt))
     steering = _steering(content["steering"]) if "steering" in content else _Steering()
+    roles = content.get("roles")
     return Ticket(
         str(content["key"]),
         int(content["n"]),
         **steering._asdict(),
         measure=bool(content.get("measure", False)),
         attached=bool(content.get("attached", False)),
+        roles=None if roles is None else _roles(*roles),
         capture=capture,
+        readouts=readouts,
     )

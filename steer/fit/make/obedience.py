@@ -24,8 +24,8 @@ from steer.errors import SteerError
 from steer.fit.make.asking import Asked, Tokens
 from steer.fit.make.soundness import Soundness
 from steer.fit.measure.answers import Answer
-from steer.fit.measure.divergence import kl_divergence
 from steer.fit.measure.scoring import AnswerScorer, Score, Scorer
+from steer.readouts.measures import kl_divergence
 
 MIN_OBEDIENCE = 0.7
 """How often an answer of the told model has to have the greater gain; .5 is chance."""

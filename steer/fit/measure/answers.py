@@ -10,6 +10,7 @@ from steer.engines.base import Completion, Engine, GenerationRequest, SamplingPa
 from steer.fit.measure.scoring import AnswerScorer, Score, Scorer
 from steer.plan.plan import SteeringPlan
 from steer.prompts import Prompt, answer_text, render
+from steer.prompts.rendering import rendered_roles
 
 Progress: TypeAlias = Callable[[int], None]
 
@@ -53,6 +54,20 @@ class Measured:
     examples: tuple[str, ...] = ()
 
 
+def _request(
+    engine: Engine,
+    name: str,
+    prompt: Prompt,
+    plan: SteeringPlan | None,
+    sampling: SamplingParams,
+) -> GenerationRequest:
+    roles = None
+    if plan is not None and plan.reads_roles:
+        roles = rendered_roles(engine.tokenizer, prompt)
+    tokens = tuple(render(engine.tokenizer, prompt))
+    return GenerationRequest(name, tokens, sampling, plan, roles=roles)
+
+
 def answers_under(
     engine: Engine,
     prompts: Sequence[Sequence[Prompt]],
@@ -70,9 +85,9 @@ def answers_under(
     for log-probabilities (`logprobs=0`), or there are no losses.
     """
     requests = [
-        GenerationRequest(f"answer-{row}-{column}", tokens, sampling, plan)
+        _request(engine, f"answer-{row}-{column}", prompt, plan, sampling)
         for row, (plan, asked) in enumerate(zip(plans, prompts, strict=True))
-        for column, tokens in enumerate(tuple(render(engine.tokenizer, one)) for one in asked)
+        for column, prompt in enumerate(asked)
     ]
     completions: list[Completion] = []
     for first in range(0, len(requests), group):

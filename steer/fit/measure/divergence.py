@@ -22,6 +22,7 @@ from steer.engines.journal import remembered
 from steer.errors import Unsupported
 from steer.fit.measure.answers import Answer, Progress
 from steer.plan.plan import SteeringPlan
+from steer.readouts.measures import kl_divergence, log_total
 
 BATCH = 8
 """Texts read at once. It bounds memory: 2 · batch · tokens · vocabulary floats."""
@@ -46,6 +47,15 @@ class Distributions(NamedTuple):
     @property
     def bytes(self) -> int:
         return sum(part.numel() * part.element_size() for part in self)
+
+
+class TokenChanges(NamedTuple):
+    """Of every plan, the mean change of each token's log-probability in nats, and its mean
+    probability; `before` is the mean probability without a plan. All float64."""
+
+    change: Float[Tensor, "plans vocab"]
+    probability: Float[Tensor, "plans vocab"]
+    before: Float[Tensor, " vocab"]
 
 
 class References:
@@ -97,6 +107,27 @@ class References:
             if progress is not None:
                 progress(len(group))
         return found
+
+    def token_changes(self, plans: Sequence[SteeringPlan]) -> TokenChanges:
+        """What each plan does to every token of the vocabulary, averaged over all distributions of
+        all answers. Raises as `divergences`."""
+        vocabulary = self._engine.info.vocab_size
+        change = torch.zeros(len(plans), vocabulary, dtype=torch.float64)
+        probability = torch.zeros(len(plans), vocabulary, dtype=torch.float64)
+        before = torch.zeros(vocabulary, dtype=torch.float64)
+        count = sum(len(one.tokens) + 1 for one in self.answers)
+        for column in range(len(self.answers)):
+            plain = self._unsteered([column])[column].logits.double().log_softmax(-1)
+            before += plain.exp().sum(0) / count
+            for start in range(0, len(plans), self._batch):
+                together = plans[start : start + self._batch]
+                for row, logits in enumerate(self._read([(plan, column) for plan in together])):
+                    steered = logits.double().log_softmax(-1)
+                    # What both rule out has no change, and not one that is no number.
+                    apart = (steered - plain).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+                    change[start + row] += apart.sum(0) / count
+                    probability[start + row] += steered.exp().sum(0) / count
+        return TokenChanges(change, probability, before)
 
     def _group(self, plans: Sequence[SteeringPlan], group: range) -> Float[Tensor, "plans answers"]:
         """The divergences on a few answers, `batch` texts at once."""
@@ -153,42 +184,6 @@ def divergences(
 ) -> Float[Tensor, "plans answers"]:
     """`References.divergences`, for answers that are needed once."""
     return References(engine, answers, batch=batch, room=0).divergences(plans, progress=progress)
-
-
-def kl_divergence(
-    logits: Float[Tensor, "T vocab"],
-    reference: Float[Tensor, "T vocab"],
-    *,
-    reference_total: Float[Tensor, " T"] | None = None,
-) -> Float[Tensor, " T"]:
-    """KL(p ‖ q) in nats, p and q the softmax of `logits` and `reference`; exact in float64.
-
-    `reference_total` is `log_total(reference)`, for those who hold much against one reference.
-    Σ p·(a − b) − log Σeᵃ + log Σeᵇ for logits a and b: one exponential for each number of p.
-    """
-    weights, total = _weighed(logits)
-    apart = logits.double() - reference.double()
-    # 0 · log 0 is 0: a token that p rules out adds nothing, whatever q says.
-    apart.masked_fill_(weights == 0, 0.0)
-    mean = torch.einsum("tv,tv->t", weights, apart) / weights.sum(-1)
-    of_reference = log_total(reference) if reference_total is None else reference_total
-    divergence: Tensor = mean - total + of_reference
-    return divergence.clamp(min=0.0)
-
-
-def log_total(logits: Float[Tensor, "T vocab"]) -> Float[Tensor, " T"]:
-    """log Σ exp of each row, in float64."""
-    return _weighed(logits)[1]
-
-
-def _weighed(
-    logits: Float[Tensor, "T vocab"],
-) -> tuple[Float[Tensor, "T vocab"], Float[Tensor, " T"]]:
-    """exp of each logit less the row's largest, and log Σ exp of the row, in float64."""
-    rows = logits.double()
-    top = rows.amax(-1, keepdim=True)
-    weights = (rows - top).exp_()
-    return weights, weights.sum(-1).log() + top.squeeze(-1)
 
 
 def anchored(plan: SteeringPlan, prompt_length: int) -> SteeringPlan:

@@ -1,16 +1,23 @@
-"""Jobs about the features of an SAE: surveys, and contrasts of two sets of texts."""
+"""Jobs about the features of an SAE: what they do on texts, and to what the model says."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from steer.engines.base import Engine
-from steer.fit.requests.features import ContrastRequest, FeaturesRequest, SurveyRequest
+from steer.fit.requests.features.effect import EffectRequest
+from steer.fit.requests.features.labels import LabelRequest
+from steer.fit.requests.features.request import SAERequest
+from steer.fit.requests.features.score import ScoreRequest
+from steer.fit.requests.features.suggest import SuggestRequest
+from steer.fit.requests.features.texts import ContrastRequest, FeaturesRequest, SurveyRequest
+from steer.fit.requests.features.trust import TrustRequest
+from steer.fit.requests.inline import count
 from steer.jobs.kinds.kind import JobContext, JobKind
 from steer.registry.registry import Registry
 
 
-def _check(engine: Engine, registry: Registry, request: FeaturesRequest) -> None:
+def _check(engine: Engine, registry: Registry, request: SAERequest) -> None:
     request.check(engine, registry)
 
 
@@ -31,6 +38,36 @@ def _contrast(context: JobContext, request: ContrastRequest) -> dict[str, Any]:
     return request.run(context.engine, context.registry, progress=progress).model_dump()
 
 
+def _effect(context: JobContext, request: EffectRequest) -> dict[str, Any]:
+    progress = context.counter(request.work(), "directions")
+    found = request.run(context.engine, context.registry, progress=progress)
+    return {"features": [one.model_dump() for one in found]}
+
+
+def _labels(context: JobContext, request: LabelRequest) -> dict[str, Any]:
+    return request.run(context.registry).model_dump()
+
+
+def _score(context: JobContext, request: ScoreRequest) -> dict[str, Any]:
+    progress = context.counter(request.work(context.engine), "answers")
+    return request.run(context.engine, context.registry, progress=progress).model_dump()
+
+
+def _trust(context: JobContext, request: TrustRequest) -> dict[str, Any]:
+    progress = context.counter(request.work(context.registry), "texts")
+    found = request.run(context.engine, context.registry, progress=progress)
+    return {"concepts": [one.model_dump() for one in found]}
+
+
+def _suggest(context: JobContext, request: SuggestRequest) -> dict[str, Any]:
+    progress = context.counter(request.work(context.engine), "answers")
+    return request.run(context.engine, context.registry, progress=progress).model_dump()
+
+
+def _questions(request: EffectRequest | ScoreRequest | SuggestRequest) -> dict[str, Any]:
+    return {} if request.prompts is None else {"prompts": len(request.prompts)}
+
+
 SURVEY = JobKind(
     name="sae/survey",
     params=SurveyRequest,
@@ -49,5 +86,56 @@ CONTRAST = JobKind(
     summary="Finds the features of an SAE that tell two sets of texts apart.",
     data=frozenset(ContrastRequest.data),
     shown=_shown,
+    repeatable=True,  # it only reads
+)
+EFFECT = JobKind(
+    name="sae/effect",
+    params=EffectRequest,
+    run=_effect,
+    check=_check,
+    summary="Measures whether features cause what the model says, beside directions of chance.",
+    data=frozenset({"prompts"}),
+    shown=_questions,
+    repeatable=True,  # the same finding again takes the first one's place
+)
+LABELS = JobKind(
+    name="sae/labels",
+    params=LabelRequest,
+    run=_labels,
+    check=_check,
+    summary="Makes labels of features from what a survey saw, and keeps them beside the SAE.",
+    data=frozenset({"features"}),
+    shown=lambda one: {} if one.features is None else {"features": len(one.features)},
+    repeatable=True,  # the same labels again take the first ones' place
+    any_model=True,  # the survey has read what is needed
+)
+SCORE = JobKind(
+    name="sae/score",
+    params=ScoreRequest,
+    run=_score,
+    check=_check,
+    summary="Scores the labels of features: what they predict, and what raising the features does.",
+    data=frozenset({"prompts"}),
+    shown=_questions,
+    repeatable=True,  # the same scores again take the first ones' place
+)
+TRUST = JobKind(
+    name="sae/trust",
+    params=TrustRequest,
+    run=_trust,
+    check=_check,
+    summary="Measures how purely features stand for the labels of texts: FMS and absorption.",
+    data=frozenset({"texts", "data"}),
+    shown=lambda request: {"texts": count(request.texts, request.data)},
+    repeatable=True,  # the same finding again takes the first one's place
+)
+SUGGEST = JobKind(
+    name="sae/suggest",
+    params=SuggestRequest,
+    run=_suggest,
+    check=_check,
+    summary="Finds the features that do what a sentence asks for, with specs that clamp them.",
+    data=frozenset({"prompts"}),
+    shown=_questions,
     repeatable=True,  # it only reads
 )

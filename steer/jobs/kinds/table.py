@@ -11,7 +11,7 @@ from steer.fit.requests.table import FIT_REQUESTS
 from steer.formats.hub import MAX_BYTES, fetch, parse_hub_ref
 from steer.jobs.kinds.calibrate import CALIBRATE
 from steer.jobs.kinds.evaluate import evaluate_kind
-from steer.jobs.kinds.features import CONTRAST, SURVEY
+from steer.jobs.kinds.features import CONTRAST, EFFECT, LABELS, SCORE, SUGGEST, SURVEY, TRUST
 from steer.jobs.kinds.fit import fit_kind
 from steer.jobs.kinds.importing import Download, Fetch, import_kind
 from steer.jobs.kinds.kind import JobKind, JobKinds, Report
@@ -48,6 +48,11 @@ def builtin_kinds(
         SURVEY,
         CONTRAST,
         TRAIN,
+        EFFECT,
+        LABELS,
+        SCORE,
+        SUGGEST,
+        TRUST,
         import_kind(fetchers),
     )
     return MappingProxyType({kind.name: kind for kind in kinds})

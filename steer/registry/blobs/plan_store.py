@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from os import utime
 from pathlib import Path
+from typing import IO, TypeVar
 
-from torch import Tensor
-
+from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
 from steer.errors import SteerError, StorageError, TooLarge
 from steer.registry.blobs import locks
@@ -38,9 +38,11 @@ _CACHE_BYTES = 1 << 30
 _REMEMBERED = 65_536
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
+Held = TypeVar("Held")
+
 
 class PlanStore:
-    """Plans and SAE encoders under `location`, a folder or any URL that fsspec opens.
+    """Plans and SAEs under `location`, a folder or any URL that fsspec opens.
 
     Assumes: the registry whose SAEs the plans name is at the same `location`.
     Guarantees: a plan appears whole or not at all; every method may be called from any thread,
@@ -64,7 +66,7 @@ class PlanStore:
         self._clock = clock
         self._used: OrderedDict[str, float] = OrderedDict()
         self._lock = threading.Lock()
-        self._encoders: LoadedCache[str, tuple[Tensor, Tensor]] = LoadedCache(cache_bytes)
+        self._saes: LoadedCache[str, SAE] = LoadedCache(cache_bytes)
 
     def put(self, data: bytes) -> str:
         """Stores a plan's bytes, unless they are here; their sha256.
@@ -99,25 +101,35 @@ class PlanStore:
                 self._touch(sha256)
         return data
 
-    def sae_encoder(self, sha256: str) -> tuple[Tensor, Tensor]:
-        """Read rows `[d_sae, d]` and biases `[d_sae]` of all latents of a registered SAE.
+    def sae(self, sha256: str) -> SAE:
+        """A registered SAE, whose rows stay in its file where there are many.
 
-        Kept in memory, the least recently used dropped over `cache_bytes` of them; the tensors are
+        Kept open, the least recently used dropped over `cache_bytes` of what lies in memory; it is
         shared and must not be changed. Raises `StorageError` for a hash that is not
         here, `FileFormatError` for one that is no SAE's.
         """
-        _check_hash(sha256)
+        self._lease(sha256)  # also for one that is held already
+        return self._saes.get(
+            sha256,
+            SAE.resident_bytes,
+            lambda: self._read(
+                sha256, lambda stream: SAE.from_file(stream, sha256=sha256), "reading an SAE"
+            ),
+        )
 
+    def lens(self, sha256: str) -> Lens:
+        """A registered tuned lens. Raises as `sae` does."""
+        self._lease(sha256)
+        return self._read(sha256, lambda stream: Lens.from_bytes(stream.read()), "reading a lens")
+
+    def _lease(self, sha256: str) -> None:
         # Those who put the plan have leased it already; a worker that only reads need not.
+        _check_hash(sha256)
         self._leases.take(sha256)
 
-        def load() -> tuple[Tensor, Tensor]:
-            with self._blobs.open(sha256) as stream:
-                reads = SAE.from_file(stream, sha256=sha256).reads(None)
-            return reads.read, reads.bias
-
-        with disk_errors("reading an SAE"):
-            return self._encoders.get(sha256, lambda rows: sum(map(_nbytes, rows)), load)
+    def _read(self, sha256: str, read: Callable[[IO[bytes]], Held], doing: str) -> Held:
+        with disk_errors(doing), self._blobs.open(sha256) as stream:
+            return read(stream)
 
     def prune(self, older_than_seconds: float, now: float | None = None) -> int:
         """Removes plans last used more than `older_than_seconds` before `now`; how many.
@@ -223,10 +235,6 @@ class PlanStore:
 def _check_hash(sha256: str) -> None:
     if not _SHA256.fullmatch(sha256):
         raise StorageError(f"{sha256!r} is not a sha256 in 64 hex digits", code="invalid_hash")
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.nbytes
 
 
 def _lock_file(folder: Path) -> Path:

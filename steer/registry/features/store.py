@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Collection, Mapping
 from functools import partial
@@ -89,13 +90,15 @@ class SurveyStore:
                 self._fs.rm_file(self._partial(key))
 
     def prune(self, kept: Collection[str]) -> int:
-        """Removes the surveys of SAEs whose hashes are not `kept`; how many."""
+        """Removes what lies beside SAEs whose hashes are not `kept`: surveys, checkpoints,
+        findings, labels. How many files."""
         self._fs.invalidate_cache()
         with store_errors("listing surveys"):
             if not self._fs.exists(self._root):
                 return 0
             paths: list[Any] = self._fs.find(self._root)
-            old = [path for path in paths if Path(str(path)).stem not in kept]
+            # What lies beside an SAE begins with its hash: a survey, a checkpoint, a folder.
+            old = [path for path in paths if self._sae_of(str(path)) not in kept]
             for path in old:
                 self._fs.rm_file(path)
         return len(old)
@@ -118,6 +121,11 @@ class SurveyStore:
                     self._fs.put_file(str(staged), target)
             finally:
                 staged.unlink(missing_ok=True)
+
+    def _sae_of(self, path: str) -> str:
+        """The hash that a file's path begins with."""
+        inside = path.partition(self._root.strip("/") + "/")[2]
+        return re.split(r"[/.-]", inside, maxsplit=1)[0]
 
     def _path(self, sae: str) -> str:
         return f"{self._root}/{sae}.safetensors"

@@ -32,6 +32,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "generation": {"interventions": [ADD], "where": {"phases": ["generation"]}},
     "prompt": {"interventions": [ADD], "where": {"phases": ["prompt"]}},
     "window": {"interventions": [ADD], "where": {"positions": [[-2, 14]]}},
+    "schedule": {"interventions": [ADD], "where": {"every": {"nth": 2, "first": 7}}},
     "tokens": {"interventions": [ADD], "where": {"tokens": list(range(0, VOCABULARY, 2))}},
     "prompt gate": {
         "interventions": [{**ADD, "layers": [1]}],
@@ -226,3 +227,20 @@ def test_a_concept_is_read_as_the_engine_reads_it(tiny_model: TinyModel) -> None
         logits = model(input_ids=torch.tensor([prompt])).logits[0]
     assert wanted is not None
     torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("where", "code"),
+    [({"after": ["a"]}, "texts_unsupported"), ({"roles": ["user"]}, "roles_unsupported")],
+)
+def test_what_stands_before_a_row_is_not_followed(
+    tiny_model: TinyModel, where: dict[str, Any], code: str
+) -> None:
+    """Rows of somebody else's loop may change places (beams): nobody can say what one has read."""
+    spec = {"interventions": [ADD], "where": where}
+    with (
+        pytest.raises(SteerError) as caught,
+        steer.attach(tiny_model("llama"), spec, vectors=VECTORS),
+    ):
+        pass
+    assert caught.value.code == code

@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import demo_specs
-from artefacts import random_adapter, random_map, random_sae, random_vector, rectified_adapter
+from artefacts import (
+    random_adapter,
+    random_map,
+    random_sae,
+    random_transcoder,
+    random_vector,
+    rectified_adapter,
+)
 
 from steer.artefacts.library import MemoryLibrary
 from steer.model import INNER_SITES, Capabilities, ModelInfo
@@ -26,6 +33,13 @@ SAES = {
     for site, width in WIDTHS.items()
     for kind in ("jumprelu", "topk")
 }
+SAES |= {
+    f"transcoder-{kind}": random_transcoder(kind, seed=51, width=demo_specs.WIDTH, layer=2)
+    for kind in ("jumprelu", "topk", "groupmax-centred")
+}
+SAES["mlp_in-pursuit"] = random_sae(
+    "matching_pursuit", seed=52, width=demo_specs.WIDTH, layer=3, site="mlp_in"
+)
 LOW_RANKS = {
     name: adapter
     for site, width in WIDTHS.items()
@@ -88,7 +102,32 @@ def _specs(site: Site) -> dict[str, dict[str, Any]]:
     }
 
 
+def _clamps_of_an_mlp() -> dict[str, dict[str, Any]]:
+    """Clamps that read what an MLP reads: of transcoders, whose output is that of the MLP, and of
+    an SAE whose features are found one after another."""
+    item = {"kind": "clamp", "features": [2, 7, 30], "value": 3.0}
+    where = {"positions": [[1, None]]}
+    return {
+        "a transcoder": demo_specs.one({**item, "sae": "transcoder-jumprelu"}),
+        "a transcoder that competes": demo_specs.one(
+            {**item, "sae": "transcoder-topk", "mode": "at_least"}, where=where
+        ),
+        "a transcoder of groups": demo_specs.one(
+            {**item, "sae": "transcoder-groupmax-centred", "only_if_active": True}
+        ),
+        "a transcoder beside the stream": {
+            "interventions": [
+                demo_specs.add("v1", layers=[2]),
+                {**item, "sae": "transcoder-jumprelu", "value": 0.0},
+                {"kind": "ablate", "vector": "mlp_in-0", "layers": [2]},
+            ]
+        },
+        "a pursuit": demo_specs.one({**item, "sae": "mlp_in-pursuit", "k": 4}),
+    }
+
+
 SPECS = {f"{name} at {site}": spec for site in INNER_SITES for name, spec in _specs(site).items()}
+SPECS |= {f"{name} at mlp_in": spec for name, spec in _clamps_of_an_mlp().items()}
 
 
 def register(registry: Registry) -> None:

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import demo_specs
-import inner_specs
 import torch
 import vllm_engine
 from artefacts import random_vector
+from vllm_engine import Plans
 
 from steer.engines.base import (
     CaptureRequest,
@@ -57,8 +57,6 @@ CAPTURED = (
 PROMPT = tuple(random.Random(4).randrange(3, demo_specs.VOCABULARY) for _ in range(40))
 PROMPTS = ((5, 9, 200, 31), tuple(range(40, 75)), (7,))
 
-Plans = Mapping[str, SteeringPlan | None]
-
 
 def late_vector() -> Any:
     """The vector that is uploaded while requests run."""
@@ -67,7 +65,7 @@ def late_vector() -> Any:
 
 def sample(plans: Plans) -> list[GenerationRequest]:
     """Two greedy requests for each spec, in a mixed order."""
-    return demo_specs.requests_for(dict(plans), 2 * len(plans), seed=11)
+    return demo_specs.requests_for(plans, 2 * len(plans), seed=11)
 
 
 def same_request(plan: SteeringPlan | None, name: str, tokens: int = 12) -> GenerationRequest:
@@ -99,11 +97,6 @@ def capture_all(engine: Engine, plans: Plans) -> dict[str, torch.Tensor]:
     return found
 
 
-def _compiled(engine: VllmEngine) -> Plans:
-    stream = demo_specs.compiled(PlanCache(demo_specs.LIBRARY, engine.info, engine.capabilities))
-    return stream | inner_specs.compiled(engine.info, engine.capabilities)
-
-
 def _run(engine: VllmEngine, plans: Plans, job: Mapping[str, Any]) -> dict[str, Any]:
     requests = sample(plans)
     done = engine.complete(requests)
@@ -130,7 +123,7 @@ def _error(engine: VllmEngine, request: GenerationRequest) -> str:
 def load(job: Mapping[str, Any]) -> dict[str, Any]:
     """An engine as a library: `VllmEngine.load`, whose core runs in a process of its own."""
     with VllmEngine.load(registry=job["registry"], **job["options"]) as engine:
-        return _run(engine, _compiled(engine), job)
+        return _run(engine, vllm_engine.plans_for(engine), job)
 
 
 async def client(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,7 +134,7 @@ async def client(job: Mapping[str, Any]) -> dict[str, Any]:
     os.environ["STEER_REGISTRY"] = job["registry"]
     server = _start_client(job["options"])
     engine = await VllmEngine.of_client(server, None)
-    plans = _compiled(engine)
+    plans = vllm_engine.plans_for(engine)
     result = await asyncio.to_thread(_run, engine, plans, job)
     result["late"] = await _upload_while_running(engine, plans, job["registry"])
 

@@ -161,6 +161,7 @@ def random_request(draw: random.Random, number: int, plan: SteeringPlan) -> Requ
         selections=plan.selections,
         measure=draw.random() < 0.3,
         latents=plan.latents,
+        graphless=plan.graphless,
     )
     return Request(ticket.key, tokens, length, ticket)
 

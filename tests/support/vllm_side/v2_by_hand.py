@@ -150,6 +150,7 @@ class ByHand:
                 plan=sha256,
                 selections=chosen,
                 latents=plan.latents,
+                graphless=plan.graphless,
             )
         self.known[name] = Known(name, list(tokens), prompt_length, plan, ticket)
         return self.known[name]

@@ -1,18 +1,18 @@
 """One suite for both engines: the same model, specs and prompts on transformers and on vLLM.
 
 A test file imports everything from here and gives the fixture `engine`, and `closed` where its
-engine does not open all sites.
+engine does not open all sites; the others are those of `tests/vllm/conftest.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import demo_specs
-import inner_specs
 import pytest
 import torch
 import vllm_engine
+from vllm_engine import Plans
 
 from steer.engines.base import CaptureRequest, Completion, Engine, GenerationRequest
 from steer.engines.listeners import BlockingListener
@@ -21,28 +21,13 @@ from steer.engines.vllm.front.engine import VllmEngine
 from steer.errors import NotFinite, SteerError
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
-from steer.plan.plan import SteeringPlan
 from steer.spec import KINDS, SITES, Site, parse_spec
-
-Plans = dict[str, SteeringPlan | None]
-
-
-@pytest.fixture(scope="module")
-def reference() -> Iterator[TransformersEngine]:
-    with TransformersEngine.load(vllm_engine.DEMO_MODEL, name="steer-demo") as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
 def closed() -> frozenset[Site]:
     """The sites that the engine was not told to open."""
     return frozenset()
-
-
-@pytest.fixture(scope="module")
-def plans(engine: VllmEngine) -> Plans:
-    cache = PlanCache(demo_specs.LIBRARY, engine.info, engine.capabilities)
-    return demo_specs.compiled(cache) | inner_specs.compiled(engine.info, engine.capabilities)
 
 
 def assert_same(mine: Completion, other: Completion, name: str) -> None:
@@ -93,6 +78,8 @@ def test_every_state_and_logit_is_the_same(
         "low rank at head_out",
         "channels at mlp_act",
         "ablate at attn_in",
+        "a transcoder that competes at mlp_in",
+        "a pursuit at mlp_in",
     ):
         if name.endswith(tuple(f" at {site}" for site in closed)):
             continue

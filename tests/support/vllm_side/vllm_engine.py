@@ -28,9 +28,18 @@ ENVIRONMENT = {
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
+import demo_specs  # noqa: E402
+import inner_specs  # noqa: E402
 from steer_vectors import LIBRARY  # noqa: E402
 
+from steer.engines.base import Engine  # noqa: E402
 from steer.engines.vllm.front.engine import VllmEngine  # noqa: E402
+from steer.plan.cache import PlanCache  # noqa: E402
+from steer.plan.plan import SteeringPlan  # noqa: E402
+from steer.registry.registry import Registry  # noqa: E402
+
+Plans = dict[str, SteeringPlan | None]
+"""Plans by the name of their spec; None is unsteered."""
 
 DEMO_MODEL = LIBRARY / "demo" / "model"
 
@@ -53,6 +62,24 @@ ALL_SITES: dict[str, Any] = {"additional_config": {"steer": {"sites": "all"}}}
 def start_engine(registry: Path, **options: Any) -> VllmEngine:
     """vLLM with steering over the demo model; `options` are vLLM's."""
     return VllmEngine.load(registry=registry, **(OPTIONS | options))
+
+
+def fill_registry(folder: Path) -> None:
+    """Puts the artefacts there that the specs of `demo_specs` and `inner_specs` name."""
+    with Registry.open(folder) as registry:
+        demo_specs.register(registry)
+        inner_specs.register(registry)
+
+
+def plans_for(engine: Engine) -> Plans:
+    """All those specs as plans, but for those at a site that `engine` does not have."""
+    stream = demo_specs.compiled(PlanCache(demo_specs.LIBRARY, engine.info, engine.capabilities))
+    return stream | inner_specs.compiled(engine.info, engine.capabilities)
+
+
+def plans_with_spans(engine: Engine) -> Plans:
+    """Those, and the specs that select by texts, roles and number."""
+    return plans_for(engine) | demo_specs.span_plans(engine.info, engine.capabilities)
 
 
 def plain(receipt: Mapping[str, Any] | None) -> dict[str, Any] | None:

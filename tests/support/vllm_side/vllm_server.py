@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import httpx
 from liveness import LIVENESS_SECONDS, VLLM_BOUNDS
+from prometheus_client.parser import text_string_to_metric_families
 
 OPTIONS = (
     "enforce_eager=true",
@@ -60,6 +62,16 @@ def running_server(registry: Path, *arguments: str, **environment: str) -> Itera
         yield f"http://127.0.0.1:{port}"
     finally:
         _stop(process)
+
+
+def per_engine(http: httpx.Client, name: str) -> dict[str, float]:
+    """A figure of vLLM's own, by engine."""
+    return {
+        sample.labels["engine"]: sample.value
+        for family in text_string_to_metric_families(http.get("/metrics").text)
+        for sample in family.samples
+        if sample.name == name
+    }
 
 
 class _Log:

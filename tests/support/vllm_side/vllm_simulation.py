@@ -1,4 +1,4 @@
-"""Many clients of one small vLLM engine: what they send, what came of it, what it should be.
+"""A crowd on one small vLLM engine: what came of it, what it should be, and what vLLM did.
 
 Import this module before vllm, as `vllm_engine`.
 """
@@ -6,162 +6,34 @@ Import this module before vllm, as `vllm_engine`.
 from __future__ import annotations
 
 import asyncio
-import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import demo_specs
-from float64_reference import chosen
+import torch
+from float64_reference import Seen, chosen
 from liveness import LIVENESS_SECONDS
-from vllm_engine import plain
+from vllm_crowd import Crowd, Habits, Outcome, calls, serve
+from vllm_engine import Plans, plain
 
 from steer.engines.base import (
-    Completion,
     Engine,
-    FinishReason,
-    GenerationRequest,
     Receipt,
-    SamplingParams,
-    TokenEvent,
     TokenLogprob,
 )
 from steer.engines.vllm.core.cache_keys import ticket_of
 from steer.engines.vllm.front.engine import VllmEngine
 from steer.engines.vllm.front.sequences import RunningSequence
-from steer.plan.plan import SteeringPlan
 
 T = TypeVar("T")
-Plans = Mapping[str, SteeringPlan | None]
 
-LONGEST_PROMPT = 150
 TIE = 1e-3
 """Two tokens whose log-probabilities differ by less may change places between two engines."""
-
-
-@dataclass(frozen=True)
-class Client:
-    """A request, and what its sender does: read all at once, stream, or leave after some tokens."""
-
-    request: GenerationRequest
-    spec: str
-    streams: bool = False
-    leaves_after: int | None = None
-
-
-@dataclass
-class Outcome:
-    """What a client got; `tokens` include the one that ended the request."""
-
-    client: Client
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish: FinishReason | None = None
-    receipt: Receipt | None = None
-
-    @staticmethod
-    def of(client: Client, done: Completion) -> Outcome:
-        """`done` keeps back the token that ended it with "stop", and not its log-probability."""
-        assert client.request.stop is None
-        tokens = list(done.tokens)
-        return Outcome(client, tokens, list(done.logprobs), done.finish, done.receipt)
-
-    def take(self, event: TokenEvent) -> None:
-        assert self.finish is None, "an event after the last"
-        self.tokens.append(event.token)
-        if event.logprob is not None:
-            self.logprobs.append(event.logprob)
-        self.finish, self.receipt = event.finish, event.receipt
-
-    @property
-    def fed(self) -> list[int]:
-        return [*self.client.request.prompt, *self.tokens[:-1]]
-
-
-class Crowd:
-    """Draws clients in waves; later ones take up what earlier ones were told."""
-
-    def __init__(self, plans: Plans, seed: int) -> None:
-        self.plans = plans
-        self.draw = random.Random(seed)
-        self.met: list[Outcome] = []
-        self._count = 0
-        self._neighbours: list[Client] = []
-        """The last clients drawn: some of the next ones send what they sent, and more."""
-
-    def wave(self, size: int) -> list[Client]:
-        return [self._client() for _ in range(size)]
-
-    def _client(self) -> Client:
-        draw, number = self.draw, self._count
-        self._count += 1
-        names = list(self.plans)
-        spec = names[number % len(names)]
-        prompt = self._tokens(draw.randint(1, 100))
-        kind = draw.random()
-        if self.met and kind < 0.3:
-            before = draw.choice(self.met[-60:])
-            prompt = (*before.client.request.prompt, *before.tokens, *self._tokens(5))
-            spec = before.client.spec if draw.random() < 0.5 else spec
-        elif self._neighbours and kind < 0.7:
-            neighbour = draw.choice(self._neighbours)
-            prompt = (*neighbour.request.prompt, *self._tokens(draw.randint(0, 6)))
-            spec = neighbour.spec if draw.random() < 0.7 else spec
-        prompt = prompt[:LONGEST_PROMPT]
-        sampling = SamplingParams(
-            max_tokens=draw.randint(1, 36), temperature=0, logprobs=2, ignore_eos=True
-        )
-        stop = _every(draw.randint(5, 40)) if draw.random() < 0.15 else None
-        leaves = draw.randint(1, 6) if draw.random() < 0.12 else None
-        request = GenerationRequest(
-            f"{number} {spec}",
-            prompt,
-            sampling,
-            self.plans[spec],
-            measure=number % 5 == 3,
-            stop=stop,
-        )
-        streams = stop is not None or leaves is not None or draw.random() < 0.3
-        client = Client(request, spec, streams, leaves)
-        self._neighbours = [*self._neighbours, client][-4:]
-        return client
-
-    def _tokens(self, count: int) -> tuple[int, ...]:
-        return tuple(self.draw.randrange(3, demo_specs.VOCABULARY) for _ in range(count))
-
-
-def _every(modulus: int) -> Callable[[int], bool]:
-    """Stops at tokens that `modulus` divides."""
-    return lambda token: token % modulus == 0
-
-
-async def serve(engine: Engine, clients: Sequence[Client]) -> list[Outcome]:
-    """All clients at once; those who do not stream share one call of `complete`."""
-    waiting = [client for client in clients if not client.streams]
-
-    def wait() -> list[Outcome]:
-        done = engine.complete([client.request for client in waiting])
-        return [Outcome.of(client, one) for client, one in zip(waiting, done, strict=True)]
-
-    streams = [_stream(engine, client) for client in clients if client.streams]
-    together, *streamed = await asyncio.gather(asyncio.to_thread(wait), *streams)
-    found = {id(one.client): one for one in [*together, *streamed]}
-    return [found[id(client)] for client in clients]
-
-
-async def _stream(engine: Engine, client: Client) -> Outcome:
-    outcome = Outcome(client)
-    events = engine.generate(client.request)
-    async for event in events:
-        outcome.take(event)
-        if len(outcome.tokens) == client.leaves_after:
-            break
-    await events.aclose()  # type: ignore[attr-defined]
-    return outcome
 
 
 class Judge:
@@ -173,6 +45,9 @@ class Judge:
     def check(self, outcome: Outcome, reference: Outcome) -> None:
         """Raises `AssertionError` where the outcome is not what the request alone gives."""
         name = outcome.client.request.id
+        if outcome.client.reads:
+            self._check_states(outcome, reference)
+            return
         left = outcome.finish is None
         self.counts["left" if left else str(outcome.finish)] += 1
         length = len(outcome.tokens) if left else None
@@ -192,6 +67,19 @@ class Judge:
         if not tie:
             assert reference.receipt is not None
             self._check_same(outcome, outcome.receipt, reference.receipt)
+
+    def _check_states(self, outcome: Outcome, reference: Outcome) -> None:
+        self.counts["read"] += 1
+        assert outcome.states.keys() == reference.states.keys()
+        for point, wanted in reference.states.items():
+            told = f"{outcome.client.request.id} at {point}: "
+            torch.testing.assert_close(
+                outcome.states[point],
+                wanted,
+                rtol=1e-4,
+                atol=1e-4,
+                msg=lambda found, told=told: told + found,
+            )
 
     def _first_difference(
         self, outcome: Outcome, tokens: Sequence[int], places: Sequence[TokenLogprob]
@@ -221,8 +109,9 @@ class Judge:
         if receipt.tokens_cached:
             self.counts["steered and cached"] += 1
         spec = request.plan.spec
+        seen = Seen.of(fed, demo_specs.PIECES, request.roles)
         touched = [
-            any(chosen(spec, item, n, length, token) for item in spec.interventions)
+            any(chosen(spec, item, n, length, token, seen) for item in spec.interventions)
             for n, token in enumerate(fed)
         ]
         if request.plan.gated:
@@ -268,25 +157,32 @@ class Report:
 
 
 def simulate(
-    engine: VllmEngine, reference: Engine, plans: Plans, *, clients: int, waves: int, seed: int
+    engine: VllmEngine,
+    reference: Engine,
+    plans: Plans,
+    *,
+    clients: int,
+    waves: int,
+    seed: int,
+    habits: Habits = Habits(),  # noqa: B008 - frozen
 ) -> Report:
     """Lets a crowd loose on `engine`, and compares what each got with `reference`.
 
     The reference neither caches prefixes nor preempts. Raises `AssertionError` at a difference.
     """
-    crowd = Crowd(plans, seed)
+    crowd, points = Crowd(plans, seed, habits), habits.points
     with watched(engine) as watch:
         for _ in range(waves):
             wave = crowd.wave(clients // waves)
-            # Those who do not stream share a call.
-            with together(engine, 1 + sum(client.streams for client in wave)):
-                crowd.met += asyncio.run(serve(engine, wave))
+            with together(engine, calls(wave)):
+                crowd.met += asyncio.run(serve(engine, wave, points))
     assert_all_free(engine)
     # To their ends, so that a shorter one is a beginning of it.
     whole = [replace(one.client, leaves_after=None) for one in crowd.met]
     whole = [replace(one, streams=one.request.stop is not None) for one in whole]
     judge = Judge()
-    for outcome, expected in zip(crowd.met, asyncio.run(serve(reference, whole)), strict=True):
+    wanted = asyncio.run(serve(reference, whole, points))
+    for outcome, expected in zip(crowd.met, wanted, strict=True):
         judge.check(outcome, expected)
     return Report(crowd.met, judge.counts, watch)
 
@@ -407,6 +303,26 @@ def watched(engine: VllmEngine) -> Iterator[ReceiptGuard]:
     finally:
         del scheduler._preempt_request, scheduler.kv_cache_manager.get_computed_blocks
         RunningSequence.take = take  # type: ignore[method-assign]
+
+
+@contextmanager
+def graphless_steps(engine: VllmEngine) -> Iterator[list[bool]]:
+    """For each step while it is open, whether vLLM was told to run it without its graph."""
+    from vllm.config import CUDAGraphMode
+
+    runner = core(engine).model_executor.driver_worker.worker.model_runner
+    dispatcher, steps = runner.cudagraph_dispatcher, list[bool]()
+    dispatch = dispatcher.dispatch
+
+    def dispatch_watched(*args: Any, **named: Any) -> Any:
+        steps.append(named["valid_modes"] == {CUDAGraphMode.NONE})
+        return dispatch(*args, **named)
+
+    dispatcher.dispatch = dispatch_watched
+    try:
+        yield steps
+    finally:
+        del dispatcher.dispatch
 
 
 def assert_all_free(engine: VllmEngine) -> None:

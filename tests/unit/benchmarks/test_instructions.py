@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.vllm.instructions import STEPS, _named, read
+from benchmarks.vllm.instructions import LINES, _named, read
 
 DUMP = """# callgrind format
-desc: Trigger: Client Request: {"batch": 8, "diet": "nothing steered"}
+desc: Trigger: Client Request: {"batch": 8, "diet": "nothing steered", "steps": 4}
 positions: line
-events: Ir
-summary: 8100
+events: Ir Dr Dw I1mr D1mr D1mw ILmr DLmr DLmw
+summary: 8100 7 6 5 4 3 20 60
 
 
 fl=(1) a.c
 fn=(1) first'2
-10 80
+10 80 3
 +2 16
 cfn=(2) second
 calls=3 20
@@ -26,7 +26,7 @@ calls=3 20
 
 fn=(2)
 20 8000
-totals: 8100
+totals: 8100 7 6 5 4 3 20 60
 """
 
 
@@ -35,8 +35,9 @@ def test_a_dump_is_read_by_function_without_what_each_calls(tmp_path: Path) -> N
     path.write_text(DUMP)
     found = read(path)
     assert (found["batch"], found["diet"]) == (8, "nothing steered")
-    assert found["instructions"] == 8100 / STEPS
-    assert found["functions"] == {"second": 8000 / STEPS, "first": 100 / STEPS}
+    assert found["instructions"] == 8100 / 4
+    assert found[LINES] == (20 + 60) / 4  # what ends in zeros is shorter
+    assert found["functions"] == {"second": 8000 / 4, "first": 100 / 4}
 
 
 @pytest.mark.parametrize("reason", ["Program termination", "--dump-before=f"])

@@ -17,9 +17,11 @@ from typer.testing import CliRunner, Result
 from steer.artefacts.control_vector import ControlVector
 from steer.cli import app
 from steer.cli.reference import reference
+from steer.engines.transformers.checkpoints.shipped import add_shipped
 from steer.errors import SteerError
 from steer.formats.options import ImportOptions
 from steer.formats.vectors.gguf import read_gguf
+from steer.registry.registry import Registry
 from steer.spec import EffectStrength
 
 ROOT = Path(__file__).parents[3]
@@ -29,7 +31,11 @@ SPEC = {"interventions": [{"kind": "add", "vector": "french"}]}
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("registry")
+    """A registry that has met the demo model: what comes with it is registered."""
+    folder = tmp_path_factory.mktemp("registry")
+    with Registry.open(folder) as opened:
+        add_shipped(opened, "steer-demo")
+    return folder
 
 
 def steer(*arguments: object, code: int = 0) -> Result:

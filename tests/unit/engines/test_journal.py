@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import (
     Captured,
     CaptureRequest,
@@ -19,8 +21,11 @@ from steer.engines.base import (
 )
 from steer.engines.fake.engine import FakeEngine, fake_model
 from steer.engines.journal import JournaledEngine, remembered
+from steer.engines.plans import plans_of
 from steer.errors import StorageError
 from steer.model import HookPoint
+from steer.prompts.roles import RoleRanges
+from steer.spec import parse_spec
 
 SEEDED = SamplingParams(max_tokens=4, temperature=0.7, seed=3, logprobs=2)
 READ = CaptureRequest([[65, 66, 67, 68], [69, 70, 71]], logprobs=0, tail=2)
@@ -143,3 +148,31 @@ def test_a_disk_that_refuses_is_an_error(tmp_path: Path) -> None:
         engine.complete(requests())
     assert raised.value.code == "storage_error"
     assert str(tmp_path) not in str(raised.value)
+
+
+def test_whose_words_a_prompt_is_is_a_part_of_what_was_asked(path: Path) -> None:
+    """Where the plan asks; otherwise the same words are the same request."""
+    engine = Counted()
+    spec = {"interventions": [{"kind": "add", "vector": "v", "layers": [1], "strength": 1}]}
+    vector = ControlVector.of({1: torch.ones(engine.info.d_model)})
+    plans = plans_of(engine, MemoryLibrary({"v": vector}))
+    everywhere = plans.plan(parse_spec(spec))
+    users = plans.plan(parse_spec({**spec, "where": {"roles": ["user"]}}))
+    roles = [RoleRanges(3, ((0, n, "user"),)) for n in (1, 2)]
+    journal = JournaledEngine(engine, path)
+    for plan, times in (users, 2), (everywhere, 1):
+        engine.asked = 0
+        for whose in (*roles, *roles):
+            journal.complete([GenerationRequest("r", (65, 66, 67), SEEDED, plan, roles=whose)])
+        assert engine.asked == times
+        engine.asked = 0
+        for whose in (*roles, *roles):
+            journal.capture(replace(READ, prompts=[[65, 66, 67]], plans=[plan], roles=[whose]))
+        assert engine.asked == times
+
+
+def test_a_part_of_a_capture_has_its_own_plans_and_roles() -> None:
+    request = CaptureRequest([[1], [2], [3]], plans=["a", "b", "c"], roles=["x", "y", "z"])  # type: ignore[list-item]
+    part = request.of([2, 0])
+    assert (part.prompts, part.plans, part.roles) == ([[3], [1]], ["c", "a"], ["z", "x"])
+    assert READ.of([1]) == replace(READ, prompts=[READ.prompts[1]])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from artefacts import EVERYTHING, artefacts, random_sae, shape_of
+from artefacts import EVERYTHING, artefacts, random_sae, random_transcoder, random_vector, shape_of
 
 from steer.artefacts.library import MemoryLibrary
 from steer.artefacts.sae.base import SAE
+from steer.artefacts.sae.storage.rows import held_rows
 from steer.errors import SpecError, SteerError
+from steer.model import HookPoint
 from steer.plan.compiler import compile_plan
 from steer.plan.file import dump_plan, load_plan
 from steer.plan.plan import SteeringPlan
@@ -174,19 +177,16 @@ def test_files_hold_as_much_of_laws_as_says_something(clamp: dict[str, Any], col
     assert f"[2,{columns}]".encode() in data
     sae = SAES[clamp.get("sae", "standard")]
 
-    def encoder(identity: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def find_sae(identity: str) -> SAE:
         assert identity == sae.sha256
-        every = sae.reads(None)
-        return every.read, every.bias
+        return sae
 
-    read, wrote = block_of(load_plan(data, encoder)), block_of(plan)
+    read, wrote = block_of(load_plan(data, find_sae)), block_of(plan)
     assert torch.equal(read.laws, wrote.laws)
-    assert (read.cutoff is None) == (wrote.cutoff is None)
-    if wrote.cutoff is not None:
-        assert read.cutoff.measure == wrote.cutoff.measure
+    assert read.encoder is wrote.encoder
 
 
-def test_features_that_compete_otherwise_than_by_rank_are_refused(
+def test_features_that_compete_in_no_known_way_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(SAE, "competitive", property(lambda _: True))
@@ -194,3 +194,190 @@ def test_features_that_compete_otherwise_than_by_rank_are_refused(
         plan_of({})
     assert caught.value.code == "competitive_sae"
     assert plan_of({"mode": "add"}).rules
+
+
+ADDED_IN_SHARES = {"mode": "add", "value": {"norm": 0.5}}
+
+
+@pytest.mark.parametrize("architecture", ["groupmax", "abstopk", "matching_pursuit"])
+def test_features_that_compete_are_added_to_without_a_look_at_the_others(architecture: str) -> None:
+    sae = SAES[architecture]
+    block = block_of(plan_of({"sae": architecture, "mode": "add", "value": [2.0, -1.0]}))
+    torch.testing.assert_close(block.shift, 2 * sae.W_dec[3] - sae.W_dec[5])
+    assert block.is_shift
+
+
+@pytest.mark.parametrize(
+    ("sae", "clamp", "message"),
+    [
+        ("standard", {"k": 3}, "leave 'k' out"),
+        ("groupmax", {"k": 3}, "leave 'k' out"),
+        ("topk", {"k": 65}, "has 64 features"),
+        ("matching_pursuit", {"k": 65}, "has 64 features"),
+    ],
+)
+def test_a_k_that_an_sae_cannot_have_is_refused(
+    sae: str, clamp: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SteerError, match=message) as caught:
+        plan_of({"sae": sae, **clamp})
+    assert (caught.value.code, caught.value.param) == ("no_k", "/interventions/0/k")
+
+
+def test_a_k_for_what_looks_at_no_feature_is_refused() -> None:
+    with pytest.raises(SpecError, match="leave 'k' out"):
+        plan_of({"sae": "topk", "mode": "add", "k": 3})
+
+
+def test_plans_of_one_sae_hold_one_encoder() -> None:
+    first, second = (block_of(plan_of({"sae": "topk", "features": [n, 5]})) for n in (1, 2))
+    assert first.encoder is second.encoder
+    other = block_of(plan_of({"sae": "topk", "k": 3}))
+    assert other.encoder is not first.encoder
+    assert other.encoder.rows.read is first.encoder.rows.read
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_encoder_is_held_in_the_type_of_its_file(dtype: torch.dtype) -> None:
+    sae = random_sae("topk")
+    half = SAE.of_rows(
+        "topk",
+        encoder=held_rows(sae.W_enc.T.to(dtype)),
+        decoder=sae.decoder,
+        b_dec=sae.b_dec,
+        k=sae.k,
+        layer=1,
+    )
+    encoder = block_of(plan_of({"sae": "half"}, half=half)).encoder
+    assert isinstance(half.encoder.matrix, torch.Tensor)
+    assert encoder.rows.read.data_ptr() == half.encoder.matrix.data_ptr()
+
+
+def test_an_encoder_of_groups_has_their_rows_alone() -> None:
+    block = block_of(plan_of({"sae": "groupmax", "features": [3, 5, 20]}))
+    assert block.encoder.groups.tolist() == [0, 2]  # 8 groups of 8
+    assert len(block.encoder.rows.read) == 16
+    assert block.columns == (3, 5, 20)
+
+
+def test_a_clamp_of_a_transcoder_reads_where_it_reads_and_writes_where_it_writes() -> None:
+    plan = plan_of({"sae": "t"}, t=random_transcoder("jumprelu"))
+    ((point, block),) = plan.rules[0].blocks.items()
+    assert (point, block.reads_at) == (HookPoint(1, "mlp_out"), HookPoint(1, "mlp_in"))
+    assert plan.points == (point,)
+    assert plan.reached == (block.reads_at, point)
+    assert plan.describe()["hook_points"] == [{"layer": 1, "site": "mlp_out"}]
+    added = block_of(plan_of({"sae": "t", "mode": "add"}, t=random_transcoder("jumprelu")))
+    assert added.is_shift
+
+
+@pytest.mark.parametrize(
+    ("clamp", "latents", "graphless"),
+    [
+        ({"sae": "standard"}, 0, False),
+        ({"sae": "topk"}, 64, False),
+        ({"sae": "abstopk"}, 64, False),
+        ({"sae": "groupmax"}, 0, True),
+        ({"sae": "matching_pursuit"}, 0, True),
+        ({"sae": "t"}, 2 + 2, False),
+        ({"sae": "ranked"}, 64 + 2 + 2, False),
+        ({"sae": "t", "when": {"vector": "v0", "above": 0.0, "layer": 0}}, 2 + 2, False),
+        ({"sae": "t", "when": {"vector": "late", "above": 0.0, "layer": 1}}, 2 + 2, True),
+    ],
+)
+def test_a_plan_says_what_kernels_hold_for_it_and_whether_they_can(
+    clamp: dict[str, Any], latents: int, graphless: bool
+) -> None:
+    saes = {**SAES, "t": random_transcoder("jumprelu"), "ranked": random_transcoder("topk")}
+    vectors = {"v0": random_vector(0, 0), "late": random_vector(1, 1, site="mlp_out")}
+    item = {"kind": "clamp", "features": [3, 5], "value": 1.0, **clamp}
+    sources = Sources(MemoryLibrary(vectors=vectors, saes=saes), shape_of())
+    plan = compile_plan(parse_spec({"interventions": [item]}), sources, EVERYTHING)
+    assert (plan.latents, plan.graphless) == (latents, graphless)
+
+
+def test_clamps_that_read_at_one_point_are_rules_of_their_own() -> None:
+    saes = {"t": random_transcoder("jumprelu"), "far": random_transcoder("standard")}
+    far = {"site": "mlp_in", "write_site": "resid_post", "subtract_b_dec": False}
+    saes["far"] = random_sae("standard", **far)
+    items = [{"kind": "clamp", "sae": name, "features": [3], "value": 1.0} for name in saes]
+    plan = compile_plan(
+        parse_spec({"interventions": items}),
+        Sources(MemoryLibrary(saes=saes), shape_of()),
+        EVERYTHING,
+    )
+    assert [len(rule.blocks) for rule in plan.rules] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        {"site": "mlp_out", "write_site": "mlp_in"},
+        {"site": "head_out", "write_site": "attn_out"},
+    ],
+    ids=["backwards", "two widths"],
+)
+def test_transcoders_that_no_clamp_can_serve_are_refused_but_added_to(
+    places: dict[str, Any],
+) -> None:
+    width = shape_of().width(places["site"])
+    sae = random_sae(
+        "standard",
+        width=width,
+        subtract_b_dec=False,
+        W_dec=torch.ones(64, 16),
+        b_dec=torch.zeros(16),
+        **places,
+    )
+    with pytest.raises(SteerError, match="capture its features") as caught:
+        plan_of({"sae": "t"}, t=sae)
+    assert (caught.value.code, caught.value.param) == ("two_sites", "/interventions/0/sae")
+    assert plan_of({"sae": "t", "mode": "add"}, t=sae).rules
+
+
+@pytest.mark.parametrize("suffix", ["-rescaled", "-centred"])
+def test_a_share_of_the_norm_where_a_transcoder_writes_is_no_length_of_what_it_reads(
+    suffix: str,
+) -> None:
+    sae = random_transcoder("standard" + suffix, W_skip=None)
+    with pytest.raises(SteerError, match="the norm where it writes") as caught:
+        plan_of({"sae": "t", "value": {"norm": 0.1}}, t=sae)
+    assert (caught.value.code, caught.value.param) == (
+        "norm_of_two_sites",
+        "/interventions/0/value",
+    )
+    block = block_of(plan_of({"sae": "t", **ADDED_IN_SHARES}, t=sae))
+    assert block.reads_at is None
+
+
+@pytest.mark.parametrize(
+    ("item", "param"),
+    [({"site": "mlp_in"}, "site"), ({"layers": [2]}, "layers")],
+)
+def test_a_transcoder_acts_nowhere_else(item: dict[str, Any], param: str) -> None:
+    with pytest.raises(SpecError, match="acts only at mlp_out of the same layer") as caught:
+        plan_of({"sae": "t", **item}, t=random_transcoder("standard"))
+    assert caught.value.param == f"/interventions/0/{param}"
+
+
+def test_a_model_without_the_site_that_a_transcoder_reads_is_told() -> None:
+    model = replace(shape_of(), sites=("mlp_out", "resid_post"))
+    sources = Sources(MemoryLibrary(saes={"t": random_transcoder("standard")}), model)
+    item = {"kind": "clamp", "sae": "t", "features": [3], "value": 1.0}
+    with pytest.raises(SteerError, match="'mlp_in'") as caught:
+        compile_plan(parse_spec({"interventions": [item]}), sources, EVERYTHING)
+    assert (caught.value.code, caught.value.param) == ("unsupported_site", "/interventions/0/sae")
+
+
+@pytest.mark.parametrize("clamp", [{}, {"mode": "drop", "value": None}])
+@pytest.mark.parametrize("name", ["jumprelu", "topk", "groupmax", "abstopk"])
+def test_a_clamp_of_a_transcoder_travels_as_a_file(name: str, clamp: dict[str, Any]) -> None:
+    sae = random_transcoder(name)
+    plan = plan_of({"sae": "t", **clamp}, t=sae)
+    read, wrote = (
+        block_of(load_plan(dump_plan(plan), lambda _: sae, model=shape_of())),
+        block_of(plan),
+    )
+    assert read.reads_at == wrote.reads_at == HookPoint(1, "mlp_in")
+    assert read.encoder is wrote.encoder
+    assert read.columns == wrote.columns

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from artefacts import EVERYTHING, random_sae, shape_of
+from artefacts import EVERYTHING, random_sae, random_transcoder, shape_of
 
 from steer.artefacts.library import MemoryLibrary
 from steer.artefacts.sae.base import SAE
@@ -83,6 +83,27 @@ def test_the_receipt_lists_what_was_lit() -> None:
     (done,) = FakeEngine().complete([request])
     assert done.receipt is not None
     assert done.receipt.as_json()["concepts"] == [dict(one) for one in plan.explanations]
+
+
+@pytest.mark.parametrize("suffix", ["", "-rescaled", "-centred"])
+def test_a_transcoder_reads_a_text_where_it_reads_and_adds_where_it_writes(suffix: str) -> None:
+    sae = random_transcoder("standard" + suffix, seed=4)
+    asked: list[HookPoint] = []
+
+    def encode_there(text: str, point: HookPoint) -> torch.Tensor:
+        asked.append(point)
+        return STATES[text]
+
+    ((point, block),) = plan_of(sae, encode_there, strength=2.0).rules[0].blocks.items()
+    assert asked == [HookPoint(1, "mlp_in")]
+    assert point == HookPoint(1, "mlp_out")
+    row = 2.0 * sae.latents(STATES["rain"]).mean(0) @ sae.W_dec * sae.write_scale
+    if not suffix:
+        torch.testing.assert_close(block.shift, row)
+        return
+    # What it adds is in the length of the token that it would read.
+    assert block.reads_at == HookPoint(1, "mlp_in")
+    torch.testing.assert_close(block.write, row[None])
 
 
 def test_a_concept_needs_a_model() -> None:

@@ -11,15 +11,25 @@ import random
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from artefacts import EVERYTHING, artefacts, random_spec, random_vector, shape_of
+from artefacts import (
+    EVERYTHING,
+    artefacts,
+    random_sae,
+    random_spec,
+    random_vector,
+    shape_of,
+    span_vocabulary,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 from torch import Tensor
 
 from steer.artefacts.library import MemoryLibrary
+from steer.artefacts.sae.base import SAE
 from steer.edits import Block, apply
 from steer.errors import (
     FileFormatError,
@@ -34,11 +44,13 @@ from steer.plan.cache import PlanCache
 from steer.plan.file import (
     dump_plan,
     load_plan,
+    load_selections,
     selection_from_json,
     selection_to_json,
 )
 from steer.plan.plan import SteeringPlan
-from steer.plan.selection import Selection
+from steer.plan.selection import Selection, trace_of
+from steer.prompts.roles import RoleRanges
 from steer.spec import KINDS, parse_spec
 
 LIBRARY = MemoryLibrary(**artefacts())
@@ -120,11 +132,10 @@ def compiled(name: str) -> SteeringPlan:
     return plans.plan(parse_spec(SPECS[name]))
 
 
-def encoder(sha256: str) -> tuple[Tensor, Tensor]:
+def find_sae(sha256: str) -> SAE:
     for sae in LIBRARY.saes.values():
         if sae.sha256 == sha256:
-            reads = sae.reads(None)
-            return reads.read, reads.bias
+            return sae
     raise StorageError(f"no SAE {sha256!r}")
 
 
@@ -146,7 +157,7 @@ def test_every_kind_of_intervention_is_among_the_specs() -> None:
 def test_a_loaded_plan_equals_the_compiled_one(name: str) -> None:
     plan = compiled(name)
     data = dump_plan(plan)
-    back = load_plan(data, encoder, model=shape_of())
+    back = load_plan(data, find_sae, model=shape_of())
     for field in ("fingerprint", "artefacts", "strengths", "summary", "points", "gated"):
         assert getattr(back, field) == getattr(plan, field)
     assert back.describe() == plan.describe()
@@ -162,7 +173,7 @@ def test_a_loaded_plan_equals_the_compiled_one(name: str) -> None:
 @pytest.mark.parametrize("name", SPECS)
 def test_loaded_blocks_act_the_same_to_the_bit(name: str) -> None:
     plan = compiled(name)
-    back = load_plan(dump_plan(plan), encoder)
+    back = load_plan(dump_plan(plan), find_sae)
     generator = torch.Generator().manual_seed(1)
     for mine, other in zip(back.rules, plan.rules, strict=True):
         for point, block in other.blocks.items():
@@ -190,13 +201,13 @@ def test_other_plans_give_other_bytes() -> None:
 def test_the_encoder_of_a_competing_sae_stays_behind() -> None:
     data = dump_plan(compiled("a clamp that competes"))
     _, tensors = opened(data)
-    read, _ = encoder(LIBRARY.sae("topk").sha256)
+    read = LIBRARY.sae("topk").W_enc
     # Two features' read rows, write rows and laws; the added row on each of two layers.
     shapes = sorted(row.shape for row in tensors.values())
     assert shapes == [(2, 7), (2, 16), (2, 16), (16,), (16,)]
     assert len(data) < read.nbytes
     with pytest.raises(StorageError):
-        load_plan(data, lambda sha256: encoder("0" * 64))
+        load_plan(data, lambda sha256: find_sae("0" * 64))
 
 
 def test_equal_rows_are_stored_once() -> None:
@@ -211,7 +222,7 @@ def test_equal_rows_are_stored_once() -> None:
 def test_inline_payloads_are_not_repeated() -> None:
     data = dump_plan(compiled("inline"))
     assert INLINE["data"].encode() not in data
-    back = load_plan(data, encoder).spec
+    back = load_plan(data, find_sae).spec
     digest = "sha256:" + hashlib.sha256(INLINE["data"].encode()).hexdigest()
     assert back.interventions[0].vector.data == back.when.vector.data == digest
     with pytest.raises(FileFormatError, match="not base64"):
@@ -221,9 +232,9 @@ def test_inline_payloads_are_not_repeated() -> None:
 def test_a_plan_for_another_model_is_refused_by_name() -> None:
     data = dump_plan(compiled("a prompt gate"))
     with pytest.raises(IncompatibleArtefact, match="compiled for another model"):
-        load_plan(data, encoder, model=shape_of(width=32))
+        load_plan(data, find_sae, model=shape_of(width=32))
     with pytest.raises(IncompatibleArtefact, match="layer 2 is out of range"):
-        load_plan(data, encoder, model=shape_of(layers=2))
+        load_plan(data, find_sae, model=shape_of(layers=2))
 
 
 def test_an_edit_that_overflows_is_refused_where_it_is_written() -> None:
@@ -377,7 +388,7 @@ CHANGES: dict[str, tuple[str, Any, str]] = {
     "k of all and more": (
         "a clamp that competes",
         lambda c, t: block_of(c)["competition"].update(k=65),
-        "65 of 64",
+        "k is 65 and the SAE",
     ),
     "an SAE by name": (
         "a clamp that competes",
@@ -397,11 +408,11 @@ def test_a_changed_file_is_refused_by_what_is_wrong(what: str) -> None:
     name, change, message = CHANGES[what]
     data = changed(name, change)
     if what == "nothing":
-        assert load_plan(data, encoder).fingerprint == compiled(name).fingerprint
+        assert load_plan(data, find_sae).fingerprint == compiled(name).fingerprint
         return
     missing = what == "a competition over a constant"  # of an SAE that nobody has
     with pytest.raises(StorageError if missing else FileFormatError) as caught:
-        load_plan(data, encoder)
+        load_plan(data, find_sae)
     assert message in str(caught.value)
 
 
@@ -429,21 +440,30 @@ def test_a_changed_file_is_refused_by_what_is_wrong(what: str) -> None:
 )
 def test_other_bytes_are_no_plan(data: bytes) -> None:
     with pytest.raises(FileFormatError):
-        load_plan(data, encoder)
+        load_plan(data, find_sae)
 
 
 def test_a_header_is_not_read_beyond_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     data = dump_plan(compiled("everything"))
     monkeypatch.setattr("steer.plan.file.MAX_HEADER_BYTES", 500)
     with pytest.raises(FileFormatError, match="at most 500"):
-        load_plan(data, encoder)
+        load_plan(data, find_sae)
 
 
-def test_an_encoder_of_another_shape_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        (random_sae("topk", width=8), "reads rows of width 8"),
+        (random_sae("topk-rescaled"), "compete in another way"),
+        (random_sae("standard"), "in no known way"),
+        (random_sae("groupmax"), "in no known way"),
+    ],
+    ids=["width", "measure", "no competition", "groups"],
+)
+def test_an_sae_whose_features_compete_otherwise_is_refused(other: SAE, why: str) -> None:
     data = dump_plan(compiled("a clamp that competes"))
-    for read, bias in ((torch.ones(64, 8), torch.ones(64)), (torch.ones(64, 16), torch.ones(63))):
-        with pytest.raises(FileFormatError, match="competes among latents"):
-            load_plan(data, lambda _, pair=(read, bias): pair)
+    with pytest.raises(FileFormatError, match=why):
+        load_plan(data, lambda _: other)
 
 
 BROKEN = ("a clamp that competes", "a token gate", "token triggers", "random 3")
@@ -454,7 +474,7 @@ BROKEN = ("a clamp that competes", "a token gate", "token triggers", "random 3")
 def test_truncated_files_are_refused(name: str, draw: st.DataObject) -> None:
     data = dump_plan(compiled(name))
     with pytest.raises(SteerError):
-        load_plan(data[: draw.draw(st.integers(0, len(data) - 1))], encoder)
+        load_plan(data[: draw.draw(st.integers(0, len(data) - 1))], find_sae)
 
 
 @given(st.sampled_from(BROKEN), st.data())
@@ -467,8 +487,66 @@ def test_flipped_bytes_raise_our_own_errors_or_none(name: str, draw: st.DataObje
     for place, value in draw.draw(flips):
         data[place] = value
     try:
-        plan = load_plan(bytes(data), encoder)
+        plan = load_plan(bytes(data), find_sae)
     except SteerError:
         return
     assert all(isinstance(b, Block) for p in plan.rules for b in p.blocks.values())
     dump_plan(plan)
+
+
+TEXTS = one(
+    add(),
+    where={
+        "after": ["<a>", [3, 4]],
+        "outside": [["<", None]],
+        "roles": ["user", "tool"],
+        "every": {"nth": 3, "first": 9},
+        "except": {"between": [["a", "b"]]},
+    },
+)
+
+
+def text_plan() -> SteeringPlan:
+    pieces = span_vocabulary()
+    cache = PlanCache(LIBRARY, shape_of(), EVERYTHING, vocabulary=lambda: pieces)
+    return cache.plan(parse_spec(TEXTS))
+
+
+def test_texts_are_read_back_with_all_that_tokens_do_to_them() -> None:
+    plan = text_plan()
+    data = dump_plan(plan)
+    (rule,) = load_plan(data, find_sae).rules
+    selections = load_selections(data)
+    assert selections == (rule.selection,) == plan.selections
+    ids = list(range(60))
+    roles = RoleRanges(30, ((2, 20, "user"),))
+    masks = []
+    for selection in (plan.selections[0], rule.selection, selections[0]):
+        trace = trace_of([selection], ids[:30], roles)
+        assert trace is not None
+        trace.read(30, np.array(ids[30:]))
+        masks.append(selection.mask(np.arange(60), 30, np.array(ids), trace).tolist())
+    assert masks[0] == masks[1] == masks[2]
+    named = selection_from_json(selection_to_json(rule.selection))
+    assert named == rule.selection
+    assert all(one.moves is None for one in named.automata)
+    assert len(json.dumps(selection_to_json(rule.selection))) < 1000
+
+
+@pytest.mark.parametrize("change", ["states", "row", "token", "missing"])
+def test_what_tokens_do_to_texts_is_not_taken_on_trust(change: str) -> None:
+    data = dump_plan(text_plan())
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    content = json.loads(header["__metadata__"]["steer.plan"])
+    text = content["passes"][0]["selection"]["texts"][0]["automata"][0]
+    tensors = {name: array.copy() for name, array in load(data).items()}
+    if change == "missing":
+        del text["rows"]
+    elif change == "states":
+        tensors[text["rows"]][0, 0] = 99
+    else:
+        tensors[text["tokens"]][0, ["token", "row"].index(change)] += 1000
+    broken = save(tensors, metadata={"steer.plan": json.dumps(content)})
+    with pytest.raises(FileFormatError) as caught:
+        load_selections(broken)
+    assert caught.value.code == "invalid_plan"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -17,6 +18,7 @@ from artefacts import (
     random_sae,
     random_vector,
     shape_of,
+    span_vocabulary,
 )
 
 from steer.artefacts.affine import AffineMap
@@ -29,10 +31,20 @@ from steer.errors import SteerError, UnknownArtefact, Unsupported
 from steer.plan import kinds
 from steer.plan.cache import PlanCache
 from steer.plan.kinds import Blocks
+from steer.plan.plan import SteeringPlan
 from steer.plan.points import row
 from steer.plan.resolve import Policy, Resolved
 from steer.plan.selection import resolve
-from steer.spec import KINDS, SAERef, SteeringSpec, VectorRef, Where, _Intervention, parse_spec
+from steer.spec import (
+    KINDS,
+    SAERef,
+    Schedule,
+    SteeringSpec,
+    VectorRef,
+    Where,
+    _Intervention,
+    parse_spec,
+)
 
 INLINE = {"data": base64.b64encode(random_vector(7, 1).to_bytes()).decode(), "layer": 1}
 
@@ -276,3 +288,26 @@ def test_two_exceptions_that_do_not_make_one_are_refused() -> None:
         "two_exceptions",
         "/interventions/0/where/except",
     )
+
+
+def test_a_spec_looks_for_few_texts_those_of_its_cards_included() -> None:
+    """Each is followed token by token."""
+
+    def compiled(count: int) -> SteeringPlan:
+        wheres = [Where(after=(f"{n}a", "b"), every=Schedule(first=9)) for n in range(count)]
+        cards = {
+            f"v{n}": random_vector(n, 1, name=f"v{n}", default_where=where)
+            for n, where in enumerate(wheres)
+        }
+        items: list[dict[str, Any]] = [{"kind": "add", "vector": name} for name in cards]
+        for n, item in enumerate(items[:5]):
+            item["where"] = {"except": {"outside": [[f"{n}", None]]}}
+        able = replace(EVERYTHING, limits={})
+        cache = PlanCache(MemoryLibrary(cards), shape_of(), able, vocabulary=span_vocabulary)
+        return cache.plan(parse_spec({"interventions": items}))
+
+    assert len({one for each in compiled(26).selections for one in each.automata}) == 32
+    with pytest.raises(SteerError) as caught:
+        compiled(27)
+    assert caught.value.code == "too_many_texts"
+    assert caught.value.param == "/interventions/26/vector"

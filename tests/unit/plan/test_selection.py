@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer.errors import SpecError
-from steer.plan.selection import resolve
+from steer.plan.selection import TokenReader, resolve
 from steer.spec import Where
 
 LENGTH = 24
@@ -46,7 +46,7 @@ tokens = st.lists(st.integers(0, 5), min_size=LENGTH, max_size=LENGTH)
 def test_the_mask_is_what_the_spec_says_of_each_token(
     where: Where, prompt_length: int, ids: list[int]
 ) -> None:
-    mask = resolve(where, None).mask(np.arange(LENGTH), prompt_length, np.array(ids))
+    mask = resolve(where).mask(np.arange(LENGTH), prompt_length, np.array(ids))
     assert mask.tolist() == [selected(where, n, prompt_length, ids[n]) for n in range(LENGTH)]
 
 
@@ -59,7 +59,7 @@ def test_the_mask_is_what_the_spec_says_of_each_token(
 def test_any_chunking_gives_the_mask_of_the_whole(
     where: Where, prompt_length: int, ids: list[int], cuts: list[int]
 ) -> None:
-    selection, places, chosen = resolve(where, None), np.arange(LENGTH), np.array(ids)
+    selection, places, chosen = resolve(where), np.arange(LENGTH), np.array(ids)
     whole = selection.mask(places, prompt_length, chosen)
     parts = [
         selection.mask(places[a:b], prompt_length, chosen[a:b])
@@ -72,7 +72,7 @@ def test_any_chunking_gives_the_mask_of_the_whole(
 def test_from_steady_on_the_mask_is_constant(
     where: Where, prompt_length: int, ids: list[int]
 ) -> None:
-    selection = resolve(where, None)
+    selection = resolve(where)
     steady = None if selection.reads_tokens else selection.fixed_from(prompt_length)
     mask = selection.mask(np.arange(LENGTH), prompt_length, np.array(ids))
     if steady is None:
@@ -85,7 +85,7 @@ def test_from_steady_on_the_mask_is_constant(
 def test_from_settled_on_the_mask_is_a_function_of_the_token(
     where: Where, prompt_length: int, ids: list[int]
 ) -> None:
-    selection = resolve(where, None)
+    selection = resolve(where)
     resolved = selection.fixed_from(prompt_length)
     mask = selection.mask(np.arange(LENGTH), prompt_length, np.array(ids))
     seen: dict[int, bool] = {}
@@ -98,7 +98,7 @@ def test_first_is_never_later_than_the_truth(
     where: Where, ids: list[int], prompt_length: int
 ) -> None:
     """What comes before `first` may be shared with other requests, so it may err to early only."""
-    selection = resolve(where, None)
+    selection = resolve(where)
     hits = np.flatnonzero(selection.mask(np.arange(LENGTH), prompt_length, np.array(ids)))
     first = selection.first(ids[:prompt_length], LENGTH)
     if len(hits):
@@ -131,7 +131,7 @@ def test_negative_bounds_count_from_the_prompts_end(
 def test_a_token_string_is_one_token_of_the_model() -> None:
     where = Where.model_validate({"tokens": [7, "yes"], "except": {"tokens": ["no"]}})
     ids = {"yes": [11], "no": [12]}
-    selection = resolve(where, ids.__getitem__)
+    selection = resolve(where, TokenReader(ids.__getitem__))
     assert selection.tokens == {7, 11}
     assert selection.excluded is not None
     assert selection.excluded.tokens == {12}
@@ -141,12 +141,12 @@ def test_a_token_string_is_one_token_of_the_model() -> None:
 def test_a_string_of_no_or_several_tokens_is_refused(ids: list[int]) -> None:
     where = Where.model_validate({"except": {"tokens": [3, "two words"]}})
     with pytest.raises(SpecError) as caught:
-        resolve(where, lambda text: ids, param="/where")
+        resolve(where, TokenReader(lambda text: ids), param="/where")
     assert caught.value.code == "not_one_token"
     assert caught.value.param == "/where/except/tokens/1"
 
 
 def test_a_token_string_needs_a_tokenizer() -> None:
     with pytest.raises(SpecError, match="no tokenizer") as caught:
-        resolve(Where(tokens=("yes",)), None, param="/where")
+        resolve(Where(tokens=("yes",)), param="/where")
     assert caught.value.param == "/where/tokens/0"

@@ -70,7 +70,7 @@ def test_what_a_process_has_loaded_stays_for_its_lease(registry: Registry, tmp_p
     registry.remove("sae", "features")
     done = registry.collect_garbage(grace_seconds=0)
     assert (done.versions, done.blobs, done.leased) == (0, 0, 1)
-    assert PlanStore(tmp_path / "registry").sae_encoder(sae.sha256)  # a worker, later
+    assert PlanStore(tmp_path / "registry").sae(sae.sha256)  # a worker, later
     later = Leases(
         str(tmp_path / "registry" / "leases"), clock=lambda: time.time() + LEASE_SECONDS + 1
     )

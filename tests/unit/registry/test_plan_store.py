@@ -13,7 +13,6 @@ from threading import Barrier
 from typing import Any
 
 import pytest
-import torch
 from artefacts import EVERYTHING, random_sae, random_vector, shape_of
 from liveness import LIVENESS_SECONDS
 
@@ -85,7 +84,7 @@ def test_a_missing_plan_is_named(store: PlanStore) -> None:
 
 @pytest.mark.parametrize("sha256", ["", "ab", "../" * 21 + "a", "A" * 64, SHA256 + "\n"])
 def test_only_hashes_name_files(store: PlanStore, sha256: str) -> None:
-    for read in (store.get, store.sae_encoder):
+    for read in (store.get, store.sae):
         with pytest.raises(StorageError, match="not a sha256"):
             read(sha256)
 
@@ -276,52 +275,50 @@ def test_a_worker_may_be_unable_to_renew_a_plan(
 # SAEs
 
 
-def test_encoders_are_those_of_the_registered_sae(registry: Registry, tmp_path: Path) -> None:
+def test_saes_are_those_of_the_registry(registry: Registry, tmp_path: Path) -> None:
     sae = random_sae("topk", seed=3)
     registry.add("topk", sae)
     store = PlanStore(tmp_path / "registry")
-    read, bias = store.sae_encoder(sae.sha256)
-    wanted = sae.reads(None)
-    assert torch.equal(read, wanted.read)
-    assert torch.equal(bias, wanted.bias)
-    assert store.sae_encoder(sae.sha256)[0] is read
+    found = store.sae(sae.sha256)
+    assert found.to_bytes() == sae.to_bytes()
+    assert store.sae(sae.sha256) is found
 
 
-def test_encoders_in_memory_are_bounded(registry: Registry, tmp_path: Path) -> None:
+def test_saes_in_memory_are_bounded(registry: Registry, tmp_path: Path) -> None:
     saes = [random_sae("topk", seed=seed) for seed in range(3)]
     for n, sae in enumerate(saes):
         registry.add(f"s{n}", sae)
-    store = PlanStore(tmp_path / "registry", cache_bytes=2 * saes[0].d_sae * (saes[0].d_in + 1) * 4)
-    first = [store.sae_encoder(sae.sha256)[0] for sae in saes]
-    assert store.sae_encoder(saes[2].sha256)[0] is first[2]
-    assert store.sae_encoder(saes[1].sha256)[0] is first[1]
-    again = store.sae_encoder(saes[0].sha256)[0]
+    store = PlanStore(tmp_path / "registry", cache_bytes=2 * saes[0].resident_bytes())
+    first = [store.sae(sae.sha256) for sae in saes]
+    assert store.sae(saes[2].sha256) is first[2]
+    assert store.sae(saes[1].sha256) is first[1]
+    again = store.sae(saes[0].sha256)
     assert again is not first[0]
-    assert torch.equal(again, first[0])
+    assert again.to_bytes() == first[0].to_bytes()
 
 
 def test_an_sae_removed_meanwhile_stays_in_memory(registry: Registry, tmp_path: Path) -> None:
     sae = random_sae("topk")
     registry.add("topk", sae)
     store = PlanStore(tmp_path / "registry")
-    read, _ = store.sae_encoder(sae.sha256)
+    found = store.sae(sae.sha256)
     registry.remove("sae", "topk")
     # A worker holds the SAE by its hash, so that it stays for all workers, whatever the grace.
     assert registry.collect_garbage(grace_seconds=0).leased == 1
-    assert torch.equal(PlanStore(tmp_path / "registry").sae_encoder(sae.sha256)[0], read)
+    assert PlanStore(tmp_path / "registry").sae(sae.sha256).to_bytes() == sae.to_bytes()
     (tmp_path / "registry" / "leases" / sae.sha256).write_text("0")  # it ended long ago
     assert registry.collect_garbage(grace_seconds=0).blobs == 1
-    assert store.sae_encoder(sae.sha256)[0] is read
+    assert store.sae(sae.sha256) is found
     with pytest.raises(StorageError, match=sae.sha256[:12]):
-        PlanStore(tmp_path / "registry").sae_encoder(sae.sha256)
+        PlanStore(tmp_path / "registry").sae(sae.sha256)
 
 
-def test_what_is_no_sae_has_no_encoder(registry: Registry, tmp_path: Path) -> None:
+def test_what_is_no_sae_is_refused(registry: Registry, tmp_path: Path) -> None:
     store = PlanStore(tmp_path / "registry")
     vector = random_vector(0, 1)
     registry.add("v", vector)
     with pytest.raises(FileFormatError, match="not a canonical SAE"):
-        store.sae_encoder(vector.sha256)
+        store.sae(vector.sha256)
 
 
 @pytest.mark.parametrize("sae", ["topk", "topk-rescaled", "topk-centred"])
@@ -333,10 +330,10 @@ def test_a_plan_travels_from_a_registry_to_a_worker(
     plan = PlanCache(registry, shape_of(), EVERYTHING).plan(parse_spec(spec))
     sha256 = PlanStore(tmp_path / "registry").put(dump_plan(plan))
     worker = PlanStore(tmp_path / "registry")
-    back = load_plan(worker.get(sha256), worker.sae_encoder, model=shape_of())
+    back = load_plan(worker.get(sha256), worker.sae, model=shape_of())
     assert back.fingerprint == plan.fingerprint
     (mine,), (other,) = back.rules[0].blocks.values(), plan.rules[0].blocks.values()
-    assert torch.equal(mine.cutoff.read, other.cutoff.read)
+    assert mine.encoder is other.encoder
     with Registry.open(tmp_path / "registry") as reopened:  # which cleans up its own folders only
         assert reopened.entry("sae", "topk")
     assert worker.get(sha256)

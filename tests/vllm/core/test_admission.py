@@ -18,7 +18,8 @@ from steer.engines.vllm.core.cache_keys import fork_block_keys
 from steer.engines.vllm.ticket import CaptureOrder, Ticket
 from steer.errors import SpecError, SteerError, TooLarge, UnknownArtefact, Unsupported
 from steer.model import HookPoint
-from steer.plan.selection import EVERYWHERE
+from steer.plan.selection import EVERYWHERE, Selection
+from steer.prompts.roles import RoleRanges
 
 ROWS = 8
 PROMPT = list(range(3, 13))
@@ -93,13 +94,13 @@ BAD = {
     "no ticket": ("{}", "not a ticket"),
     "no json": ("steer me", "not a ticket"),
     "no text": ("[1]", "not a ticket"),
-    "no steering": ('{"v":3,"key":"a","n":1,"steering":{}}', "not a ticket"),
+    "no steering": ('{"v":4,"key":"a","n":1,"steering":{}}', "not a ticket"),
     "another version": ('{"v":99,"key":"a","n":1}', "version 99"),
     "no choices": (steering(n=0), "n is 0"),
     "negative rows": (steering(rows=-1), "-1 edit rows"),
     "no fingerprint": (steering(fingerprint=""), "no fingerprint"),
     "no plan": (
-        '{"v":3,"key":"a","n":1,"steering":"{\\"selections\\":[{}]}"}',
+        '{"v":4,"key":"a","n":1,"steering":"{\\"selections\\":[{}]}"}',
         "names no plan",
     ),
     "too many rows": (steering(rows=ROWS + 1), "needs 9 edit rows and the engine has 8"),
@@ -256,3 +257,18 @@ def test_an_unknown_signature_is_refused_by_name_and_version(monkeypatch, owner,
     monkeypatch.setattr(owner, name, lambda self, other: None)
     with pytest.raises(Unsupported, match=rf"in vLLM \d.*{name} takes"):
         check_tickets()
+
+
+USERS = Selection(roles=frozenset({"user"}))
+
+
+@pytest.mark.parametrize(
+    "roles", [None, RoleRanges(9, ((1, 3, "user"),))], ids=["none", "of another prompt"]
+)
+def test_roles_are_those_of_the_prompt_or_the_request_is_refused(config, roles):
+    ticket = steering(selections=(USERS,), roles=roles)
+    with pytest.raises(SpecError) as caught:
+        check_request(request(ticket), config)
+    assert caught.value.code == "no_messages"
+    whole = steering(selections=(USERS,), roles=RoleRanges(len(PROMPT), ((1, 3, "user"),)))
+    assert check_request(request(whole), config) == whole

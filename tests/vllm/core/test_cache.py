@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import demo_specs
 import inner_specs
 import pytest
 import torch
 import vllm_engine
+from vllm_engine import Plans
 from vllm_simulation import (
-    Plans,
     assert_all_free,
     core,
     forget_cache,
@@ -31,7 +32,6 @@ from steer.errors import EngineError, StorageError
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
-from steer.registry.registry import Registry
 
 Tokens = tuple[int, ...]
 
@@ -64,13 +64,9 @@ SPECS = {
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
-    folder = tmp_path_factory.mktemp("registry")
-    with Registry.open(folder) as registry:
-        demo_specs.register(registry)
-        inner_specs.register(registry)
+def engine(registry: Path) -> Iterator[VllmEngine]:
     options = {"enable_prefix_caching": True, **vllm_engine.ALL_SITES}
-    with vllm_engine.start_engine(folder, **options) as running:
+    with vllm_engine.start_engine(registry, **options) as running:
         yield running
 
 

@@ -20,11 +20,15 @@ from vllm.v1.core.kv_cache_utils import BlockHashListWithBlockSize, get_request_
 from vllm.v1.request import Request
 from vllm.v1.simple_kv_offload import manager as offload_manager
 
+from steer.engines.vllm.core import cache_keys
 from steer.engines.vllm.core.cache_keys import assert_forked, fork_block_keys, ticket_of
 from steer.engines.vllm.ticket import CaptureOrder, Ticket
 from steer.errors import EngineError, SpecError, Unsupported
 from steer.model import HookPoint
-from steer.plan.selection import EVERYWHERE, Selection
+from steer.plan.file import selection_from_json, selection_to_json
+from steer.plan.selection import EVERYWHERE, Counted, Selection, TokenReader, resolve
+from steer.prompts.roles import RoleRanges
+from steer.spec import Where
 
 NAME = "generate_block_hash_extra_keys"
 BLOCK = 32
@@ -384,3 +388,65 @@ def test_a_missing_function_is_refused_by_name_and_version(monkeypatch):
     monkeypatch.delattr(kv_cache_utils, NAME)
     with pytest.raises(Unsupported, match=rf"in vLLM \d.*{NAME} is not there"):
         fork_block_keys()
+
+
+def text_selection(where) -> Selection:
+    return resolve(Where.model_validate(where), TokenReader(vocabulary=vocabulary))
+
+
+def vocabulary() -> list[bytes]:
+    """The token 1050 is `<a>`, and 2010 its closing."""
+    pieces = [b"x"] * 3000
+    pieces[1050], pieces[2010] = b"<a>", b"</a>"
+    return pieces
+
+
+@pytest.fixture
+def stored(monkeypatch: pytest.MonkeyPatch):
+    """In the place of the plan store: plans by their hash."""
+    plans: dict[str, tuple[Selection, ...]] = {}
+    monkeypatch.setattr(cache_keys, "_of_plan", plans.__getitem__)
+    return plans
+
+
+@pytest.mark.parametrize(
+    ("where", "plain"),
+    [
+        ({"after": ["<a>"]}, 32),
+        ({"before": ["<a>"]}, 0),
+        ({"between": [["<a>", "</a>"]]}, 32),
+        ({"outside": [["<a>", "</a>"]]}, 0),
+        ({"phases": ["generation"], "after": ["</a>"]}, 96),
+    ],
+    ids=str,
+)
+def test_what_was_said_after_a_text_is_shared_with_a_prompt_that_holds_it(stored, where, plain):
+    """A text is met in prompt and answer alike; up to it, blocks are everybody's."""
+    selection = text_selection(where)
+    named = selection_from_json(selection_to_json(selection))
+    ticket = steering(named)
+    stored[ticket.plan] = (selection,)
+    said = answered(PROMPT, ticket)
+    assert shared(answered(PROMPT), said) == plain
+    asked = request([*PROMPT, *ANSWER], ticket)
+    whole = 160 if "phases" not in where else 96
+    assert shared(said, asked) == whole
+    # However often it is looked at, and in whatever order blocks are named again.
+    assert shared(said, answered(PROMPT, ticket)) == 160
+
+
+def test_requests_whose_messages_lie_elsewhere_share_up_to_the_first():
+    selection = Selection(roles=frozenset({"user"}))
+    early = replace(steering(selection), roles=RoleRanges(100, ((70, 90, "user"),)))
+    late = replace(steering(selection), roles=RoleRanges(100, ((70, 80, "user"),)))
+    one, other = answered(PROMPT, early), answered(PROMPT, late)
+    assert shared(one, other) == 64
+    assert shared(one, answered(PROMPT)) == 64
+    assert shared(one, answered(PROMPT, replace(early, key="another"))) == 160
+
+
+def test_every_other_token_is_another_pattern():
+    every = steering(Selection(counted=Counted(2)))
+    third = steering(Selection(counted=Counted(3)))
+    assert shared(answered(PROMPT, every), answered(PROMPT, third)) == 96
+    assert shared(answered(PROMPT, every), answered(PROMPT, every)) == 160

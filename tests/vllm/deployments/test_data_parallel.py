@@ -11,7 +11,7 @@ import httpx
 import pytest
 from liveness import LIVENESS_SECONDS
 from prometheus_client.parser import text_string_to_metric_families
-from vllm_server import running_server
+from vllm_server import per_engine, running_server
 
 QUESTION = "How are you today?"
 ALL = {"phases": ["prompt", "generation"]}
@@ -42,16 +42,6 @@ def ask(http: httpx.Client, **fields: Any) -> dict[str, Any]:
     assert response.status_code == 200, response.text
     found: dict[str, Any] = response.json()
     return found
-
-
-def per_engine(http: httpx.Client, name: str) -> dict[str, float]:
-    """A figure of vLLM's own, by engine."""
-    return {
-        sample.labels["engine"]: sample.value
-        for family in text_string_to_metric_families(http.get("/metrics").text)
-        for sample in family.samples
-        if sample.name == name
-    }
 
 
 @pytest.mark.parametrize(

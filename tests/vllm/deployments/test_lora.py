@@ -1,27 +1,32 @@
 """Adapters (LoRA) of vLLM's beside steering: the model and its adapters in one batch, each request
-steered by a spec of its own, against the transformers engine with the adapter in its weights."""
+steered by a spec of its own, against the transformers engine with the adapter in its weights.
+
+In every form, on one worker and on two that split the model; workers of the form for CUDA graphs
+have their kernel interpreted, in processes of their own.
+"""
 
 from __future__ import annotations
 
 import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import demo_specs
-import inner_specs
 import pytest
 import torch
 import vllm_engine
 from lora_adapters import write_adapter, write_merged
+from vllm_engine import Plans
 
 from steer.engines.base import CaptureRequest, Completion, GenerationRequest, Receipt
 from steer.engines.transformers.engine import TransformersEngine
 from steer.engines.vllm.front.offline import Steered
 from steer.model import HookPoint
-from steer.plan.cache import PlanCache
-from steer.plan.plan import SteeringPlan
 from steer.registry.registry import Registry
 
 SPECS = (
@@ -42,51 +47,51 @@ SPECS = (
 )
 NAMES = (None, "one", "two")
 """The model itself, and its adapters."""
+STATIC = {"form": "static", "sites": ["attn_in", "mlp_in"]}
+"""Inside graphs two workers gather nothing, so there the other two sites stay shut."""
+ENGINES: dict[str, dict[str, Any]] = {
+    "in Python": {},
+    "static": {"distributed_executor_backend": "mp", "additional_config": {"steer": STATIC}},
+    "split": {"tensor_parallel_size": 2},
+    "split, static": {"tensor_parallel_size": 2, "additional_config": {"steer": STATIC}},
+}
 SLOTS = 3
 """One more than adapters: on a CPU, vLLM gives rows without an adapter the one in the last slot."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapters, and the model that each is merged into."""
     root = tmp_path_factory.mktemp("lora")
     for seed, name in enumerate(NAMES[1:]):
         assert name is not None
         adapter = write_adapter(root / name, vllm_engine.DEMO_MODEL, seed=seed)
         write_merged(root / f"{name}-merged", vllm_engine.DEMO_MODEL, adapter)
-    with Registry.open(root / "registry") as registry:
-        demo_specs.register(registry)
-        inner_specs.register(registry)
     return root
 
 
-@pytest.fixture(scope="module")
-def steered(folder: Path) -> Iterator[Steered]:
-    os.environ["STEER_REGISTRY"] = str(folder / "registry")
+@pytest.fixture(scope="module", params=ENGINES)
+def steered(registry: Path, request: pytest.FixtureRequest) -> Iterator[Steered]:
+    os.environ["STEER_REGISTRY"] = str(registry)
     from vllm import LLM
 
-    llm = LLM(
-        **vllm_engine.OPTIONS,
-        **vllm_engine.ALL_SITES,
-        enable_lora=True,
-        max_loras=SLOTS,
-        max_lora_rank=8,
-    )
-    with Registry.open(folder / "registry") as registry:
-        yield Steered(llm, library=registry)
+    options = vllm_engine.OPTIONS | vllm_engine.ALL_SITES | ENGINES[request.param]
+    llm = LLM(**options, enable_lora=True, max_loras=SLOTS, max_lora_rank=8)
+    with Registry.open(registry) as opened:
+        yield Steered(llm, library=opened)
+    llm.llm_engine.engine_core.shutdown()
 
 
 @pytest.fixture(scope="module")
-def plans(steered: Steered) -> dict[str, SteeringPlan | None]:
-    cache = PlanCache(demo_specs.LIBRARY, steered.engine.info, steered.engine.capabilities)
-    inner = inner_specs.compiled(steered.engine.info, steered.engine.capabilities)
-    every = demo_specs.compiled(cache) | inner
-    return {name: every[name] for name in SPECS}
+def plans(steered: Steered) -> Plans:
+    every = vllm_engine.plans_for(steered.engine)
+    return {name: every[name] for name in SPECS if name in every}
 
 
 @pytest.fixture(scope="module")
-def requests(plans: dict[str, SteeringPlan | None]) -> list[tuple[str | None, GenerationRequest]]:
+def requests(plans: Plans) -> list[tuple[str | None, GenerationRequest]]:
     """Each spec with the model and with both adapters, in a mixed order."""
-    found = demo_specs.requests_for(plans, 3 * len(SPECS), seed=2, longest=40)
+    found = demo_specs.requests_for(plans, 3 * len(plans), seed=2, longest=20)
     counts: dict[str, int] = {}
     named = []
     for request in found:
@@ -173,7 +178,7 @@ def test_every_request_is_steered_with_its_own_adapter(
 
 
 def test_adapters_and_specs_both_part_the_cache(
-    steered: Steered, folder: Path, plans: dict[str, SteeringPlan | None]
+    steered: Steered, folder: Path, plans: Plans
 ) -> None:
     """One long prompt, asked with every adapter and spec in turn, and all of it once more: only the
     second time is anything cached, and no answer changes."""
@@ -200,7 +205,7 @@ def test_states_read_after_a_batch_with_adapters_are_the_models_own(
     steered: Steered, folder: Path, requests: list[tuple[str | None, GenerationRequest]]
 ) -> None:
     run(steered, folder, [one for one in requests if one[0] is not None][:5])
-    points = (HookPoint(2, "mlp_act"), HookPoint(5))
+    points = (HookPoint(2, steered.engine.info.sites[-2]), HookPoint(5))
     request = CaptureRequest(((5, 9, 200, 31), (7,)), points, logits="all")
     with TransformersEngine.load(vllm_engine.DEMO_MODEL, name="steer-demo") as engine:
         wanted = engine.capture(request)

@@ -1,12 +1,16 @@
 """Prompts with images: their parts are prompt tokens, steered where a spec selects them.
 
 The model is the demo model behind a random image tower; what it should say comes from hooks by hand
-on transformers' own.
+on transformers' own. In every form; all but the first have a worker in a process of its own, where
+the kernel of the form for CUDA graphs is interpreted.
 """
 
 from __future__ import annotations
 
 import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,8 +60,18 @@ SPECS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def llm(oracle: SeeingOracle, folder: Path) -> Any:
+ENGINES: dict[str, dict[str, Any]] = {
+    "in Python": {},
+    "static": {
+        "distributed_executor_backend": "mp",
+        "additional_config": {"steer": {"form": "static"}},
+    },
+    "compiled": {"distributed_executor_backend": "mp", "enforce_eager": False},
+}
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def llm(oracle: SeeingOracle, folder: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
     registry = folder / "registry"
     with Registry.open(registry) as opened:
         demo_specs.register(opened)
@@ -65,7 +79,10 @@ def llm(oracle: SeeingOracle, folder: Path) -> Any:
     from vllm import LLM
 
     options = {"model": str(folder), "max_num_batched_tokens": CHUNK, "block_size": BLOCK}
-    return LLM(**(vllm_engine.OPTIONS | options), limit_mm_per_prompt={"image": 2})
+    options = vllm_engine.OPTIONS | options | ENGINES[request.param]
+    running = LLM(**options, limit_mm_per_prompt={"image": 2})
+    yield running
+    running.llm_engine.engine_core.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +150,7 @@ def pieces(llm: Any) -> Iterator[list[list[int]]]:
         del scheduler.schedule
 
 
+@pytest.mark.parametrize("llm", ["in Python"], indirect=True)
 @pytest.mark.parametrize("name", SPECS)
 def test_tokens_are_steered_as_by_hooks(steered: Steered, oracle: SeeingOracle, name: str) -> None:
     spec = SPECS[name]

@@ -23,7 +23,6 @@ from vllm_speculation import NGRAM
 from steer.engines.base import Completion
 from steer.engines.transformers.engine import TransformersEngine
 from steer.plan.cache import PlanCache
-from steer.registry.registry import Registry
 
 RUNNER = Path(__file__).parents[2] / "support" / "vllm_side" / "speculation_runner.py"
 SEED = 4
@@ -40,17 +39,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Drafter]:
 
 @pytest.fixture(scope="module")
 def runs(
-    made: dict[str, Drafter], tmp_path_factory: pytest.TempPathFactory
+    made: dict[str, Drafter], registry: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
     root = tmp_path_factory.mktemp("runs")
-    with Registry.open(root) as registry:
-        demo_specs.register(registry)
     engines = {name: (made[name], {}) for name in METHODS}
     engines |= {f"{name}, compiled": (made[name], {"enforce_eager": False}) for name in COMPILED}
     jobs = []
     for name, (one, options) in engines.items():
         job = {"model": str(one.target), "speculative_config": one.config, "options": options}
-        job |= {"registry": str(root), "seed": SEED, "out": str(root / f"{name}.answers")}
+        job |= {"registry": str(registry), "seed": SEED, "out": str(root / f"{name}.answers")}
         jobs.append(root / f"{name}.job")
         jobs[-1].write_text(json.dumps(job))
     command = [sys.executable, str(RUNNER), *map(str, jobs)]

@@ -10,19 +10,19 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import demo_specs
 import pytest
 import vllm_engine
 from vllm_contract import (
-    Plans,
     assert_same,
-    reference,  # noqa: F401 - a fixture
     test_a_request_whose_numbers_run_over_ends_alone,  # noqa: F401
     test_captured_positions_are_those_asked_for,  # noqa: F401
     test_unsteered_tokens_keep_their_bits,  # noqa: F401
 )
+from vllm_engine import Plans
 from vllm_simulation import core, steering
 from vllm_speculation import DRAFTS, NGRAM, counted_drafts
 
@@ -31,7 +31,6 @@ from steer.engines.transformers.engine import TransformersEngine
 from steer.engines.vllm.front.engine import VllmEngine
 from steer.errors import NotFinite
 from steer.plan.cache import PlanCache
-from steer.registry.registry import Registry
 from steer.spec import parse_spec
 
 REPEATING = (7, 8, 9, 10, 11, 12) * 4
@@ -39,23 +38,14 @@ REPEATING = (7, 8, 9, 10, 11, 12) * 4
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
-    folder = tmp_path_factory.mktemp("registry")
-    with Registry.open(folder) as registry:
-        demo_specs.register(registry)
-    with vllm_engine.start_engine(folder, speculative_config=NGRAM) as running:
+def engine(registry: Path) -> Iterator[VllmEngine]:
+    with vllm_engine.start_engine(registry, speculative_config=NGRAM) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def plans(engine: VllmEngine) -> Plans:
-    cache = PlanCache(demo_specs.LIBRARY, engine.info, engine.capabilities)
-    return demo_specs.compiled(cache)
 
 
 def test_mixed_requests_are_those_without_drafts(
     engine: VllmEngine,
-    reference: TransformersEngine,  # noqa: F811
+    reference: TransformersEngine,
     plans: Plans,
 ) -> None:
     """Prompts of which half say everything twice, so that drafts come from them."""

@@ -7,29 +7,25 @@ looked at yet, and turns build on what was drafted before.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
-import demo_specs
 import pytest
 import vllm_engine
-from vllm_simulation import Plans, assert_all_free, simulate
+from vllm_engine import Plans
+from vllm_simulation import assert_all_free, simulate
 from vllm_speculation import NGRAM, counted_drafts
 
 from steer.engines.transformers.engine import TransformersEngine
 from steer.engines.vllm.front.engine import VllmEngine
-from steer.plan.cache import PlanCache
-from steer.registry.registry import Registry
 
 CLIENTS, WAVES = 240, 4
 REQUESTS, BLOCKS, STEP_TOKENS = 16, 18, 64
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
-    folder = tmp_path_factory.mktemp("registry")
-    with Registry.open(folder) as registry:
-        demo_specs.register(registry)
+def engine(registry: Path) -> Iterator[VllmEngine]:
     with vllm_engine.start_engine(
-        folder,
+        registry,
         speculative_config=NGRAM,
         num_gpu_blocks_override=BLOCKS,
         max_num_batched_tokens=STEP_TOKENS,
@@ -40,15 +36,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
 
 
 @pytest.fixture(scope="module")
-def reference() -> Iterator[TransformersEngine]:
-    with TransformersEngine.load(vllm_engine.DEMO_MODEL, name="steer-demo") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def plans(engine: VllmEngine) -> Plans:
-    cache = PlanCache(demo_specs.LIBRARY, engine.info, engine.capabilities)
-    return demo_specs.compiled(cache)
+    return vllm_engine.plans_with_spans(engine)
 
 
 def test_every_request_of_a_crowd_equals_itself_alone_without_drafts(

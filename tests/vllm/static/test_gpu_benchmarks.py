@@ -41,6 +41,7 @@ def test_every_kind_is_held_against_its_reference_in_every_dtype(kept: Kept) -> 
     table = part.table(results(kept, kernel.PART))
     kinds = " ".join(row[0] for row in table.rows)
     assert all(kind in kinds for kind in KINDS if kind != "concept")
+    assert "clamp, competing" in kinds
     assert all(row[-1] == "yes" for row in table.rows)
     changes: dict[str, float] = {}
     for name, one in kept.results.items():

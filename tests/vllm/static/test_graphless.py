@@ -135,6 +135,7 @@ def random_request(draw: random.Random, number: int, plans: dict[str, SteeringPl
             selections=tuple(one.selection for one in plan.rules),
             measure=draw.random() < 0.3,
             latents=plan.latents,
+            graphless=plan.graphless,
             capture=capture,
         )
     elif capture is not None:

@@ -11,21 +11,18 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 import demo_specs
-import inner_specs
 import pytest
 import vllm_engine
-from vllm.config import CUDAGraphMode
 from vllm_contract import *  # noqa: F403
-from vllm_contract import Plans
-from vllm_simulation import core, steering
+from vllm_engine import Plans
+from vllm_simulation import graphless_steps, steering
 
 from steer.engines.base import CaptureRequest, GenerationRequest, SamplingParams
 from steer.engines.vllm.front.engine import VllmEngine
 from steer.model import HookPoint
-from steer.registry.registry import Registry
 from steer.spec import Site
 
 TOPK, LATENTS, RANKED = "a clamp that competes", 64, 32
@@ -33,14 +30,10 @@ TOPK, LATENTS, RANKED = "a clamp that competes", 64, 32
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
-    folder = tmp_path_factory.mktemp("registry")
-    with Registry.open(folder) as registry:
-        demo_specs.register(registry)
-        inner_specs.register(registry)
+def engine(registry: Path) -> Iterator[VllmEngine]:
     # One site inside is enough to show the kernel there: the interpreter is slow.
     own = {"form": "static", "sites": ["mlp_act"], "latents_at_once": LATENTS * RANKED}
-    with vllm_engine.start_engine(folder, additional_config={"steer": own}) as running:
+    with vllm_engine.start_engine(registry, additional_config={"steer": own}) as running:
         assert steering(running).edits.static
         yield running
 
@@ -51,17 +44,10 @@ def closed() -> frozenset[Site]:
 
 
 @pytest.fixture
-def forced(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+def forced(engine: VllmEngine) -> Iterator[list[bool]]:
     """For each step, whether vLLM let it have no graph."""
-    runner = core(engine).model_executor.driver_worker.worker.model_runner
-    dispatch, seen = runner.cudagraph_dispatcher.dispatch, []
-
-    def seen_to_dispatch(*args: Any, **named: Any) -> Any:
-        seen.append(named["valid_modes"] == {CUDAGraphMode.NONE})
-        return dispatch(*args, **named)
-
-    monkeypatch.setattr(runner.cudagraph_dispatcher, "dispatch", seen_to_dispatch)
-    return seen
+    with graphless_steps(engine) as steps:
+        yield steps
 
 
 def sites(engine: VllmEngine) -> tuple[HookPoint, ...]:

@@ -12,6 +12,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,11 +31,11 @@ from vllm.sequence import IntermediateTensors  # noqa: E402
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner  # noqa: E402
 from vllm.v1.worker.gpu import model_runner  # noqa: E402
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner  # noqa: E402
-from vllm_contract import Plans, assert_same  # noqa: E402
+from vllm_contract import assert_same  # noqa: E402
+from vllm_crowd import Client, Outcome  # noqa: E402
+from vllm_engine import Plans  # noqa: E402
 from vllm_simulation import (  # noqa: E402
-    Client,
     Judge,
-    Outcome,
     assert_all_free,
     core,
     in_engine,
@@ -58,33 +59,16 @@ from steer.engines.vllm.worker.steering import WorkerSteering  # noqa: E402
 from steer.engines.vllm.worker.worker import adapter  # noqa: E402
 from steer.errors import EngineError, Unsupported  # noqa: E402
 from steer.model import HookPoint  # noqa: E402
-from steer.plan.cache import PlanCache  # noqa: E402
-from steer.registry.registry import Registry  # noqa: E402
 
 STEP_TOKENS, REQUESTS = 64, 8
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
-    folder = tmp_path_factory.mktemp("registry")
-    with Registry.open(folder) as registry:
-        demo_specs.register(registry)
+def engine(registry: Path) -> Iterator[VllmEngine]:
     options = {"max_num_batched_tokens": STEP_TOKENS, "max_num_seqs": REQUESTS}
-    with vllm_engine.start_engine(folder, **options) as running:
+    with vllm_engine.start_engine(registry, **options) as running:
         assert type(worker(running)._runner) is RunnerV2
         yield running
-
-
-@pytest.fixture(scope="module")
-def reference() -> Iterator[TransformersEngine]:
-    with TransformersEngine.load(vllm_engine.DEMO_MODEL, name="steer-demo") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def plans(reference: TransformersEngine) -> Plans:
-    cache = PlanCache(demo_specs.LIBRARY, reference.info, reference.capabilities)
-    return demo_specs.compiled(cache)
 
 
 def worker(engine: VllmEngine) -> Any:

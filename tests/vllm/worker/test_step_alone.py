@@ -56,6 +56,11 @@ class Listed:
 def test_instructions_are_counted_of_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "small", SMALL)
     switch, asked = Listed(), {"shape": "small", "batches": [2], "compiled": False}
-    instructions.count(switch, asked)
+    instructions.count(switch, {**asked, "cold": False, "diets": None})
     assert [steps for steps, _ in switch.dumps] == [instructions.STEPS] * (len(DIETS) + 1)
     assert all(diet.name in name for diet, (_, name) in zip(DIETS, switch.dumps, strict=False))
+    switch.dumps = []
+    instructions.count(switch, {**asked, "cold": True, "diets": [TRIGGERED.name]})
+    taps = 2 * SMALL.layers + 1
+    begun = [instructions.STEPS, instructions.COLD_STEPS * (taps + 1)]
+    assert [steps for steps, _ in switch.dumps] == begun

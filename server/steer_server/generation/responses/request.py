@@ -97,6 +97,7 @@ class ResponsesRequest(SamplingFields):
 
     format_at = "/text/format"
     neutral = RESPONSES
+    streams_readouts = False
 
     input: Annotated[
         tuple[ChatMessage, ...],

@@ -145,6 +145,13 @@ class FeatureRows:
             return self
         return FeatureRows(self.matrix.load().to(self.stored_dtype), self.scale)
 
+    def on(self, device: torch.device) -> FeatureRows:
+        """The same rows, held on `device`."""
+        held = self.in_memory()
+        assert isinstance(held.matrix, Tensor)
+        scale = None if held.scale is None else held.scale.to(device)
+        return FeatureRows(held.matrix.to(device), scale)
+
     @property
     def _plain(self) -> bool:
         return self.scale is None and self.matrix.dtype == torch.float32

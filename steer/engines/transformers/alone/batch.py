@@ -31,6 +31,7 @@ from steer.engines.transformers.sequences import (
     is_last,
     take_tokens,
 )
+from steer.readouts.readings import Readings, ReadSpan
 
 
 class AloneBatch(RequestRows):
@@ -78,20 +79,19 @@ class AloneBatch(RequestRows):
         return self._advance(list(self.sequences))
 
     def leave(self, sequence: BatchSequence) -> None:
-        """Takes a sequence out of the batch."""
-        self.sequences = [s for s in self.sequences if s is not sequence]
-        del self._memories[id(sequence)]
-        self.give_back(sequence.steered)
+        """Takes a sequence, and its twin, out of the batch."""
+        for one in sequence.together:
+            self.sequences = [s for s in self.sequences if s is not one]
+            del self._memories[id(one)]
+            self.give_back(one.steered)
 
     def clear(self) -> list[BatchSequence]:
         """Takes every sequence out, after a failure; returns them."""
         left = list(self.sequences)
         for sequence in left:
-            self.leave(sequence)
+            if sequence.leads:
+                self.leave(sequence)
         return left
-
-    def lend(self) -> None:
-        """Nothing to do: what the model keeps is put back before a sequence's next pass."""
 
     def prove(self) -> None:
         """The start-up proof; raises `Unsupported`."""
@@ -102,22 +102,31 @@ class AloneBatch(RequestRows):
         items: list[tuple[BatchSequence, Item]] = []
         computed: list[BatchSequence] = []
         rows: list[Tensor] = []
-        for sequence in sequences:
-            start = sequence.fed if sequence.tokens else 0
-            tokens = sequence.tokens[-1:] or sequence.request.prompt
+        for sequence in (s for s in sequences if s.leads):
             try:
-                step = self._step(sequence, tokens, start)
-                rows.append(self._forward(self._memories[id(sequence)], tokens, start, step))
+                found = [self._logits(one) for one in sequence.together]
             except Exception as error:
                 items.append((sequence, failure_of(error)))
             else:
-                computed.append(sequence)
+                rows += found
+                computed += sequence.together
         if computed:
             items += take_tokens(computed, torch.cat(rows), self.ledger, self.eos)
         for sequence, item in items:
             if is_last(item):
                 self.leave(sequence)
         return items
+
+    def _logits(self, sequence: BatchSequence) -> Tensor:
+        """One pass over a sequence's next tokens."""
+        start = sequence.fed if sequence.tokens else 0
+        tokens = sequence.tokens[-1:] or sequence.request.prompt
+        step = self._step(sequence, tokens, start)
+        readings = self._readings(sequence, tokens, start)
+        logits = self._forward(self._memories[id(sequence)], tokens, start, step, readings)
+        if readings is not None:
+            readings.finish()  # what the model keeps has been stored
+        return logits
 
     def _step(self, sequence: BatchSequence, tokens: Sequence[int], start: int) -> Step | None:
         if sequence.steered.plan is None:
@@ -126,14 +135,27 @@ class AloneBatch(RequestRows):
         span = Span(sequence.steered, 0, places, np.asarray(tokens, dtype=np.int64))
         return build_step(self.tables, self.ledger, [span], len(tokens))
 
+    def _readings(
+        self, sequence: BatchSequence, tokens: Sequence[int], start: int
+    ) -> Readings | None:
+        if sequence.reads is None:
+            return None
+        return self.readings([ReadSpan(sequence.reads, 0, start, len(tokens))])
+
     def _forward(
-        self, memory: Memory, tokens: Sequence[int], start: int, step: Step | None
+        self,
+        memory: Memory,
+        tokens: Sequence[int],
+        start: int,
+        step: Step | None,
+        readings: Readings | None = None,
     ) -> Tensor:
         """The pass of one sequence's next tokens; float32 logits `[1, vocab]` of the last."""
         device, end = self.hooked.device, start + len(tokens)
         self._places.load(memory)
         outputs, _ = self.hooked.forward(
             step,
+            readings=readings,
             input_ids=torch.tensor([list(tokens)], device=device),
             position_ids=torch.arange(start, end, device=device)[None],
             key_values=memory.cache,

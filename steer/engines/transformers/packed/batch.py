@@ -28,6 +28,7 @@ from steer.engines.transformers.sequences import (
     take_tokens,
 )
 from steer.errors import EngineError, SteerError
+from steer.readouts.readings import Readings, ReadSpan
 
 
 @dataclass
@@ -54,6 +55,8 @@ class PackedBatch(RequestRows):
     Guarantees: as `Batch`; no state is shared between requests; a receipt counts every token once,
     however often it was computed.
     """
+
+    pairs = False
 
     def __init__(
         self,
@@ -95,7 +98,10 @@ class PackedBatch(RequestRows):
     def decode(self) -> list[tuple[BatchSequence, Item]]:
         """One pass: a token for every sequence whose prompt is computed, and parts of prompts."""
         chunks = self.packed_model.next()
-        logits = self.packed_model.forward(chunks, self._step(chunks))
+        readings = self._readings(chunks)
+        logits = self.packed_model.forward(chunks, self._step(chunks), readings)
+        if readings is not None:
+            readings.finish()
         for chunk in chunks:
             self._packed[chunk.key].computed = chunk.start + chunk.length
         final = [self._packed[chunk.key].sequence for chunk in chunks if chunk.final]
@@ -135,6 +141,15 @@ class PackedBatch(RequestRows):
         """The start-up proof, for plain passes and packed ones; raises `Unsupported`."""
         prove_steering(self.hooked)
         prove_packed(self.packed_model)
+
+    def _readings(self, chunks: Sequence[Chunk]) -> Readings | None:
+        spans, offset = [], 0
+        for chunk in chunks:
+            readouts = self._packed[chunk.key].sequence.reads
+            if readouts is not None:
+                spans.append(ReadSpan(readouts, offset, chunk.start, chunk.length))
+            offset += chunk.length
+        return self.readings(spans)
 
     def _step(self, chunks: Sequence[Chunk]) -> Step | None:
         """The step of a pass; the same object as long as nobody's slots can change."""

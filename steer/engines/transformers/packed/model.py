@@ -30,6 +30,7 @@ from steer.batch.step import Step
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.packed.containment import Containment
 from steer.errors import EngineError, Unsupported
+from steer.readouts.readings import Readings
 
 KNOWN_SERIES = ("5.19", "5.20", "5.21", "5.22", "5.23")
 """The release series of transformers that packed batches were tested with."""
@@ -170,7 +171,9 @@ class PackedModel:
             for entry in self._io.requests_in_batch
         ]
 
-    def forward(self, chunks: Sequence[Chunk], step: Step | None) -> Tensor:
+    def forward(
+        self, chunks: Sequence[Chunk], step: Step | None, readings: Readings | None = None
+    ) -> Tensor:
         """The pass that `next` planned; float32 logits `[final chunks, vocab]`."""
         inputs = dict(self._io.get_model_kwargs(use_padding=False))
         tokens = sum(chunk.length for chunk in chunks)
@@ -185,7 +188,7 @@ class PackedModel:
             inputs["logits_to_keep"] = wanted
         if self._containment is not None:
             self._containment.begin()
-        outputs, _ = self.hooked.forward(step, **inputs)
+        outputs, _ = self.hooked.forward(step, readings=readings, **inputs)
         logits: Tensor = (outputs.logits[0] if sliced else outputs.logits[0, wanted]).float()
         if self._containment is None:
             return logits

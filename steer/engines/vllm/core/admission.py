@@ -14,6 +14,7 @@ from functools import cached_property, lru_cache, partial, wraps
 from typing import Any, NamedTuple
 
 from steer.batch.tables import MAX_RULES
+from steer.engines.checks import no_messages
 from steer.engines.vllm.core.scheduler import holds_back
 from steer.engines.vllm.internals import CORE, FRONT
 from steer.engines.vllm.options import KEY, SteerOptions, registry_location
@@ -80,8 +81,8 @@ def check_tickets(examine: Examine | None = None) -> None:
 def check_request(request: Any, config: Any, examine: Examine | None = None) -> Ticket | None:
     """The ticket of an `EngineCoreRequest`; raises a `SteerError` where it cannot be honoured.
 
-    Sets `skip_reading_prefix_cache` on the request's own parameters where states are captured:
-    what comes from the cache is never computed, and so never seen.
+    Sets `skip_reading_prefix_cache` on the request's own parameters where its prompt is read: what
+    comes from the cache is never computed, and so never seen.
     """
     ticket = _ticket(request)
     if ticket is None:
@@ -93,7 +94,7 @@ def check_request(request: Any, config: Any, examine: Examine | None = None) -> 
         check_rows(ticket, SteerOptions.of(config.additional_config).edit_rows)
         if examine is not None:
             examine(ticket, config)
-    if ticket.capture is not None:
+    if ticket.computes_prompt:
         request.sampling_params.skip_reading_prefix_cache = True
     return ticket
 
@@ -187,6 +188,15 @@ def _check_content(ticket: Ticket, prompt_length: int) -> None:
         raise _malformed("its plan has no fingerprint")
     if ticket.rows < 0:
         raise _malformed(f"it asks for {ticket.rows} edit rows")
+    if ticket.reads_roles:
+        if ticket.roles is None:
+            raise no_messages()
+        if ticket.roles.length != prompt_length:
+            raise SpecError(
+                f"the messages whose roles are asked for are {ticket.roles.length} tokens and the "
+                f"prompt has {prompt_length}: send them whole, without 'truncate_prompt_tokens'",
+                code="no_messages",
+            )
     for position in ticket.capture.positions if ticket.capture is not None else ():
         if not 0 <= position < prompt_length:
             raise SpecError(
@@ -209,6 +219,7 @@ class _Facts(NamedTuple):
     rows: int
     selections: tuple[Selection, ...]
     latents: int
+    graphless: bool
 
 
 class PlanCheck:
@@ -230,7 +241,8 @@ class PlanCheck:
         if ticket.plan is None:
             return
         facts = self._facts(ticket.plan)
-        if facts != (ticket.fingerprint, ticket.rows, ticket.selections, ticket.latents):
+        told = (ticket.fingerprint, ticket.rows, ticket.selections)
+        if facts != (*told, ticket.latents, ticket.graphless):
             raise SpecError(
                 "the ticket says something else than the plan that it names: send the spec in the "
                 "field 'steering' instead",
@@ -238,7 +250,8 @@ class PlanCheck:
             )
 
     def _look(self, plan: str) -> _Facts:
-        loaded = load_plan(self._store.get(plan), self._store.sae_encoder)
+        loaded = load_plan(self._store.get(plan), self._store.sae)
         check_rules(len(loaded.rules), MAX_RULES)
         selections = tuple(one.selection for one in loaded.rules)
-        return _Facts(loaded.fingerprint, budget_rows(loaded), selections, loaded.latents)
+        rows = budget_rows(loaded)
+        return _Facts(loaded.fingerprint, rows, selections, loaded.latents, loaded.graphless)

@@ -24,22 +24,29 @@ import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from steer.engines.vllm.internals import CACHE_KEYS
+from steer.engines.vllm.options import registry_location
 from steer.engines.vllm.seams import check, version
 from steer.engines.vllm.ticket import Ticket
 from steer.errors import EngineError
-from steer.plan.selection import EVERYWHERE, Selection
+from steer.plan.file import load_selections
+from steer.plan.selection import EVERYWHERE, Selection, rules_selecting, trace_of
+from steer.plan.texts.trace import TokenTrace
+from steer.registry.blobs.plan_store import PlanStore
 
 ExtraKeys = tuple[Any, ...] | None
 
 _NAME = "generate_block_hash_extra_keys"
 _ORIGINAL = "steer_original"
 _MEMO = "_steer_footprint"
+_REMEMBERED = 256
+"""Plans whose texts a process remembers."""
 
 
 @dataclass
@@ -52,6 +59,8 @@ class Footprint:
 
     ticket: Ticket
     gated: int
+    selections: tuple[Selection, ...] = ()
+    trace: TokenTrace | None = None
     scanned: int = 0
     first: int | None = None
     first_gated: int | None = None
@@ -63,14 +72,19 @@ class Footprint:
             for number, selection in enumerate(ticket.selections)
             if _gated_by_prompt(selection)
         )
-        return Footprint(ticket, gated)
+        return Footprint(ticket, gated, _selections(ticket))
 
     def scan(self, request: Any, end: int) -> None:
         """Looks at the tokens up to `end`; each is looked at once, in the order they are known."""
         if end <= self.scanned:
             return
         start, self.scanned = self.scanned, end
-        bits = _selected(self.ticket, request, start, end)
+        if start == 0:
+            prompt = request.all_token_ids[: request.num_prompt_tokens]
+            self.trace = trace_of(self.selections, prompt, self.ticket.roles)
+        if self.trace is not None:
+            self.trace.read(start, _ids(request, start, end))
+        bits = self._selected(request, start, end)
         if self.first is None:
             self.first = _first(bits != 0, start)
         if self.first_gated is None and self.gated:
@@ -83,12 +97,18 @@ class Footprint:
         self.scan(request, end)
         if self.first is None or self.first >= end:
             return None
-        bits = _selected(self.ticket, request, start, end)
+        bits = self._selected(request, start, end)
         digest = hashlib.sha256(self.ticket.plan.encode() + bits.tobytes()).hexdigest()
         text = f"{self.ticket.fingerprint}:{digest}"
         if self.first_gated is not None and self.first_gated < end:
             text += f"@{request.num_prompt_tokens}"
         return ("steer", text)
+
+    def _selected(self, request: Any, start: int, end: int) -> NDArray[np.uint8]:
+        """Which rules select each of the positions `start` to `end`, as bits `[end - start]`."""
+        positions = np.arange(start, end, dtype=np.int64)
+        ids, length = _ids(request, start, end), request.num_prompt_tokens
+        return rules_selecting(self.selections, positions, length, ids, self.trace)
 
 
 def ticket_of(request: Any) -> Ticket | None:
@@ -179,11 +199,20 @@ def _footprint(request: Any) -> Footprint | None:
     return memo if isinstance(memo, Footprint) else None
 
 
-def _selected(ticket: Ticket, request: Any, start: int, end: int) -> Any:
-    """Which rules select each of the positions `start` to `end`, as bits `[end - start]`."""
-    positions = np.arange(start, end, dtype=np.int64)
-    tokens = np.asarray(request.all_token_ids[start:end], dtype=np.int64)
-    return ticket.selected(positions, request.num_prompt_tokens, tokens)
+def _selections(ticket: Ticket) -> tuple[Selection, ...]:
+    """The ticket's selections, which can read tokens where they look for texts."""
+    if not ticket.reads_texts or ticket.plan is None:
+        return ticket.selections
+    return _of_plan(ticket.plan)
+
+
+@lru_cache(_REMEMBERED)
+def _of_plan(plan: str) -> tuple[Selection, ...]:
+    return load_selections(PlanStore(registry_location()).get(plan))
+
+
+def _ids(request: Any, start: int, end: int) -> NDArray[np.int64]:
+    return np.asarray(request.all_token_ids[start:end], dtype=np.int64)
 
 
 def _gated_by_prompt(selection: Selection) -> bool:

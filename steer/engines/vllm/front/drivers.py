@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from steer.engines.vllm.front.ranks import ask_engines
 from steer.engines.vllm.front.sequences import RunningSequence, vllm_sampling
 from steer.engines.vllm.messages import leaves_unsteered
-from steer.engines.vllm.pipeline import gathered_answers, merged_answers
+from steer.engines.vllm.pipeline import gathered_answers, merged_answers, readout_answers
 from steer.errors import EngineError, SteerError
 
 
@@ -67,6 +67,8 @@ class _Stepper:
         if self._running.pop(sequence.key, None) is not None:
             self.engine.abort_request([sequence.key])
             self._tell_ends()
+            if sequence.wants_readouts:
+                self.engine.collective_rpc("steer_readouts", args=([sequence.dropped_readouts],))
 
     def step(self) -> None:
         """One step; when it fails, so do the sequences in it, and those that it has ended."""
@@ -89,11 +91,16 @@ class _Stepper:
 
     def _step(self, ended: list[RunningSequence]) -> None:
         """`ended` are those that wait for their receipts."""
+        told = []
         for output in self.engine.step():
             sequence = self._running.get(output.request_id)
-            if sequence is None:
+            if sequence is not None:
+                sequence.take(output)
+                told.append((sequence, output))
+        self._read([sequence for sequence, _ in told if sequence.wants_readouts])
+        for sequence, output in told:
+            if sequence.key not in self._running:
                 continue
-            sequence.take(output)
             if sequence.finish is None:
                 sequence.listener.flush()
                 continue
@@ -102,6 +109,20 @@ class _Stepper:
                 self.engine.abort_request([sequence.key])
         self._tell_ends()
         self._close(ended)
+
+    def _read(self, sequences: Sequence[RunningSequence]) -> None:
+        """Fetches what was read of `sequences` with one call; one whose read-outs were not made
+        ends here."""
+        if not sequences:
+            return
+        asked = [sequence.asked_readouts for sequence in sequences]
+        found = readout_answers([self.engine.collective_rpc("steer_readouts", args=(asked,))])
+        for sequence, answers in zip(sequences, found, strict=True):
+            try:
+                sequence.read(answers.get(0, ()))
+            except SteerError as error:
+                self.abort(sequence)
+                sequence.fail(error)
 
     def _tell_ends(self) -> None:
         """Lets the workers hear of the last requests' end, which comes with the next schedule.
@@ -217,7 +238,7 @@ class ClientDriver:
         self._client, self._loop = client, loop
         # Taken now: a server may put its own generation in front of the client's later.
         self._generate = client.generate
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._tasks: dict[str, asyncio.Task[Any]] = {}
 
     def start(self) -> None:
         """The client runs already."""
@@ -241,7 +262,7 @@ class ClientDriver:
             self._tasks[sequence.key] = task
             task.add_done_callback(partial(self._forget, sequence.key))
 
-    def _forget(self, key: str, _: asyncio.Task[None]) -> None:
+    def _forget(self, key: str, _: asyncio.Task[Any]) -> None:
         self._tasks.pop(key, None)
 
     def _stop(self, sequence: RunningSequence) -> None:
@@ -256,6 +277,10 @@ class ClientDriver:
             outputs = self._generate(prompt, params, sequence.key)
             async for output in outputs:
                 sequence.take(output)
+                if sequence.wants_readouts:
+                    asked = [sequence.asked_readouts]
+                    answers = await ask_engines(self._client, "steer_readouts", asked)
+                    sequence.read(readout_answers(answers)[0].get(0, ()))
                 if sequence.finish is not None:
                     break
                 sequence.listener.flush()
@@ -267,3 +292,8 @@ class ClientDriver:
             sequence.close(answer)
         except Exception as error:
             sequence.fail(error)
+        finally:
+            if sequence.wants_readouts and sequence.finish is None:
+                drop = ask_engines(self._client, "steer_readouts", [sequence.dropped_readouts])
+                self._tasks[f"drop {sequence.key}"] = task = self._loop.create_task(drop)
+                task.add_done_callback(partial(self._forget, f"drop {sequence.key}"))

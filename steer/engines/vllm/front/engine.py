@@ -25,7 +25,7 @@ from steer.engines.base import (
     SamplingParams,
     TokenEvent,
 )
-from steer.engines.checks import check_request
+from steer.engines.checks import check_readouts, check_request
 from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
 from steer.engines.vllm import plugin
 from steer.engines.vllm.front.capturing import capture_order, collect, unembed
@@ -39,6 +39,8 @@ from steer.engines.vllm.options import REGISTRY_VARIABLE, registry_location
 from steer.errors import SteerError, Unsupported
 from steer.model import SAMPLING, Capabilities, ModelInfo
 from steer.plan.plan import check_rules
+from steer.prompts.roles import found_roles
+from steer.readouts.spec import READOUTS
 from steer.registry.blobs.plan_store import PlanStore
 from steer.spec import KINDS
 
@@ -73,6 +75,8 @@ class VllmEngine:
             sae_architectures=SUPPORTED,
             sampling=SAMPLING,
             captures=self.info.sites,
+            roles=found_roles(tokenizer),
+            readouts=_readouts(lens=bool(answer.get("lens", False))),
             limits={"slots": slots, "passes": self._passes, "batch": slots},
         )
         self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
@@ -148,6 +152,7 @@ class VllmEngine:
     def admit(self, request: GenerationRequest) -> None:
         """Raises where `request` can never run here."""
         check_request(request, self.info, self.info.max_length)
+        check_readouts(request, self.capabilities)
         if request.plan is not None:
             check_rules(len(request.plan.rules), self._passes)
 
@@ -188,14 +193,15 @@ class VllmEngine:
         for point in request.points:
             self.info.check_point(point)
         plans = request.plans or [None] * len(request.prompts)
+        roles = request.roles or [None] * len(request.prompts)
         orders = [capture_order(request, prompt, self.info) for prompt in request.prompts]
         self.start()
         sampling = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
         tickets, running, listeners = [], [], []
-        for prompt, plan, order in zip(request.prompts, plans, orders, strict=True):
-            generation = GenerationRequest("capture", tuple(prompt), sampling, plan)
+        for prompt, plan, order, whose in zip(request.prompts, plans, orders, roles, strict=True):
+            generation = GenerationRequest("capture", tuple(prompt), sampling, plan, roles=whose)
             self.admit(generation)
-            tickets.append(self.tickets.issue(plan, capture=order))
+            tickets.append(self.tickets.issue(plan, capture=order, roles=whose))
             listeners.append(BlockingListener())
             running.append(
                 RunningSequence(generation, tickets[-1], listeners[-1], self.ends, quiet=True)
@@ -221,8 +227,13 @@ class VllmEngine:
         self, request: GenerationRequest, listener: AsyncListener | BlockingListener
     ) -> RunningSequence:
         ticket = None
-        if request.plan is not None:
-            ticket = self.tickets.issue(request.plan, measure=request.measure)
+        if request.plan is not None or request.readouts is not None:
+            ticket = self.tickets.issue(
+                request.plan,
+                measure=request.measure,
+                roles=request.roles,
+                readouts=request.readouts,
+            )
         return RunningSequence(request, ticket, listener, self.ends)
 
     def _mailbox(self) -> Mailbox:
@@ -230,3 +241,10 @@ class VllmEngine:
         if loop not in self._mailboxes:
             self._mailboxes[loop] = Mailbox(loop)
         return self._mailboxes[loop]
+
+
+def _readouts(*, lens: bool) -> tuple[str, ...]:
+    """What workers read while they answer: an unsteered twin is not among it, and a `lens` only
+    where the model's head is with its layers and changed by no adapter."""
+    missing = {"kl"} if lens else {"kl", "lens"}
+    return tuple(name for name in READOUTS if name not in missing)

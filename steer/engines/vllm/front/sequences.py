@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from steer.engines.base import (
@@ -12,9 +13,10 @@ from steer.engines.base import (
     Receipt,
     TokenEvent,
     TokenLogprob,
+    TokenReadout,
 )
 from steer.engines.listeners import AsyncListener, BlockingListener
-from steer.engines.vllm.messages import read_receipt
+from steer.engines.vllm.messages import read_readouts, read_receipt
 from steer.engines.vllm.ticket import Ticket
 from steer.errors import EngineError, SteerError
 
@@ -47,18 +49,32 @@ class RunningSequence:
         if not request.sampling.ignore_eos:
             self.ends |= eos
         self._quiet = quiet
-        self._tokens = 0
-        self._last: tuple[int, TokenLogprob | None] | None = None
+        self._said: list[int] = []
+        self._last: TokenEvent | None = None
 
     @property
     def wants_receipt(self) -> bool:
         return not self._quiet and self.ticket is not None and self.ticket.plan is not None
 
     @property
+    def wants_readouts(self) -> bool:
+        return self.request.readouts is not None and self.ticket is not None
+
+    @property
     def asked(self) -> tuple[str, dict[int, int]]:
         """What `steer_receipts` is asked: all but the last token generated were fed."""
         key = "" if self.ticket is None else self.ticket.key
-        return key, {0: len(self.request.prompt) + self._tokens - 1}
+        return key, {0: len(self.request.prompt) + len(self._said) - 1}
+
+    @property
+    def asked_readouts(self) -> tuple[str, dict[int, int], bool]:
+        """What `steer_readouts` is asked after an output."""
+        return *self.asked, self.finish is not None
+
+    @property
+    def dropped_readouts(self) -> tuple[str, dict[int, int], bool]:
+        """What `steer_readouts` is asked where nobody waits for them any more."""
+        return self.asked[0], {}, True
 
     def take(self, output: Any) -> None:
         """Passes on the new tokens of a `RequestOutput` of kind DELTA; keeps back the last one of
@@ -69,12 +85,28 @@ class RunningSequence:
             if self.finish is not None:
                 return
             self._flush_last()
-            self._tokens += 1
-            self._last = (token, _logprob(token, places, self.request.sampling.logprobs))
+            self._said.append(token)
+            self._last = TokenEvent(token, _logprob(token, places, self.request.sampling.logprobs))
             if token in self.ends or (self.request.stop is not None and self.request.stop(token)):
                 self.finish = "stop"
         if made.finish_reason is not None and self.finish is None:
             self.finish = "stop" if made.finish_reason == "stop" else "length"
+
+    def read(self, answers: Iterable[Mapping[str, Any]]) -> None:
+        """Takes in what workers have read since they were last asked; it goes with the token that
+        is kept back. Raises `EngineError`."""
+        plan, prompt = self.request.readouts, self.request.prompt
+        if plan is None or self._last is None:
+            return
+        found = tuple(
+            TokenReadout(
+                position,
+                prompt[position] if position < len(prompt) else self._said[position - len(prompt)],
+                numbers,
+            )
+            for position, numbers in read_readouts(answers, plan.width)
+        )
+        self._last = replace(self._last, readouts=self._last.readouts + found)
 
     def close(self, answer: Mapping[str, Any] | None) -> None:
         """Ends the sequence with a worker's answer about its receipt; without one it fails."""
@@ -95,14 +127,14 @@ class RunningSequence:
 
     def _close(self, receipt: Receipt | None) -> None:
         if self._last is not None:
-            token, logprob = self._last
-            self.listener.put(TokenEvent(token, logprob, self.finish or "length", receipt))
+            ended = replace(self._last, finish=self.finish or "length", receipt=receipt)
+            self.listener.put(ended)
             self._last = None
         self.listener.flush()
 
     def _flush_last(self) -> None:
         if self._last is not None:
-            self.listener.put(TokenEvent(*self._last))
+            self.listener.put(self._last)
             self._last = None
 
 
@@ -141,6 +173,6 @@ def vllm_sampling(sequence: RunningSequence) -> Any:
         stop_token_ids=sorted(sequence.ends),
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
-        skip_reading_prefix_cache=True if ticket is not None and ticket.capture else None,
+        skip_reading_prefix_cache=True if ticket is not None and ticket.computes_prompt else None,
         extra_args=None if ticket is None else ticket.as_extra_args(),
     )

@@ -8,9 +8,12 @@ import uuid
 from collections import OrderedDict
 
 from steer.engines.vllm.static.rows import budget_rows
-from steer.engines.vllm.ticket import CaptureOrder, Ticket
+from steer.engines.vllm.ticket import CaptureOrder, ReadoutOrder, Ticket
 from steer.plan.file import dump_plan
 from steer.plan.plan import SteeringPlan
+from steer.prompts.roles import RoleRanges
+from steer.readouts.file import dump_readouts
+from steer.readouts.plan import ReadoutPlan
 from steer.registry.blobs.plan_store import PlanStore
 
 _REMEMBERED = 4096
@@ -35,11 +38,17 @@ class TicketIssuer:
         measure: bool = False,
         attached: bool = False,
         capture: CaptureOrder | None = None,
+        roles: RoleRanges | None = None,
+        readouts: ReadoutPlan | None = None,
     ) -> Ticket:
-        """A ticket with a key of its own for one request of `n` choices."""
+        """A ticket with a key of its own for one request of `n` choices; `roles` say whose words
+        its prompt is, where the plan asks."""
         key = uuid.uuid4().hex
+        order = None
+        if readouts is not None:
+            order = ReadoutOrder(self._store.put(dump_readouts(readouts)), readouts.reads_prompt)
         if plan is None:
-            return Ticket(key, n, capture=capture)
+            return Ticket(key, n, capture=capture, readouts=order)
         sha256, rows = self._publish(plan)
         return Ticket(
             key,
@@ -51,7 +60,10 @@ class TicketIssuer:
             measure=measure,
             attached=attached,
             latents=plan.latents,
+            roles=roles if plan.reads_roles else None,
+            graphless=plan.graphless,
             capture=capture,
+            readouts=order,
         )
 
     def holds(self, plan: SteeringPlan) -> bool:

@@ -7,22 +7,23 @@ that was captured before the SAE was known replays with it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from steer.batch.cutoffs import DeviceCutoffs
-from steer.edits import TopKCutoff
+from steer.artefacts.sae.encoders import TopKEncoder
+from steer.batch.encoders import DeviceEncoders
 
-# Fields of an encoder's entry: the addresses of `read` and `bias`, the latents, k, and the measure.
-READ, BIAS, LATENTS, K, MEASURE = range(5)
+# Fields of an encoder's entry: the addresses of `read` and `bias`, the latents, k, the measure, and
+# whether they are ranked by magnitude.
+READ, BIAS, LATENTS, K, MEASURE, SIGNED = range(6)
 ENCODER_FIELDS = 8
 
 
 @dataclass
 class _Entry:
     number: int
-    cutoff: TopKCutoff
+    encoder: TopKEncoder
     references: int = 0
 
 
@@ -33,19 +34,19 @@ class Encoders:
     the memory of encoders that nobody holds any more is used again.
     """
 
-    def __init__(self, capacity: int, cutoffs: DeviceCutoffs) -> None:
+    def __init__(self, capacity: int, on_device: DeviceEncoders) -> None:
         self.table = torch.zeros(
-            capacity + 1, ENCODER_FIELDS, dtype=torch.int64, device=cutoffs.device
+            capacity + 1, ENCODER_FIELDS, dtype=torch.int64, device=on_device.device
         )
-        self._cutoffs = cutoffs
+        self._on_device = on_device
         self._held: dict[str, _Entry] = {}
         self._free = list(range(capacity, 0, -1))
 
-    def take(self, cutoff: TopKCutoff) -> int:
-        """The number of the encoder of `cutoff`; give it back as often as it was taken."""
-        entry = self._held.get(cutoff.identity)
+    def take(self, encoder: TopKEncoder) -> int:
+        """The number of `encoder`; give it back as often as it was taken."""
+        entry = self._held.get(encoder.identity)
         if entry is None:
-            entry = self._held[cutoff.identity] = self._write(self._cutoffs.of(cutoff))
+            entry = self._held[encoder.identity] = self._write(encoder)
         entry.references += 1
         return entry.number
 
@@ -57,10 +58,16 @@ class Encoders:
             del self._held[identity]
             self._free.append(entry.number)
 
-    def _write(self, cutoff: TopKCutoff) -> _Entry:
-        entry = _Entry(self._free.pop(), cutoff)
-        fields = [cutoff.read.data_ptr(), cutoff.bias.data_ptr(), len(cutoff.bias), cutoff.k]
-        fields.append(int(cutoff.measure))
+    def _write(self, encoder: TopKEncoder) -> _Entry:
+        if not encoder.rows.plain:
+            # Kernels read float32: such rows lie on the device beside those that Python reads.
+            plain = f"{encoder.identity} in float32"
+            encoder = replace(encoder, identity=plain, rows=encoder.rows.in_float32())
+        held = self._on_device.of(encoder)
+        assert isinstance(held, TopKEncoder)
+        entry, rows = _Entry(self._free.pop(), held), held.rows
+        fields = [rows.read.data_ptr(), rows.bias.data_ptr(), held.latents, held.k]
+        fields += [int(rows.measure), int(held.signed)]
         row = torch.tensor(fields, dtype=torch.int64)
         self.table[entry.number, : len(fields)] = row.to(self.table.device)
         return entry

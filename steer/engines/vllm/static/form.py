@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steer.batch.cutoffs import DeviceCutoffs
+from steer.batch.encoders import DeviceEncoders
 from steer.batch.gates import Decisions
 from steer.batch.ledger import PositionLedger
 from steer.batch.requests import Ints, Span
@@ -76,9 +76,9 @@ class StaticForm:
         edit_rows: int,
         device: torch.device,
         latents: int = 0,
-        cutoffs: DeviceCutoffs | None = None,
+        encoders: DeviceEncoders | None = None,
     ) -> None:
-        """`latents` is how many of TopK SAEs the tokens of one pass may rank together; `cutoffs`
+        """`latents` is how many of TopK SAEs the tokens of one pass may rank together; `encoders`
         may be shared with other tables on `device`."""
         from steer.engines.vllm.static.kernel import edit_group  # noqa: PLC0415
 
@@ -95,7 +95,7 @@ class StaticForm:
         ]
         groups = [group for _, group in served]
         self.tables = StaticTables(
-            model, groups, slots=max_requests, edit_rows=edit_rows, device=device, cutoffs=cutoffs
+            model, groups, slots=max_requests, edit_rows=edit_rows, device=device, encoders=encoders
         )
         self.buffers = StepBuffers(
             self.tables,

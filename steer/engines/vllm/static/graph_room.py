@@ -34,6 +34,8 @@ class GraphRoom:
 
     def excludes(self, ticket: Ticket, *, full: bool) -> bool:
         """Whether Python steers this request in a step that is `full`, or in one that is not:
-        states leave a pass in Python alone, and an SAE may have more latents than there is room
-        for."""
-        return ticket.capture is not None or ticket.latents > (0 if full else self.latents)
+        states leave a pass in Python alone, as what no kernel does is done in Python alone, and an
+        SAE may have more latents than there is room for."""
+        reads = ticket.capture is not None or ticket.readouts is not None
+        alone = reads or ticket.graphless
+        return alone or ticket.latents > (0 if full else self.latents)

@@ -50,12 +50,14 @@ _NEEDS_DEVIATION = tl.constexpr(static_rows.NEEDS_DEVIATION)
 _CHANNELS = tl.constexpr(static_rows.CHANNELS)
 _SIDE = tl.constexpr(static_rows.SIDE)
 _ENCODER = tl.constexpr(static_rows.ENCODER)
+_KEPT = tl.constexpr(static_rows.KEPT)
 _ENCODER_FIELDS = tl.constexpr(static_encoders.ENCODER_FIELDS)
 _READ = tl.constexpr(static_encoders.READ)
 _ENCODER_BIAS = tl.constexpr(static_encoders.BIAS)
 _LATENTS = tl.constexpr(static_encoders.LATENTS)
 _K = tl.constexpr(static_encoders.K)
 _ENCODER_MEASURE = tl.constexpr(static_encoders.MEASURE)
+_SIGNED = tl.constexpr(static_encoders.SIGNED)
 _GATE_FIELDS = tl.constexpr(static_rows.GATE_FIELDS)
 _ABOVE = tl.constexpr(static_rows.ABOVE)
 _BELOW = tl.constexpr(static_rows.BELOW)
@@ -117,9 +119,8 @@ def _deviation(x, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _coefficient(product, laws, row, norm, length, deviation, cutoff):
-    """`steer.edits.coefficients` of one edit."""
-    law = laws + row * _LAW_STRIDE
+def _activation(product, law, norm, deviation, cutoff):
+    """`steer.edits.activations` of one edit, whose law is at `law`."""
     value = product
     measure = tl.load(law + _MEASURE)
     if measure == _READS_COSINE:
@@ -127,14 +128,20 @@ def _coefficient(product, laws, row, norm, length, deviation, cutoff):
     if measure == _READS_CENTRED:
         value = value / (deviation + _EPSILON)
     value += tl.load(law + _BIAS)
-    active = (value > tl.load(law + _THRESHOLD)) & ((value < cutoff) == 0)
-    value = tl.where(active, value, 0.0)
-    if measure == _READS_SHARE:
-        value = value / tl.maximum(norm, _TINY)
-    c = tl.load(law + _INTERCEPT) + tl.load(law + _SLOPE) * value
+    active = (value > tl.load(law + _THRESHOLD)) & ((tl.abs(value) < cutoff) == 0)
+    return tl.where(active, value, 0.0)
+
+
+@triton.jit
+def _coefficient(value, law, norm, length, deviation):
+    """`steer.edits.coefficients` of one edit, whose law is at `law`."""
+    share = value
+    if tl.load(law + _MEASURE) == _READS_SHARE:
+        share = value / tl.maximum(norm, _TINY)
+    c = tl.load(law + _INTERCEPT) + tl.load(law + _SLOPE) * share
     c = tl.maximum(c, tl.load(law + _FLOOR), propagate_nan=tl.PropagateNan.ALL)
     c = tl.minimum(c, tl.load(law + _CEILING), propagate_nan=tl.PropagateNan.ALL)
-    c = tl.where(active | (tl.load(law + _ONLY_ACTIVE) == 0.0), c, 0.0)
+    c = tl.where((value != 0.0) | (tl.load(law + _ONLY_ACTIVE) == 0.0), c, 0.0)
     relative = tl.load(law + _RELATIVE)
     c = tl.where(relative == _TO_NORM, c * norm, c)
     c = tl.where(relative == _TO_DEVIATION, c * deviation, c)
@@ -176,6 +183,7 @@ def _encode(x, entry, latents, part, parts, width, TILE: tl.constexpr, BLOCK: tl
     read = tl.load(entry + _READ).to(tl.pointer_type(tl.float32))
     bias = tl.load(entry + _ENCODER_BIAS).to(tl.pointer_type(tl.float32))
     count = tl.load(entry + _LATENTS).to(tl.int32)
+    signed = tl.load(entry + _SIGNED) != 0
     columns = tl.arange(0, BLOCK)
     for first in range(part * TILE, count, parts * TILE):
         rows = first + tl.arange(0, TILE)
@@ -186,7 +194,8 @@ def _encode(x, entry, latents, part, parts, width, TILE: tl.constexpr, BLOCK: tl
             other=0.0,
         )
         value = tl.sum(tile * x[None, :], axis=1) + tl.load(bias + rows, mask=inside, other=0.0)
-        tl.store(latents + rows, tl.where(value > 0.0, value, 0.0), mask=inside)
+        value = tl.where(signed, tl.abs(value), tl.where(value > 0.0, value, 0.0))
+        tl.store(latents + rows, value, mask=inside)
 
 
 @triton.jit
@@ -219,7 +228,7 @@ def _largest_below(latents, count, bound, SPAN: tl.constexpr):
 
 @triton.jit
 def _least_active(entry, latents, SPAN: tl.constexpr):
-    """`steer.edits.TopKCutoff.least_active` of the encoder `entry`, whose `latents` are there."""
+    """`TopKEncoder.least_active` of the encoder `entry`, whose `latents` are there."""
     count = tl.load(entry + _LATENTS).to(tl.int32)
     k = tl.load(entry + _K).to(tl.int32)
     cutoff = tl.full((), 0.0, tl.float32)
@@ -237,11 +246,70 @@ def _least_active(entry, latents, SPAN: tl.constexpr):
 
 
 @triton.jit
-def _after_block(
-    before, cutoff, block, read, write, laws, following, constants, width, BLOCK: tl.constexpr
+def _readings(
+    x,
+    block,
+    encoders,
+    latents,
+    read,
+    laws,
+    following,
+    width,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """The row after one block, all of whose edits see `before`; `cutoff` is the least value that
-    counts as active."""
+    """Keeps in `latents` what the edits of `block`, which writes elsewhere, read of `x`, and the
+    lengths of `x` behind it. It may encode in the place of latents that are there."""
+    cutoff = tl.full((), float("-inf"), tl.float32)
+    number = tl.load(block + _ENCODER)
+    if number != 0:
+        entry = encoders + number * _ENCODER_FIELDS
+        _encode(x, entry, latents, 0, 1, width, TILE, BLOCK)
+        tl.debug_barrier()
+        cutoff = _least_active(entry, latents, TILE * BLOCK)
+        tl.debug_barrier()  # before another encoder writes there
+    norm, deviation = _length(x), _deviation(x, width, BLOCK)
+    kept = latents + tl.load(block + _KEPT) - 1
+    row = tl.load(block + _FIRST)
+    count = tl.load(block + _COUNT)
+    for n in range(count):
+        product = tl.sum(_row(read, row, width, width, BLOCK) * x, axis=0)
+        value = _activation(product, laws + row * _LAW_STRIDE, norm, deviation, cutoff)
+        tl.store(kept + n, value)
+        row = tl.load(following + row)
+    tl.store(kept + count, norm)
+    tl.store(kept + count + 1, deviation)
+    tl.debug_barrier()  # a later point of the group may be written by them
+
+
+@triton.jit
+def _kept_reading(kept, n, count, law, norm, deviation):
+    """What the n-th of `count` edits has read where it reads, and the lengths that its law
+    measures: those of the state there, if it measures that in its own length."""
+    measure = tl.load(law + _MEASURE)
+    if (measure == _READS_COSINE) | (measure == _READS_CENTRED):
+        norm = tl.load(kept + count)
+        deviation = tl.load(kept + count + 1)
+    return tl.load(kept + n), norm, deviation
+
+
+@triton.jit
+def _after_block(
+    before,
+    cutoff,
+    block,
+    latents,
+    read,
+    write,
+    laws,
+    following,
+    constants,
+    width,
+    RANKING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The row after one block, all of whose edits see `before`, or what `latents` keep of it from
+    an earlier hook point; `cutoff` is the least absolute value that counts as active."""
     flags = tl.load(block + _FLAGS)
     norm = tl.full((), 0.0, tl.float32)
     length = tl.full((), 0.0, tl.float32)
@@ -262,12 +330,22 @@ def _after_block(
     if channels != 0:
         after += _channel_changes(before, channels, read, write, following, width, BLOCK)
     row = tl.load(block + _FIRST)
-    for _ in range(tl.load(block + _COUNT)):
-        product = tl.full((), 0.0, tl.float32)
+    count = tl.load(block + _COUNT)
+    kept = tl.load(block + _KEPT)
+    for n in range(count):
         law = laws + row * _LAW_STRIDE
-        if (tl.load(law + _SLOPE) != 0.0) | (tl.load(law + _ONLY_ACTIVE) != 0.0):
+        value = tl.full((), 0.0, tl.float32)
+        edit_norm, edit_deviation = norm, deviation
+        looks = (tl.load(law + _SLOPE) != 0.0) | (tl.load(law + _ONLY_ACTIVE) != 0.0)
+        if looks & (kept == 0):
             product = tl.sum(_row(read, row, width, width, BLOCK) * before, axis=0)
-        c = _coefficient(product, laws, row, norm, length, deviation, cutoff)
+            value = _activation(product, law, norm, deviation, cutoff)
+        if RANKING:  # noqa: SIM102 -- known when the kernel is compiled
+            if kept != 0:
+                value, edit_norm, edit_deviation = _kept_reading(
+                    latents + kept - 1, n, count, law, norm, deviation
+                )
+        c = _coefficient(value, law, edit_norm, length, edit_deviation)
         after += c * _row(write, row, width, width, BLOCK)
         row = tl.load(following + row)
     if (flags & _PRESERVES) != 0:
@@ -337,6 +415,16 @@ def _runs_over(x):
 
 
 @triton.jit
+def _contained(x, before, lost):
+    """`x`, or `before` where only the edits have driven it beyond all numbers, which is noted."""
+    if _runs_over(x):  # noqa: SIM102 -- the second is computed where the first is true
+        if not _runs_over(before):
+            x = before
+            tl.store(lost, 1)
+    return x
+
+
+@triton.jit
 def _write_back(x, before, hidden_row, residual_row, summed, inside, SPLIT: tl.constexpr):
     """Puts the row `x` in the place of `before`: a sum changes by the difference in `residual`."""
     if SPLIT:
@@ -352,6 +440,38 @@ def _write_back(x, before, hidden_row, residual_row, summed, inside, SPLIT: tl.c
 
 
 @triton.jit
+def _read_for_later(
+    hidden_row,
+    residual_row,
+    summed,
+    inside,
+    open_now,
+    readers,
+    slot_blocks,
+    encoders,
+    latents,
+    encoded,
+    read,
+    laws,
+    following,
+    width,
+    SPLIT: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Lets the open blocks among `slot_blocks` that `readers` name read the row as it is now.
+    Whether latents that were encoded before are still there."""
+    for number in range(_PASSES):
+        point = tl.load(readers + number)
+        if (point != 0) & (((open_now >> number) & 1) != 0):
+            x = _stream(hidden_row, residual_row, summed, inside, SPLIT)
+            block = slot_blocks + ((point - 1) * _PASSES + number) * _BLOCK_FIELDS
+            _readings(x, block, encoders, latents, read, laws, following, width, TILE, BLOCK)
+            encoded = tl.full((), 0, tl.int32)
+    return encoded
+
+
+@triton.jit
 def _at_point(
     hidden_row,
     residual_row,
@@ -362,6 +482,8 @@ def _at_point(
     decisions,
     mine,
     blocks,
+    readers,
+    slot_blocks,
     gate_rows,
     values,
     lost,
@@ -384,7 +506,8 @@ def _at_point(
     """One hook point for one token: what is open after it, the decisions of its request, and
     whether its `latents` are still to be used, which they are by the first block that ranks any.
 
-    `mine` are the bits of `work` of the token's plan here. Gates read before any block edits.
+    `mine` are the bits of `work` of the token's plan here. Gates read before any block edits;
+    `readers` among all `slot_blocks` of the plan, which edit behind this point, read after that.
     """
     held_gates = (mine >> _HELD_GATES) & _ALL
     shown = (mine >> _TOKEN_GATES) & marks & _ALL
@@ -424,18 +547,46 @@ def _at_point(
                             encoded = tl.full((), 0, tl.int32)
                             tl.debug_barrier()  # before another encoder writes there
                     x = _after_block(
-                        x, cutoff, block, read, write, laws, following, constants, width, BLOCK
+                        x,
+                        cutoff,
+                        block,
+                        latents,
+                        read,
+                        write,
+                        laws,
+                        following,
+                        constants,
+                        width,
+                        RANKING,
+                        BLOCK,
                     )
             # Loaded again, so that it needs no registers meanwhile.
             before = _stream(hidden_row, residual_row, summed, inside, SPLIT)
             x = _stored(x, hidden_row, summed, SPLIT)
-            if _runs_over(x):  # noqa: SIM102 -- the second is computed where the first is true
-                if not _runs_over(before):
-                    x = before
-                    tl.store(lost, 1)
+            x = _contained(x, before, lost)
             if (marks & _MEASURED) != 0:
                 tl.store(size, _length(x - before) / tl.maximum(_length(before), _TINY))
             _write_back(x, before, hidden_row, residual_row, summed, inside, SPLIT)
+    if RANKING:
+        encoded = _read_for_later(
+            hidden_row,
+            residual_row,
+            summed,
+            inside,
+            open_now,
+            readers,
+            slot_blocks,
+            encoders,
+            latents,
+            encoded,
+            read,
+            laws,
+            following,
+            width,
+            SPLIT,
+            TILE,
+            BLOCK,
+        )
     return open_now, decisions, encoded
 
 
@@ -494,7 +645,18 @@ def _encode_together(
                     encoded = tl.full((), 1, tl.int32)
                 else:
                     x = _after_block(
-                        x, nothing, block, read, write, laws, following, constants, width, BLOCK
+                        x,
+                        nothing,
+                        block,
+                        latents,
+                        read,
+                        write,
+                        laws,
+                        following,
+                        constants,
+                        width,
+                        True,
+                        BLOCK,
                     )
         tl.debug_barrier()
         done = (tl.atomic_add(arrived, 1) < parts - 1).to(tl.int32)
@@ -522,6 +684,7 @@ def _edit_group(
     work,
     group_work,
     blocks,
+    readers,
     gate_rows,
     read,
     write,
@@ -622,6 +785,8 @@ def _edit_group(
                 decisions,
                 tl.load(work + slot * n_points + point),
                 blocks + (slot * n_points + point) * _PASSES * _BLOCK_FIELDS,
+                readers + (slot * n_points + point) * _PASSES,
+                blocks + slot * n_points * _PASSES * _BLOCK_FIELDS,
                 gate_rows + slot * _PASSES,
                 values + row * _PASSES,
                 lost + token,
@@ -690,6 +855,7 @@ def edit_group(
         tables.work,
         tables.group_work,
         tables.blocks,
+        tables.readers,
         tables.gate_rows,
         bank.read,
         bank.write,

@@ -18,8 +18,9 @@ from steer.edits import GAIN, LAW_FIELDS, LOWER, OFFSET, UPPER, Block
 from steer.engines.vllm.taps.shifts import only_shifts
 from steer.plan.plan import Gate, SteeringPlan
 
-# Fields of a block's record, and the bits of its flags.
-FIRST, COUNT, CONSTANT, FLAGS, CHANNELS, SIDE, ENCODER = range(7)
+# Fields of a block's record, and the bits of its flags. Where its edits read elsewhere, KEPT is 1
+# more than the place of what they have read among the numbers that a token keeps.
+FIRST, COUNT, CONSTANT, FLAGS, CHANNELS, SIDE, ENCODER, KEPT = range(8)
 BLOCK_FIELDS = 8
 REPLACES, PRESERVES, NEEDS_NORM, NEEDS_PLANE, NEEDS_DEVIATION = 1, 2, 4, 8, 16
 CHANNEL_EDITS = 2

@@ -19,11 +19,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from steer.batch.cutoffs import DeviceCutoffs
+from steer.artefacts.sae.encoders import TopKEncoder
+from steer.batch.encoders import DeviceEncoders
 from steer.batch.slots import Holding, SlotTables
 from steer.batch.tables import MAX_RULES
 from steer.engines.vllm.static.encoders import Encoders
-from steer.engines.vllm.static.rows import BLOCK_FIELDS, ENCODER, Bank, Rows, Taken, rows_of
+from steer.engines.vllm.static.rows import BLOCK_FIELDS, ENCODER, KEPT, Bank, Rows, Taken, rows_of
 from steer.errors import CapacityError, TooLarge, Unsupported
 from steer.model import HookPoint, ModelInfo
 from steer.plan.plan import Gate, Rule, SteeringPlan, check_rules
@@ -69,9 +70,9 @@ class StaticTables(SlotTables[_StaticHolding]):
         edit_rows: int = 4096,
         constant_rows: int | None = None,
         device: torch.device | str = "cpu",
-        cutoffs: DeviceCutoffs | None = None,
+        encoders: DeviceEncoders | None = None,
     ) -> None:
-        """`cutoffs` may be shared with other tables on `device`."""
+        """`encoders` may be shared with other tables on `device`."""
         super().__init__(model, slots=slots, device=device, max_rules=MAX_RULES)
         self.points = tuple(point for group in groups for point in group)
         self.first_points = tuple(int(n) for n in np.cumsum([0, *map(len, groups)]))
@@ -81,11 +82,14 @@ class StaticTables(SlotTables[_StaticHolding]):
         widths = {model.width(point.site) for point in self.points}
         self.banks = {width: Bank(width, capacity, self.device) for width in sorted(widths)}
         # A block that ranks latents has an edit: there are never more encoders than edit rows.
-        self.encoders = Encoders(edit_rows * len(self.banks), cutoffs or DeviceCutoffs(self.device))
+        encoders = encoders or DeviceEncoders(self.device)
+        self.encoders = Encoders(edit_rows * len(self.banks), encoders)
         shape = (slots + 1, len(self.points))
         self.work = self._zeros(*shape)
         self.group_work = self._zeros(slots + 1, len(groups))
         self.blocks = self._zeros(*shape, MAX_RULES, BLOCK_FIELDS)
+        self.readers = self._zeros(*shape, MAX_RULES)
+        """For each rule 1 more than the number of the point whose block reads here; 0 for none."""
         self.gate_rows = self._zeros(slots + 1, MAX_RULES)
 
     @property
@@ -103,13 +107,13 @@ class StaticTables(SlotTables[_StaticHolding]):
     def groups_of(self, plan: SteeringPlan) -> frozenset[int]:
         """The groups in which `plan` edits or reads."""
         read = {gate.point for one in plan.rules if (gate := own_gate(one)) is not None}
-        return frozenset(self._group_of[point] for point in {*plan.points, *read})
+        return frozenset(self._group_of[point] for point in {*plan.reached, *read})
 
     def check(self, plan: SteeringPlan) -> None:
         check_rules(len(plan.rules), self.max_rules)
         for one in plan.rules:
             gate = own_gate(one)
-            points = [*one.blocks, *([gate.point] if gate is not None else [])]
+            points = [*one.touched, *([gate.point] if gate is not None else [])]
             for point in points:
                 if point not in self._index:
                     raise Unsupported(
@@ -188,16 +192,25 @@ class StaticTables(SlotTables[_StaticHolding]):
         work = np.zeros(len(self.points), dtype=np.int64)
         group_work = np.zeros(self.groups, dtype=np.int64)
         blocks = np.zeros((len(self.points), MAX_RULES, BLOCK_FIELDS), dtype=np.int32)
+        readers = np.zeros((len(self.points), MAX_RULES), dtype=np.int32)
         gate_rows = np.zeros(MAX_RULES, dtype=np.int32)
+        kept = plan.ranked
         for number, one in enumerate(plan.rules):
             for point, block in one.blocks.items():
                 width = self.model.width(point.site)
                 index = self._index[point]
                 blocks[index, number] = self.banks[width].write_block(block, taken[width])
                 work[index] |= 1 << EDITS + number
-                if block.cutoff is not None:
-                    blocks[index, number, ENCODER] = self.encoders.take(block.cutoff)
-                    encoders.append(block.cutoff.identity)
+                if isinstance(block.encoder, TopKEncoder):
+                    blocks[index, number, ENCODER] = self.encoders.take(block.encoder)
+                    encoders.append(block.encoder.identity)
+                if block.reads_at is not None:
+                    reading = self._index[block.reads_at]
+                    readers[reading, number] = index + 1
+                    group_work[self._group_of[block.reads_at]] |= 1 << EDITS + number
+                    blocks[index, number, KEPT] = kept + 1
+                    kept += block.kept
+                elif block.encoder is not None:
                     work[index] |= 1 << RANKS + number
             if (gate := own_gate(one)) is not None:
                 width = self.model.width(gate.point.site)
@@ -207,6 +220,7 @@ class StaticTables(SlotTables[_StaticHolding]):
         for point, index in self._index.items():
             group_work[self._group_of[point]] |= work[index]
         self.blocks[slot] = torch.from_numpy(blocks).to(self.device)
+        self.readers[slot] = torch.from_numpy(readers).to(self.device)
         self.gate_rows[slot] = torch.from_numpy(gate_rows).to(self.device)
         # 32 bits, the highest of which is no sign.
         self.work[slot] = torch.from_numpy(work.astype(np.int32)).to(self.device)
@@ -239,9 +253,10 @@ class StepBuffers:
     where an edit would have driven a token beyond all numbers, and left it alone. `reached[g]` is
     set to `epoch` by every launch for group g.
 
-    A token that ranks the latents of a TopK SAE has room for them in `latents`, from
-    `latents_at` `[B]` on; the programs that encode it together are counted in `arrived` `[B]`.
-    `programs` is how many a launch may have in all, where that makes several for a token.
+    A token that ranks the latents of a TopK SAE, or keeps what it has read for edits behind, has
+    room for them in `latents`, from `latents_at` `[B]` on; the programs that encode it together are
+    counted in `arrived` `[B]`. `programs` is how many a launch may have in all, where that makes
+    several for a token.
     """
 
     def __init__(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -62,6 +64,13 @@ def unsupported(model: nn.Module, reason: str) -> Unsupported:
         "or another model",
         code="unsupported_architecture",
     )
+
+
+def failure(error: Exception) -> str:
+    """What failed, and in which function: vLLM leaves out the words where a device lacks one."""
+    (frame,) = traceback.extract_tb(error.__traceback__)[-1:]
+    words = f": {error}" if str(error) else ""
+    return f"{type(error).__name__} in {frame.name} of {Path(frame.filename).name}{words}"
 
 
 def _only_stack(model: nn.Module, n_layers: int) -> tuple[nn.Module, nn.ModuleList]:

@@ -18,6 +18,7 @@ from steer.engines.vllm.taps import ops
 from steer.engines.vllm.taps.inner_sites import Shard
 from steer.engines.vllm.taps.taps import ADDED, points_of, tap_of
 from steer.model import HookPoint
+from steer.readouts.readings import Readings
 from steer.spec import Site
 
 Keep = Callable[[HookPoint, Tensor], None]
@@ -28,7 +29,8 @@ _WHOLE: Mapping[Site, Shard] = {}
 class ForwardPass:
     """A `Visitor` over the first `tokens` rows of the batch; the rest is padding.
 
-    `keep` is shown the state `[tokens, d]` at each point of `wanted`, after the edits there.
+    `keep` is shown the state `[tokens, d]` at each point of `wanted`, after the edits there, and
+    `readings` at their own points both that and the state before.
     `shards` are the sites whose rows are split over workers; there every worker edits whole rows.
     """
 
@@ -40,13 +42,15 @@ class ForwardPass:
         wanted: frozenset[HookPoint] = frozenset(),
         keep: Keep | None = None,
         shards: Mapping[Site, Shard] = _WHOLE,
+        readings: Readings | None = None,
     ) -> None:
-        self._shards = shards
+        self._shards, self._readings = shards, readings
         self._step, self._tokens, self._wanted, self._keep = step, tokens, wanted, keep
         edited = step.points if step is not None else frozenset()
-        self.taps = frozenset(tap_of(point) for point in edited | wanted)
+        visited = edited | wanted | (readings.points if readings is not None else frozenset())
+        self.taps = frozenset(tap_of(point) for point in visited)
         self._points = {
-            tap: [p for p in points_of(tap, n_layers) if p in edited or p in wanted]
+            tap: [point for point in points_of(tap, n_layers) if point in visited]
             for tap in self.taps
         }
 
@@ -87,15 +91,19 @@ class ForwardPass:
         shard = self._shards.get(point.site)
         state = x if shard is None else shard.gather(x)
         edited = state if self._step is None else self._step.edit(point, state)
+        self._show(point, state, edited)  # before `x`, which may be `state`, is written over
         if edited is not state:
             x.copy_(edited if shard is None else shard.own(edited))
-        if self._keep is not None and point in self._wanted:
-            self._keep(point, edited)
 
     def _visit_sum(self, point: HookPoint, hidden: Tensor, residual: Tensor) -> None:
         stream = hidden.float() + residual.float()
         edited = stream if self._step is None else self._step.edit(point, stream)
         if edited is not stream:
             residual.copy_(residual.float() - (stream - edited))
+        self._show(point, stream, edited)
+
+    def _show(self, point: HookPoint, before: Tensor, after: Tensor) -> None:
         if self._keep is not None and point in self._wanted:
-            self._keep(point, edited)
+            self._keep(point, after)
+        if self._readings is not None:
+            self._readings.see(point, before, after)

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from steer.engines.proof import unchanged
 from steer.engines.vllm.taps.arguments import BEFORE, STREAM, Argument, rows_of
-from steer.engines.vllm.taps.decoder import TextDecoder, class_path, unsupported
+from steer.engines.vllm.taps.decoder import TextDecoder, class_path, failure, unsupported
 from steer.engines.vllm.taps.ending import Ending, find_ending
 from steer.engines.vllm.taps.taps import Halves
 from steer.errors import SteerError
@@ -119,7 +119,7 @@ class _Trial:
                 raise unsupported(
                     self._decoder.model,
                     "vLLM could not run it without a cache, which is how Steer finds out what its "
-                    f"layers hand on ({type(error).__name__}: {error})",
+                    f"layers hand on ({failure(error)})",
                 ) from error
         self._check_order()
         return made

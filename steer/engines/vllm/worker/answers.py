@@ -18,7 +18,7 @@ from steer.engines.vllm.seams import check
 from steer.engines.vllm.taps.layouts import Unembed
 from steer.engines.vllm.worker.requests import WorkerRequests, receipt
 from steer.engines.vllm.worker.steering import WorkerSteering
-from steer.errors import NotFinite, SteerError
+from steer.errors import EngineError, NotFinite, SteerError
 from steer.model import ModelInfo
 
 _ROWS_AT_ONCE = 256
@@ -34,6 +34,7 @@ def info_answer(steering: WorkerSteering) -> dict[str, Any]:
         "compiled": steering.compiled,
         "static": steering.edits.static,
         "slots": steering.edits.tables.slots,
+        "lens": steering.reads_lenses,
         "passes": steering.edits.tables.max_rules,
     }
 
@@ -56,6 +57,34 @@ def receipt_answer(requests: WorkerRequests, key: str, fed: Mapping[int, int]) -
         except SteerError as error:
             requests.remember(record, error)
             answer[choice] = {"error": error.message, "code": error.code}
+    return answer
+
+
+def readout_answer(
+    requests: WorkerRequests, key: str, fed: Mapping[int, int], *, last: bool
+) -> dict[int, Any]:
+    """What was read of the tokens that the choices in `fed` have fed since they were last asked
+    for: positions, and a float32 matrix with a row for each. After the `last` call, or
+    an error, they are dropped. A choice that this worker never ran is left out."""
+    answer: dict[int, Any] = {}
+    found = requests.read(key)
+    for choice, tokens in fed.items():
+        readouts = found.get(choice)
+        if readouts is None:
+            continue
+        try:
+            if isinstance(readouts, str):
+                raise EngineError(readouts, code="readouts_missed")
+            rows = readouts.take(tokens)
+            answer[choice] = {
+                "positions": [position for position, _ in rows],
+                "numbers": b"".join(row.tobytes() for _, row in rows),
+            }
+        except SteerError as error:
+            answer[choice] = {"error": error.message, "code": error.code}
+            last = True  # nobody asks again after an error
+    if last:
+        requests.forget_readouts(key)
     return answer
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from steer.batch.cutoffs import DeviceCutoffs
+from steer.batch.encoders import DeviceEncoders
 from steer.engines.vllm.options import KEY, SteerOptions, is_static, registry_location
 from steer.engines.vllm.pipeline import own_part
 from steer.engines.vllm.static.form import StaticForm, set_form
@@ -29,9 +29,12 @@ from steer.errors import Unsupported
 from steer.model import ModelInfo
 from steer.plan.file import load_plan
 from steer.plan.plan import SteeringPlan
+from steer.readouts.file import load_readouts
+from steer.readouts.plan import ReadoutPlan
+from steer.readouts.readers import Instruments
 from steer.registry.blobs.plan_store import PlanStore
 
-_KEPT_PLANS = 2048
+_KEPT_PLANS, _KEPT_READOUTS = 2048, 64
 _SHIFT_SPECS = 256
 
 
@@ -95,7 +98,8 @@ def attach(
         modules = {number: layer.modules() for number, layer in stack.layers}
         switch = TapSwitch(modules, put_in)
         edits = TapEdits(info, sizes.requests, device, shards, switch=switch)
-    load = plan_loader(PlanStore(registry_location()), info)
+    store = PlanStore(registry_location())
+    load = plan_loader(store, info)
     if shards:
         load = load_together(load)
     stages = vllm_config.parallel_config.pipeline_parallel_size
@@ -108,7 +112,20 @@ def attach(
         owns=stack.owns,
         stages=stages,
         drafts=vllm_config.num_speculative_tokens,
+        load_readouts=readouts_loader(store),
+        instruments=Instruments(
+            device,
+            read.unembed if reads_lenses(read, vllm_config) else None,
+            vocab_size=info.vocab_size,
+        ),
     )
+
+
+def reads_lenses(read: ReadModel, vllm_config: Any) -> bool:
+    """Whether this worker reads states as tokens within its steps: it has the head, whose layers
+    are all here, and no adapter changes it between the requests of a batch."""
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    return read.unembed is not None and stages == 1 and vllm_config.lora_config is None
 
 
 class _Sizes(NamedTuple):
@@ -128,7 +145,7 @@ def _static_edits(
     info: ModelInfo, stack: DecoderStack, sizes: _Sizes, options: SteerOptions, device: torch.device
 ) -> StaticEdits:
     """Edits in kernels, which the operators of this process launch from now on."""
-    cutoffs = DeviceCutoffs(device)
+    encoders = DeviceEncoders(device)
     form = StaticForm(
         info,
         stack.taps,
@@ -137,10 +154,10 @@ def _static_edits(
         edit_rows=options.edit_rows,
         device=device,
         latents=options.latents_at_once,
-        cutoffs=cutoffs,
+        encoders=encoders,
     )
     set_form(form)
-    return StaticEdits(form, TapEdits(info, sizes.requests, device, cutoffs=cutoffs))
+    return StaticEdits(form, TapEdits(info, sizes.requests, device, encoders=encoders))
 
 
 def _shift_tables(
@@ -203,6 +220,16 @@ def plan_loader(store: PlanStore, model: ModelInfo) -> Callable[[str], SteeringP
 
     @lru_cache(_KEPT_PLANS)
     def load(sha256: str) -> SteeringPlan:
-        return load_plan(store.get(sha256), store.sae_encoder, model=model)
+        return load_plan(store.get(sha256), store.sae, model=model)
+
+    return load
+
+
+def readouts_loader(store: PlanStore) -> Callable[[str], ReadoutPlan]:
+    """Read-outs by their hash in `store`, the last ones kept in memory."""
+
+    @lru_cache(_KEPT_READOUTS)
+    def load(sha256: str) -> ReadoutPlan:
+        return load_readouts(store.get(sha256), store)
 
     return load

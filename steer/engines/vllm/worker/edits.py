@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steer.batch.cutoffs import DeviceCutoffs
+from steer.batch.encoders import DeviceEncoders
 from steer.batch.gates import Decisions
 from steer.batch.ledger import PositionLedger
 from steer.batch.requests import Ints, Span
@@ -35,6 +35,7 @@ from steer.engines.vllm.ticket import Ticket
 from steer.engines.vllm.worker.prepared import RunningPass, ScheduledRequest
 from steer.engines.vllm.worker.requests import WorkerRequest
 from steer.model import HookPoint, ModelInfo
+from steer.readouts.readings import Readings
 from steer.spec import Site
 
 TablesOf = Callable[[Ticket], SlotTables[Any]]
@@ -46,7 +47,8 @@ class ComingPass:
     """What the next pass has to do, over `tokens` tokens.
 
     `spans` are steered through the tables; `steered` are their requests, `reading` those that ask
-    for states. `fault` is told why the pass did not do what it had to.
+    for states; `readings` are what is read of tokens. `fault` is told why the pass did not do
+    what it had to.
     """
 
     spans: Sequence[Span]
@@ -54,6 +56,7 @@ class ComingPass:
     reading: Sequence[ScheduledRequest]
     tokens: int
     fault: Fault
+    readings: Readings | None = None
 
 
 class Edits(Protocol):
@@ -108,13 +111,13 @@ class TapEdits:
         requests: int,
         device: torch.device,
         shards: Mapping[Site, Shard] | None = None,
-        cutoffs: DeviceCutoffs | None = None,
+        encoders: DeviceEncoders | None = None,
         switch: TapSwitch | None = None,
     ) -> None:
-        """`shards` are the sites whose rows are split over workers; `cutoffs` may be shared with
+        """`shards` are the sites whose rows are split over workers; `encoders` may be shared with
         other tables on `device`. Taps that have a `switch` are in place while they are needed."""
         self._model = model
-        self.tables = Tables(model, slots=requests, device=device, cutoffs=cutoffs)
+        self.tables = Tables(model, slots=requests, device=device, encoders=encoders)
         self._shards, self._switch = shards or {}, switch
         self._ledger: Callable[[], PositionLedger] | None = None
 
@@ -146,14 +149,22 @@ class TapEdits:
             self._ledger(),
             coming.spans,
             coming.tokens,
-            reads_tokens={one.offset for one in coming.steered if one.request.reads_tokens},
+            reads_tokens={one.offset for one in coming.steered if one.request.changes},
         )
         wanted = frozenset(point for one in coming.reading for point in one.request.states)
-        if step is None and not wanted:
+        if step is None and not wanted and coming.readings is None:
             self.rest()
             return None
         keep = _Keep(coming.reading) if wanted else None
-        found = ForwardPass(step, coming.tokens, self._model.n_layers, wanted, keep, self._shards)
+        found = ForwardPass(
+            step,
+            coming.tokens,
+            self._model.n_layers,
+            wanted,
+            keep,
+            self._shards,
+            readings=coming.readings,
+        )
         if self._switch is not None:
             self._switch.turn(frozenset(map(layer_of, found.taps)))
         return found
@@ -201,7 +212,7 @@ class StaticEdits:
     def lasts(self, request: ScheduledRequest) -> bool:
         """In kernels, as long as its tokens' slots stay the same."""
         one = request.request
-        reads = one.reads_tokens or (one.plan is not None and one.plan.gated)
+        reads = one.changes or (one.plan is not None and one.plan.gated)
         return self._in_python(one) or one.plan is None or not reads
 
     def begin(self, coming: ComingPass) -> RunningPass | None:
@@ -209,7 +220,7 @@ class StaticEdits:
         places = {one.offset for one in apart}
         spans = [span for span in coming.spans if span.offset not in places]
         kernels = self._form.begin(spans, coming.tokens, coming.fault)
-        if not apart and not coming.reading:
+        if not apart and not coming.reading and coming.readings is None:
             return kernels
         others = [span for span in coming.spans if span.offset in places]
         taps = self._graphless.begin(replace(coming, spans=others, steered=apart))

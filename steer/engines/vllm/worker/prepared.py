@@ -21,6 +21,7 @@ from steer.batch.requests import Ints
 from steer.engines.vllm.taps.shifts import Shifts
 from steer.engines.vllm.worker.requests import WorkerRequest
 from steer.errors import Unsupported
+from steer.readouts.readings import Readings
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class BatchTokens:
     counts: Ints
     ids: Callable[[int], Ints]
     drafts: Ints | None = None
+
+    def tokens_of(self, index: int, known: bool) -> Ints:
+        """The tokens of a request; −1 for each where nobody has to know them."""
+        return self.ids(index) if known else np.full(int(self.counts[index]), -1, dtype=np.int64)
 
 
 def refuse_split_batches(vllm_config: Any) -> None:
@@ -78,7 +83,7 @@ class ScheduledRequest:
     variants: dict[int, int] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        if self.request.reads_tokens:
+        if self.request.changes:
             self.selected = int(self.request.selected(self.start, self.ids)[-1])
 
     @property
@@ -94,6 +99,8 @@ class ScheduledRequest:
     def fixed(self) -> bool:
         """Whether what the coming tokens need depends on their ids alone."""
         request = self.request
+        if request.readouts is not None and self.start < len(request.prompt):
+            return False
         return not request.states and (request.plan is None or self.start >= request.fixed_from)
 
 
@@ -129,19 +136,20 @@ class Prepared:
     inline_rows: Ints
     inline_selected: Ints
     running: RunningPass | None
+    readings: Readings | None = None
 
     def __post_init__(self) -> None:
         self._offsets = np.array([one.offset for one in self.placed], dtype=np.int64)
         self._indices = np.array([one.index for one in self.placed], dtype=np.int64)
         self._logit_rows: tuple[Tensor, Tensor, Tensor] | None = None
-        self._reading_inline = [
-            (number, one) for number, one in enumerate(self.inline) if one.request.reads_tokens
+        self._changing_inline = [
+            (number, one) for number, one in enumerate(self.inline) if one.request.changes
         ]
         # A request that is not steered found no room: it is at fault, and nothing is edited for it.
-        self._reading = [
+        self._changing = [
             one
             for one in self.placed
-            if one.request.reads_tokens and not one.variants and one.request.steered is not None
+            if one.request.changes and not one.variants and one.request.steered is not None
         ]
 
     def logit_rows(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,8 +183,8 @@ class Prepared:
         Assumes: every request is `fixed`, and was one token in this pass.
         """
         self.positions[self._offsets] = batch.starts[self._indices]
-        for number, one in self._reading_inline:
-            selected = one.request.selected_by(int(batch.ids(one.index)[0]))
+        for number, one in self._changing_inline:
+            selected = _selected(one, batch)
             if selected != one.selected:
                 variant = one.variants.get(selected)
                 if variant is None:
@@ -184,14 +192,23 @@ class Prepared:
                 one.selected = self.inline_selected[number] = selected
                 shifts.change(one.offset, variant)
         changes: dict[int, Ints] = {}
-        for one in self._reading:
-            selected = one.request.selected_by(int(batch.ids(one.index)[0]))
+        for one in self._changing:
+            selected = _selected(one, batch)
             if selected != one.selected:
                 one.selected = selected
                 changes[one.offset] = _slots(one, selected)
+        if self.readings is not None:
+            starts = batch.starts[self._indices].tolist()
+            self.readings.move(dict(zip(self._offsets.tolist(), starts, strict=True)))
         if self.running is not None:
             self.running.carry_on(changes)
         return True
+
+
+def _selected(placed: ScheduledRequest, batch: BatchTokens) -> int:
+    """The rules that select the one token of a request in `batch`."""
+    request, start = placed.request, int(batch.starts[placed.index])
+    return int(request.selected(start, batch.tokens_of(placed.index, request.reads_tokens))[0])
 
 
 def _slots(placed: ScheduledRequest, selected: int) -> Ints:

@@ -38,8 +38,6 @@ from steer.plan.plan import SteeringPlan
 from steer.plan.selection import EVERYWHERE
 
 _POINTS_AT_ONCE = 32
-_TOO_MANY = 1 << 31
-"""More latents than any graph has room for (`GraphRoom`)."""
 
 
 class Run(Protocol):
@@ -220,7 +218,8 @@ def _ticket(name: str, probe: _Probe, *, graphless: bool) -> Ticket:
         fingerprint=probe.plan.fingerprint,
         plan=name,
         selections=(EVERYWHERE,),
-        latents=_TOO_MANY if graphless else probe.plan.latents,
+        latents=probe.plan.latents,
+        graphless=graphless or probe.plan.graphless,
         capture=capture,
     )
 

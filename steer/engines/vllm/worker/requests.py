@@ -18,10 +18,14 @@ from steer.batch.slots import SlotTables
 from steer.engines.base import Receipt, SpeculationReceipt
 from steer.engines.checks import not_finite
 from steer.engines.receipts import receipt_of
-from steer.engines.vllm.ticket import Ticket
+from steer.engines.vllm.ticket import ReadoutOrder, Ticket
 from steer.errors import EngineError, NotFinite, SteerError
 from steer.model import HookPoint, ModelInfo
 from steer.plan.plan import SteeringPlan
+from steer.plan.selection import rules_selecting, trace_of
+from steer.plan.texts.trace import TokenTrace
+from steer.readouts.plan import ReadoutPlan
+from steer.readouts.readings import RequestReadouts
 
 _KEPT_RECORDS = 4096
 """Finished requests whose receipts nobody has fetched; the oldest go first."""
@@ -52,27 +56,43 @@ class WorkerRequest:
     """The position from which on the rules that select a token depend on its id alone."""
     reads_tokens: bool = False
     """Whether they do depend on it."""
+    varies: bool = False
+    """Whether it does not say so alone, however late the token comes."""
+    trace: TokenTrace | None = None
+    """What its plan has to know of the tokens read so far."""
     states: dict[HookPoint, Tensor] = field(default_factory=dict)
     """Captured states by point, float32 `[positions, d]`; rows not reached yet are −inf, which no
     model computes throughout, while steering may make NaN."""
+    readouts: RequestReadouts | None = None
+    """What is read of its tokens, where it asks."""
     _selected_by: dict[int, int] = field(default_factory=dict)
 
     def selected(self, start: int, ids: Ints) -> NDArray[np.uint8]:
         """The rules that select each of the tokens `ids` at positions from `start` on."""
-        if start >= self.fixed_from:
+        if start >= self.fixed_from and not self.varies:
             if not self.reads_tokens:
                 return np.full(len(ids), self.selected_by(-1), dtype=np.uint8)
             return np.array([self.selected_by(token) for token in ids.tolist()], dtype=np.uint8)
-        positions = np.arange(start, start + len(ids), dtype=np.int64)
-        return self.ticket.selected(positions, len(self.prompt), ids)
+        if self.trace is not None:
+            self.trace.read(start, ids)
+        return self.rules(np.arange(start, start + len(ids), dtype=np.int64), ids)
+
+    @property
+    def changes(self) -> bool:
+        """Whether other rules may select the tokens to come than that of the last pass."""
+        return self.reads_tokens or self.varies
+
+    def rules(self, positions: Ints, ids: Ints) -> NDArray[np.uint8]:
+        """The rules that select the tokens `ids` at `positions`, which the trace has read."""
+        selections = () if self.plan is None else self.plan.selections
+        return rules_selecting(selections, positions, len(self.prompt), ids, self.trace)
 
     def selected_by(self, token: int) -> int:
         """The rules that select `token` at any position from `fixed_from` on."""
         found = self._selected_by.get(token)
         if found is None:
             position = np.array([self.fixed_from], dtype=np.int64)
-            selected = self.ticket.selected(position, len(self.prompt), np.array([token]))
-            found = self._selected_by[token] = int(selected[0])
+            found = self._selected_by[token] = int(self.rules(position, np.array([token]))[0])
         return found
 
 
@@ -104,6 +124,7 @@ class WorkerRequests:
         owns: Callable[[HookPoint], bool],
         collect: Callable[[], None] = lambda: None,
         drafts: int = 0,
+        load_readouts: Callable[[str], ReadoutPlan] | None = None,
     ) -> None:
         """`tables_of` says which tables hold the plan of a request with this ticket, in a step
         that has room for it. `collect` is called before the ledger is read: passes may still report
@@ -116,6 +137,10 @@ class WorkerRequests:
         self._running: dict[str, WorkerRequest] = {}
         self._records: OrderedDict[str, dict[int, Record]] = OrderedDict()
         self._ran_over: OrderedDict[str, None] = OrderedDict()
+        self._load_readouts = load_readouts
+        self._readouts: OrderedDict[tuple[str, int], RequestReadouts | str] = OrderedDict()
+        """By ticket and choice what is read of a request, or why nothing is, until its front end
+        says that it has all of it."""
 
     def __len__(self) -> int:
         return len(self._running)
@@ -141,17 +166,22 @@ class WorkerRequests:
         request = WorkerRequest(ticket, ids, plan, self._row(), tables, fault=fault)
         if plan is not None:
             # Inline constants go to one half of the stream: who measures or reads needs them apart.
-            apart = ticket.measure or ticket.capture is not None
+            reads = ticket.capture is not None or ticket.readouts is not None
+            apart = ticket.measure or reads
             # A plan without rules (every strength is 0) has nothing to do in the tables either.
             request.inline = not plan.rules or (not apart and self._inline(plan))
             bounds = [one.fixed_from(len(ids)) for one in ticket.selections]
             request.fixed_from = max(bounds, default=0)
             request.reads_tokens = ticket.reads_tokens
+            request.varies = any(one.varies for one in plan.selections)
+            request.trace = trace_of(plan.selections, ids, ticket.roles)
         if ticket.capture is not None:
             count = len(ticket.capture.positions)
             for point in filter(self._owns, ticket.capture.points):
                 width = self._model.width(point.site)
                 request.states[point] = torch.full((count, width), -float("inf"))
+        if ticket.readouts is not None:
+            request.readouts = self._read(ticket.readouts, len(ids), (ticket, req_id))
         self.ledger.reset(request.row)
         self._running[req_id] = request
 
@@ -170,7 +200,8 @@ class WorkerRequests:
             return
         self._free_slot(request)
         self._collect()
-        if not request.told:
+        leaves = request.ticket.plan is not None or request.ticket.capture is not None
+        if leaves and not request.told:
             children = self._records.setdefault(request.ticket.key, {})
             children[_child(req_id, request.ticket)] = Record(request, self._row_of(request))
         self._free.append(request.row)
@@ -198,7 +229,12 @@ class WorkerRequests:
                         self._free_slot(other)
             slot = request.tables.acquire(request.plan)
             request.steered = SteeredRequest(
-                request.row, len(request.prompt), request.plan, slot, request.ticket.measure
+                request.row,
+                len(request.prompt),
+                request.plan,
+                slot,
+                request.ticket.measure,
+                request.trace,
             )
         return request.steered
 
@@ -223,6 +259,33 @@ class WorkerRequests:
         """Raises `NotFinite` for steered states from the cache whose plan once ran over."""
         if receipt.tokens_cached and receipt.fingerprint in self._ran_over:
             raise not_finite("the cached states", steered=True)
+
+    def read(self, key: str) -> dict[int, RequestReadouts | str]:
+        """What is read of the requests under a ticket's key, by choice; in the place of one that
+        could not be, why."""
+        return {choice: one for (mine, choice), one in self._readouts.items() if mine == key}
+
+    def forget_readouts(self, key: str) -> None:
+        """The front end has all that was read under `key`, or asks for none of it any more."""
+        for mine in [one for one in self._readouts if one[0] == key]:
+            del self._readouts[mine]
+
+    def _read(
+        self, order: ReadoutOrder, prompt_length: int, of: tuple[Ticket, str]
+    ) -> RequestReadouts | None:
+        found: RequestReadouts | str
+        try:
+            if self._load_readouts is None:
+                raise EngineError("this worker reads nothing")
+            plan = self._load_readouts(order.plan)
+            found = RequestReadouts(plan, prompt_length, self._owns)
+        except Exception as error:  # an exception here would end the engine for everybody
+            found = str(error)
+        ticket, req_id = of
+        self._readouts[ticket.key, _child(req_id, ticket)] = found
+        while len(self._readouts) > _KEPT_RECORDS:
+            self._readouts.popitem(last=False)
+        return found if isinstance(found, RequestReadouts) else None
 
     def forget(self, key: str) -> None:
         """Drops what requests left under `key`; those that have yet to end leave nothing there."""
@@ -285,9 +348,7 @@ def receipt(record: Record, fed: int) -> Receipt:
 def _cached_rules(request: WorkerRequest, positions: Ints) -> Ints:
     """The rules that shaped cached tokens. A gate on single tokens was decided when the cached
     state was made and is not known here: its rule counts as closed."""
-    bits = request.ticket.selected(
-        positions, len(request.prompt), request.prompt[positions]
-    ).astype(np.int64)
+    bits = request.rules(positions, request.prompt[positions]).astype(np.int64)
     for number, one in enumerate(request.plan.rules if request.plan is not None else ()):
         if one.gate is not None:
             bits &= ~(1 << number)

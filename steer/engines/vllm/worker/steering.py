@@ -22,10 +22,13 @@ from steer.engines.vllm.ticket import Ticket
 from steer.engines.vllm.worker.edits import ComingPass, Edits, TablesOf
 from steer.engines.vllm.worker.inline import assign_shifts
 from steer.engines.vllm.worker.prepared import BatchTokens, Prepared, ScheduledRequest
-from steer.engines.vllm.worker.requests import WorkerRequest, WorkerRequests
+from steer.engines.vllm.worker.requests import WorkerRequests
 from steer.errors import CapacityError, EngineError
 from steer.model import HookPoint, ModelInfo
 from steer.plan.plan import SteeringPlan
+from steer.readouts.plan import ReadoutPlan
+from steer.readouts.readers import Instruments
+from steer.readouts.readings import Readings, ReadSpan
 
 
 class WorkerSteering:
@@ -46,10 +49,13 @@ class WorkerSteering:
         owns: Callable[[HookPoint], bool] = lambda _: True,
         stages: int = 1,
         drafts: int = 0,
+        load_readouts: Callable[[str], ReadoutPlan] | None = None,
+        instruments: Instruments | None = None,
     ) -> None:
         """`shifts` are given where a compiled graph adds constants by itself. `owns` says which
         hook points lie on this worker, one of `stages` of a pipeline; plans that `load` gives edit
-        these alone. `drafts` is the most drafted tokens that a pass computes for a request."""
+        these alone. `drafts` is the most drafted tokens that a pass computes for a request.
+        `load_readouts` and `instruments` are what requests are read with."""
         self.model, self.edits, self.shifts = model, edits, shifts or NoShifts()
         self.owns, self.stages = owns, stages
         self.requests = WorkerRequests(
@@ -62,13 +68,20 @@ class WorkerSteering:
             owns=owns,
             collect=edits.collect,
             drafts=drafts,
+            load_readouts=load_readouts,
         )
+        self._instruments = instruments or Instruments(edits.tables.device)
         self.recover()
         self._carried: tuple[tuple[str, ...], Prepared] | None = None
         self._prepared: Prepared | None = None
         self._latest: Prepared | None = None
         """The last pass that was begun, until its logits have been looked at."""
         self._received: Decisions | None = None
+
+    @property
+    def reads_lenses(self) -> bool:
+        """Whether read-outs here may go through the model's head."""
+        return self._instruments.unembed is not None
 
     @property
     def compiled(self) -> bool:
@@ -171,6 +184,8 @@ class WorkerSteering:
             except EngineError as error:
                 self._at_fault(prepared.placed, error.message)
         prepared.write_inline(self.requests.ledger)
+        if prepared.readings is not None:
+            prepared.readings.finish()
 
     def look(self, logits: Tensor) -> None:
         """Takes note of the requests of the last pass of whose rows of `logits` `[n, vocab]` one
@@ -216,8 +231,23 @@ class WorkerSteering:
         for span in spans:
             rows[span.place] = span.request.row
         reading = [one for one in placed if one.request.states]
+        readings = Readings.of(
+            [
+                ReadSpan(one.request.readouts, one.offset, one.start, len(one.ids))
+                for one in placed
+                if one.request.readouts is not None
+            ],
+            self._instruments,
+        )
         running = self.edits.begin(
-            ComingPass(spans, general, reading, total, lambda why: self._at_fault(general, why))
+            ComingPass(
+                spans,
+                general,
+                reading,
+                total,
+                lambda why: self._at_fault(general, why),
+                readings,
+            )
         )
         return Prepared(
             placed,
@@ -228,6 +258,7 @@ class WorkerSteering:
             np.repeat([one.request.row for one in inline], [len(one.ids) for one in inline]),
             _joined(inline_selected),
             running,
+            readings,
         )
 
     def _scheduled(self, tokens: Iterable[tuple[str, int]]) -> Scheduled:
@@ -246,7 +277,7 @@ class WorkerSteering:
                 n,
                 int(offsets[n]),
                 int(batch.starts[n]),
-                _ids(batch, n, request),
+                batch.tokens_of(n, request.ticket.reads_tokens),
                 int(drafts[n]),
                 int(logits[n]),
             )
@@ -289,13 +320,6 @@ class WorkerSteering:
         self._carried = None
         for one in placed:
             one.request.fault = why
-
-
-def _ids(batch: BatchTokens, index: int, request: WorkerRequest) -> Ints:
-    """The tokens of a request in `batch`; −1 for each where its plan does not read them."""
-    if request.ticket.reads_tokens:
-        return batch.ids(index)
-    return np.full(int(batch.counts[index]), -1, dtype=np.int64)
 
 
 def _joined(parts: Sequence[Ints]) -> Ints:

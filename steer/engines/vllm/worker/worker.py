@@ -17,6 +17,7 @@ from steer.engines.vllm.worker.answers import (
     capture_answer,
     info_answer,
     logprobs_answer,
+    readout_answer,
     receipt_answer,
     unembed_answer,
     without_adapters,
@@ -136,6 +137,12 @@ class SteerWorker:
     def steer_receipts(self, asked: list[tuple[str, dict[int, int]]]) -> list[dict[int, Any]]:
         """For each `(key, {choice: tokens fed})` the receipts by choice; they are then dropped."""
         return [receipt_answer(self.steering.requests, key, fed) for key, fed in asked]
+
+    def steer_readouts(self, asked: list[tuple[str, dict[int, int], bool]]) -> list[dict[int, Any]]:
+        """For each `(key, {choice: tokens fed}, last)` what was read by choice, each token's once;
+        after the last call nothing is left."""
+        requests = self.steering.requests
+        return [readout_answer(requests, key, fed, last=last) for key, fed, last in asked]
 
     def steer_captured(self, keys: list[str]) -> list[dict[str, bytes]]:
         """The states captured under each of `keys` by hook point; they are then dropped."""

@@ -61,7 +61,7 @@ def _constant(block: Block) -> Tensor:
 
 def _relative(block: Block) -> bool:
     """Whether all that the block does is to add constants in shares of the token's norm."""
-    if block.laws is None or block.read is None or block.cutoff is not None:
+    if block.laws is None or block.read is None or block.encoder is not None:
         return False
     constant = not bool(block.laws[:, SLOPE].any()) and not bool(block.read.any())
     return constant and block.traits.relative

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steer.engines.base import Engine
-from steer.fit.measure.divergence import kl_divergence
 from steer.fit.methods.lenses.sample import Tokens, draw_places, layer_points, read_layers
 from steer.fit.states import Progress
+from steer.readouts.measures import kl_divergence
 
 _LOGITS_AT_ONCE = 1 << 22
 """Logits compared at a time: 32 MiB of float64, whatever the vocabulary."""

@@ -38,7 +38,7 @@ class AnswerRow:
     def steered(self, where: Where | None) -> list[int]:
         """The fed positions that `where` selects, as it will when it serves."""
         fed = np.array(self.fed, dtype=np.int64)
-        chosen = resolve(where, None).mask(np.arange(len(fed)), self.prompt, fed)
+        chosen = resolve(where).mask(np.arange(len(fed)), self.prompt, fed)
         return [int(place) for place in np.flatnonzero(chosen)]
 
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.artefacts.library import MemoryLibrary
-from steer.edits import Block, Law, TopKCutoff, apply
+from steer.artefacts.sae.encoders import LatentRows, TopKEncoder
+from steer.edits import Block, Law, apply
 from steer.errors import IncompatibleArtefact
 from steer.plan.compiler import compile_plan
 from steer.plan.sources import Sources
@@ -82,13 +83,13 @@ def test_the_last_of_the_k_active_features_is_clamped_as_active(make_sae, float6
     active = float64(sae).encode(exact)
     last = np.argsort(-float64(sae).pre_activations(exact), axis=-1)[:, sae.k - 1]
     every = sae.reads(None)
-    cutoff = TopKCutoff(sae.sha256, every.read, every.bias, sae.k)
+    encoder = TopKEncoder(sae.sha256, LatentRows(every.read, every.bias), sae.k)
     assert set(last) == set(range(D_SAE))
 
     for feature in range(D_SAE):
         reads = sae.reads([feature])
         law = Law.toward(1.5, "set", bias=float(reads.bias), threshold=0.0)
-        block = Block.of_edits(reads.read, sae.writes([feature]), [law], cutoff=cutoff)
+        block = Block.of_edits(reads.read, sae.writes([feature]), [law], encoder=encoder)
         row = sae.writes([feature]).double().numpy()
         expected = exact + (1.5 - active[:, [feature]]) * row
         np.testing.assert_allclose(apply(block, x).numpy(), expected, atol=1e-5)

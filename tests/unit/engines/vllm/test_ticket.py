@@ -7,17 +7,30 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from artefacts import span_vocabulary
 
 from steer.engines.vllm import ticket as module
 from steer.engines.vllm.ticket import CaptureOrder, Ticket
 from steer.errors import SpecError
 from steer.model import HookPoint
-from steer.plan.selection import EVERYWHERE, Selection
+from steer.plan.selection import EVERYWHERE, Counted, Selection
+from steer.plan.texts.automaton import compile_automaton
+from steer.plan.texts.condition import TextCondition
+from steer.prompts.roles import RoleRanges
 
 SELECTIONS = (
     EVERYWHERE,
     Selection(frozenset({"prompt"}), ((0, 3), (-1, None)), frozenset({5, 7}), EVERYWHERE, True),
 )
+TEXTS = Selection(
+    roles=frozenset({"user"}),
+    counted=Counted(2, 9, 4),
+    texts=(
+        TextCondition("after", (compile_automaton("<a>", None, span_vocabulary()),)),
+        TextCondition("outside", (compile_automaton("<", (3, 4), span_vocabulary()),)),
+    ),
+)
+ROLES = RoleRanges(9, ((1, 3, "system"), (4, 9, "user")))
 STEERED = Ticket("a", 2, "print", "0" * 64, 3, SELECTIONS, measure=True)
 ORDER = CaptureOrder((HookPoint(1), HookPoint(0, "mlp_out")), (0, 4))
 
@@ -46,6 +59,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         replace(STEERED, selections=(), measure=False),
         Ticket("b", capture=ORDER),
         replace(STEERED, capture=ORDER),
+        replace(STEERED, selections=(TEXTS,), roles=ROLES),
     ],
 )
 def test_a_ticket_says_the_same_at_the_other_end(ticket: Ticket) -> None:
@@ -86,6 +100,8 @@ def test_a_long_ticket_is_read_and_not_kept(read: list[str]) -> None:
         {"steering": json.dumps({"selections": [{}] * 9})},
         {"steering": json.dumps({"selections": [{"phases": ["night"]}]})},
         {"n": "many"},
+        {"roles": [9, [[3, 12, "user"]]]},
+        {"roles": [9, [[3, 5, "bot"]]]},
         {"capture": {"points": [[0]], "positions": []}},
     ],
     ids=str,

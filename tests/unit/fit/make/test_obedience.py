@@ -21,8 +21,8 @@ from steer.fit.make.obedience import (
 )
 from steer.fit.make.soundness import Soundness
 from steer.fit.measure.answers import Answer
-from steer.fit.measure.divergence import kl_divergence
 from steer.fit.measure.scoring import Score
+from steer.readouts.measures import kl_divergence
 
 QUESTIONS = ["how", "why", "when it rains", "who?"]
 SAMPLING = SamplingParams(max_tokens=6, temperature=0.7, seed=0, logprobs=0)

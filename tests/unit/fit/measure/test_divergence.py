@@ -18,12 +18,11 @@ from steer.fit.measure.divergence import (
     References,
     anchored,
     divergences,
-    kl_divergence,
-    log_total,
 )
 from steer.fit.measure.scoring import Score
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
+from steer.readouts.measures import kl_divergence, log_total
 from steer.spec import parse_spec
 
 PROMPTS = ["one", "two words", "and three more"]
@@ -153,3 +152,22 @@ def test_an_unsteered_prompt_is_read_once_under_all_plans(
         handle.remove()
     assert seen == fed
     torch.testing.assert_close(together, torch.stack(alone), rtol=1e-4, atol=1e-7)
+
+
+def test_what_becomes_of_every_token(engine: TransformersEngine) -> None:
+    plans = [plan_of(engine, 2.0, WHERES[1]), plan_of(engine, 0.5, WHERES[1])]
+    answers = answered(engine)
+    found = References(engine, answers, batch=2).token_changes(plans)
+    for row, plan in enumerate(plans):
+        plain, steered = [], []
+        for answer in answers:
+            whole = answer.prompt + answer.tokens
+            place = len(answer.prompt)
+            for held, one in ((plain, None), (steered, anchored(plan, place))):
+                [read] = engine.capture(CaptureRequest([whole], plans=[one], logits="all"))
+                assert read.logits is not None
+                held.append(read.logits[place - 1 :].double().log_softmax(-1))
+        before, after = torch.cat(plain), torch.cat(steered)
+        torch.testing.assert_close(found.change[row], (after - before).mean(0), atol=2e-4, rtol=0)
+        torch.testing.assert_close(found.probability[row], after.exp().mean(0), atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.before, before.exp().mean(0), atol=1e-5, rtol=0)

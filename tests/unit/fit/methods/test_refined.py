@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from artefacts import random_transcoder
 from torch import Tensor
 
 from steer.artefacts.control_vector import ControlVector
@@ -106,6 +107,12 @@ def test_refining_removes_what_the_sae_does_not_call_the_attribute(method: str) 
     swapped = SAERefined(sae, method)
     swapped.add(negative, positive)
     assert cosine(swapped.direction(), -attribute) > 0.999
+
+
+def test_a_transcoder_refines_nothing() -> None:
+    with pytest.raises(SteerError, match="transcoder") as caught:
+        SAERefined(random_transcoder("standard"), "diffmean")
+    assert caught.value.code == "two_sites"
 
 
 def test_equal_latents_have_no_direction() -> None:

@@ -11,6 +11,7 @@ from steer.model import HookPoint
 PLAIN = Ticket("plain")
 SMALL, LARGE = Ticket("small", latents=10), Ticket("large", latents=60)
 HUGE = Ticket("huge", latents=101)
+APART = Ticket("apart", latents=10, graphless=True)
 READ = Ticket("read", latents=10, capture=CaptureOrder((HookPoint(0),), (0,)))
 
 
@@ -25,6 +26,7 @@ READ = Ticket("read", latents=10, capture=CaptureOrder((HookPoint(0),), (0,)))
         ([(SMALL, 5), (LARGE, 1)], [SMALL, LARGE]),
         ([(SMALL, 10), (HUGE, 1)], [HUGE]),  # those who never have room take none from others
         ([(SMALL, 10), (READ, 9), (PLAIN, 1)], [READ]),
+        ([(SMALL, 10), (APART, 9), (PLAIN, 1)], [APART]),
     ],
 )
 def test_a_step_has_room_for_so_many_latents(scheduled: Scheduled, excluded: list[Ticket]) -> None:

@@ -262,6 +262,19 @@ def test_a_pass_that_fails_is_told_as_what_it_is() -> None:
         read(model)
 
 
+def test_a_pass_that_fails_without_a_word_is_told_by_where_it_did() -> None:
+    """As vLLM's collectives do that a device does not have."""
+
+    class Gathers(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise NotImplementedError
+
+    model = Model(Decoder(Whole))
+    model.model.layers[1].mixer = Gathers()
+    with pytest.raises(Unsupported, match=r"NotImplementedError in forward of test_streams.py\)"):
+        read(model)
+
+
 def test_the_model_is_as_it_was() -> None:
     model = Model(Decoder(Halves))
     before = model.run(4)

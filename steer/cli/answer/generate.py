@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steer.cli.answer.strip import strip
 from steer.cli.fit.where import WhereChoice
 from steer.cli.local import (
     DEMO_MODEL,
@@ -21,10 +22,15 @@ from steer.cli.local import (
 )
 from steer.cli.reporting import table_out
 from steer.cli.steering import LayersOption, VectorOption, chosen_spec, parse_strength
+from steer.errors import SteerError, quoted
 from steer.model import parse_layers
 
 if TYPE_CHECKING:
-    from steer.engines.base import Completion
+    from steer.engines.base import Completion, Engine
+    from steer.plan.plan import SteeringPlan
+    from steer.readouts.plan import ReadoutPlan
+    from steer.readouts.spec import ReadoutSpec
+    from steer.registry.registry import Registry
 
 
 def generate(
@@ -55,6 +61,14 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    inspect: Annotated[
+        str | None,
+        typer.Option(
+            "--inspect",
+            help="What to read of each token, as the JSON of a request's `inspect`: "
+            '\'{"projections": [{"vector": "french"}]}\'.',
+        ),
+    ] = None,
     model: ModelOption = DEMO_MODEL,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     registry: RegistryOption = None,
@@ -64,7 +78,9 @@ def generate(
     """Answer a prompt twice, side by side: the model as it is, and steered."""
     from steer.engines.base import GenerationRequest, SamplingParams
     from steer.prompts import as_chat, render
+    from steer.prompts.rendering import rendered_roles
 
+    asked_readouts = None if inspect is None else parse_readouts(inspect)
     sampling = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
@@ -80,22 +96,91 @@ def generate(
         )
         with running_engine(model, device=device, dtype=dtype) as engine:
             plan = plans(engine, library).plan(wanted, vectors=overlay)
+            reads = [_reads(engine, library, asked_readouts, one) for one in (None, plan)]
             asked = prompt if plain else as_chat(engine.tokenizer, prompt, system)
             tokens = tuple(render(engine.tokenizer, asked))
+            roles = rendered_roles(engine.tokenizer, asked) if plan.reads_roles else None
             completions = engine.complete(
                 [
-                    GenerationRequest("default", tokens, sampling),
-                    GenerationRequest("steered", tokens, sampling, plan, measure=True),
+                    GenerationRequest("default", tokens, sampling, readouts=reads[0]),
+                    GenerationRequest(
+                        "steered",
+                        tokens,
+                        sampling,
+                        plan,
+                        measure=True,
+                        roles=roles,
+                        readouts=reads[1],
+                    ),
                 ]
             )
+            read = [
+                _entries(engine.tokenizer, plan_read, len(tokens), one)
+                for plan_read, one in zip(reads, completions, strict=True)
+            ]
             texts = [_text(engine.tokenizer, one) for one in completions]
     receipt = completions[1].receipt
     shown = None if receipt is None else receipt.as_json()
     if as_json:
-        answer = {"default": texts[0], "steered": texts[1], "steering": shown}
+        answer: dict[str, Any] = {"default": texts[0], "steered": texts[1], "steering": shown}
+        if inspect is not None:
+            answer["readouts"] = dict(zip(("default", "steered"), read, strict=True))
         typer.echo(json.dumps(answer, indent=2, ensure_ascii=False))
         return
     show_side_by_side(texts[0], texts[1], shown)
+    for title, entries in zip(("default", "steered"), read, strict=True):
+        if entries:
+            table_out().print(strip(title, entries))
+
+
+def _reads(
+    engine: Engine, library: Registry, spec: ReadoutSpec | None, plan: SteeringPlan | None
+) -> ReadoutPlan | None:
+    """What is read of one answer; of the unsteered one, what does not ask about the steering."""
+    from steer.readouts.compiler import compile_readouts
+
+    if spec is not None and plan is None:
+        spec = spec.model_copy(update={"relative_size": False, "kl": False})
+    if spec is None or not spec.asked:
+        return None
+    try:
+        return compile_readouts(
+            spec, library.for_model(engine.info), engine.info, engine.capabilities, plan
+        )
+    except SteerError as error:
+        error.param = "--inspect" + (error.param or "")
+        raise
+
+
+def _entries(
+    tokenizer: Any, plan: ReadoutPlan | None, prompt_length: int, completion: Completion
+) -> list[dict[str, Any]]:
+    from steer.readouts.answer import ReadoutWriter
+
+    if plan is None:
+        return []
+    writer = ReadoutWriter(plan, prompt_length, tokenizer)
+    return [
+        writer.entry(one.position, one.token, one.numbers, one.kl) for one in completion.readouts
+    ]
+
+
+def parse_readouts(text: str) -> ReadoutSpec:
+    """The read-outs in an option. Raises `SteerError` (`invalid_option`)."""
+    from pydantic import ValidationError
+
+    from steer.readouts.spec import ReadoutSpec
+
+    try:
+        return ReadoutSpec.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = "".join(f"/{part}" for part in first["loc"])
+        raise SteerError(
+            f"{quoted(text)} does not say what to read: {first['msg']} at {at or '/'}",
+            code="invalid_option",
+            param="--inspect",
+        ) from None
 
 
 def show_side_by_side(default: str, steered: str, receipt: dict[str, Any] | None) -> None:

@@ -1,13 +1,13 @@
-"""What one may ask about the features of an SAE."""
+"""What texts say of the features of an SAE: surveys, and contrasts of two sets."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import Field, StrictBool, StrictInt
 
-from steer.errors import SteerError, Unsupported
-from steer.fit.requests.fields import MAX_ITEMS, Ref, Seed, Spelled
+from steer.fit.requests.features.request import SAERequest
+from steer.fit.requests.fields import MAX_ITEMS, Seed, Spelled
 from steer.prompts import PromptParam, as_chat, prompt_of
 
 if TYPE_CHECKING:
@@ -22,16 +22,20 @@ if TYPE_CHECKING:
 
 LINES = "JSON lines: texts, messages, or objects with messages or prompt."
 
-SAEField = Annotated[
-    Ref,
-    Spelled(argument=True, help="The SAE, by its name."),
-    Field(description="The SAE, by its name."),
-]
 PooledField = Annotated[
     Literal["max", "mean", "last"],
     Field(
         description="What stands for a text: a feature's largest activation in it, its mean, or "
         "that on the last token."
+    ),
+]
+BatchField = Annotated[
+    StrictInt,
+    Field(
+        ge=1,
+        le=1024,
+        description="Texts read at once. Alone (1) a text's states are the same to the bit "
+        "every time.",
     ),
 ]
 
@@ -41,43 +45,16 @@ def _data(description: str, least: int = 1) -> Any:
     return Field(min_length=least, max_length=MAX_ITEMS, description=description, fail_fast=True)
 
 
-class FeaturesRequest(BaseModel):
+class FeaturesRequest(SAERequest):
     """An SAE, and how texts are read. `data` names the fields that hold them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: ClassVar[tuple[str, ...]]
 
-    sae: SAEField
     chat: Annotated[
         StrictBool,
         Field(description="Read texts as a user's message, in the model's chat template."),
     ] = False
-    batch: Annotated[
-        StrictInt,
-        Field(
-            ge=1,
-            le=1024,
-            description="Texts read at once. Alone (1) a text's states are the same to the bit "
-            "every time.",
-        ),
-    ] = 16
-
-    def check(self, engine: Engine, registry: Registry) -> None:
-        """Raises what is wrong, before anything is read."""
-        from steer.fit.features.surveying import check_fits
-
-        if not engine.capabilities.captures:
-            raise Unsupported(
-                "this engine cannot read activations, which features are read from: GET "
-                "/v1/steering/capabilities says what it can",
-                code="no_captures",
-            )
-        try:
-            sae = registry.sae(self.sae)
-        except SteerError as error:
-            raise error.at("/sae") from None
-        check_fits(engine, sae)
+    batch: BatchField = 16
 
     def asked(self, engine: Engine, prompts: tuple[PromptParam, ...]) -> list[Prompt]:
         """The texts of a field, as they are read."""
@@ -172,7 +149,7 @@ class ContrastRequest(FeaturesRequest):
         return contrast(
             positive,
             negative,
-            labels=sae.labels,
+            labels=registry.labels(self.sae),
             top=self.top,
             permutations=self.permutations,
             seed=self.seed,

@@ -1,0 +1,93 @@
+"""The read-outs of a request: made ready with it, and written into its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from steer.engines.base import TokenReadout
+from steer.errors import SteerError, TooLarge
+from steer.plan.plan import SteeringPlan
+from steer.readouts.answer import Entry, ReadoutWriter
+from steer.readouts.compiler import ReadoutLimits, compile_readouts
+from steer.readouts.plan import ReadoutPlan
+from steer.readouts.spec import ReadoutSpec
+from steer_server.metrics import Metrics
+from steer_server.state import Serving
+
+
+def planned_readouts(
+    serving: Serving, spec: ReadoutSpec | None, plan: SteeringPlan | None
+) -> ReadoutPlan | None:
+    """The plan of what `inspect` asks for; its errors point into the request."""
+    if spec is None:
+        return None
+    settings = serving.settings
+    limits = ReadoutLimits(settings.readout_layers, settings.readout_numbers)
+    engine = serving.engine
+    try:
+        return compile_readouts(
+            spec,
+            serving.registry.for_model(engine.info),
+            engine.info,
+            engine.capabilities,
+            plan,
+            limits,
+        )
+    except SteerError as error:
+        error.param = "/inspect" + (error.param or "")
+        raise
+
+
+def check_amount(most: int, plan: ReadoutPlan | None, prompt: int, generated: int) -> None:
+    """Raises `TooLarge` for more than `most` numbers of one sequence, of so many tokens."""
+    if plan is None:
+        return
+    first, end = plan.wanted(prompt)
+    tokens = max(0, min(end, prompt + generated) - first)
+    if tokens * max(plan.width, 1) > most:
+        raise TooLarge(
+            f"{plan.width} numbers for each of {tokens} tokens are more than the {most} that one "
+            "sequence may be asked for: read fewer numbers, ask for 'generated' tokens alone, or "
+            "lower 'max_tokens'",
+            code="too_many_readouts",
+            param="/inspect/tokens",
+        )
+
+
+class ReadoutFeed:
+    """What was read of one sequence, of choice `index`, as entries of the answer."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        tokenizer: Any,
+        plan: ReadoutPlan | None,
+        prompt_length: int,
+        index: int,
+    ) -> None:
+        self._metrics, self._index = metrics, index
+        self._writer = None
+        if plan is not None:
+            self._writer = ReadoutWriter(plan, prompt_length, tokenizer)
+
+    def entries(self, found: Sequence[TokenReadout]) -> tuple[Entry, ...]:
+        """The entries of what was read, each with its choice; counted."""
+        writer = self._writer
+        if writer is None or not found:
+            return ()
+        read = sum(bool(one.numbers) for one in found)
+        for field, count in writer.counts.items():
+            self._metrics.readout_values.labels(field).inc(count * read)
+        return tuple(
+            {"choice": self._index, **writer.entry(one.position, one.token, one.numbers, one.kl)}
+            for one in found
+        )
+
+
+def with_readouts(fields: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
+    """`fields` of an answer or a chunk, the entries in `steering` beside a receipt; of a request
+    that asks for none, as they are."""
+    if not entries:
+        return fields
+    return {**fields, "steering": {**fields.get("steering", {}), "readouts": entries}}

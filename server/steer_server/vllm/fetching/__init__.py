@@ -1,0 +1,1 @@
+"""What workers are asked for while and when their requests are answered, many requests at once."""

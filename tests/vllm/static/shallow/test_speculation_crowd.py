@@ -1,0 +1,69 @@
+"""The crowd of `test_crowd` on an engine that speculates, against each request alone without.
+
+So shallow a model says the same again and again: most drafts stay, and some do not.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import vllm_engine
+from shallow_model import BRIEF, LATENTS
+from vllm_engine import Plans
+from vllm_simulation import graphless_steps, simulate, steering
+from vllm_speculation import NGRAM, counted_drafts
+
+from steer.engines.transformers.engine import TransformersEngine
+from steer.engines.vllm.front.engine import VllmEngine
+
+CLIENTS, WAVES = 500, 10
+REQUESTS, BLOCKS, STEP_TOKENS = 16, 10, 64
+RANKED = 8
+HABITS = replace(BRIEF, longest_start=12, longest_answer=6)
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path, registry: Path) -> Iterator[VllmEngine]:
+    own = {"form": "static", "latents_at_once": LATENTS * RANKED}
+    with vllm_engine.start_engine(
+        registry,
+        model=str(model),
+        speculative_config=NGRAM,
+        additional_config={"steer": own},
+        num_gpu_blocks_override=BLOCKS,
+        max_num_batched_tokens=STEP_TOKENS,
+        max_num_seqs=REQUESTS,
+        enable_prefix_caching=True,
+    ) as running:
+        assert steering(running).edits.static
+        yield running
+
+
+def test_every_request_of_a_crowd_equals_itself_alone_without_drafts(
+    engine: VllmEngine,
+    reference: TransformersEngine,
+    plans: Plans,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with counted_drafts(engine) as drafts, graphless_steps(engine) as steps:
+        report = simulate(
+            engine, reference, plans, clients=CLIENTS, waves=WAVES, seed=19, habits=HABITS
+        )
+    with capsys.disabled():
+        print(f"\n{report}; {sum(steps)} of {len(steps)} steps without their graph; {drafts.total}")
+    counts, total = report.counts, drafts.total
+    assert len(report.outcomes) == CLIENTS
+    assert counts["ties"] <= CLIENTS // 100
+    assert counts["left"] >= 10
+    assert counts["read"] >= 15
+    assert len(report.watch.preempted) >= 1
+    assert total.accepted >= 200
+    assert total.drafted - total.accepted >= 50
+    assert 20 < sum(steps) < len(steps) - 20
