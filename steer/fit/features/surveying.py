@@ -53,7 +53,7 @@ def survey(
     """
     check_fits(engine, sae)
     tokens = [prompt_tokens(engine, prompt) for prompt in prompts]
-    card = _card(engine, sae, sha256, tokens)
+    card = survey_card(engine, sae, sha256, tokens)
     tally = Tally(sae.encode, sae.d_in, sae.d_sae)
     # Another order or layout of the sums would not go on from here.
     key = f"{sha256}-{card.data[:16]}-{tally.block_size}"
@@ -102,7 +102,10 @@ def check_fits(engine: Engine, sae: SAE, param: str = "/sae") -> None:
         )
 
 
-def _card(engine: Engine, sae: SAE, sha256: str, tokens: Sequence[Sequence[int]]) -> SurveyCard:
+def survey_card(
+    engine: Engine, sae: SAE, sha256: str, tokens: Sequence[Sequence[int]]
+) -> SurveyCard:
+    """The card of a survey of texts with these tokens, none of them counted yet."""
     ids = sorted({token for row in tokens for token in row})
     return SurveyCard(
         sae=sha256,

@@ -44,7 +44,8 @@ def typical(rows: Float[Tensor, "n d"]) -> Bool[Tensor, " n"]:
     """Which rows are no longer than `OUTLIER` times the median: many models keep, on a few tokens
     that say nothing, states of a hundred times the length of others (2402.17762)."""
     lengths = rows.norm(dim=-1)
-    return lengths <= OUTLIER * lengths.median()
+    short: Tensor = lengths <= OUTLIER * lengths.median()
+    return short
 
 
 @dataclass(frozen=True)

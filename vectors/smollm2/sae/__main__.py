@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from steer_vectors.smollm2.sae.labels import labels_of
 from steer_vectors.smollm2.sae.states import CONTEXT, POINT, SEED, cache, collect
 from tqdm import tqdm
 
@@ -52,6 +53,7 @@ def main() -> None:
             )
         apart = texts_apart(found.captures, found.texts, held_out=HELD_OUT, seed=SEED)
         trained = with_worth(engine, trained, apart, skip=1)
+        labels = labels_of(engine, trained.sae, found)
     card = trained.sae.card
     made = {
         **card.provenance,
@@ -61,7 +63,7 @@ def main() -> None:
         "dtype": options.dtype,
     }
     card = type(card).model_validate(card.model_dump() | {"provenance": made})
-    save_directory(replace(trained.sae, card=card), FOLDER, dtype=torch.bfloat16)
+    save_directory(replace(trained.sae, card=card, labels=labels), FOLDER, dtype=torch.bfloat16)
     if options.plot is not None:
         plot_training(trained, options.plot, title=f"SmolLM2, {NAME}")
     print(trained.measures, made["loss"])
