@@ -35,6 +35,14 @@ ATTRIBUTES = (
     "weather",
 )
 NAME = "guided-3"
+TRAINED = 0.75
+"""The share of each attribute's pairs that is trained on; the others show what was learnt."""
+
+
+def pairs_of(attribute: str) -> list[dict[str, object]]:
+    """Chats that ask for the attribute, each with one that does not."""
+    with (DEMO / "data" / f"{attribute}.jsonl").open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def request(*, guided: bool, seed: int = 0) -> SAETrainingRequest:
@@ -42,14 +50,13 @@ def request(*, guided: bool, seed: int = 0) -> SAETrainingRequest:
     prompts: list[object] = []
     labels: dict[str, list[bool | None]] = {name: [] for name in ATTRIBUTES}
     for attribute in ATTRIBUTES:
-        with (DEMO / "data" / f"{attribute}.jsonl").open(encoding="utf-8") as lines:
-            for line in lines:
-                pair = json.loads(line)
-                for side in ("positive", "negative"):
-                    prompts.append(pair[side])
-                    for name in ATTRIBUTES:
-                        known = side == "positive" if name == attribute else None
-                        labels[name].append(known)
+        pairs = pairs_of(attribute)
+        for pair in pairs[: int(TRAINED * len(pairs))]:
+            for side in ("positive", "negative"):
+                prompts.append(pair[side])
+                for name in ATTRIBUTES:
+                    known = side == "positive" if name == attribute else None
+                    labels[name].append(known)
     return SAETrainingRequest.model_validate(
         {
             "name": NAME if guided else "plain-3",
