@@ -18,7 +18,7 @@ VLLM_VERSION := $(firstword $(VLLM_VERSIONS))
 VLLM_BIN := $(VENVS)/vllm-$(VLLM_VERSION)/bin
 # The first release runs every file; the others run those that meet vLLM's internals.
 VLLM_SEAMS := core/test_admission core/test_cache_keys core/test_scheduler test_contract \
-  test_server worker/test_runner_v2
+  server/test_server worker/test_runner_v2
 VLLM_READY := $(VLLM_VERSIONS:%=vllm-%)
 
 .PHONY: serve test lint check fuzz-http bench bench-vllm bench-smollm2 docs-outputs demo-model \

@@ -285,7 +285,7 @@ def deviation(x: Float[Tensor, "T d"]) -> Float[Tensor, "T 1"]:
     return length / math.sqrt(free)
 
 
-class Readings(NamedTuple):
+class CarriedReads(NamedTuple):
     """What K edits have read of each token: u, `[T, K]`, or `[1, K]` where each edit has a token of
     its own; and the lengths of the state that it was read from."""
 
@@ -407,7 +407,7 @@ def overflow_shown(x: Float[Tensor, "T d"]) -> Float[Tensor, "T d"]:
     return x.masked_fill(~x.norm(dim=-1, keepdim=True).isfinite(), math.nan)
 
 
-def apply(block: Block, x: Tensor, readings: Readings | None = None) -> Tensor:
+def apply(block: Block, x: Tensor, readings: CarriedReads | None = None) -> Tensor:
     """`block` applied to every row of `x` `[..., d]`; the result has the dtype of `x`.
 
     `readings` are what a block that reads elsewhere has read there (`read`).
@@ -429,7 +429,7 @@ def apply(block: Block, x: Tensor, readings: Readings | None = None) -> Tensor:
     return overflow_shown(after).to(x.dtype).reshape(x.shape)
 
 
-def read(block: Block, x: Tensor) -> Readings:
+def read(block: Block, x: Tensor) -> CarriedReads:
     """What the edits of `block` read of every row of `x` `[..., d]`."""
     assert block.read is not None, "a block without edits reads nothing"
     assert block.laws is not None
@@ -443,11 +443,11 @@ def read(block: Block, x: Tensor) -> Readings:
         columns = torch.tensor(block.columns, device=state.device)
         told = told_of(state, len(block.laws), [EncoderUse(block.encoder, slice(None), columns)])
     values = activations(products, block.laws, lengths, told, block.traits)
-    return Readings(values, lengths)
+    return CarriedReads(values, lengths)
 
 
 def _changes(
-    block: Block, before: Float[Tensor, "T d"], readings: Readings | None
+    block: Block, before: Float[Tensor, "T d"], readings: CarriedReads | None
 ) -> Float[Tensor, "T K"]:
     """The coefficients of a block's edits."""
     assert block.laws is not None
@@ -459,7 +459,7 @@ def _changes(
     return coefficients(values, block.laws, lengths, block.traits)
 
 
-def elsewhere(readings: Readings | None, point: HookPoint) -> Readings:
+def elsewhere(readings: CarriedReads | None, point: HookPoint) -> CarriedReads:
     """`readings`, which are there; raises `EngineError` where the state at `point` comes later."""
     if readings is None:
         raise EngineError(

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from steer.batch.tables import TableView
 from steer.edits import (
+    CarriedReads,
     Lengths,
-    Readings,
     activations,
     beyond,
     channel_changes,
@@ -27,7 +27,7 @@ def read_table(
     x: Float[Tensor, "T d"],
     slots: Int[Tensor, " T"],
     solo: Int[Tensor, " K"] | None = None,
-) -> Readings:
+) -> CarriedReads:
     """What the edits of `view` read of each token of `x`; with `solo`, each of its one token."""
     x = x.float()
     lengths = Lengths.of(x, view.traits)
@@ -39,7 +39,7 @@ def apply_table(
     x: Float[Tensor, "T d"],
     slots: Int[Tensor, " T"],
     solo: Int[Tensor, " K"] | None = None,
-    readings: Readings | None = None,
+    readings: CarriedReads | None = None,
 ) -> Float[Tensor, "T d"]:
     """x with each token's block applied; a token whose slot is 0 is returned to the bit.
 
@@ -79,7 +79,7 @@ def _coefficients(
     lengths: Lengths,
     slots: Int[Tensor, " T"],
     solo: Int[Tensor, " K"] | None,
-    readings: Readings | None,
+    readings: CarriedReads | None,
 ) -> Float[Tensor, "T K"]:
     """c_k of the bank rows for each token, 0 where a row belongs to another slot; `[1, K]` for
     `solo`, T times less arithmetic."""
@@ -99,7 +99,7 @@ def _read(
     lengths: Lengths,
     slots: Int[Tensor, " T"],
     solo: Int[Tensor, " K"] | None,
-) -> Readings:
+) -> CarriedReads:
     """u of the bank rows for each token; for `solo`, of each row for its one token."""
     if solo is None:
         products = x @ view.read.T
@@ -111,7 +111,7 @@ def _read(
     if told is not None and solo is not None:
         told = told.of_one_token(solo)
     lengths = _of_each(lengths, solo)
-    return Readings(activations(products, view.laws, lengths, told, view.traits), lengths)
+    return CarriedReads(activations(products, view.laws, lengths, told, view.traits), lengths)
 
 
 def _lengths_in_plane(

@@ -24,7 +24,7 @@ from steer.batch.ledger import Ledger
 from steer.batch.requests import NOBODY, Ints, Span
 from steer.batch.tables import Table, Tables, TableView
 from steer.batch.token_slots import GatedTokens, TokenSlots
-from steer.edits import Readings, apply, read, relative_sizes
+from steer.edits import CarriedReads, apply, read, relative_sizes
 from steer.errors import EngineError
 from steer.model import HookPoint
 
@@ -45,7 +45,7 @@ class _Work:
     view: TableView
     rows: Tensor | None
     solo: Tensor | None
-    readings: Readings | None = None
+    readings: CarriedReads | None = None
 
 
 class Step:
@@ -203,7 +203,7 @@ class Step:
         edited = apply_table(work.view, mine, slots, work.solo, work.readings)
         return x.index_copy(0, work.rows, edited)
 
-    def _read(self, work: _Work, x: Tensor) -> Readings | None:
+    def _read(self, work: _Work, x: Tensor) -> CarriedReads | None:
         """What the edits of `work`, whose tokens' gates may still be closed, read of `x`."""
         if self._shared is not None:
             slot = self._shared[work.number]

@@ -34,6 +34,9 @@ OTHER: dict[str, tuple[str, Any]] = {
     "allowed_origins": ("https://a.example", ("https://a.example",)),
     "access_log": ("false", False),
     "patience_seconds": ("7", 7.0),
+    "readout_layers": ("7", 7),
+    "readout_numbers": ("7", 7),
+    "readout_values": ("7", 7),
 }
 
 

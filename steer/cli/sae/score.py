@@ -18,8 +18,7 @@ from steer.cli.sae.tables import number, say, table
 from steer.fit.requests.features.score import ScoreRequest
 
 if TYPE_CHECKING:
-    from steer.fit.requests.features.score import ScoredLabels
-    from steer.registry.features.scores import LabelScores, PredictionScore
+    from steer.registry.features.scores import LabelScores, PredictionScore, ScoredLabels
 
 
 def _parameters() -> Iterator[Parameter]:

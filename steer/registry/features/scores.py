@@ -71,3 +71,13 @@ class LabelScores(Finding):
         if best is None:
             return None
         return LabelConfidence(precision=best.precision, recall=best.recall)
+
+
+class ScoredLabels(BaseModel):
+    """The scores of labels; `auroc` is how often what a feature does to what is said makes its own
+    label likelier than it makes another's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    auroc: float | None
+    features: tuple[LabelScores, ...]

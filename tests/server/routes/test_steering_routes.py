@@ -139,6 +139,8 @@ async def test_capabilities_and_health(http: httpx.AsyncClient, engine: FakeEngi
         "sae_architectures",
         "norm_preserving",
         "sampling",
+        "roles",
+        "readouts",
         "inspection",
         "limits",
     ]

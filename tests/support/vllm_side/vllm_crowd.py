@@ -96,7 +96,7 @@ class Crowd:
         self.plans = plans
         self.habits = habits
         self.draw = random.Random(seed)
-        self._readers = random.Random(seed)
+        self._readers, self._speakers = random.Random(seed), random.Random(seed)
         self.met: list[Outcome] = []
         self._count = 0
         self._neighbours: list[Client] = []
@@ -133,7 +133,7 @@ class Crowd:
             plan,
             measure=number % 5 == 3,
             stop=stop,
-            roles=random_roles(draw, len(prompt)) if number % 2 else None,
+            roles=random_roles(self._speakers, len(prompt)) if number % 2 else None,
         )
         if plan is not None and plan.reads_roles and request.roles is None:
             request = replace(request, roles=RoleRanges(len(prompt), ((0, len(prompt), "user"),)))

@@ -31,6 +31,7 @@ class LabelRequest(SAERequest):
         Field(
             min_length=1,
             max_length=1 << 20,
+            fail_fast=True,
             description="The features, by their numbers; by default all that fired.",
         ),
     ] = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import Field, StrictInt
 
 from steer.errors import SteerError
 from steer.fit.requests.features.effect import (
@@ -17,25 +17,15 @@ from steer.fit.requests.features.effect import (
 )
 from steer.fit.requests.features.request import SAERequest
 from steer.fit.requests.fields import NullsField, Seed
-from steer.registry.features.scores import LabelScores
 
 if TYPE_CHECKING:
     from steer.artefacts.sae.labels import FeatureLabel
     from steer.engines.base import Engine
     from steer.fit.features.labeller import Labeller
     from steer.fit.measure.answers import Progress
+    from steer.registry.features.scores import ScoredLabels
     from steer.registry.features.survey import Survey
     from steer.registry.registry import Registry
-
-
-class ScoredLabels(BaseModel):
-    """The scores of labels; `auroc` is how often what a feature does to what is said makes its own
-    label likelier than it makes another's."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    auroc: float | None
-    features: tuple[LabelScores, ...]
 
 
 class ScoreRequest(SAERequest):
@@ -95,6 +85,7 @@ class ScoreRequest(SAERequest):
         """Scores the labels, and keeps what is found. Raises `SteerError`."""
         from steer.fit.features.effect import EffectGround, EffectOptions
         from steer.fit.features.intervention import intervention_scores
+        from steer.registry.features.scores import LabelScores, ScoredLabels
 
         labels, sae = self.labels(registry), registry.sae(self.sae)
         options = EffectOptions(

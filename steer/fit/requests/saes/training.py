@@ -74,7 +74,7 @@ class SAETrainingRequest(BaseModel):
     labels: Annotated[
         dict[
             Annotated[str, Field(min_length=1, max_length=256)],
-            Annotated[tuple[StrictBool | None, ...], Field(max_length=MAX_ITEMS)],
+            Annotated[tuple[StrictBool | None, ...], Field(max_length=MAX_ITEMS, fail_fast=True)],
         ]
         | None,
         Field(

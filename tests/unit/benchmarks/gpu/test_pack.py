@@ -125,7 +125,18 @@ def modules(names: tuple[str, ...]) -> set[str]:
 
 
 # What torch itself imports, where it is there, is the host's.
-HOST = {"torch", "triton", "numpy", "torchgen", "functorch", "mpmath", "sympy", "networkx"}
+HOST = {
+    "torch",
+    "triton",
+    "numpy",
+    "torchgen",
+    "functorch",
+    "mpmath",
+    "sympy",
+    "networkx",
+    "jinja2",
+    "markupsafe",
+}
 
 
 @pytest.mark.parametrize(

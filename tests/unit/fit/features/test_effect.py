@@ -4,6 +4,7 @@ else."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,8 @@ def test_what_cannot_be_raised_is_refused(lively: TransformersEngine) -> None:
         write_site="mlp_out",
         subtract_b_dec=False,
     )
+    check_raisable(lively, one, 0)  # a transcoder is raised where it writes
+    deep = replace(one, card=one.card.model_copy(update={"layers": (9,)}))
     with pytest.raises(SteerError) as raised:
-        check_raisable(lively, one, 0)
-    assert (raised.value.code, raised.value.param) == ("two_sites", "/sae")
+        check_raisable(lively, deep, 0)
+    assert (raised.value.code, raised.value.param) == ("layer_out_of_range", "/sae")
