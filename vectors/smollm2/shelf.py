@@ -14,7 +14,7 @@ MIN_VALID = 0.9
 MIN_MARGIN = 0.3
 """What a vector has over the mean of every kind of null, to be shipped."""
 
-_HEAD = """# Vectors for SmolLM2-135M-Instruct
+_HEAD = """# Vectors and an SAE for SmolLM2-135M-Instruct
 
 Each was made by one command from one sentence, and is served as `smollm2:NAME` and as the vector
 `NAME` wherever `--model smollm2` is. `python -m steer_vectors.smollm2.recipe` makes them again.
@@ -23,6 +23,10 @@ The score of an answer is how much likelier the instruction makes it, beside wha
 have ([docs/making.md](../../docs/making.md)); 20 questions that nothing was fitted or chosen on,
 95 % intervals. *Chance* is the mean over seven vectors of each kind at the same KL (the highest of
 the 21 in brackets): rotated, with the states' covariance, fitted on shuffled labels.
+
+The SAE `resid-14` has 4,096 features of the residual stream after block 14, labelled by the tokens
+that they fire on ([how it was trained](../../docs/training-saes.md#smollm2s-own),
+[what features are for](../../docs/features.md)); `python -m steer_vectors.smollm2.sae` makes it again.
 
 """
 
