@@ -26,7 +26,8 @@ the 21 in brackets): rotated, with the states' covariance, fitted on shuffled la
 
 The SAE `resid-14` has 4,096 features of the residual stream after block 14, labelled by the tokens
 that they fire on ([how it was trained](../../docs/training-saes.md#smollm2s-own),
-[what features are for](../../docs/features.md)); `python -m steer_vectors.smollm2.sae` makes it again.
+[what features are for](../../docs/features.md)); `python -m steer_vectors.smollm2.sae` makes it
+again.
 
 """
 

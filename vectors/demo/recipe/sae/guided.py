@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -93,8 +94,16 @@ def main() -> None:
         asked.check(engine)
         found = asked.run(engine, lambda total, what: tqdm(total=total, desc=what).update)
         asked.forget(engine)
-    save_directory(found.sae, args.out / asked.name, dtype=torch.bfloat16)
-    print(found.measures, found.sae.card.provenance.get("loss"))
+    card = found.sae.card
+    made = {
+        **card.provenance,
+        "recipe": "steer_vectors.demo.recipe.sae.guided",
+        "figures": found.measures.model_dump(),
+    }
+    fields = card.model_dump() | {"tags": ("demo",), "provenance": made}
+    sae = replace(found.sae, card=type(card).model_validate(fields))
+    save_directory(sae, args.out / asked.name, dtype=torch.bfloat16)
+    print(found.measures, made.get("loss"))
 
 
 if __name__ == "__main__":
