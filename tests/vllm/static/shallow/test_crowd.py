@@ -62,7 +62,7 @@ def test_every_request_of_a_crowd_equals_itself_alone(
     assert counts["ties"] <= CLIENTS // 100
     assert counts["left"] >= 10
     assert counts["read"] >= 15
-    # That the crowd met what it is for; how often depends on who comes first, and so on the machine.
+    # That the crowd met what it is for; how often depends on who comes first, so on the machine.
     assert len(watch.preempted) + watch.plain_preempted >= 1
     assert counts["steered and cached"] >= 1
     assert 20 < sum(steps) < len(steps) - 20

@@ -63,7 +63,7 @@ def test_every_request_of_a_crowd_equals_itself_alone_without_drafts(
     assert counts["ties"] <= CLIENTS // 100
     assert counts["left"] >= 10
     assert counts["read"] >= 15
-    # That the crowd met what it is for; how often depends on who comes first, and so on the machine.
+    # That the crowd met what it is for; how often depends on who comes first, so on the machine.
     assert len(report.watch.preempted) + report.watch.plain_preempted >= 1
     assert total.accepted >= 100
     assert total.drafted - total.accepted >= 20
