@@ -57,12 +57,12 @@ def test_every_request_of_a_crowd_equals_itself_alone(
         )
     with capsys.disabled():
         print(f"\n{report}; {sum(steps)} of {len(steps)} steps without their graph")
-    counts, watch = report.counts, report.watch
+    counts = report.counts
     assert len(report.outcomes) == CLIENTS
     assert counts["ties"] <= CLIENTS // 100
     assert counts["left"] >= 10
     assert counts["read"] >= 15
-    # That the crowd met what it is for; how often depends on who comes first, so on the machine.
-    assert len(watch.preempted) + watch.plain_preempted >= 1
+    # That the crowd met what it is for. How often it is preempted depends on who comes first, and
+    # so on the machine: a few times, or never; `test_simulation` is built to be.
     assert counts["steered and cached"] >= 1
     assert 20 < sum(steps) < len(steps) - 20

@@ -63,8 +63,8 @@ def test_every_request_of_a_crowd_equals_itself_alone_without_drafts(
     assert counts["ties"] <= CLIENTS // 100
     assert counts["left"] >= 10
     assert counts["read"] >= 15
-    # That the crowd met what it is for; how often depends on who comes first, so on the machine.
-    assert len(report.watch.preempted) + report.watch.plain_preempted >= 1
+    # That the crowd met what it is for. How often it is preempted depends on who comes first, and
+    # so on the machine: a few times, or never; `test_simulation` is built to be.
     assert total.accepted >= 100
     assert total.drafted - total.accepted >= 20
     assert 20 < sum(steps) < len(steps) - 20
