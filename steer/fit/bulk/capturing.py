@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from steer.engines.base import CaptureRequest, Engine, GenerationRequest, SamplingParams
+from steer.engines.base import CaptureRequest, Engine
 from steer.errors import SteerError
 from steer.fit.bulk.shards import (
     PLACES,
@@ -22,6 +22,7 @@ from steer.fit.bulk.shards import (
     add_shard,
     read_card,
 )
+from steer.fit.data.answering import with_own_answers
 from steer.fit.data.prompt import Prompt, render
 from steer.fit.states import Progress, prompt_tokens
 from steer.model import HookPoint
@@ -148,7 +149,14 @@ def _read(
     for start in range(first, len(texts), reading.batch):
         group = list(texts[start : start + reading.batch])
         if reading.answer_tokens:
-            group = _answered(engine, group, start, reading)
+            group = with_own_answers(
+                engine,
+                group,
+                reading.answer_tokens,
+                temperature=reading.temperature,
+                seed=reading.seed,
+                first=start,
+            )
         for n, (text, captured) in enumerate(
             zip(group, engine.capture(CaptureRequest(group, reading.points)), strict=True), start
         ):
@@ -174,18 +182,3 @@ def _pooled(states: Tensor, pooled: Pooling) -> Tensor:
     if pooled == "mean":
         return states.mean(0, keepdim=True)
     return states.amax(0, keepdim=True)
-
-
-def _answered(
-    engine: Engine, group: Sequence[Tokens], first: int, reading: BulkReading
-) -> list[Tokens]:
-    """Each text with an answer of the model's own."""
-    asked = []
-    for n, text in enumerate(group, start=first):
-        room = max(1, min(reading.answer_tokens, engine.info.max_length - len(text)))
-        sampling = SamplingParams(
-            max_tokens=room, temperature=reading.temperature, seed=reading.seed + n
-        )
-        asked.append(GenerationRequest(f"capture-{n}", text, sampling))
-    answers = engine.complete(asked)
-    return [text + one.tokens for text, one in zip(group, answers, strict=True)]

@@ -5,11 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from steer.engines.base import Engine, SamplingParams
+from steer.engines.base import Engine, GenerationRequest, SamplingParams
 from steer.errors import SteerError
 from steer.fit.data.instruction import Placement, Telling
 from steer.fit.data.preferences import PreferenceSet, Side, require_answers
 from steer.fit.measure.answers import Progress, answers_under
+
+
+def with_own_answers(
+    engine: Engine,
+    texts: Sequence[Sequence[int]],
+    count: int,
+    *,
+    temperature: float = 1.0,
+    seed: int = 0,
+    first: int = 0,
+) -> list[tuple[int, ...]]:
+    """Each text with an answer of the model's own, of up to `count` tokens; each is drawn with
+    `seed` and the text's number, counted from `first`, so that it is the same in any batch."""
+    asked = []
+    for n, text in enumerate(texts, start=first):
+        room = max(1, min(count, engine.info.max_length - len(text)))
+        sampling = SamplingParams(max_tokens=room, temperature=temperature, seed=seed + n)
+        asked.append(GenerationRequest(f"answer-{n}", tuple(text), sampling))
+    answers = engine.complete(asked)
+    return [(*text, *one.tokens) for text, one in zip(texts, answers, strict=True)]
 
 
 def completed(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from steer.artefacts.sae.labels import FeatureLabel
 from steer.errors import SteerError
 from steer.fit.features.exemplars import distinct_examples
-from steer.fit.measure.judge import asking
+from steer.fit.measure.judge import asked_until, asking
 from steer.registry.features.survey import FeatureExample, FeatureStatistics, Survey
 
 if TYPE_CHECKING:
@@ -92,23 +92,15 @@ class Labeller:
     def _ask(
         self, client: OpenAI, question: str, read: Callable[[str], Answer | None]
     ) -> Answer | None:
-        for attempt in range(self.attempts):
-            answer = client.chat.completions.create(
-                model=self.model,
-                messages=[
-                    {"role": "system", "content": SYSTEM},
-                    {"role": "user", "content": question},
-                ],
-                # The first time greedy, so that it can be repeated; see `JudgeScorer`.
-                temperature=0.0 if attempt == 0 else 0.7,
-                seed=attempt,
-                max_tokens=128,
-            )
-            content = answer.choices[0].message.content if answer.choices else None
-            found = read(content or "")
-            if found is not None:
-                return found
-        return None
+        return asked_until(
+            client,
+            self.model,
+            SYSTEM,
+            question,
+            read,
+            attempts=self.attempts,
+            max_tokens=128,
+        )
 
 
 def labelled_by(

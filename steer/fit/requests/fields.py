@@ -131,6 +131,19 @@ UsedWhereField: TypeAlias = Annotated[
     Spelled("where"),
     Field(description="Which tokens are steered; by default the card's."),
 ]
+Sentence: TypeAlias = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"\S")]
+OppositeField: TypeAlias = Annotated[
+    Sentence | None,
+    Spelled(flags=("--opposite",)),
+    Field(description="What the other side is told; by default a neutral sentence."),
+]
+ChosenPlaceField: TypeAlias = Annotated[
+    Literal["system", "after", "before"] | None,
+    Field(
+        description="Where it is told: in the system message, after the question, or before "
+        "it; by default where the model listens best."
+    ),
+]
 PlaceField: TypeAlias = Annotated[
     Placement,
     Field(

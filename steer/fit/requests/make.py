@@ -10,11 +10,14 @@ from steer.fit.requests.fields import (
     MAX_ITEMS,
     SCORES,
     SCORES_HERE,
+    ChosenPlaceField,
     DescriptionField,
     LicenceField,
     MaxTokensField,
     NullsField,
+    OppositeField,
     Seed,
+    Sentence,
     SiteField,
     Spelled,
     TemperatureField,
@@ -29,8 +32,6 @@ if TYPE_CHECKING:
     from steer.fit.make.wish import Wish
     from steer.fit.measure.answers import Progress
     from steer.fit.measure.scoring import AnswerScorer, Scorer
-
-Sentence = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"\S")]
 
 
 class MakeRequest(BaseModel):
@@ -52,18 +53,8 @@ class MakeRequest(BaseModel):
         Spelled(flags=("--name", "-n")),
         Field(description="The name to register the vector under."),
     ]
-    opposite: Annotated[
-        Sentence | None,
-        Spelled(flags=("--opposite",)),
-        Field(description="What the other side is told; by default a neutral sentence."),
-    ] = None
-    place: Annotated[
-        Literal["system", "after", "before"] | None,
-        Field(
-            description="Where it is told: in the system message, after the question, or before "
-            "it; by default where the model listens best."
-        ),
-    ] = None
+    opposite: OppositeField = None
+    place: ChosenPlaceField = None
     prompts: Annotated[
         tuple[PromptParam, ...] | None,
         Spelled(hidden=True),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from steer.fit.bulk.shards import CapturedStates, Numbers
 LEAST_ROWS = 64
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainingRows:
     """Rows of `captures`, those of whole texts kept for measuring left out.
 
@@ -28,6 +28,7 @@ class TrainingRows:
     trained: Numbers
     held_out: Numbers
     labels: Float[Tensor, "rows c"] | None = None
+    _order: tuple[tuple[int, int], Numbers] | None = field(default=None, init=False, repr=False)
 
     @staticmethod
     def of(
@@ -91,8 +92,14 @@ class TrainingRows:
         size = min(size, len(self.trained))
         an_epoch = len(self.trained) // size
         epoch, place = divmod(step, an_epoch)
-        order = np.random.default_rng([seed, epoch]).permutation(len(self.trained))
-        return self.trained[order[place * size : (place + 1) * size]]
+        return self._shuffled(epoch, seed)[place * size : (place + 1) * size]
+
+    def _shuffled(self, epoch: int, seed: int) -> Numbers:
+        """The order of one pass; that of the last one asked for is kept, for all of its steps."""
+        if self._order is None or self._order[0] != (epoch, seed):
+            order = np.random.default_rng([seed, epoch]).permutation(len(self.trained))
+            self._order = (epoch, seed), self.trained[order]
+        return self._order[1]
 
     def read(self, numbers: Numbers) -> Float[Tensor, "n width"]:
         """The rows of these numbers, in their order."""

@@ -164,10 +164,6 @@ class Trainer:
         self.done = len(self.curve)
         return True
 
-    def figures(self) -> dict[str, float]:
-        """The newest point of the curve, by name."""
-        return dict(zip(_CURVE, self.curve[-1], strict=True)) if self.curve else {}
-
 
 def _key(path: Path) -> str | None:
     with safe_open(path, "pt") as file:

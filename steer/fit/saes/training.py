@@ -65,7 +65,7 @@ def train_sae(
     rows = TrainingRows.of(captures, held_out=held_out, seed=options.seed, text_labels=text_labels)
     units = units_of(rows, options.seed)
     trainer = Trainer(rows, units, options, predictions=predictions, device=device)
-    key = _key(captures, options, held_out)
+    key = _key(captures, options, held_out, text_labels)
     checkpoint = folder / CHECKPOINT
     trainer.restore(checkpoint, key)
     if progress is not None:
@@ -92,6 +92,17 @@ def train_sae(
     return TrainedSAE(sae, found, measured, trainer.curve)
 
 
-def _key(captures: Sequence[CapturedStates], options: SAEOptions, held_out: float) -> str:
-    what = [[one.card.data for one in captures], asdict(options), held_out]
+def _key(
+    captures: Sequence[CapturedStates],
+    options: SAEOptions,
+    held_out: float,
+    labels: Sequence[Tensor] | None,
+) -> str:
+    """What the training is of: one of other labels does not go on from its checkpoint."""
+    what = [
+        [one.card.data for one in captures],
+        asdict(options),
+        held_out,
+        None if labels is None else [one.nan_to_num(-1.0).tolist() for one in labels],
+    ]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()

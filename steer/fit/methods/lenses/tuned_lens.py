@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from steer.artefacts.lens import Lens
-from steer.engines.base import Engine, GenerationRequest, SamplingParams
+from steer.engines.base import Engine
 from steer.errors import SteerError, Unsupported
+from steer.fit.data.answering import with_own_answers
 from steer.fit.data.jsonl import sha256_of
 from steer.fit.data.prompt import Prompt, prompt_json
 from steer.fit.methods.card import made_on, split
@@ -153,13 +154,7 @@ def _answered(
     found: list[Tokens] = []
     for first in range(0, len(prompts), batch):
         group = prompts[first : first + batch]
-        asked = []
-        for n, prompt in enumerate(group, start=first):
-            room = max(1, min(count, engine.info.max_length - len(prompt)))
-            sampling = SamplingParams(max_tokens=room, seed=seed + n)
-            asked.append(GenerationRequest(f"lens-{n}", prompt, sampling))
-        answers = engine.complete(asked)
-        found += [prompt + one.tokens for prompt, one in zip(group, answers, strict=True)]
+        found += with_own_answers(engine, group, count, seed=seed, first=first)
         if progress is not None:
             progress(len(group))
     return found

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, StrictInt
 
 from steer.fit.requests.features.effect import KLField, QuestionsField, asked_questions
 from steer.fit.requests.features.request import SAERequest
 from steer.fit.requests.fields import (
+    ChosenPlaceField,
     MaxTokensField,
     NullsField,
+    OppositeField,
     Seed,
+    Sentence,
     Spelled,
     TemperatureField,
 )
-from steer.fit.requests.make import Sentence
 
 if TYPE_CHECKING:
     from steer.engines.base import Engine
@@ -37,18 +39,8 @@ class SuggestRequest(SAERequest):
         Spelled(argument=True, help='What the model is told, such as "You are very formal."'),
         Field(description="What the model is told, as one would say it in a prompt."),
     ]
-    opposite: Annotated[
-        Sentence | None,
-        Spelled(flags=("--opposite",)),
-        Field(description="What the other side is told; by default a neutral sentence."),
-    ] = None
-    place: Annotated[
-        Literal["system", "after", "before"] | None,
-        Field(
-            description="Where it is told: in the system message, after the question, or before "
-            "it; by default where the model listens best."
-        ),
-    ] = None
+    opposite: OppositeField = None
+    place: ChosenPlaceField = None
     candidates: Annotated[
         StrictInt, Field(ge=1, le=64, description="Features that are raised and looked at.")
     ] = 8
