@@ -7,18 +7,23 @@ Import `vllm_engine` before this module.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import demo_specs
 import torch
+import vllm_engine
 from artefacts import artefacts, random_spec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_crowd import Habits
 from vllm_engine import DEMO_MODEL, Plans
+from vllm_simulation import steering
 
 from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import Engine
+from steer.engines.vllm.front.engine import VllmEngine
 from steer.errors import SteerError
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
@@ -58,6 +63,27 @@ def fill_registry(folder: Path) -> None:
         for found in _ARTEFACTS.values():
             for name, artefact in found.items():
                 registry.add(name, artefact)
+
+
+@contextmanager
+def crowded_engine(
+    registry: Path, model: Path, *, blocks: int, step_tokens: int, **options: Any
+) -> Iterator[VllmEngine]:
+    """The model in the form for CUDA graphs, with `blocks` of cache for 16 requests at a time; a
+    step inside a graph has room to rank the latents of 8 tokens."""
+    own = {"form": "static", "latents_at_once": LATENTS * 8}
+    with vllm_engine.start_engine(
+        registry,
+        model=str(model),
+        additional_config={"steer": own},
+        num_gpu_blocks_override=blocks,
+        max_num_batched_tokens=step_tokens,
+        max_num_seqs=16,
+        enable_prefix_caching=True,
+        **options,
+    ) as running:
+        assert steering(running).edits.static
+        yield running
 
 
 def random_plans(engine: Engine, count: int, *, seed: int) -> Plans:

@@ -6,6 +6,7 @@ Import this module before vllm, as `vllm_engine`.
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +19,14 @@ import demo_specs
 import torch
 from float64_reference import Seen, chosen
 from liveness import LIVENESS_SECONDS
-from vllm_crowd import Crowd, Habits, Outcome, calls, serve
+from vllm_crowd import Client, Crowd, Habits, Outcome, calls, serve
 from vllm_engine import Plans, plain
 
 from steer.engines.base import (
     Engine,
+    GenerationRequest,
     Receipt,
+    SamplingParams,
     TokenLogprob,
 )
 from steer.engines.vllm.core.cache_keys import ticket_of
@@ -185,6 +188,36 @@ def simulate(
     for outcome, expected in zip(crowd.met, wanted, strict=True):
         judge.check(outcome, expected)
     return Report(crowd.met, judge.counts, watch)
+
+
+def outgrow(engine: VllmEngine, reference: Engine, plans: Plans, *, count: int) -> ReceiptGuard:
+    """Runs `count` steered requests that fit into the cache as they begin, and do not as they grow,
+    so that some are preempted, whoever comes first. Raises `AssertionError` where one is not what
+    it is alone.
+
+    Assumes: a cache of no more than `count` + 1 blocks of 32 tokens.
+    """
+    draw = random.Random(count)
+    sampling = SamplingParams(max_tokens=40, temperature=0, logprobs=2, ignore_eos=True)
+    steered = [(name, plan) for name, plan in plans.items() if plan is not None]
+    clients = [
+        Client(
+            GenerationRequest(
+                f"{n} {name}", tuple(draw.randrange(3, 64) for _ in range(20)), sampling, plan
+            ),
+            name,
+        )
+        for n, (name, plan) in enumerate(steered[:count])
+    ]
+    requests = [one.request for one in clients]
+    with watched(engine) as watch:
+        found = engine.complete(requests)
+    assert_all_free(engine)
+    judge = Judge()
+    for client, one, other in zip(clients, found, reference.complete(requests), strict=True):
+        judge.check(Outcome.of(client, one), Outcome.of(client, other))
+    assert judge.counts["ties"] <= 1
+    return watch
 
 
 # What happens inside vLLM

@@ -15,33 +15,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import vllm_engine
-from shallow_model import BRIEF, LATENTS
+from shallow_model import BRIEF, crowded_engine
 from vllm_engine import Plans
-from vllm_simulation import graphless_steps, simulate, steering
+from vllm_simulation import graphless_steps, outgrow, simulate
 
 from steer.engines.transformers.engine import TransformersEngine
 from steer.engines.vllm.front.engine import VllmEngine
 
 CLIENTS, WAVES = 500, 10
-REQUESTS, BLOCKS, STEP_TOKENS = 16, 10, 48
-RANKED = 8
-"""For how many tokens a step inside a graph has room to rank latents."""
+BLOCKS = 10
 
 
 @pytest.fixture(scope="module")
 def engine(model: Path, registry: Path) -> Iterator[VllmEngine]:
-    own = {"form": "static", "latents_at_once": LATENTS * RANKED}
-    with vllm_engine.start_engine(
-        registry,
-        model=str(model),
-        additional_config={"steer": own},
-        num_gpu_blocks_override=BLOCKS,
-        max_num_batched_tokens=STEP_TOKENS,
-        max_num_seqs=REQUESTS,
-        enable_prefix_caching=True,
-    ) as running:
-        assert steering(running).edits.static
+    with crowded_engine(registry, model, blocks=BLOCKS, step_tokens=48) as running:
         yield running
 
 
@@ -62,7 +49,13 @@ def test_every_request_of_a_crowd_equals_itself_alone(
     assert counts["ties"] <= CLIENTS // 100
     assert counts["left"] >= 10
     assert counts["read"] >= 15
-    # That the crowd met what it is for. How often it is preempted depends on who comes first, and
-    # so on the machine: a few times, or never; `test_simulation` is built to be.
+    # How often so small a crowd is preempted depends on who comes first: see the next test.
     assert counts["steered and cached"] >= 1
     assert 20 < sum(steps) < len(steps) - 20
+
+
+def test_requests_that_outgrow_the_cache_together_are_preempted(
+    engine: VllmEngine, reference: TransformersEngine, plans: Plans
+) -> None:
+    watch = outgrow(engine, reference, plans, count=BLOCKS - 1)
+    assert len(watch.preempted) >= 3
