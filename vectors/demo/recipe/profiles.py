@@ -29,6 +29,7 @@ from steer.fit.data.pairs import Prompt, read_pairs
 log = logging.getLogger(__name__)
 COMPOSED = (("formal", "french"), ("terse", "german"))
 CLAMPED = ("french", "casual")
+SAE_NAME = "resid-3"
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     vectors = {one.stem: read_vector(one) for one in args.demo.glob("vectors/*.safetensors")}
-    (folder,) = (args.demo / "saes").iterdir()
+    folder = args.demo / "saes" / SAE_NAME
     sae = load_directory(folder)
     sae = replace(sae, card=sae.card.model_copy(update={"name": folder.name}))
     with load_engine(args.demo / "model") as engine:

@@ -1,5 +1,6 @@
-"""The shipped SAE: how well it rebuilds the model's states, what its latents tell apart, and what
-clamping single latents does."""
+"""The shipped SAEs. Of the plain one: how well it rebuilds the model's states, what its latents
+tell apart, and what clamping single latents does. Of the guided one: whether its taught latents
+tell what they were taught."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from steer_vectors.demo.recipe.data import asked_of
 from steer_vectors.demo.recipe.evaluation.checks import Check, count
 from steer_vectors.demo.recipe.evaluation.demo import Demo
 from steer_vectors.demo.recipe.evaluation.estimates import Estimate, Z, bootstrap, difference, share
+from steer_vectors.demo.recipe.sae import guided
 from steer_vectors.demo.recipe.sae.effects import clamp_spec, effects_on
-from steer_vectors.demo.recipe.sae.labels import classes_of, matches, scores, table
+from steer_vectors.demo.recipe.sae.labels import auroc, classes_of, matches, scores, table
 from steer_vectors.demo.recipe.sae.states import Example, corpus_states, examples, reply_states
 from steer_vectors.demo.recipe.training.batches import collate, encode
 from steer_vectors.demo.recipe.training.corpus import Corpus
@@ -21,10 +23,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from steer.artefacts.sae import SAE
+from steer.engines.base import CaptureRequest
+from steer.model import HookPoint
+from steer.prompts import render
 
 VARIANCE, RECOVERED = 0.9, 0.97
 AUROC, LATENTS = 0.9, 20
 MOVED, VALID, ATTRIBUTES = 0.4, 0.8, 3
+TAUGHT = 11
+"""Of thirteen: what a guided latent was taught, it tells with the AUROC above."""
+PLAIN = "resid-3"
 SEED = 900_000_023
 """Its documents are neither the model's nor the SAE's own."""
 TOKENS, DOCUMENTS, CHATS = 40_000, 640, 3000
@@ -32,14 +40,15 @@ BLOCKS = 100
 
 
 def dictionary(demo: Demo) -> Iterator[Check]:
-    """All rows of every shipped SAE."""
+    """All rows."""
     model = AutoModelForCausalLM.from_pretrained(demo.folder / "model", dtype=torch.float32)
     scale = min(1.0, demo.count / 200)
-    for name, sae in demo.saes.items():
-        yield _explained(demo, model, sae, int(TOKENS * scale))
-        yield _recovered(demo, model, sae, int(DOCUMENTS * scale))
-        yield _detectors(demo, model, sae, int(CHATS * scale))
-        yield from _clamps(demo, name, sae)
+    plain = demo.saes[PLAIN]
+    yield _explained(demo, model, plain, int(TOKENS * scale))
+    yield _recovered(demo, model, plain, int(DOCUMENTS * scale))
+    yield _detectors(demo, model, plain, int(CHATS * scale))
+    yield from _clamps(demo, PLAIN, plain)
+    yield from _taught(demo, demo.saes[guided.NAME])
 
 
 def _explained(demo: Demo, model: Any, sae: SAE, tokens: int) -> Check:
@@ -178,3 +187,29 @@ def _clamps(demo: Demo, name: str, sae: SAE) -> Iterator[Check]:
         yield from rows
         good.append(all(row.met for row in rows))
     yield count("sae", "attributes that a clamp of one latent moves", good, ATTRIBUTES)
+
+
+def _taught(demo: Demo, sae: SAE) -> Iterator[Check]:
+    """Each taught latent, by the chats of its attribute that the training did not see."""
+    point, good = HookPoint(sae.layer, sae.site), []
+    for latent, attribute in enumerate(guided.ATTRIBUTES):
+        pairs = guided.unseen_pairs(attribute)
+        sides = [
+            _last_states(demo, point, [pair[side] for pair in pairs])
+            for side in ("positive", "negative")
+        ]
+        asked = torch.arange(2 * len(pairs)) < len(pairs)
+        value = float(auroc(sae.encode(torch.cat(sides))[:, latent : latent + 1], asked))
+        reach = Z * _error(value, len(pairs), len(pairs))
+        estimate = Estimate(value, value - reach, value + reach, 2 * len(pairs))
+        row = Check("sae", f"taught latent {latent}: {attribute}", estimate, AUROC, part=True)
+        yield row
+        good.append(row.met)
+    yield count("sae", f"taught latents with held-out AUROC ≥ {AUROC:g}", good, TAUGHT)
+
+
+def _last_states(demo: Demo, point: HookPoint, chats: Sequence[Any]) -> Tensor:
+    """The states `[N, d]` of the last tokens of rendered prompts."""
+    prompts = [render(demo.engine.tokenizer, chat) for chat in chats]
+    found = demo.engine.capture(CaptureRequest(prompts, (point,), positions=(-1,)))
+    return torch.cat([one.states[point] for one in found])

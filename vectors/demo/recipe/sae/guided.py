@@ -46,13 +46,23 @@ def pairs_of(attribute: str) -> list[dict[str, object]]:
         return [json.loads(line) for line in lines]
 
 
+def unseen_pairs(attribute: str) -> list[dict[str, object]]:
+    """Those of `pairs_of` that the training did not see."""
+    pairs = pairs_of(attribute)
+    return pairs[_trained(pairs) :]
+
+
+def _trained(pairs: list[dict[str, object]]) -> int:
+    return int(TRAINED * len(pairs))
+
+
 def request(*, guided: bool, seed: int = 0) -> SAETrainingRequest:
     """The training; without `guided` the same one without labels, to compare with."""
     prompts: list[object] = []
     labels: dict[str, list[bool | None]] = {name: [] for name in ATTRIBUTES}
     for attribute in ATTRIBUTES:
         pairs = pairs_of(attribute)
-        for pair in pairs[: int(TRAINED * len(pairs))]:
+        for pair in pairs[: _trained(pairs)]:
             for side in ("positive", "negative"):
                 prompts.append(pair[side])
                 for name in ATTRIBUTES:
