@@ -17,7 +17,7 @@ from together import complete_together
 from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import CaptureRequest, GenerationRequest, SamplingParams
 from steer.engines.transformers.engine import TransformersEngine
-from steer.engines.transformers.sampling import Sampler, choose
+from steer.engines.transformers.sampling import NO_TOKEN, Sampler, choose, drawn
 from steer.errors import SteerError
 from steer.plan.cache import PlanCache
 from steer.spec import parse_spec
@@ -137,6 +137,37 @@ def test_what_is_too_unlikely_is_never_drawn(fields: dict[str, Any], allowed: se
         sampler = Sampler(SamplingParams(seed=seed, **fields), torch.device("cpu"))
         drawn.update(choose(shares.log(), [sampler], [[0]]))
     assert drawn == allowed
+
+
+def test_tokens_have_their_share_of_the_points() -> None:
+    """Shares laid end to end in float64: each point is in one of them."""
+    rng = np.random.default_rng(0)
+    scores = torch.from_numpy(rng.normal(scale=4.0, size=(3, 500)).astype(np.float32))
+    scores[:, 100:400] = -math.inf
+    scores[1, 399:] = -math.inf  # ends with tokens that have no share
+    points = np.append(rng.random(2_000), [0.0, math.nextafter(1.0, 0.0)])
+    for row in scores:
+        wide = row.double().numpy()
+        shares = np.exp(wide - wide.max())
+        edges = np.cumsum(shares / shares.sum())
+        found = np.array(drawn(row.expand(len(points), -1), list(points)))
+        expected = np.searchsorted(edges, points, side="right").clip(max=np.nonzero(shares)[0][-1])
+        # float32 shares move an edge by their rounding: a point that near to one may be either's.
+        near = np.abs(edges[None] - points[:, None]).min(1) < 1e-6
+        assert (found == expected)[~near].all()
+        assert (~near).mean() > 0.9
+        assert (shares[found] > 0).all()
+
+
+def test_a_row_draws_the_same_beside_others() -> None:
+    scores = torch.randn(40, 3000, generator=torch.Generator().manual_seed(1)) * 3
+    scores[7, 11] = math.nan
+    points = torch.rand(40, generator=torch.Generator().manual_seed(2)).tolist()
+    together = drawn(scores, points)
+    assert together == [
+        drawn(row[None], [point])[0] for row, point in zip(scores, points, strict=True)
+    ]
+    assert [n for n, token in enumerate(together) if token == NO_TOKEN] == [7]
 
 
 @pytest.mark.parametrize(

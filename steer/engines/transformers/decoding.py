@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor
 
 from steer.engines.base import GenerationRequest, SamplingParams
 from steer.engines.listeners import Item
-from steer.engines.proof import agree
+from steer.engines.proof import follow
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.sampling import Sampler
 from steer.engines.transformers.sequences import Batch, BatchSequence
@@ -86,9 +86,10 @@ def _compare(batch: Batch, arrivals: Sequence[Sequence[Generated]]) -> str | Non
     for group in arrivals:
         joining = []
         for one in group:
-            follower = _Follower(one, batch.hooked.device)
-            request = GenerationRequest("proof", one.prompt, follower.params)
-            joining.append(BatchSequence(request, batch.take(request), follower, _TOKENS))
+            follower = _Follower(one)
+            sampler = follower.sampler(batch.hooked.device)
+            request = GenerationRequest("proof", one.prompt, sampler.params)
+            joining.append(BatchSequence(request, batch.take(request), sampler, _TOKENS))
             followers.append(follower)
         failed = _failure(batch.join(joining)) or _failure(batch.decode())
         if failed is not None:
@@ -106,22 +107,25 @@ def _failure(items: Sequence[tuple[BatchSequence, Item]]) -> str | None:
     return next((item.message for _, item in items if isinstance(item, SteerError)), None)
 
 
-class _Follower(Sampler):
-    """Chooses the tokens that `generate` chose, and keeps the logits they are chosen from."""
+class _Follower(LogitsProcessor):
+    """Leaves the tokens alone that `generate` chose, and keeps the logits they are chosen from."""
 
-    def __init__(self, wanted: Generated, device: torch.device) -> None:
-        params = SamplingParams(max_tokens=_TOKENS, temperature=1, ignore_eos=True)
-        super().__init__(params, device)
+    def __init__(self, wanted: Generated) -> None:
         self._wanted, self._seen = wanted, list[Tensor]()
 
-    def draw(self, logits: Tensor, generated: Sequence[int]) -> int:  # noqa: ARG002
-        self._seen.append(logits.clone())
-        return self._wanted.tokens[len(self._seen) - 1]
+    def sampler(self, device: torch.device) -> Sampler:
+        """What chooses by it."""
+        params = SamplingParams(max_tokens=_TOKENS, temperature=0, ignore_eos=True)
+        return Sampler(params, device, grammar=self)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002
+        self._seen.append(scores[0].clone())
+        forced = torch.full_like(scores, -torch.inf)
+        forced[0, self._wanted.tokens[len(self._seen) - 1]] = 0
+        return forced
 
     def difference(self, dtype: torch.dtype) -> str | None:
-        """Which of its rows is not what `generate` computed; None where all are."""
-        for place, (row, alone) in enumerate(zip(self._seen, self._wanted.logits, strict=True)):
-            if not agree(row, alone, dtype):
-                length = len(self._wanted.prompt)
-                return f"other logits than its own generate, {place} tokens after {length}"
-        return None
+        """In what way its rows are not what `generate` computed; None where they are."""
+        if follow(self._seen, self._wanted.logits, dtype):
+            return None
+        return f"other logits than its own generate after {len(self._wanted.prompt)} tokens"

@@ -1,4 +1,5 @@
-"""Choosing tokens: one maximum for all greedy rows, transformers' processors for the others.
+"""Choosing tokens: one maximum for all greedy rows and one draw for all others, after transformers'
+processors where a row asks for them.
 
 The order is vLLM's: bias and the ban of end tokens, penalties, temperature, min-p, top-k, top-p.
 """
@@ -17,7 +18,6 @@ from transformers import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
-    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -69,7 +69,8 @@ class Sampler:
     ) -> None:
         self.params = params
         self.greedy = params.temperature < GREEDY_BELOW
-        self._generator = torch.Generator(device)
+        # On the host, wherever the logits are: one number of it is needed for a token.
+        self._generator = torch.Generator()
         if params.seed is None:
             self._generator.seed()
         else:
@@ -83,25 +84,23 @@ class Sampler:
 
     @property
     def plain(self) -> bool:
-        """Whether its tokens are the largest logits, so that they are chosen with the others."""
+        """Whether its tokens are the largest logits, as they come."""
         return self.greedy and not self._changes
 
-    def draw(self, logits: Tensor, generated: Sequence[int]) -> int:
-        """A token from one row of logits `[vocab]`, after the tokens `generated` so far; `NO_TOKEN`
-        where the processors leave what no token can be chosen from."""
+    def scores(self, logits: Tensor, generated: Sequence[int]) -> Tensor:
+        """One row of logits `[vocab]`, after the tokens `generated` so far, as the processors leave
+        it: its largest is chosen where the request is greedy, else a token drawn from its softmax.
+        """
         seen = [*self._prompt, *generated] if self._changes else []
-        history = torch.tensor([seen], dtype=torch.long, device=logits.device)
-        scores = logits[None]
-        for processors in (self._changes, self._cuts):
-            scores = processors(cast(torch.LongTensor, history), cast(torch.FloatTensor, scores))
-        if self.greedy:
-            largest, likeliest = scores[0].max(-1)
-            return int(torch.where(largest.isfinite(), likeliest, NO_TOKEN))
-        chances = scores.softmax(-1)
-        # On a GPU a draw from NaN ends the process. Marked there, so that the host waits once.
-        sound = chances.isfinite().all()
-        token = torch.multinomial(torch.where(sound, chances, 1.0), 1, generator=self._generator)
-        return int(torch.where(sound, token, NO_TOKEN))
+        history = cast(torch.LongTensor, torch.tensor([seen], dtype=torch.long).to(logits.device))
+        scores = self._changes(history, cast(torch.FloatTensor, logits[None]))
+        if not self.greedy and self.params.temperature != 1:
+            scores = cast(torch.FloatTensor, scores / self.params.temperature)
+        return self._cuts(history, scores)[0]
+
+    def point(self) -> float:
+        """The next number of its random state, 0 ≤ u < 1."""
+        return float(torch.rand((), generator=self._generator, dtype=torch.float64))
 
 
 def _changes(
@@ -132,10 +131,8 @@ def _changes(
 
 
 def _cuts(params: SamplingParams) -> LogitsProcessorList:
-    """Temperature, and which tokens are too unlikely to be drawn."""
+    """Which tokens are too unlikely to be drawn, at the temperature."""
     made = LogitsProcessorList()
-    if params.temperature != 1:
-        made.append(TemperatureLogitsWarper(float(params.temperature)))
     if params.min_p:
         made.append(MinPLogitsWarper(float(params.min_p)))
     if params.top_k is not None:
@@ -153,16 +150,48 @@ def choose(
     `NO_TOKEN` stands where the likeliest has no finite logit (a model may give −inf to tokens that
     it never says, so that the largest alone counts); an exception where drawing failed.
     """
-    largest, likeliest = logits.max(-1)
-    best: list[int] = likeliest.masked_fill(~largest.isfinite(), NO_TOKEN).tolist()
-    chosen: list[int | Exception] = list(best)
-    for row, sampler in enumerate(samplers):
-        if not sampler.plain and best[row] != NO_TOKEN:
-            try:
-                chosen[row] = sampler.draw(logits[row], generated[row])
-            except Exception as error:
-                chosen[row] = error
+    chosen: list[int | Exception] = list(_likeliest(logits))
+    asking = [row for row, one in enumerate(samplers) if not one.plain and chosen[row] != NO_TOKEN]
+    scores: dict[int, Tensor] = {}
+    for row in asking:
+        try:
+            scores[row] = samplers[row].scores(logits[row], generated[row])
+        except Exception as error:
+            chosen[row] = error
+    for greedy in (True, False):
+        rows = [row for row in scores if samplers[row].greedy is greedy]
+        if rows:
+            table = torch.stack([scores[row] for row in rows])
+            points = [] if greedy else [samplers[row].point() for row in rows]
+            tokens = _likeliest(table) if greedy else drawn(table, points)
+            for row, token in zip(rows, tokens, strict=True):
+                chosen[row] = token
     return chosen
+
+
+def _likeliest(scores: Tensor) -> list[int]:
+    """The largest of each row; `NO_TOKEN` where that is not finite."""
+    largest, likeliest = scores.max(-1)
+    tokens: list[int] = likeliest.masked_fill(~largest.isfinite(), NO_TOKEN).tolist()
+    return tokens
+
+
+def drawn(scores: Tensor, points: Sequence[float]) -> list[int]:
+    """Of each row of `scores` `[n, vocab]` the token in whose share of the softmax, the shares laid
+    end to end, the row's point falls (0 ≤ point < 1); `NO_TOKEN` where a row has no softmax.
+
+    A row's token depends on nothing but the row and its point. One number is drawn for a token,
+    where `torch.multinomial` draws one for each word of the vocabulary.
+    """
+    reached = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+    total = reached[:, -1:]
+    sound = total.squeeze(-1).isfinite()
+    # Below the total even after rounding: at it, a token without a share would be chosen.
+    below = torch.nextafter(total, torch.zeros_like(total))
+    places = total * torch.tensor(points, dtype=torch.float64).to(total.device)[:, None]
+    found = torch.searchsorted(reached, torch.minimum(places, below), right=True).squeeze(-1)
+    tokens: list[int] = torch.where(sound, found, NO_TOKEN).tolist()
+    return tokens
 
 
 def logprobs(
