@@ -21,8 +21,9 @@ def auroc(positive: Floats, negative: Floats) -> Floats:
     half; of scores `[..., P]` and `[..., N]`."""
     ranks = rankdata(np.concatenate([positive, negative], axis=-1), axis=-1)
     ones, rest = positive.shape[-1], negative.shape[-1]
-    won: Floats = ranks[..., :ones].sum(-1) - ones * (ones + 1) / 2
-    return won / (ones * rest)
+    won = ranks[..., :ones].sum(-1) - ones * (ones + 1) / 2
+    share: Floats = won / (ones * rest)
+    return share
 
 
 def auroc_interval(
