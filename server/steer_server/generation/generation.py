@@ -282,7 +282,7 @@ async def _sequence(
 def _piece(index: int, event: TokenEvent, text: TextStream, *, matches: bool) -> Piece:
     if event.finish == "content_filter":
         # Neither its text nor its log-probability is shown; what was held back before it is.
-        return Piece(index, text.finish(), 1, (), event.finish, event.receipt)
+        return Piece(index, text.finish(), 0, (), event.finish, event.receipt)
     # A token that ends the sequence is text where stops are kept; one that completed a stop string
     # has been seen.
     ended = event.finish == "stop" and not text.stopped
