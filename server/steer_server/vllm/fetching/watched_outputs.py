@@ -49,7 +49,8 @@ class WatchedOutputs:
     def cut(self, output: Any, tokens: Sequence[int], shown: int) -> None:
         """Ends `output` with the first `shown` of the choice's `tokens` so far."""
         made = output.outputs[0]
-        start = len(tokens) - len(made.token_ids)
+        # What holds all tokens so far is vLLM's own list, to which others may have come since.
+        start = len(tokens) - len(made.token_ids) if self._delta else 0
         kept = max(shown - start, 0)
         made.token_ids = made.token_ids[:kept]
         if made.logprobs is not None:
