@@ -27,7 +27,13 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _STEP_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 _JOB_SECONDS = (1, 5, 15, 60, 300, 900, 3600, 14400)
 _STRENGTHS = (-8, -4, -2, -1, -0.5, -0.25, 0, 0.25, 0.5, 1, 2, 4, 8, 16)
+_SCORES = (-32, -16, -8, -4, -2, -1, 0, 1, 2, 4, 8, 16, 32)
 _SIZES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1, 2)
+
+
+def _bare(reference: str) -> str:
+    """The name in `name@hash`."""
+    return reference.partition("@")[0]
 
 
 class Names:
@@ -51,6 +57,7 @@ class Metrics:
     def __init__(self, *, name_limit: int) -> None:
         own = self.registry = CollectorRegistry()
         self._vectors, self._profiles = Names(name_limit), Names(name_limit)
+        self._detectors = Names(name_limit)
         self.requests = Counter(
             "steer_requests",
             "Requests by profile and outcome",
@@ -91,6 +98,19 @@ class Metrics:
             "steer_readout_values",
             "Numbers read off the states of requests while they run, by the field that asks",
             ("reading",),
+            registry=own,
+        )
+        self._detector_fires = Counter(
+            "steer_detector_fires",
+            "Sequences in which a detector fired, by what it was armed to do",
+            ("detector", "action"),
+            registry=own,
+        )
+        self._detector_scores = Histogram(
+            "steer_detector_score_logits",
+            "The greatest pooled score of a detector in a sequence",
+            ("detector",),
+            buckets=_SCORES,
             registry=own,
         )
         self.first_token = Histogram(
@@ -153,6 +173,14 @@ class Metrics:
             self.requests.labels(label, outcome).inc()
             for vector in vectors:
                 self.vector_requests.labels(self._vectors.label(vector), outcome).inc()
+
+    def detector_fired(self, name: str, action: str) -> None:
+        """Counts a sequence in which the detector called `name` fired."""
+        self._detector_fires.labels(self._detectors.label(_bare(name)), action).inc()
+
+    def detector_score(self, name: str, score: float) -> None:
+        """Takes down the greatest score of the detector called `name` in a sequence."""
+        self._detector_scores.labels(self._detectors.label(_bare(name))).observe(score)
 
     def job(self, job: Job, seconds: float) -> None:
         """Counts a job that ended here; one that was cancelled in the queue did not run."""

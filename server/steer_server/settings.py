@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+)
 
 from steer.errors import SpecError
 from steer.jobs.limits import JobLimits
 from steer.plan.resolve import Policy, StrengthLimit
+from steer.readouts.arming import MAX_ARMED, ArmedDetector
 
 MIB = 1 << 20
 
@@ -20,6 +29,26 @@ def _several(value: Any) -> Any:
 
 Several = Annotated[tuple[str, ...], BeforeValidator(_several)]
 """Names; in an environment variable with commas between them."""
+
+
+def _each_armed(value: tuple[str, ...]) -> tuple[str, ...]:
+    for text in value:
+        armed(text)
+    return value
+
+
+def armed(text: str) -> ArmedDetector:
+    """The detector that `name` or `name:action` arms. Raises `ValueError`."""
+    name, colon, action = text.rpartition(":")
+    fields = {"name": name, "action": action} if colon else {"name": text}
+    try:
+        return ArmedDetector.model_validate(fields)
+    except ValidationError:
+        raise ValueError(f"{text!r} arms no detector: write NAME, NAME:tag or NAME:stop") from None
+
+
+Armed = Annotated[Several, AfterValidator(_each_armed), Field(max_length=MAX_ARMED)]
+"""Detectors, each as `name` or `name:stop`."""
 
 
 class ServerSettings(BaseModel):
@@ -35,8 +64,9 @@ class ServerSettings(BaseModel):
     `jobs_kept` finished ones are remembered; while requests run, jobs take the share `job_duty` of
     the engine's time. `inspection_workers` inspections run at a time, `inspection_queue` more may
     wait. Read-outs of a request read at most `readout_layers` layers by one field and give at most
-    `readout_numbers` numbers for a token and `readout_values` for a sequence. `hub_imports` is
-    whether clients may have artefacts fetched from the hub, of up to `max_hub_bytes` each.
+    `readout_numbers` numbers for a token and `readout_values` for a sequence. `detectors` are armed
+    on every request. `hub_imports` is whether clients may have artefacts fetched from the hub, of
+    up to `max_hub_bytes` each.
     Without a key, `insecure` is needed to listen on more than loopback, the server answers to its
     addresses and to `allowed_hosts`, and takes requests from its own pages and from those of
     `allowed_origins`, which browsers are told as well. A connection that has sent no whole request
@@ -72,6 +102,7 @@ class ServerSettings(BaseModel):
     readout_layers: int = Field(default=64, ge=1)
     readout_numbers: int = Field(default=1024, ge=1)
     readout_values: int = Field(default=1 << 22, ge=1)
+    detectors: Armed = ()
     hub_imports: bool = True
     max_hub_bytes: int = Field(default=512 * MIB, ge=1)
     insecure: bool = False
@@ -89,6 +120,11 @@ class ServerSettings(BaseModel):
             keep=self.jobs_kept,
             duty=self.job_duty,
         )
+
+    @property
+    def armed(self) -> tuple[ArmedDetector, ...]:
+        """The detectors on every request."""
+        return tuple(map(armed, self.detectors))
 
     @property
     def spec_policy(self) -> Policy:
@@ -122,6 +158,7 @@ _FROM_ENVIRONMENT = (
     "readout_layers",
     "readout_numbers",
     "readout_values",
+    "detectors",
     "hub_imports",
     "max_hub_bytes",
     "insecure",

@@ -24,6 +24,7 @@ from steer.artefacts.adapter_parts import (
     part_of,
 )
 from steer.artefacts.calibration import Calibration
+from steer.artefacts.detection import Detection
 from steer.artefacts.kinds import ArtefactKind
 from steer.errors import FileFormatError, IncompatibleArtefact
 from steer.spec import Site, Where
@@ -75,6 +76,7 @@ class Card(BaseModel):
     measures: dict[int, LayerMeasure] = Field(default_factory=dict)
     # Without one a card is written as before there were any, so that old files keep their hash.
     calibration: Calibration | None = Field(default=None, exclude_if=lambda value: value is None)
+    detection: Detection | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @property
     def used_layers(self) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.detector import Detector
 from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
 from steer.artefacts.sae.labels import FeatureLabel
@@ -31,6 +32,8 @@ class Library(Protocol):
     def lens(self, ref: str) -> Lens: ...
 
     def affine(self, ref: str) -> AffineMap: ...
+
+    def detector(self, ref: str) -> Detector: ...
 
 
 @runtime_checkable
@@ -70,6 +73,7 @@ class MemoryLibrary:
     low_ranks: Mapping[str, LowRankAdapter] = field(default_factory=dict)
     lenses: Mapping[str, Lens] = field(default_factory=dict)
     maps: Mapping[str, AffineMap] = field(default_factory=dict)
+    detectors: Mapping[str, Detector] = field(default_factory=dict)
 
     def vector(self, ref: str) -> ControlVector:
         return _named(self.vectors, ref, "vector")
@@ -85,6 +89,9 @@ class MemoryLibrary:
 
     def affine(self, ref: str) -> AffineMap:
         return _named(self.maps, ref, "affine")
+
+    def detector(self, ref: str) -> Detector:
+        return _named(self.detectors, ref, "detector")
 
 
 def _named(held: Mapping[str, Held], ref: str, kind: str) -> Held:

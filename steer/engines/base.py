@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from steer.plan.plan import SteeringPlan
     from steer.readouts.plan import ReadoutPlan
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "content_filter"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,10 @@ class GenerationRequest:
     plan may ask."""
     readouts: ReadoutPlan | None = None
     """What is read of its tokens."""
+    halt: Callable[[Sequence[TokenReadout]], bool] | None = None
+    """Called before each token with what was read since the one before, in order and once; true
+    ends the request with that token, finish `"content_filter"` and its receipt. The token is
+    reported and is no part of the answer, and `stop` does not hear of it."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,8 @@ class TokenEvent:
     """One generated token. The last event of a request carries the reason and the receipt.
 
     An end-of-sequence token is reported as an event whose `finish` is `"stop"`; it is not text.
-    Where `GenerationRequest.stop` ended the request, that token is reported in the same way.
+    Where `GenerationRequest.stop` or `halt` ended the request, that token is reported in the same
+    way.
     `readouts` are those of the tokens that were fed since the event before: the first one has the
     prompt's, and each later one the token before its own.
     """
@@ -197,7 +202,8 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole generated sequence; `tokens` are without the token that finished it with `"stop"`."""
+    """A whole generated sequence; `tokens` are without the token that finished it with `"stop"`
+    or was withheld with `"content_filter"`."""
 
     tokens: tuple[int, ...]
     finish: FinishReason

@@ -60,6 +60,8 @@ def check_readouts(request: GenerationRequest, capabilities: Capabilities) -> No
     """Raises `Unsupported` for read-outs that the engine cannot make while it answers."""
     if request.readouts is not None:
         check_readable(request.readouts.fields, capabilities)
+    elif request.halt is not None:
+        raise EngineError("a request that is halted by what is read of it reads nothing")
 
 
 def check_sampling(params: SamplingParams, vocab_size: int) -> None:

@@ -79,7 +79,7 @@ class BlockingListener:
         if self._error is not None:
             raise self._error
         last = self._events[-1]
-        kept = self._events[:-1] if last.finish == "stop" else self._events
+        kept = self._events if last.finish in (None, "length") else self._events[:-1]
         logprobs: tuple[TokenLogprob, ...] = tuple(e.logprob for e in kept if e.logprob)
         return Completion(
             tuple(e.token for e in kept),

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from steer.fit.data.pairs import Pair, PairSet, read_pairs
     from steer.fit.data.preferences import Preference, PreferenceSet, read_preferences
     from steer.fit.data.relations import Fact, RelationTable, Template, read_relations
+    from steer.fit.methods.detectors.fitting import fit_detector
     from steer.fit.methods.dictionaries.nmf import fit_nmf
     from steer.fit.methods.dictionaries.snmf import fit_snmf
     from steer.fit.methods.fitting import fit
@@ -45,6 +46,7 @@ __all__ = [
     "fit_alphasteer",
     "fit_angular",
     "fit_conceptor",
+    "fit_detector",
     "fit_labels",
     "fit_low_rank",
     "fit_lrc",
@@ -85,6 +87,7 @@ _HOMES = {
     "fit_act": "steer.fit.methods.linear.act",
     "fit_angular": "steer.fit.methods.linear.angular",
     "fit_conceptor": "steer.fit.methods.linear.conceptor",
+    "fit_detector": "steer.fit.methods.detectors.fitting",
     "fit_psr": "steer.fit.methods.linear.psr",
     "fit_alphasteer": "steer.fit.methods.linear.alphasteer",
     "fit_low_rank": "steer.fit.methods.trained.low_rank",

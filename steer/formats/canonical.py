@@ -15,6 +15,7 @@ from steer.artefacts.adapter_parts import EditRows
 from steer.artefacts.affine import AffineMap, Channels
 from steer.artefacts.artefact import Artefact
 from steer.artefacts.control_vector import Card, ControlVector, LowRankAdapter
+from steer.artefacts.detector import Detector
 from steer.artefacts.kinds import ArtefactKind
 from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
@@ -131,6 +132,26 @@ def _lens(file: SafetensorsFile, card: Card) -> Lens:
     return Lens(lens.translators, card.model_copy(update={"name": ""}))
 
 
+def _detector(file: SafetensorsFile, card: Card) -> Detector:
+    found = _by_layer(file, "a detector", ("direction", "bias", "threshold"), ())
+    if len(found) != 1:
+        raise FileFormatError(f"a detector reads at one layer; this file has {sorted(found)}")
+    if card.detection is None:
+        raise FileFormatError(
+            "the card of a detector says under 'detection' how its scores are pooled",
+            code="invalid_card",
+        )
+    ((layer, named),) = found.items()
+    for name in ("bias", "threshold"):
+        if named[name].shape != (1,):
+            shape = list(named[name].shape)
+            raise FileFormatError(f"layers.{layer}.{name} has the shape {shape}; it is one number")
+    bias, threshold = float(named["bias"]), float(named["threshold"])
+    made = Detector.of(named["direction"], layer=layer, bias=bias, threshold=threshold)
+    check_card(card, made.card)
+    return Detector(made.direction, made.bias, made.threshold, card.model_copy(update={"name": ""}))
+
+
 def _sae(_: SafetensorsFile, card: Card) -> NoReturn:
     # An SAE's card stands inside its configuration, by which its file was told from these.
     raise FileFormatError(
@@ -144,6 +165,7 @@ READERS: Mapping[ArtefactKind, Callable[[SafetensorsFile, Card], Artefact]] = {
     "sae": _sae,
     "lens": _lens,
     "affine": _affine,
+    "detector": _detector,
 }
 """Reads the tensors beside a card of each kind, and checks them against it."""
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.detector import Detector
 from steer.artefacts.lens import Lens
 from steer.artefacts.library import Library
 from steer.artefacts.sae.base import SAE
@@ -69,6 +70,9 @@ class Snapshot:
 
     def lens(self, ref: str) -> Lens:
         return self._once("lens", ref, self._library.lens)
+
+    def detector(self, ref: str) -> Detector:
+        return self._once("detector", ref, self._library.detector)
 
     def _once(self, kind: str, ref: str, find: Callable[[str], Found]) -> Found:
         if (kind, ref) not in self._found:

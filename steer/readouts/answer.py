@@ -12,6 +12,7 @@ from steer.artefacts.sae.labels import FeatureLabel
 from steer.prompts import token_texts
 from steer.readouts.plan import ReadoutPlan
 from steer.readouts.readers import (
+    DetectorReader,
     FeatureReader,
     LensReader,
     NormReader,
@@ -69,6 +70,8 @@ class ReadoutWriter:
             case ProjectionReader():
                 pairs = zip(reader.names, numbers, strict=True)
                 entries = [{"vector": name, **at, "value": _number(one)} for name, one in pairs]
+            case DetectorReader():
+                entries = [{"detector": reader.name, **at, "value": _number(numbers[0])}]
             case FeatureReader():
                 active = [
                     _feature(feature, value, reader.labels)

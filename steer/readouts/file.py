@@ -25,6 +25,7 @@ from steer.errors import FileFormatError
 from steer.model import HookPoint
 from steer.readouts.plan import ReadoutPlan
 from steer.readouts.readers import (
+    DetectorReader,
     FeatureReader,
     LensReader,
     NormReader,
@@ -38,7 +39,9 @@ from steer.spec import Index, Site
 
 _KEY = "steer.readouts"
 
-_Kind: TypeAlias = Literal["norm", "size", "projections", "features", "top_features", "lens"]
+_Kind: TypeAlias = Literal[
+    "norm", "size", "projections", "detector", "features", "top_features", "lens"
+]
 
 
 class Artefacts(Protocol):
@@ -117,6 +120,11 @@ def _record(reader: Reader, tensors: dict[str, Tensor]) -> ReaderRecord:
             return ReaderRecord(
                 kind="projections", point=at, tensor=kept(reader.units), names=reader.names
             )
+        case DetectorReader():
+            numbers = torch.cat([reader.weights, torch.tensor([reader.bias])])
+            return ReaderRecord(
+                kind="detector", point=at, tensor=kept(numbers), names=(reader.name,)
+            )
         case FeatureReader(whole=True):
             return ReaderRecord(
                 kind="features",
@@ -162,6 +170,9 @@ def _reader(record: ReaderRecord, tensors: Mapping[str, Tensor], artefacts: Arte
             return SizeReader(point)
         case "projections":
             return ProjectionReader(point, tensors[str(record.tensor)], record.names)
+        case "detector":
+            numbers = tensors[str(record.tensor)]
+            return DetectorReader(point, numbers[:-1].clone(), float(numbers[-1]), name)
         case "features":
             whole = record.artefact is not None
             if whole:

@@ -32,6 +32,15 @@ def projections(x: Float[Tensor, "T d"], units: Float[Tensor, "k d"]) -> Float[T
     return x.float() @ units.T
 
 
+def affine_scores(
+    x: Float[Tensor, "T d"], weights: Float[Tensor, " d"], bias: float
+) -> Float[Tensor, " T"]:
+    """⟨w, x⟩ + b of each state."""
+    # As a sum of each row by itself: how many rows there are beside it changes no bit of it.
+    scores: Tensor = (x.float() * weights).sum(-1) + bias
+    return scores
+
+
 def cosines(along: Float[Tensor, "T k"], lengths: Float[Tensor, " T"]) -> Float[Tensor, "T k"]:
     """The cosines of states whose projections and norms are these; a state of norm 0 points
     nowhere, and its cosine with anything is 0."""

@@ -126,6 +126,27 @@ class ProjectionReader:
 
 
 @dataclass(frozen=True, eq=False)
+class DetectorReader:
+    """⟨w, x⟩ + b of the detector called `name`, `weights` `[d]`."""
+
+    point: HookPoint
+    weights: Float[Tensor, " d"]
+    bias: float
+    name: str
+    field = "detectors"
+    width = 1
+
+    @cached_property
+    def key(self) -> str:
+        digest = hashlib.sha256(self.weights.numpy().tobytes()).hexdigest()
+        return f"detector {self.point} {digest} {self.bias!r}"
+
+    def read(self, before: Tensor, after: Tensor, tools: Instruments) -> Tensor:  # noqa: ARG002
+        weights = tools.on_device(self.key, self.weights.nbytes, self.weights.to)
+        return measures.affine_scores(after, weights, self.bias)[:, None]
+
+
+@dataclass(frozen=True, eq=False)
 class FeatureReader:
     """Activations of the `features` of an SAE, called `name`. `sae` has these rows alone, where a
     feature can be read by itself; otherwise it is whole, and all of them are computed."""
@@ -244,7 +265,13 @@ def read_lenses(
 
 
 Reader: TypeAlias = (
-    NormReader | SizeReader | ProjectionReader | FeatureReader | TopFeaturesReader | LensReader
+    NormReader
+    | SizeReader
+    | ProjectionReader
+    | DetectorReader
+    | FeatureReader
+    | TopFeaturesReader
+    | LensReader
 )
 
 

@@ -13,6 +13,7 @@ from typing import IO, Any, BinaryIO, TypeVar
 from steer.artefacts.affine import AffineMap
 from steer.artefacts.artefact import Artefact, StoredArtefact
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.detector import Detector
 from steer.artefacts.kinds import NAMED, ArtefactKind, row_of
 from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
@@ -432,6 +433,10 @@ class Registry:
     def affine(self, ref: str) -> AffineMap:
         """The affine map that `ref` names."""
         return self.load(AffineMap, ref)
+
+    def detector(self, ref: str) -> Detector:
+        """The detector that `ref` names."""
+        return self.load(Detector, ref)
 
     def content(self, kind: ArtefactKind, ref: str) -> IO[bytes]:
         """The canonical file that `ref` names, open for reading; the caller closes it.

@@ -27,6 +27,7 @@ OTHER: dict[str, tuple[str, Any]] = {
     "job_duty": ("0.5", 0.5),
     "inspection_workers": ("7", 7),
     "inspection_queue": ("7", 7),
+    "detectors": ("rude:stop,french", ("rude:stop", "french")),
     "hub_imports": ("false", False),
     "max_hub_bytes": ("7", 7),
     "insecure": ("true", True),
@@ -76,3 +77,5 @@ def test_an_option_comes_before_its_variable(started: list[ServerSettings], tmp_
 def test_a_wrong_variable_is_named() -> None:
     with pytest.raises(SpecError, match=r"STEER_JOB_DUTY='2'.*less than or equal to 1"):
         settings_from({"STEER_JOB_DUTY": "2"})
+    with pytest.raises(SpecError, match=r"STEER_DETECTORS='rude:shout'.*NAME:stop"):
+        settings_from({"STEER_DETECTORS": "rude:shout"})

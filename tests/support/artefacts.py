@@ -14,6 +14,7 @@ from steer.artefacts.affine import AffineMap, Channels
 from steer.artefacts.artefact import Artefact
 from steer.artefacts.calibration import Calibration, MeasuredDose
 from steer.artefacts.control_vector import ControlVector, LayerMeasure, LowRankAdapter
+from steer.artefacts.detector import Detector
 from steer.artefacts.kinds import ArtefactKind
 from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
@@ -216,12 +217,18 @@ def random_lens(seed: int, layers: int, width: int = 16) -> Lens:
     return Lens.of({layer: (draw(width, width), draw(width)) for layer in range(layers)})
 
 
+def random_detector(seed: int, layer: int, width: int = 16, **fields: Any) -> Detector:
+    generator = torch.Generator().manual_seed(seed)
+    return Detector.of(torch.randn(width, generator=generator), layer=layer, **fields)
+
+
 EXAMPLES: Mapping[ArtefactKind, Callable[[], Artefact]] = {
     "vector": lambda: random_vector(1, 2, 3),
     "low_rank": lambda: random_adapter(2, 2, 3),
     "sae": lambda: random_sae("standard", seed=3, layer=2),
     "lens": lambda: random_lens(4, 6),
     "affine": lambda: random_map(5, 2, 3),
+    "detector": lambda: random_detector(6, 2),
 }
 """One artefact of each kind, for a model of 6 layers and width 16, such as the fake engine's."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from steer.engines.receipts import merged
 from steer_server.generation.generation import Answer, Generation
+from steer_server.generation.inspection.detectors import with_detections
 from steer_server.generation.inspection.inspect_spec import InspectSpec
 from steer_server.generation.inspection.inspected import inspected
 from steer_server.generation.inspection.readouts import with_readouts
@@ -33,4 +34,5 @@ async def added_fields(
         fields["inspect"] = await inspected(
             serving, inspect, run.prompts[0], run.steering, run.sequences[0].roles
         )
-    return with_readouts(fields, [entry for answer in found for entry in answer.readouts])
+    fields = with_readouts(fields, [entry for answer in found for entry in answer.readouts])
+    return with_detections(fields, [entry for answer in found for entry in answer.detections])

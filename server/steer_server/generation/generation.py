@@ -22,6 +22,8 @@ from steer.engines.base import (
 from steer.errors import SteerError, TooLarge, Unsupported, pointer
 from steer.prompts.roles import RoleRanges
 from steer.readouts.answer import Entry
+from steer.readouts.watching import WatchPlan
+from steer_server.generation.inspection.detectors import planned_watch, told, watched_rows
 from steer_server.generation.inspection.readouts import ReadoutFeed, check_amount, planned_readouts
 from steer_server.generation.request_models import SamplingFields
 from steer_server.generation.steering import Steering, resolve, whose_words
@@ -51,6 +53,8 @@ class Generation:
     sequences: tuple[GenerationRequest, ...]
     default: tuple[GenerationRequest, ...] = ()
     text: TextRules = field(default_factory=TextRules)
+    watch: WatchPlan = field(default_factory=WatchPlan)
+    """What is read of its sequences, and the detectors that watch them."""
     silent: bool = False
     """`"max_tokens": 0`: the one token that a sequence needs for its receipt is kept back."""
 
@@ -66,6 +70,7 @@ class Piece:
     finish: FinishReason | None = None
     receipt: Receipt | None = None
     readouts: tuple[Entry, ...] = ()
+    detections: tuple[Entry, ...] = ()
 
 
 @dataclass
@@ -80,6 +85,7 @@ class Answer:
     finish: FinishReason = "stop"
     receipt: Receipt | None = None
     readouts: list[Entry] = field(default_factory=list)
+    detections: tuple[Entry, ...] = ()
 
     def add(self, piece: Piece) -> None:
         self.text += piece.text
@@ -88,6 +94,7 @@ class Answer:
         self.readouts.extend(piece.readouts)
         if piece.finish is not None:
             self.finish, self.receipt = piece.finish, piece.receipt
+            self.detections = piece.detections
 
 
 def prepare(
@@ -114,6 +121,7 @@ def prepare(
             code="nothing_to_compare",
         )
     readouts = planned_readouts(serving, body.readouts, steering.plan)
+    watch = planned_watch(serving, readouts, body.detectors, compare=body.compare)
     _check_sampling(serving, body)
     whose = whose_words(steering, roles)
     name = prefix + uuid.uuid4().hex
@@ -132,7 +140,7 @@ def prepare(
                     measure=steering.plan is not None
                     and (body.receipt == "full" or serving.settings.measures(name)),
                     roles=whose,
-                    readouts=readouts,
+                    readouts=watch.readouts,
                 )
             )
     default = [
@@ -164,6 +172,7 @@ def prepare(
         sequences=tuple(sequences),
         default=tuple(default),
         text=body.text_rules,
+        watch=watch,
         silent=body.limit == 0,
     )
 
@@ -233,10 +242,15 @@ async def _sequence(
     """The pieces of one sequence."""
     text = TextStream(serving.engine.tokenizer, run.text)
     engine, length = serving.engine, len(request.prompt)
-    feed = ReadoutFeed(serving.metrics, engine.tokenizer, request.readouts, length, index)
-    watched = bool(run.text.stops)
-    if watched:
+    own = None if request.readouts is None else run.watch.own
+    feed = ReadoutFeed(serving.metrics, engine.tokenizer, own, length, index)
+    matches = bool(run.text.stops)
+    if matches:
         request = replace(request, stop=text.watch)
+    watch = None if request.readouts is None else run.watch.watch(length)
+    if watch is not None:
+        see = watch.see
+        request = replace(request, halt=lambda found: see(watched_rows(found)))
     steered = "true" if request.plan is not None else "false"
     first = last = run.started
     count = 0
@@ -250,22 +264,32 @@ async def _sequence(
                 first = last
                 serving.metrics.first_token.labels(steered).observe(first - run.started)
             if run.silent:
-                piece = Piece(index, tokens=0, finish="length", receipt=event.receipt)
+                withheld = event.finish == "content_filter"
+                finish: FinishReason = "content_filter" if withheld else "length"
+                piece = Piece(index, tokens=0, finish=finish, receipt=event.receipt)
             else:
-                piece = _piece(index, event, text, watched=watched)
-            yield replace(piece, readouts=feed.entries(event.readouts)) if event.readouts else piece
+                piece = _piece(index, event, text, matches=matches)
+            if event.readouts:
+                piece = replace(piece, readouts=feed.entries(event.readouts))
+            if watch is not None and event.finish is not None:
+                found = told(serving.metrics, watch, index, run.id)
+                piece = replace(piece, detections=found)
+            yield piece
             if event.finish is not None:
                 _observe(serving, event, steered, (last - first, count - 1))
 
 
-def _piece(index: int, event: TokenEvent, text: TextStream, *, watched: bool) -> Piece:
+def _piece(index: int, event: TokenEvent, text: TextStream, *, matches: bool) -> Piece:
+    if event.finish == "content_filter":
+        # Neither its text nor its log-probability is shown; what was held back before it is.
+        return Piece(index, text.finish(), 0, (), event.finish, event.receipt)
     # A token that ends the sequence is text where stops are kept; one that completed a stop string
     # has been seen.
     ended = event.finish == "stop" and not text.stopped
     if ended:
         new = text.push(event.token) if text.rules.keep_stop else ""
     else:
-        new = text.taken() if watched else text.push(event.token)
+        new = text.taken() if matches else text.push(event.token)
     if event.finish is not None:
         new += text.finish()
     logprobs: Logprobs = ()

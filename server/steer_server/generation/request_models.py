@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from steer.errors import SteerError, Unsupported
+from steer.readouts.arming import ArmedDetectors
 from steer.readouts.spec import ReadoutSpec
 from steer.spec import SteeringSpec
 from steer_server.generation.answer_format import ResponseFormat
@@ -154,6 +155,7 @@ class AddedFields(BaseModel):
     receipt: Literal["basic", "full"] = "basic"
     compare: StrictBool = False
     inspect: Inspect | None = None
+    detectors: ArmedDetectors = ()
 
     @property
     def prompt_lens(self) -> InspectSpec | None:

@@ -19,6 +19,7 @@ from steer.engines.base import FinishReason, Receipt
 from steer.engines.receipts import merged
 from steer.readouts.answer import Entry
 from steer_server.generation.generation import Generation, Logprobs, Piece, pieces
+from steer_server.generation.inspection.detectors import with_detections
 from steer_server.generation.inspection.readouts import with_readouts
 from steer_server.generation.request_models import UsageOn
 from steer_server.http.openai_errors import failure
@@ -101,6 +102,7 @@ async def _chunks(
         for index in range(len(run.sequences)):
             yield counted(forms.opening(index))
     receipts: list[Receipt | None] = []
+    detections: list[Entry] = []
     async with aclosing(pieces(serving, run, run.sequences)) as stream:
         async for piece in stream:
             progress.unsent.extend(piece.readouts)
@@ -109,12 +111,14 @@ async def _chunks(
             if piece.finish is None:
                 continue
             receipts.append(piece.receipt)
+            detections.extend(piece.detections)
             last = forms.last(piece.index, piece.finish)
             if not progress.unfinished and usage_on == "none":
-                last |= _steering(receipts)
+                last |= with_detections(_steering(receipts), detections)
             yield counted(with_readouts(last, progress.sent()))
     if usage_on != "none":
-        yield {**forms.empty(), "usage": _usage_body(run, progress), **_steering(receipts)}
+        last = with_detections(_steering(receipts), detections)
+        yield {**forms.empty(), "usage": _usage_body(run, progress), **last}
 
 
 def _of_piece(piece: Piece, forms: ChunkForms, progress: _Progress) -> list[Chunk]:

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse
 from steer_server.generation.added_fields import added_fields
 from steer_server.generation.chat_prompt import chat_prompt, chat_prompt_roles
 from steer_server.generation.generation import Answer, Generation, Logprobs, answers, prepare
+from steer_server.generation.inspection.detectors import headers
 from steer_server.generation.request_models import ChatRequest
 from steer_server.generation.streaming import Chunk, ChunkForms, events, usage
 from steer_server.generation.token_logprobs import token_logprobs
@@ -34,6 +35,7 @@ class SteeredChatCompletion(ChatCompletion):
     steering: dict[str, Any] | None = None
     default: list[Choice] | None = None
     inspect: dict[str, Any] | None = None
+    detections: list[dict[str, Any]] | None = None
 
 
 @router.post("/v1/chat/completions", responses={200: {"model": SteeredChatCompletion}})
@@ -71,7 +73,10 @@ async def _whole(serving: Serving, run: Generation, body: ChatRequest) -> Respon
         usage=usage(run, sum(answer.tokens for answer in found)),
         **extra,
     )
-    return JSONResponse(completion.model_dump(mode="json", exclude_unset=True))
+    return JSONResponse(
+        completion.model_dump(mode="json", exclude_unset=True),
+        headers=headers(completion.detections or ()),
+    )
 
 
 def _choice(serving: Serving, answer: Answer, body: ChatRequest) -> Choice:

@@ -23,6 +23,7 @@ from steer_server.generation.generation import (
     check_choices,
     prepare,
 )
+from steer_server.generation.inspection.detectors import headers
 from steer_server.generation.request_models import CompletionRequest
 from steer_server.generation.streaming import Chunk, ChunkForms, events, usage
 from steer_server.http.content_type import require_json
@@ -57,6 +58,7 @@ class SteeredCompletion(Completion):
     steering: dict[str, Any] | None = None
     default: list[Choice] | None = None
     inspect: dict[str, Any] | None = None
+    detections: list[dict[str, Any]] | None = None
 
 
 @router.post("/v1/completions", responses={200: {"model": SteeredCompletion}})
@@ -104,7 +106,10 @@ async def _whole(serving: Serving, run: Generation, body: CompletionRequest) -> 
         usage=usage(run, sum(answer.tokens for answer in found)),
         **extra,
     )
-    return JSONResponse(completion.model_dump(mode="json", exclude_unset=True))
+    return JSONResponse(
+        completion.model_dump(mode="json", exclude_unset=True),
+        headers=headers(completion.detections or ()),
+    )
 
 
 def _choice(serving: Serving, answer: Answer, echo: Echo, body: CompletionRequest) -> Choice:

@@ -12,6 +12,7 @@ from steer.prompts import chat_tokens, check_text_length
 from steer.prompts.roles import chat_roles
 from steer_server.generation.added_fields import added_fields
 from steer_server.generation.generation import Answer, Generation, answers, prepare
+from steer_server.generation.inspection.detectors import headers
 from steer_server.generation.responses.body import (
     OutputMessage,
     SteeredResponse,
@@ -59,4 +60,4 @@ async def _whole(serving: Serving, run: Generation, body: ResponsesRequest) -> R
 
     extra = await added_fields(serving, run, body.prompt_lens, [answer], default, message)
     found = response_of(run, body, **ended(run, answer), output=[message(answer)], **extra)
-    return JSONResponse(as_json(found))
+    return JSONResponse(as_json(found), headers=headers(answer.detections))

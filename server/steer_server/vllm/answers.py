@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from steer.engines.receipts import merged
 from steer.errors import EngineError
+from steer_server.generation.inspection.detectors import with_detections
 from steer_server.generation.inspection.readouts import with_readouts
 from steer_server.generation.steering import Steering
 from steer_server.http.openai_errors import failure
@@ -44,6 +45,13 @@ def receipt_of(pending: PendingReceipts) -> dict[str, Any]:
         )
     receipt = merged(pending.receipts)
     return {} if receipt is None else {"steering": receipt.as_json()}
+
+
+def stopped_fields(pending: PendingReceipts) -> dict[str, Any]:
+    """What a response of /v1/responses says where a detector has ended it."""
+    if not pending.stopped:
+        return {}
+    return {"status": "incomplete", "incomplete_details": {"reason": "content_filter"}}
 
 
 def with_fields(response: Response, fields: dict[str, Any]) -> Response:
@@ -118,7 +126,11 @@ async def with_receipt_inside(
 def _with_inner(event: str, pending: PendingReceipts) -> str:
     head, _, data = event.partition(f"\n{_DATA}")
     content = json.loads(data)
-    content["response"] |= receipt_of(pending)
+    content["response"] |= with_detections(receipt_of(pending), pending.told())
+    if pending.stopped:
+        content["response"] |= stopped_fields(pending)
+        content["type"] = "response.incomplete"
+        head = "event: response.incomplete"
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     return f"{head}\n{_DATA}{text}\n\n"
 
@@ -147,6 +159,7 @@ def _last(held: str, pending: PendingReceipts) -> str:
         content = with_readouts(content, pending.sent())
         if receipt:
             content["steering"] = {**receipt, **content.get("steering", {})}
+        content = with_detections(content, pending.told())
     except EngineError as error:
         content = failure(error)[1]
     return f"{_DATA}{json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -23,6 +23,7 @@ from vllm.entrypoints.openai.completion import api_router as completion
 from vllm.entrypoints.openai.responses import api_router as responses
 
 from steer.errors import SteerError
+from steer_server.generation.inspection.detectors import headers, with_detections
 from steer_server.generation.inspection.inspected import inspected
 from steer_server.generation.inspection.readouts import with_readouts
 from steer_server.generation.request_models import not_streamed
@@ -31,6 +32,7 @@ from steer_server.state import Serving
 from steer_server.vllm.answers import (
     AddReceipt,
     receipt_of,
+    stopped_fields,
     with_fields,
     with_receipt,
     with_receipt_inside,
@@ -61,6 +63,11 @@ class TheirRoute:
     answer: str
     roles: FindRoles
     streams_readouts: bool = True
+
+    def stopped(self, pending: PendingReceipts) -> dict[str, Any]:
+        """What the response says of an answer that a detector has ended, where its choices do
+        not."""
+        return stopped_fields(pending) if self.stream is with_receipt_inside else {}
 
 
 _CHAT = TheirRoute(chat.create_chat_completion, with_receipt, "choices", roles_of_chat)
@@ -93,7 +100,7 @@ def _like(theirs: APIRouter, path: str) -> dict[str, Any]:
 async def create_chat_completion(
     request: PlainChatRequest, raw_request: Request
 ) -> Response | None:
-    """vLLM's chat completion, with `steering`, `receipt`, `compare` and `inspect`."""
+    """vLLM's chat completion, with `steering`, `receipt`, `compare`, `inspect` and `detectors`."""
     return await _answered(_CHAT, request, raw_request)
 
 
@@ -101,13 +108,13 @@ async def create_chat_completion(
 async def create_completion(
     request: PlainCompletionRequest, raw_request: Request
 ) -> Response | None:
-    """vLLM's completion, with `steering`, `receipt`, `compare` and `inspect`."""
+    """vLLM's completion, with `steering`, `receipt`, `compare`, `inspect` and `detectors`."""
     return await _answered(_COMPLETION, request, raw_request)
 
 
 @router.post(**_like(responses.router, "/v1/responses"), response_model=None)
 async def create_responses(request: PlainResponsesRequest, raw_request: Request) -> Response | None:
-    """vLLM's response, with `steering`, `receipt`, `compare` and `inspect`."""
+    """vLLM's response, with `steering`, `receipt`, `compare`, `inspect` and `detectors`."""
     return await _answered(_RESPONSES, request, raw_request)
 
 
@@ -119,7 +126,7 @@ async def _answered(route: TheirRoute, request: Any, raw_request: Request) -> Re
     issuer = cast("Any", serving.engine).tickets
     take = partial(take_fields, serving, request, state.openai_serving_models)
     fields = await planned(serving, issuer, take, len(await raw_request.body()))
-    if request.stream and fields.readouts is not None and not route.streams_readouts:
+    if request.stream and fields.watch.own is not None and not route.streams_readouts:
         raise not_streamed("inspect")
     request.model = fields.model
     if fields.ticket is None:
@@ -132,7 +139,7 @@ async def _answered(route: TheirRoute, request: Any, raw_request: Request) -> Re
     pending = state.steer_guard.expect(
         ticket,
         inspects=fields.added.prompt_lens is not None,
-        readouts=fields.readouts,
+        watch=fields.watch,
     )
     request.vllm_xargs = {**(request.vllm_xargs or {}), **pending.extra_args}
     if request.stream:
@@ -201,6 +208,7 @@ async def _whole(
             if answer is not None and answer.status_code >= 400:
                 raise _Refused(answer)
         added = with_readouts(receipt_of(pending), pending.sent())
+        added = {**with_detections(added, pending.told()), **route.stopped(pending)}
         if default is not None:
             added["default"] = json.loads(bytes(default.body))[route.answer]
         if fields.added.prompt_lens is not None:
@@ -211,4 +219,6 @@ async def _whole(
                 steering,
                 pending.ticket.roles,
             )
-        return with_fields(response, added)
+        response = with_fields(response, added)
+        response.headers.update(headers(pending.detections))
+        return response

@@ -12,6 +12,7 @@ from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
 from steer.errors import SteerError
 from steer.readouts.answer import Entry
 from steer.readouts.plan import ReadoutPlan
+from steer.readouts.watching import WatchPlan
 
 
 @dataclass(eq=False)
@@ -26,8 +27,12 @@ class PendingReceipts:
     """Whether the model is to read the prompts' tokens again when they are answered."""
     prompts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """The tokens of each prompt, once the engine has begun with it."""
-    readouts: ReadoutPlan | None = None
-    """What is read of the tokens, where the request asks."""
+    watch: WatchPlan = field(default_factory=WatchPlan)
+    """What is read of the tokens, and the detectors that watch them, where the request asks."""
+    detections: list[Entry] = field(default_factory=list)
+    """What the detectors say of sequences that have ended."""
+    stopped: bool = False
+    """Whether a detector has ended one."""
     unsent: list[Entry] = field(default_factory=list)
     """What was read and is in no answer yet."""
     refused: SteerError | None = None
@@ -38,6 +43,15 @@ class PendingReceipts:
     def extra_args(self) -> dict[str, str]:
         """What requests to the engine carry: the ticket, written once."""
         return self.ticket.as_extra_args()
+
+    @property
+    def readouts(self) -> ReadoutPlan | None:
+        """All that is read."""
+        return self.watch.readouts
+
+    def told(self) -> list[Entry]:
+        """What the detectors say of all sequences, by choice."""
+        return sorted(self.detections, key=lambda entry: int(entry["choice"]))
 
     def sent(self) -> list[Entry]:
         """The entries that go into the answer, or its next chunk."""

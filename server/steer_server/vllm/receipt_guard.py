@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
@@ -24,12 +25,13 @@ from steer.engines.vllm.front.ranks import ask_engines
 from steer.engines.vllm.messages import read_readouts, take_off
 from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
 from steer.errors import NotFinite, SpecError, SteerError, Unsupported
-from steer.readouts.plan import ReadoutPlan
+from steer.readouts.watching import WatchPlan
 from steer_server.generation.inspection.readouts import ReadoutFeed, check_amount
 from steer_server.generation.steering import Steering
 from steer_server.metrics import Metrics
 from steer_server.vllm.fetching.readout_fetcher import ReadoutFetcher
 from steer_server.vllm.fetching.receipt_fetcher import ReceiptFetcher
+from steer_server.vllm.fetching.watched_outputs import WatchedOutputs
 from steer_server.vllm.pending_receipts import Count, PendingReceipts, renewed, with_ticket
 
 SPEC_ARG = "steering"
@@ -72,11 +74,11 @@ class ReceiptGuard:
         client.generate = self.generate
 
     def expect(
-        self, ticket: Ticket, *, inspects: bool = False, readouts: ReadoutPlan | None = None
+        self, ticket: Ticket, *, inspects: bool = False, watch: WatchPlan | None = None
     ) -> PendingReceipts:
         """The ticket is good for as long as somebody holds this; `inspects` is whether its prompts
-        are to be read as well, `readouts` what is read of its tokens."""
-        pending = PendingReceipts(ticket, inspects, readouts=readouts)
+        are to be read as well, `watch` what is read of its tokens, and detectors."""
+        pending = PendingReceipts(ticket, inspects, watch=watch or WatchPlan())
         self._pending[pending.extra_args[EXTRA_ARG]] = pending
         return pending
 
@@ -100,11 +102,11 @@ class ReceiptGuard:
 
     def _check_amount(self, pending: PendingReceipts, prompt: Any, params: Any) -> None:
         """Raises `TooLarge` for more read-outs than one sequence may have."""
-        if pending.readouts is not None:
+        if pending.watch.own is not None:
             ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
             ids = getattr(prompt, "prompt_token_ids", None) if ids is None else ids
             generated = 1 if params.max_tokens is None else params.max_tokens
-            check_amount(self._readout_values, pending.readouts, len(ids or ()), generated)
+            check_amount(self._readout_values, pending.watch.own, len(ids or ()), generated)
 
     def _pending_of(self, extra: Mapping[str, Any]) -> PendingReceipts:
         text = extra[EXTRA_ARG]
@@ -138,29 +140,40 @@ class ReceiptGuard:
         else:
             ticket = renewed(pending.ticket, uuid.uuid4().hex, params.n)
             params = with_ticket(params, ticket.as_extra_args())
+        if pending.watch.stops and params.output_kind == RequestOutputKind.FINAL_ONLY:
+            # What is to be ended must be seen before its end.
+            params = params.clone()
+            params.output_kind = RequestOutputKind.CUMULATIVE
         reads = ticket is not None and pending.readouts is not None
         steered = ticket is not None and ticket.plan is not None
-        count = Count(delta=params.output_kind == RequestOutputKind.DELTA, keep=reads)
-        clock = _Clock(self._metrics) if steered else None
+        delta = params.output_kind == RequestOutputKind.DELTA
+        run = _Run(
+            number,
+            ticket,
+            Count(delta=delta, keep=reads),
+            WatchedOutputs(pending.watch, self._tokenizer, params, delta=delta),
+            _Clock(self._metrics) if steered else None,
+        )
         fetched, read = not steered, not reads
         try:
             outputs = start(sampling_params=params)
             async with aclosing(outputs):
                 async for output in outputs:
-                    count.take(output)
-                    pending.prompts[number] = count.prompt
-                    if clock is not None and any(count.generated.values()):
-                        clock.tick()
-                    if ticket is not None and reads and count.generated:
+                    run.count.take(output)
+                    pending.prompts[number] = run.count.prompt
+                    if run.clock is not None and any(run.count.generated.values()):
+                        run.clock.tick()
+                    if reads and run.count.generated:
                         read = output.finished
-                        await self._read(pending, number, ticket, count, last=read)
-                    if output.finished and not count.failed:
-                        receipts = []
-                        if ticket is not None and steered:
-                            receipts = await self._receipts(ticket.key, output, count.fed, pending)
-                            fetched = True
-                        pending.close(number, receipts)
-                        self._finished(receipts, clock, max(count.generated.values()))
+                        shown = await self._read(pending, run, last=read)
+                        if shown is not None:
+                            await outputs.aclose()
+                            run.stop(output, shown)
+                            pending.stopped = True
+                    if output.finished and not run.count.failed:
+                        await self._end(pending, run, output)
+                        fetched = True
+                    run.watched.passed(output)
                     yield output
         finally:
             if ticket is not None and not fetched:
@@ -168,29 +181,48 @@ class ReceiptGuard:
             if ticket is not None and not read:
                 self._readouts.drop(ticket.key)
 
-    async def _read(
-        self, pending: PendingReceipts, number: int, ticket: Ticket, count: Count, *, last: bool
-    ) -> None:
-        """Fetches what was read since the output before, for the answer to carry."""
-        plan = pending.readouts
-        assert plan is not None
-        found = await self._readouts.fetch(ticket.key, count.fed, last=last)
+    async def _end(self, pending: PendingReceipts, run: _Run, output: Any) -> None:
+        """The last `output` is there: fetches the receipts, and says what detectors found."""
+        receipts: list[Receipt] = []
+        ticket = run.ticket
+        if ticket is not None and ticket.plan is not None:
+            receipts = await self._receipts(ticket.key, output, run.count.fed, pending)
+        pending.close(run.number, receipts)
+        if ticket is not None:
+            first = run.number * ticket.n
+            pending.detections += run.watched.told(self._metrics, first, ticket.key)
+        self._finished(receipts, run.clock, max(run.count.generated.values()))
+
+    async def _read(self, pending: PendingReceipts, run: _Run, *, last: bool) -> int | None:
+        """Fetches what was read since the output before, for the answer to carry and for the
+        detectors; how many tokens are shown where one of these ends the answer."""
+        plan, ticket, count = pending.readouts, run.ticket, run.count
+        assert plan is not None, "something is read"
+        assert ticket is not None, "and a ticket says so"
+        found, ends = await self._readouts.fetch(ticket.key, count.fed, last=last), None
         for choice in sorted(count.fed):
             try:
                 rows = read_readouts(found.get(choice, ()), plan.width)
+                shown = run.watched.see(choice, len(count.prompt), rows)
             except SteerError as error:
                 pending.refused = error
                 raise refusal(error) from error
             feed = ReadoutFeed(
                 self._metrics,
                 self._tokenizer,
-                plan,
+                pending.watch.own,
                 len(count.prompt),
-                number * ticket.n + choice,
+                run.number * ticket.n + choice,
             )
             pending.unsent += feed.entries(
-                [TokenReadout(at, count.token(choice, at), numbers) for at, numbers in rows]
+                [
+                    TokenReadout(at, count.token(choice, at), numbers)
+                    for at, numbers in rows
+                    if shown is None or at < len(count.prompt) + shown
+                ]
             )
+            ends = shown if ends is None else ends
+        return ends
 
     async def _receipts(
         self, key: str, output: Any, fed: dict[int, int], pending: PendingReceipts
@@ -219,6 +251,23 @@ def _end_with(params: Any, ends: frozenset[int]) -> None:
         params.stop_token_ids = [*(params.stop_token_ids or ()), *sorted(missing)]
         # What `min_tokens` keeps away for a while; vLLM gathers it when it makes the parameters.
         params.all_stop_token_ids.update(missing)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One of the engine's requests, number `number` of its answer."""
+
+    number: int
+    ticket: Ticket | None
+    count: Count
+    watched: WatchedOutputs
+    clock: _Clock | None
+
+    def stop(self, output: Any, shown: int) -> None:
+        """Ends it with `output`, of whose choice so many tokens are shown."""
+        self.watched.cut(output, self.count.tokens[0], shown)
+        # The token behind them was chosen, never fed and is not shown.
+        self.count.generated[0] = shown + 1
 
 
 class _Clock:

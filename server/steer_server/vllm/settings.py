@@ -35,6 +35,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from steer.engines.vllm.options import DEFAULT_REGISTRY, REGISTRY_VARIABLE
+from steer.errors import SpecError
 from steer.registry.location import chosen_catalogue
 from steer_server.settings import MIB, VARIABLES, ServerSettings, settings_from
 
@@ -45,7 +46,7 @@ _BODY_BYTES = 64 * MIB
 def settings_of(environment: Mapping[str, str], *, model: str, served_name: str) -> ServerSettings:
     """The settings in `environment`. Raises `SpecError` naming a variable that is wrong."""
     given = {} if VARIABLES["max_body_bytes"] in environment else {"max_body_bytes": _BODY_BYTES}
-    return settings_from(
+    settings = settings_from(
         environment,
         engine="vllm",
         model=model,
@@ -54,3 +55,10 @@ def settings_of(environment: Mapping[str, str], *, model: str, served_name: str)
         catalogue=chosen_catalogue(environment),
         **given,
     )
+    if settings.detectors:
+        raise SpecError(
+            f"{VARIABLES['detectors']}: vLLM's server has routes of its own that no detector "
+            "watches: arm detectors on requests, or serve with the transformers engine",
+            code="invalid_option",
+        )
+    return settings

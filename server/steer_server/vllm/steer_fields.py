@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from steer.engines.vllm.front.ticket_issuer import TicketIssuer
 from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
 from steer.errors import SpecError, Unsupported
-from steer.readouts.plan import ReadoutPlan
+from steer.readouts.watching import WatchPlan
 from steer.spec import SteeringSpec
+from steer_server.generation.inspection.detectors import planned_watch
 from steer_server.generation.inspection.readouts import planned_readouts
 from steer_server.generation.kept_specs import spec_of
 from steer_server.generation.request_models import AddedFields
@@ -35,12 +36,13 @@ _UNSTEERABLE = {
 @dataclass(frozen=True)
 class AskedFields:
     """What a request asks of Steer: of the model `name`, which vLLM knows as `model`; `unsteerable`
-    is a field of vLLM's that allows no steering."""
+    is a field of vLLM's that allows no steering, `choices` how many answers a prompt gets."""
 
     added: AddedFields
     name: str
     model: str | None
     unsteerable: str | None = None
+    choices: int = 1
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class SteerFields:
     steering: Steering
     model: str | None
     ticket: Ticket | None
-    readouts: ReadoutPlan | None = None
+    watch: WatchPlan = field(default_factory=WatchPlan)
 
 
 def concerns(request: Any, models: Any) -> bool:
@@ -105,7 +107,7 @@ def take_fields(serving: Serving, request: Any, models: Any) -> AskedFields:
             code="unsupported_parameter",
         )
     unsteerable = next((one for one in _UNSTEERABLE if getattr(request, one, False)), None)
-    return AskedFields(added, name, base, unsteerable)
+    return AskedFields(added, name, base, unsteerable, getattr(request, "n", None) or 1)
 
 
 async def planned_text(
@@ -130,7 +132,8 @@ def _planned(serving: Serving, issuer: TicketIssuer, asked: AskedFields) -> Stee
 
 def _held(serving: Serving, issuer: TicketIssuer, asked: AskedFields) -> SteerFields | None:
     """As `_planned`, from what is held here; None where something has to be waited for."""
-    if asked.name != serving.model_name or asked.added.readouts is not None:
+    reads = asked.added.readouts is not None or bool(asked.added.detectors)
+    if asked.name != serving.model_name or reads:
         return None
     steering = Steering()
     if asked.added.steering is not None:
@@ -151,21 +154,34 @@ def _with_ticket(
             param="/compare",
             code="nothing_to_compare",
         )
-    if plan is None and added.inspect is None:
+    if plan is None and added.inspect is None and not added.detectors:
         return SteerFields(added, steering, asked.model, None)
     if asked.unsteerable is not None:
         raise Unsupported(
-            f"{_UNSTEERABLE[asked.unsteerable]} cannot be steered or inspected: leave "
+            f"{_UNSTEERABLE[asked.unsteerable]} cannot be steered, inspected or watched: leave "
             f"{asked.unsteerable!r} out",
             param=f"/{asked.unsteerable}",
             code="unsupported_parameter",
         )
     readouts = planned_readouts(serving, added.readouts, plan)
-    ticket = issuer.issue(plan, measure=added.receipt == "full", attached=True, readouts=readouts)
+    watch = planned_watch(serving, readouts, added.detectors, compare=added.compare)
+    if watch.stops and asked.choices > 1:
+        raise Unsupported(
+            f"a detector that stops an answer watches one, and 'n' asks for {asked.choices}: send "
+            "the request several times, or let the detector tag",
+            param="/n",
+            code="unsupported_parameter",
+        )
+    ticket = issuer.issue(
+        plan,
+        measure=added.receipt == "full",
+        attached=not watch.stops,  # nobody knows beforehand with which token such an answer ends
+        readouts=watch.readouts,
+    )
     # Beside those that ask for it, a share of all requests is measured.
     if plan is not None and serving.settings.measures(ticket.key):
         ticket = replace(ticket, measure=True)
-    return SteerFields(added, steering, asked.model, ticket, readouts)
+    return SteerFields(added, steering, asked.model, ticket, watch)
 
 
 def _added(request: Any) -> AddedFields:

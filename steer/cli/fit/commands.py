@@ -15,6 +15,7 @@ from steer.cli.fit.saving import (
     BatchOption,
     OutputOption,
     PlainOption,
+    PlotOption,
     RegisterOption,
     keep,
     stored_name,
@@ -79,6 +80,8 @@ def _parameters(request: type[FitRequest]) -> Iterator[Parameter]:
     if request.batch_size is not None:
         yield keyword("batch", BatchOption, request.batch_size)
     yield from last
+    if request.drawn:
+        yield keyword("plot", PlotOption, None)
     yield keyword("output", OutputOption, None)
     yield keyword("register", RegisterOption, False)
     yield from PLACE
@@ -110,6 +113,9 @@ def _fit(kind: type[FitRequest], values: dict[str, Any]) -> None:
         found = request.run(FitPlace(engine, library, files, source, done, batch), data)
     line = keep(found.artefacts, values["output"], values["register"], values["registry"])
     _show(found)
+    if found.draw is not None and values.get("plot") is not None:
+        found.draw(values["plot"])
+        out().print(f"wrote {values['plot']}", highlight=False)
     line()
 
 

@@ -25,6 +25,9 @@ OutputOption = Annotated[
         help="The file to write, or for several results the folder; by default NAME.safetensors.",
     ),
 ]
+PlotOption = Annotated[
+    Path | None, typer.Option("--plot", help="Draw what was measured into this file (PNG).")
+]
 RegisterOption = Annotated[
     bool, typer.Option("--register", help="Put it into the registry, not into a file.")
 ]

@@ -257,15 +257,21 @@ class FakeEngine:
 
     def _read(self, request: GenerationRequest) -> Iterator[TokenEvent]:
         """The events of one request, with what is read of its tokens."""
-        events = _events(request, self.info.max_length, self.failure)
         if request.readouts is None:
-            yield from events
+            yield from _events(request, self.info.max_length, self.failure)
             return
+        halted = False
+
+        def stop(token: int) -> bool:
+            return not halted and request.stop is not None and request.stop(token)
+
+        listened = replace(request, stop=stop)
+        events = _events(listened, self.info.max_length, self.failure)
         readouts = RequestReadouts(request.readouts, len(request.prompt))
         joined = ReadoutJoin(readouts)
         tools = Instruments(torch.device("cpu"), self.unembed, vocab_size=self.info.vocab_size)
         tokens, fed = list(request.prompt), 0
-        for event in events:
+        while True:
             span = ReadSpan(readouts, 0, fed, len(tokens) - fed)
             readings = Readings.of([span], tools)
             if readings is not None:
@@ -277,11 +283,19 @@ class FakeEngine:
                     readings.see(point, before, after)
                 readings.finish()
             fed = len(tokens)
+            rows = tuple(joined.take(tokens.__getitem__, fed, last=False))
+            halted = request.halt is not None and request.halt(rows)
+            event = next(events)
             if request.readouts.kl:
                 joined.chosen(fed, self._divergence(request, tokens))
             tokens.append(event.token)
-            rows = joined.take(tokens.__getitem__, fed, last=event.finish is not None)
-            yield replace(event, readouts=tuple(rows))
+            if halted:
+                receipt = _receipt(request, tokens[len(request.prompt) :])
+                event = replace(event, finish="content_filter", receipt=receipt)
+            rows += tuple(joined.take(tokens.__getitem__, fed, last=event.finish is not None))
+            yield replace(event, readouts=rows)
+            if event.finish is not None:
+                return
 
     def _divergence(self, request: GenerationRequest, tokens: Sequence[int]) -> float:
         """KL of what the plan makes of the next token from what would be said without it."""
@@ -412,7 +426,7 @@ def _logprob(request: GenerationRequest, place: int, token: int) -> TokenLogprob
 
 def _completion(events: Sequence[TokenEvent]) -> Completion:
     last = events[-1]
-    kept = events[:-1] if last.finish == "stop" else events
+    kept = events if last.finish in (None, "length") else events[:-1]
     return Completion(
         tokens=tuple(event.token for event in kept),
         finish=last.finish or "length",

@@ -57,7 +57,9 @@ class BatchSequence:
 
     def followed(self, steered: SteeredRequest) -> BatchSequence:
         """Gives it its twin, which runs as `steered`."""
-        request = replace(self.request, plan=None, measure=False, readouts=None, stop=None)
+        request = replace(
+            self.request, plan=None, measure=False, readouts=None, stop=None, halt=None
+        )
         self.twin = BatchSequence(
             request, steered, self.sampler, self.limit, self.tokens, leads=False
         )
@@ -253,14 +255,19 @@ def _taken(
         raise not_finite("the model's logits", steered=plan is not None)
     sequence.tokens.append(token)
     finish: FinishReason | None = None
-    if _ends(sequence.request, token, eos):
+    reads = sequence.read(last=False)
+    if sequence.request.halt is not None and sequence.request.halt(reads):
+        finish = "content_filter"
+    elif _ends(sequence.request, token, eos):
         finish = "stop"
     elif len(sequence.tokens) >= sequence.limit:
         finish = "length"
     receipt = None
     if finish and plan is not None:
         receipt = make_receipt(sequence.steered, ledger, sequence.fed)
-    return TokenEvent(token, logprob, finish, receipt, sequence.read(last=finish is not None))
+    if finish is not None:
+        reads += sequence.read(last=True)
+    return TokenEvent(token, logprob, finish, receipt, reads)
 
 
 def _ends(request: GenerationRequest, token: int, eos: frozenset[int]) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
 from steer.errors import SteerError
 from steer.fit.data import exercises, labels, pairs, preferences, relations
@@ -29,6 +29,11 @@ class PairParam(_Item):
     negative: PromptParam
 
 
+def _label(value: Any) -> Any:
+    """True and false are labels too, as in a file."""
+    return str(value).lower() if isinstance(value, bool) else value
+
+
 class LabelledParam(_Item):
     """A text or a chat, and the class it belongs to."""
 
@@ -37,7 +42,7 @@ class LabelledParam(_Item):
     text: Text | None = None
     messages: Chat | None = None
     prompt: PromptParam | None = None
-    label: Text
+    label: Annotated[Text, BeforeValidator(_label, json_schema_input_type=Text | bool)]
 
     @model_validator(mode="after")
     def _one(self) -> LabelledParam:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
@@ -21,17 +21,20 @@ from steer.fit.requests.fields import (
     WhereField,
 )
 from steer.fit.requests.inline import DataForm
-from steer.spec import exactly_one
+from steer.spec import Site, exactly_one
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from steer.artefacts.affine import AffineMap
     from steer.artefacts.control_vector import ControlVector, LowRankAdapter
+    from steer.artefacts.detector import Detector
     from steer.artefacts.lens import Lens
     from steer.engines.base import Engine
     from steer.model import HookPoint
     from steer.registry.registry import Registry
 
-Artefact: TypeAlias = "ControlVector | LowRankAdapter | AffineMap | Lens"
+Artefact: TypeAlias = "ControlVector | LowRankAdapter | AffineMap | Lens | Detector"
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,14 @@ class FitPlace:
 @dataclass(frozen=True)
 class Fitted:
     """What came out: artefacts under their names, with a table of `headings` and `rows` or
-    sentences for a person to read."""
+    sentences for a person to read, and a function that draws it into a file."""
 
     artefacts: Mapping[str, Artefact]
     notes: tuple[str, ...] = ()
     title: str = ""
     headings: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
+    draw: Callable[[Path], None] | None = None
 
 
 class FitRequest(BaseModel):
@@ -77,8 +81,8 @@ class FitRequest(BaseModel):
 
     A method is a subclass: `command` is its name on the command line and the end of its route,
     `summary` says in a line what it does, `form` how its data comes (None: in its fields), `many`
-    whether it makes several artefacts, `doing` what is counted while it runs, `batch_size` how many
-    prompts are read at once.
+    whether it makes several artefacts, `drawn` whether what comes out can be drawn, `doing` what is
+    counted while it runs, `batch_size` how many prompts are read at once.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -96,6 +100,7 @@ class FitRequest(BaseModel):
     summary: ClassVar[str]
     form: ClassVar[DataForm[Any] | None] = None
     many: ClassVar[bool] = False
+    drawn: ClassVar[bool] = False
     doing: ClassVar[str] = "reading prompts"
     batch_size: ClassVar[int | None] = 16
     needs_gradients: ClassVar[bool] = False
@@ -174,9 +179,14 @@ class ReadingFields(CardFields):
     where: WhereField = "last"
 
     def points(self) -> Iterator[tuple[str, HookPoint]]:
-        from steer.model import HookPoint
+        yield from site_points(self.site, self.layers)
 
-        for place, layer in enumerate(self.layers or ()):
-            yield pointer("layers", place), HookPoint(layer, self.site)
-        if self.layers is None:
-            yield "/site", HookPoint(0, self.site)
+
+def site_points(site: Site, layers: Sequence[int] | None) -> Iterator[tuple[str, HookPoint]]:
+    """The hook points of fields `site` and `layers`; where no layer is named the site counts."""
+    from steer.model import HookPoint
+
+    for place, layer in enumerate(layers or ()):
+        yield pointer("layers", place), HookPoint(layer, site)
+    if layers is None:
+        yield "/site", HookPoint(0, site)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from steer.fit.requests.detector import DetectorRequest
 from steer.fit.requests.dictionaries import NmfRequest, SnmfRequest
 from steer.fit.requests.labels import LabelsRequest
 from steer.fit.requests.linear.act import ActRequest
@@ -28,6 +29,7 @@ FIT_REQUESTS: tuple[type[FitRequest], ...] = (
     NmfRequest,
     PairsRequest,
     LabelsRequest,
+    DetectorRequest,
     TwoPromptsRequest,
     AlphaSteerRequest,
     RepsRequest,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.detector import Detector
 from steer.artefacts.lens import Lens
 from steer.fit.requests.inline import count
 from steer.fit.requests.pairs import PairsRequest
@@ -76,6 +77,11 @@ def _measures(artefact: Artefact) -> dict[str, Any]:
     card = artefact.card
     if isinstance(artefact, Lens):
         return {"kl": card.provenance["kl"]}
+    if isinstance(artefact, Detector):
+        return {
+            "threshold": artefact.threshold,
+            "detection": artefact.detection.model_dump(mode="json", exclude_none=True),
+        }
     if not isinstance(artefact, ControlVector):
         return {}
     return {

@@ -32,6 +32,7 @@ from steer.fit import (
     fit_alphasteer,
     fit_angular,
     fit_conceptor,
+    fit_detector,
     fit_labels,
     fit_low_rank,
     fit_lrc,
@@ -48,6 +49,7 @@ from steer.fit.measure.calibrate import calibrate
 from steer.fit.measure.evaluate import evaluate
 from steer.fit.methods.method import METHODS, UNPAIRED
 from steer.fit.methods.transfer import MAPS
+from steer.fit.requests.detector import DetectorRequest
 from steer.fit.requests.dictionaries import NmfRequest, SnmfRequest
 from steer.fit.requests.labels import LabelsRequest
 from steer.fit.requests.linear.act import ActRequest
@@ -77,6 +79,11 @@ TEXTS = [
     for n in range(8)
     for word, label in (("a happy", "joy"), ("such a sad", "grief"), ("one", "plain"))
 ]
+MOODS = [
+    {"text": f"{'such a sad' if sad else 'a happy'} day {n}", "label": str(sad).lower()}
+    for n in range(20)
+    for sad in (True, False)
+]
 EXERCISES = [{"prompt": ask, "answer": "No."} for ask in ASKS[:4]]
 ONE_SIDED = [{"prompt": "a", "chosen": "b"}]
 LIKED = [{"prompt": ask, "chosen": "Yes!", "rejected": "No."} for ask in ASKS[:4]]
@@ -89,6 +96,7 @@ LRC = {"name": "in", "relation": "home", "prompt": "Where does the {subject} liv
 BODIES: dict[str, tuple[dict[str, Any], str, list[dict[str, Any]] | list[str]]] = {
     "fit": ({"name": "happy"}, "pairs", PAIRS),
     "fit/labels": ({"name": "mood"}, "texts", TEXTS),
+    "fit/detector": ({"name": "sad", "rate": 0.3}, "texts", MOODS),
     "fit/snmf": ({"name": "group", "layer": 1, "components": 2, "iterations": 3}, "prompts", ASKS),
     "fit/nmf": ({"name": "part", "layer": 1, "components": 2, "iterations": 3}, "prompts", ASKS),
     "fit/low-rank": (
@@ -136,6 +144,7 @@ KINDS = {
     "fit/psr": "low_rank",
     "fit/conceptor": "low_rank",
     "fit/act": "affine",
+    "fit/detector": "detector",
     "fit/tuned-lens": "lens",
 }
 """What a fit makes, where it is not a vector."""
@@ -322,6 +331,7 @@ async def test_a_command_makes_what_its_job_makes(
 
 FAKE = {
     "fit/labels": {"name": "x", "texts": TEXTS},
+    "fit/detector": {"name": "x", "texts": MOODS},
     "fit/lrc": {**LRC, "facts": FACTS},
     "fit/low-rank": {"name": "x", "layers": [1], "exercises": EXERCISES},
     "fit/snmf": {"name": "x", "layer": 1, "prompts": ASKS},
@@ -350,6 +360,10 @@ FAKE = {
         ("fit/labels", {"method": "pca"}, "/method", "invalid_value"),
         ("fit/labels", {"layers": [0, 9]}, "/layers/1", "layer_out_of_range"),
         ("fit/labels", {"batch": 4}, "/batch", "unknown_field"),
+        ("fit/detector", {"texts": TEXTS}, "/texts", "invalid_labels"),
+        ("fit/detector", {"texts": MOODS[:8]}, "/texts", "too_few_texts"),
+        ("fit/detector", {"threshold": "conformal"}, "/rate", "too_few_safe_texts"),
+        ("fit/detector", {"rate": 1.0}, "/rate", "invalid_value"),
         ("fit/prompts", {"toward": ""}, "/toward", "invalid_value"),
         ("fit/prompts", {"positions": "first"}, "/positions", "invalid_value"),
         ("fit/prompts", {"site": "attic"}, "/site", "invalid_value"),
@@ -434,6 +448,7 @@ async def test_training_can_be_cancelled(running: httpx.AsyncClient, registry: R
 FUNCTIONS: dict[type[FitRequest], Any] = {
     PairsRequest: fit,
     LabelsRequest: fit_labels,
+    DetectorRequest: fit_detector,
     TwoPromptsRequest: fit_two_prompts,
     LrcRequest: fit_lrc,
     LowRankRequest: fit_low_rank,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from steer.engines.base import TokenReadout
@@ -66,16 +67,17 @@ class ReadoutFeed:
         prompt_length: int,
         index: int,
     ) -> None:
-        self._metrics, self._index = metrics, index
+        self._metrics, self._index, self._prompt_length = metrics, index, prompt_length
         self._writer = None
         if plan is not None:
             self._writer = ReadoutWriter(plan, prompt_length, tokenizer)
 
     def entries(self, found: Sequence[TokenReadout]) -> tuple[Entry, ...]:
-        """The entries of what was read, each with its choice; counted."""
+        """The entries of what was read for the client, each with its choice; counted."""
         writer = self._writer
         if writer is None or not found:
             return ()
+        found = self._own(writer.plan, found)
         read = sum(bool(one.numbers) for one in found)
         for field, count in writer.counts.items():
             self._metrics.readout_values.labels(field).inc(count * read)
@@ -83,6 +85,16 @@ class ReadoutFeed:
             {"choice": self._index, **writer.entry(one.position, one.token, one.numbers, one.kl)}
             for one in found
         )
+
+    def _own(self, plan: ReadoutPlan, found: Sequence[TokenReadout]) -> list[TokenReadout]:
+        """Without what is read for detectors: their numbers stand behind, and they may watch
+        other tokens."""
+        first, end = plan.wanted(self._prompt_length)
+        kept = [
+            replace(one, numbers=one.numbers[: plan.width] if first <= one.position < end else ())
+            for one in found
+        ]
+        return [one for one in kept if one.numbers or one.kl is not None]
 
 
 def with_readouts(fields: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class OutputMessage(BaseModel):
 class IncompleteDetails(BaseModel):
     """Why an answer ends before its end."""
 
-    reason: Literal["max_output_tokens"] = "max_output_tokens"
+    reason: Literal["max_output_tokens", "content_filter"] = "max_output_tokens"
 
 
 class InputTokensDetails(BaseModel):
@@ -91,6 +91,7 @@ class SteeredResponse(BaseModel):
     steering: dict[str, Any] | None = None
     default: list[OutputMessage] | None = None
     inspect: dict[str, Any] | None = None
+    detections: list[dict[str, Any]] | None = None
 
 
 def response_of(run: Generation, body: ResponsesRequest, **fields: Any) -> SteeredResponse:
@@ -120,7 +121,7 @@ def ended(run: Generation, answer: Answer) -> dict[str, Any]:
     prompt = sum(map(len, run.prompts))
     return {
         "status": status_of(answer),
-        "incomplete_details": IncompleteDetails() if answer.finish == "length" else None,
+        "incomplete_details": details_of(answer),
         "usage": ResponseUsage(
             input_tokens=prompt, output_tokens=answer.tokens, total_tokens=prompt + answer.tokens
         ),
@@ -136,7 +137,14 @@ def message_of(tokenizer: Any, run: Generation, answer: Answer) -> OutputMessage
 
 def status_of(answer: Answer) -> Status:
     """Whether the answer came to its end."""
-    return "incomplete" if answer.finish == "length" else "completed"
+    return "completed" if details_of(answer) is None else "incomplete"
+
+
+def details_of(answer: Answer) -> IncompleteDetails | None:
+    """Why the answer did not come to its end; None where it did."""
+    if answer.finish == "content_filter":
+        return IncompleteDetails(reason="content_filter")
+    return IncompleteDetails() if answer.finish == "length" else None
 
 
 def message_id(run: Generation) -> str:
@@ -147,5 +155,9 @@ def message_id(run: Generation) -> str:
 def as_json(part: BaseModel) -> dict[str, Any]:
     """A part of an answer as JSON; Steer's own fields are there where they say something."""
     found = part.model_dump(mode="json")
-    absent = [name for name in ("steering", "default", "inspect") if found.get(name, 0) is None]
+    absent = [
+        name
+        for name in ("steering", "default", "inspect", "detections")
+        if found.get(name, 0) is None
+    ]
     return {name: value for name, value in found.items() if name not in absent}

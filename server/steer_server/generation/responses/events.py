@@ -105,6 +105,7 @@ async def _events(
         **ended(run, answer),
         output=[message],
         steering=None if receipt is None else receipt.as_json(),
+        detections=list(answer.detections) or None,
     )
     yield made.event(f"response.{whole.status}", response=whole)
 

@@ -153,6 +153,11 @@ class VllmEngine:
         """Raises where `request` can never run here."""
         check_request(request, self.info, self.info.max_length)
         check_readouts(request, self.capabilities)
+        if request.halt is not None:
+            raise Unsupported(
+                "requests that detectors end run on vLLM's server, and not in its engine as such",
+                code="unsupported",
+            )
         if request.plan is not None:
             check_rules(len(request.plan.rules), self._passes)
 

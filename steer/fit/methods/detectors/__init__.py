@@ -1,0 +1,1 @@
+"""Fitting detectors: probes, the thresholds they fire above, and how well they tell."""

@@ -1,0 +1,36 @@
+"""What arms detectors on a request: the `detectors` field, as JSON."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from steer.readouts.spec import ReadTokens
+from steer.spec import Name
+
+MAX_ARMED = 16
+"""Detectors of one request."""
+
+Action: TypeAlias = Literal["tag", "stop"]
+
+
+class ArmedDetector(BaseModel):
+    """A registered detector that watches the tokens of a request.
+
+    `tag` says in the answer whether it fired; `stop` ends the answer as well, with the token on
+    which it fired as the last one. It watches what is generated, unless `tokens` says otherwise,
+    and fires above its own threshold, unless one is given.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Name
+    action: Action = "tag"
+    tokens: ReadTokens = "generated"
+    threshold: Annotated[float, Field(strict=True, allow_inf_nan=False)] | None = None
+
+
+ArmedDetectors: TypeAlias = Annotated[
+    tuple[ArmedDetector, ...], Field(max_length=MAX_ARMED, fail_fast=True)
+]
