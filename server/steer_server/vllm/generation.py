@@ -35,6 +35,7 @@ from steer_server.vllm.answers import (
     with_receipt,
     with_receipt_inside,
 )
+from steer_server.vllm.compared_streams import with_default
 from steer_server.vllm.pending_receipts import PendingReceipts
 from steer_server.vllm.requests import (
     FindRoles,
@@ -60,7 +61,8 @@ class TheirRoute:
     stream: AddReceipt
     answer: str
     roles: FindRoles
-    streams_readouts: bool = True
+    streams_added: bool = True
+    """Whether its stream has room for read-outs and unsteered choices."""
 
 
 _CHAT = TheirRoute(chat.create_chat_completion, with_receipt, "choices", roles_of_chat)
@@ -70,7 +72,7 @@ _RESPONSES = TheirRoute(
     with_receipt_inside,
     "output",
     refuse_responses,
-    streams_readouts=False,
+    streams_added=False,
 )
 
 
@@ -119,8 +121,10 @@ async def _answered(route: TheirRoute, request: Any, raw_request: Request) -> Re
     issuer = cast("Any", serving.engine).tickets
     take = partial(take_fields, serving, request, state.openai_serving_models)
     fields = await planned(serving, issuer, take, len(await raw_request.body()))
-    if request.stream and fields.readouts is not None and not route.streams_readouts:
-        raise not_streamed("inspect")
+    if request.stream and not route.streams_added:
+        for name in ("inspect", "compare"):
+            if getattr(fields.added, name):
+                raise not_streamed(name)
     request.model = fields.model
     if fields.ticket is None:
         return await call(request, raw_request)
@@ -139,6 +143,12 @@ async def _answered(route: TheirRoute, request: Any, raw_request: Request) -> Re
         response = await call(request, raw_request)
         if isinstance(response, StreamingResponse):
             events = cast("Any", response.body_iterator)
+            if plain is not None:
+                beside = await call(plain, raw_request)
+                if not isinstance(beside, StreamingResponse):
+                    await events.aclose()
+                    return beside
+                events = with_default(events, cast("Any", beside.body_iterator))
             response.body_iterator = route.stream(events, pending, fields.steering, serving.metrics)
             return response
         if response is None or response.status_code >= 400:
