@@ -8,6 +8,7 @@ client of any route may send as `vllm_xargs: {"steering": "<JSON>"}`, is compile
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -36,6 +37,9 @@ SPEC_ARG = "steering"
 """The entry of `vllm_xargs` that holds a spec, as JSON text."""
 
 Outputs = AsyncGenerator[Any, None]
+Compare = Callable[[str, int, tuple[int, ...], list[int]], Awaitable[list[TokenReadout]]]
+"""From a ticket's key, a choice, its prompt and what it said to the divergences of its tokens from
+the unsteered twin; raises `SteerError`."""
 ReadText = Callable[[Any], Awaitable[tuple[Steering, Ticket]]]
 """From the JSON text of a spec to its plan and a ticket; raises `SteerError`."""
 
@@ -55,13 +59,17 @@ class ReceiptGuard:
         ends: frozenset[int] = frozenset(),
         tokenizer: Any = None,
         readout_values: int = 1 << 22,
+        compare: Compare | None = None,
+        width: int = 0,
     ) -> None:
         """Puts itself in the place of `client.generate`. `ends` are the tokens that end an answer
         by the model's files, beside those that vLLM knows. `tokenizer` writes the tokens of
-        read-outs, of which one sequence may have so many values."""
+        read-outs, of which one sequence may have so many values. `compare` runs the twin of a
+        choice that asks for `kl`, for which `width` numbers of a token are kept."""
         self._ends, self._tokenizer, self._readout_values = ends, tokenizer, readout_values
         self._generate: Callable[..., Outputs] = client.generate
         self._metrics, self._read_text = metrics, read_text
+        self._compare, self._width = compare, width
         self._calls = ReceiptFetcher(
             lambda asked: ask_engines(client, "steer_receipts", asked),
             client.reset_prefix_cache,
@@ -90,7 +98,7 @@ class ReceiptGuard:
         if EXTRA_ARG not in extra:
             return self._ordered(start, sampling_params)
         pending = self._pending_of(extra)
-        if pending.inspects and _is_more_than_tokens(prompt):
+        if pending.reads_tokens_alone and _is_more_than_tokens(prompt):
             return _refused(pending, _only_tokens_are_read())
         try:
             self._check_amount(pending, prompt, sampling_params)
@@ -104,7 +112,8 @@ class ReceiptGuard:
             ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
             ids = getattr(prompt, "prompt_token_ids", None) if ids is None else ids
             generated = 1 if params.max_tokens is None else params.max_tokens
-            check_amount(self._readout_values, pending.readouts, len(ids or ()), generated)
+            most, length = self._readout_values, len(ids or ())
+            check_amount(most, pending.readouts, length, generated, self._width)
 
     def _pending_of(self, extra: Mapping[str, Any]) -> PendingReceipts:
         text = extra[EXTRA_ARG]
@@ -142,7 +151,7 @@ class ReceiptGuard:
         steered = ticket is not None and ticket.plan is not None
         count = Count(delta=params.output_kind == RequestOutputKind.DELTA, keep=reads)
         clock = _Clock(self._metrics) if steered else None
-        fetched, read = not steered, not reads
+        fetched, read, compared = not steered, not reads, not pending.compares
         try:
             outputs = start(sampling_params=params)
             async with aclosing(outputs):
@@ -151,7 +160,7 @@ class ReceiptGuard:
                     pending.prompts[number] = count.prompt
                     if clock is not None and any(count.generated.values()):
                         clock.tick()
-                    if ticket is not None and reads and count.generated:
+                    if ticket is not None and pending.reads_passes and count.generated:
                         read = output.finished
                         await self._read(pending, number, ticket, count, last=read)
                     if output.finished and not count.failed:
@@ -159,13 +168,16 @@ class ReceiptGuard:
                         if ticket is not None and steered:
                             receipts = await self._receipts(ticket.key, output, count.fed, pending)
                             fetched = True
+                        if ticket is not None and pending.compares:
+                            await self._divergences(pending, number, ticket, count)
+                            compared = True
                         pending.close(number, receipts)
                         self._finished(receipts, clock, max(count.generated.values()))
                     yield output
         finally:
             if ticket is not None and not fetched:
                 self._calls.drop(ticket.key)
-            if ticket is not None and not read:
+            if ticket is not None and not (read and compared):
                 self._readouts.drop(ticket.key)
 
     async def _read(
@@ -181,16 +193,33 @@ class ReceiptGuard:
             except SteerError as error:
                 pending.refused = error
                 raise refusal(error) from error
-            feed = ReadoutFeed(
-                self._metrics,
-                self._tokenizer,
-                plan,
-                len(count.prompt),
-                number * ticket.n + choice,
-            )
+            feed = self._feed(pending, number, ticket, count, choice)
             pending.unsent += feed.entries(
                 [TokenReadout(at, count.token(choice, at), numbers) for at, numbers in rows]
             )
+
+    async def _divergences(
+        self, pending: PendingReceipts, number: int, ticket: Ticket, count: Count
+    ) -> None:
+        """Runs the twins of all choices, whose divergences go with the last output."""
+        assert self._compare is not None, "offered where there is a way to"
+        choices = [choice for choice in sorted(count.tokens) if count.tokens[choice]]
+        calls = [self._compare(ticket.key, n, count.prompt, count.tokens[n]) for n in choices]
+        try:
+            found = await asyncio.gather(*calls)
+        except SteerError as error:
+            pending.refused = error
+            raise refusal(error) from error
+        for choice, rows in zip(choices, found, strict=True):
+            pending.unsent += self._feed(pending, number, ticket, count, choice).entries(rows)
+
+    def _feed(
+        self, pending: PendingReceipts, number: int, ticket: Ticket, count: Count, choice: int
+    ) -> ReadoutFeed:
+        """What writes the entries of one choice."""
+        place = number * ticket.n + choice
+        length = len(count.prompt)
+        return ReadoutFeed(self._metrics, self._tokenizer, pending.readouts, length, place)
 
     async def _receipts(
         self, key: str, output: Any, fed: dict[int, int], pending: PendingReceipts
