@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from typing import Protocol
 
 from steer.engines.base import Completion, TokenEvent, TokenLogprob
+from steer.engines.readouts import joined
 from steer.errors import SteerError
 
 Item = TokenEvent | SteerError
@@ -35,6 +37,17 @@ class Mailbox:
 def _deliver(items: list[tuple[asyncio.Queue[Item], Item]]) -> None:
     for target, item in items:
         target.put_nowait(item)
+
+
+class Listener(Protocol):
+    """Where a request's tokens go. Called from the engine's thread."""
+
+    def put(self, event: TokenEvent) -> None: ...
+
+    def fail(self, error: SteerError) -> None: ...
+
+    def flush(self) -> None:
+        """Called once after each step that put something."""
 
 
 class AsyncListener:
@@ -86,5 +99,5 @@ class BlockingListener:
             last.finish or "length",
             last.receipt,
             logprobs,
-            tuple(one for event in self._events for one in event.readouts),
+            joined(one for event in self._events for one in event.readouts),
         )

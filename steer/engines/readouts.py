@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 from steer.engines.base import TokenReadout
 from steer.readouts.readings import RequestReadouts
+
+
+def joined(found: Iterable[TokenReadout]) -> tuple[TokenReadout, ...]:
+    """One entry for each token, in their order: a divergence may come long after the numbers."""
+    tokens: dict[int, TokenReadout] = {}
+    for one in found:
+        known = tokens.setdefault(one.position, one)
+        if known is not one:
+            kl = known.kl if one.kl is None else one.kl
+            tokens[one.position] = replace(known, numbers=known.numbers or one.numbers, kl=kl)
+    return tuple(tokens[position] for position in sorted(tokens))
 
 
 class ReadoutJoin:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 COLUMNS_PER_PANEL = 16
 _CELL_WIDTH, _CELL_HEIGHT = 0.88, 0.36
 _LEFT, _RIGHT, _TOP, _BOTTOM, _GAP = 0.75, 1.05, 0.72, 0.62, 0.06
+_LETTER = 0.072
+"""What a letter of a row's name takes."""
 _DPI = 144
 _INK, _FAINT = "#1f2933", "#7b8794"
 _SHADES = LinearSegmentedColormap.from_list(
@@ -52,7 +54,8 @@ class _Drawing:
         self.across = math.ceil(len(heat.columns) / self.panels)
         self.panel_height = len(heat.rows) * _CELL_HEIGHT
         drawn = max(self.across * _CELL_WIDTH, 3.6)
-        self.width = _LEFT + drawn + _RIGHT
+        self.left = max(_LEFT, 0.3 + _LETTER * max(map(len, heat.rows), default=0))
+        self.width = self.left + drawn + _RIGHT
         self.height = _TOP + self.panels * (self.panel_height + _BOTTOM + _GAP)
 
     def figure(self) -> Figure:
@@ -67,7 +70,7 @@ class _Drawing:
         return figure
 
     def _heading(self, figure: Figure) -> None:
-        left = _LEFT / self.width
+        left = self.left / self.width
         for text, down, size, colour, weight in (
             (self.heat.title, 0.30, 13, _INK, "bold"),
             (self.heat.subtitle, 0.53, 8.5, _FAINT, "normal"),
@@ -88,7 +91,7 @@ class _Drawing:
         top = _TOP + panel * (self.panel_height + _BOTTOM + _GAP)
         axes = figure.add_axes(
             (
-                _LEFT / self.width,
+                self.left / self.width,
                 1 - (top + self.panel_height) / self.height,
                 (end - start) * _CELL_WIDTH / self.width,
                 self.panel_height / self.height,

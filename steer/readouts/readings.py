@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -93,12 +94,27 @@ class RequestReadouts:
         return [(position, self._rows.pop(position)) for position in wanted]
 
 
+class SeesRows(Protocol):
+    """What a pass hands its numbers to: `RequestReadouts`, or the states that are kept for a twin
+    (`twins.KeptStates`)."""
+
+    @property
+    def columns(self) -> Sequence[tuple[Any, slice]]:
+        """The readers here, each with its place in a row."""
+
+    def wanted(self, start: int, count: int) -> range: ...
+
+    def put(self, positions: range, columns: slice, numbers: Row) -> None: ...
+
+    def fail(self, why: str) -> None: ...
+
+
 @dataclass(frozen=True)
 class ReadSpan:
     """The tokens of one request in a pass: `count` from position `start` on, at the batch's rows
     from `offset` on."""
 
-    request: RequestReadouts
+    request: SeesRows
     offset: int
     start: int
     count: int

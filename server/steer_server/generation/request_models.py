@@ -172,15 +172,14 @@ class AddedFields(BaseModel):
     def _drop_nulls(cls, data: Any) -> Any:
         return without_nulls(data) if isinstance(data, dict) else data
 
-    streams_readouts: ClassVar[bool] = True
-    """Whether the route's stream has room for them."""
+    streams_added: ClassVar[bool] = True
+    """Whether the route's stream has room for read-outs and unsteered choices."""
 
     def check_stream(self, stream: bool | None) -> None:
         """Raises `Unsupported` for what only a whole response can carry."""
-        inspects = self.inspect is not None
-        if self.streams_readouts:
-            inspects = self.prompt_lens is not None
-        whole = {"compare": self.compare, "inspect": inspects}
+        whole = {"compare": self.compare, "inspect": self.inspect is not None}
+        if self.streams_added:
+            whole = {"inspect": self.prompt_lens is not None}
         for field in (name for name, asked in whole.items() if asked):
             if stream:
                 raise not_streamed(field)

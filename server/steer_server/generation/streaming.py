@@ -1,7 +1,9 @@
 """Chunks of a streamed answer, as OpenAI sends them.
 
-Every choice gets chunks of text and one with its `finish_reason`. The receipt is on the last chunk
-before `[DONE]`: the one with the usage where that is asked for, otherwise the last finish chunk.
+Every choice gets chunks of text and one with its `finish_reason`. With `"compare": true` the
+unsteered choices come in chunks of the same form between them, in `default`, while `choices` is
+empty. The receipt is on the last chunk before `[DONE]`: the one with the usage where that is asked
+for, otherwise the last finish chunk.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class ChunkForms:
 
     `opening` makes the chunk that begins choice `index`, where there is one; `text` a chunk of
     text with the log-probabilities of its tokens; `last` the one with the finish reason; `empty`
-    a chunk without choices.
+    a chunk without choices. Unsteered choices are counted behind the steered.
     """
 
     opening: Callable[[int], Chunk] | None
@@ -90,28 +92,33 @@ def stream_failure(serving: Serving, run: Generation, error: Exception) -> dict[
 async def _chunks(
     serving: Serving, run: Generation, forms: ChunkForms, usage_on: UsageOn
 ) -> AsyncGenerator[Chunk, None]:
-    progress = _Progress({}, [], unfinished=len(run.sequences))
+    together = (*run.sequences, *run.default)
+    steered = len(run.sequences)
+    progress = _Progress({}, [], unfinished=len(together))
 
     def counted(chunk: Chunk) -> Chunk:
+        chunk = beside(chunk, steered)
         if usage_on == "none":
             return chunk
         so_far = _usage_body(run, progress) if usage_on == "every" else None
         return {**chunk, "usage": so_far}
 
     if forms.opening is not None:
-        for index in range(len(run.sequences)):
+        for index in range(len(together)):
             yield counted(forms.opening(index))
     receipts: list[Receipt | None] = []
     detections: list[Entry] = []
-    async with aclosing(pieces(serving, run, run.sequences)) as stream:
+    async with aclosing(pieces(serving, run, together)) as stream:
         async for piece in stream:
+            progress.tokens += piece.tokens if piece.index < steered else 0
             progress.unsent.extend(piece.readouts)
             for chunk in _of_piece(piece, forms, progress):
                 yield counted(with_readouts(chunk, progress.sent()))
             if piece.finish is None:
                 continue
-            receipts.append(piece.receipt)
-            detections.extend(piece.detections)
+            if piece.index < steered:
+                receipts.append(piece.receipt)
+                detections.extend(piece.detections)
             last = forms.last(piece.index, piece.finish)
             if not progress.unfinished and usage_on == "none":
                 last |= with_detections(_steering(receipts), detections)
@@ -121,8 +128,17 @@ async def _chunks(
         yield {**forms.empty(), "usage": _usage_body(run, progress), **last}
 
 
+def beside(chunk: Chunk, steered: int) -> Chunk:
+    """`chunk` of one of the `steered` choices as it is; that of an unsteered one, which is counted
+    behind them, under `default`, where clients that do not know the field read nothing."""
+    default = [one for one in chunk["choices"] if one["index"] >= steered]
+    if not default:
+        return chunk
+    moved = [{**one, "index": one["index"] - steered} for one in default]
+    return {**chunk, "choices": [], "default": moved}
+
+
 def _of_piece(piece: Piece, forms: ChunkForms, progress: _Progress) -> list[Chunk]:
-    progress.tokens += piece.tokens
     progress.unfinished -= piece.finish is not None
     logprobs = progress.waiting.pop(piece.index, ()) + piece.logprobs
     if piece.text or (logprobs and piece.finish is not None):

@@ -159,7 +159,8 @@ def _forms(serving: Serving, run: Generation, echo: Echoes | None) -> ChunkForms
         "created": run.created,
         "model": run.model,
     }
-    sent = [0] * len(run.sequences)
+    together = (*run.sequences, *run.default)
+    sent = [0] * len(together)
 
     def chunk(index: int, text: str, finish: FinishReason | None = None) -> Chunk:
         choice = {"index": index, "text": text, "finish_reason": finish, "logprobs": None}
@@ -176,7 +177,7 @@ def _forms(serving: Serving, run: Generation, echo: Echoes | None) -> ChunkForms
         return made
 
     def prompt(index: int) -> Chunk:
-        found = (echo or Echoes()).of(run.sequences[index])
+        found = (echo or Echoes()).of(together[index])
         sent[index] = found.offset
         made = text(index, found.text, found.logprobs)
         sent[index] = len(found.text)

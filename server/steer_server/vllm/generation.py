@@ -37,6 +37,7 @@ from steer_server.vllm.answers import (
     with_receipt,
     with_receipt_inside,
 )
+from steer_server.vllm.compared_streams import with_default
 from steer_server.vllm.pending_receipts import PendingReceipts
 from steer_server.vllm.requests import (
     FindRoles,
@@ -62,7 +63,8 @@ class TheirRoute:
     stream: AddReceipt
     answer: str
     roles: FindRoles
-    streams_readouts: bool = True
+    streams_added: bool = True
+    """Whether its stream has room for read-outs and unsteered choices."""
 
     def stopped(self, pending: PendingReceipts) -> dict[str, Any]:
         """What the response says of an answer that a detector has ended, where its choices do
@@ -77,7 +79,7 @@ _RESPONSES = TheirRoute(
     with_receipt_inside,
     "output",
     refuse_responses,
-    streams_readouts=False,
+    streams_added=False,
 )
 
 
@@ -126,8 +128,10 @@ async def _answered(route: TheirRoute, request: Any, raw_request: Request) -> Re
     issuer = cast("Any", serving.engine).tickets
     take = partial(take_fields, serving, request, state.openai_serving_models)
     fields = await planned(serving, issuer, take, len(await raw_request.body()))
-    if request.stream and fields.watch.own is not None and not route.streams_readouts:
-        raise not_streamed("inspect")
+    if request.stream and not route.streams_added:
+        asked = {"inspect": fields.watch.own is not None, "compare": fields.added.compare}
+        for name in (name for name, given in asked.items() if given):
+            raise not_streamed(name)
     request.model = fields.model
     if fields.ticket is None:
         return await call(request, raw_request)
@@ -146,6 +150,12 @@ async def _answered(route: TheirRoute, request: Any, raw_request: Request) -> Re
         response = await call(request, raw_request)
         if isinstance(response, StreamingResponse):
             events = cast("Any", response.body_iterator)
+            if plain is not None:
+                beside = await call(plain, raw_request)
+                if not isinstance(beside, StreamingResponse):
+                    await events.aclose()
+                    return beside
+                events = with_default(events, cast("Any", beside.body_iterator))
             response.body_iterator = route.stream(events, pending, fields.steering, serving.metrics)
             return response
         if response is None or response.status_code >= 400:

@@ -15,10 +15,12 @@ from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute
 
+from steer.engines.base import TokenReadout
 from steer.engines.transformers.checkpoints.found import known_model
 from steer.engines.transformers.checkpoints.shipped import add_shipped
 from steer.engines.vllm.front.ends import known_ends
 from steer.engines.vllm.front.engine import VllmEngine
+from steer.engines.vllm.front.twins import compared
 from steer.jobs import JobRunner
 from steer.registry.registry import Registry
 from steer_server.http.body_limit import BodyLimit
@@ -140,11 +142,25 @@ async def serve(client: Any, state: Any, environment: Mapping[str, str]) -> None
         engine.ends - known_ends(client.vllm_config, engine.tokenizer),
         tokenizer=copy.deepcopy(client.get_tokenizer()),
         readout_values=settings.readout_values,
+        compare=partial(_compared, plain, engine),
+        width=engine.info.d_model,
     )
     expose(state.steer.metrics.registry)
     # A worker's first call waits for this loop, so that it is started from another thread.
     await to_thread.run_sync(state.steer.jobs.start)
     _stop_first(client, state.steer.jobs)
+
+
+async def _compared(
+    client: Any,
+    engine: VllmEngine,
+    key: str,
+    choice: int,
+    prompt: tuple[int, ...],
+    said: list[int],
+) -> list[TokenReadout]:
+    twin = engine.twins.of(key, choice, prompt, said)
+    return await compared(client, client.generate, twin)
 
 
 def _stop_first(client: Any, jobs: JobRunner) -> None:

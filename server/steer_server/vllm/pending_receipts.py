@@ -53,6 +53,21 @@ class PendingReceipts:
         """What the detectors say of all sequences, by choice."""
         return sorted(self.detections, key=lambda entry: int(entry["choice"]))
 
+    @property
+    def reads_passes(self) -> bool:
+        """Whether numbers are read in the passes of its tokens."""
+        return self.readouts is not None and bool(self.readouts.readers)
+
+    @property
+    def compares(self) -> bool:
+        """Whether its answers are compared with what their unsteered twins would choose from."""
+        return self.readouts is not None and self.readouts.kl
+
+    @property
+    def reads_tokens_alone(self) -> bool:
+        """Whether its prompts are computed again from their tokens, which then must be all."""
+        return self.inspects or self.compares
+
     def sent(self) -> list[Entry]:
         """The entries that go into the answer, or its next chunk."""
         entries, self.unsent = self.unsent, []

@@ -8,6 +8,7 @@ client of any route may send as `vllm_xargs: {"steering": "<JSON>"}`, is compile
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -38,6 +39,9 @@ SPEC_ARG = "steering"
 """The entry of `vllm_xargs` that holds a spec, as JSON text."""
 
 Outputs = AsyncGenerator[Any, None]
+Compare = Callable[[str, int, tuple[int, ...], list[int]], Awaitable[list[TokenReadout]]]
+"""From a ticket's key, a choice, its prompt and what it said to the divergences of its tokens from
+the unsteered twin; raises `SteerError`."""
 ReadText = Callable[[Any], Awaitable[tuple[Steering, Ticket]]]
 """From the JSON text of a spec to its plan and a ticket; raises `SteerError`."""
 
@@ -57,13 +61,17 @@ class ReceiptGuard:
         ends: frozenset[int] = frozenset(),
         tokenizer: Any = None,
         readout_values: int = 1 << 22,
+        compare: Compare | None = None,
+        width: int = 0,
     ) -> None:
         """Puts itself in the place of `client.generate`. `ends` are the tokens that end an answer
         by the model's files, beside those that vLLM knows. `tokenizer` writes the tokens of
-        read-outs, of which one sequence may have so many values."""
+        read-outs, of which one sequence may have so many values. `compare` runs the twin of a
+        choice that asks for `kl`, for which `width` numbers of a token are kept."""
         self._ends, self._tokenizer, self._readout_values = ends, tokenizer, readout_values
         self._generate: Callable[..., Outputs] = client.generate
         self._metrics, self._read_text = metrics, read_text
+        self._compare, self._width = compare, width
         self._calls = ReceiptFetcher(
             lambda asked: ask_engines(client, "steer_receipts", asked),
             client.reset_prefix_cache,
@@ -92,7 +100,7 @@ class ReceiptGuard:
         if EXTRA_ARG not in extra:
             return self._ordered(start, sampling_params)
         pending = self._pending_of(extra)
-        if pending.inspects and _is_more_than_tokens(prompt):
+        if pending.reads_tokens_alone and _is_more_than_tokens(prompt):
             return _refused(pending, _only_tokens_are_read())
         try:
             self._check_amount(pending, prompt, sampling_params)
@@ -106,7 +114,8 @@ class ReceiptGuard:
             ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
             ids = getattr(prompt, "prompt_token_ids", None) if ids is None else ids
             generated = 1 if params.max_tokens is None else params.max_tokens
-            check_amount(self._readout_values, pending.watch.own, len(ids or ()), generated)
+            most, length = self._readout_values, len(ids or ())
+            check_amount(most, pending.watch.own, length, generated, self._width)
 
     def _pending_of(self, extra: Mapping[str, Any]) -> PendingReceipts:
         text = extra[EXTRA_ARG]
@@ -154,7 +163,8 @@ class ReceiptGuard:
             WatchedOutputs(pending.watch, self._tokenizer, params, delta=delta),
             _Clock(self._metrics) if steered else None,
         )
-        fetched, read = not steered, not reads
+        reads = reads and pending.reads_passes
+        fetched, read, compared = not steered, not reads, not pending.compares
         try:
             outputs = start(sampling_params=params)
             async with aclosing(outputs):
@@ -172,13 +182,13 @@ class ReceiptGuard:
                             pending.stopped = True
                     if output.finished and not run.count.failed:
                         await self._end(pending, run, output)
-                        fetched = True
+                        fetched = compared = True
                     run.watched.passed(output)
                     yield output
         finally:
             if ticket is not None and not fetched:
                 self._calls.drop(ticket.key)
-            if ticket is not None and not read:
+            if ticket is not None and not (read and compared):
                 self._readouts.drop(ticket.key)
 
     async def _end(self, pending: PendingReceipts, run: _Run, output: Any) -> None:
@@ -187,6 +197,8 @@ class ReceiptGuard:
         ticket = run.ticket
         if ticket is not None and ticket.plan is not None:
             receipts = await self._receipts(ticket.key, output, run.count.fed, pending)
+        if ticket is not None and pending.compares:
+            await self._divergences(pending, run, ticket)
         pending.close(run.number, receipts)
         if ticket is not None:
             first = run.number * ticket.n
@@ -207,13 +219,7 @@ class ReceiptGuard:
             except SteerError as error:
                 pending.refused = error
                 raise refusal(error) from error
-            feed = ReadoutFeed(
-                self._metrics,
-                self._tokenizer,
-                pending.watch.own,
-                len(count.prompt),
-                run.number * ticket.n + choice,
-            )
+            feed = self._feed(pending, run, ticket, choice)
             pending.unsent += feed.entries(
                 [
                     TokenReadout(at, count.token(choice, at), numbers)
@@ -223,6 +229,27 @@ class ReceiptGuard:
             )
             ends = shown if ends is None else ends
         return ends
+
+    async def _divergences(self, pending: PendingReceipts, run: _Run, ticket: Ticket) -> None:
+        """Runs the twins of all choices, whose divergences go with the last output."""
+        assert self._compare is not None, "offered where there is a way to"
+        said, prompt = run.count.tokens, run.count.prompt
+        choices = [choice for choice in sorted(said) if said[choice]]
+        calls = [self._compare(ticket.key, n, prompt, said[n]) for n in choices]
+        try:
+            found = await asyncio.gather(*calls)
+        except SteerError as error:
+            pending.refused = error
+            raise refusal(error) from error
+        for choice, rows in zip(choices, found, strict=True):
+            pending.unsent += self._feed(pending, run, ticket, choice).entries(rows)
+
+    def _feed(
+        self, pending: PendingReceipts, run: _Run, ticket: Ticket, choice: int
+    ) -> ReadoutFeed:
+        """What writes the entries of one choice."""
+        place, length = run.number * ticket.n + choice, len(run.count.prompt)
+        return ReadoutFeed(self._metrics, self._tokenizer, pending.watch.own, length, place)
 
     async def _receipts(
         self, key: str, output: Any, fed: dict[int, int], pending: PendingReceipts
@@ -264,10 +291,11 @@ class _Run:
     clock: _Clock | None
 
     def stop(self, output: Any, shown: int) -> None:
-        """Ends it with `output`, of whose choice so many tokens are shown."""
+        """Ends it with `output`, of whose choice so many tokens are shown, and were said."""
         self.watched.cut(output, self.count.tokens[0], shown)
         # The token behind them was chosen, never fed and is not shown.
         self.count.generated[0] = shown + 1
+        del self.count.tokens[0][shown:]
 
 
 class _Clock:

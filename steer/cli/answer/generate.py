@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steer.cli.answer.picture import write_pictures
 from steer.cli.answer.strip import strip
 from steer.cli.fit.where import WhereChoice
 from steer.cli.local import (
@@ -20,7 +21,7 @@ from steer.cli.local import (
     plans,
     running_engine,
 )
-from steer.cli.reporting import table_out
+from steer.cli.reporting import out, table_out
 from steer.cli.steering import LayersOption, VectorOption, chosen_spec, parse_strength
 from steer.errors import SteerError, quoted
 from steer.model import parse_layers
@@ -69,6 +70,14 @@ def generate(
             '\'{"projections": [{"vector": "french"}]}\'.',
         ),
     ] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option(
+            "--png",
+            help="Write what --inspect reads of the steered answer here as a heat map, and the "
+            "unsteered one's beside it.",
+        ),
+    ] = None,
     model: ModelOption = DEMO_MODEL,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     registry: RegistryOption = None,
@@ -81,6 +90,12 @@ def generate(
     from steer.prompts.rendering import rendered_roles
 
     asked_readouts = None if inspect is None else parse_readouts(inspect)
+    if png is not None and asked_readouts is None:
+        raise SteerError(
+            "there is nothing to draw: say with --inspect what to read of each token",
+            code="invalid_option",
+            param="--png",
+        )
     sampling = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
@@ -119,18 +134,22 @@ def generate(
                 for plan_read, one in zip(reads, completions, strict=True)
             ]
             texts = [_text(engine.tokenizer, one) for one in completions]
+    answers = dict(zip(("default", "steered"), read, strict=True))
+    pictures = [] if png is None else write_pictures(png, answers)
     receipt = completions[1].receipt
     shown = None if receipt is None else receipt.as_json()
     if as_json:
         answer: dict[str, Any] = {"default": texts[0], "steered": texts[1], "steering": shown}
         if inspect is not None:
-            answer["readouts"] = dict(zip(("default", "steered"), read, strict=True))
+            answer["readouts"] = answers
         typer.echo(json.dumps(answer, indent=2, ensure_ascii=False))
         return
     show_side_by_side(texts[0], texts[1], shown)
-    for title, entries in zip(("default", "steered"), read, strict=True):
+    for title, entries in answers.items():
         if entries:
             table_out().print(strip(title, entries))
+    for one in pictures:
+        out().print(f"wrote {one}", highlight=False)
 
 
 def _reads(

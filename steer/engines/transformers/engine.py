@@ -100,14 +100,18 @@ class TransformersEngine:
             captures=self.info.sites,
             # With autograd, prompts are padded on the right, which causal models alone allow.
             gradients=self._batch.causal,
-            # Packed sequences are put back one by one: twins would not stay side by side.
-            readouts=tuple(
-                one for one in READOUTS if one != "kl" or (self._batch.pairs and rows > 1)
-            ),
+            readouts=tuple(one for one in READOUTS if one != "kl" or self._finds_twins(rows)),
             no_unembedding=refusal.message if refusal is not None else None,
             roles=found_roles(tokenizer),
             limits={"slots": slots, "passes": MAX_RULES, "batch": rows},
         )
+
+    def _finds_twins(self, rows: int) -> bool:
+        """Whether requests can be compared with their unsteered twins: beside them, or, where
+        sequences are put back one by one, behind them, by states that the head can read."""
+        if self._batch.pairs:
+            return rows > 1
+        return self._hooked.map.head.refusal is None
 
     @classmethod
     def load(

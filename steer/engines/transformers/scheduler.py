@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 
-from steer.engines.base import GenerationRequest, TokenEvent
-from steer.engines.listeners import Item
+from steer.engines.base import GenerationRequest
+from steer.engines.listeners import Item, Listener
 from steer.engines.transformers.grammar import Grammars
 from steer.engines.transformers.sampling import Sampler
 from steer.engines.transformers.sequences import (
@@ -33,17 +33,6 @@ from steer.errors import EngineError, SteerError
 from steer.readouts.readings import RequestReadouts
 
 Result = TypeVar("Result")
-
-
-class Listener(Protocol):
-    """Where a request's tokens go. Called from the engine's thread."""
-
-    def put(self, event: TokenEvent) -> None: ...
-
-    def fail(self, error: SteerError) -> None: ...
-
-    def flush(self) -> None:
-        """Called once after each step that put something."""
 
 
 @dataclass
@@ -203,7 +192,7 @@ class Scheduler:
         newcomers: list[BatchSequence] = []
         while self._waiting and not self._stopping:
             submission = self._waiting[0]
-            if len(newcomers) + _places(submission.request) > self._batch.free:
+            if len(newcomers) + self._places(submission.request) > self._batch.free:
                 break
             plan = submission.request.plan
             if plan is not None and not self._batch.tables.can_acquire(plan):
@@ -259,10 +248,15 @@ class Scheduler:
             if request.readouts is None
             else RequestReadouts(request.readouts, len(request.prompt)),
         )
-        if _places(request) > 1:
+        if self._places(request) > 1:
             sequence.followed(self._batch.take(replace(request, plan=None)))
         self._tickets[id(sequence)] = submission
         return sequence
+
+    def _places(self, request: GenerationRequest) -> int:
+        """How many sequences of the batch a request is: one with a twin beside it is two."""
+        compared = request.readouts is not None and request.readouts.kl
+        return 2 if compared and self._batch.pairs else 1
 
     def _hand_out(
         self, items: list[tuple[BatchSequence, Item]], touched: dict[int, Listener]
@@ -284,11 +278,6 @@ class Scheduler:
             submission = self._tickets.pop(id(sequence))
             submission.listener.fail(failure_of(error))
             touched[id(submission.listener)] = submission.listener
-
-
-def _places(request: GenerationRequest) -> int:
-    """How many sequences of the batch a request is: one with a twin is two."""
-    return 2 if request.readouts is not None and request.readouts.kl else 1
 
 
 def _refuse(submission: Submission, error: SteerError) -> None:

@@ -10,16 +10,25 @@ from typing import Any
 
 import pytest
 import torch
-from readout_oracle import SEVERAL, assert_read, expected, fed_tokens, reading, reading_library
+from readout_oracle import (
+    SEVERAL,
+    assert_read,
+    expected,
+    expected_kl,
+    fed_tokens,
+    reading,
+    reading_library,
+)
 from readout_oracle import steering as plan_of
 from tiny_models import LAYERS, VOCABULARY, WIDTH
 from together import complete_together, submit_together
 
 from steer.batch.ledger import Ledger
-from steer.engines.base import CaptureRequest, GenerationRequest, SamplingParams
+from steer.engines.base import GenerationRequest, SamplingParams
 from steer.engines.transformers.engine import TransformersEngine
 from steer.engines.transformers.hooks import HookedModel
-from steer.errors import SteerError, Unsupported
+from steer.errors import EngineError, SteerError
+from steer.readouts.twins import KeptStates
 
 LIBRARY = reading_library(WIDTH, LAYERS)
 SPECS: dict[str, dict[str, Any] | None] = {
@@ -151,44 +160,39 @@ def pairing(
 
 @pytest.mark.parametrize("beside", [{}, {"norms": [1], "tokens": "all"}])
 def test_divergences_are_those_of_two_offline_passes(
-    pairing: TransformersEngine, beside: dict[str, Any]
+    engine: TransformersEngine, beside: dict[str, Any]
 ) -> None:
     """Every generated token has one, the last too; what else is read is not disturbed."""
     draw = random.Random(2)
     asked = []
     for n, name in enumerate(["added", "ablated"] * 4):
-        plan = plan_of(pairing, LIBRARY, SPECS[name] or {})
+        plan = plan_of(engine, LIBRARY, SPECS[name] or {})
         asked.append(
             GenerationRequest(
                 str(n),
                 tuple(draw.randrange(3, VOCABULARY) for _ in range(draw.randint(1, 20))),
                 SamplingParams(max_tokens=1 + n, temperature=0.9, seed=n, ignore_eos=True),
                 plan,
-                readouts=reading(pairing, LIBRARY, {"kl": True, **beside}, plan),
+                readouts=reading(engine, LIBRARY, {"kl": True, **beside}, plan),
             )
         )
-    crowded = [one for pair in zip(asked, crowd(pairing), strict=False) for one in pair]
+    crowded = [one for pair in zip(asked, crowd(engine), strict=False) for one in pair]
     requests = [one if isinstance(one, GenerationRequest) else one[0] for one in crowded]
-    answers = complete_together(pairing, requests)
+    answers = complete_together(engine, requests)
     for request, done in zip(asked, answers[::2], strict=True):
+        assert request.readouts is not None
         tokens = (*request.prompt, *done.tokens)
-        captured = pairing.capture(
-            CaptureRequest([tokens, tokens], plans=[request.plan, None], logits="all")
-        )
-        logits = [one.logits.double().log_softmax(-1) for one in captured if one.logits is not None]
-        wanted = (logits[0].exp() * (logits[0] - logits[1])).sum(-1)
+        wanted = expected_kl(engine, tokens, len(request.prompt), request.plan)
         found = {one.position: one.kl for one in done.readouts if one.kl is not None}
-        assert list(found) == list(range(len(request.prompt), len(tokens)))
-        for position, kl in found.items():
-            assert kl == pytest.approx(float(wanted[position - 1]), abs=1e-5)
+        assert found == pytest.approx(wanted, abs=1e-5)
         positions = [one.position for one in done.readouts]
         assert positions == sorted(set(positions))
         if beside:
             assert [bool(one.numbers) for one in done.readouts] == [True] * (len(tokens) - 1) + [
                 False
             ]
-    assert {one.leads for one in pairing._batch.sequences} <= {True}
-    assert len(pairing._batch._free_rows) == 2 * 6  # type: ignore[attr-defined]
+    assert {one.leads for one in engine._batch.sequences} <= {True}
+    assert len(engine._batch._free_rows) == 2 * 6  # type: ignore[attr-defined]
 
 
 def test_a_twin_that_finds_no_place_waits(tiny_model: Callable[[str], torch.nn.Module]) -> None:
@@ -208,12 +212,27 @@ def test_a_twin_that_finds_no_place_waits(tiny_model: Callable[[str], torch.nn.M
         assert [len(done.readouts) for done in answers] == [3] * 5
 
 
-def test_packed_batches_have_no_twins(tiny_model: Callable[[str], torch.nn.Module]) -> None:
+def test_a_packed_twin_that_fails_fails_its_request_alone(
+    tiny_model: Callable[[str], torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with TransformersEngine(tiny_model("llama"), None, **FORMS["packed"]) as engine:
         plan = plan_of(engine, LIBRARY, SPECS["added"] or {})
-        with pytest.raises(Unsupported, match="'kl'") as caught:
-            reading(engine, LIBRARY, {"kl": True}, plan)
-        assert caught.value.param == "/kl"
+        request = GenerationRequest(
+            "kl",
+            (3, 9, 5),
+            SamplingParams(max_tokens=4, temperature=0, ignore_eos=True),
+            plan,
+            readouts=reading(engine, LIBRARY, {"kl": True}, plan),
+        )
+        plain = replace(request, plan=None, readouts=None)
+        take = KeptStates.take
+        monkeypatch.setattr(KeptStates, "take", lambda self, fed: take(self, fed + 1))
+        compared, alone = submit_together(engine, [request, plain])
+        with pytest.raises(EngineError, match="no state was kept"):
+            compared.result()
+        assert len(alone.result().tokens) == 4
+        engine._scheduler.run(lambda: None)
+        assert len(engine._batch._free_rows) == 2 * 6  # type: ignore[attr-defined]
 
 
 def test_who_fails_beside_a_twin_fails_alone(

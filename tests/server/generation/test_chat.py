@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -190,6 +191,77 @@ async def test_compare_returns_the_default_answer_too(
     assert found["default"] == plain["choices"]
     assert found["choices"] == (await answer(http, chat(steering=joy, n=2)))["choices"]
     assert found["choices"] != found["default"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"n": 3, "temperature": 0.9, "seed": 5},
+        {"stop": ["ab", "e"], "n": 2, "temperature": 0.9, "seed": 5},
+        {"logprobs": True, "top_logprobs": 1},
+    ],
+)
+@pytest.mark.parametrize("usage", [{}, {"stream_options": {"include_usage": True}}])
+async def test_compare_streams_both_answers_side_by_side(
+    http: httpx.AsyncClient,
+    chat: Body,
+    joy: dict[str, Any],
+    sse: Sse,
+    fields: dict[str, Any],
+    usage: dict[str, Any],
+) -> None:
+    """What a client that knows nothing of `default` puts together is the steered answer; the
+    receipt is one, on the last chunk, and counts nothing of the other."""
+    body = chat(steering=joy, compare=True, **fields)
+    whole = await answer(http, body)
+    chunks = sse((await http.post(URL, json={**body, "stream": True, **usage})).text)
+    assert all(not chunk["choices"] for chunk in chunks if "default" in chunk)
+    assert gathered(chunks, "choices") == shown(whole["choices"])
+    assert gathered(chunks, "default") == shown(whole["default"])
+    assert {chunk["id"] for chunk in chunks} == {chunks[0]["id"]}
+    assert ["steering" in chunk for chunk in chunks].index(True) == len(chunks) - 1
+    assert chunks[-1]["steering"] == whole["steering"]
+    if usage:
+        assert chunks[-1]["usage"] == whole["usage"]
+    order = ["default" in chunk for chunk in chunks]
+    changes = sum(one != other for one, other in pairwise(order))
+    assert changes > 2  # they come by turns, not one behind the other
+
+
+def gathered(chunks: list[dict[str, Any]], field: str) -> list[tuple[Any, ...]]:
+    """The text, end and log-probabilities of each choice of a stream."""
+    found: dict[int, list[Any]] = {}
+    for chunk in chunks:
+        for choice in chunk.get(field, ()):
+            mine = found.setdefault(choice["index"], ["", None, []])
+            mine[0] += choice["delta"].get("content") or ""
+            mine[1] = choice["finish_reason"] or mine[1]
+            mine[2] += (choice.get("logprobs") or {}).get("content") or []
+    return [tuple(found[index]) for index in sorted(found)]
+
+
+def shown(choices: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """The same of whole choices."""
+    return [
+        (
+            one["message"]["content"],
+            one["finish_reason"],
+            (one.get("logprobs") or {}).get("content") or [],
+        )
+        for one in choices
+    ]
+
+
+async def test_a_compared_stream_is_read_for_its_steered_answer_alone(
+    http: httpx.AsyncClient, chat: Body, joy: dict[str, Any], sse: Sse
+) -> None:
+    body = chat(steering=joy, compare=True, inspect={"norms": [1]}, stream=True)
+    chunks = sse((await http.post(URL, json=body)).text)
+    entries = [e for c in chunks for e in c.get("steering", {}).get("readouts", [])]
+    places = [one["position"] for one in entries]
+    assert places
+    assert places == sorted(set(places))
 
 
 async def test_sizes_are_measured_only_when_asked_for(

@@ -12,10 +12,13 @@ from fastapi import FastAPI
 
 from steer.engines.base import CaptureRequest
 from steer.engines.fake.engine import FakeEngine
+from steer.errors import TooLarge
 from steer.model import HookPoint
 from steer.readouts.measures import unit
+from steer.readouts.plan import ReadoutPlan
 from steer.registry.registry import Registry
 from steer_server.app import create_app
+from steer_server.generation.inspection.readouts import check_amount
 from steer_server.settings import ServerSettings
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -225,3 +228,14 @@ async def test_a_stream_of_a_response_has_no_room_for_them(http: httpx.AsyncClie
     refused = await http.post("/v1/responses", json={**body, "stream": True})
     assert refused.json()["error"]["param"] == "/inspect"
     assert json.loads(refused.text)["error"]["code"] == "unsupported_parameter"
+
+
+def test_states_that_wait_for_a_twin_are_counted() -> None:
+    """Where `kl` comes when the answer is complete, its states are kept until then."""
+    kl, norms = ReadoutPlan((), ("kl",)), ReadoutPlan((), ("norms",))
+    check_amount(1000, kl, prompt=5, generated=5, kept=200)
+    check_amount(1000, norms, prompt=5, generated=900, kept=200)
+    check_amount(1000, kl, prompt=5, generated=900)
+    with pytest.raises(TooLarge, match="states of 6 tokens, 200 numbers each") as caught:
+        check_amount(1000, kl, prompt=5, generated=6, kept=200)
+    assert (caught.value.code, caught.value.param) == ("too_many_readouts", "/inspect/kl")

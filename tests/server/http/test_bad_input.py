@@ -267,9 +267,10 @@ async def test_streams_are_refused_before_they_begin(
 ) -> None:
     wrong = {"interventions": [{"kind": "add", "vector": "missing"}]}
     refusal(await http.post(URL, json=chat(stream=True, steering=wrong)), 400)
-    for field, value in (("compare", True), ("inspect", {"layers": [0]})):
-        body = chat(stream=True, steering=joy, **{field: value})
-        assert refusal(await http.post(URL, json=body), 400)["param"] == f"/{field}"
+    body = chat(stream=True, steering=joy, inspect={"layers": [0]})
+    assert refusal(await http.post(URL, json=body), 400)["param"] == "/inspect"
+    refused = refusal(await http.post(URL, json=chat(stream=True, compare=True)), 400)
+    assert (refused["code"], refused["param"]) == ("nothing_to_compare", "/compare")
 
 
 @pytest.mark.parametrize(

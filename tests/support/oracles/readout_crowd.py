@@ -87,4 +87,5 @@ def assert_all_read(engine: Engine, asked: Sequence[Asked], answers: Sequence[Co
 
 def forgotten(engine: VllmEngine) -> bool:
     """Whether the worker keeps nothing of what was read."""
-    return not steering(engine).requests._readouts
+    requests = steering(engine).requests
+    return not (requests._readouts or requests._kept or requests._records)

@@ -146,6 +146,20 @@ def _lens(
     return parts
 
 
+def expected_kl(
+    engine: Engine, tokens: Sequence[int], prompt_length: int, plan: SteeringPlan | None
+) -> dict[int, float]:
+    """KL(steered ‖ unsteered) in float64 of what each token behind the prompt was chosen from, by
+    its position, from two offline passes.
+
+    Assumes: `plan` steers them alike, whether they are prompt or generated.
+    """
+    captured = engine.capture(CaptureRequest([tokens, tokens], plans=[plan, None], logits="all"))
+    logits = [one.logits.double().log_softmax(-1) for one in captured if one.logits is not None]
+    apart = (logits[0].exp() * (logits[0] - logits[1])).sum(-1)
+    return {at: float(apart[at - 1]) for at in range(prompt_length, len(tokens))}
+
+
 def assert_read(
     done: Completion, wanted: Sequence[Numbers], tokens: Sequence[int], first: int, end: int
 ) -> None:

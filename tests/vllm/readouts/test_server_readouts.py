@@ -98,6 +98,30 @@ def test_a_stream_says_the_same_chunk_by_chunk(http: httpx.Client) -> None:
     assert streamed[-1]["steering"]["tokens_steered"] == whole["tokens_steered"]
 
 
+@pytest.mark.parametrize("more", [{}, {"norms": [3], "tokens": "all"}])
+def test_divergences_come_with_the_answer(http: httpx.Client, more: dict[str, Any]) -> None:
+    """Whole, each beside what else is read of its token; in a stream all of them in one chunk, when
+    the last token has come."""
+    content = body(inspect={"kl": True, **more}, steering=FRENCH, n=2, temperature=0.9, seed=3)
+    whole = answer(http, content)
+    found = whole["steering"]["readouts"]
+    by_choice = [[e for e in found if e["choice"] == n and "kl" in e] for n in (0, 1)]
+    assert sum(map(len, by_choice)) == whole["usage"]["completion_tokens"]
+    for mine in by_choice:
+        assert all(one["phase"] == "generation" for one in mine)
+        assert max(one["kl"] for one in mine) > 1e-3
+    places = [(one["choice"], one["position"]) for one in found]
+    assert len(places) == len(set(places))
+    streamed = chunks(http, content)
+    parts = [one["steering"].get("readouts", []) for one in streamed if "steering" in one]
+    assert [any("kl" in e for e in part) for part in parts].count(True) == 1
+    late = {(e["choice"], e["position"]): e["kl"] for part in parts for e in part if "kl" in e}
+    told = {(e["choice"], e["position"]): e["kl"] for mine in by_choice for e in mine}
+    assert late == pytest.approx(told, abs=1e-4)
+    if more:
+        assert len([part for part in parts if part]) > 3
+
+
 def test_many_streams_beside_ordinary_traffic(http: httpx.Client) -> None:
     """Every stream has its own tokens once, and those that ask for nothing get nothing."""
 
@@ -123,7 +147,7 @@ def test_many_streams_beside_ordinary_traffic(http: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("route", "content", "param"),
     [
-        ("chat/completions", body(inspect={"kl": True}, steering=FRENCH), "/inspect/kl"),
+        ("chat/completions", body(inspect={"kl": True}), "/inspect/kl"),
         ("chat/completions", body(inspect={"norms": [6]}), "/inspect/norms"),
         (
             "chat/completions",

@@ -10,12 +10,15 @@ from dataclasses import replace
 
 import pytest
 import vllm_engine
-from readout_crowd import Asked, assert_all_read, crowd, forgotten, register
+from readout_crowd import LIBRARY, Asked, assert_all_read, crowd, forgotten, register
+from readout_oracle import expected_kl, reading
 from vllm_simulation import core, forget_cache, in_engine, steering
 
 from steer.engines.base import GenerationRequest, SamplingParams
 from steer.engines.vllm.front.engine import VllmEngine
+from steer.engines.vllm.front.sequences import RunningSequence
 from steer.errors import EngineError, Unsupported
+from steer.readouts.twins import KeptStates
 from steer.registry.registry import Registry
 
 
@@ -34,17 +37,21 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
         yield running
 
 
-def test_a_crowd_is_read_as_a_capture_reads_it(
-    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def preempted(engine: VllmEngine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The requests that are put back, as they are."""
     scheduler = core(engine).scheduler
-    preempt, preempted = scheduler._preempt_request, list[str]()
+    preempt, found = scheduler._preempt_request, list[str]()
 
     def watched(request: object, *args: object, **named: object) -> object:
-        preempted.append(getattr(request, "request_id", ""))
+        found.append(getattr(request, "request_id", ""))
         return preempt(request, *args, **named)
 
     monkeypatch.setattr(scheduler, "_preempt_request", watched)
+    return found
+
+
+def test_a_crowd_is_read_as_a_capture_reads_it(engine: VllmEngine, preempted: list[str]) -> None:
     asked = crowd(engine, 60)
     answers = engine.complete([one.request for one in asked])
     assert len(preempted) >= 3
@@ -103,13 +110,103 @@ def test_who_leaves_a_stream_leaves_nothing(engine: VllmEngine) -> None:
     assert forgotten(engine)
 
 
-def test_what_cannot_be_read_is_refused_by_name(engine: VllmEngine) -> None:
-    assert "kl" not in engine.capabilities.readouts
-    [asked] = crowd(engine, 1)
-    assert asked.request.readouts is not None
-    kl = replace(asked.request.readouts, fields=("kl",))
+def compared(engine: VllmEngine, count: int) -> list[GenerationRequest]:
+    """The steered ones of a crowd, each asking for `kl`, every second one for more."""
+    found = []
+    for n, one in enumerate(crowd(engine, count)):
+        request = one.request
+        if request.plan is None:
+            continue
+        more = {"norms": [1], "tokens": "all"} if n % 2 else {}
+        readouts = reading(engine, LIBRARY, {"kl": True, **more}, request.plan)
+        found.append(replace(request, readouts=readouts))
+    return found
+
+
+def test_divergences_are_those_of_two_offline_passes(
+    engine: VllmEngine, preempted: list[str]
+) -> None:
+    """Every generated token has one, the last too, beside what else is read and asked."""
+    forget_cache(engine)
+    asked = compared(engine, 36)
+    plain = [one.request for one in crowd(engine, 12)]
+    answers = engine.complete([*asked, *plain])[: len(asked)]
+    assert preempted
+    largest = 0.0
+    for request, done in zip(asked, answers, strict=True):
+        tokens = (*request.prompt, *done.tokens)
+        wanted = expected_kl(engine, tokens, len(request.prompt), request.plan)
+        found = {one.position: one.kl for one in done.readouts if one.kl is not None}
+        assert found == pytest.approx(wanted, abs=1e-4)
+        largest = max(largest, *wanted.values())
+        positions = [one.position for one in done.readouts]
+        assert positions == sorted(set(positions))
+        assert request.readouts is not None
+        read = [one.position for one in done.readouts if one.numbers]
+        assert read == (list(range(len(tokens) - 1)) if request.readouts.readers else [])
+    assert largest > 0.01
+    assert forgotten(engine)
+
+
+def test_divergences_come_with_the_last_token_of_a_stream(engine: VllmEngine) -> None:
+    [asked] = [one for one in compared(engine, 2) if one.readouts and one.readouts.readers]
+
+    async def events() -> list[list[bool]]:
+        found = []
+        async for event in engine.generate(asked):
+            found.append([one.kl is not None for one in event.readouts])
+        return found
+
+    *before, last = asyncio.run(events())
+    assert not any(any(one) for one in before)
+    assert sum(last) == asked.sampling.max_tokens
+    assert forgotten(engine)
+
+
+def test_who_leaves_while_the_twin_runs_leaves_nothing(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin is aborted with the request that it follows, and takes nobody along."""
+    [asked] = compared(engine, 2)
+    stepper = engine._driver._stepper  # type: ignore[attr-defined]
+    follow = stepper._follow
+    left: list[str] = []
+
+    def leaving(sequence: RunningSequence, receipt: object) -> None:
+        follow(sequence, receipt)
+        left.append(sequence.key)
+        stepper.abort(sequence)
+        sequence.fail(EngineError("gone", code="gone"))
+
+    monkeypatch.setattr(stepper, "_follow", leaving)
+    with pytest.raises(EngineError, match="gone"):
+        engine.complete([asked])
+    assert left
+    assert forgotten(engine)
+
+
+def test_a_twin_that_fails_withholds_the_answer_and_that_alone(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [asked] = compared(engine, 2)
+    take = KeptStates.take
+    monkeypatch.setattr(KeptStates, "take", lambda self, fed: take(self, fed + 1))
+    with pytest.raises(EngineError, match="no state was kept") as caught:
+        engine.complete([asked])
+    assert caught.value.code == "readouts_missed"
+    monkeypatch.undo()
+    assert engine.complete([asked])[0].readouts
+    assert forgotten(engine)
+
+
+def test_several_engines_offer_no_twins(engine: VllmEngine) -> None:
+    """A twin may run on another engine than the request that it is compared with."""
+    answers = engine._driver.rpc("steer_info")
+    two = VllmEngine(engine._driver, engine.tokenizer, answers * 2, engine.tickets, engine.ends)
+    assert set(engine.capabilities.readouts) - set(two.capabilities.readouts) == {"kl"}
+    [asked] = compared(engine, 2)
     with pytest.raises(Unsupported, match="'kl'"):
-        engine.complete([replace(asked.request, readouts=kl)])
+        two.admit(asked)
 
 
 def test_read_outs_that_fail_end_their_request_alone(

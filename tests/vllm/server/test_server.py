@@ -343,6 +343,39 @@ def test_compare_and_inspect(http: httpx.Client) -> None:
     assert "steering" not in bare
 
 
+def test_compare_streams_both_answers_side_by_side(
+    http: httpx.Client, client: openai.OpenAI
+) -> None:
+    """OpenAI's own client puts the steered answer together, and hands `default` out beside it."""
+    asked = {"temperature": 0.8, "seed": 3, "n": 2, "steering": FRENCH, "compare": True}
+    fields = body(**asked, stop=["."])
+    whole = http.post("/v1/chat/completions", json=fields).json()
+    extra = {name: fields.pop(name) for name in ("steering", "compare")}
+    usage = {"include_usage": True}
+    chunks = list(
+        client.chat.completions.create(
+            **fields, stream=True, stream_options=usage, extra_body=extra
+        )
+    )
+    said, default = ["", ""], ["", ""]
+    for chunk in chunks:
+        beside = (chunk.model_extra or {}).get("default", [])
+        assert not (chunk.choices and beside)
+        for choice in chunk.choices:
+            said[choice.index] += choice.delta.content or ""
+        for one in beside:
+            default[one["index"]] += one["delta"].get("content") or ""
+    assert said == [one["message"]["content"] for one in whole["choices"]]
+    assert default == [one["message"]["content"] for one in whole["default"]]
+    assert len({chunk.id for chunk in chunks}) == 1
+    given = ["steering" in (chunk.model_extra or {}) for chunk in chunks]
+    assert given.index(True) == len(chunks) - 1
+    assert chunks[-1].model_extra is not None
+    assert chunks[-1].model_extra["steering"] == whole["steering"]
+    counted = [chunk.usage for chunk in chunks if chunk.usage is not None]
+    assert [one.completion_tokens for one in counted] == [whole["usage"]["completion_tokens"]]
+
+
 # Responses
 
 
@@ -431,7 +464,7 @@ def test_mistakes_are_named(http: httpx.Client) -> None:
     assert error(model=f"{MODEL}:nobody") == (404, "model_not_found", "/model")
     assert error(model=f"{MODEL}:french", steering=FRENCH)[1] == "steering_conflict"
     assert error(compare=True)[1] == "nothing_to_compare"
-    assert error(steering=FRENCH, compare=True, stream=True)[2] == "/compare"
+    assert error(compare=True, stream=True)[1] == "nothing_to_compare"
     assert error(steering=FRENCH, receipt="long")[2] == "/receipt"
     assert error(steering=FRENCH, use_beam_search=True, n=2)[2] == "/use_beam_search"
 

@@ -40,10 +40,21 @@ def planned_readouts(
         raise
 
 
-def check_amount(most: int, plan: ReadoutPlan | None, prompt: int, generated: int) -> None:
-    """Raises `TooLarge` for more than `most` numbers of one sequence, of so many tokens."""
+def check_amount(
+    most: int, plan: ReadoutPlan | None, prompt: int, generated: int, kept: int = 0
+) -> None:
+    """Raises `TooLarge` for more than `most` numbers of one sequence, of so many tokens. Where its
+    `kl` waits for a twin, the states that are `kept` of a token are such numbers."""
     if plan is None:
         return
+    if plan.kl and kept * generated > most:
+        raise TooLarge(
+            f"the states of {generated} tokens, {kept} numbers each, which 'kl' is made of when "
+            f"they are complete, are more than the {most} that one sequence may be asked for: "
+            "lower 'max_tokens', or leave 'kl' out",
+            code="too_many_readouts",
+            param="/inspect/kl",
+        )
     first, end = plan.wanted(prompt)
     tokens = max(0, min(end, prompt + generated) - first)
     if tokens * max(plan.width, 1) > most:
@@ -98,8 +109,12 @@ class ReadoutFeed:
 
 
 def with_readouts(fields: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
-    """`fields` of an answer or a chunk, the entries in `steering` beside a receipt; of a request
-    that asks for none, as they are."""
+    """`fields` of an answer or a chunk, the entries in `steering` beside a receipt, one for each
+    token; of a request that asks for none, as they are."""
     if not entries:
         return fields
-    return {**fields, "steering": {**fields.get("steering", {}), "readouts": entries}}
+    tokens: dict[tuple[int, int], Entry] = {}
+    for one in entries:  # a `kl` may come long after the rest
+        tokens.setdefault((one["choice"], one["position"]), {}).update(one)
+    found = list(tokens.values())
+    return {**fields, "steering": {**fields.get("steering", {}), "readouts": found}}

@@ -97,7 +97,7 @@ class ResponsesRequest(SamplingFields):
 
     format_at = "/text/format"
     neutral = RESPONSES
-    streams_readouts = False
+    streams_added = False
 
     input: Annotated[
         tuple[ChatMessage, ...],

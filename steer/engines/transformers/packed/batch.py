@@ -8,15 +8,17 @@ follows from its position and the original prompt, so that this changes nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from steer.batch.requests import Span, SteeredRequest
 from steer.batch.step import Step, build_step
 from steer.batch.tables import Tables
-from steer.engines.base import GenerationRequest
+from steer.engines.base import CaptureRequest, GenerationRequest, TokenReadout
 from steer.engines.listeners import Item
+from steer.engines.readouts import joined
+from steer.engines.transformers.capture import capture_batch
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.packed.model import Chunk, PackedModel, PackedOptions
 from steer.engines.transformers.packed.proof import prove_packed
@@ -24,11 +26,13 @@ from steer.engines.transformers.proof import prove_steering
 from steer.engines.transformers.sequences import (
     BatchSequence,
     RequestRows,
+    failure_of,
     is_last,
     take_tokens,
 )
 from steer.errors import EngineError, SteerError
 from steer.readouts.readings import Readings, ReadSpan
+from steer.readouts.twins import KeptStates, chosen_at, divergences
 
 
 @dataclass
@@ -38,6 +42,8 @@ class _Packed:
     sequence: BatchSequence
     key: str
     computed: int = 0
+    kept: KeptStates | None = None
+    """The states that its tokens are chosen from, where they are compared with its twin's."""
 
     def ids(self, start: int, length: int) -> list[int]:
         """The token ids at `[start, start + length)`."""
@@ -91,7 +97,11 @@ class PackedBatch(RequestRows):
             self._joined += 1
             key = str(self._joined)
             self.sequences.append(sequence)
-            self._packed[key], self._keys[id(sequence)] = _Packed(sequence, key), key
+            packed = self._packed[key] = _Packed(sequence, key)
+            self._keys[id(sequence)] = key
+            asked = sequence.request.readouts
+            if asked is not None and asked.kl:
+                packed.kept = KeptStates(self.hooked.info, len(sequence.request.prompt))
             self.packed_model.add(key, sequence.request.prompt)
         return []
 
@@ -110,10 +120,45 @@ class PackedBatch(RequestRows):
         self.packed_model.accept(
             [0 if isinstance(item, SteerError) else item.token for _, item in items]
         )
+        ended = [self._packed[self._keys[id(one)]].kept for one, item in items if is_last(item)]
         for sequence, item in items:
             if is_last(item):
                 self.leave(sequence)
+        if any(ended):
+            return self._compared(items, ended)
         return items
+
+    def _compared(
+        self, items: list[tuple[BatchSequence, Item]], ended: Sequence[KeptStates | None]
+    ) -> list[tuple[BatchSequence, Item]]:
+        """`items` with the divergences of those that ended, in the order of their kept states."""
+        kept = iter(ended)
+        found: list[tuple[BatchSequence, Item]] = []
+        for sequence, item in items:
+            states = next(kept) if is_last(item) else None
+            if states is not None and not isinstance(item, SteerError):
+                try:
+                    apart = self._divergences(sequence, states)
+                    item = replace(item, readouts=joined((*item.readouts, *apart)))  # noqa: PLW2901
+                except Exception as error:
+                    item = failure_of(error)  # noqa: PLW2901
+            found.append((sequence, item))
+        return found
+
+    def _divergences(self, sequence: BatchSequence, kept: KeptStates) -> list[TokenReadout]:
+        """How far each token was chosen from what its twin would have chosen it from: one pass
+        without the plan over a sequence that has ended."""
+        prompt, said = sequence.request.prompt, sequence.tokens
+        positions = tuple(range(len(prompt) - 1, sequence.fed))
+        point = chosen_at(self.hooked.info)
+        self.lend()
+        request = CaptureRequest([(*prompt, *said[:-1])], (point,), positions)
+        [twin] = capture_batch(self, request)
+        apart = divergences(kept.take(sequence.fed), twin.states[point], self.instruments)
+        return [
+            TokenReadout(len(prompt) + n, token, (), kl)
+            for n, (token, kl) in enumerate(zip(said, apart or (), strict=True))
+        ]
 
     def leave(self, sequence: BatchSequence) -> None:
         """Takes a sequence out of the batch."""
@@ -145,9 +190,12 @@ class PackedBatch(RequestRows):
     def _readings(self, chunks: Sequence[Chunk]) -> Readings | None:
         spans, offset = [], 0
         for chunk in chunks:
-            readouts = self._packed[chunk.key].sequence.reads
-            if readouts is not None:
-                spans.append(ReadSpan(readouts, offset, chunk.start, chunk.length))
+            packed = self._packed[chunk.key]
+            spans += [
+                ReadSpan(seer, offset, chunk.start, chunk.length)
+                for seer in (packed.sequence.reads, packed.kept)
+                if seer is not None
+            ]
             offset += chunk.length
         return self.readings(spans)
 

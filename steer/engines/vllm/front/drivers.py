@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from steer.engines.vllm.front.ranks import ask_engines
 from steer.engines.vllm.front.sequences import RunningSequence, vllm_sampling
+from steer.engines.vllm.front.twins import Twin, TwinListener, TwinMaker, compared
 from steer.engines.vllm.messages import leaves_unsteered
 from steer.engines.vllm.pipeline import gathered_answers, merged_answers, readout_answers
 from steer.errors import EngineError, SteerError
@@ -23,6 +24,9 @@ from steer.errors import EngineError, SteerError
 
 class Driver(Protocol):
     """Runs sequences to their end. Methods are called from any thread but the driver's own."""
+
+    def compare_with(self, twins: TwinMaker) -> None:
+        """Says how the twins are made of requests that ask for `kl`; called once, before any."""
 
     def start(self) -> None: ...
 
@@ -46,7 +50,11 @@ class _Stepper:
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
+        self.twins: TwinMaker | None = None
+        """What the requests are compared with that ask for it."""
         self._running: dict[str, RunningSequence] = {}
+        self._compared: dict[str, RunningSequence] = {}
+        """The twins that run, by the key of whom they follow."""
 
     @property
     def busy(self) -> bool:
@@ -64,11 +72,19 @@ class _Stepper:
                 self._running[sequence.key] = sequence
 
     def abort(self, sequence: RunningSequence) -> None:
-        if self._running.pop(sequence.key, None) is not None:
-            self.engine.abort_request([sequence.key])
+        twin = self._compared.pop(sequence.key, None)
+        known = [one for one in (sequence, twin) if one and self._running.pop(one.key, None)]
+        if known:
+            self.engine.abort_request([one.key for one in known])
             self._tell_ends()
-            if sequence.wants_readouts:
-                self.engine.collective_rpc("steer_readouts", args=([sequence.dropped_readouts],))
+            self._drop(sequence, twin)
+
+    def _drop(self, sequence: RunningSequence, twin: RunningSequence | None = None) -> None:
+        """Lets the workers forget what nobody will fetch."""
+        if sequence.leaves_readouts:
+            self.engine.collective_rpc("steer_readouts", args=([sequence.dropped_readouts],))
+        if twin is not None:
+            self.engine.collective_rpc("steer_captured", args=([twin.asked[0]],))
 
     def step(self) -> None:
         """One step; when it fails, so do the sequences in it, and those that it has ended."""
@@ -88,6 +104,7 @@ class _Stepper:
         for sequence in self._running.values():
             sequence.fail(error)
         self._running.clear()
+        self._compared.clear()
 
     def _step(self, ended: list[RunningSequence]) -> None:
         """`ended` are those that wait for their receipts."""
@@ -145,7 +162,39 @@ class _Stepper:
             self.engine.reset_prefix_cache()
         while ended:
             sequence = ended.pop()
-            sequence.close(answers.get(id(sequence)))
+            answer = answers.get(id(sequence))
+            if sequence.wants_twin and "error" not in (answer or {}):
+                self._follow(sequence, answer)
+            else:
+                sequence.close(answer)
+
+    def _follow(self, sequence: RunningSequence, receipt: Any) -> None:
+        """Runs the twin of a sequence that has ended, which waits for it with its `receipt`."""
+        twin = _twin_of(sequence, self.twins)
+
+        def failed(error: SteerError) -> None:
+            self._compared.pop(sequence.key, None)
+            sequence.fail(error)
+
+        def done() -> None:
+            self._compared.pop(sequence.key, None)
+            answers = self.engine.collective_rpc("steer_divergences", args=([twin.asked],))
+            try:
+                sequence.compare(twin.read(one for worker in answers for one in worker))
+            except SteerError as error:
+                sequence.fail(error)
+            else:
+                sequence.close(receipt)
+
+        running = twin.running(TwinListener(done, failed))
+        self._compared[sequence.key] = running
+        self.add([running])
+
+
+def _twin_of(sequence: RunningSequence, twins: TwinMaker | None) -> Twin:
+    if twins is None or sequence.ticket is None:
+        raise AssertionError("who is compared has a ticket, and an engine makes its twin")
+    return twins.of(sequence.ticket.key, 0, sequence.request.prompt, sequence.said)
 
 
 class InlineDriver:
@@ -154,6 +203,9 @@ class InlineDriver:
 
     def __init__(self, llm: Any) -> None:
         self._stepper = _Stepper(llm.llm_engine)
+
+    def compare_with(self, twins: TwinMaker) -> None:
+        self._stepper.twins = twins
 
     def start(self) -> None:
         """Nothing runs by itself."""
@@ -190,6 +242,9 @@ class LocalDriver:
         self._thread.start()
         self.llm = self._made.result()
         self._stepper = _Stepper(self.llm.llm_engine)
+
+    def compare_with(self, twins: TwinMaker) -> None:
+        self._stepper.twins = twins
 
     def start(self) -> None:
         """The thread runs already."""
@@ -239,6 +294,10 @@ class ClientDriver:
         # Taken now: a server may put its own generation in front of the client's later.
         self._generate = client.generate
         self._tasks: dict[str, asyncio.Task[Any]] = {}
+        self._twins: TwinMaker | None = None
+
+    def compare_with(self, twins: TwinMaker) -> None:
+        self._twins = twins
 
     def start(self) -> None:
         """The client runs already."""
@@ -272,7 +331,7 @@ class ClientDriver:
 
     async def _serve(self, sequence: RunningSequence) -> None:
         prompt = {"prompt_token_ids": list(sequence.request.prompt)}
-        params = vllm_sampling(sequence)
+        params, fetched = vllm_sampling(sequence), False
         try:
             outputs = self._generate(prompt, params, sequence.key)
             async for output in outputs:
@@ -289,11 +348,15 @@ class ClientDriver:
             if sequence.wants_receipt:
                 found = await ask_engines(self._client, "steer_receipts", [sequence.asked])
                 answer = gathered_answers(found)[0][0]
+            if sequence.wants_twin and "error" not in (answer or {}):
+                twin = _twin_of(sequence, self._twins)
+                sequence.compare(await compared(self._client, self._generate, twin))
+            fetched = True
             sequence.close(answer)
         except Exception as error:
             sequence.fail(error)
         finally:
-            if sequence.wants_readouts and sequence.finish is None:
+            if sequence.leaves_readouts and not fetched:
                 drop = ask_engines(self._client, "steer_readouts", [sequence.dropped_readouts])
                 self._tasks[f"drop {sequence.key}"] = task = self._loop.create_task(drop)
                 task.add_done_callback(partial(self._forget, f"drop {sequence.key}"))

@@ -34,6 +34,7 @@ from steer.engines.vllm.front.ends import model_ends
 from steer.engines.vllm.front.ranks import ask_engines
 from steer.engines.vllm.front.sequences import RunningSequence
 from steer.engines.vllm.front.ticket_issuer import TicketIssuer
+from steer.engines.vllm.front.twins import TwinMaker
 from steer.engines.vllm.messages import read_info
 from steer.engines.vllm.options import REGISTRY_VARIABLE, registry_location
 from steer.errors import SteerError, Unsupported
@@ -67,6 +68,8 @@ class VllmEngine:
         self._driver, self.tokenizer, self.tickets, self.ends = driver, tokenizer, issuer, ends
         self.info = read_info(answer)
         self._passes = int(answer["passes"])
+        self.twins = TwinMaker(issuer, self.info)
+        driver.compare_with(self.twins)
         self.capabilities = Capabilities(
             engine="vllm",
             kinds=KINDS,
@@ -76,7 +79,7 @@ class VllmEngine:
             sampling=SAMPLING,
             captures=self.info.sites,
             roles=found_roles(tokenizer),
-            readouts=_readouts(lens=bool(answer.get("lens", False))),
+            readouts=_readouts(lens=bool(answer.get("lens", False)), engines=len(answers)),
             limits={"slots": slots, "passes": self._passes, "batch": slots},
         )
         self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
@@ -248,8 +251,10 @@ class VllmEngine:
         return self._mailboxes[loop]
 
 
-def _readouts(*, lens: bool) -> tuple[str, ...]:
-    """What workers read while they answer: an unsteered twin is not among it, and a `lens` only
-    where the model's head is with its layers and changed by no adapter."""
-    missing = {"kl"} if lens else {"kl", "lens"}
+def _readouts(*, lens: bool, engines: int) -> tuple[str, ...]:
+    """What workers read: through the model's head only where it is with its layers and changed by
+    no adapter; and of several engines a twin may run on another one than the request."""
+    missing = set() if lens else {"kl", "lens"}
+    if engines > 1:
+        missing.add("kl")
     return tuple(name for name in READOUTS if name not in missing)

@@ -15,12 +15,11 @@ from steer.engines.base import (
     TokenLogprob,
     TokenReadout,
 )
-from steer.engines.listeners import AsyncListener, BlockingListener
+from steer.engines.listeners import Listener
+from steer.engines.readouts import joined
 from steer.engines.vllm.messages import read_readouts, read_receipt
 from steer.engines.vllm.ticket import Ticket
 from steer.errors import EngineError, SteerError
-
-Listener = AsyncListener | BlockingListener
 
 
 class RunningSequence:
@@ -58,7 +57,25 @@ class RunningSequence:
 
     @property
     def wants_readouts(self) -> bool:
-        return self.request.readouts is not None and self.ticket is not None
+        """Whether numbers are read in its passes."""
+        plan = self.request.readouts
+        return plan is not None and bool(plan.readers) and self.ticket is not None
+
+    @property
+    def wants_twin(self) -> bool:
+        """Whether it is to be compared with its unsteered twin when it has ended."""
+        plan = self.request.readouts
+        return plan is not None and plan.kl and self.ticket is not None
+
+    @property
+    def leaves_readouts(self) -> bool:
+        """Whether workers keep something of it until it is fetched."""
+        return self.wants_readouts or self.wants_twin
+
+    @property
+    def said(self) -> tuple[int, ...]:
+        """The tokens that it has generated so far."""
+        return tuple(self._said)
 
     @property
     def asked(self) -> tuple[str, dict[int, int]]:
@@ -107,6 +124,11 @@ class RunningSequence:
             for position, numbers in read_readouts(answers, plan.width)
         )
         self._last = replace(self._last, readouts=self._last.readouts + found)
+
+    def compare(self, found: Iterable[TokenReadout]) -> None:
+        """Takes in how far each of its tokens was chosen from its twin's distribution."""
+        if self._last is not None:
+            self._last = replace(self._last, readouts=joined((*self._last.readouts, *found)))
 
     def close(self, answer: Mapping[str, Any] | None) -> None:
         """Ends the sequence with a worker's answer about its receipt; without one it fails."""

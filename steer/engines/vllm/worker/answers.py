@@ -20,6 +20,7 @@ from steer.engines.vllm.worker.requests import WorkerRequests, receipt
 from steer.engines.vllm.worker.steering import WorkerSteering
 from steer.errors import EngineError, NotFinite, SteerError
 from steer.model import ModelInfo
+from steer.readouts.twins import chosen_at, divergences
 
 _ROWS_AT_ONCE = 256
 
@@ -65,7 +66,8 @@ def readout_answer(
 ) -> dict[int, Any]:
     """What was read of the tokens that the choices in `fed` have fed since they were last asked
     for: positions, and a float32 matrix with a row for each. After the `last` call, or
-    an error, they are dropped. A choice that this worker never ran is left out."""
+    an error, they are dropped; a `last` call without choices also drops what was kept for twins. A
+    choice that this worker never ran is left out."""
     answer: dict[int, Any] = {}
     found = requests.read(key)
     for choice, tokens in fed.items():
@@ -85,7 +87,41 @@ def readout_answer(
             last = True  # nobody asks again after an error
     if last:
         requests.forget_readouts(key)
+    if last and not fed:
+        requests.forget_kept(key)
     return answer
+
+
+@torch.inference_mode()
+def divergence_answer(
+    steering: WorkerSteering, key: str, choice: int, fed: int, twin: str
+) -> dict[str, Any] | None:
+    """How far each token of a choice, which fed `fed` tokens, was chosen from what its twin, the
+    capture under the ticket's key `twin`, would have chosen it from; both are then dropped. None
+    on a worker that never ran it, or gets no logits."""
+    requests = steering.requests
+    kept = requests.take_kept(key, choice)
+    record = requests.records(twin).get(0)
+    requests.forget(twin)
+    if kept is None:
+        return None
+    try:
+        if isinstance(kept, str):
+            raise EngineError(kept, code="readouts_missed")
+        if record is None:
+            raise EngineError(
+                "the twin ran elsewhere, so its answer is withheld", code="readouts_missed"
+            )
+        plain = record.request.states[chosen_at(steering.model)]
+        if torch.isneginf(plain).all(-1).any():
+            raise EngineError(
+                "not every token of the twin was computed, so the answer is withheld",
+                code="readouts_missed",
+            )
+        found = divergences(kept.take(fed), plain, steering.instruments)
+    except SteerError as error:
+        return {"error": error.message, "code": error.code}
+    return None if found is None else {"kl": found}
 
 
 def capture_answer(requests: WorkerRequests, key: str) -> dict[str, bytes]:

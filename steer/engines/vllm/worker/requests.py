@@ -25,7 +25,8 @@ from steer.plan.plan import SteeringPlan
 from steer.plan.selection import rules_selecting, trace_of
 from steer.plan.texts.trace import TokenTrace
 from steer.readouts.plan import ReadoutPlan
-from steer.readouts.readings import RequestReadouts
+from steer.readouts.readings import RequestReadouts, SeesRows
+from steer.readouts.twins import KeptStates
 
 _KEPT_RECORDS = 4096
 """Finished requests whose receipts nobody has fetched; the oldest go first."""
@@ -65,6 +66,8 @@ class WorkerRequest:
     model computes throughout, while steering may make NaN."""
     readouts: RequestReadouts | None = None
     """What is read of its tokens, where it asks."""
+    kept: KeptStates | None = None
+    """The states that its tokens are chosen from, where it asks how far steering takes them."""
     _selected_by: dict[int, int] = field(default_factory=dict)
 
     def selected(self, start: int, ids: Ints) -> NDArray[np.uint8]:
@@ -76,6 +79,11 @@ class WorkerRequest:
         if self.trace is not None:
             self.trace.read(start, ids)
         return self.rules(np.arange(start, start + len(ids), dtype=np.int64), ids)
+
+    @property
+    def seers(self) -> tuple[SeesRows, ...]:
+        """Who sees its tokens in a pass."""
+        return tuple(one for one in (self.readouts, self.kept) if one is not None)
 
     @property
     def changes(self) -> bool:
@@ -141,6 +149,8 @@ class WorkerRequests:
         self._readouts: OrderedDict[tuple[str, int], RequestReadouts | str] = OrderedDict()
         """By ticket and choice what is read of a request, or why nothing is, until its front end
         says that it has all of it."""
+        self._kept: OrderedDict[tuple[str, int], KeptStates] = OrderedDict()
+        """In the same way the states that wait for their twin."""
 
     def __len__(self) -> int:
         return len(self._running)
@@ -182,6 +192,8 @@ class WorkerRequests:
                 request.states[point] = torch.full((count, width), -float("inf"))
         if ticket.readouts is not None:
             request.readouts = self._read(ticket.readouts, len(ids), (ticket, req_id))
+        if request.readouts is not None and request.readouts.plan.kl:
+            request.kept = self._keep(len(ids), (ticket, req_id))
         self.ledger.reset(request.row)
         self._running[req_id] = request
 
@@ -270,6 +282,17 @@ class WorkerRequests:
         for mine in [one for one in self._readouts if one[0] == key]:
             del self._readouts[mine]
 
+    def take_kept(self, key: str, choice: int) -> KeptStates | str | None:
+        """The states that were kept of a choice, or why none were; then nothing that was read of
+        it is left. None where this worker never ran it."""
+        read = self._readouts.pop((key, choice), None)
+        return read if isinstance(read, str) else self._kept.pop((key, choice), None)
+
+    def forget_kept(self, key: str) -> None:
+        """Nobody will compare what was kept under `key`."""
+        for mine in [one for one in self._kept if one[0] == key]:
+            del self._kept[mine]
+
     def _read(
         self, order: ReadoutOrder, prompt_length: int, of: tuple[Ticket, str]
     ) -> RequestReadouts | None:
@@ -286,6 +309,14 @@ class WorkerRequests:
         while len(self._readouts) > _KEPT_RECORDS:
             self._readouts.popitem(last=False)
         return found if isinstance(found, RequestReadouts) else None
+
+    def _keep(self, prompt_length: int, of: tuple[Ticket, str]) -> KeptStates:
+        ticket, req_id = of
+        kept = KeptStates(self._model, prompt_length, self._owns)
+        self._kept[ticket.key, _child(req_id, ticket)] = kept
+        while len(self._kept) > _KEPT_RECORDS:
+            self._kept.popitem(last=False)
+        return kept
 
     def forget(self, key: str) -> None:
         """Drops what requests left under `key`; those that have yet to end leave nothing there."""

@@ -79,6 +79,11 @@ class WorkerSteering:
         self._received: Decisions | None = None
 
     @property
+    def instruments(self) -> Instruments:
+        """What requests are read with."""
+        return self._instruments
+
+    @property
     def reads_lenses(self) -> bool:
         """Whether read-outs here may go through the model's head."""
         return self._instruments.unembed is not None
@@ -233,9 +238,9 @@ class WorkerSteering:
         reading = [one for one in placed if one.request.states]
         readings = Readings.of(
             [
-                ReadSpan(one.request.readouts, one.offset, one.start, len(one.ids))
+                ReadSpan(seer, one.offset, one.start, len(one.ids))
                 for one in placed
-                if one.request.readouts is not None
+                for seer in one.request.seers
             ],
             self._instruments,
         )

@@ -15,6 +15,7 @@ from steer.engines.vllm.taps.streams import uncompiled
 from steer.engines.vllm.taps.taps import DecoderStack
 from steer.engines.vllm.worker.answers import (
     capture_answer,
+    divergence_answer,
     info_answer,
     logprobs_answer,
     readout_answer,
@@ -143,6 +144,13 @@ class SteerWorker:
         after the last call nothing is left."""
         requests = self.steering.requests
         return [readout_answer(requests, key, fed, last=last) for key, fed, last in asked]
+
+    def steer_divergences(
+        self, asked: list[tuple[str, int, int, str]]
+    ) -> list[dict[str, Any] | None]:
+        """For each `(key, choice, tokens fed, the twin's key)` the divergence of each token that
+        was chosen; None on a worker that knows none."""
+        return [divergence_answer(self.steering, *one) for one in asked]
 
     def steer_captured(self, keys: list[str]) -> list[dict[str, bytes]]:
         """The states captured under each of `keys` by hook point; they are then dropped."""
