@@ -216,6 +216,13 @@ def random_lens(seed: int, layers: int, width: int = 16) -> Lens:
     return Lens.of({layer: (draw(width, width), draw(width)) for layer in range(layers)})
 
 
+def random_jacobians(seed: int, layers: int, width: int = 16) -> Lens:
+    """A Jacobian lens of a model of so many layers."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {n: torch.randn(width, width, generator=generator) for n in range(1, layers)}
+    return Lens.of_jacobians(drawn)
+
+
 EXAMPLES: Mapping[ArtefactKind, Callable[[], Artefact]] = {
     "vector": lambda: random_vector(1, 2, 3),
     "low_rank": lambda: random_adapter(2, 2, 3),
