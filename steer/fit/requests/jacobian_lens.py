@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, StrictInt
 
+from steer.errors import TooLarge
 from steer.fit.requests.fields import MAX_ITEMS, DataField, HeldOutField, NameField, Seed
 from steer.fit.requests.inline import PROMPTS
 from steer.fit.requests.request import CardFields, FitPlace, Fitted
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from steer.fit.data.prompt import Prompt
     from steer.registry.registry import Registry
 
+MAX_TOKENS = 512
+"""Tokens of a text that a job may differentiate at once, beside the requests of clients."""
+
 
 class JacobianLensRequest(CardFields):
     """Texts, and over how many of them each derivative is averaged."""
@@ -24,7 +28,7 @@ class JacobianLensRequest(CardFields):
     summary: ClassVar = "Fit a Jacobian lens: what each layer makes the model disposed to say."
     form: ClassVar = PROMPTS
     doing: ClassVar = "hundredths of the rows"
-    batch_size: ClassVar = 8
+    batch_size: ClassVar = 4
     needs_gradients: ClassVar = True
 
     name: NameField
@@ -61,6 +65,12 @@ class JacobianLensRequest(CardFields):
 
         del registry, data
         check_engine(engine)
+        if self.tokens > MAX_TOKENS:
+            raise TooLarge(
+                f"a job differentiates at most {MAX_TOKENS} tokens of a text at once, beside the "
+                f"requests of clients; got {self.tokens}: send fewer, or use the command",
+                param="/tokens",
+            )
 
     def work(self, data: Any) -> int:
         from steer.fit.methods.lenses.jacobian import PARTS

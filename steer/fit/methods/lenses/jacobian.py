@@ -36,7 +36,7 @@ MEASURING = 512
 """Tokens on which the lens is measured."""
 PARTS = 100
 """How many parts of the whole `progress` is told of."""
-_ROWS_AT_ONCE = 8
+_ROWS_AT_ONCE = 4
 """Backward passes of one piece of work, between which no request goes on."""
 
 
@@ -58,7 +58,7 @@ def fit_jacobian_lens(
     skip: int = 16,
     held_out: float = 0.2,
     seed: int = 0,
-    batch: int = 8,
+    batch: int = 4,
     description: str = "",
     licence: str = "",
     progress: Progress | None = None,
@@ -78,7 +78,7 @@ def fit_jacobian_lens(
     check_engine(engine)
     texts = [tuple(prompt_tokens(engine, prompt)[:tokens]) for prompt in prompts]
     long = [text for text in texts if len(text) >= skip + 2]
-    fitted, tried = split(long, held_out, seed) if len(long) > 1 else (long, long)
+    fitted, tried = split(long, held_out, seed)
     if not fitted:
         raise SteerError(
             f"none of the {len(texts)} prompts has the {skip + 2} tokens that a Jacobian lens "
@@ -87,17 +87,13 @@ def fit_jacobian_lens(
         )
     each = len(fitted) if average is None else min(average, len(fitted))
     jacobians = mean_jacobians(engine, fitted, each, skip, seed, batch, progress)
-    lens = Lens.of_jacobians(
+    measuring = Yardstick.read(engine, tried, MEASURING, seed, batch, None)
+    return Lens.of_jacobians(
         jacobians,
         name=name,
         model=engine.info.own_name,
         description=description,
         licence=licence,
-    )
-    measuring = Yardstick.read(engine, tried, MEASURING, seed, batch, None)
-    return Lens.of_jacobians(
-        jacobians,
-        **lens.card.model_dump(include={"name", "model", "description", "licence"}),
         provenance={
             "method": "jacobian-lens",
             "data_sha256": sha256_of([prompt_json(prompt) for prompt in prompts]),
@@ -108,7 +104,7 @@ def fit_jacobian_lens(
             "short": len(texts) - len(long),
             "held_out_tokens": measuring.states.shape[1],
             "seed": seed,
-            "kl": _measured(measuring, lens),
+            "kl": _measured(measuring, Lens.of_jacobians(jacobians)),
             **made_on(engine),
         },
     )
