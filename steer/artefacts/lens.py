@@ -1,7 +1,8 @@
-"""Tuned lenses (2303.08112): an affine translator for each layer, kept as an artefact.
+"""Lenses: for each layer a map to what the last block would give, kept as an artefact.
 
-A translator reads the input of a decoder block and says what the last block's output would have
-been: x + W x + b, before the final norm and the output matrix. The last block's output needs none.
+What goes into a decoder block is made into what the last block's output would have been, before the
+final norm and the output matrix. A tuned lens (2303.08112) learns x + W x + b for it; a Jacobian
+lens takes J x, J being the mean derivative of the last block's output. That output needs no map.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -21,22 +22,49 @@ from steer.errors import FileFormatError, IncompatibleArtefact, Unsupported
 from steer.model import ModelInfo
 from steer.spec import Site
 
+LensMethod: TypeAlias = Literal["tuned", "jacobian"]
+
+
+class LensMap(NamedTuple):
+    """What one layer's states go through: x + W x + b, or, without a bias, the matrix alone.
+
+    `weight` is `[d_model, d_model]`, `bias` `[d_model]`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def method(self) -> LensMethod:
+        return "jacobian" if self.bias is None else "tuned"
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """As files name them."""
+        if self.bias is None:
+            return {"jacobian": self.weight}
+        return {"weight": self.weight, "bias": self.bias}
+
 
 @dataclass(frozen=True, eq=False)
 class Lens:
-    """W `[d_model, d_model]` and b `[d_model]` for the input of each decoder block.
+    """A map for the input of each decoder block: W and b of a tuned lens, or a Jacobian.
 
-    Guarantees: blocks from 0 without a gap, one width, finite, of float32, float16 or bfloat16. The
-    numbers stay in the type they came in (a lens is the largest artefact by far), and are computed
-    with in float32.
+    Guarantees: one method, one width, finite, of float32, float16 or bfloat16. A tuned lens has the
+    blocks from 0 on without a gap; a Jacobian lens has the last one, and may have gaps before it.
+    The numbers stay in the type they came in (a lens is the largest artefact by far), and are
+    computed with in float32.
     """
 
-    translators: Mapping[int, tuple[Tensor, Tensor]]
+    translators: Mapping[int, LensMap]
     card: Card
 
     @staticmethod
     def of(translators: Mapping[int, tuple[Tensor, Tensor]], **card: Any) -> Lens:
-        """A checked lens; `card` holds any field of `Card`. Raises `FileFormatError`."""
+        """A checked tuned lens, by the block whose input is read; `card` holds any field of `Card`.
+
+        Raises `FileFormatError`.
+        """
         if not translators or sorted(translators) != list(range(len(translators))):
             raise FileFormatError(
                 "a tuned lens has a translator for each block from 0 on; got the blocks "
@@ -45,65 +73,113 @@ class Lens:
             )
         width = translators[0][1].numel()
         for layer, (weight, bias) in translators.items():
-            _check(layer, weight, bias, width)
-        layers = tuple(sorted(translators))
-        fields = {"kind": "lens", "site": "resid_pre", "width": width, "layers": layers, **card}
-        parts = {
-            n: (translators[n][0].contiguous(), translators[n][1].contiguous()) for n in layers
-        }
-        return Lens(parts, Card(**fields))
+            _check(f"translator {layer}", width, weight, bias)
+        return _described(
+            {n: LensMap(w.contiguous(), b.contiguous()) for n, (w, b) in translators.items()}, card
+        )
+
+    @staticmethod
+    def of_jacobians(jacobians: Mapping[int, Tensor], **card: Any) -> Lens:
+        """A checked Jacobian lens; J `[d_model, d_model]` by the block whose *input* it reads: the
+        output of block l is the input of block l + 1.
+
+        Raises `FileFormatError`.
+        """
+        if not jacobians or min(jacobians) < 0:
+            raise FileFormatError(
+                "a Jacobian lens has a matrix for at least one block, numbered from 0; got the "
+                f"blocks {sorted(jacobians)[:10]}",
+                code="unknown_layout",
+            )
+        first = jacobians[min(jacobians)]
+        width = first.shape[-1] if first.ndim else 0
+        for layer, matrix in jacobians.items():
+            _check(f"the Jacobian of block {layer}'s input", width, matrix)
+        return _described({n: LensMap(one.contiguous()) for n, one in jacobians.items()}, card)
 
     @cached_property
     def sha256(self) -> str:
         """The identity of the lens: the hash of its canonical file."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
+    @property
+    def method(self) -> LensMethod:
+        return next(iter(self.translators.values())).method
+
     def to_bytes(self) -> bytes:
-        """The canonical file: `layers.N.weight`, `layers.N.bias` and the card."""
-        tensors = {}
-        for layer, (weight, bias) in self.translators.items():
-            tensors[f"layers.{layer}.weight"] = weight
-            tensors[f"layers.{layer}.bias"] = bias
+        """The canonical file: `layers.N.weight` and `layers.N.bias`, or `layers.N.jacobian`, and
+        the card."""
+        tensors = {
+            f"layers.{layer}.{name}": tensor
+            for layer, one in self.translators.items()
+            for name, tensor in one.tensors.items()
+        }
         return canonical_bytes(tensors, self.card)
 
     @staticmethod
     def from_bytes(data: bytes, *, name: str = "") -> Lens:
         tensors, card = parse_canonical(data, name)
-        parts = {
-            n: (tensors[f"layers.{n}.weight"], tensors[f"layers.{n}.bias"]) for n in card.layers
-        }
+        parts = {}
+        for n in card.layers:
+            key = f"layers.{n}"
+            if f"{key}.jacobian" in tensors:
+                parts[n] = LensMap(tensors[f"{key}.jacobian"])
+            else:
+                parts[n] = LensMap(tensors[f"{key}.weight"], tensors[f"{key}.bias"])
         return Lens(parts, card)
+
+    @property
+    def blocks(self) -> int:
+        """How many decoder blocks the model has: the last one's input is always read."""
+        return max(self.translators) + 1
 
     def check_fits(self, model: ModelInfo) -> None:
         """Raises `IncompatibleArtefact` unless `model` has this width and this many blocks."""
-        if (self.card.width, len(self.translators)) != (model.d_model, model.n_layers):
+        if (self.card.width, self.blocks) != (model.d_model, model.n_layers):
             raise IncompatibleArtefact(
-                f"the lens {self.card.name!r} is for {len(self.translators)} blocks of width "
+                f"the lens {self.card.name!r} is for {self.blocks} blocks of width "
                 f"{self.card.width}; the model has {model.n_layers} of width {model.d_model}"
             )
 
-    def translator(self, layer: int, site: Site) -> tuple[Tensor, Tensor] | None:
-        """W and b in float32 for states at a block's resid_pre or resid_post; None for those of the
-        last block, which need none.
-
-        A block's output is the next one's input, so its translator is the next one's. Raises
-        `Unsupported` for other sites.
-        """
+    def check_reads(self, layer: int, site: Site) -> None:
+        """Raises `Unsupported` for a site that is not between decoder blocks, and
+        `IncompatibleArtefact` (`layer_not_in_lens`) for a layer that a Jacobian lens lacks."""
         if site not in ("resid_pre", "resid_post"):
             raise Unsupported(
-                f"a tuned lens reads between decoder blocks, not at {site!r}: use resid_post or "
+                f"a lens reads between decoder blocks, not at {site!r}: use resid_post or "
                 "resid_pre",
                 code="unsupported_site",
                 param="/site",
             )
+        if not self.reads(layer, site):
+            raise IncompatibleArtefact(
+                f"the lens {self.card.name!r} has no map for {site} of layer {layer}: it reads the "
+                f"outputs of the layers {self.output_layers}",
+                code="layer_not_in_lens",
+                param="/layers",
+            )
+
+    def reads(self, layer: int, site: Site) -> bool:
+        """Whether it has the map for states there, or they need none."""
+        return not self.translates(layer, site) or _block(layer, site) in self.translators
+
+    def translator(self, layer: int, site: Site) -> LensMap | None:
+        """The map in float32 for states at a block's resid_pre or resid_post; None for those of the
+        last block, which need none. Raises as `check_reads` does."""
+        self.check_reads(layer, site)
         if not self.translates(layer, site):
             return None
-        weight, bias = self.translators[layer if site == "resid_pre" else layer + 1]
-        return weight.to(torch.float32), bias.to(torch.float32)
+        weight, bias = self.translators[_block(layer, site)]
+        return LensMap(weight.to(torch.float32), None if bias is None else bias.to(torch.float32))
+
+    @property
+    def output_layers(self) -> list[int]:
+        """The layers whose outputs it has a map for."""
+        return [block - 1 for block in sorted(self.translators) if block]
 
     def translates(self, layer: int, site: Site) -> bool:
         """Whether it does anything to states there: those after the last block need nothing."""
-        return (layer if site == "resid_pre" else layer + 1) != len(self.translators)
+        return _block(layer, site) != self.blocks
 
     def translated(
         self, states: Float[Tensor, "N d_model"], layer: int, site: Site
@@ -117,22 +193,37 @@ class Lens:
 def translate(
     states: Float[Tensor, "N d_model"],
     weight: Float[Tensor, "d_model d_model"],
-    bias: Float[Tensor, " d_model"],
+    bias: Float[Tensor, " d_model"] | None = None,
 ) -> Float[Tensor, "N d_model"]:
-    """x + W x + b in float32."""
+    """x + W x + b in float32; without b, W x alone."""
     x = states.to(torch.float32)
-    return x + torch.nn.functional.linear(x, weight, bias)
+    mapped = torch.nn.functional.linear(x, weight, bias)
+    return mapped if bias is None else x + mapped
 
 
-def _check(layer: int, weight: Tensor, bias: Tensor, width: int) -> None:
-    if weight.shape != (width, width) or bias.shape != (width,) or width == 0:
-        raise FileFormatError(
-            f"translator {layer}: weight {list(weight.shape)} and bias {list(bias.shape)} must be "
-            f"[{width}, {width}] and [{width}]"
-        )
+def _block(layer: int, site: Site) -> int:
+    """The block that states there go into: a block's output is the next one's input."""
+    return layer if site == "resid_pre" else layer + 1
+
+
+def _described(maps: Mapping[int, LensMap], card: Mapping[str, Any]) -> Lens:
+    layers = tuple(sorted(maps))
+    width = len(maps[layers[0]].weight)
+    fields = {"kind": "lens", "site": "resid_pre", "width": width, "layers": layers, **card}
+    return Lens({n: maps[n] for n in layers}, Card(**fields))
+
+
+def _check(what: str, width: int, weight: Tensor, bias: Tensor | None = None) -> None:
+    wrong = bias is not None and bias.shape != (width,)
+    if weight.shape != (width, width) or wrong or width == 0:
+        beside = "" if bias is None else f" and bias {list(bias.shape)}"
+        wanted = f"[{width}, {width}]" + ("" if bias is None else f" and [{width}]")
+        raise FileFormatError(f"{what}: weight {list(weight.shape)}{beside} must be {wanted}")
     for part in (weight, bias):
+        if part is None:
+            continue
         if part.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise FileFormatError(f"translator {layer} is of type {part.dtype}, not a small float")
+            raise FileFormatError(f"{what} is of type {part.dtype}, not a small float")
         # The extremes say it too, without a copy of the largest tensors there are.
         if not all(bool(end.isfinite()) for end in part.aminmax()):
-            raise FileFormatError(f"translator {layer} contains NaN or Inf", code="not_finite")
+            raise FileFormatError(f"{what} contains NaN or Inf", code="not_finite")

@@ -80,7 +80,7 @@ def logit_lens(
     site: SiteOption = "resid_post",
     top: TopOption = 5,
     lens: Annotated[
-        str | None, typer.Option(help="A registered tuned lens to read through.")
+        str | None, typer.Option(help="A registered lens to read through, tuned or Jacobian.")
     ] = None,
     spec: SpecOption = None,
     png: PngOption = None,
@@ -90,7 +90,7 @@ def logit_lens(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
-    """Read every layer by the final norm and the output matrix, or through a tuned lens."""
+    """Read every layer by the final norm and the output matrix, or through a lens."""
     from steer import inspection
 
     fields: dict[str, Any] = {"layers": _layers(layers), "site": site, "top": top, "lens": lens}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from steer.fit.methods.dictionaries.nmf import fit_nmf
     from steer.fit.methods.dictionaries.snmf import fit_snmf
     from steer.fit.methods.fitting import fit
+    from steer.fit.methods.lenses.jacobian import fit_jacobian_lens
     from steer.fit.methods.lenses.tuned_lens import fit_tuned_lens
     from steer.fit.methods.linear.act import fit_act
     from steer.fit.methods.linear.alphasteer import fit_alphasteer
@@ -47,6 +48,7 @@ __all__ = [
     "fit_angular",
     "fit_conceptor",
     "fit_detector",
+    "fit_jacobian_lens",
     "fit_labels",
     "fit_low_rank",
     "fit_lrc",
@@ -93,6 +95,7 @@ _HOMES = {
     "fit_low_rank": "steer.fit.methods.trained.low_rank",
     "fit_lrc": "steer.fit.methods.lrc",
     "fit_nmf": "steer.fit.methods.dictionaries.nmf",
+    "fit_jacobian_lens": "steer.fit.methods.lenses.jacobian",
     "fit_tuned_lens": "steer.fit.methods.lenses.tuned_lens",
     "fit_labels": "steer.fit.methods.one_vs_rest",
     "fit_prosv": "steer.fit.methods.trained.prosv",

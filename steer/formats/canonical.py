@@ -24,6 +24,7 @@ from steer.formats.guards.safetensors import SafetensorsFile
 
 _ROW = re.compile(r"layers\.(0|[1-9]\d{0,5})")
 _PART = re.compile(r"layers\.(0|[1-9]\d{0,5})\.(rotation|weight|bias)")
+_JACOBIAN = re.compile(r"layers\.(0|[1-9]\d{0,5})\.jacobian")
 _NAMED = re.compile(r"layers\.(0|[1-9]\d{0,5})\.([a-z]+)")
 
 
@@ -116,14 +117,25 @@ def _affine(file: SafetensorsFile, card: Card) -> AffineMap:
 
 
 def _lens(file: SafetensorsFile, card: Card) -> Lens:
+    jacobians = {key: int(match[1]) for key in file.tensors if (match := _JACOBIAN.fullmatch(key))}
+    if jacobians and len(jacobians) == len(file.tensors):
+        held = file.load(jacobians, keep_type=True)
+        return _own_lens(Lens.of_jacobians({jacobians[key]: held[key] for key in jacobians}), card)
     layers = sorted({int(_matched(_PART, key)[1]) for key in file.tensors})
     wanted = {f"layers.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
     if wanted != set(file.tensors):
-        raise FileFormatError("a lens has layers.N.weight and layers.N.bias for each layer")
+        raise FileFormatError(
+            "a lens has layers.N.weight and layers.N.bias for each layer, or layers.N.jacobian"
+        )
     tensors = file.load(wanted, keep_type=True)
     lens = Lens.of(
         {n: (tensors[f"layers.{n}.weight"], tensors[f"layers.{n}.bias"]) for n in layers}
     )
+    return _own_lens(lens, card)
+
+
+def _own_lens(lens: Lens, card: Card) -> Lens:
+    """`lens`, made of a file's tensors, with the file's card, checked against it."""
     check_card(card, lens.card)
     if card.site != lens.card.site:
         raise FileFormatError(

@@ -12,6 +12,7 @@ from steer.formats.adapters.pyreft import PREFIX, is_pyreft, read_pyreft
 from steer.formats.archive import ArchiveFormat, unpack
 from steer.formats.arrays import foreign_weights
 from steer.formats.guards.stand_ins import check_present
+from steer.formats.lenses.jacobian_lens import is_jacobian_folder, read_jacobian_folder
 from steer.formats.lenses.tuned_lens import CONFIG as LENS_CONFIG
 from steer.formats.lenses.tuned_lens import PARAMETERS, read_tuned_lens
 from steer.formats.options import ImportOptions
@@ -41,11 +42,13 @@ LAYOUTS = (
         ("refusal-direction",),
     ),
     FolderLayout(lambda folder: (folder / PARAMETERS).is_file(), (LENS_CONFIG,), read_tuned_lens),
+    FolderLayout(is_jacobian_folder, (), read_jacobian_folder),
     FolderLayout(is_pyreft, (), read_pyreft, ("loreft", "direft")),
 )
 _KNOWN = (
     f"an SAE's folder of {', '.join(one.title for one in SAE_FOLDERS)}, a tuned lens "
-    f"({LENS_CONFIG}, {PARAMETERS}), a refusal direction ({DIRECTION}, {METADATA}) or a pyreft "
+    f"({LENS_CONFIG}, {PARAMETERS}), a Jacobian lens (…jacobian_lens….pt), a refusal direction "
+    f"({DIRECTION}, {METADATA}) or a pyreft "
     f"folder ({PREFIX}….bin, config.json)"
 )
 _PEFT = "adapter_config.json"

@@ -101,10 +101,11 @@ def check_model(artefact: Artefact, model: ModelInfo) -> None:
         code = "layer_out_of_range"
         why = f"has layers up to {max(card.layers)}; {model.name!r} has layers 0 to "
         why += str(model.n_layers - 1)
-    elif isinstance(artefact, Lens) and len(card.layers) < model.n_layers:
+    elif isinstance(artefact, Lens) and artefact.blocks < model.n_layers:
         code = "layer_out_of_range"
         why = f"has translators for layers 0 to {max(card.layers)}; {model.name!r} has layers 0 to "
-        why += f"{model.n_layers - 1}, and a lens needs one for each"
+        why += f"{model.n_layers - 1}, and a lens needs one for "
+        why += "each" if artefact.method == "tuned" else "the last"
     if code:
         raise IncompatibleArtefact(
             f"the file {why}: send one made for this model, or say in 'model' for which other "

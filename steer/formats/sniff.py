@@ -52,7 +52,7 @@ def sniff(path: Path) -> str:
     raise FileFormatError(
         f"the file is {seems or 'of no known format'}; known are safetensors, "
         f"{', '.join(format.title for format in FORMATS)}, and folders of SAELens, tuned-lens, "
-        "refusal_direction or pyreft as .zip, .tar or .tar.gz",
+        "jacobian-lens, refusal_direction or pyreft as .zip, .tar or .tar.gz",
         code="unknown_format",
     )
 

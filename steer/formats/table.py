@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steer.artefacts.artefact import Artefact
+from steer.formats.guards.torch import load_tensors
 from steer.formats.guards.zip import member_names
+from steer.formats.lenses.jacobian_lens import is_jacobian_lens, lens_of_held
 from steer.formats.options import ImportOptions
 from steer.formats.vectors.gguf import read_gguf
 from steer.formats.vectors.npz import read_npz
-from steer.formats.vectors.pt import read_torch
+from steer.formats.vectors.pt import vector_of_held
 from steer.formats.vectors.svec import read_svec
 
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06")
@@ -49,6 +51,12 @@ def _is_torch(path: Path, start: bytes) -> bool:
     return any(name.count("/") == 1 and name.endswith("/data.pkl") for name in names)
 
 
+def _read_torch(path: Path, options: ImportOptions) -> Artefact:
+    held = load_tensors(path)
+    read = lens_of_held if is_jacobian_lens(held) else vector_of_held
+    return read(held, path, options)
+
+
 def _is_svec(_path: Path, start: bytes) -> bool:
     # The length that a safetensors file begins with is far from being eight letters.
     text = all(byte in _SPACE or byte >= 0x20 for byte in start[:8])
@@ -58,7 +66,7 @@ def _is_svec(_path: Path, start: bytes) -> bool:
 
 FORMATS: tuple[FileFormat, ...] = (
     FileFormat("gguf", "GGUF", lambda _, start: start.startswith(b"GGUF"), read_gguf),
-    FileFormat("torch", ".pt with tensors alone", _is_torch, read_torch),
+    FileFormat("torch", ".pt with tensors alone", _is_torch, _read_torch),
     FileFormat("npz", ".npz", _is_npz, read_npz),
     FileFormat("svec", ".svec and other JSON", _is_svec, read_svec),
 )

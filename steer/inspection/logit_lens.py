@@ -1,7 +1,7 @@
 """The logit lens: every layer's residual stream read by the final norm and output matrix.
 
-With a tuned lens (2303.08112), a layer's state first goes through that layer's translator. At the
-last layer both are the model's own next-token distribution.
+With a lens that is registered, tuned (2303.08112) or Jacobian, a layer's state first goes through
+that layer's map. At the last layer all are the model's own next-token distribution.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from steer.artefacts.lens import Lens
+from steer.artefacts.lens import Lens, LensMethod
 from steer.artefacts.library import Library
 from steer.engines.base import CaptureRequest, Engine
 from steer.errors import SteerError, UnknownArtefact
@@ -44,7 +44,7 @@ _LOGITS_AT_ONCE = 1 << 24
 class LogitLensRequest(PromptInput):
     """Which layers and positions to read, and how many tokens to report at each place.
 
-    `lens` names a registered tuned lens.
+    `lens` names a registered lens, tuned or Jacobian; all layers are then those that it reads.
     """
 
     layers: LayerChoice = "all"
@@ -69,8 +69,8 @@ class LensCell(BaseModel):
 class LogitLensResult(BaseModel):
     """`cells` run over `positions` within each of `layers`; `tokens` are the whole prompt's.
 
-    `fingerprint` names the steering under which the states were read, `lens` the tuned lens that
-    they were read through, as `name@hash`.
+    `fingerprint` names the steering under which the states were read, `lens` the lens that they
+    were read through, as `name@hash`, and `lens_method` which it is.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -84,6 +84,7 @@ class LogitLensResult(BaseModel):
     cells: tuple[LensCell, ...]
     fingerprint: str | None = None
     lens: str | None = None
+    lens_method: LensMethod | None = None
 
     def row(self, layer: int) -> tuple[LensCell, ...]:
         """The cells of one layer, in the order of `positions`."""
@@ -107,13 +108,13 @@ def logit_lens(
     """
     LOGIT_LENS.require(engine)
     prompt = encode_prompt(engine, request)
-    points = chosen_points(engine, request.layers, request.site)
+    lens = _lens_for(engine, request, library)
+    points = _points(engine, request, lens)
     positions = chosen_positions(prompt, request.positions)
     check_size(
         [("layers", len(points)), ("positions", len(positions)), ("tokens", request.top)],
         advice="read fewer positions or layers, or lower 'top'",
     )
-    lens = _lens_for(engine, request, library)
     plan = plan_for(engine, request.steering, plans, at="/steering")
     captured = engine.capture(
         CaptureRequest(
@@ -140,7 +141,20 @@ def logit_lens(
         cells=tuple(cells),
         fingerprint=plan.fingerprint if plan else None,
         lens=f"{lens.card.name}@{lens.sha256[:12]}" if lens else None,
+        lens_method=lens.method if lens else None,
     )
+
+
+def _points(engine: Engine, request: LogitLensRequest, lens: Lens | None) -> tuple[HookPoint, ...]:
+    """Where states are read; "all" are those that the lens has a map for, and the last."""
+    points = chosen_points(engine, request.layers, request.site)
+    if lens is None:
+        return points
+    if request.layers == "all":
+        points = tuple(p for p in points if p == points[-1] or lens.reads(p.layer, p.site))
+    for point in points:
+        lens.check_reads(point.layer, point.site)
+    return points
 
 
 def _lens_for(engine: Engine, request: LogitLensRequest, library: Library | None) -> Lens | None:
@@ -181,7 +195,7 @@ def lens_heat_map(result: LogitLensResult) -> HeatMap:
     """Layers × positions; the text is the likeliest token, the colour its probability."""
     rows = [result.row(layer) for layer in result.layers]
     return HeatMap(
-        title=f"Tuned lens {result.lens}" if result.lens else "Logit lens",
+        title=f"{(result.lens_method or 'logit').capitalize()} lens {result.lens or ''}".strip(),
         subtitle=f"{result.model} · {result.site} · likeliest next token at each layer",
         row_label="layer",
         column_label="prompt token",
@@ -195,7 +209,7 @@ def lens_heat_map(result: LogitLensResult) -> HeatMap:
 
 LOGIT_LENS = Inspection(
     name="logit_lens",
-    summary="What each layer would say next, by the final norm and output matrix, or a tuned lens.",
+    summary="What each layer would say next, by the final norm and output matrix, or a lens.",
     request=LogitLensRequest,
     result=LogitLensResult,
     run=logit_lens,

@@ -152,6 +152,11 @@ class _Sources:
         points = [HookPoint(layer) for layer in item.layers]
         for point in points:
             self._check_point(point, "/lens/layers")
+            if lens is not None:
+                try:
+                    lens.check_reads(point.layer, point.site)
+                except SteerError as error:
+                    raise error.at("/lens/layers") from None
         top = min(item.top, self.model.vocab_size)
         return [LensReader(point, top, lens, item.lens) for point in points]
 

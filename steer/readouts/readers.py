@@ -203,7 +203,7 @@ class TopFeaturesReader:
 
 @dataclass(frozen=True, eq=False)
 class LensReader:
-    """What a layer would say next, through a tuned `lens` where there is one: probabilities of the
+    """What a layer would say next, through a `lens` where there is one: probabilities of the
     `top` likeliest tokens, these tokens, and the entropy. The model's own head makes the logits,
     so that it is read when the pass is over."""
 
@@ -228,11 +228,11 @@ class LensReader:
             return after
 
         def moved(device: torch.device) -> list[Tensor]:
-            return [part.to(device) for part in lens.translator(point.layer, point.site) or ()]
+            found = lens.translator(point.layer, point.site) or ()
+            return [part.to(device) for part in found if part is not None]
 
         size = 4 * lens.card.width * (lens.card.width + 1)
-        weight, bias = tools.on_device(f"lens {lens.sha256} {point}", size, moved)
-        return translate(after, weight, bias)
+        return translate(after, *tools.on_device(f"lens {lens.sha256} {point}", size, moved))
 
 
 def read_lenses(

@@ -67,8 +67,8 @@ class FeatureSpec(BaseModel):
 
 
 class LensSpec(BaseModel):
-    """What `layers` would say next: the `top` tokens and the entropy, by the logit lens, or by the
-    registered tuned `lens`."""
+    """What `layers` would say next: the `top` tokens and the entropy, by the logit lens, or by a
+    registered `lens`, tuned or Jacobian."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

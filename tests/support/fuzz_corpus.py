@@ -122,6 +122,8 @@ def _safetensors() -> Iterator[Seed]:
     yield Seed("canonical vector", vector.to_bytes(), parse_file)
     yield Seed("canonical adapter", random_adapter(1, 1, 2).to_bytes(), parse_file)
     yield Seed("canonical lens", Lens.of(_translators(3, 8)).to_bytes(), parse_file)
+    jacobians = {n: torch.randn(8, 8) for n in (1, 3)}
+    yield Seed("canonical jacobians", Lens.of_jacobians(jacobians).to_bytes(), parse_file)
     for architecture in ("standard", "jumprelu", "topk"):
         yield Seed(f"canonical {architecture}", random_sae(architecture).to_bytes(), parse_file)
     rows = {f"layers.{n}": torch.randn(WIDTH).to(torch.bfloat16) for n in (1, 2)}
@@ -220,6 +222,10 @@ def _torch() -> Iterator[Seed]:
     parameter = torch.nn.Parameter(torch.randn(WIDTH))
     yield Seed("torch row", _saved({"3": parameter}), parse_file)
     yield Seed("torch axis", _saved({"axis": torch.randn(4, WIDTH), "n_roles": 2}), parse_file)
+    yield Seed("torch jacobian lens", _saved(_jacobian_lens(3, 8)), parse_file)
+    sums = {n: torch.randn(8, 8) for n in range(3)}
+    checkpoint = {"jacobian_sum": sums, "n_done": 4, "next_idx": 5, "source_layers": [0, 1, 2]}
+    yield Seed("torch jacobian checkpoint", _saved(checkpoint), parse_file)
     capping = {
         "vectors": {"a": {"layer": 2, "vector": torch.randn(WIDTH)}},
         "experiments": [{"id": "x", "interventions": [{"vector": "a", "cap": 1.5}]}],
@@ -234,6 +240,10 @@ def _folders() -> Iterator[Seed]:
             "direction_metadata.json": b'{"pos": -1, "layer": 2}',
         },
         "lens": _lens_folder(_translators(3, 8)),
+        "jacobian lens": {
+            "m_jacobian_lens_n100.pt": _saved(_jacobian_lens(3, 8)),
+            "config.yaml": b"hf_model_name: some/model\nfit:\n  n_prompts: 100\n",
+        },
         "pyreft": {
             "intkey_layer_2_comp_block_output_unit_pos_nunit_1#0.bin": _saved(
                 {
@@ -317,6 +327,11 @@ def steering_vector_class() -> Iterator[Callable[..., Any]]:
 
 def _translators(layers: int, width: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     return {n: (torch.randn(width, width), torch.randn(width)) for n in range(layers)}
+
+
+def _jacobian_lens(layers: int, width: int) -> dict[str, Any]:
+    matrices = {n: torch.randn(width, width).half() for n in range(layers)}
+    return {"J": matrices, "n_prompts": 100, "source_layers": [*matrices], "d_model": width}
 
 
 def _lens_folder(parts: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, bytes]:

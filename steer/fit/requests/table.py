@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from steer.fit.requests.detector import DetectorRequest
 from steer.fit.requests.dictionaries import NmfRequest, SnmfRequest
+from steer.fit.requests.jacobian_lens import JacobianLensRequest
 from steer.fit.requests.labels import LabelsRequest
 from steer.fit.requests.linear.act import ActRequest
 from steer.fit.requests.linear.alphasteer import AlphaSteerRequest
@@ -25,6 +26,7 @@ FIT_REQUESTS: tuple[type[FitRequest], ...] = (
     LowRankRequest,
     TransferRequest,
     TunedLensRequest,
+    JacobianLensRequest,
     SnmfRequest,
     NmfRequest,
     PairsRequest,

@@ -39,11 +39,6 @@ _MEAN_DIFFERENCES = 3
 _MOST_WRAPPERS = 4
 
 
-def read_torch(path: Path, options: ImportOptions) -> ControlVector:
-    """The vector in a `.pt` file. Raises `FileFormatError` or `SteerError`."""
-    return vector_of_held(load_tensors(path), path, options)
-
-
 def vector_of_held(held: Any, path: Path, options: ImportOptions) -> ControlVector:
     """The vector in what a `.pt` file held. Raises `FileFormatError` or `SteerError`."""
     if isinstance(held, dict):

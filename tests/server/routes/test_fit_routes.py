@@ -33,6 +33,7 @@ from steer.fit import (
     fit_angular,
     fit_conceptor,
     fit_detector,
+    fit_jacobian_lens,
     fit_labels,
     fit_low_rank,
     fit_lrc,
@@ -51,6 +52,7 @@ from steer.fit.methods.method import METHODS, UNPAIRED
 from steer.fit.methods.transfer import MAPS
 from steer.fit.requests.detector import DetectorRequest
 from steer.fit.requests.dictionaries import NmfRequest, SnmfRequest
+from steer.fit.requests.jacobian_lens import JacobianLensRequest
 from steer.fit.requests.labels import LabelsRequest
 from steer.fit.requests.linear.act import ActRequest
 from steer.fit.requests.linear.alphasteer import AlphaSteerRequest
@@ -105,6 +107,11 @@ BODIES: dict[str, tuple[dict[str, Any], str, list[dict[str, Any]] | list[str]]] 
         EXERCISES,
     ),
     "fit/tuned-lens": ({"name": "reader", "steps": 2, "rows": 8}, "prompts", [*ASKS, *ASKS]),
+    "fit/jacobian-lens": (
+        {"name": "disposed", "skip": 1, "tokens": 24, "average": 2},
+        "prompts",
+        ASKS,
+    ),
     "fit/transfer": (
         {"vector": "glad", "from": "tiny", "name": "moved"},
         "prompts",
@@ -146,6 +153,7 @@ KINDS = {
     "fit/act": "affine",
     "fit/detector": "detector",
     "fit/tuned-lens": "lens",
+    "fit/jacobian-lens": "lens",
 }
 """What a fit makes, where it is not a vector."""
 
@@ -338,6 +346,7 @@ FAKE = {
     "fit/nmf": {"name": "x", "layer": 1, "prompts": ASKS},
     "fit/prompts": {"name": "x", "toward": "a", "away": "b"},
     "fit/tuned-lens": {"name": "x", "prompts": ASKS, "steps": 0},
+    "fit/jacobian-lens": {"name": "x", "prompts": ASKS},
     "fit/transfer": {"vector": "joy", "from": "fake-model", "prompts": ASKS},
     "fit/alphasteer": {"name": "x", "vector": "joy", "steer": "joy", "texts": TEXTS},
     "fit/reps": {"name": "x", "layers": [1], "preferences": LIKED},
@@ -383,6 +392,9 @@ FAKE = {
         ("fit/tuned-lens", {"data": '"a"\n', "prompts": None}, "/data", "no_prompts"),
         ("fit/tuned-lens", {"rows": 257}, "/rows", "too_large"),
         ("fit/tuned-lens", {"held_out": 0.95}, "/held_out", "invalid_value"),
+        ("fit/jacobian-lens", {}, None, "no_gradients"),
+        ("fit/jacobian-lens", {"average": 0}, "/average", "invalid_value"),
+        ("fit/jacobian-lens", {"prompts": []}, "/prompts", "invalid_value"),
         ("fit/transfer", {"from": "another"}, "/from", "no_second_model"),
         ("fit/transfer", {"vector": "joi"}, "/vector", "unknown_vector"),
         ("fit/transfer", {"held_out": 0.95}, "/held_out", "invalid_value"),
@@ -456,6 +468,7 @@ FUNCTIONS: dict[type[FitRequest], Any] = {
     NmfRequest: fit_nmf,
     TransferRequest: transfer,
     TunedLensRequest: fit_tuned_lens,
+    JacobianLensRequest: fit_jacobian_lens,
     AlphaSteerRequest: fit_alphasteer,
     RepsRequest: fit_reps,
     ProsvRequest: fit_prosv,

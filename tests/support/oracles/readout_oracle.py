@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from artefacts import random_lens, random_sae, random_vector
+from artefacts import random_jacobians, random_lens, random_sae, random_vector
 from numpy.typing import NDArray
 
 from steer.artefacts.library import MemoryLibrary
@@ -24,7 +24,7 @@ Numbers = NDArray[np.float64]
 
 
 def reading_library(width: int, layers: int) -> MemoryLibrary:
-    """Vectors, SAEs of every way to read a feature, and a tuned lens."""
+    """Vectors, SAEs of every way to read a feature, and a lens of each method."""
     saes = {
         name: random_sae(name, seed=70 + n, width=width, layer=n % layers)
         for n, name in enumerate(("jumprelu", "topk", "standard-centred", "jumprelu-rescaled"))
@@ -32,7 +32,10 @@ def reading_library(width: int, layers: int) -> MemoryLibrary:
     return MemoryLibrary(
         {f"v{n}": random_vector(n, *range(layers), width=width) for n in range(4)},
         saes,
-        lenses={"tuned": random_lens(71, width=width, layers=layers)},
+        lenses={
+            "tuned": random_lens(71, width=width, layers=layers),
+            "jacobian": random_jacobians(72, width=width, layers=layers),
+        },
     )
 
 
@@ -53,6 +56,7 @@ SEVERAL: Mapping[str, dict[str, Any]] = {
     "projections": {"projections": [{"vector": "v0", "layers": [1]}]},
     "everything": EVERYTHING,
     "through a tuned lens": {"lens": {"layers": [0, 1, 2], "lens": "tuned", "top": 2}},
+    "through a Jacobian lens": {"lens": {"layers": [0, 1, 2], "lens": "jacobian", "top": 2}},
 }
 
 

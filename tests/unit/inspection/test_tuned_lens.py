@@ -113,3 +113,35 @@ def test_without_a_registry(engine: TransformersEngine) -> None:
     with pytest.raises(SteerError) as raised:
         logit_lens(engine, request)
     assert raised.value.code == "unknown_lens"
+
+
+def jacobian_lens(seed: int = 3, blocks: tuple[int, ...] = (1, 2)) -> Lens:
+    generator = torch.Generator().manual_seed(seed)
+    return Lens.of_jacobians(
+        {n: torch.randn(WIDTH, WIDTH, generator=generator) for n in blocks}, name="tuned"
+    )
+
+
+def test_a_jacobian_lens_reads_norm_and_head_of_j_times_h(subject: Any) -> None:
+    engine, lens = subject.engine, jacobian_lens()
+    ids = tuple(engine.tokenizer.encode(TEXT))
+    result = read(engine, lens, top=20)
+    assert (result.lens_method, result.layers) == ("jacobian", (0, 1, 2))
+    states = subject.states(ids)
+    for layer in range(LAYERS - 1):
+        moved = states[layer].double() @ lens.translators[layer + 1].weight.double().T
+        expected = subject.read(moved.float()).double().softmax(-1)
+        for cell in result.row(layer):
+            for entry in cell.top:
+                own = float(expected[cell.position][entry.id])
+                assert entry.probability == pytest.approx(own, abs=1e-5)
+    assert result.row(2) == read(engine, top=20).row(2)
+    assert lens_heat_map(result).title.startswith("Jacobian lens tuned@")
+
+
+def test_all_layers_are_those_that_a_jacobian_lens_has(engine: TransformersEngine) -> None:
+    assert read(engine, jacobian_lens(blocks=(2,))).layers == (1, 2)
+    assert read(engine, jacobian_lens(), site="resid_pre").layers == (1, 2)
+    with pytest.raises(SteerError) as raised:
+        read(engine, jacobian_lens(blocks=(2,)), layers=[0, 2])
+    assert (raised.value.code, raised.value.param) == ("layer_not_in_lens", "/layers")
