@@ -25,6 +25,7 @@ from steer.artefacts.adapter_parts import (
 )
 from steer.artefacts.calibration import Calibration
 from steer.artefacts.kinds import ArtefactKind
+from steer.artefacts.oracle_form import OracleForm
 from steer.errors import FileFormatError, IncompatibleArtefact
 from steer.spec import Site, Where
 
@@ -75,6 +76,8 @@ class Card(BaseModel):
     measures: dict[int, LayerMeasure] = Field(default_factory=dict)
     # Without one a card is written as before there were any, so that old files keep their hash.
     calibration: Calibration | None = Field(default=None, exclude_if=lambda value: value is None)
+    # How an oracle is asked; no other kind has one.
+    oracle: OracleForm | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @property
     def used_layers(self) -> tuple[int, ...]:

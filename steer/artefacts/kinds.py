@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
-ArtefactKind = Literal["vector", "low_rank", "sae", "lens", "affine"]
+ArtefactKind = Literal["vector", "low_rank", "sae", "lens", "affine", "oracle"]
 """A kind, as cards, the catalogue and error codes (`unknown_lens`) call it."""
 
-Plural = Literal["vectors", "adapters", "saes", "lenses", "maps"]
+Plural = Literal["vectors", "adapters", "saes", "lenses", "maps", "oracles"]
 """Artefacts of one kind, as routes and counts call them."""
 
 
@@ -62,6 +62,9 @@ KINDS = (
     KindRow("sae", "saes", shelf="saes", title="SAEs", home="steer.artefacts.sae.base:SAE"),
     KindRow("lens", "lenses", shelf="lenses", title="Lenses", home="steer.artefacts.lens:Lens"),
     KindRow("affine", "maps", shelf="maps", title="Maps", home="steer.artefacts.affine:AffineMap"),
+    KindRow(
+        "oracle", "oracles", shelf="oracles", title="Oracles", home="steer.artefacts.oracle:Oracle"
+    ),
 )
 
 NAMED: Mapping[ArtefactKind, KindRow] = {row.name: row for row in KINDS}

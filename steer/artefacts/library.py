@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.lens import Lens
+from steer.artefacts.oracle import Oracle
 from steer.artefacts.sae.base import SAE
 from steer.artefacts.sae.labels import FeatureLabel
 from steer.errors import UnknownArtefact
@@ -31,6 +32,8 @@ class Library(Protocol):
     def lens(self, ref: str) -> Lens: ...
 
     def affine(self, ref: str) -> AffineMap: ...
+
+    def oracle(self, ref: str) -> Oracle: ...
 
 
 @runtime_checkable
@@ -70,6 +73,7 @@ class MemoryLibrary:
     low_ranks: Mapping[str, LowRankAdapter] = field(default_factory=dict)
     lenses: Mapping[str, Lens] = field(default_factory=dict)
     maps: Mapping[str, AffineMap] = field(default_factory=dict)
+    oracles: Mapping[str, Oracle] = field(default_factory=dict)
 
     def vector(self, ref: str) -> ControlVector:
         return _named(self.vectors, ref, "vector")
@@ -85,6 +89,9 @@ class MemoryLibrary:
 
     def affine(self, ref: str) -> AffineMap:
         return _named(self.maps, ref, "affine")
+
+    def oracle(self, ref: str) -> Oracle:
+        return _named(self.oracles, ref, "oracle")
 
 
 def _named(held: Mapping[str, Held], ref: str, kind: str) -> Held:

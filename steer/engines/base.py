@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
 
+from steer.artefacts.lora import Lora
 from steer.model import Capabilities, HookPoint, ModelInfo
 from steer.prompts.roles import RoleRanges
 
@@ -77,6 +78,9 @@ class GenerationRequest:
     plan may ask."""
     readouts: ReadoutPlan | None = None
     """What is read of its tokens."""
+    lora: Lora | None = None
+    """What the model's weights gain for this request alone; `complete` takes it, where the
+    capabilities say `lora`."""
 
 
 @dataclass(frozen=True)

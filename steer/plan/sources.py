@@ -12,6 +12,7 @@ from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.lens import Lens
 from steer.artefacts.library import Library
+from steer.artefacts.oracle import Oracle
 from steer.artefacts.sae.base import SAE
 from steer.formats.inline import decode_inline
 from steer.model import HookPoint, ModelInfo
@@ -69,6 +70,9 @@ class Snapshot:
 
     def lens(self, ref: str) -> Lens:
         return self._once("lens", ref, self._library.lens)
+
+    def oracle(self, ref: str) -> Oracle:
+        return self._once("oracle", ref, self._library.oracle)
 
     def _once(self, kind: str, ref: str, find: Callable[[str], Found]) -> Found:
         if (kind, ref) not in self._found:
