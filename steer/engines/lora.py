@@ -16,7 +16,7 @@ def check_lora(request: GenerationRequest, capabilities: Capabilities) -> None:
         return
     advice = "choose another engine, or ask without an adapter"
     if capabilities.engine == "vllm":
-        advice = "start vLLM with --enable-lora, and with a --max-lora-rank that is large enough"
+        advice = "start vLLM with --enable-lora, on a CPU with --max-loras 2 as well"
     raise Unsupported(
         f"this {capabilities.engine} engine runs no LoRA adapters: {advice}", code="no_lora"
     )

@@ -257,9 +257,12 @@ class VllmEngine:
 
 
 def _max_lora_rank(config: Any) -> int | None:
-    """The largest rank of adapters that vLLM was started for; None where it serves none."""
+    """The largest rank of adapters that vLLM was started for; None where it serves none, and on a
+    CPU with one place alone: there requests without an adapter get that in the last place."""
     lora = getattr(config, "lora_config", None)
-    return None if lora is None else int(lora.max_lora_rank)
+    if lora is None or (config.device_config.device_type == "cpu" and lora.max_loras < 2):
+        return None
+    return int(lora.max_lora_rank)
 
 
 def _readouts(*, lens: bool) -> tuple[str, ...]:
