@@ -41,7 +41,7 @@ ASKED: dict[str, dict[str, Any]] = {
             "text": "The capital of France is",
             "steering": {
                 "interventions": [
-                    {"kind": "ablate", "vector": "french", "layers": [1], "strength": 0.5}
+                    {"kind": "ablate", "vector": "v1", "layers": [1], "strength": 0.5}
                 ]
             },
         },
