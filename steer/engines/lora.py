@@ -38,7 +38,7 @@ def by_adapter(
     other; in the order of `requests`."""
     groups: dict[str | None, list[int]] = {}
     for number, request in enumerate(requests):
-        groups.setdefault(request.lora and request.lora.sha256, []).append(number)
+        groups.setdefault(None if request.lora is None else request.lora.sha256, []).append(number)
     found: dict[int, Completion] = {}
     for numbers in groups.values():
         asked = [requests[n] for n in numbers]

@@ -17,15 +17,15 @@ from steer.errors import Unsupported
 class LoraRequests:
     """Assumes: the engine's workers see this machine's temporary folder.
 
-    Guarantees: one adapter has one name and number for as long as this lives, so that vLLM loads it
-    once and no cached block of another is taken for its own.
+    Guarantees: an adapter has one name and number, in whichever server process it is asked for, so
+    that vLLM loads it once, and no other adapter, and no cached block of one, is taken for it.
     """
 
     def __init__(self, max_rank: int | None) -> None:
         """`max_rank` is the largest that the engine was started for; None without LoRA."""
         self.max_rank = max_rank
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._numbers: dict[str, int] = {}
+        self._numbers: dict[int, str] = {}
         self._lock = threading.Lock()
 
     def check(self, lora: Lora) -> None:
@@ -47,11 +47,16 @@ class LoraRequests:
             if self._folder is None:
                 self._folder = tempfile.TemporaryDirectory(prefix="steer-lora-")
             folder = Path(self._folder.name) / lora.sha256
-            if lora.sha256 not in self._numbers:
+            # Of its content, in 31 bits, and beyond what vLLM counts up for adapters of its own.
+            number = (1 << 30) + int(lora.sha256[:7], 16)
+            if self._numbers.setdefault(number, lora.sha256) != lora.sha256:
+                raise Unsupported(
+                    "vLLM would take the adapter for another one, whose number is the same by "
+                    "chance: train it again with another seed",
+                    code="no_lora",
+                )
+            if not folder.is_dir():
                 write_peft(folder, lora)
-                # Beyond the numbers that vLLM gives to the adapters it was started with.
-                self._numbers[lora.sha256] = (1 << 20) + len(self._numbers)
-            number = self._numbers[lora.sha256]
         return LoRARequest(f"steer-{lora.sha256[:16]}", number, str(folder))
 
 

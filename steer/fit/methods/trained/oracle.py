@@ -161,6 +161,6 @@ def _begun(model: DifferentiableModel, rank: int, seed: int) -> dict[str, LoraPa
                 code="invalid_option",
             )
         down = torch.randn(rank, inputs, generator=generator) / inputs**0.5
-        halves = (down.to(model.device), torch.zeros(outputs, rank, device=model.device))
-        parts[name] = LoraPart(*map(nn.Parameter, halves), SCALE)
+        up = torch.zeros(outputs, rank, device=model.device)
+        parts[name] = LoraPart(nn.Parameter(down.to(model.device)), nn.Parameter(up), SCALE)
     return parts
