@@ -203,8 +203,9 @@ class Capabilities:
     `captures` are the sites whose states can be read (none: `capture` is refused), `gradients`
     whether the model can be differentiated (`steer.engines.gradients`); `no_unembedding` says why
     states cannot be read as logits, where they cannot; `readouts` are the fields of a `ReadoutSpec`
-    that can be read while a request runs. What can be inspected and fitted follows from them:
-    engines know no method by name. `roles` are those whose messages are found in the model's chats.
+    that can be read while a request runs; `lora` whether a request may bring a LoRA adapter. What
+    can be inspected and fitted follows from them: engines know no method by name. `roles` are those
+    whose messages are found in the model's chats.
     """
 
     engine: str
@@ -220,4 +221,5 @@ class Capabilities:
     no_unembedding: str | None = None
     roles: tuple[Role, ...] = ()
     readouts: tuple[str, ...] = ()
+    lora: bool = False
     limits: dict[str, int] = field(default_factory=dict)

@@ -26,6 +26,7 @@ from steer.artefacts.adapter_parts import (
 from steer.artefacts.calibration import Calibration
 from steer.artefacts.detection import Detection
 from steer.artefacts.kinds import ArtefactKind
+from steer.artefacts.oracle_form import OracleForm
 from steer.errors import FileFormatError, IncompatibleArtefact
 from steer.spec import Site, Where
 
@@ -77,6 +78,8 @@ class Card(BaseModel):
     # Without one a card is written as before there were any, so that old files keep their hash.
     calibration: Calibration | None = Field(default=None, exclude_if=lambda value: value is None)
     detection: Detection | None = Field(default=None, exclude_if=lambda value: value is None)
+    # How an oracle is asked; no other kind has one.
+    oracle: OracleForm | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @property
     def used_layers(self) -> tuple[int, ...]:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
-ArtefactKind = Literal["vector", "low_rank", "sae", "lens", "affine", "detector"]
+ArtefactKind = Literal["vector", "low_rank", "sae", "lens", "affine", "detector", "oracle"]
 """A kind, as cards, the catalogue and error codes (`unknown_lens`) call it."""
 
-Plural = Literal["vectors", "adapters", "saes", "lenses", "maps", "detectors"]
+Plural = Literal["vectors", "adapters", "saes", "lenses", "maps", "detectors", "oracles"]
 """Artefacts of one kind, as routes and counts call them."""
 
 
@@ -68,6 +68,9 @@ KINDS = (
         shelf="detectors",
         title="Detectors",
         home="steer.artefacts.detector:Detector",
+    ),
+    KindRow(
+        "oracle", "oracles", shelf="oracles", title="Oracles", home="steer.artefacts.oracle:Oracle"
     ),
 )
 

@@ -10,6 +10,7 @@ from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.detector import Detector
 from steer.artefacts.lens import Lens
+from steer.artefacts.oracle import Oracle
 from steer.artefacts.sae.base import SAE
 from steer.artefacts.sae.labels import FeatureLabel
 from steer.errors import UnknownArtefact
@@ -34,6 +35,7 @@ class Library(Protocol):
     def affine(self, ref: str) -> AffineMap: ...
 
     def detector(self, ref: str) -> Detector: ...
+    def oracle(self, ref: str) -> Oracle: ...
 
 
 @runtime_checkable
@@ -74,6 +76,7 @@ class MemoryLibrary:
     lenses: Mapping[str, Lens] = field(default_factory=dict)
     maps: Mapping[str, AffineMap] = field(default_factory=dict)
     detectors: Mapping[str, Detector] = field(default_factory=dict)
+    oracles: Mapping[str, Oracle] = field(default_factory=dict)
 
     def vector(self, ref: str) -> ControlVector:
         return _named(self.vectors, ref, "vector")
@@ -92,6 +95,9 @@ class MemoryLibrary:
 
     def detector(self, ref: str) -> Detector:
         return _named(self.detectors, ref, "detector")
+
+    def oracle(self, ref: str) -> Oracle:
+        return _named(self.oracles, ref, "oracle")
 
 
 def _named(held: Mapping[str, Held], ref: str, kind: str) -> Held:

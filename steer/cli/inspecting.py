@@ -186,6 +186,59 @@ def activations(
     _show(result, inspection.ACTIVATIONS, png, as_json)
 
 
+@app.command("ask")
+def ask(
+    prompt: PromptArgument,
+    question: Annotated[
+        list[str], typer.Option("--question", "-q", help="What is asked; may be repeated.")
+    ],
+    plain: PlainOption = False,
+    oracle: Annotated[
+        str | None,
+        typer.Option(help="A registered oracle; without one the model is asked as it is."),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="How states are shown: activation_oracle, latent_qa or selfie; by default as the "
+            "oracle was trained."
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Such as 2-5 or 1,3; by default those that the oracle's card names."),
+    ] = None,
+    at: AtOption = None,
+    site: SiteOption = "resid_post",
+    max_tokens: Annotated[int, typer.Option(min=1, max=256, help="Tokens to generate.")] = 24,
+    spec: SpecOption = None,
+    png: PngOption = None,
+    as_json: JsonOption = False,
+    model: ModelOption = DEMO_MODEL,
+    registry: RegistryOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Ask questions about hidden states, and see what is said without them."""
+    from steer import inspection
+
+    fields: dict[str, Any] = {
+        "questions": question,
+        "oracle": oracle,
+        "form": form,
+        "layers": None if layers is None else parse_layers(layers),
+        "site": site,
+        "max_tokens": max_tokens,
+        "positions": _positions(at, [-1]),
+    }
+    with _bench(model, registry, device, dtype) as bench:
+        fields["source"] = {**_prompt(bench, prompt, plain), **_steering(spec)}
+        result = _result(bench, inspection.ASK, fields)
+    _show(result, inspection.ASK, png, as_json)
+    if not as_json:
+        _show_without_states(result)
+
+
 @contextmanager
 def _bench(
     model: str, registry: str | None, device: str | None, dtype: str | None
@@ -259,6 +312,30 @@ def _show_controls(result: BaseModel) -> None:
                 f"token {cell.shuffled.position}'s state, layers {cell.layer}→{cell.target_layer}"
             )
             table.add_row(what, said(cell.shuffled))
+    table_out().print(table)
+
+
+def _show_without_states(result: BaseModel) -> None:
+    """Beside each answer what the same question gets without the state."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from steer.inspection import AskResult
+
+    assert isinstance(result, AskResult)
+    title = "The same questions without the state"
+    caption = "* an answer that none of them gives"
+    if not result.trained:
+        caption += "; nothing was trained to read states here"
+    table = Table(title=title, caption=caption)
+    for name in ("layer", "question", "of the state", "of the text", "shuffled", "of nothing"):
+        table.add_column(name, overflow="fold")
+    for cell in result.cells:
+        without = cell.controls
+        said = [cell.text + (" *" if cell.from_state else "")]
+        said += [one.text for one in (without.text, without.shuffled, without.none)]
+        shown = [Text(repr(text)[1:-1]) for text in (result.questions[cell.question], *said)]
+        table.add_row(str(cell.layer), *shown)
     table_out().print(table)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
 
+from steer.artefacts.lora import Lora
 from steer.model import Capabilities, HookPoint, ModelInfo
 from steer.prompts.roles import RoleRanges
 
@@ -81,6 +82,9 @@ class GenerationRequest:
     """Called before each token with what was read since the one before, in order and once; true
     ends the request with that token, finish `"content_filter"` and its receipt. The token is
     reported and is no part of the answer, and `stop` does not hear of it."""
+    lora: Lora | None = None
+    """What the model's weights gain for this request alone; `complete` takes it, where the
+    capabilities say `lora`."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Protocol, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor
 
+from steer.artefacts.lora import LoraPart
 from steer.engines.base import Engine
 from steer.errors import Unsupported
 from steer.model import HookPoint
@@ -40,14 +41,19 @@ class DifferentiableModel(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    def linear_modules(self) -> Mapping[str, tuple[int, int]]:
+        """The linear modules inside the decoder blocks, each with its inputs and outputs."""
+
     def run(
         self,
         prompts: Sequence[Sequence[int]],
         *,
         edits: Mapping[HookPoint, Edit],
         capture: Sequence[HookPoint] = (),
+        lora: Mapping[str, LoraPart] | None = None,
     ) -> Traced:
-        """One forward pass over whole prompts; states are read after the edit at their point."""
+        """One forward pass over whole prompts; states are read after the edit at their point. With
+        `lora` modules of these names add its parts, through which gradients flow too."""
 
     def unembed(self, states: Tensor) -> Tensor:
         """`Engine.unembed`, through which gradients flow back to `states`."""

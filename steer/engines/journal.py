@@ -161,7 +161,9 @@ def _identity(engine: Engine) -> list[Any]:
 
 
 def _answer_key(request: GenerationRequest) -> str:
-    return _key("answer", request.prompt, request.plan, request.roles, asdict(request.sampling))
+    sampling = asdict(request.sampling)
+    rest = sampling if request.lora is None else [sampling, request.lora.sha256]
+    return _key("answer", request.prompt, request.plan, request.roles, rest)
 
 
 def _key(

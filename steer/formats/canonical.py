@@ -18,6 +18,8 @@ from steer.artefacts.control_vector import Card, ControlVector, LowRankAdapter
 from steer.artefacts.detector import Detector
 from steer.artefacts.kinds import ArtefactKind
 from steer.artefacts.lens import Lens
+from steer.artefacts.lora import lora_from
+from steer.artefacts.oracle import Oracle
 from steer.artefacts.sae.base import SAE
 from steer.errors import FileFormatError
 from steer.formats.guards.safetensors import SafetensorsFile
@@ -164,6 +166,16 @@ def _detector(file: SafetensorsFile, card: Card) -> Detector:
     return Detector(made.direction, made.bias, made.threshold, card.model_copy(update={"name": ""}))
 
 
+def _oracle(file: SafetensorsFile, card: Card) -> Oracle:
+    if card.oracle is None:
+        raise FileFormatError(
+            "the file's card is an oracle's and does not say how it is asked", code="invalid_card"
+        )
+    check_card(card, card)
+    lora = lora_from(file.load(file.tensors, keep_type=True))
+    return Oracle(lora, card.model_copy(update={"name": ""}))
+
+
 def _sae(_: SafetensorsFile, card: Card) -> NoReturn:
     # An SAE's card stands inside its configuration, by which its file was told from these.
     raise FileFormatError(
@@ -178,6 +190,7 @@ READERS: Mapping[ArtefactKind, Callable[[SafetensorsFile, Card], Artefact]] = {
     "lens": _lens,
     "affine": _affine,
     "detector": _detector,
+    "oracle": _oracle,
 }
 """Reads the tensors beside a card of each kind, and checks them against it."""
 

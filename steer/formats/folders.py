@@ -8,9 +8,10 @@ from pathlib import Path
 
 from steer.artefacts.artefact import Artefact
 from steer.errors import FileFormatError
+from steer.formats.adapters.peft import CONFIG as PEFT_CONFIG
+from steer.formats.adapters.peft import ORACLE_CONFIG, SENDERS, WEIGHTS, is_peft, read_peft
 from steer.formats.adapters.pyreft import PREFIX, is_pyreft, read_pyreft
 from steer.formats.archive import ArchiveFormat, unpack
-from steer.formats.arrays import foreign_weights
 from steer.formats.guards.stand_ins import check_present
 from steer.formats.lenses.jacobian_lens import is_jacobian_folder, read_jacobian_folder
 from steer.formats.lenses.tuned_lens import CONFIG as LENS_CONFIG
@@ -44,14 +45,15 @@ LAYOUTS = (
     FolderLayout(lambda folder: (folder / PARAMETERS).is_file(), (LENS_CONFIG,), read_tuned_lens),
     FolderLayout(is_jacobian_folder, (), read_jacobian_folder),
     FolderLayout(is_pyreft, (), read_pyreft, ("loreft", "direft")),
+    FolderLayout(is_peft, (), read_peft, tuple(SENDERS)),
 )
 _KNOWN = (
     f"an SAE's folder of {', '.join(one.title for one in SAE_FOLDERS)}, a tuned lens "
     f"({LENS_CONFIG}, {PARAMETERS}), a Jacobian lens (…jacobian_lens….pt), a refusal direction "
-    f"({DIRECTION}, {METADATA}) or a pyreft "
-    f"folder ({PREFIX}….bin, config.json)"
+    f"({DIRECTION}, {METADATA}), a pyreft "
+    f"folder ({PREFIX}….bin, config.json) or an oracle of PEFT ({PEFT_CONFIG}, {WEIGHTS}, "
+    f"{ORACLE_CONFIG})"
 )
-_PEFT = "adapter_config.json"
 
 
 def unpacked(archive: Path, scratch: Path, *, format: ArchiveFormat, limit: int) -> Path:
@@ -59,8 +61,6 @@ def unpacked(archive: Path, scratch: Path, *, format: ArchiveFormat, limit: int)
     unpack(archive, scratch, format=format, limit=limit)
     every = [scratch, *(path for path in sorted(scratch.rglob("*")) if path.is_dir())]
     folders = [folder for folder in every if is_artefact(folder)]
-    if not folders and (peft := next(iter(scratch.rglob(_PEFT)), None)) is not None:
-        raise foreign_weights(peft.name)
     if len(folders) != 1:
         held = ", ".join(str(folder.relative_to(scratch)) for folder in folders[:5])
         raise FileFormatError(
@@ -86,8 +86,6 @@ def layout_of(folder: Path) -> FolderLayout:
             if path.is_file():
                 check_present(path)
         return layout
-    if (folder / _PEFT).is_file():
-        raise foreign_weights(_PEFT)
     raise FileFormatError(f"the folder is none of: {_KNOWN}", code="unknown_layout")
 
 

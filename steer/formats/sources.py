@@ -42,4 +42,7 @@ SOURCES: Mapping[str, Source] = {
     # The two whose tensors have the same names, for a folder without its configuration.
     "loreft": Source(frozenset({"pyreft"})),
     "direft": Source(frozenset({"pyreft"})),
+    # What a PEFT adapter without its ao_config.json was trained for.
+    "activation-oracle": Source(frozenset({"peft"})),
+    "latentqa": Source(frozenset({"peft"})),
 }

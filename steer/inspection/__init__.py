@@ -19,6 +19,9 @@ from steer.inspection.logit_lens import (
     logit_lens,
 )
 from steer.inspection.method import Inspection
+from steer.inspection.oracles.ask import ASK, ask, ask_heat_map
+from steer.inspection.oracles.request import AskRequest
+from steer.inspection.oracles.result import AskResult
 from steer.inspection.patchscope import (
     PATCHSCOPE,
     PatchscopeRequest,
@@ -30,12 +33,15 @@ from steer.model import Capabilities
 
 __all__ = [
     "ACTIVATIONS",
+    "ASK",
     "CONTROLS",
     "LOGIT_LENS",
     "METHODS",
     "PATCHSCOPE",
     "ActivationsRequest",
     "ActivationsResult",
+    "AskRequest",
+    "AskResult",
     "Inspection",
     "LogitLensRequest",
     "LogitLensResult",
@@ -43,6 +49,8 @@ __all__ = [
     "PatchscopeResult",
     "activations",
     "activations_heat_map",
+    "ask",
+    "ask_heat_map",
     "lens_heat_map",
     "logit_lens",
     "offered",
@@ -50,7 +58,7 @@ __all__ = [
     "patchscope_heat_map",
 ]
 
-METHODS: tuple[Inspection, ...] = (PATCHSCOPE, LOGIT_LENS, ACTIVATIONS)
+METHODS: tuple[Inspection, ...] = (PATCHSCOPE, LOGIT_LENS, ACTIVATIONS, ASK)
 
 
 def offered(able: Capabilities) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.detector import Detector
 from steer.artefacts.lens import Lens
 from steer.artefacts.library import Library
+from steer.artefacts.oracle import Oracle
 from steer.artefacts.sae.base import SAE
 from steer.formats.inline import decode_inline
 from steer.model import HookPoint, ModelInfo
@@ -73,6 +74,9 @@ class Snapshot:
 
     def detector(self, ref: str) -> Detector:
         return self._once("detector", ref, self._library.detector)
+
+    def oracle(self, ref: str) -> Oracle:
+        return self._once("oracle", ref, self._library.oracle)
 
     def _once(self, kind: str, ref: str, find: Callable[[str], Found]) -> Found:
         if (kind, ref) not in self._found:

@@ -16,6 +16,7 @@ from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.detector import Detector
 from steer.artefacts.kinds import NAMED, ArtefactKind, row_of
 from steer.artefacts.lens import Lens
+from steer.artefacts.oracle import Oracle
 from steer.artefacts.sae.base import SAE
 from steer.errors import FileFormatError, SteerError, StorageError
 from steer.formats.importing import check_model, read_artefact
@@ -437,6 +438,10 @@ class Registry:
     def detector(self, ref: str) -> Detector:
         """The detector that `ref` names."""
         return self.load(Detector, ref)
+
+    def oracle(self, ref: str) -> Oracle:
+        """The oracle that `ref` names."""
+        return self.load(Oracle, ref)
 
     def content(self, kind: ArtefactKind, ref: str) -> IO[bytes]:
         """The canonical file that `ref` names, open for reading; the caller closes it.

@@ -21,9 +21,11 @@ from steer.errors import Unsupported
 from steer.inspection import (
     METHODS,
     ActivationsRequest,
+    AskRequest,
     LogitLensRequest,
     PatchscopeRequest,
     activations,
+    ask,
     logit_lens,
     offered,
     patchscope,
@@ -33,7 +35,7 @@ from steer.jobs.limits import JobLimits
 from steer.jobs.pace import Pace
 from steer.model import HookPoint
 
-EVERY = ("patchscope", "logit_lens", "activations")
+EVERY = ("patchscope", "logit_lens", "activations", "ask")
 PACE = Pace(lambda: 0, lambda: None, lambda _: None, duty=1.0, quiet_seconds=0.0)
 
 
@@ -99,6 +101,7 @@ def test_inspections_are_offered_by_what_can_be_read(engine: Engine) -> None:
         ("patchscope", lambda e: patchscope(e, PatchscopeRequest(source={"text": "a"}))),  # type: ignore[arg-type]
         ("logit_lens", lambda e: logit_lens(e, LogitLensRequest(text="a"))),
         ("activations", lambda e: activations(e, ActivationsRequest(text="a"))),
+        ("ask", lambda e: ask(e, AskRequest(source={"text": "a"}, questions=["What?"]))),  # type: ignore[arg-type]
     ],
 )
 def test_what_is_not_offered_is_refused(name: str, run: Callable[[Engine], Any]) -> None:

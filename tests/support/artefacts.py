@@ -17,6 +17,9 @@ from steer.artefacts.control_vector import ControlVector, LayerMeasure, LowRankA
 from steer.artefacts.detector import Detector
 from steer.artefacts.kinds import ArtefactKind
 from steer.artefacts.lens import Lens
+from steer.artefacts.lora import Lora, LoraPart
+from steer.artefacts.oracle import Oracle
+from steer.artefacts.oracle_form import FORMS, OracleForm
 from steer.artefacts.sae.base import SAE
 from steer.artefacts.sae.pursuit import Pursuit
 from steer.model import Capabilities, ModelInfo
@@ -225,6 +228,26 @@ def random_jacobians(seed: int, layers: int, width: int = 16) -> Lens:
     generator = torch.Generator().manual_seed(seed)
     drawn = {n: torch.randn(width, width, generator=generator) for n in range(1, layers)}
     return Lens.of_jacobians(drawn)
+def random_lora(seed: int, modules: Mapping[str, tuple[int, int]], rank: int = 4) -> Lora:
+    """Large enough to change what a model says; `modules` have their inputs and outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = {}
+    for name, (inputs, outputs) in modules.items():
+        down = torch.randn(rank, inputs, generator=generator) / inputs**0.5
+        parts[name] = LoraPart(down, torch.randn(outputs, rank, generator=generator) / 4, 2.0)
+    return Lora.of(parts)
+
+
+def random_oracle(
+    seed: int,
+    modules: Mapping[str, tuple[int, int]],
+    layers: int,
+    width: int = 16,
+    form: OracleForm = FORMS["activation_oracle"],
+) -> Oracle:
+    return Oracle.of(
+        random_lora(seed, modules), form=form, width=width, layers=tuple(range(layers))
+    )
 
 
 EXAMPLES: Mapping[ArtefactKind, Callable[[], Artefact]] = {
@@ -234,6 +257,7 @@ EXAMPLES: Mapping[ArtefactKind, Callable[[], Artefact]] = {
     "lens": lambda: random_lens(4, 6),
     "affine": lambda: random_map(5, 2, 3),
     "detector": lambda: random_detector(6, 2),
+    "oracle": lambda: random_oracle(6, {"model.layers.2.mlp.up_proj": (16, 32)}, 6),
 }
 """One artefact of each kind, for a model of 6 layers and width 16, such as the fake engine's."""
 

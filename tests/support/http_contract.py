@@ -32,7 +32,8 @@ OF_THE_MODEL = frozenset(
     }
 )
 OF_THE_REGISTRY = frozenset(
-    f"unknown_{kind}" for kind in ("vector", "sae", "low_rank", "lens", "affine", "detector")
+    f"unknown_{kind}"
+    for kind in ("vector", "sae", "low_rank", "lens", "affine", "detector", "oracle")
 )
 OF_A_FILE = frozenset(
     {

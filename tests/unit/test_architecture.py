@@ -19,9 +19,9 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text()
 MOST_FILES = 15
 
 WORDS = """
-spec, intervention, kind, artefact, card, library, selection, mark, automaton, trace, gate, law,
-channels, side, block, rule, plan, slot, table, request, span, step, ledger, receipt, hook point,
-tap, capture, read-out, reader, ticket, seam
+spec, intervention, kind, artefact, oracle, card, library, selection, mark, automaton, trace, gate,
+law, channels, side, block, rule, plan, slot, table, request, span, step, ledger, receipt,
+hook point, tap, capture, read-out, reader, ticket, seam
 """
 
 RETIRED = {

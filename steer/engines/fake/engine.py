@@ -157,6 +157,7 @@ class FakeEngine:
             captures=self.info.sites,
             roles=found_roles(tokenizer),
             readouts=READOUTS,
+            lora=True,
             limits={"slots": slots},
         )
         self.tokenizer: Any = tokenizer
@@ -371,6 +372,7 @@ def _script(request: GenerationRequest) -> Iterator[int]:
     """Six to thirteen words, then end-of-sequence, for ever."""
     seed = "greedy" if request.sampling.temperature == 0 else str(request.sampling.seed)
     mark = request.plan.fingerprint if request.plan else ""
+    mark += request.lora.sha256 if request.lora else ""
     key = f"{request.prompt}{mark}{seed}"
     words = _STEERED if request.plan and request.plan.points else _PLAIN
     for place in range(6 + _number(key) % 8):

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from steer.artefacts.lora import Lora
 from steer.artefacts.sae.architectures import SUPPORTED
 from steer.batch.tables import MAX_RULES, Tables
 from steer.engines.base import (
@@ -24,6 +25,7 @@ from steer.engines.base import (
 from steer.engines.checks import check_readouts, check_request
 from steer.engines.gradients import DifferentiableModel
 from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
+from steer.engines.lora import by_adapter, check_lora, refuse_lora
 from steer.engines.threads import apart
 from steer.engines.transformers.batching import Batching, make_batch
 from steer.engines.transformers.capture import capture_batch
@@ -33,6 +35,7 @@ from steer.engines.transformers.checkpoints.placing import chosen_device, chosen
 from steer.engines.transformers.gradients import differentiating
 from steer.engines.transformers.grammar import Grammars
 from steer.engines.transformers.hooks import HookedModel
+from steer.engines.transformers.lora.runs import LoraRuns
 from steer.engines.transformers.scheduler import Scheduler
 from steer.engines.transformers.structure.blocks import find_hook_points
 from steer.errors import SteerError
@@ -87,6 +90,7 @@ class TransformersEngine:
         )
         self._grammars = Grammars(tokenizer, vocab_size=self.info.vocab_size, ends=self._batch.eos)
         self._scheduler = Scheduler(self._batch, self._grammars)
+        self._lora_runs = LoraRuns(self._scheduler, self._batch, self._grammars)
         self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
         self._proved = False
         self._proving = threading.Lock()
@@ -101,6 +105,7 @@ class TransformersEngine:
             # With autograd, prompts are padded on the right, which causal models alone allow.
             gradients=self._batch.causal,
             readouts=tuple(one for one in READOUTS if one != "kl" or self._finds_twins(rows)),
+            lora=True,
             no_unembedding=refusal.message if refusal is not None else None,
             roles=found_roles(tokenizer),
             limits={"slots": slots, "passes": MAX_RULES, "batch": rows},
@@ -171,6 +176,9 @@ class TransformersEngine:
         """Raises where `request` can never run here."""
         check_request(request, self.info, self._batch.max_length)
         check_readouts(request, self.capabilities)
+        check_lora(request, self.capabilities)
+        if request.lora is not None:
+            self._lora_runs.check(request.lora)
         if request.sampling.json_schema is not None:
             self._grammars.check(request.sampling.json_schema)
         if request.plan is not None:
@@ -178,6 +186,7 @@ class TransformersEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
         self.admit(request)
+        refuse_lora(request)
         self.start()
         listener = AsyncListener(self._mailbox())
         ticket = self._scheduler.submit(request, listener)
@@ -196,6 +205,13 @@ class TransformersEngine:
         for request in requests:
             self.admit(request)
         self.start()
+        return by_adapter(requests, self._complete)
+
+    def _complete(
+        self, lora: Lora | None, requests: Sequence[GenerationRequest]
+    ) -> list[Completion]:
+        if lora is not None:
+            return self._lora_runs.complete(lora, requests)
         listeners = [BlockingListener() for _ in requests]
         tickets = self._scheduler.submit_all(list(zip(requests, listeners, strict=True)))
         try:

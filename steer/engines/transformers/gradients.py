@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steer.artefacts.lora import LoraPart
 from steer.engines.gradients import Edit, Traced
 from steer.engines.transformers.hooks import HookedModel
+from steer.engines.transformers.lora.applied import lora_modules, with_lora
 from steer.engines.transformers.structure.calls import first_tensor, given_tensor, with_tensor
 from steer.engines.transformers.structure.sites import HookTarget
 from steer.model import HookPoint
+
+_NUMBERED = re.compile(r"\.\d+\.")
+"""In the names of what lies in blocks, not in the head."""
 
 
 class TransformersGradients:
@@ -26,12 +32,20 @@ class TransformersGradients:
     def device(self) -> torch.device:
         return self._hooked.device
 
+    def linear_modules(self) -> Mapping[str, tuple[int, int]]:
+        found = {}
+        for name, module in self._hooked.model.named_modules():
+            if isinstance(module, nn.Linear) and _NUMBERED.search(name):
+                found[name] = (module.in_features, module.out_features)
+        return found
+
     def run(
         self,
         prompts: Sequence[Sequence[int]],
         *,
         edits: Mapping[HookPoint, Edit],
         capture: Sequence[HookPoint] = (),
+        lora: Mapping[str, LoraPart] | None = None,
     ) -> Traced:
         # Padding on the right needs no mask: no token sees what comes after it.
         width = max(map(len, prompts))
@@ -40,6 +54,9 @@ class TransformersGradients:
             ids[row, : len(prompt)] = torch.tensor(list(prompt))
         states: dict[HookPoint, Tensor] = {}
         with ExitStack() as hooks:
+            if lora is not None:
+                modules = lora_modules(self._hooked.model, lora)
+                hooks.enter_context(with_lora(modules, lora))
             for point in {*edits, *capture}:
                 visit = _visit(point, edits.get(point), point in capture, states)
                 hooks.enter_context(_installed(self._hooked.map.targets[point], visit))

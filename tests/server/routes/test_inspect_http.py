@@ -9,8 +9,10 @@ import httpx
 import pytest
 import safetensors.torch
 import torch
+from artefacts import random_oracle
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from steer.artefacts.oracle_form import OracleForm
 from steer.engines.fake.engine import ByteTokenizer
 from steer.engines.transformers.engine import TransformersEngine
 
@@ -186,3 +188,57 @@ async def test_states_beyond_what_json_may_hold_come_as_a_file(http: httpx.Async
     wrong = await http.post(url, json={**body, "layers": [77]}, headers=headers)
     assert wrong.status_code == 400
     assert wrong.json()["error"]["param"] == "/layers/0"
+
+
+ASK = {
+    "source": {"text": "the river"},
+    "questions": ["Who", "What"],
+    "layers": [0, 2],
+    "max_tokens": 3,
+}
+
+
+async def test_states_are_asked_by_an_uploaded_oracle(http: httpx.AsyncClient) -> None:
+    form = OracleForm(message="{states} {question}", placeholder="?")
+    modules = {f"model.layers.{n}.mlp.down_proj": (24, 16) for n in range(LAYERS)}
+    oracle = random_oracle(1, modules, LAYERS, form=form)
+    sent = await http.post(
+        "/v1/steering/oracles", files={"file": ("o", oracle.to_bytes())}, data={"name": "sibyl"}
+    )
+    assert sent.status_code == 201, sent.text
+    listed = (await http.get("/v1/steering/oracles")).json()
+    assert [one["name"] for one in listed["data"]] == ["sibyl"]
+    found = (await http.post("/v1/inspect/ask", json={**ASK, "oracle": "sibyl"})).json()
+    assert (found["oracle"], found["trained"]) == ("sibyl", True)
+    plain = {**ASK, "form": form.model_dump()}
+    other = (await http.post("/v1/inspect/ask", json=plain)).json()
+    assert "oracle" not in other
+    assert not other["trained"]
+    assert [c["text"] for c in found["cells"]] != [c["text"] for c in other["cells"]]
+    for cell in (*found["cells"], *other["cells"]):
+        assert set(cell["controls"]) == {"text", "shuffled", "none"}
+    drawn = await http.post("/v1/inspect/ask?format=png", json=plain)
+    assert drawn.content.startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "param"),
+    [
+        ({"oracle": "nobody"}, "unknown_oracle", "/oracle"),
+        ({"questions": []}, "invalid_value", "/questions"),
+        ({"questions": ["x"] * 33}, "invalid_value", "/questions"),
+        ({"positions": [-1] * 9}, "invalid_value", "/positions"),
+        ({"form": "oracle"}, "invalid_value", "/form"),
+        ({"form": {"message": "{states}"}}, "invalid_value", "/form"),
+        ({"max_tokens": 0}, "invalid_value", "/max_tokens"),
+        ({"questions": ["Is it ?"]}, "ambiguous_placeholder", "/questions/0"),
+        ({"source": {"text": "a", "tokens": [1]}}, "invalid_value", "/source"),
+    ],
+)
+async def test_what_cannot_be_asked(
+    http: httpx.AsyncClient, change: dict[str, Any], code: str, param: str
+) -> None:
+    response = await http.post("/v1/inspect/ask", json={**ASK, **change})
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert (error["code"], error["param"][: len(param)]) == (code, param)

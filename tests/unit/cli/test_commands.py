@@ -322,6 +322,13 @@ def test_inspect_reads_states(tmp_path: Path, registry: Path) -> None:
     assert "Patchscope" in scoped.output
     along = steer("inspect", "activations", ask, "--vector", "french", "--at", "-1", *place)
     assert "Along french" in along.output
+    asked = [*("inspect", "ask", ask, "-q", "Which language is it", "--layers", "1,3"), *place]
+    told = steer(*asked).output
+    assert "The same questions without the state" in told
+    assert "nothing was trained to read states here" in told
+    body = json.loads(steer(*asked, "--max-tokens", "3", "--json").output)
+    assert [cell["layer"] for cell in body["cells"]] == [1, 3]
+    assert set(body["cells"][0]["controls"]) == {"text", "shuffled", "none"}
 
 
 def test_foreign_files_are_imported_as_their_writer_counts(tmp_path: Path) -> None:

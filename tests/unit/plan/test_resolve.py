@@ -25,6 +25,7 @@ from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.lens import Lens
 from steer.artefacts.library import MemoryLibrary
+from steer.artefacts.oracle import Oracle
 from steer.artefacts.sae.base import SAE
 from steer.edits import Block
 from steer.errors import SteerError, UnknownArtefact, Unsupported
@@ -67,6 +68,9 @@ class Restless:
 
     def low_rank(self, ref: str) -> LowRankAdapter:
         return random_adapter(self._count(ref), 1)
+
+    def oracle(self, ref: str) -> Oracle:
+        raise UnknownArtefact(ref)
 
     def affine(self, ref: str) -> AffineMap:
         return random_map(self._count(ref), 1)

@@ -65,7 +65,7 @@ class _Stepper:
             prompt = {"prompt_token_ids": list(sequence.request.prompt)}
             params = vllm_sampling(sequence)
             try:
-                self.engine.add_request(sequence.key, prompt, params)
+                self.engine.add_request(sequence.key, prompt, params, **sequence.adapter)
             except Exception as error:
                 sequence.fail(error)
             else:
@@ -333,7 +333,7 @@ class ClientDriver:
         prompt = {"prompt_token_ids": list(sequence.request.prompt)}
         params, fetched = vllm_sampling(sequence), False
         try:
-            outputs = self._generate(prompt, params, sequence.key)
+            outputs = self._generate(prompt, params, sequence.key, **sequence.adapter)
             async for output in outputs:
                 sequence.take(output)
                 if sequence.wants_readouts:

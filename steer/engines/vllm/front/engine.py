@@ -27,10 +27,12 @@ from steer.engines.base import (
 )
 from steer.engines.checks import check_readouts, check_request
 from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
+from steer.engines.lora import check_lora, refuse_lora
 from steer.engines.vllm import plugin
 from steer.engines.vllm.front.capturing import capture_order, collect, unembed
 from steer.engines.vllm.front.drivers import ClientDriver, Driver, InlineDriver, LocalDriver
 from steer.engines.vllm.front.ends import model_ends
+from steer.engines.vllm.front.lora_requests import LoraRequests
 from steer.engines.vllm.front.ranks import ask_engines
 from steer.engines.vllm.front.sequences import RunningSequence
 from steer.engines.vllm.front.ticket_issuer import TicketIssuer
@@ -60,12 +62,14 @@ class VllmEngine:
         answers: Sequence[Sequence[Any]],
         issuer: TicketIssuer,
         ends: frozenset[int],
+        max_lora_rank: int | None = None,
     ) -> None:
         """`answers` are what the workers of each engine say to `steer_info`; `ends` are the tokens
-        that end an answer."""
+        that end an answer; `max_lora_rank` is that of adapters, None where there are none."""
         answer = answers[0][0]
         slots = sum(int(workers[0]["slots"]) for workers in answers)
         self._driver, self.tokenizer, self.tickets, self.ends = driver, tokenizer, issuer, ends
+        self._loras = LoraRequests(max_lora_rank)
         self.info = read_info(answer)
         self._passes = int(answer["passes"])
         self.twins = TwinMaker(issuer, self.info)
@@ -80,6 +84,7 @@ class VllmEngine:
             captures=self.info.sites,
             roles=found_roles(tokenizer),
             readouts=_readouts(lens=bool(answer.get("lens", False)), engines=len(answers)),
+            lora=max_lora_rank is not None,
             limits={"slots": slots, "passes": self._passes, "batch": slots},
         )
         self._mailboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakKeyDictionary()
@@ -112,6 +117,7 @@ class VllmEngine:
             driver.rpc("steer_info"),
             TicketIssuer(PlanStore(registry_location())),
             model_ends(driver.llm.llm_engine.vllm_config, driver.llm.get_tokenizer()),
+            _max_lora_rank(driver.llm.llm_engine.vllm_config),
         )
 
     @classmethod
@@ -124,6 +130,7 @@ class VllmEngine:
             driver.rpc("steer_info"),
             TicketIssuer(PlanStore(registry_location())),
             model_ends(llm.llm_engine.vllm_config, llm.get_tokenizer()),
+            _max_lora_rank(llm.llm_engine.vllm_config),
         )
 
     @classmethod
@@ -136,6 +143,7 @@ class VllmEngine:
             await ask_engines(client, "steer_info"),
             TicketIssuer(PlanStore(registry_location())),
             model_ends(client.vllm_config, tokenizer),
+            _max_lora_rank(client.vllm_config),
         )
 
     def start(self) -> None:
@@ -156,6 +164,9 @@ class VllmEngine:
         """Raises where `request` can never run here."""
         check_request(request, self.info, self.info.max_length)
         check_readouts(request, self.capabilities)
+        check_lora(request, self.capabilities)
+        if request.lora is not None:
+            self._loras.check(request.lora)
         if request.halt is not None:
             raise Unsupported(
                 "requests that detectors end run on vLLM's server, and not in its engine as such",
@@ -166,6 +177,7 @@ class VllmEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
         self.admit(request)
+        refuse_lora(request)
         self.start()
         listener = AsyncListener(self._mailbox())
         sequence = self._sequence(request, listener)
@@ -242,13 +254,23 @@ class VllmEngine:
                 roles=request.roles,
                 readouts=request.readouts,
             )
-        return RunningSequence(request, ticket, listener, self.ends)
+        lora = self._loras.of(request.lora)
+        return RunningSequence(request, ticket, listener, self.ends, lora=lora)
 
     def _mailbox(self) -> Mailbox:
         loop = asyncio.get_running_loop()
         if loop not in self._mailboxes:
             self._mailboxes[loop] = Mailbox(loop)
         return self._mailboxes[loop]
+
+
+def _max_lora_rank(config: Any) -> int | None:
+    """The largest rank of adapters that vLLM was started for; None where it serves none, and on a
+    CPU with one place alone: there requests without an adapter get that in the last place."""
+    lora = getattr(config, "lora_config", None)
+    if lora is None or (config.device_config.device_type == "cpu" and lora.max_loras < 2):
+        return None
+    return int(lora.max_lora_rank)
 
 
 def _readouts(*, lens: bool, engines: int) -> tuple[str, ...]:

@@ -37,8 +37,12 @@ class RunningSequence:
         eos: frozenset[int],
         *,
         quiet: bool = False,
+        lora: Any = None,
     ) -> None:
-        """A `quiet` sequence asks for no receipt: what its ticket leaves is fetched otherwise."""
+        """A `quiet` sequence asks for no receipt: what its ticket leaves is fetched otherwise.
+        `lora` is its adapter, as vLLM's `LoRARequest`."""
+        self.adapter = {} if lora is None else {"lora_request": lora}
+        """What vLLM is told of it beside prompt and sampling."""
         self.request, self.ticket, self.listener = request, ticket, listener
         self.key = f"steer-{uuid.uuid4().hex}"
         """vLLM's id of the request: callers' ids need not be unique."""
