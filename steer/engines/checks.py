@@ -5,8 +5,8 @@ from __future__ import annotations
 from math import inf
 
 from steer.engines.base import Captured, GenerationRequest, SamplingParams
-from steer.errors import EngineError, NotFinite, SpecError, SteerError
-from steer.model import Capabilities, ModelInfo
+from steer.errors import EngineError, NotFinite, SpecError, SteerError, Unsupported
+from steer.model import Capabilities, HookPoint, ModelInfo
 from steer.readouts.spec import check_readable
 
 MAX_PENALTY = 2.0
@@ -60,6 +60,19 @@ def check_readouts(request: GenerationRequest, capabilities: Capabilities) -> No
     """Raises `Unsupported` for read-outs that the engine cannot make while it answers."""
     if request.readouts is not None:
         check_readable(request.readouts.fields, capabilities)
+
+
+def check_projection(point: HookPoint, model: ModelInfo, able: Capabilities) -> None:
+    """Raises `Unsupported` (`no_projection`) where the projection behind `point` cannot be asked,
+    what `ModelInfo.check_point` raises where there is no such point."""
+    model.check_point(point)
+    if point.site not in able.projections:
+        offered = ", ".join(able.projections) or "no site"
+        raise Unsupported(
+            f"the {able.engine} engine gives the output projection of {offered}, not of "
+            f"{point.site!r}",
+            code="no_projection",
+        )
 
 
 def check_sampling(params: SamplingParams, vocab_size: int) -> None:

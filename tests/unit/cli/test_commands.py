@@ -322,6 +322,13 @@ def test_inspect_reads_states(tmp_path: Path, registry: Path) -> None:
     assert "Patchscope" in scoped.output
     along = steer("inspect", "activations", ask, "--vector", "french", "--at", "-1", *place)
     assert "Along french" in along.output
+    say = [ask, "--token", " Paris", *place]
+    apart = steer("inspect", "attribution", *say, "--heads", "--neurons", "3").output
+    assert "Logit of ' Paris'" in apart
+    assert "MLP neurons that give most" in apart
+    traced = steer("inspect", "trace", *say, "--subject", "France", "--layers", "0,5").output
+    assert "Causal trace of ' Paris'" in traced
+    assert "with noise at the subject" in traced
 
 
 def test_foreign_files_are_imported_as_their_writer_counts(tmp_path: Path) -> None:
