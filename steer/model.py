@@ -54,6 +54,10 @@ INNER_SITES: dict[Site, Site] = {
 """The sites inside attention and MLP, each with that where what the part makes of it shows."""
 
 
+PROJECTED_SITES: tuple[Site, ...] = ("head_out", "mlp_act")
+"""The sites that an output projection, one matrix and perhaps a bias, reads."""
+
+
 def forward_order(point: HookPoint) -> tuple[int, int]:
     """Sorts hook points in the order in which a forward pass reaches them."""
     return (point.layer, SITE_ORDER[point.site])
@@ -202,10 +206,11 @@ class Capabilities:
 
     `captures` are the sites whose states can be read (none: `capture` is refused), `gradients`
     whether the model can be differentiated (`steer.engines.gradients`); `no_unembedding` says why
-    states cannot be read as logits, where they cannot; `readouts` are the fields of a `ReadoutSpec`
-    that can be read while a request runs; `lora` whether a request may bring a LoRA adapter. What
-    can be inspected and fitted follows from them: engines know no method by name. `roles` are those
-    whose messages are found in the model's chats.
+    states cannot be read as logits, where they cannot; `projections` are the sites whose output
+    projection can be asked (`Engine.project`); `readouts` are the fields of a `ReadoutSpec` that
+    can be read while a request runs; `lora` whether a request may bring a LoRA adapter. What can be
+    inspected and fitted follows from them: engines know no method by name. `roles` are those whose
+    messages are found in the model's chats.
     """
 
     engine: str
@@ -219,6 +224,7 @@ class Capabilities:
     captures: tuple[Site, ...] = ()
     gradients: bool = False
     no_unembedding: str | None = None
+    projections: tuple[Site, ...] = ()
     roles: tuple[Role, ...] = ()
     readouts: tuple[str, ...] = ()
     lora: bool = False

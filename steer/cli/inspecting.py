@@ -1,4 +1,8 @@
-"""`steer inspect`: read what a model's hidden states say."""
+"""`steer inspect`: read what a model's hidden states say.
+
+Here is what all its commands share, and those that read states; the others lie in
+`steer.cli.inspection`.
+"""
 
 from __future__ import annotations
 
@@ -93,12 +97,12 @@ def logit_lens(
     """Read every layer by the final norm and the output matrix, or through a lens."""
     from steer import inspection
 
-    fields: dict[str, Any] = {"layers": _layers(layers), "site": site, "top": top, "lens": lens}
-    fields |= _steering(spec)
-    with _bench(model, registry, device, dtype) as bench:
-        fields |= {**_prompt(bench, prompt, plain), "positions": _positions(at, "all")}
-        result = _result(bench, inspection.LOGIT_LENS, fields)
-    _show(result, inspection.LOGIT_LENS, png, as_json)
+    fields: dict[str, Any] = {"layers": layers_of(layers), "site": site, "top": top, "lens": lens}
+    fields |= steering_fields(spec)
+    with bench_for(model, registry, device, dtype) as bench:
+        fields |= {**prompt_fields(bench, prompt, plain), "positions": _positions(at, "all")}
+        result = result_of(bench, inspection.LOGIT_LENS, fields)
+    show(result, inspection.LOGIT_LENS, png, as_json)
 
 
 @app.command("patchscope")
@@ -138,7 +142,7 @@ def patchscope(
     from steer import inspection
 
     fields: dict[str, Any] = {
-        "layers": _layers(layers),
+        "layers": layers_of(layers),
         "site": site,
         "top": top,
         "max_tokens": max_tokens,
@@ -147,13 +151,13 @@ def patchscope(
         "positions": _positions(at, [-1]),
     }
     if target_layers is not None:
-        fields["target_layers"] = _layers(target_layers)
+        fields["target_layers"] = layers_of(target_layers)
     if target is not None:
         fields["target"] = {"text": target, "position": target_at}
-    with _bench(model, registry, device, dtype) as bench:
-        fields["source"] = {**_prompt(bench, prompt, plain), **_steering(spec)}
-        result = _result(bench, inspection.PATCHSCOPE, fields)
-    _show(result, inspection.PATCHSCOPE, png, as_json)
+    with bench_for(model, registry, device, dtype) as bench:
+        fields["source"] = {**prompt_fields(bench, prompt, plain), **steering_fields(spec)}
+        result = result_of(bench, inspection.PATCHSCOPE, fields)
+    show(result, inspection.PATCHSCOPE, png, as_json)
     if not as_json:
         _show_controls(result)
 
@@ -179,11 +183,11 @@ def activations(
     """Read the states along registered vectors: the cosine at each layer and token."""
     from steer import inspection
 
-    fields = {"layers": _layers(layers), "site": site, "vectors": vector, **_steering(spec)}
-    with _bench(model, registry, device, dtype) as bench:
-        fields |= {**_prompt(bench, prompt, plain), "positions": _positions(at, "all")}
-        result = _result(bench, inspection.ACTIVATIONS, fields)
-    _show(result, inspection.ACTIVATIONS, png, as_json)
+    fields = {"layers": layers_of(layers), "site": site, "vectors": vector, **steering_fields(spec)}
+    with bench_for(model, registry, device, dtype) as bench:
+        fields |= {**prompt_fields(bench, prompt, plain), "positions": _positions(at, "all")}
+        result = result_of(bench, inspection.ACTIVATIONS, fields)
+    show(result, inspection.ACTIVATIONS, png, as_json)
 
 
 @app.command("ask")
@@ -240,7 +244,7 @@ def ask(
 
 
 @contextmanager
-def _bench(
+def bench_for(
     model: str, registry: str | None, device: str | None, dtype: str | None
 ) -> Iterator[Bench]:
     with (
@@ -250,12 +254,12 @@ def _bench(
         yield Bench(engine, library, plans(engine, library))
 
 
-def _result(bench: Bench, method: Inspection, fields: dict[str, Any]) -> BaseModel:
+def result_of(bench: Bench, method: Inspection, fields: dict[str, Any]) -> BaseModel:
     request = checked(method.request, fields)
     return method.run(bench.engine, request, plans=bench.plans, library=bench.library)
 
 
-def _show(result: BaseModel, method: Inspection, png: Path | None, as_json: bool) -> None:
+def show(result: BaseModel, method: Inspection, png: Path | None, as_json: bool) -> None:
     """JSON, a picture, or the heat map's texts as a table: layers down, positions across."""
     if as_json:
         typer.echo(result.model_dump_json(indent=2, exclude_none=True))
@@ -339,27 +343,35 @@ def _show_without_states(result: BaseModel) -> None:
     table_out().print(table)
 
 
-def _prompt(bench: Bench, prompt: str, plain: bool) -> dict[str, Any]:
+def prompt_fields(bench: Bench, prompt: str, plain: bool) -> dict[str, Any]:
     from steer.prompts import as_chat
 
     asked = prompt if plain else as_chat(bench.engine.tokenizer, prompt)
     return {"text" if isinstance(asked, str) else "messages": asked}
 
 
-def _steering(spec: Path | None) -> dict[str, Any]:
+def steering_fields(spec: Path | None) -> dict[str, Any]:
     return {} if spec is None else {"steering": read_spec(spec)}
 
 
-def _layers(text: str | None) -> tuple[int, ...] | str:
+def layers_of(text: str | None) -> tuple[int, ...] | str:
+    """The layers that an option names; without one all."""
     return "all" if text is None else parse_layers(text)
 
 
 def _positions(at: list[str] | None, default: Any) -> Any:
-    return [_place(one) for one in at] if at else default
+    return [place_of(one) for one in at] if at else default
 
 
-def _place(text: str) -> int | str:
+def place_of(text: str) -> int | str:
+    """A position, or a piece of the prompt."""
     try:
         return int(text)
     except ValueError:
         return text
+
+
+def token_of(text: str) -> int | str:
+    """A token as a text, or by its id, written #17."""
+    number = text.removeprefix("#")
+    return int(number) if number != text and number.isdecimal() else text

@@ -327,5 +327,13 @@ class Engine(Protocol):
         Raises `Unsupported` (`no_unembedding`) where the capabilities say that it cannot.
         """
 
+    def project(self, point: HookPoint, states: Tensor) -> Tensor:
+        """What the output projection behind `point`, a `head_out` or `mlp_act`, makes of its input:
+        `[..., width]` to float32 `[..., d_model]`, its bias included, without the norm that may
+        follow.
+
+        Raises `Unsupported` (`no_projection`) where the capabilities do not say that it can.
+        """
+
     def stats(self) -> EngineStats:
         """Live figures for metrics."""

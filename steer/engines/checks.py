@@ -5,8 +5,8 @@ from __future__ import annotations
 from math import inf
 
 from steer.engines.base import Captured, GenerationRequest, SamplingParams
-from steer.errors import EngineError, NotFinite, SpecError, SteerError
-from steer.model import Capabilities, ModelInfo
+from steer.errors import EngineError, NotFinite, SpecError, SteerError, Unsupported
+from steer.model import Capabilities, HookPoint, ModelInfo
 from steer.readouts.spec import check_readable
 
 MAX_PENALTY = 2.0
@@ -62,6 +62,19 @@ def check_readouts(request: GenerationRequest, capabilities: Capabilities) -> No
         check_readable(request.readouts.fields, capabilities)
     elif request.halt is not None:
         raise EngineError("a request that is halted by what is read of it reads nothing")
+
+
+def check_projection(point: HookPoint, model: ModelInfo, able: Capabilities) -> None:
+    """Raises `Unsupported` (`no_projection`) where the projection behind `point` cannot be asked,
+    what `ModelInfo.check_point` raises where there is no such point."""
+    model.check_point(point)
+    if point.site not in able.projections:
+        offered = ", ".join(able.projections) or "no site"
+        raise Unsupported(
+            f"the {able.engine} engine gives the output projection of {offered}, not of "
+            f"{point.site!r}",
+            code="no_projection",
+        )
 
 
 def check_sampling(params: SamplingParams, vocab_size: int) -> None:

@@ -10,6 +10,9 @@ from steer.inspection.activations import (
     activations,
     activations_heat_map,
 )
+from steer.inspection.attribution.drawing import attribution_heat_map
+from steer.inspection.attribution.method import ATTRIBUTION, AttributionRequest, attribution
+from steer.inspection.attribution.result import AttributionResult
 from steer.inspection.controls import CONTROLS
 from steer.inspection.logit_lens import (
     LOGIT_LENS,
@@ -29,36 +32,55 @@ from steer.inspection.patchscope import (
     patchscope_heat_map,
 )
 from steer.inspection.patchscope_result import PatchscopeResult
+from steer.inspection.tracing.method import TRACE, TraceRequest, trace
+from steer.inspection.tracing.result import TraceResult, trace_heat_map
 from steer.model import Capabilities
 
 __all__ = [
     "ACTIVATIONS",
     "ASK",
+    "ATTRIBUTION",
     "CONTROLS",
     "LOGIT_LENS",
     "METHODS",
     "PATCHSCOPE",
+    "TRACE",
     "ActivationsRequest",
     "ActivationsResult",
     "AskRequest",
     "AskResult",
+    "AttributionRequest",
+    "AttributionResult",
     "Inspection",
     "LogitLensRequest",
     "LogitLensResult",
     "PatchscopeRequest",
     "PatchscopeResult",
+    "TraceRequest",
+    "TraceResult",
     "activations",
     "activations_heat_map",
     "ask",
     "ask_heat_map",
+    "attribution",
+    "attribution_heat_map",
     "lens_heat_map",
     "logit_lens",
     "offered",
     "patchscope",
     "patchscope_heat_map",
+    "trace",
+    "trace_heat_map",
 ]
 
-METHODS: tuple[Inspection, ...] = (PATCHSCOPE, LOGIT_LENS, ACTIVATIONS, ASK)
+METHODS: tuple[Inspection, ...] = (
+    PATCHSCOPE,
+    LOGIT_LENS,
+    ACTIVATIONS,
+    ASK,
+    ATTRIBUTION,
+    TRACE,
+)
 
 
 def offered(able: Capabilities) -> tuple[str, ...]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from steer.errors import SpecError
 from steer.inspection.method import Finite
-from steer.prompts import token_texts
+from steer.prompts import PromptReader, inner_tokens, part_tokens, token_texts
 from steer.readouts.measures import likeliest
+
+TokenChoice: TypeAlias = (
+    Annotated[int, Field(strict=True, ge=0)] | Annotated[str, Field(min_length=1, max_length=256)]
+)
+"""A token by its id, or by a text that is this token and no other."""
 
 
 class TokenChance(BaseModel):
@@ -38,3 +44,31 @@ def top_tokens(
             )
         )
     return rows
+
+
+def chosen_token(reader: PromptReader, choice: TokenChoice, *, param: str) -> int:
+    """The id of the token that `choice` names, as it stands within a text, leading space and all.
+
+    Raises `SpecError` at `param`: `token_out_of_range` for an id that the model has not,
+    `not_one_token` for a text of several.
+    """
+    if isinstance(choice, int):
+        if choice >= reader.info.vocab_size:
+            raise SpecError(
+                f"token {choice} is outside the vocabulary, which ends with "
+                f"{reader.info.vocab_size - 1}",
+                param=param,
+                code="token_out_of_range",
+            )
+        return choice
+    readings = [read(reader.tokenizer, choice) for read in (inner_tokens, part_tokens)]
+    for ids in readings:
+        if len(ids) == 1:
+            return int(ids[0])
+    pieces = list(token_texts(reader.tokenizer, readings[0]))
+    raise SpecError(
+        f"{choice!r} is {len(pieces)} tokens here, {pieces}: give one of them, with its space, or "
+        "a token's id",
+        param=param,
+        code="not_one_token",
+    )

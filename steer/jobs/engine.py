@@ -23,6 +23,7 @@ from steer.engines.journal import remembered
 from steer.jobs.limits import JobLimits
 from steer.jobs.pace import Pace
 from steer.jobs.tokenizing import PacedTokenizer
+from steer.model import HookPoint
 
 T = TypeVar("T")
 
@@ -87,6 +88,9 @@ class BackgroundEngine:
 
     def unembed(self, states: Tensor) -> Tensor:
         return self._timed(lambda: self._engine.unembed(states))
+
+    def project(self, point: HookPoint, states: Tensor) -> Tensor:
+        return self._timed(lambda: self._engine.project(point, states))
 
     def differentiate(self, work: Callable[[DifferentiableModel], T]) -> T:
         """The result of `work`, which is one piece; raises `Unsupported` without gradients."""

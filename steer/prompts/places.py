@@ -62,6 +62,11 @@ class EncodedPrompt:
             )
         return place % len(self.ids)
 
+    def positions_of(self, part: str, *, param: str) -> list[int]:
+        """The positions of all tokens of the last `part` of the text; raises `SpecError` at
+        `param` where there is none."""
+        return self.tokens_of(self._last(part, param), param)
+
     def last_token_of(self, part: str) -> int | None:
         """The position of the last token of the last `part` of the text; None without one."""
         text, spans = self._read

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import tiny_tokenizer
 from torch import nn
 
@@ -22,20 +23,24 @@ from steer.inspection import (
     METHODS,
     ActivationsRequest,
     AskRequest,
+    AttributionRequest,
     LogitLensRequest,
     PatchscopeRequest,
+    TraceRequest,
     activations,
     ask,
+    attribution,
     logit_lens,
     offered,
     patchscope,
+    trace,
 )
 from steer.jobs.engine import BackgroundEngine
 from steer.jobs.limits import JobLimits
 from steer.jobs.pace import Pace
 from steer.model import HookPoint
 
-EVERY = ("patchscope", "logit_lens", "activations", "ask")
+EVERY = ("patchscope", "logit_lens", "activations", "ask", "attribution", "trace")
 PACE = Pace(lambda: 0, lambda: None, lambda _: None, duty=1.0, quiet_seconds=0.0)
 
 
@@ -54,6 +59,15 @@ def test_an_engine_reads_the_sites_that_it_says(engine: Engine) -> None:
     (captured,) = engine.capture(CaptureRequest([(5, 6, 7)], points))
     for point in points:
         assert captured.states[point].shape == (3, engine.info.width(point.site))
+
+
+def test_an_engine_gives_the_projections_that_it_says(engine: Engine) -> None:
+    for site in engine.capabilities.projections:
+        made = engine.project(HookPoint(1, site), torch.zeros(2, 3, engine.info.width(site)))
+        assert (made.shape, made.dtype) == ((2, 3, engine.info.d_model), torch.float32)
+    with pytest.raises(Unsupported, match="head_out, mlp_act, not of 'attn_out'") as caught:
+        engine.project(HookPoint(1, "attn_out"), torch.zeros(1, engine.info.d_model))
+    assert caught.value.code == "no_projection"
 
 
 def test_an_engine_has_gradients_where_it_says_so(engine: Engine) -> None:
@@ -91,8 +105,8 @@ def test_inspections_are_offered_by_what_can_be_read(engine: Engine) -> None:
     assert offered(able) == EVERY
     assert offered(replace(able, captures=())) == ()
     assert offered(replace(able, captures=("mlp_out",))) == ("activations",)
-    assert offered(replace(able, captures=("resid_mid",))) == EVERY
-    assert offered(replace(able, kinds=("add",))) == ("logit_lens", "activations")
+    assert offered(replace(able, captures=("resid_mid",))) == EVERY[:3]
+    assert offered(replace(able, kinds=("add",))) == EVERY[1:4]
 
 
 @pytest.mark.parametrize(
@@ -102,6 +116,8 @@ def test_inspections_are_offered_by_what_can_be_read(engine: Engine) -> None:
         ("logit_lens", lambda e: logit_lens(e, LogitLensRequest(text="a"))),
         ("activations", lambda e: activations(e, ActivationsRequest(text="a"))),
         ("ask", lambda e: ask(e, AskRequest(source={"text": "a"}, questions=["What?"]))),  # type: ignore[arg-type]
+        ("attribution", lambda e: attribution(e, AttributionRequest(text="a"))),
+        ("trace", lambda e: trace(e, TraceRequest(text="a", subject="a"))),
     ],
 )
 def test_what_is_not_offered_is_refused(name: str, run: Callable[[Engine], Any]) -> None:

@@ -53,7 +53,8 @@ def _engine(able: Capabilities) -> dict[str, Any]:
     """What the engine can do, with the inspections that follow from it."""
     said = asdict(able)
     limits = said.pop("limits")
-    del said["captures"], said["gradients"], said["no_unembedding"]
+    for inner in ("captures", "gradients", "no_unembedding", "projections"):
+        del said[inner]
     return {**said, "inspection": offered(able), "limits": limits}
 
 

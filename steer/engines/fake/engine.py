@@ -33,12 +33,19 @@ from steer.engines.base import (
     TokenEvent,
     TokenLogprob,
 )
-from steer.engines.checks import check_readouts, check_request
+from steer.engines.checks import check_projection, check_readouts, check_request
 from steer.engines.fake.tokenizer import ByteTokenizer
 from steer.engines.logprobs import following
 from steer.engines.readouts import ReadoutJoin
 from steer.errors import CapacityError, EngineError
-from steer.model import SAMPLING, Capabilities, HookPoint, ModelInfo, forward_order
+from steer.model import (
+    PROJECTED_SITES,
+    SAMPLING,
+    Capabilities,
+    HookPoint,
+    ModelInfo,
+    forward_order,
+)
 from steer.plan.plan import SteeringPlan
 from steer.plan.selection import trace_of
 from steer.prompts.roles import found_roles
@@ -155,6 +162,7 @@ class FakeEngine:
             sae_architectures=SUPPORTED,
             sampling=SAMPLING,
             captures=self.info.sites,
+            projections=tuple(site for site in PROJECTED_SITES if site in self.info.sites),
             roles=found_roles(tokenizer),
             readouts=READOUTS,
             lora=True,
@@ -219,6 +227,11 @@ class FakeEngine:
 
     def unembed(self, states: Tensor) -> Tensor:
         matrix = _normal("unembed", (self.info.vocab_size, self.info.d_model))
+        return states.float() @ matrix.T
+
+    def project(self, point: HookPoint, states: Tensor) -> Tensor:
+        check_projection(point, self.info, self.capabilities)
+        matrix = _normal(f"project {point}", (self.info.d_model, self.info.width(point.site)))
         return states.float() @ matrix.T
 
     def stats(self) -> EngineStats:

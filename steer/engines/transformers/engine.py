@@ -22,7 +22,7 @@ from steer.engines.base import (
     GenerationRequest,
     TokenEvent,
 )
-from steer.engines.checks import check_readouts, check_request
+from steer.engines.checks import check_projection, check_readouts, check_request
 from steer.engines.gradients import DifferentiableModel
 from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
 from steer.engines.lora import by_adapter, check_lora, refuse_lora
@@ -40,7 +40,7 @@ from steer.engines.transformers.scheduler import Scheduler
 from steer.engines.transformers.structure.blocks import find_hook_points
 from steer.errors import SteerError
 from steer.formats.guards.stand_ins import check_model_folder
-from steer.model import SAMPLING, Capabilities, ModelInfo
+from steer.model import PROJECTED_SITES, SAMPLING, Capabilities, HookPoint, ModelInfo
 from steer.prompts import ends
 from steer.prompts.roles import found_roles
 from steer.readouts.spec import READOUTS
@@ -106,6 +106,7 @@ class TransformersEngine:
             gradients=self._batch.causal,
             readouts=tuple(one for one in READOUTS if one != "kl" or self._finds_twins(rows)),
             lora=True,
+            projections=tuple(site for site in PROJECTED_SITES if site in self.info.sites),
             no_unembedding=refusal.message if refusal is not None else None,
             roles=found_roles(tokenizer),
             limits={"slots": slots, "passes": MAX_RULES, "batch": rows},
@@ -229,6 +230,11 @@ class TransformersEngine:
     def unembed(self, states: Tensor) -> Tensor:
         self.start()
         return self._scheduler.run(lambda: self._hooked.unembed(states))
+
+    def project(self, point: HookPoint, states: Tensor) -> Tensor:
+        check_projection(point, self.info, self.capabilities)
+        self.start()
+        return self._scheduler.run(lambda: self._hooked.project(point, states))
 
     def differentiate(self, work: Callable[[DifferentiableModel], Result]) -> Result:
         """The result of `work`, run with autograd between two steps."""

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from steer.batch.step import Step
 from steer.engines.transformers.cache import cache_keyword
 from steer.engines.transformers.structure.blocks import HookMap
-from steer.engines.transformers.structure.calls import first_tensor, given_tensor, with_tensor
+from steer.engines.transformers.structure.calls import (
+    at_rest,
+    first_tensor,
+    given_tensor,
+    with_tensor,
+)
 from steer.engines.transformers.structure.sites import HookTarget
 from steer.errors import EngineError
 from steer.model import HookPoint, forward_order
@@ -131,6 +136,16 @@ class HookedModel:
         """What the model makes of states after its last block: `[..., d_model]` to float32 logits
         `[..., vocab]`. Raises `Unsupported` (`no_unembedding`) where that cannot be replayed."""
         return self.map.head(self.model, states)
+
+    def project(self, point: HookPoint, states: Tensor) -> Tensor:
+        """What the module whose input `point` is makes of other inputs: `[..., width]` to float32
+        `[..., d_model]`."""
+        module = self.map.targets[point].module
+        dtype = next(self.model.parameters()).dtype
+        rows = states.to(self.device, dtype).reshape(-1, 1, states.shape[-1])
+        with torch.no_grad(), at_rest(module):
+            made = first_tensor(module(rows))
+        return made.float().reshape(*states.shape[:-1], -1)
 
     def _visit(self, point: HookPoint, x: Tensor) -> Tensor:
         if self._tokens is not None and x.shape[:-1].numel() != self._tokens:

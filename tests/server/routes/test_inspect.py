@@ -20,6 +20,34 @@ from steer.inspection.method import reads_states
 from steer_server.routes.inspect_routes import make_router
 
 
+async def test_a_logit_is_taken_apart(http: httpx.AsyncClient) -> None:
+    body = {"text": "Paris", "token": "a", "against": "b", "heads": True, "neurons": 3}
+    response = await http.post("/v1/inspect/attribution", json=body)
+    assert response.status_code == 200, response.text
+    found = response.json()
+    layers, neurons = found["layers"], found["neurons"]
+    parts = sum(one["attention"] + one["mlp"] + one["rest"] for one in layers)
+    told = found["constant"] + found["embedding"] + parts + found["unexplained"]
+    assert abs(told - found["logit"]) < 1e-6
+    assert (len(layers), len(layers[0]["heads"]), len(neurons)) == (6, 4, 3)
+    picture = await http.post("/v1/inspect/attribution?format=png", json=body)
+    assert picture.content.startswith(b"\x89PNG")
+    same = await http.post("/v1/inspect/attribution", json={**body, "against": "a"})
+    assert (same.status_code, same.json()["error"]["code"]) == (400, "same_token")
+
+
+async def test_a_subject_is_traced(http: httpx.AsyncClient) -> None:
+    body = {"text": "In Paris", "subject": "Par", "layers": [1, 4], "draws": 2}
+    response = await http.post("/v1/inspect/trace", json=body)
+    assert response.status_code == 200, response.text
+    found = response.json()
+    assert found["corrupted"]["positions"] == [4, 5, 6]
+    places = [(cell["layer"], cell["position"]) for cell in found["cells"]]
+    assert places == [(layer, place) for layer in (1, 4) for place in range(4, 9)]
+    picture = await http.post("/v1/inspect/trace?format=png", json=body)
+    assert picture.content.startswith(b"\x89PNG")
+
+
 async def test_a_patchscope_sweeps_layers(http: httpx.AsyncClient) -> None:
     body = {"source": {"text": "Paris"}, "layers": [1, 3], "max_tokens": 4}
     response = await http.post("/v1/inspect/patchscope", json=body)

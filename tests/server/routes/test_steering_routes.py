@@ -144,7 +144,13 @@ async def test_capabilities_and_health(http: httpx.AsyncClient, engine: FakeEngi
         "inspection",
         "limits",
     ]
-    assert found["engine"]["inspection"] == ["patchscope", "logit_lens", "activations"]
+    assert found["engine"]["inspection"] == [
+        "patchscope",
+        "logit_lens",
+        "activations",
+        "attribution",
+        "trace",
+    ]
     assert found["engine"]["sae_architectures"] == [
         "standard",
         "jumprelu",

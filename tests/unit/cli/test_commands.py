@@ -329,6 +329,13 @@ def test_inspect_reads_states(tmp_path: Path, registry: Path) -> None:
     body = json.loads(steer(*asked, "--max-tokens", "3", "--json").output)
     assert [cell["layer"] for cell in body["cells"]] == [1, 3]
     assert set(body["cells"][0]["controls"]) == {"text", "shuffled", "none"}
+    say = [ask, "--token", " Paris", *place]
+    apart = steer("inspect", "attribution", *say, "--heads", "--neurons", "3").output
+    assert "Logit of ' Paris'" in apart
+    assert "MLP neurons that give most" in apart
+    traced = steer("inspect", "trace", *say, "--subject", "France", "--layers", "0,5").output
+    assert "Causal trace of ' Paris'" in traced
+    assert "with noise at the subject" in traced
 
 
 def test_foreign_files_are_imported_as_their_writer_counts(tmp_path: Path) -> None:

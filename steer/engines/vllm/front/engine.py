@@ -25,7 +25,7 @@ from steer.engines.base import (
     SamplingParams,
     TokenEvent,
 )
-from steer.engines.checks import check_readouts, check_request
+from steer.engines.checks import check_projection, check_readouts, check_request
 from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
 from steer.engines.lora import check_lora, refuse_lora
 from steer.engines.vllm import plugin
@@ -40,7 +40,7 @@ from steer.engines.vllm.front.twins import TwinMaker
 from steer.engines.vllm.messages import read_info
 from steer.engines.vllm.options import REGISTRY_VARIABLE, registry_location
 from steer.errors import SteerError, Unsupported
-from steer.model import SAMPLING, Capabilities, ModelInfo
+from steer.model import SAMPLING, Capabilities, HookPoint, ModelInfo
 from steer.plan.plan import check_rules
 from steer.prompts.roles import found_roles
 from steer.readouts.spec import READOUTS
@@ -237,6 +237,10 @@ class VllmEngine:
 
     def unembed(self, states: Tensor) -> Tensor:
         return unembed(self._driver, states, self.info)
+
+    def project(self, point: HookPoint, states: Tensor) -> Tensor:  # noqa: ARG002
+        check_projection(point, self.info, self.capabilities)
+        raise AssertionError("no site is among the projections of this engine")
 
     def stats(self) -> EngineStats:
         each = [workers[0] for workers in self._driver.rpc("steer_stats")]

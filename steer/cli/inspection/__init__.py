@@ -1,0 +1,1 @@
+"""Commands of `steer inspect` that take a model apart, one a file."""
