@@ -1,0 +1,1 @@
+"""What features of an SAE do on a real model, beside vectors, words and chance."""
