@@ -91,8 +91,8 @@ class Labeller:
             with closing(said):  # type: ignore[type-var]
                 for one in said:
                     found.append(one)
-                    if self.work is not None and self.work.progress is not None:
-                        self.work.progress(1)
+                    if self.work is not None:
+                        self.work.tell(1)
         silent = sum(one is None for one in found)
         if silent > MOST_SILENT * len(questions):
             raise SteerError(

@@ -76,6 +76,7 @@ def labels_kind(labeller: Labeller | None) -> JobKind[LabelRequest]:
         count = context.counter(total, "questions")
         asked, work = _working(context, labeller, count)
         kept = request.run(context.registry, asked)
+        work.finish(total)
         return {**kept.model_dump(), "asked": work.usage.model_dump()}
 
     return JobKind(
@@ -108,6 +109,7 @@ def score_kind(labeller: Labeller | None) -> JobKind[ScoreRequest]:
         count = context.counter(steps + request.questions, "answers and questions")
         asked, work = _working(context, labeller, count)
         found = request.run(context.engine, context.registry, asked, progress=count)
+        work.finish(request.questions)
         return {**found.model_dump(), "asked": work.usage.model_dump()}
 
     return JobKind(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from steer.artefacts.sae.labels import FeatureLabel, FeatureMatch
+from steer.artefacts.sae.labels import FeatureLabel, FeatureMatch, match_order
 from steer.registry.features.findings import BesideFiles
 
 _FOLDER, _SUFFIX = "meanings", ".safetensors"
@@ -115,21 +115,25 @@ class MeaningStore:
         limit: int,
     ) -> NearMeanings:
         """The features whose labels have the greatest cosine with `query` `[width]`, of length 1,
-        best first; of equal ones the lower number first."""
+        best first; equal ones in the order of `match_order`."""
         features: dict[bytes, list[int]] = {}
         for feature, text in _texts(labels):
             features.setdefault(_key(text), []).append(feature)
         count = sum(map(len, features.values()))
         found: dict[int, float] = {}
         for shard in self._shards(sae, embedder):
-            cosines = shard.rows.astype(np.float32) @ query
+            # Rounded rows are a little longer or shorter than 1.
+            cosines = np.clip(shard.rows.astype(np.float32) @ query, -1.0, 1.0)
             for key, cosine in zip(shard.keys, cosines.tolist(), strict=True):
                 found.update(dict.fromkeys(features.get(key, ()), cosine))
-        best = heapq.nsmallest(limit, found, key=lambda feature: (-found[feature], feature))
-        matches = tuple(
-            FeatureMatch(feature=one, label=labels[one], score=found[one]) for one in best
-        )
-        return NearMeanings(matches, known=len(found), labels=count)
+        least = min(heapq.nlargest(limit, found.values()), default=0.0)
+        matches = [
+            FeatureMatch(feature=one, label=labels[one], score=score)
+            for one, score in found.items()
+            if score >= least
+        ]
+        matches.sort(key=match_order)
+        return NearMeanings(tuple(matches[:limit]), known=len(found), labels=count)
 
     def _shards(self, sae: str, embedder: EmbedderIdentity) -> Iterator[_Shard]:
         return (shard for _, shard in self._named(sae, embedder))

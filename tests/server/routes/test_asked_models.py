@@ -156,6 +156,7 @@ async def test_a_labellers_labels_come_with_their_price(
     model.reply = lambda question: "names of animals"
     job = await worked(http, "labels", ask_labeller=True)
     assert job["state"] == "succeeded", job
+    assert job["progress"]["done"] == job["progress"]["total"] == 8
     calls = job["result"]["asked"]["calls"]
     assert calls == len(model.asked) == job["result"]["labels"] > 0
     assert job["result"]["asked"] == {
@@ -177,6 +178,7 @@ async def test_a_labeller_judges_labels_in_a_job(http: httpx.AsyncClient, model:
         http, "score", features=[1, 5], nulls=2, prompts=TEXTS[:2], ask_labeller=True
     )
     assert job["state"] == "succeeded", job
+    assert job["progress"]["done"] == job["progress"]["total"] == (2 + 4) * (1 + 2) + 2 * 4
     assert job["result"]["asked"]["calls"] == len(model.asked)
     scored = [one for one in job["result"]["features"] if one.get("detection")]
     assert bool(scored) == bool(model.asked)

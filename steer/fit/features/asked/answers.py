@@ -33,6 +33,7 @@ class AskedWork:
 
     path: Path | None = None
     progress: Callable[[int], None] | None = None
+    _told: int = 0
     _usage: AskedUsage = field(default_factory=AskedUsage)
     _known: dict[str, str] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -51,6 +52,16 @@ class AskedWork:
     def usage(self) -> AskedUsage:
         with self._lock:
             return self._usage
+
+    def tell(self, questions: int) -> None:
+        """Tells `progress` of questions that are settled."""
+        self._told += questions
+        if self.progress is not None and questions > 0:
+            self.progress(questions)
+
+    def finish(self, questions: int) -> None:
+        """As `tell`, of those among so many that there was nothing to ask for."""
+        self.tell(questions - self._told)
 
     def count(self, answer: Any) -> None:
         """Counts a call with its `answer`, a chat completion."""

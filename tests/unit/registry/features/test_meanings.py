@@ -62,6 +62,14 @@ def test_the_nearest_are_those_of_a_float64_reference(store: MeaningStore) -> No
     assert few.matches == found.matches[:3]
 
 
+def test_of_labels_that_say_the_same_the_one_that_acts_comes_first(store: MeaningStore) -> None:
+    labels = {n: FeatureLabel(text="cats", effect=0.5 if n == 7 else None) for n in range(9)}
+    embed(store, labels)
+    found = store.nearest(SAE, ONE, labels, rows(["cats"])[0], limit=3).matches
+    assert [one.feature for one in found] == [7, 0, 1]
+    assert all(0.999 < one.score <= 1.0 for one in found)
+
+
 def test_a_changed_label_is_a_new_one_and_a_returned_one_is_known(store: MeaningStore) -> None:
     first, second = labelled("cats", "dogs"), labelled("cats", "wolves")
     assert embed(store, first) == ["cats", "dogs"]

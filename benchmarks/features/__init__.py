@@ -1,1 +1,0 @@
-"""What features of an SAE do on a real model, beside vectors, words and chance."""
