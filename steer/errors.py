@@ -163,7 +163,8 @@ class Conflict(SteerError):
 
 
 class CapacityError(SteerError):
-    """Nothing is wrong with the request; there is no room for it now."""
+    """Nothing is wrong with the request; there is no room for it now, or a model that would have to
+    be asked does not answer."""
 
     code = "at_capacity"
     status = 503

@@ -13,9 +13,13 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    field_validator,
 )
 
-from steer.errors import SpecError
+from steer.errors import SpecError, SteerError
+from steer.fit.features.asked.embedder import Embedder
+from steer.fit.features.asked.outside import OutsideModel
+from steer.fit.features.labeller import Labeller
 from steer.jobs.limits import JobLimits
 from steer.plan.resolve import Policy, StrengthLimit
 from steer.readouts.arming import MAX_ARMED, ArmedDetector
@@ -66,7 +70,9 @@ class ServerSettings(BaseModel):
     wait. Read-outs of a request read at most `readout_layers` layers by one field and give at most
     `readout_numbers` numbers for a token and `readout_values` for a sequence. `detectors` are armed
     on every request. `hub_imports` is whether clients may have artefacts fetched from the hub, of
-    up to `max_hub_bytes` each.
+    up to `max_hub_bytes` each. `embedder` and `labeller` are models that this server asks for its
+    clients, each as http://HOST/v1#model=NAME with a key of its own; a job may ask the labeller at
+    most `labeller_questions`.
     Without a key, `insecure` is needed to listen on more than loopback, the server answers to its
     addresses and to `allowed_hosts`, and takes requests from its own pages and from those of
     `allowed_origins`, which browsers are told as well. A connection that has sent no whole request
@@ -105,11 +111,38 @@ class ServerSettings(BaseModel):
     detectors: Armed = ()
     hub_imports: bool = True
     max_hub_bytes: int = Field(default=512 * MIB, ge=1)
+    embedder: str | None = None
+    embedder_key: SecretStr | None = None
+    labeller: str | None = None
+    labeller_key: SecretStr | None = None
+    labeller_questions: int = Field(default=4096, ge=1)
     insecure: bool = False
     allowed_hosts: Several = ()
     allowed_origins: Several = ()
     access_log: bool = True
     patience_seconds: float = Field(default=60.0, gt=0)
+
+    @field_validator("embedder", "labeller")
+    @classmethod
+    def _place(cls, place: str | None) -> str | None:
+        if place is not None:
+            try:
+                OutsideModel.at(place)
+            except SteerError as error:
+                raise ValueError(error.message) from None
+        return place
+
+    @property
+    def asked_embedder(self) -> Embedder | None:
+        """The model that embeds labels and what is searched for, if there is one."""
+        found = _outside(self.embedder, self.embedder_key)
+        return None if found is None else Embedder(found)
+
+    @property
+    def asked_labeller(self) -> Labeller | None:
+        """The model that makes and judges labels, if there is one."""
+        found = _outside(self.labeller, self.labeller_key)
+        return None if found is None else Labeller(found, most=self.labeller_questions)
 
     @property
     def job_limits(self) -> JobLimits:
@@ -141,6 +174,12 @@ class ServerSettings(BaseModel):
         return int(name[-8:], 16) < self.measured_share * 0x1_0000_0000
 
 
+def _outside(place: str | None, key: SecretStr | None) -> OutsideModel | None:
+    if place is None:
+        return None
+    return OutsideModel.at(place, None if key is None else key.get_secret_value(), hidden=True)
+
+
 _FROM_ENVIRONMENT = (
     "max_body_bytes",
     "max_upload_bytes",
@@ -161,6 +200,11 @@ _FROM_ENVIRONMENT = (
     "detectors",
     "hub_imports",
     "max_hub_bytes",
+    "embedder",
+    "embedder_key",
+    "labeller",
+    "labeller_key",
+    "labeller_questions",
     "insecure",
     "allowed_hosts",
     "allowed_origins",

@@ -26,6 +26,7 @@ from steer_server.metrics import Metrics
 from steer_server.settings import ServerSettings
 
 _PROBES = 4
+_SEARCHES = 4
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Serving:
     inspections: InspectionQueue
     probe_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_PROBES))
     """What /health and /metrics run in, so that they answer while all other threads are taken."""
+    search_threads: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(_SEARCHES))
+    """What waits for an embedder, so that a slow one takes no thread of others."""
     started: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -79,7 +82,12 @@ def assemble(
     jobs = JobRunner(
         engine,
         registry,
-        builtin_kinds(hub(settings.max_hub_bytes) if settings.hub_imports else {}, policy),
+        builtin_kinds(
+            hub(settings.max_hub_bytes) if settings.hub_imports else {},
+            policy,
+            embedder=settings.asked_embedder,
+            labeller=settings.asked_labeller,
+        ),
         settings.job_limits,
         load=load,
         alive=alive,

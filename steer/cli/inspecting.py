@@ -236,7 +236,7 @@ def ask(
         "positions": _positions(at, [-1]),
     }
     with _bench(model, registry, device, dtype) as bench:
-        fields["source"] = {**_prompt(bench, prompt, plain), **_steering(spec)}
+        fields["source"] = {**prompt_fields(bench, prompt, plain), **steering_fields(spec)}
         result = _result(bench, inspection.ASK, fields)
     _show(result, inspection.ASK, png, as_json)
     if not as_json:

@@ -116,6 +116,22 @@ def serve(
             show_default="hub-imports",
         ),
     ] = None,
+    embedder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="A model that embeds labels, http://HOST/v1#model=NAME, with its key in "
+            "STEER_EMBEDDER_KEY.",
+        ),
+    ] = None,
+    labeller: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="A model that makes and judges labels, likewise, with its key in "
+            "STEER_LABELLER_KEY.",
+        ),
+    ] = None,
     strength_limit: Annotated[
         StrengthLimitChoice | None,
         typer.Option(
@@ -170,6 +186,8 @@ def serve(
         "max_hub_bytes": None if max_hub_mib is None else max_hub_mib << 20,
         "allow_inline_vectors": inline_vectors,
         "hub_imports": hub_imports,
+        "embedder": embedder,
+        "labeller": labeller,
         "strength_limit": None if strength_limit is None else strength_limit.value,
         "job_workers": job_workers,
         "job_duty": job_duty,

@@ -278,6 +278,7 @@ class JobRunner:
                 progress=lambda done, total=None, note="": self._progress(
                     run, JobProgress(done, total, note)
                 ),
+                answers=self._registry.job_files.answers(run.claim.job_id),
             )
             result = kind.run(context, params)
         json.dumps(result, allow_nan=False)  # what is no JSON is the kind's bug: it fails here

@@ -39,6 +39,7 @@ from steer.registry.catalogue.tags import tags_of_names
 from steer.registry.entry import Entry, parse_ref
 from steer.registry.features.findings import BesideFiles, FindingStore
 from steer.registry.features.labels import KnownLabels, LabelStore
+from steer.registry.features.meanings import MeaningStore
 from steer.registry.features.store import SurveyStore
 from steer.registry.figures import RegistryFigures, RegistryStats
 from steer.registry.jobs.job_files import JobFiles
@@ -82,6 +83,7 @@ class Registry:
         self.surveys = SurveyStore(parts.location.root, read_only=parts.catalogue.read_only)
         beside = BesideFiles(parts.location.root, read_only=parts.catalogue.read_only)
         self.findings, self.side_labels = FindingStore(beside), LabelStore(beside)
+        self.meanings = MeaningStore(beside)
         self._max_upload_bytes = max_upload_bytes
         self._loaded: LoadedCache[tuple[str, str, str], Any] = LoadedCache(cache_bytes)
         self._figures = RegistryFigures(parts.catalogue)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 from typer.testing import CliRunner
 
 from steer.cli import app
@@ -30,6 +31,11 @@ OTHER: dict[str, tuple[str, Any]] = {
     "detectors": ("rude:stop,french", ("rude:stop", "french")),
     "hub_imports": ("false", False),
     "max_hub_bytes": ("7", 7),
+    "embedder": ("http://127.0.0.1:9/v1#model=m", "http://127.0.0.1:9/v1#model=m"),
+    "embedder_key": ("secret", SecretStr("secret")),
+    "labeller": ("http://127.0.0.1:9/v1#model=m", "http://127.0.0.1:9/v1#model=m"),
+    "labeller_key": ("secret", SecretStr("secret")),
+    "labeller_questions": ("7", 7),
     "insecure": ("true", True),
     "allowed_hosts": ("a,b", ("a", "b")),
     "allowed_origins": ("https://a.example", ("https://a.example",)),

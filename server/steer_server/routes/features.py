@@ -4,22 +4,31 @@ they are called."""
 from __future__ import annotations
 
 import itertools
-from typing import Annotated
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, Literal
 
+from anyio import to_thread
 from fastapi import APIRouter, Depends, Path, Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from steer.artefacts.sae.labels import FeatureLabel, FeatureMatch, search_labels
 from steer.errors import SteerError
+from steer.fit.requests.features.embed import search_by_meaning
 from steer.formats.labels.reading import ReadLabels, read_label_text
+from steer.jobs.kinds.asked import named_embedder
 from steer.registry.features.card import FeatureCard, feature_card
 from steer.registry.features.families import FamilyCard, family_card
 from steer.registry.features.labels import LabelSource
 from steer_server.http.content_type import require_json
 from steer_server.http.error_route import SteerRoute
-from steer_server.state import ServingDep
+from steer_server.state import Serving, ServingDep
 
 router = APIRouter(prefix="/v1/steering/saes/{name}", tags=["saes"], route_class=SteerRoute)
+
+
+QUERY_SECONDS = 10.0
+"""The time that an embedder has for what is searched for."""
 
 
 class FeatureList(BaseModel):
@@ -28,6 +37,9 @@ class FeatureList(BaseModel):
     object: str = "list"
     sae: str
     d_sae: int
+    mode: Literal["text", "meaning"] = "text"
+    unread: int = 0
+    """Features whose labels have no embedding, which a search by meaning does not see."""
     data: list[FeatureMatch]
 
 
@@ -75,13 +87,22 @@ class LabelsDeleted(BaseModel):
 
 
 @router.get("/features")
-def search_features(
+async def search_features(
     name: str,
     serving: ServingDep,
     q: Annotated[str | None, Query(max_length=256)] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 20,
+    mode: Literal["text", "meaning"] = "text",
 ) -> FeatureList:
-    """Features whose labels speak of `q`; without it, labelled features in order."""
+    """Features whose labels speak of `q`, by their words or (`mode`) by what they mean; without
+    `q`, labelled features in order."""
+    if mode == "meaning":
+        search = partial(_by_meaning, serving, name, q, limit)
+        return await to_thread.run_sync(search, limiter=serving.search_threads)
+    return await to_thread.run_sync(_by_text, serving, name, q, limit)
+
+
+def _by_text(serving: Serving, name: str, q: str | None, limit: int) -> FeatureList:
     sae, labels = serving.registry.sae(name), serving.registry.labels(name)
     if q:
         found = list(search_labels(labels, q, limit=limit))
@@ -89,6 +110,27 @@ def search_features(
         listed = itertools.islice(labels, limit)
         found = [FeatureMatch(feature=i, label=labels[i], score=1.0) for i in listed]
     return FeatureList(sae=sae.card.name, d_sae=sae.d_sae, data=found)
+
+
+def _by_meaning(serving: Serving, name: str, q: str | None, limit: int) -> FeatureList:
+    if not (q and q.strip()):
+        raise SteerError(
+            "'q' is required to search by meaning: say what the features are to be about",
+            param="q",
+            code="missing_field",
+        )
+    embedder = named_embedder(serving.settings.asked_embedder)
+    sae = serving.registry.sae(name)
+    # Somebody waits for it: one more try, and not for long.
+    quick = replace(embedder, retries=1, timeout=QUERY_SECONDS)
+    found = search_by_meaning(serving.registry, name, q, quick, limit=limit)
+    return FeatureList(
+        sae=sae.card.name,
+        d_sae=sae.d_sae,
+        mode="meaning",
+        unread=found.labels - found.known,
+        data=list(found.matches),
+    )
 
 
 @router.get("/features/{feature}")

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
+from pydantic import SecretStr
 
 from steer.engines.transformers.checkpoints.found import FoundModel, find_model
 from steer.engines.vllm.options import REGISTRY_VARIABLE
@@ -78,6 +79,8 @@ def environment(settings: ServerSettings, inherited: Mapping[str, str]) -> dict[
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
     return ",".join(value) if isinstance(value, tuple) else str(value)
 
 

@@ -26,6 +26,10 @@ cache; what concerns HTTP alone does not belong there.
 | `STEER_READOUT_VALUES` | The most numbers that are read of a sequence | 4194304 |
 | `STEER_HUB_IMPORTS` | Whether clients may have artefacts fetched from the hub | `true` |
 | `STEER_MAX_HUB_BYTES` | The largest artefact that is fetched from the hub | 512 MiB |
+| `STEER_EMBEDDER` | A model that embeds labels, http://HOST/v1#model=NAME | |
+| `STEER_LABELLER` | A model that makes and judges labels, likewise | |
+| `STEER_EMBEDDER_KEY`, `STEER_LABELLER_KEY` | Their keys | |
+| `STEER_LABELLER_QUESTIONS` | The most questions that one job asks the labeller | 4096 |
 | `STEER_ALLOWED_HOSTS` | Names that a server without a key answers to, commas between them | |
 | `STEER_ALLOWED_ORIGINS` | Pages that may use a server without a key | |
 """

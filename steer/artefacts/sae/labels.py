@@ -45,7 +45,8 @@ class FeatureLabel(BaseModel):
 
 
 class FeatureMatch(BaseModel):
-    """A search result: the feature, its label, and the share of the query's words found."""
+    """A search result: the feature, its label, and as `score` the share of the query's words found,
+    or the cosine of the two meanings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -58,8 +59,7 @@ def search_labels(
     labels: Mapping[int, FeatureLabel], query: str, *, limit: int = 20
 ) -> tuple[FeatureMatch, ...]:
     """Features whose labels hold words of `query` (case ignored, word beginnings count), best
-    first: by the share of words found, the effect of clamping (a feature that detects need not
-    cause), AUROC, and index."""
+    first: by the share of words found, and then as `match_order` says."""
     wanted = _words(query)
     found = []
     for feature, label in labels.items():
@@ -69,15 +69,15 @@ def search_labels(
         if hits:
             score = hits / len(wanted)
             found.append(FeatureMatch(feature=feature, label=label, score=score))
-    found.sort(
-        key=lambda match: (
-            -match.score,
-            -(match.label.effect or 0.0),
-            -(match.label.auroc or 0.0),
-            match.feature,
-        )
-    )
+    found.sort(key=match_order)
     return tuple(found[:limit])
+
+
+def match_order(match: FeatureMatch) -> tuple[float, ...]:
+    """Best first: by score, by the effect of clamping (a feature that detects need not cause), by
+    AUROC, and by number."""
+    label = match.label
+    return -match.score, -(label.effect or 0.0), -(label.auroc or 0.0), match.feature
 
 
 def _words(text: str) -> frozenset[str]:

@@ -32,7 +32,7 @@ from steer.cli.options import (
 )
 from steer.cli.reporting import progress_bar
 from steer.cli.sae.effect import EFFECT
-from steer.cli.sae.labels import labels_app
+from steer.cli.sae.labels import EmbedderOption, embedder_at, labels_app
 from steer.cli.sae.place import JsonOption, SAEArgument, working
 from steer.cli.sae.score import SCORE
 from steer.cli.sae.showing import (
@@ -44,6 +44,7 @@ from steer.cli.sae.showing import (
     show_survey,
 )
 from steer.cli.sae.suggest import SUGGEST
+from steer.cli.sae.tables import say
 from steer.cli.sae.training import train
 from steer.cli.sae.trust import TRUST
 from steer.fit.requests.features.texts import ContrastRequest, FeaturesRequest, SurveyRequest
@@ -95,21 +96,31 @@ def family(
 @app.command("search")
 def search(
     sae: SAEArgument,
-    query: Annotated[str, typer.Argument(help="Words of a label.")],
+    query: Annotated[str, typer.Argument(help="Words of a label, or what it is to mean.")],
     limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many.")] = 20,
+    embedder: EmbedderOption = None,
     as_json: JsonOption = False,
     model: ModelOption = DEMO_MODEL,
     registry: RegistryOption = None,
 ) -> None:
-    """Find features by their labels."""
+    """Find features by their labels: by words, or with an embedder by meaning."""
     from steer.artefacts.sae.labels import search_labels
+    from steer.fit.requests.features.embed import search_by_meaning
 
+    asked = embedder_at(embedder)
     with open_registry(registry, model) as library:
-        found = search_labels(library.labels(sae), query, limit=limit)
+        unread = 0
+        if asked is None:
+            found = search_labels(library.labels(sae), query, limit=limit)
+        else:
+            near = search_by_meaning(library, sae, query, asked, limit=limit)
+            found, unread = near.matches, near.labels - near.known
     if as_json:
         typer.echo(json.dumps([one.model_dump(exclude_none=True) for one in found], indent=2))
         return
-    show_matches(found)
+    show_matches(found, by_meaning=asked is not None)
+    if unread:
+        say(f"{unread} labels are not embedded: `steer sae labels embed {sae}`")
 
 
 @app.command("tokens")

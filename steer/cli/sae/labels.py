@@ -14,6 +14,7 @@ from steer.cli.sae.place import JsonOption, SAEArgument
 from steer.cli.sae.tables import say, table
 
 if TYPE_CHECKING:
+    from steer.fit.features.asked.embedder import Embedder
     from steer.fit.features.labeller import Labeller
 
 labels_app = typer.Typer(
@@ -30,13 +31,43 @@ LabellerOption = Annotated[
 
 def labeller_at(place: str | None) -> Labeller | None:
     """The labeller that an option names. Raises `SteerError`."""
+    from steer.fit.features.asked.answers import AskedWork
+    from steer.fit.features.asked.outside import OutsideModel
     from steer.fit.features.labeller import Labeller
-    from steer.fit.measure.scorers import judge_place
 
     if place is None:
         return None
-    url, model = judge_place(place)
-    return Labeller(url, model, api_key=os.environ.get("OPENAI_API_KEY") or "none")
+    outside = OutsideModel.at(place, os.environ.get("OPENAI_API_KEY"))
+    return Labeller(outside, work=AskedWork())
+
+
+def say_cost(labeller: Labeller | None) -> None:
+    """What a labeller was asked, where there is one."""
+    if labeller is not None and labeller.work is not None:
+        used = labeller.work.usage
+        say(
+            f"the labeller was asked {used.calls} times: {used.prompt_tokens} tokens read, "
+            f"{used.completion_tokens} written"
+        )
+
+
+EmbedderOption = Annotated[
+    str | None,
+    typer.Option(
+        help="A model that embeds texts, http://HOST/v1#model=NAME, with the key in "
+        "OPENAI_API_KEY: search by meaning."
+    ),
+]
+
+
+def embedder_at(place: str | None) -> Embedder | None:
+    """The embedder that an option names. Raises `SteerError`."""
+    from steer.fit.features.asked.embedder import Embedder
+    from steer.fit.features.asked.outside import OutsideModel
+
+    if place is None:
+        return None
+    return Embedder(OutsideModel.at(place, os.environ.get("OPENAI_API_KEY")))
 
 
 @labels_app.command("import")
@@ -94,6 +125,38 @@ def make_labels(
         request.check_survey(library)
         kept = request.run(library, asked)
     say(f"{kept.labels} labels of {sae} from the source {kept.source!r}")
+    say_cost(asked)
+
+
+@labels_app.command("embed")
+def embed_labels(
+    sae: SAEArgument,
+    embedder: Annotated[
+        str,
+        typer.Option(
+            help="A model that embeds texts, http://HOST/v1#model=NAME, with the key in "
+            "OPENAI_API_KEY."
+        ),
+    ],
+    model: ModelOption = DEMO_MODEL,
+    registry: RegistryOption = None,
+) -> None:
+    """Embed the labels that are not yet, so that they are found by their meaning."""
+    from steer.cli.options import checked
+    from steer.cli.reporting import progress_bar
+    from steer.fit.requests.features.embed import EmbedRequest
+
+    request = checked(EmbedRequest, {"sae": sae})
+    asked = embedder_at(embedder)
+    assert asked is not None
+    with open_registry(registry, model) as library:
+        request.check_labels(library)
+        with progress_bar("labels", len(library.labels(sae))) as done:
+            found = request.run(library, asked, progress=done)
+    say(
+        f"{found.embedded} texts embedded by {found.embedder!r} in {found.calls} calls, "
+        f"{found.width} numbers each; {found.labels} features of {sae} have a label"
+    )
 
 
 @labels_app.command("list")

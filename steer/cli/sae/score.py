@@ -12,7 +12,7 @@ from steer.cli.measure.asking import AS_JSON
 from steer.cli.options import MODEL, PLACE, checked, command, keyword, options, read_values
 from steer.cli.reporting import progress_bar
 from steer.cli.sae.effect import FEATURES, PROMPTS, asked_in
-from steer.cli.sae.labels import LabellerOption, labeller_at
+from steer.cli.sae.labels import LabellerOption, labeller_at, say_cost
 from steer.cli.sae.place import working
 from steer.cli.sae.tables import number, say, table
 from steer.fit.requests.features.score import ScoreRequest
@@ -45,6 +45,7 @@ def _score(values: dict[str, Any]) -> None:
         typer.echo(found.model_dump_json(indent=2, exclude_none=True))
         return
     show_scores(found)
+    say_cost(labeller)
 
 
 SCORE = command(

@@ -96,11 +96,19 @@ def marked(example: FeatureExample) -> Text:
     return text
 
 
-def show_matches(found: Sequence[FeatureMatch]) -> None:
-    """One row a feature, the best match first."""
+def show_matches(found: Sequence[FeatureMatch], *, by_meaning: bool = False) -> None:
+    """One row a feature, the best match first; by meaning with its cosine."""
     table(
-        ("feature", "label", "effect"),
-        [(str(one.feature), said(one.label), number(one.label.effect)) for one in found],
+        ("feature", "label", "effect", *(["cosine"] if by_meaning else [])),
+        [
+            (
+                str(one.feature),
+                said(one.label),
+                number(one.label.effect),
+                *([number(one.score)] if by_meaning else []),
+            )
+            for one in found
+        ],
     )
     if not found:
         say("no label has these words")

@@ -8,13 +8,16 @@ and then left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from steer.artefacts.sae.labels import FeatureLabel
-from steer.errors import SteerError
+from steer.errors import SteerError, TooLarge
+from steer.fit.features.asked.answers import AskedWork
+from steer.fit.features.asked.outside import OutsideModel, outside_client
 from steer.fit.features.exemplars import distinct_examples
-from steer.fit.measure.judge import asked_until, asking
+from steer.fit.measure.judge import asked_until
 from steer.registry.features.survey import FeatureExample, FeatureStatistics, Survey
 
 if TYPE_CHECKING:
@@ -38,15 +41,30 @@ SYSTEM = (
 
 @dataclass(frozen=True)
 class Labeller:
-    """The model `model` at `url`, asked up to `attempts` times each, `parallel` at once."""
+    """The model at `outside`, asked up to `attempts` times each, `parallel` at once, and at most
+    `most` questions in one piece of work. `work` counts what it costs, and knows what was said."""
 
-    url: str
-    model: str
+    outside: OutsideModel
     attempts: int = 3
     retries: int = 2
     timeout: float = 60.0
     parallel: int = 8
-    api_key: str = field(default="none", repr=False)
+    most: int | None = None
+    work: AskedWork | None = None
+
+    def working(self, work: AskedWork) -> Labeller:
+        """The same labeller, for one piece of work."""
+        return replace(self, work=work)
+
+    def check_questions(self, count: int, param: str) -> None:
+        """Raises `SteerError` (`too_many_questions`) for more than it may be asked."""
+        if self.most is not None and count > self.most:
+            raise TooLarge(
+                f"the labeller would be asked {count} questions, and {self.most} are allowed in "
+                "one job: name fewer features",
+                code="too_many_questions",
+                param=param,
+            )
 
     def ask(
         self, questions: Sequence[str], read: Callable[[int, str], Answer | None]
@@ -57,34 +75,29 @@ class Labeller:
         Raises `SteerError` (`labeller_failed`) where the server cannot be used, or leaves more than
         half of the questions unanswered.
         """
-        try:
-            with asking(
-                self.url,
-                self.model,
-                api_key=self.api_key,
-                retries=self.retries,
-                timeout=self.timeout,
-                parallel=self.parallel,
-            ) as (client, pool):
-                found = list(
-                    pool.map(
-                        lambda n: self._ask(client, questions[n], lambda said: read(n, said)),
-                        range(len(questions)),
-                    )
-                )
-        except SteerError as error:
-            if error.code != "judge_failed":
-                raise
-            raise SteerError(
-                f"the labeller at {self.url!r} cannot be asked: {error.__cause__}; check the URL, "
-                f"the model {self.model!r} and the key",
-                code="labeller_failed",
-            ) from error
+        found: list[Answer | None] = []
+        with outside_client(
+            self.outside,
+            what="labeller",
+            retries=self.retries,
+            timeout=self.timeout,
+            parallel=self.parallel,
+        ) as (client, pool):
+            said = pool.map(
+                lambda n: self._ask(client, questions[n], lambda text: read(n, text)),
+                range(len(questions)),
+            )
+            # Closed where the work is stopped: what was not asked yet is then not asked.
+            with closing(said):  # type: ignore[type-var]
+                for one in said:
+                    found.append(one)
+                    if self.work is not None:
+                        self.work.tell(1)
         silent = sum(one is None for one in found)
         if silent > MOST_SILENT * len(questions):
             raise SteerError(
-                f"the labeller {self.model!r} gave no answer that can be read to {silent} of "
-                f"{len(questions)} questions: name a larger model",
+                f"the labeller {self.outside.model!r} gave no answer that can be read to {silent} "
+                f"of {len(questions)} questions: name a larger model",
                 code="labeller_failed",
             )
         return found
@@ -92,14 +105,26 @@ class Labeller:
     def _ask(
         self, client: OpenAI, question: str, read: Callable[[str], Answer | None]
     ) -> Answer | None:
+        work, model = self.work or AskedWork(), self.outside.model
+        known = work.known(model, question)
+        if known is not None and (answer := read(known)) is not None:
+            return answer
+
+        def noted(said: str) -> Answer | None:
+            answer = read(said)
+            if answer is not None:
+                work.note(model, question, said)
+            return answer
+
         return asked_until(
             client,
-            self.model,
+            model,
             SYSTEM,
             question,
-            read,
+            noted,
             attempts=self.attempts,
             max_tokens=128,
+            seen=work.count,
         )
 
 

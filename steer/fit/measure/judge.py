@@ -19,6 +19,7 @@ from steer.fit.measure.scoring import Score
 
 if TYPE_CHECKING:
     from openai import OpenAI
+    from openai.types.chat import ChatCompletion
 
 Answer = TypeVar("Answer")
 Scale: TypeAlias = Literal["yes-no", "0-10"]
@@ -35,15 +36,28 @@ _NUMBER = re.compile(r"(?<![\w.,-])(\d+(?:[.,]\d+)?)(?:\s*(?:/|out of)\s*10)?(?!
 
 @contextmanager
 def asking(
-    url: str, model: str, *, api_key: str, retries: int, timeout: float, parallel: int
+    url: str,
+    model: str,
+    *,
+    api_key: str,
+    retries: int,
+    timeout: float,
+    parallel: int,
+    follow_redirects: bool = True,
 ) -> Iterator[tuple[OpenAI, ThreadPoolExecutor]]:
     """A client of the server at `url` and the threads it is asked from; a fault of the server is a
-    `SteerError` (`judge_failed`)."""
-    from openai import OpenAI, OpenAIError  # noqa: PLC0415 (slow import)
+    `SteerError` (`judge_failed`), as a redirection is where it is not followed."""
+    from openai import DefaultHttpxClient, OpenAI, OpenAIError  # noqa: PLC0415 (slow import)
 
     try:
         with (
-            OpenAI(base_url=url, api_key=api_key, max_retries=retries, timeout=timeout) as client,
+            OpenAI(
+                base_url=url,
+                api_key=api_key,
+                max_retries=retries,
+                timeout=timeout,
+                http_client=DefaultHttpxClient(follow_redirects=follow_redirects),
+            ) as client,
             ThreadPoolExecutor(parallel) as pool,
         ):
             yield client, pool
@@ -64,8 +78,10 @@ def asked_until(
     *,
     attempts: int,
     max_tokens: int,
+    seen: Callable[[ChatCompletion], None] | None = None,
 ) -> Answer | None:
-    """What `read` finds in an answer of `model`; None where it finds nothing in so many."""
+    """What `read` finds in an answer of `model`; None where it finds nothing in so many. `seen` is
+    shown each answer as it came."""
     for attempt in range(attempts):
         answer = client.chat.completions.create(
             model=model,
@@ -79,6 +95,8 @@ def asked_until(
             seed=attempt,
             max_tokens=max_tokens,
         )
+        if seen is not None:
+            seen(answer)
         content = answer.choices[0].message.content if answer.choices else None
         found = read(content or "")
         if found is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
 
 from steer.fit.data.instruction import Placement
 from steer.fit.data.prompt import Positions
@@ -95,6 +95,11 @@ BestField: TypeAlias = Annotated[
 ]
 Seed: TypeAlias = Annotated[StrictInt, Field(ge=0, le=2**63 - 1)]
 SeedField: TypeAlias = Annotated[Seed, Field(description="Draws the held-out share.")]
+AskLabellerField: TypeAlias = Annotated[
+    StrictBool,
+    Spelled(hidden=True),
+    Field(description="Ask the labeller that the server's operator has named."),
+]
 DataField: TypeAlias = Annotated[
     Annotated[str, Field(min_length=1)] | None,
     Field(description="The data as the text of a JSON lines file, instead of an array."),

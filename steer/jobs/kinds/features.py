@@ -6,9 +6,7 @@ from typing import Any
 
 from steer.engines.base import Engine
 from steer.fit.requests.features.effect import EffectRequest
-from steer.fit.requests.features.labels import LabelRequest
 from steer.fit.requests.features.request import SAERequest
-from steer.fit.requests.features.score import ScoreRequest
 from steer.fit.requests.features.suggest import SuggestRequest
 from steer.fit.requests.features.texts import ContrastRequest, FeaturesRequest, SurveyRequest
 from steer.fit.requests.features.trust import TrustRequest
@@ -44,15 +42,6 @@ def _effect(context: JobContext, request: EffectRequest) -> dict[str, Any]:
     return {"features": [one.model_dump() for one in found]}
 
 
-def _labels(context: JobContext, request: LabelRequest) -> dict[str, Any]:
-    return request.run(context.registry).model_dump()
-
-
-def _score(context: JobContext, request: ScoreRequest) -> dict[str, Any]:
-    progress = context.counter(request.work(context.engine), "answers")
-    return request.run(context.engine, context.registry, progress=progress).model_dump()
-
-
 def _trust(context: JobContext, request: TrustRequest) -> dict[str, Any]:
     progress = context.counter(request.work(context.registry), "texts")
     found = request.run(context.engine, context.registry, progress=progress)
@@ -64,7 +53,7 @@ def _suggest(context: JobContext, request: SuggestRequest) -> dict[str, Any]:
     return request.run(context.engine, context.registry, progress=progress).model_dump()
 
 
-def _questions(request: EffectRequest | ScoreRequest | SuggestRequest) -> dict[str, Any]:
+def _questions(request: EffectRequest | SuggestRequest) -> dict[str, Any]:
     return {} if request.prompts is None else {"prompts": len(request.prompts)}
 
 
@@ -97,27 +86,6 @@ EFFECT = JobKind(
     data=frozenset({"prompts"}),
     shown=_questions,
     repeatable=True,  # the same finding again takes the first one's place
-)
-LABELS = JobKind(
-    name="sae/labels",
-    params=LabelRequest,
-    run=_labels,
-    check=_check,
-    summary="Makes labels of features from what a survey saw, and keeps them beside the SAE.",
-    data=frozenset({"features"}),
-    shown=lambda one: {} if one.features is None else {"features": len(one.features)},
-    repeatable=True,  # the same labels again take the first ones' place
-    any_model=True,  # the survey has read what is needed
-)
-SCORE = JobKind(
-    name="sae/score",
-    params=ScoreRequest,
-    run=_score,
-    check=_check,
-    summary="Scores the labels of features: what they predict, and what raising the features does.",
-    data=frozenset({"prompts"}),
-    shown=_questions,
-    repeatable=True,  # the same scores again take the first ones' place
 )
 TRUST = JobKind(
     name="sae/trust",

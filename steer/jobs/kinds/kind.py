@@ -26,7 +26,8 @@ class JobContext:
     """What a job works with.
 
     `engine` gives way to the requests of clients. `scratch` is an empty folder that is removed
-    when the job ends, `files` the folder with what the client sent (missing where it sent none).
+    when the job ends, `files` the folder with what the client sent (missing where it sent none),
+    `answers` the file in which the next attempt finds what other models have said (None: nowhere).
     `progress` is called as often as a function likes; that is also where a cancelled job stops, by
     a `JobStopped` that must not be caught.
     """
@@ -36,6 +37,7 @@ class JobContext:
     scratch: Path
     files: Path
     progress: Report
+    answers: Path | None = None
 
     def counter(self, total: int, note: str = "") -> Callable[[int], None]:
         """`progress` for functions that tell how many units were just finished."""

@@ -7,11 +7,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from steer.fit.features.asked.embedder import Embedder
+from steer.fit.features.labeller import Labeller
 from steer.fit.requests.table import FIT_REQUESTS
 from steer.formats.hub import MAX_BYTES, fetch, parse_hub_ref
+from steer.jobs.kinds.asked import embed_kind, labels_kind, score_kind
 from steer.jobs.kinds.calibrate import CALIBRATE
 from steer.jobs.kinds.evaluate import evaluate_kind
-from steer.jobs.kinds.features import CONTRAST, EFFECT, LABELS, SCORE, SUGGEST, SURVEY, TRUST
+from steer.jobs.kinds.features import CONTRAST, EFFECT, SUGGEST, SURVEY, TRUST
 from steer.jobs.kinds.fit import fit_kind
 from steer.jobs.kinds.importing import Download, Fetch, import_kind
 from steer.jobs.kinds.kind import JobKind, JobKinds, Report
@@ -35,9 +38,12 @@ def hub(max_bytes: int = MAX_BYTES) -> Mapping[str, Fetch]:
 def builtin_kinds(
     fetchers: Mapping[str, Fetch] = MappingProxyType({}),
     policy: Policy = Policy(),  # noqa: B008 - frozen
+    *,
+    embedder: Embedder | None = None,
+    labeller: Labeller | None = None,
 ) -> JobKinds:
     """Every kind by name; `fetchers` are the URL schemes that imports may come from, `policy` what
-    clients' specs may do."""
+    clients' specs may do, `embedder` and `labeller` the models that jobs may ask."""
     kinds: tuple[JobKind[Any], ...] = (
         *(fit_kind(request) for request in FIT_REQUESTS),
         sweep_kind(policy),
@@ -49,8 +55,9 @@ def builtin_kinds(
         CONTRAST,
         TRAIN,
         EFFECT,
-        LABELS,
-        SCORE,
+        embed_kind(embedder),
+        labels_kind(labeller),
+        score_kind(labeller),
         SUGGEST,
         TRUST,
         import_kind(fetchers),

@@ -116,6 +116,18 @@ class LabelStore:
         Raises `SteerError` (`invalid_name`, `invalid_labels` where the source has labels of another
         kind).
         """
+        self.check_kind(sae, source, kind)
+        name = checked_source(source)
+        old = self._read(sae, name)
+        lines = {**(old.lines if old is not None else {}), **_lines(labels)}
+        made = LabelSource(source=name, kind=kind, labels=len(lines))
+        data = [made.model_dump_json().encode()]
+        data += [b"%d %s" % (feature, lines[feature]) for feature in sorted(lines)]
+        self.files.write(b"\n".join(data), sae, _FOLDER, name + _SUFFIX)
+        return made
+
+    def check_kind(self, sae: str, source: str, kind: LabelKind) -> None:
+        """Raises `SteerError` as `keep`, before there is anything to keep."""
         name = checked_source(source)
         old = self._read(sae, name)
         if old is not None and old.source.kind != kind:
@@ -125,12 +137,6 @@ class LabelStore:
                 code="invalid_labels",
                 param="/source",
             )
-        lines = {**(old.lines if old is not None else {}), **_lines(labels)}
-        made = LabelSource(source=name, kind=kind, labels=len(lines))
-        data = [made.model_dump_json().encode()]
-        data += [b"%d %s" % (feature, lines[feature]) for feature in sorted(lines)]
-        self.files.write(b"\n".join(data), sae, _FOLDER, name + _SUFFIX)
-        return made
 
     def sources(self, sae: str) -> list[LabelSource]:
         """The sources of labels beside an SAE, by name."""

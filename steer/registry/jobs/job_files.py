@@ -13,7 +13,7 @@ from pathlib import Path
 from steer.registry.blobs import locks
 from steer.registry.blobs.disk import disk_errors
 
-_JOURNAL = ".journal"
+_JOURNAL, _ANSWERS = ".journal", ".answers"
 
 
 class JobFiles:
@@ -58,19 +58,24 @@ class JobFiles:
         """The file in which the job may write down what it would otherwise do again."""
         return self._root / f"{job_id}{_JOURNAL}"
 
+    def answers(self, job_id: str) -> Path:
+        """The file in which the job may write down what other models have told it."""
+        return self._root / f"{job_id}{_ANSWERS}"
+
     def remove(self, job_id: str) -> None:
         """Removes all that belongs to the job. May be called for a job without files."""
         shutil.rmtree(self.folder(job_id), ignore_errors=True)
         self.journal(job_id).unlink(missing_ok=True)
+        self.answers(job_id).unlink(missing_ok=True)
 
     def clean(self, unfinished: Callable[[], AbstractSet[str]]) -> int:
         """Removes what no unfinished job needs; how many jobs it was of."""
         with locks.exclusive(self._lock):
             needed = unfinished()
             held = {
-                one.name.removesuffix(_JOURNAL)
+                one.name.removesuffix(_JOURNAL).removesuffix(_ANSWERS)
                 for one in self._root.iterdir()
-                if one.is_dir() or one.name.endswith(_JOURNAL)
+                if one.is_dir() or one.name.endswith((_JOURNAL, _ANSWERS))
             }
             for job_id in held - needed:
                 self.remove(job_id)

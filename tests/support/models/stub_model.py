@@ -12,7 +12,8 @@ from typing import Any
 
 class StubModel:
     """Answers a question with `reply(question)`, and embeds a text as `embed(text)`; a number in
-    their place is the status of a refusal. `asked` are the questions, `embedded` the texts."""
+    their place is the status of a refusal. `asked` are the questions, `embedded` the texts; where
+    there is a `location`, a refusal points there."""
 
     def __init__(self) -> None:
         self.reply: Callable[[str], str | int] = lambda question: "yes"
@@ -21,6 +22,7 @@ class StubModel:
         self.embedded: list[str] = []
         self.keys: set[str | None] = set()
         self.url = ""
+        self.location: str | None = None
         self._lock = threading.Lock()
 
     @property
@@ -41,7 +43,8 @@ class StubModel:
         message = {"role": "assistant", "content": said}
         choices = [{"index": 0, "finish_reason": "stop", "message": message}]
         about = {"id": "1", "object": "chat.completion", "created": 0, "model": "stub"}
-        return 200, {**about, "choices": choices}
+        usage = {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
+        return 200, {**about, "choices": choices, "usage": usage}
 
     def _embeddings(self, body: dict[str, Any]) -> tuple[int, Any]:
         self.embedded += body["input"]
@@ -66,6 +69,8 @@ def stub_model() -> Iterator[StubModel]:
             status, reply = one.answer(self.path, body, self.headers.get("Authorization"))
             data = json.dumps(reply).encode()
             self.send_response(status)
+            if one.location is not None:
+                self.send_header("Location", one.location)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from steer.errors import SteerError
 from steer.fit.requests.features.request import SAERequest
-from steer.fit.requests.fields import Spelled
+from steer.fit.requests.fields import AskLabellerField, Spelled
 from steer.spec import Index, StoredName
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from steer.registry.features.labels import LabelSource
     from steer.registry.registry import Registry
 
-MOST_ASKED = 4096
-"""Features that a labeller is asked about at once."""
+PIECE = 64
+"""Labels in a labeller's words that are kept together."""
 
 
 class LabelRequest(SAERequest):
@@ -40,8 +40,18 @@ class LabelRequest(SAERequest):
         Field(description="What the labels' source is called; by default how they were made."),
     ] = None
 
+    ask_labeller: AskLabellerField = False
+
     def check(self, engine: Engine, registry: Registry) -> None:
         self.check_survey(registry)
+
+    def check_labeller(self, registry: Registry, labeller: Labeller) -> None:
+        """Raises `SteerError` (`too_many_questions`) before anything is asked or paid for."""
+        labeller.check_questions(self.questions(registry), "/features")
+
+    def questions(self, registry: Registry) -> int:
+        """The most that a labeller is asked: one for each feature."""
+        return registry.sae(self.sae).d_sae if self.features is None else len(self.features)
 
     def check_survey(self, registry: Registry) -> None:
         """As `check`: no engine is needed, for the survey has read what labels are made of."""
@@ -61,7 +71,8 @@ class LabelRequest(SAERequest):
             )
 
     def run(self, registry: Registry, labeller: Labeller | None = None) -> LabelSource:
-        """Makes the labels and keeps them beside the SAE. Raises `SteerError`."""
+        """Makes the labels and keeps them beside the SAE, a labeller's in pieces as they come.
+        Raises `SteerError`."""
         from steer.fit.features.exemplars import exemplar_labels
         from steer.fit.features.labeller import labelled_by
 
@@ -72,12 +83,11 @@ class LabelRequest(SAERequest):
             found = exemplar_labels(survey, self.features)
             return store.keep(sha256, self.source or "exemplars", "exemplars", found)
         asked = range(survey.card.d_sae) if self.features is None else self.features
-        if len(asked) > MOST_ASKED:
-            raise SteerError(
-                f"a labeller would be asked about {len(asked)} features, and {MOST_ASKED} are "
-                "allowed at once: name those that matter",
-                code="invalid_option",
-                param="/features",
-            )
-        found = labelled_by(labeller, survey, asked)
-        return store.keep(sha256, self.source or "labeller", "labeller", found)
+        self.check_labeller(registry, labeller)
+        name = self.source or "labeller"
+        store.check_kind(sha256, name, "labeller")
+        for first in range(0, len(asked), PIECE):
+            # What has been paid for stays, whatever becomes of the rest.
+            found = labelled_by(labeller, survey, asked[first : first + PIECE])
+            store.keep(sha256, name, "labeller", found)
+        return store.keep(sha256, name, "labeller", {})

@@ -16,7 +16,7 @@ from steer.fit.requests.features.effect import (
     check_features,
 )
 from steer.fit.requests.features.request import SAERequest
-from steer.fit.requests.fields import NullsField, Seed
+from steer.fit.requests.fields import AskLabellerField, NullsField, Seed
 
 if TYPE_CHECKING:
     from steer.artefacts.sae.labels import FeatureLabel
@@ -42,6 +42,7 @@ class ScoreRequest(SAERequest):
     seed: Annotated[
         Seed, Field(description="Draws the questions, the nulls, and the excerpts.")
     ] = 0
+    ask_labeller: AskLabellerField = False
 
     def check(self, engine: Engine, registry: Registry) -> None:
         from steer.fit.features.effect import check_raisable
@@ -66,6 +67,21 @@ class ScoreRequest(SAERequest):
                 param="/features",
             )
         return {n: label for n, label in found.items() if label is not None}
+
+    def check_labeller(self, registry: Registry, labeller: Labeller) -> None:
+        """Raises `SteerError` (`no_survey`, `too_many_questions`) before anything is asked."""
+        try:
+            registry.surveys.of(registry.entry("sae", self.sae).sha256, self.sae)
+        except SteerError as error:
+            raise error.at("/ask_labeller") from None
+        labeller.check_questions(self.questions, "/features")
+
+    @property
+    def questions(self) -> int:
+        """The most that a labeller is asked: of each feature, detection and fuzzing."""
+        from steer.fit.features.predictions import QUESTIONS as OF_EACH
+
+        return len(set(self.features)) * 2 * OF_EACH
 
     def work(self, engine: Engine) -> int:
         """How many steps `run` will tell `progress` of."""

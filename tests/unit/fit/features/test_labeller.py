@@ -8,6 +8,7 @@ import pytest
 from stub_model import StubModel, stub_model
 
 from steer.errors import SteerError
+from steer.fit.features.asked.outside import OutsideModel
 from steer.fit.features.labeller import (
     Labeller,
     label_question,
@@ -55,7 +56,7 @@ def model() -> Iterator[StubModel]:
 
 
 def labeller(model: StubModel) -> Labeller:
-    return Labeller(model.url, "stub", retries=0, api_key="secret")
+    return Labeller(OutsideModel(model.url, "stub", "secret"), retries=0)
 
 
 def test_every_feature_that_fired_is_asked_about_once(model: StubModel) -> None:

@@ -13,6 +13,7 @@ import pytest
 from stub_model import StubModel, stub_model
 
 from steer.artefacts.sae.labels import FeatureLabel
+from steer.fit.features.asked.outside import OutsideModel
 from steer.fit.features.labeller import Labeller
 from steer.fit.features.predictions import (
     ReadAgain,
@@ -87,7 +88,7 @@ def knowing(question: str) -> str:
 def test_who_knows_the_feature_predicts_all_of_it(model: StubModel) -> None:
     model.reply = knowing
     labels = {0: FeatureLabel(text="the letter x")}
-    found = asked_scores(Labeller(model.url, "stub", retries=0), AGAIN, labels)
+    found = asked_scores(Labeller(OutsideModel(model.url, "stub"), retries=0), AGAIN, labels)
     for score in found[0]:
         assert score is not None
         assert (score.precision, score.recall, score.balanced) == (1, 1, 1)
@@ -98,7 +99,9 @@ def test_who_knows_the_feature_predicts_all_of_it(model: StubModel) -> None:
 def test_a_wrong_label_predicts_nothing(model: StubModel) -> None:
     model.reply = lambda question: "None."
     found = asked_scores(
-        Labeller(model.url, "stub", retries=0), AGAIN, {0: FeatureLabel(text="the letter q")}
+        Labeller(OutsideModel(model.url, "stub"), retries=0),
+        AGAIN,
+        {0: FeatureLabel(text="the letter q")},
     )
     for score in found[0]:
         assert score is not None
@@ -109,7 +112,9 @@ def test_what_fires_is_not_given_away(model: StubModel) -> None:
     """Detection shows no marks, and fuzzing one in every excerpt; half of the lines are right."""
     model.reply = knowing
     asked_scores(
-        Labeller(model.url, "stub", retries=0), AGAIN, {0: FeatureLabel(text="the letter x")}
+        Labeller(OutsideModel(model.url, "stub"), retries=0),
+        AGAIN,
+        {0: FeatureLabel(text="the letter x")},
     )
     fuzzing = [one for one in model.asked if "between" in one]
     detection = [one for one in model.asked if "between" not in one]

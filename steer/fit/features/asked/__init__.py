@@ -1,0 +1,1 @@
+"""Models that are asked about features over HTTP, at places which the operator has named."""
