@@ -21,9 +21,10 @@ from steer.cli.local import (
     plans,
     running_engine,
 )
-from steer.cli.options import checked
+from steer.cli.options import checked, parse_selection
 from steer.cli.reporting import out, table_out
 from steer.cli.steering import read_spec
+from steer.errors import SteerError
 from steer.model import parse_layers
 
 if TYPE_CHECKING:
@@ -53,6 +54,14 @@ AtOption = Annotated[
         "May be repeated.",
     ),
 ]
+WhereOption = Annotated[
+    str | None,
+    typer.Option(
+        "--where",
+        help="Or the tokens that this selects: JSON as a spec has it, such as "
+        '\'{"roles": ["user"]}\'.',
+    ),
+]
 SiteOption = Annotated[str, typer.Option(help="Where in each block the states are read.")]
 SpecOption = Annotated[
     Path | None, typer.Option("--spec", help="Read under this steering: a JSON file.")
@@ -77,6 +86,7 @@ def logit_lens(
     plain: PlainOption = False,
     layers: LayerOption = None,
     at: AtOption = None,
+    where: WhereOption = None,
     site: SiteOption = "resid_post",
     top: TopOption = 5,
     lens: Annotated[
@@ -96,7 +106,7 @@ def logit_lens(
     fields: dict[str, Any] = {"layers": _layers(layers), "site": site, "top": top, "lens": lens}
     fields |= _steering(spec)
     with _bench(model, registry, device, dtype) as bench:
-        fields |= {**_prompt(bench, prompt, plain), "positions": _positions(at, "all")}
+        fields |= {**_prompt(bench, prompt, plain), "positions": _positions(at, where, "all")}
         result = _result(bench, inspection.LOGIT_LENS, fields)
     _show(result, inspection.LOGIT_LENS, png, as_json)
 
@@ -119,6 +129,7 @@ def patchscope(
     ] = None,
     layers: LayerOption = None,
     at: AtOption = None,
+    where: WhereOption = None,
     site: SiteOption = "resid_post",
     top: TopOption = 5,
     max_tokens: Annotated[int, typer.Option(min=0, max=256, help="Tokens to generate.")] = 12,
@@ -144,7 +155,7 @@ def patchscope(
         "max_tokens": max_tokens,
         "preset": preset if target is None else "custom",
         "controls": inspection.CONTROLS if controls else (),
-        "positions": _positions(at, [-1]),
+        "positions": _positions(at, where, [-1]),
     }
     if target_layers is not None:
         fields["target_layers"] = _layers(target_layers)
@@ -167,6 +178,7 @@ def activations(
     plain: PlainOption = False,
     layers: LayerOption = None,
     at: AtOption = None,
+    where: WhereOption = None,
     site: SiteOption = "resid_post",
     spec: SpecOption = None,
     png: PngOption = None,
@@ -181,7 +193,7 @@ def activations(
 
     fields = {"layers": _layers(layers), "site": site, "vectors": vector, **_steering(spec)}
     with _bench(model, registry, device, dtype) as bench:
-        fields |= {**_prompt(bench, prompt, plain), "positions": _positions(at, "all")}
+        fields |= {**_prompt(bench, prompt, plain), "positions": _positions(at, where, "all")}
         result = _result(bench, inspection.ACTIVATIONS, fields)
     _show(result, inspection.ACTIVATIONS, png, as_json)
 
@@ -277,8 +289,14 @@ def _layers(text: str | None) -> tuple[int, ...] | str:
     return "all" if text is None else parse_layers(text)
 
 
-def _positions(at: list[str] | None, default: Any) -> Any:
-    return [_place(one) for one in at] if at else default
+def _positions(at: list[str] | None, where: str | None, default: Any) -> Any:
+    if where is None:
+        return [_place(one) for one in at] if at else default
+    if at:
+        raise SteerError(
+            "--at and --where both say which tokens: give one of them", code="invalid_option"
+        )
+    return parse_selection(where)
 
 
 def _place(text: str) -> int | str:

@@ -108,7 +108,7 @@ def logit_lens(
     LOGIT_LENS.require(engine)
     prompt = encode_prompt(engine, request)
     points = chosen_points(engine, request.layers, request.site)
-    positions = chosen_positions(prompt, request.positions)
+    positions = chosen_positions(engine, prompt, request.positions)
     check_size(
         [("layers", len(points)), ("positions", len(positions)), ("tokens", request.top)],
         advice="read fewer positions or layers, or lower 'top'",
