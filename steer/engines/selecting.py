@@ -12,8 +12,10 @@ from functools import partial
 
 from steer.engines.base import Engine
 from steer.engines.checks import no_messages
+from steer.plan.plan import SteeringPlan
 from steer.plan.selection import Selection, TokenReader, resolve
-from steer.prompts import trigger_tokens
+from steer.prompts import Prompt, trigger_tokens
+from steer.prompts.rendering import rendered_roles
 from steer.prompts.roles import RoleRanges
 from steer.prompts.vocabulary import vocabulary_of
 from steer.spec import Where
@@ -60,3 +62,20 @@ class TokenChoice:
             if known is None:
                 raise no_messages(param=self.at + (self.where.roles_at or ""))
         return self.selection.positions(tokens, prompt_length, known)
+
+
+def roles_under(
+    engine: Engine, plan: SteeringPlan | None, prompt: Prompt | None, *, answer: int = 0
+) -> RoleRanges | None:
+    """Whose words the tokens of `render`, and an answer of so many tokens behind them, are where
+    `plan` asks; None where it does not. `prompt` is None where only its tokens are known.
+
+    Raises `SpecError` (`no_messages`) for a prompt that is no chat, `Unsupported`
+    (`roles_unsupported`).
+    """
+    if plan is None or not plan.reads_roles:
+        return None
+    found = None if prompt is None else rendered_roles(engine.tokenizer, prompt)
+    if found is None:
+        raise no_messages(param=plan.spec.roles_at)
+    return found.answered(answer)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from steer.engines.base import CaptureRequest, Engine
-from steer.engines.selecting import TokenChoice
+from steer.engines.selecting import TokenChoice, roles_under
 from steer.errors import SpecError, SteerError
 from steer.fit.data.prompt import POSITION_NAMES, Positions, Prompt, read_positions, render
 from steer.model import HookPoint
@@ -115,7 +115,8 @@ def read_rows(
     single = -1 if reading.positions == "last" else reading.positions
     wanted = (single,) if isinstance(single, int) else None
     plans = None if plan is None else [plan] * len(tokens)
-    captured = engine.capture(CaptureRequest(tokens, reading.points, wanted, plans))
+    roles = [roles_under(engine, plan, prompt) for prompt in prompts]
+    captured = engine.capture(CaptureRequest(tokens, reading.points, wanted, plans, roles=roles))
     rows: dict[int, Tensor] = {}
     for point in reading.points:
         states = [one.states[point] for one in captured]

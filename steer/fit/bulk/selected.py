@@ -110,6 +110,4 @@ def _cut(engine: Engine, prompt: Prompt, length: int | None) -> list[Tokens]:
 def _with_answer(tokenizer: object, prompt: Prompt, length: int) -> RoleRanges | None:
     """Whose words a prompt's tokens are, `length` with the model's answer."""
     asked = rendered_roles(tokenizer, prompt)
-    if asked is None or length == asked.length:
-        return asked
-    return RoleRanges(length, (*asked.ranges, (asked.length, length, "assistant")))
+    return None if asked is None else asked.answered(length - asked.length)

@@ -8,6 +8,7 @@ from pydantic import Field, StrictBool, StrictInt
 
 from steer.fit.requests.features.request import SAERequest
 from steer.fit.requests.fields import MAX_ITEMS, ReadWhereField, Seed, Spelled
+from steer.fit.requests.request import check_selections
 from steer.prompts import PromptParam, as_chat, prompt_of
 
 if TYPE_CHECKING:
@@ -56,6 +57,10 @@ class FeaturesRequest(SAERequest):
     ] = False
     where: ReadWhereField = None
     batch: BatchField = 16
+
+    def check(self, engine: Engine, registry: Registry) -> None:
+        super().check(engine, registry)
+        check_selections(self, engine)
 
     def asked(self, engine: Engine, prompts: tuple[PromptParam, ...]) -> list[Prompt]:
         """The texts of a field, as they are read."""
