@@ -364,6 +364,13 @@ class Where(_Frozen):
         )
 
     @property
+    def roles_at(self) -> str | None:
+        """The pointer, within this, of the first field that names roles; None where none does."""
+        if self.roles is not None:
+            return "/roles"
+        return "/except/roles" if self.except_ is not None and self.except_.roles else None
+
+    @property
     def texts(self) -> frozenset[object]:
         """The texts and pairs that are looked for, each once."""
         mine = (*(self.after or ()), *(self.before or ()))
@@ -747,10 +754,8 @@ class SteeringSpec(_Frozen):
             for place, item in enumerate(self.interventions)
         ]
         for at, where in places:
-            if where is not None and where.roles is not None:
-                return at + "/roles"
-            if where is not None and where.except_ is not None and where.except_.roles is not None:
-                return at + "/except/roles"
+            if where is not None and where.roles_at is not None:
+                return at + where.roles_at
         return None
 
     def references(self) -> Iterator[Reference]:

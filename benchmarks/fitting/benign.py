@@ -24,7 +24,7 @@ from steer.engines.base import Engine
 from steer.fit.make.questions import neutral_questions
 from steer.fit.methods.linear.alphasteer import null_basis, ridge_of_one
 from steer.fit.methods.linear.moments import Moments
-from steer.fit.methods.linear.reading import PLACES
+from steer.fit.methods.linear.reading import positions_of
 from steer.fit.states import make_reading, read_tokens
 
 PENALTY = 10.0
@@ -71,7 +71,7 @@ def _read(engine: Engine, layer: int) -> dict[str, list[Tensor]]:
         "code": prompts.code(),
         "harmful": harmful[48:],
     }
-    reading = make_reading(engine, layers=[layer], positions=PLACES["all"], batch=16)
+    reading = make_reading(engine, layers=[layer], positions=positions_of("all"), batch=16)
     found: dict[str, list[Tensor]] = {}
     for name, texts in groups.items():
         chats = [prompts.chat(text) for text in texts]

@@ -182,12 +182,6 @@ class ControlVector:
         """Every row scaled to length one."""
         return self._mapped(lambda row: row / row.norm())
 
-    def orthogonal_to(self, other: ControlVector) -> ControlVector:
-        """What is left of every row once its component along `other` is removed."""
-        return self._merged(
-            other, lambda mine, theirs: mine - (mine @ theirs) / (theirs @ theirs) * theirs
-        )
-
     def cosine(self, other: ControlVector) -> dict[int, float]:
         """The cosine between the two vectors on each layer that both have."""
         return {

@@ -25,9 +25,10 @@ from steer.cli.local import (
     plans,
     running_engine,
 )
-from steer.cli.options import checked
+from steer.cli.options import checked, parse_selection
 from steer.cli.reporting import out, table_out
 from steer.cli.steering import read_spec
+from steer.errors import SteerError
 from steer.model import parse_layers
 
 if TYPE_CHECKING:
@@ -57,6 +58,14 @@ AtOption = Annotated[
         "May be repeated.",
     ),
 ]
+WhereOption = Annotated[
+    str | None,
+    typer.Option(
+        "--where",
+        help="Or the tokens that this selects: JSON as a spec has it, such as "
+        '\'{"roles": ["user"]}\'.',
+    ),
+]
 SiteOption = Annotated[str, typer.Option(help="Where in each block the states are read.")]
 SpecOption = Annotated[
     Path | None, typer.Option("--spec", help="Read under this steering: a JSON file.")
@@ -81,6 +90,7 @@ def logit_lens(
     plain: PlainOption = False,
     layers: LayerOption = None,
     at: AtOption = None,
+    where: WhereOption = None,
     site: SiteOption = "resid_post",
     top: TopOption = 5,
     lens: Annotated[
@@ -100,7 +110,7 @@ def logit_lens(
     fields: dict[str, Any] = {"layers": layers_of(layers), "site": site, "top": top, "lens": lens}
     fields |= steering_fields(spec)
     with bench_for(model, registry, device, dtype) as bench:
-        fields |= {**prompt_fields(bench, prompt, plain), "positions": _positions(at, "all")}
+        fields |= {**prompt_fields(bench, prompt, plain), "positions": _positions(at, where, "all")}
         result = result_of(bench, inspection.LOGIT_LENS, fields)
     show(result, inspection.LOGIT_LENS, png, as_json)
 
@@ -123,6 +133,7 @@ def patchscope(
     ] = None,
     layers: LayerOption = None,
     at: AtOption = None,
+    where: WhereOption = None,
     site: SiteOption = "resid_post",
     top: TopOption = 5,
     max_tokens: Annotated[int, typer.Option(min=0, max=256, help="Tokens to generate.")] = 12,
@@ -148,7 +159,7 @@ def patchscope(
         "max_tokens": max_tokens,
         "preset": preset if target is None else "custom",
         "controls": inspection.CONTROLS if controls else (),
-        "positions": _positions(at, [-1]),
+        "positions": _positions(at, where, [-1]),
     }
     if target_layers is not None:
         fields["target_layers"] = layers_of(target_layers)
@@ -171,6 +182,7 @@ def activations(
     plain: PlainOption = False,
     layers: LayerOption = None,
     at: AtOption = None,
+    where: WhereOption = None,
     site: SiteOption = "resid_post",
     spec: SpecOption = None,
     png: PngOption = None,
@@ -185,7 +197,7 @@ def activations(
 
     fields = {"layers": layers_of(layers), "site": site, "vectors": vector, **steering_fields(spec)}
     with bench_for(model, registry, device, dtype) as bench:
-        fields |= {**prompt_fields(bench, prompt, plain), "positions": _positions(at, "all")}
+        fields |= {**prompt_fields(bench, prompt, plain), "positions": _positions(at, where, "all")}
         result = result_of(bench, inspection.ACTIVATIONS, fields)
     show(result, inspection.ACTIVATIONS, png, as_json)
 
@@ -213,6 +225,7 @@ def ask(
         typer.Option(help="Such as 2-5 or 1,3; by default those that the oracle's card names."),
     ] = None,
     at: AtOption = None,
+    where: WhereOption = None,
     site: SiteOption = "resid_post",
     max_tokens: Annotated[int, typer.Option(min=1, max=256, help="Tokens to generate.")] = 24,
     spec: SpecOption = None,
@@ -233,12 +246,12 @@ def ask(
         "layers": None if layers is None else parse_layers(layers),
         "site": site,
         "max_tokens": max_tokens,
-        "positions": _positions(at, [-1]),
+        "positions": _positions(at, where, [-1]),
     }
-    with _bench(model, registry, device, dtype) as bench:
+    with bench_for(model, registry, device, dtype) as bench:
         fields["source"] = {**prompt_fields(bench, prompt, plain), **steering_fields(spec)}
-        result = _result(bench, inspection.ASK, fields)
-    _show(result, inspection.ASK, png, as_json)
+        result = result_of(bench, inspection.ASK, fields)
+    show(result, inspection.ASK, png, as_json)
     if not as_json:
         _show_without_states(result)
 
@@ -359,8 +372,14 @@ def layers_of(text: str | None) -> tuple[int, ...] | str:
     return "all" if text is None else parse_layers(text)
 
 
-def _positions(at: list[str] | None, default: Any) -> Any:
-    return [place_of(one) for one in at] if at else default
+def _positions(at: list[str] | None, where: str | None, default: Any) -> Any:
+    if where is None:
+        return [place_of(one) for one in at] if at else default
+    if at:
+        raise SteerError(
+            "--at and --where both say which tokens: give one of them", code="invalid_option"
+        )
+    return parse_selection(where)
 
 
 def place_of(text: str) -> int | str:

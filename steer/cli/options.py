@@ -145,17 +145,38 @@ def parse_numbers(text: str, what: str = "numbers") -> list[float]:
     return found
 
 
-def _position(text: str) -> str | int:
-    """A position: a name, or an index."""
+def _position(text: str) -> Any:
+    """A position: a name, an index, or a selection."""
     if text in ("last", "mean", "response", "subject"):
         return text
+    if text.lstrip().startswith("{"):
+        return parse_selection(text)
     try:
         return int(text)
     except ValueError:
         raise SteerError(
-            f"{text!r} is no position: use last, mean, response, subject or an index",
+            f"{text!r} is no position: use last, mean, response, subject, an index or a selection "
+            "as JSON",
             code="invalid_option",
         ) from None
+
+
+def parse_selection(text: str) -> dict[str, Any]:
+    """Which tokens: the name of a place (`generation`), or a spec's `where` as JSON. Raises
+    `SteerError` for what is neither; the fields are for a request to check."""
+    if text in WHERES:
+        return WHERES[text]
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise SteerError(
+            f"{text[:60]!r} is no selection: use {', '.join(WHERES)}, or JSON such as "
+            '{"roles": ["user"]}',
+            code="invalid_option",
+        )
+    return value
 
 
 def _site(text: str) -> str:
@@ -178,6 +199,8 @@ def _prompt(text: str) -> Any:
 _READERS: Mapping[str, Callable[[Any], Any]] = {
     "layers": parse_layers,
     "position": _position,
+    "selection": parse_selection,
+    "tokens": lambda text: parse_selection(text) if text.lstrip().startswith("{") else text,
     "site": _site,
     "strengths": parse_strengths,
     "numbers": parse_numbers,

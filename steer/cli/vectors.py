@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from inspect import Parameter
 from pathlib import Path
@@ -22,6 +22,7 @@ from steer.errors import FileFormatError, SteerError
 from steer.model import parse_layers
 
 if TYPE_CHECKING:
+    from steer.artefacts.kinds import ArtefactKind
     from steer.formats.exporting import ExportFormat
     from steer.formats.options import ImportOptions
     from steer.registry.entry import Entry
@@ -246,33 +247,42 @@ def show(
     typer.echo(json.dumps({**described(entry), "versions": listed}, indent=2, ensure_ascii=False))
 
 
-@app.command("remove")
-def remove(
-    ref: RefArgument,
-    kind: KindOption = "vector",
-    model: NamesOption = None,
-    registry: RegistryOption = None,
-) -> None:
-    """Remove a vector with all its versions, those for one model, or with name@hash that version.
+def _with_named(
+    act: Callable[[Registry, ArtefactKind, str], Entry], done: str
+) -> Callable[[dict[str, Any]], None]:
+    """A command that does something with what a name means, and tells that it is `done`."""
 
-    It can be restored until `steer registry gc`.
-    """
-    with open_registry(registry, model) as library:
-        entry = library.remove(kind, ref)
-    out().print(f"removed {entry.id if '@' in ref else entry.name}", highlight=False)
+    def run(values: dict[str, Any]) -> None:
+        ref = values["ref"]
+        with open_registry(values["registry"], values["model"]) as library:
+            entry = act(library, values["kind"], ref)
+        out().print(f"{done} {entry.id if '@' in ref else entry.name}", highlight=False)
+
+    return run
 
 
-@app.command("restore")
-def restore(
-    ref: RefArgument,
-    kind: KindOption = "vector",
-    model: NamesOption = None,
-    registry: RegistryOption = None,
-) -> None:
-    """Bring back what was removed: a name with all its versions, or with name@hash that version."""
-    with open_registry(registry, model) as library:
-        entry = library.restore(kind, ref)
-    out().print(f"restored {entry.id if '@' in ref else entry.name}", highlight=False)
+_NAME = (
+    keyword("ref", RefArgument),
+    keyword("kind", KindOption, "vector"),
+    keyword("model", NamesOption, None),
+    keyword("registry", RegistryOption, None),
+)
+app.command("remove")(
+    command(
+        _with_named(lambda library, kind, ref: library.remove(kind, ref), "removed"),
+        _NAME,
+        summary="Remove a vector with all its versions, those for one model, or with name@hash "
+        "that version.\n\nIt can be restored until `steer registry gc`.",
+    )
+)
+app.command("restore")(
+    command(
+        _with_named(lambda library, kind, ref: library.restore(kind, ref), "restored"),
+        _NAME,
+        summary="Bring back what was removed: a name with all its versions, or with name@hash "
+        "that version.",
+    )
+)
 
 
 @app.command("export")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from steer.artefacts.library import Library
 from steer.engines.base import CaptureRequest, Engine
+from steer.engines.selecting import reader_of
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
-from steer.prompts import text_tokens, trigger_tokens
-from steer.prompts.vocabulary import vocabulary_of
+from steer.prompts import text_tokens
 from steer.registry.registry import Registry
 
 
@@ -23,7 +22,7 @@ def plans_of(engine: Engine, library: Library, **options: Any) -> PlanCache:
     """
     if isinstance(library, Registry):
         library = library.for_model(engine.info)
-    tokenizer = engine.tokenizer
+    tokenizer, reader = engine.tokenizer, reader_of(engine)
 
     def encode_text(text: str, point: HookPoint) -> Tensor:
         prompt = tuple(text_tokens(tokenizer, text))
@@ -34,8 +33,8 @@ def plans_of(engine: Engine, library: Library, **options: Any) -> PlanCache:
         library,
         engine.info,
         engine.capabilities,
-        tokenize=partial(trigger_tokens, tokenizer),
-        vocabulary=partial(vocabulary_of, tokenizer, engine.info.vocab_size),
+        tokenize=reader.tokenize,
+        vocabulary=reader.vocabulary,
         encode_text=encode_text,
         **options,
     )

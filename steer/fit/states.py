@@ -9,18 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from steer.engines.base import CaptureRequest, Engine
-from steer.errors import SteerError
+from steer.engines.selecting import TokenChoice, roles_under
+from steer.errors import SpecError, SteerError
 from steer.fit.data.prompt import POSITION_NAMES, Positions, Prompt, read_positions, render
 from steer.model import HookPoint
 from steer.plan.plan import SteeringPlan
 from steer.prompts import Marked, check_text_length
-from steer.spec import Site
+from steer.prompts.rendering import prompt_length, rendered_roles
+from steer.spec import Site, Where
 
 Progress: TypeAlias = Callable[[int], None]
 """Told of every item just done; whatever it raises ends the fit, which is how a job is
@@ -35,6 +38,29 @@ class Reading:
     layers: tuple[int, ...]
     positions: Positions
     batch: int
+    choice: TokenChoice | None = None
+    """`positions`, made ready for the model, where they are a selection."""
+
+    def places(
+        self, tokenizer: Any, prompt: Prompt, tokens: Sequence[int], *, none: bool = False
+    ) -> Sequence[int]:
+        """The positions in `tokens` (what `render` gave) that are read, in rising order.
+
+        Raises `SteerError` where there are none; `SpecError` (`nothing_selected`) for a selection,
+        unless it may select `none`.
+        """
+        if self.choice is None:
+            assert not isinstance(self.positions, Where)
+            return read_positions(tokenizer, prompt, tokens, self.positions)
+        found = chosen_places(self.choice, tokenizer, prompt, tokens)
+        if not found and not none:
+            raise SpecError(
+                f"{self.choice.at[1:]!r} selects none of the {len(tokens)} tokens of the prompt "
+                f"{str(prompt)[:60]!r}: every prompt needs a token to be read at",
+                param=self.choice.at,
+                code="nothing_selected",
+            )
+        return found
 
     @property
     def points(self) -> tuple[HookPoint, ...]:
@@ -48,21 +74,25 @@ def make_reading(
     layers: Sequence[int] | None = None,
     positions: Positions = "last",
     batch: int = 16,
+    at: str = "/positions",
 ) -> Reading:
-    """A reading, checked against the model; `layers` None is all of them. Raises `SteerError`."""
+    """A reading, checked against the model; `layers` None is all of them. Raises `SteerError`; what
+    is wrong with a selection stands at `at`."""
     chosen = tuple(range(engine.info.n_layers)) if layers is None else tuple(sorted(set(layers)))
     if batch < 1:
         raise SteerError(f"batch ({batch!r}) must be at least 1", code="invalid_option")
     if not chosen:
         raise SteerError("'layers' names no layer", code="invalid_option")
     if isinstance(positions, bool) or (
-        positions not in POSITION_NAMES and not isinstance(positions, int)
+        positions not in POSITION_NAMES and not isinstance(positions, int | Where)
     ):
         raise SteerError(
-            f"{positions!r} is no position: use an index, or one of {', '.join(POSITION_NAMES)}",
+            f"{positions!r} is no position: use an index, a selection, or one of "
+            + ", ".join(POSITION_NAMES),
             code="invalid_option",
         )
-    reading = Reading(site, chosen, positions, batch)
+    choice = TokenChoice.of(engine, positions, at=at) if isinstance(positions, Where) else None
+    reading = Reading(site, chosen, positions, batch, choice)
     for point in reading.points:
         engine.info.check_point(point)
     return reading
@@ -78,19 +108,20 @@ def read_rows(
     read. Under `plan`, as the model has them with its edits."""
     tokens = [prompt_tokens(engine, prompt) for prompt in prompts]
     places = [
-        read_positions(engine.tokenizer, prompt, row, reading.positions)
+        reading.places(engine.tokenizer, prompt, row)
         for prompt, row in zip(prompts, tokens, strict=True)
     ]
     # One position for the whole batch is read alone; else every token is, and the rest dropped.
     single = -1 if reading.positions == "last" else reading.positions
     wanted = (single,) if isinstance(single, int) else None
     plans = None if plan is None else [plan] * len(tokens)
-    captured = engine.capture(CaptureRequest(tokens, reading.points, wanted, plans))
+    roles = [roles_under(engine, plan, prompt) for prompt in prompts]
+    captured = engine.capture(CaptureRequest(tokens, reading.points, wanted, plans, roles=roles))
     rows: dict[int, Tensor] = {}
     for point in reading.points:
         states = [one.states[point] for one in captured]
         if wanted is None:
-            states = [s[p.start : p.stop] for s, p in zip(states, places, strict=True)]
+            states = [s[list(p)] for s, p in zip(states, places, strict=True)]
         rows[point.layer] = torch.stack([state.mean(0) for state in states])
     return rows
 
@@ -99,14 +130,32 @@ def read_tokens(
     engine: Engine, prompts: Sequence[Prompt], reading: Reading
 ) -> Iterator[tuple[list[int], dict[int, Tensor]]]:
     """For each prompt, the tokens that were read and their states `[tokens, width]` per layer."""
+    for tokens, places, states in read_places(engine, prompts, reading):
+        yield [tokens[n] for n in places], states
+
+
+def read_places(
+    engine: Engine, prompts: Sequence[Prompt], reading: Reading, *, none: bool = False
+) -> Iterator[tuple[list[int], Sequence[int], dict[int, Tensor]]]:
+    """For each prompt its tokens, the positions that were read, and their states
+    `[positions, width]` per layer. A selection may select `none` of a prompt's tokens."""
     for first in range(0, len(prompts), reading.batch):
         group = prompts[first : first + reading.batch]
         tokens = [prompt_tokens(engine, prompt) for prompt in group]
         captured = engine.capture(CaptureRequest(tokens, reading.points))
         for prompt, row, one in zip(group, tokens, captured, strict=True):
-            place = read_positions(engine.tokenizer, prompt, row, reading.positions)
-            kept = {p.layer: one.states[p][place.start : place.stop] for p in reading.points}
-            yield row[place.start : place.stop], kept
+            places = list(reading.places(engine.tokenizer, prompt, row, none=none))
+            yield row, places, {p.layer: one.states[p][places] for p in reading.points}
+
+
+def chosen_places(
+    choice: TokenChoice, tokenizer: Any, prompt: Prompt, tokens: Sequence[int]
+) -> tuple[int, ...]:
+    """The positions in `tokens` (what `render` gave) that are selected; what was generated begins
+    with the prompt's response. Raises `SteerError`."""
+    return choice.positions(
+        tokens, partial(rendered_roles, tokenizer, prompt), prompt_length(tokenizer, prompt)
+    )
 
 
 def prompt_tokens(engine: Engine, prompt: Prompt) -> list[int]:

@@ -131,7 +131,7 @@ def activations(
     known = library or MemoryLibrary()
     prompt = encode_prompt(engine, request)
     points = chosen_points(engine, request.layers, request.site)
-    positions = chosen_positions(prompt, request.positions)
+    positions = chosen_positions(engine, prompt, request.positions)
     _check_sizes(engine, request, len(points), len(positions))
     vectors = [
         (name, _vector(engine, request, known, place, points))
@@ -183,7 +183,7 @@ def activations_file(
     selected = StateSelection(
         prompt,
         chosen_points(engine, request.layers, request.site),
-        chosen_positions(prompt, request.positions),
+        chosen_positions(engine, prompt, request.positions),
         plan_for(engine, request.steering, plans, at="/steering"),
     )
     return state_file(engine, selected)

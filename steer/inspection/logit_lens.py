@@ -110,7 +110,7 @@ def logit_lens(
     prompt = encode_prompt(engine, request)
     lens = _lens_for(engine, request, library)
     points = _points(engine, request, lens)
-    positions = chosen_positions(prompt, request.positions)
+    positions = chosen_positions(engine, prompt, request.positions)
     check_size(
         [("layers", len(points)), ("positions", len(positions)), ("tokens", request.top)],
         advice="read fewer positions or layers, or lower 'top'",

@@ -164,7 +164,7 @@ def patchscope(
 
 def _sweep(engine: Engine, request: PatchscopeRequest, plans: PlanCache | None) -> _Sweep:
     source = encode_prompt(engine, request.source, at="/source")
-    positions = chosen_positions(source, request.positions)
+    positions = chosen_positions(engine, source, request.positions)
     points = chosen_points(engine, request.layers, request.site)
     targets = None
     if request.target_layers != "same":

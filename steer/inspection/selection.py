@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import Engine
 from steer.engines.plans import plans_of
-from steer.errors import SteerError, TooLarge, pointer
+from steer.engines.selecting import TokenChoice
+from steer.errors import SpecError, SteerError, TooLarge, pointer
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
 from steer.prompts import EncodedPrompt, Place
 from steer.prompts.roles import RoleRanges
-from steer.spec import Index, Site, SteeringSpec
+from steer.spec import Index, Site, SteeringSpec, Where
 
 MAX_NUMBERS = 1 << 16
 """The most numbers that one answer holds."""
@@ -25,10 +26,25 @@ LayerChoice: TypeAlias = (
     Annotated[tuple[Index, ...], Field(min_length=1, max_length=1024, fail_fast=True)]
     | Literal["all"]
 )
-PositionChoice: TypeAlias = (
-    Annotated[tuple[Place, ...], Field(min_length=1, max_length=1 << 16, fail_fast=True)]
-    | Literal["all"]
-)
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, str):
+        return "a word"
+    return "a selection" if isinstance(value, Mapping | Where) else "places"
+
+
+PositionChoice: TypeAlias = Annotated[
+    Annotated[
+        tuple[Place, ...],
+        Field(min_length=1, max_length=1 << 16, fail_fast=True),
+        Tag("places"),
+    ]
+    | Annotated[Literal["all"], Tag("a word")]
+    | Annotated[Where, Tag("a selection")],
+    Discriminator(_form),
+]
+"""Which tokens of the prompt are read: places in it, all, or those that a selection names."""
 
 
 def chosen_points(
@@ -46,9 +62,23 @@ def chosen_points(
 
 
 def chosen_positions(
-    prompt: EncodedPrompt, positions: PositionChoice, *, at: str = "/positions"
+    engine: Engine, prompt: EncodedPrompt, positions: PositionChoice, *, at: str = "/positions"
 ) -> tuple[int, ...]:
-    """Absolute positions, each once, in the order given."""
+    """Absolute positions, each once, in the order given, or rising where a selection names them.
+
+    Raises `SteerError`: `nothing_selected` for a selection of no token.
+    """
+    if isinstance(positions, Where):
+        choice = TokenChoice.of(engine, positions, at=at)
+        chosen = choice.positions(prompt.ids, lambda: prompt.roles)
+        if not chosen:
+            raise SpecError(
+                f"{at[1:]!r} selects none of the prompt's {len(prompt.ids)} tokens: what is read "
+                "is the prompt, of which nothing was generated",
+                param=at,
+                code="nothing_selected",
+            )
+        return chosen
     if positions == "all":
         return tuple(range(len(prompt.ids)))
     found = [prompt.position(p, param=at + pointer(n)) for n, p in enumerate(positions)]

@@ -110,6 +110,21 @@ class Selection:
             excluded=None if self.excluded is None else self.excluded.anchored(prompt_length),
         )
 
+    def positions(
+        self,
+        tokens: Sequence[int],
+        prompt_length: int | None = None,
+        roles: RoleRanges | None = None,
+    ) -> tuple[int, ...]:
+        """Where in a whole sequence the selected tokens stand; its prompt are the first
+        `prompt_length` tokens (None: all). `roles` are those of all of it, and must be known where
+        the selection reads them."""
+        length = len(tokens) if prompt_length is None else prompt_length
+        ids = np.asarray(tokens, dtype=np.int64)
+        trace = trace_of([self], ids, roles)
+        mask = self.mask(np.arange(len(ids)), length, ids, trace)
+        return tuple(np.flatnonzero(mask).tolist())
+
     def _in_ranges(self, positions: Ints, prompt_length: int) -> Mask:
         chosen: Mask = np.zeros(len(positions), dtype=bool)
         for start, end in self.ranges or ():

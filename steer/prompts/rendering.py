@@ -42,13 +42,34 @@ def render(tokenizer: Any, prompt: Prompt) -> list[int]:
 
 
 def rendered_roles(tokenizer: Any, prompt: Prompt) -> RoleRanges | None:
-    """Whose words the tokens of `render` are; None for a text, and for a prompt that goes on with a
-    response. Raises `SteerError` (`roles_unsupported`) where the template does not show it."""
-    messages = prompt.prompt if isinstance(prompt, Marked) and not prompt.response else prompt
-    if isinstance(messages, str | Marked):
+    """Whose words the tokens of `render` are; None for a text. A response is the assistant's.
+
+    Raises `SteerError` (`roles_unsupported`) where the template does not show it."""
+    if isinstance(prompt, Marked):
+        asked = rendered_roles(tokenizer, prompt.prompt)
+        if asked is None or not prompt.response:
+            return asked
+        assert not isinstance(prompt.prompt, str)
+        ids, said = _with_response(tokenizer, prompt)
+        if ids[: asked.length] != render(tokenizer, prompt.prompt):
+            # The response was written as a message, behind another opening.
+            told = [*prompt.prompt, {"role": "assistant", "content": prompt.response}]
+            asked = chat_roles(tokenizer, told, answered_form(tokenizer))
+        ranges = [one for one in asked.ranges if one[1] <= said.start]
+        if said:
+            ranges.append((said.start, said.stop, "assistant"))
+        return RoleRanges(len(ids), tuple(ranges))
+    if isinstance(prompt, str):
         return None
-    form = answered_form(tokenizer) if _answered(messages) else OPEN
-    return chat_roles(tokenizer, messages, form)
+    form = answered_form(tokenizer) if _answered(prompt) else OPEN
+    return chat_roles(tokenizer, prompt, form)
+
+
+def prompt_length(tokenizer: Any, prompt: Prompt) -> int:
+    """How many of the tokens of `render` come before the answer, where there is one: what a model
+    would have read before it said it."""
+    answer = answer_range(tokenizer, prompt)
+    return answer.start if answer else len(render(tokenizer, prompt))
 
 
 def answer_range(tokenizer: Any, prompt: Prompt) -> range:

@@ -48,6 +48,13 @@ class RoleRanges:
     length: int
     ranges: tuple[tuple[int, int, Role], ...]
 
+    def answered(self, tokens: int) -> RoleRanges:
+        """The same with an answer of so many tokens behind it, as one prompt."""
+        if tokens == 0:
+            return self
+        end = self.length + tokens
+        return RoleRanges(end, (*self.ranges, (self.length, end, "assistant")))
+
 
 @dataclass(frozen=True)
 class MarkedChat:

@@ -83,7 +83,7 @@ def find_profile(catalogue: Catalogue, name: str) -> Profile:
     with catalogue.reading() as connection:
         named = _read(connection, profiles.c.name == name)
         if not named:
-            raise unknown_profile(connection, name)
+            raise unknown_profile(connection, view, name)
     if view.everyones:
         return min(named, key=lambda one: one.model is not None)
     return min(named, key=lambda one: (not view.holds(one.model), one.model is None))
@@ -154,14 +154,15 @@ def delete_profiles(catalogue: Catalogue, name: str) -> None:
         gone = gone.where(profiles.c.model.in_(("", *view.names)))
     with catalogue.writing() as connection:
         if connection.execute(gone).rowcount == 0:
-            raise unknown_profile(connection, name)
+            raise unknown_profile(connection, view, name)
 
 
-def unknown_profile(connection: Connection, name: str) -> UnknownArtefact:
-    """The error for a profile that is not there, with the names it may have meant."""
+def unknown_profile(connection: Connection, view: ModelView, name: str) -> UnknownArtefact:
+    """The error for a profile that is not there, with the names it may have meant: those that the
+    model whose `view` this is has."""
     stored = connection.execute(select(profiles.c.name, profiles.c.model)).all()
     others = sorted(row.model for row in stored if row.name == name)
-    names = sorted({row.name for row in stored})
+    names = sorted({row.name for row in stored if view.holds(row.model)})
     near = difflib.get_close_matches(name, names, n=3) or names[:5]
     if others:
         hint = f"the one there is serves {', '.join(map(repr, others))}, not this model"

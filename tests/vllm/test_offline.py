@@ -13,7 +13,9 @@ import vllm_engine
 
 from steer.engines.vllm.front.offline import Steered
 from steer.engines.vllm.messages import read_receipt, take_off
-from steer.errors import SteerError
+from steer.errors import SpecError, SteerError
+from steer.prompts.chat import OPEN, ChatForm
+from steer.prompts.roles import chat_roles
 from steer.registry.registry import Registry
 from steer.registry.shipped import add_library
 from steer.spec import parse_spec
@@ -43,10 +45,31 @@ def steered(llm: Any, folder: Path) -> Iterator[Steered]:
         yield Steered(llm, library=registry)
 
 
+CONTINUED = {"add_generation_prompt": False, "continue_final_message": True}
+
+
 def params(**fields: Any) -> Any:
     from vllm import SamplingParams
 
     return SamplingParams(**{"max_tokens": 24, "temperature": 0, **fields})
+
+
+def test_roles_are_those_of_the_chats_messages(steered: Steered) -> None:
+    spec = {**FRENCH, "where": {"roles": ["user"]}}
+    chats = [QUESTION, [*QUESTION, {"role": "assistant", "content": "Here."}, *QUESTION]]
+    found = steered.chat(chats, params(), spec, use_tqdm=False)
+    open_answer = steered.chat(chats[1][:2], params(), spec, use_tqdm=False, **CONTINUED)
+    for messages, answer, form in (
+        *((one, answer, OPEN) for one, answer in zip(chats, found, strict=True)),
+        (chats[1][:2], open_answer[0], ChatForm(open_answer=False, continue_final=True)),
+    ):
+        spans = chat_roles(steered.engine.tokenizer, messages, form).ranges
+        wanted = sum(end - start for start, end, role in spans if role == "user")
+        assert answer.receipt is not None
+        assert answer.receipt.tokens_steered == wanted > 0
+    with pytest.raises(SpecError) as caught:
+        steered.generate(["Where is it?"], params(), spec, use_tqdm=False)
+    assert (caught.value.code, caught.value.param) == ("no_messages", "/where/roles")
 
 
 def test_a_chat_is_steered_and_leaves_a_receipt(steered: Steered) -> None:

@@ -44,9 +44,9 @@ from steer_server.vllm.requests import (
     PlainChatRequest,
     PlainCompletionRequest,
     PlainResponsesRequest,
-    refuse_responses,
     refuse_text,
     roles_of_chat,
+    roles_of_response,
 )
 from steer_server.vllm.steer_fields import SteerFields, concerns, planned, take_fields
 
@@ -78,7 +78,7 @@ _RESPONSES = TheirRoute(
     responses.create_responses,
     with_receipt_inside,
     "output",
-    refuse_responses,
+    roles_of_response,
     streams_added=False,
 )
 

@@ -80,21 +80,74 @@ async def roles_of_chat(at: str, request: Any, raw_request: Request) -> RoleRang
 
     Raises `Unsupported` (`roles_unsupported`) where the rendering does not show that.
     """
-    state = raw_request.app.state
-    render = state.openai_serving_chat.online_renderer.render_chat
-    # What a request holds is changed by rendering it, and parts of it can be read but once.
+    render = raw_request.app.state.openai_serving_chat.online_renderer.render_chat
+    body = await _own_fields(raw_request)
+    return await _roles(
+        at, request, raw_request, render, body["messages"], lambda told: {**body, "messages": told}
+    )
+
+
+async def roles_of_response(at: str, request: Any, raw_request: Request) -> RoleRanges | None:
+    """Where in the prompt of a response its instructions and the messages of its input lie; what
+    else is in the input belongs to nobody.
+
+    Raises `Unsupported` (`roles_unsupported`) as for a chat, and `SpecError` (`no_messages`) for a
+    response that goes on from a stored one, whose messages are not in the request.
+    """
+    serving = raw_request.app.state.openai_serving_responses
+    render = getattr(getattr(serving, "online_renderer", None), "render_responses", None)
+    body = await _own_fields(raw_request)
+    if render is None or body.get("previous_response_id") is not None:
+        raise SpecError(
+            "'roles' are found in messages that come with the request: send the conversation "
+            "whole, in 'input', or select by 'positions', 'between' or 'after'",
+            param=at,
+            code="no_messages",
+        )
+    told = body.get("instructions")
+    asked = body["input"]
+    items = [{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked)
+    # What is no message has no role, and nothing of it is marked.
+    turns = [{"role": "system", "content": told}] if told else []
+    turns += [one if "role" in one else {**one, "role": ""} for one in items]
+
+    def changed(marked: list[dict[str, Any]]) -> dict[str, Any]:
+        head, said = (marked[0], marked[1:]) if told else (None, marked)
+        kept = [
+            {name: value for name, value in one.items() if value != "" or name != "role"}
+            for one in said
+        ]
+        found = {**body, "input": kept[0]["content"] if isinstance(asked, str) else kept}
+        return found if head is None else {**found, "instructions": head["content"]}
+
+    return await _roles(at, request, raw_request, render, turns, changed)
+
+
+async def _own_fields(raw_request: Request) -> dict[str, Any]:
+    """The request's body without the fields that are added to vLLM's. Rendering a request changes
+    it, and parts of it can be read but once, so each is made anew of this."""
     body = json.loads(await raw_request.body())
-    body = {name: value for name, value in body.items() if name not in AddedFields.model_fields}
+    return {name: value for name, value in body.items() if name not in AddedFields.model_fields}
+
+
+async def _roles(
+    at: str,
+    request: Any,
+    raw_request: Request,
+    render: Callable[[Any], Awaitable[Any]],
+    messages: list[dict[str, Any]],
+    changed: Callable[[list[dict[str, Any]]], dict[str, Any]],
+) -> RoleRanges | None:
+    """Where in a rendered request its `messages` lie; `changed` is its body with others."""
     kind = type(request)
-    plain = await _rendered(render, kind.model_validate(body))
+    plain = await _rendered(render, kind.model_validate(await _own_fields(raw_request)))
     if plain is None:
         return None
-    tokenizer = state.steer.engine.tokenizer
+    tokenizer = raw_request.app.state.steer.engine.tokenizer
     ids, text = await to_thread.run_sync(_read, tokenizer, plain)
-    messages = body["messages"]
     try:
         chat = MarkedChat.of(messages, avoiding=text + contents(messages))
-        other = await _rendered(render, kind.model_validate({**body, "messages": chat.messages}))
+        other = await _rendered(render, kind.model_validate(changed(chat.messages)))
         if other is None:
             raise Unsupported(
                 "the model's chat template refuses these messages with marks around what they say: "
@@ -112,28 +165,15 @@ async def refuse_text(at: str, request: Any, raw_request: Request) -> RoleRanges
     raise no_messages(param=at)
 
 
-async def refuse_responses(
-    at: str,
-    request: Any,  # noqa: ARG001
-    raw_request: Request,  # noqa: ARG001
-) -> RoleRanges | None:
-    """What vLLM makes of a response's input is not looked into."""
-    raise SpecError(
-        "'roles' are found in the messages of /v1/chat/completions alone: send the conversation "
-        "there, or select by 'positions', 'between' or 'after'",
-        param=at,
-        code="no_messages",
-    )
-
-
 async def _rendered(render: Callable[[Any], Awaitable[Any]], request: Any) -> Any:
     """vLLM's input to the engine; None where it refuses the request."""
     try:
         found = await render(request)
     except Exception:  # its own route meets the same, and answers it
         return None
-    inputs: Any = found[1] if isinstance(found, tuple) else ()
-    return inputs[0] if len(inputs) == 1 else None
+    if isinstance(found, tuple):
+        return found[1][0] if len(found[1]) == 1 else None
+    return getattr(found, "engine_input", None)
 
 
 def _read(tokenizer: Any, rendered: Any) -> tuple[list[int], str]:

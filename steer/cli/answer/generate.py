@@ -86,8 +86,8 @@ def generate(
 ) -> None:
     """Answer a prompt twice, side by side: the model as it is, and steered."""
     from steer.engines.base import GenerationRequest, SamplingParams
+    from steer.engines.selecting import roles_under
     from steer.prompts import as_chat, render
-    from steer.prompts.rendering import rendered_roles
 
     asked_readouts = None if inspect is None else parse_readouts(inspect)
     if png is not None and asked_readouts is None:
@@ -114,7 +114,7 @@ def generate(
             reads = [_reads(engine, library, asked_readouts, one) for one in (None, plan)]
             asked = prompt if plain else as_chat(engine.tokenizer, prompt, system)
             tokens = tuple(render(engine.tokenizer, asked))
-            roles = rendered_roles(engine.tokenizer, asked) if plan.reads_roles else None
+            roles = roles_under(engine, plan, asked)
             completions = engine.complete(
                 [
                     GenerationRequest("default", tokens, sampling, readouts=reads[0]),

@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 import typer
 
 from steer.cli.local import DEMO_MODEL, DeviceOption, DtypeOption, ModelOption, running_engine
+from steer.cli.options import checked, parse_selection
 from steer.cli.reporting import out, progress_bar
 from steer.errors import SteerError
 from steer.model import HookPoint, parse_layers
-from steer.spec import Site
+from steer.spec import Site, Where
 
 
 def capture(
@@ -38,6 +39,13 @@ def capture(
         Literal["none", "last", "mean", "max"],
         typer.Option(help="Make one row of a text."),
     ] = "none",
+    where: Annotated[
+        str | None,
+        typer.Option(
+            help="Only the tokens that this selects: JSON as a spec has it, such as "
+            '\'{"roles": ["assistant"]}\', or generation, last, onward.'
+        ),
+    ] = None,
     stored: Annotated[
         Literal["float32", "float16", "bfloat16"], typer.Option(help="The type of the file.")
     ] = "float32",
@@ -47,10 +55,12 @@ def capture(
     dtype: DtypeOption = None,
 ) -> None:
     """Read texts through the model, and keep its states in safetensors files with token ids."""
-    from steer.fit.bulk.capturing import BulkReading, capture_to, pieces
+    from steer.fit.bulk.capturing import BulkReading, capture_to
+    from steer.fit.bulk.selected import pieces, selected_tokens
     from steer.fit.data.pairs import read_prompts
     from steer.prompts import Marked, as_chat
 
+    chosen = None if where is None else checked(Where, parse_selection(where))
     points = tuple(HookPoint(layer, site) for layer in parse_layers(layers))
     prompts = read_prompts(texts)
     if context is not None and answer_tokens:
@@ -74,8 +84,13 @@ def capture(
             for one in prompts
         ]
         cut, _ = pieces(engine, asked, context)
+        selected = None
+        if chosen is not None:
+            selected = selected_tokens(
+                engine, asked, chosen, context, answered=answer_tokens > 0, at="/where"
+            )
         with progress_bar("texts", len(cut)) as done:
-            card = capture_to(engine, cut, folder, reading, progress=done)
+            card = capture_to(engine, cut, folder, reading, selected=selected, progress=done)
     out().print(
         f"wrote {folder}: {card.rows} rows of {card.texts} texts in {len(card.shards)} files",
         highlight=False,

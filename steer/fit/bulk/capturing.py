@@ -14,6 +14,7 @@ from torch import Tensor
 
 from steer.engines.base import CaptureRequest, Engine
 from steer.errors import SteerError
+from steer.fit.bulk.selected import SelectedTokens, Tokens, nothing_selected
 from steer.fit.bulk.shards import (
     PLACES,
     CaptureCard,
@@ -23,11 +24,9 @@ from steer.fit.bulk.shards import (
     read_card,
 )
 from steer.fit.data.answering import with_own_answers
-from steer.fit.data.prompt import Prompt, render
-from steer.fit.states import Progress, prompt_tokens
+from steer.fit.states import Progress
 from steer.model import HookPoint
 
-Tokens: TypeAlias = tuple[int, ...]
 Pooling: TypeAlias = Literal["none", "last", "mean", "max"]
 SHARD_BYTES = 256 << 20
 
@@ -36,10 +35,10 @@ SHARD_BYTES = 256 << 20
 class BulkReading:
     """Which states are kept of every text.
 
-    Of the tokens from number `skip` on every `stride`-th is read, and `pooled` makes one row of
-    them. With `answer_tokens` the model first answers each text with up to so many tokens, sampled
-    at `temperature` with `seed` and the text's number, which are read as well. `batch` texts run at
-    once.
+    Of the tokens from number `skip` on (those that are selected) every `stride`-th is read, and
+    `pooled` makes one row of them. With `answer_tokens` the model first answers each text with up
+    to so many tokens, sampled at `temperature` with `seed` and the text's number, which are read as
+    well. `batch` texts run at once.
     """
 
     points: tuple[HookPoint, ...]
@@ -53,51 +52,32 @@ class BulkReading:
     dtype: StoredType = "bfloat16"
 
 
-def pieces(
-    engine: Engine, prompts: Sequence[Prompt], length: int | None = None
-) -> tuple[list[Tokens], list[int]]:
-    """Prompts as tokens, and for each the number of its prompt. Those longer than `length` are cut
-    into pieces of that many, of which a last one of a single token is dropped; without a `length`
-    they must fit the model. Raises `SteerError`."""
-    found: list[Tokens] = []
-    owners: list[int] = []
-    for number, prompt in enumerate(prompts):
-        if length is None:
-            cut = [tuple(prompt_tokens(engine, prompt))]
-        else:
-            tokens = tuple(render(engine.tokenizer, prompt))
-            cut = [tokens[start : start + length] for start in range(0, len(tokens), length)]
-            cut = cut[:1] + [piece for piece in cut[1:] if len(piece) > 1]
-        found += cut
-        owners += [number] * len(cut)
-    return found, owners
-
-
 def capture_to(
     engine: Engine,
     texts: Sequence[Tokens],
     folder: Path,
     reading: BulkReading,
     *,
+    selected: SelectedTokens | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> CaptureCard:
-    """Reads `texts` and keeps their states in `folder`; one that was ended goes on after its last
-    shard. `progress` is told of texts.
+    """Reads `texts` and keeps their states in `folder`, or those of `selected` tokens alone; one
+    that was ended goes on after its last shard. `progress` is told of texts.
 
     Memory: one shard, and the states of one batch. Raises `SteerError`: `other_capture` where the
-    folder holds one of other texts.
+    folder holds one of other texts, `nothing_selected` where no text had a token to keep.
     """
     for point in reading.points:
         engine.info.check_point(point)
-    card = _begun(engine, texts, folder, reading)
+    card = _begun(engine, texts, folder, reading, selected)
     width = sum(one.width for one in card.points)
     at_once = max(1, shard_bytes // (width * getattr(torch, reading.dtype).itemsize))
     if progress is not None:
         progress(card.texts_done)
     rows: list[dict[str, Tensor]] = []
     done = card.texts_done
-    for one in _read(engine, texts, done, reading):
+    for one in _read(engine, texts, done, reading, selected):
         rows.append(one)
         done += 1
         if sum(len(kept["token"]) for kept in rows) >= at_once or done == len(texts):
@@ -106,15 +86,23 @@ def capture_to(
             rows = []
         if progress is not None:
             progress(1)
+    if selected is not None and card.rows == 0:
+        raise nothing_selected("/where", len(texts))
     return card
 
 
 def _begun(
-    engine: Engine, texts: Sequence[Tokens], folder: Path, reading: BulkReading
+    engine: Engine,
+    texts: Sequence[Tokens],
+    folder: Path,
+    reading: BulkReading,
+    selected: SelectedTokens | None,
 ) -> CaptureCard:
     if not texts:
         raise SteerError("there is no text to read", code="no_prompts")
     how = {**asdict(reading), "batch": None}  # memory, and not the result
+    if selected is not None:
+        how["where"] = selected.as_json
     data = hashlib.sha256(json.dumps([engine.info.own_name, how, list(texts)]).encode()).hexdigest()
     card = CaptureCard(
         model=engine.info.own_name,
@@ -129,6 +117,7 @@ def _begun(
         answer_tokens=reading.answer_tokens,
         texts=len(texts),
         data=data,
+        where=None if selected is None else selected.where,
     )
     begun = read_card(folder)
     if begun is None:
@@ -143,7 +132,11 @@ def _begun(
 
 
 def _read(
-    engine: Engine, texts: Sequence[Tokens], first: int, reading: BulkReading
+    engine: Engine,
+    texts: Sequence[Tokens],
+    first: int,
+    reading: BulkReading,
+    selected: SelectedTokens | None,
 ) -> Iterator[dict[str, Tensor]]:
     """The rows of each text from number `first` on, as a shard holds them."""
     for start in range(first, len(texts), reading.batch):
@@ -160,7 +153,9 @@ def _read(
         for n, (text, captured) in enumerate(
             zip(group, engine.capture(CaptureRequest(group, reading.points)), strict=True), start
         ):
-            places = torch.arange(reading.skip, len(text), reading.stride)
+            chosen = range(len(text)) if selected is None else selected.of(n, text)
+            read = [place for place in chosen if place >= reading.skip]
+            places = torch.tensor(read, dtype=torch.int64)[:: reading.stride]
             # A pooled row is said to be of the last token that went into it.
             kept = places if reading.pooled == "none" else places[-1:]
             row = {

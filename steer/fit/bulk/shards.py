@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from steer.artefacts.sae.storage.file_arrays import FileArray, OpenedFile, safet
 from steer.errors import FileFormatError, StorageError
 from steer.model import HookPoint
 from steer.registry.blobs.disk import disk_errors
-from steer.spec import Site
+from steer.spec import Site, Where
 
 CARD = "capture.json"
 PLACES = ("token", "text", "position")
@@ -73,6 +73,7 @@ class CaptureCard(BaseModel):
     answer_tokens: int
     texts: int
     data: str
+    where: Where | None = Field(default=None, exclude_if=lambda value: value is None)
     shards: tuple[CapturedShard, ...] = ()
 
     @property
@@ -120,7 +121,7 @@ def add_shard(
         save_file(dict(arrays), staged)
         os.replace(staged, folder / name)
         staged = folder / f"{CARD}.part"
-        staged.write_text(grown.model_dump_json(indent=1) + "\n", "utf-8")
+        staged.write_text(grown.model_dump_json(indent=1, by_alias=True) + "\n", "utf-8")
         os.replace(staged, folder / CARD)
     return grown
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from steer.errors import SteerError
 from steer.prompts.forms import Marked, Messages, Prompt, parse_prompt, prompt_json
 from steer.prompts.rendering import answer_range, encoded, render
+from steer.spec import Where
 
 __all__ = [
     "POSITION_NAMES",
     "Marked",
     "Messages",
+    "PositionName",
     "Positions",
     "Prompt",
     "parse_prompt",
+    "positions_json",
     "prompt_json",
     "read_positions",
     "render",
@@ -25,15 +28,39 @@ __all__ = [
     "subject_position",
 ]
 
-Positions: TypeAlias = (
-    Literal["last", "mean", "response", "subject"] | Annotated[int, Field(strict=True)]
-)
+PositionName: TypeAlias = Literal["last", "mean", "response", "subject"]
+POSITION_NAMES: tuple[PositionName, ...] = get_args(PositionName)
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, str):
+        return "a name"
+    return "a selection" if isinstance(value, Mapping | Where) else "an index"
+
+
+Positions: TypeAlias = Annotated[
+    Annotated[PositionName, Tag("a name")]
+    | Annotated[int, Field(strict=True), Tag("an index")]
+    | Annotated[Where, Tag("a selection")],
+    Discriminator(_form),
+]
 """Which token's state stands for a prompt: the last one; the mean over all; the mean over the
-response; the last token of the subject; or an index, negative from the end."""
-POSITION_NAMES = ("last", "mean", "response", "subject")
+response; the last token of the subject; an index, negative from the end; or the mean over those
+that a selection names, for which a response is what was generated."""
 
 
-def read_positions(tokenizer: Any, prompt: Prompt, tokens: Sequence[int], at: Positions) -> range:
+def positions_json(at: object) -> Any:
+    """`at`, a name, an index or a selection, as a card keeps it."""
+    return (
+        at.model_dump(mode="json", by_alias=True, exclude_none=True)
+        if isinstance(at, Where)
+        else at
+    )
+
+
+def read_positions(
+    tokenizer: Any, prompt: Prompt, tokens: Sequence[int], at: PositionName | int
+) -> range:
     """The positions in `tokens` (what `render` gave) whose mean state stands for `prompt`.
 
     Raises `SteerError` where the prompt has no such place.

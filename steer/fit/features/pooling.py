@@ -29,13 +29,17 @@ def pooled_activations(
     pooled: Pooled,
     *,
     at: Positions = "mean",
+    param: str = "/positions",
     batch: int = 16,
     progress: Progress | None = None,
 ) -> sparse.csr_array:
     """`[prompts, d_sae]` float32, sparse: of the tokens at `at` (by default all; a beginning that
-    the tokenizer puts before a text does not count). Raises `SteerError`."""
+    the tokenizer puts before a text does not count); a selection stands at `param` of a request.
+    Raises `SteerError`."""
     check_fits(engine, sae)
-    reading = make_reading(engine, site=sae.site, layers=[sae.layer], positions=at, batch=batch)
+    reading = make_reading(
+        engine, site=sae.site, layers=[sae.layer], positions=at, batch=batch, at=param
+    )
     rows = []
     for ids, states in read_tokens(engine, prompts, reading):
         kept = states[sae.layer][int(len(ids) > 1 and begins(engine.tokenizer, ids)) :]

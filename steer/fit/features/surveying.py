@@ -12,14 +12,15 @@ import numpy as np
 
 from steer.artefacts.sae.base import SAE
 from steer.engines.base import Engine
-from steer.errors import IncompatibleArtefact, SteerError
+from steer.errors import IncompatibleArtefact, SpecError, SteerError
 from steer.fit.data.prompt import Prompt
 from steer.fit.features.tally import Tally
-from steer.fit.states import Progress, make_reading, prompt_tokens, read_tokens
+from steer.fit.states import Progress, make_reading, prompt_tokens, read_places
 from steer.model import HookPoint
 from steer.prompts import begins, token_texts
 from steer.registry.features.store import SurveyStore
 from steer.registry.features.survey import Survey, SurveyCard
+from steer.spec import Where
 
 CHECKPOINT_TOKENS = 1 << 16
 """Tokens between two checkpoints."""
@@ -41,19 +42,21 @@ def survey(
     prompts: Sequence[Prompt],
     place: SurveyPlace,
     *,
+    where: Where | None = None,
     batch: int = 16,
     checkpoint_tokens: int = CHECKPOINT_TOKENS,
     progress: Progress | None = None,
 ) -> Survey:
     """Surveys the SAE with this hash on `prompts`, and keeps what is found beside it.
 
-    Every token counts but a beginning that the tokenizer puts before a text, where most models
-    keep what belongs to no word. `progress` is told of texts. A survey that was ended goes on from
-    its last checkpoint. Raises `SteerError`.
+    Every token counts, or those of `where`, but a beginning that the tokenizer puts before a text,
+    where most models keep what belongs to no word. `progress` is told of texts. A survey that was
+    ended goes on from its last checkpoint. Raises `SteerError`; `nothing_selected` where no text
+    has a token to count.
     """
     check_fits(engine, sae)
     tokens = [prompt_tokens(engine, prompt) for prompt in prompts]
-    card = survey_card(engine, sae, sha256, tokens)
+    card = survey_card(engine, sae, sha256, tokens, where)
     tally = Tally(sae.encode, sae.d_in, sae.d_sae)
     # Another order or layout of the sums would not go on from here.
     key = f"{sha256}-{card.data[:16]}-{tally.block_size}"
@@ -63,11 +66,18 @@ def survey(
         done = int(saved["texts_done"][0])
         tally.restore(saved)
         _told(progress, done)
-    reading = make_reading(engine, site=sae.site, layers=[sae.layer], positions="mean", batch=batch)
+    reading = make_reading(
+        engine,
+        site=sae.site,
+        layers=[sae.layer],
+        positions="mean" if where is None else where,
+        batch=batch,
+        at="/where",
+    )
     unsaved = 0
-    for ids, rows in read_tokens(engine, prompts[done:], reading):
-        first = int(begins(engine.tokenizer, ids))
-        tally.add(rows[sae.layer][first:], done, first)
+    for ids, places, rows in read_places(engine, prompts[done:], reading, none=True):
+        first = int(begins(engine.tokenizer, ids) and 0 in places)
+        tally.add(rows[sae.layer][first:], done, positions=places[first:])
         done += 1
         _told(progress, 1)
         unsaved += len(ids)
@@ -76,6 +86,12 @@ def survey(
             place.store.keep_checkpoint(key, state, place.scratch)
             unsaved = 0
     arrays = tally.arrays()
+    if tally.tokens == 0 and where is not None:
+        raise SpecError(
+            f"'where' selects no token of the {len(prompts)} texts that could be counted",
+            param="/where",
+            code="nothing_selected",
+        )
     if tally.tokens == 0:
         raise SteerError("the texts have no token to survey", code="no_prompts")
     arrays["tokens"] = np.array([token for row in tokens for token in row], np.int32)
@@ -103,9 +119,15 @@ def check_fits(engine: Engine, sae: SAE, param: str = "/sae") -> None:
 
 
 def survey_card(
-    engine: Engine, sae: SAE, sha256: str, tokens: Sequence[Sequence[int]]
+    engine: Engine,
+    sae: SAE,
+    sha256: str,
+    tokens: Sequence[Sequence[int]],
+    where: Where | None = None,
 ) -> SurveyCard:
     """The card of a survey of texts with these tokens, none of them counted yet."""
+    chosen = [] if where is None else [where.model_dump(mode="json", exclude_none=True)]
+    data = json.dumps([engine.info.name, list(tokens), *chosen])
     ids = sorted({token for row in tokens for token in row})
     return SurveyCard(
         sae=sha256,
@@ -115,7 +137,8 @@ def survey_card(
         d_sae=sae.d_sae,
         texts=len(tokens),
         tokens=0,
-        data=hashlib.sha256(json.dumps([engine.info.name, list(tokens)]).encode()).hexdigest(),
+        data=hashlib.sha256(data.encode()).hexdigest(),
+        where=where,
         vocabulary=dict(zip(ids, token_texts(engine.tokenizer, ids), strict=True)),
     )
 

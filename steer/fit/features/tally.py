@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -46,11 +46,17 @@ class Tally:
         self._token_rank = np.zeros(0)
         self._token_features = np.zeros((0, ACTIVE), np.int32)
 
-    def add(self, states: Float[Tensor, "T d_in"], text: int, first: int = 0) -> None:
-        """The states of a text's tokens from position `first` on."""
-        places = np.stack(
-            [np.full(len(states), text), np.arange(first, first + len(states))]
-        ).astype(np.int64)
+    def add(
+        self,
+        states: Float[Tensor, "T d_in"],
+        text: int,
+        first: int = 0,
+        *,
+        positions: Sequence[int] | None = None,
+    ) -> None:
+        """The states of a text's tokens at `positions`, by default from `first` on."""
+        where = range(first, first + len(states)) if positions is None else positions
+        places = np.array([[text] * len(states), [*where]], dtype=np.int64).reshape(2, -1)
         self._waiting = torch.cat([self._waiting, states.float()])
         self._places = np.concatenate([self._places, places], axis=1)
         while len(self._waiting) >= self.block_size:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from steer.engines.base import Completion, Engine, GenerationRequest, SamplingParams
+from steer.engines.selecting import roles_under
 from steer.fit.measure.scoring import AnswerScorer, Score, Scorer
 from steer.plan.plan import SteeringPlan
 from steer.prompts import Prompt, answer_text, render
-from steer.prompts.rendering import rendered_roles
 
 Progress: TypeAlias = Callable[[int], None]
 
@@ -25,7 +25,8 @@ UNSCORED = Score(0.0)
 @dataclass(frozen=True)
 class Answer:
     """What the model said to a prompt, as tokens and as text; `losses` holds −log p of each token,
-    in nats, under the model that chose it. `ended` is whether it came to its end by itself."""
+    in nats, under the model that chose it. `ended` is whether it came to its end by itself, `asked`
+    the prompt as it was given, where that is known."""
 
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -33,6 +34,7 @@ class Answer:
     losses: tuple[float, ...] = ()
     score: Score = UNSCORED
     ended: bool = False
+    asked: Prompt | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,7 @@ def _request(
     plan: SteeringPlan | None,
     sampling: SamplingParams,
 ) -> GenerationRequest:
-    roles = None
-    if plan is not None and plan.reads_roles:
-        roles = rendered_roles(engine.tokenizer, prompt)
+    roles = roles_under(engine, plan, prompt)
     tokens = tuple(render(engine.tokenizer, prompt))
     return GenerationRequest(name, tokens, sampling, plan, roles=roles)
 
@@ -89,6 +89,7 @@ def answers_under(
         for row, (plan, asked) in enumerate(zip(plans, prompts, strict=True))
         for column, prompt in enumerate(asked)
     ]
+    given = [prompt for asked in prompts for prompt in asked]
     completions: list[Completion] = []
     for first in range(0, len(requests), group):
         together = requests[first : first + group]
@@ -103,8 +104,9 @@ def answers_under(
             text,
             tuple(-entry.logprob for entry in one.logprobs),
             ended=one.finish == "stop",
+            asked=prompt,
         )
-        for request, one, text in zip(requests, completions, texts, strict=True)
+        for prompt, request, one, text in zip(given, requests, completions, texts, strict=True)
     ]
     found = iter(said)
     parted = [tuple(next(found) for _ in asked) for asked in prompts]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from steer.engines.base import CaptureRequest, Engine
 from steer.engines.journal import remembered
+from steer.engines.selecting import roles_under
 from steer.errors import Unsupported
 from steer.fit.measure.answers import Answer, Progress
 from steer.plan.plan import SteeringPlan
@@ -98,7 +99,10 @@ class References:
         found = torch.zeros(len(plans), len(self.answers), dtype=torch.float64)
         for first in range(0, len(self.answers), self._batch):
             group = range(first, min(first + self._batch, len(self.answers)))
-            texts = [(one.prompt, one.tokens) for one in self.answers[group.start : group.stop]]
+            texts = [
+                (one.prompt, one.tokens, *self._whose(plans, one))
+                for one in self.answers[group.start : group.stop]
+            ]
             found[:, group.start : group.stop] = remembered(
                 self._engine,
                 ["kl", [one.fingerprint for one in plans], texts],
@@ -128,6 +132,12 @@ class References:
                     change[start + row] += apart.sum(0) / count
                     probability[start + row] += steered.exp().sum(0) / count
         return TokenChanges(change, probability, before)
+
+    def _whose(self, plans: Sequence[SteeringPlan], answer: Answer) -> list[object]:
+        """What tells an answer's prompt from another of the same tokens, where a plan asks whose
+        words they are."""
+        each = [roles_under(self._engine, plan, answer.asked) for plan in plans]
+        return [one.ranges for one in each if one is not None][:1]
 
     def _group(self, plans: Sequence[SteeringPlan], group: range) -> Float[Tensor, "plans answers"]:
         """The divergences on a few answers, `batch` texts at once."""
@@ -164,7 +174,13 @@ class References:
         ]
         texts = [answer.prompt + answer.tokens for answer in answers]
         tail = 1 + max(len(answer.tokens) for answer in answers)
-        captured = self._engine.capture(CaptureRequest(texts, plans=plans, logits="all", tail=tail))
+        roles = [
+            roles_under(self._engine, plan, answer.asked, answer=len(answer.tokens))
+            for (plan, _), answer in zip(cells, answers, strict=True)
+        ]
+        captured = self._engine.capture(
+            CaptureRequest(texts, plans=plans, logits="all", tail=tail, roles=roles)
+        )
         rows = []
         for answer, one in zip(answers, captured, strict=True):
             if one.logits is None:

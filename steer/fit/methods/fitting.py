@@ -21,7 +21,7 @@ from steer.artefacts.sae.base import SAE
 from steer.engines.base import Engine
 from steer.errors import SpecError, SteerError
 from steer.fit.data.pairs import Pair, PairSet
-from steer.fit.data.prompt import Positions
+from steer.fit.data.prompt import Positions, positions_json
 from steer.fit.data.where import WhereName, where_named
 from steer.fit.methods.card import best_layers, cosines, made_on, split
 from steer.fit.methods.linearity import Parallelism
@@ -118,7 +118,7 @@ def fit(
             "data_sha256": pairs.sha256,
             "pairs": len(pairs),
             "held_out_pairs": parts.held_out,
-            "positions": positions,
+            "positions": positions_json(positions),
             "seed": seed,
             **made_on(engine),
             **extras,

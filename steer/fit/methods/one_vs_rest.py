@@ -15,7 +15,7 @@ from steer.artefacts.control_vector import ControlVector, LayerMeasure
 from steer.engines.base import Engine
 from steer.errors import SteerError
 from steer.fit.data.labels import Labelled, LabelledSet
-from steer.fit.data.prompt import Positions
+from steer.fit.data.prompt import Positions, positions_json
 from steer.fit.data.where import WhereName, where_named
 from steer.fit.methods.card import best_layers, cosines, made_on, split
 from steer.fit.methods.fitting import usable_directions
@@ -75,7 +75,7 @@ def fit_labels(
                 "label": label,
                 "texts": dict(counts),
                 "held_out_texts": 0 if measured is fitted else len(measured),
-                "positions": positions,
+                "positions": positions_json(positions),
                 "seed": seed,
                 **made_on(engine),
                 **({"cosines": cosines(rows, site, beside)} if beside else {}),

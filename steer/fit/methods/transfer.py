@@ -26,7 +26,7 @@ from steer.artefacts.control_vector import ControlVector
 from steer.engines.base import Engine
 from steer.errors import SteerError
 from steer.fit.data.jsonl import sha256_of
-from steer.fit.data.prompt import Positions, Prompt, prompt_json
+from steer.fit.data.prompt import Positions, Prompt, positions_json, prompt_json
 from steer.fit.methods.card import made_on, split
 from steer.fit.states import Progress, make_reading, read_rows
 from steer.spec import Site
@@ -159,7 +159,7 @@ def transfer(
             "anchors": len(fitted),
             "held_out": len(order) - len(fitted),
             "transfer_error": errors,
-            "positions": positions,
+            "positions": positions_json(positions),
             "seed": seed,
             **made_on(target),
         },

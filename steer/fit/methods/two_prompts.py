@@ -11,7 +11,7 @@ from steer.artefacts.control_vector import ControlVector, LayerMeasure
 from steer.engines.base import Engine
 from steer.errors import SteerError
 from steer.fit.data.jsonl import sha256_of
-from steer.fit.data.prompt import Positions, Prompt, prompt_json
+from steer.fit.data.prompt import Positions, Prompt, positions_json, prompt_json
 from steer.fit.data.where import WhereName, where_named
 from steer.fit.methods.card import made_on
 from steer.fit.states import Progress, make_reading, read_rows
@@ -69,7 +69,7 @@ def fit_two_prompts(
         provenance={
             "method": "two_prompts",
             "data_sha256": sha256_of([prompt_json(toward), prompt_json(away)]),
-            "positions": positions,
+            "positions": positions_json(positions),
             **made_on(engine),
         },
     )

@@ -23,7 +23,18 @@ class Spelled:
     """
 
     reads: (
-        Literal["layers", "position", "strengths", "numbers", "sae", "prompt", "names", "where"]
+        Literal[
+            "layers",
+            "position",
+            "tokens",
+            "strengths",
+            "numbers",
+            "sae",
+            "prompt",
+            "names",
+            "where",
+            "selection",
+        ]
         | None
     ) = None
     help: str | None = None
@@ -72,12 +83,25 @@ PositionsField: TypeAlias = Annotated[
     Spelled("position"),
     Field(
         description="Read the last token, the mean over all, the mean over the response, the "
-        "subject's last token, or an index: last, mean, response, subject, -2."
+        "subject's last token, an index, or the mean over those of a selection: last, mean, "
+        'response, subject, -2, {"roles": ["user"]}.'
     ),
 ]
 TokensField: TypeAlias = Annotated[
     TokensRead,
-    Field(description="The tokens that are read, each by itself: all, the last, or the response."),
+    Spelled("tokens"),
+    Field(
+        description="The tokens that are read, each by itself: all, last, response, or those of a "
+        'selection such as {"roles": ["user"]}.'
+    ),
+]
+ReadWhereField: TypeAlias = Annotated[
+    Where | None,
+    Spelled("selection"),
+    Field(
+        description="The tokens that are read, as a spec's 'where' says them; by default all. What "
+        "was generated begins with a prompt's response."
+    ),
 ]
 WhereField: TypeAlias = Annotated[
     WhereName,

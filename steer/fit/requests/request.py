@@ -21,7 +21,7 @@ from steer.fit.requests.fields import (
     WhereField,
 )
 from steer.fit.requests.inline import DataForm
-from steer.spec import Site, exactly_one
+from steer.spec import Site, Where, exactly_one
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -153,6 +153,7 @@ def check_request(request: FitRequest, engine: Engine, registry: Registry) -> No
         )
     if request.needs_gradients:
         differentiable(engine)
+    check_selections(request, engine)
     request.check(engine, registry, request.taken())
     for at, point in request.points():
         try:
@@ -160,6 +161,17 @@ def check_request(request: FitRequest, engine: Engine, registry: Registry) -> No
         except SteerError as error:
             error.param = at
             raise
+
+
+def check_selections(request: BaseModel, engine: Engine) -> None:
+    """Raises `SteerError`, below the field, for a selection of tokens that the engine's model does
+    not know."""
+    from steer.engines.selecting import TokenChoice
+
+    for name in type(request).model_fields:
+        value = getattr(request, name)
+        if isinstance(value, Where):
+            TokenChoice.of(engine, value, at=pointer(name))
 
 
 class CardFields(FitRequest):

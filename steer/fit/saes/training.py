@@ -14,6 +14,7 @@ from torch import Tensor
 
 from steer.artefacts.sae.base import SAE
 from steer.fit.bulk.shards import CapturedStates
+from steer.fit.data.prompt import positions_json
 from steer.fit.saes.measures import SAEMeasures, measure
 from steer.fit.saes.options import SAEOptions
 from steer.fit.saes.rows import TrainingRows
@@ -82,6 +83,7 @@ def train_sae(
         "method": f"sae-{options.architecture}",
         "rows": len(rows.trained),
         "captures": [one.card.data for one in captures],
+        **_selected(captures),
         **asdict(options),
         "steps": trainer.steps,
         "held_out_share": held_out,
@@ -90,6 +92,13 @@ def train_sae(
     fields = {"name": name, "model": captures[0].card.model, "provenance": provenance, **card}
     sae = trainer.network.as_sae(units, captures[0].point, **fields)
     return TrainedSAE(sae, found, measured, trainer.curve)
+
+
+def _selected(captures: Sequence[CapturedStates]) -> dict[str, Any]:
+    """Which tokens it was trained on, where these were selected."""
+    if not any(one.card.where for one in captures):
+        return {}
+    return {"where": [positions_json(one.card.where) for one in captures]}
 
 
 def _key(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from steer.artefacts.sae.labels import FeatureLabel
 from steer.engines.base import Engine
-from steer.fit.bulk.capturing import Tokens
+from steer.fit.bulk.selected import Tokens
 from steer.fit.bulk.shards import CapturedStates
 from steer.fit.saes.measures import loss_recovered
 from steer.fit.saes.rows import held_out_texts
@@ -48,16 +48,16 @@ def texts_apart(
 def with_worth(
     engine: Engine,
     trained: TrainedSAE,
-    apart: Sequence[TextApart],
+    apart: Sequence[TextApart] | None,
     *,
     skip: int,
     classes: Sequence[str] = (),
 ) -> TrainedSAE:
-    """The SAE with the loss that it recovers on the texts `apart` (where the engine has
-    derivatives), and with `classes` as the labels of its first latents."""
+    """The SAE with the loss that it recovers on the texts `apart` (where there are some
+    and the engine has derivatives), and with `classes` as the labels of its first latents."""
     card = trained.sae.card
     made = dict(card.provenance)
-    if engine.capabilities.gradients:
+    if apart is not None and engine.capabilities.gradients:
         mean = trained.sample.mean(0)
         texts, counted = [one.tokens for one in apart], [one.counted for one in apart]
         found = loss_recovered(engine, trained.sae, texts, mean, skip=skip, counted=counted)

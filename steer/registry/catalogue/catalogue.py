@@ -182,7 +182,8 @@ class Catalogue:
             return entry
 
     def unknown(self, connection: Connection, kind: ArtefactKind, ref: str) -> UnknownArtefact:
-        """The error for a reference that names nothing, with the names it may have meant."""
+        """The error for a reference that names nothing, with the names it may have meant: those of
+        the model whose view this is."""
         name = parse_ref(kind, ref).name
         versions = self.versions(connection, kind, name)
         if versions:
@@ -192,6 +193,9 @@ class Catalogue:
                 code=f"unknown_{kind}",
             )
         names = select(artefacts.c.name).where(_LIVE, artefacts.c.kind == kind).distinct()
+        own = self.view.is_own(artefacts)
+        if own is not None:
+            names = names.where(own)
         # Names that begin alike first: with thousands registered, comparing all is too slow.
         begins_alike = names.where(
             artefacts.c.name >= name[:1], artefacts.c.name <= name[:1] + "\U0010ffff"
@@ -201,7 +205,7 @@ class Catalogue:
             *connection.execute(names.limit(100)).scalars(),
         ]
         near = difflib.get_close_matches(name, dict.fromkeys(pool), n=3)
-        hint = f"did you mean {', '.join(map(repr, near))}?" if near else _known(pool)
+        hint = f"did you mean {', '.join(map(repr, near))}?" if near else _known(pool, self.view)
         return UnknownArtefact(f"there is no {kind} named {ref!r}; {hint}", code=f"unknown_{kind}")
 
     def versions(self, connection: Connection, kind: ArtefactKind, name: str) -> list[Entry]:
@@ -267,9 +271,10 @@ def _named(kind: ArtefactKind, ref: Ref, which: Any = _LIVE) -> Select[Any]:
     return query
 
 
-def _known(names: Sequence[str]) -> str:
+def _known(names: Sequence[str], view: ModelView) -> str:
     if not names:
-        return "none is registered: upload one first"
+        whose = "" if view.everyones else " for this model"
+        return f"none is registered{whose}: upload one first"
     shown = list(dict.fromkeys(names))[:5]
     return f"registered are {', '.join(map(repr, shown))}" + (", …" if len(names) > 5 else "")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, FromClause, and_, case
+from sqlalchemy import ColumnElement, FromClause, and_, case, literal
 
 from steer.artefacts.control_vector import Card
 from steer.model import ModelInfo, bare_name
@@ -92,6 +92,15 @@ class ModelView:
             return None
         return rows.c.model.is_(None) | rows.c.model.in_(self.names)
 
+    def is_own(self, rows: FromClause) -> ColumnElement[bool] | None:
+        """Whether a row is for this model (`is_for`). None for all rows."""
+        if self.everyones:
+            return None
+        unnamed: ColumnElement[bool] = rows.c.model.is_(None)
+        if (widths := self._widths) is not None:
+            unnamed &= rows.c.width.in_(sorted(widths))
+        return unnamed | rows.c.model.in_(self.names)
+
     @property
     def _widths(self) -> frozenset[int] | None:
         """Of the states at every site; None where the shape is not known."""
@@ -99,11 +108,9 @@ class ModelView:
         return None if info is None else frozenset(map(info.width, info.sites))
 
     def _rank(self, rows: FromClause) -> ColumnElement[int]:
-        """1 for a row that is for this model (`is_for`), 0 for others."""
-        unnamed: ColumnElement[bool] = rows.c.model.is_(None)
-        if (widths := self._widths) is not None:
-            unnamed &= rows.c.width.in_(sorted(widths))
-        return case((unnamed | rows.c.model.in_(self.names), 1), else_=0)
+        """1 for a row that is for this model, 0 for others."""
+        own = self.is_own(rows)
+        return literal(1) if own is None else case((own, 1), else_=0)
 
 
 EVERYONE = ModelView()

@@ -14,10 +14,10 @@ from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from steer.errors import StorageError
-from steer.spec import Site
+from steer.spec import Site, Where
 
 STEPS = 4
 """Bins of a histogram to a doubling."""
@@ -40,7 +40,8 @@ Array = NDArray[Any]
 class SurveyCard(BaseModel):
     """What a survey was made of.
 
-    `data` is a digest of the tokens; `vocabulary` the text of each token that occurs.
+    `data` is a digest of the tokens; `vocabulary` the text of each token that occurs; `where` which
+    tokens counted, all where it is not there.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,6 +55,7 @@ class SurveyCard(BaseModel):
     tokens: int
     data: str
     vocabulary: dict[int, str]
+    where: Where | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class FeatureExample(BaseModel):

@@ -11,10 +11,10 @@ from steer.artefacts.control_vector import ControlVector
 from steer.artefacts.library import MemoryLibrary
 from steer.artefacts.sae.base import SAE
 from steer.artefacts.sae.labels import FeatureLabel
+from steer.engines.plans import plans_of
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError
 from steer.inspection.activations import ActivationsRequest, activations
-from steer.plan.cache import PlanCache
 
 TEXT = "the river runs"
 WIDTH = 32
@@ -48,7 +48,7 @@ LIBRARY = MemoryLibrary(
 
 
 def read(engine: TransformersEngine, **fields: Any) -> Any:
-    plans = PlanCache(LIBRARY, engine.info, engine.capabilities)
+    plans = plans_of(engine, LIBRARY)
     request = ActivationsRequest.model_validate({"text": TEXT, **fields})
     return activations(engine, request, library=LIBRARY, plans=plans)
 
@@ -135,6 +135,10 @@ def test_other_sites_have_their_own_width(engine: TransformersEngine) -> None:
         ({"sae": "deep"}, "/sae", "layer_out_of_range"),
         ({"sae": "broad"}, "/sae", "wrong_width"),
         ({"positions": [50]}, "/positions/0", "position_out_of_range"),
+        ({"positions": {"after": ["nowhere"]}}, "/positions", "nothing_selected"),
+        ({"positions": {"phases": ["generation"]}}, "/positions", "nothing_selected"),
+        ({"positions": {"roles": ["user"]}}, "/positions/roles", "no_messages"),
+        ({"positions": {"tokens": ["two words"]}}, "/positions/tokens/0", "not_one_token"),
         ({"layers": [3]}, "/layers/0", "layer_out_of_range"),
     ],
 )
@@ -144,6 +148,42 @@ def test_what_cannot_be_read_is_refused(
     with pytest.raises(SteerError) as caught:
         read(engine, **fields)
     assert (caught.value.param, caught.value.code) == (param, code)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"roles": ["assistant"]},
+        {"outside": [["is", "?"]]},
+        {"positions": [[-4, None]], "except": {"after": ["now"]}},
+    ],
+)
+def test_a_selection_reads_the_tokens_that_it_would_steer(
+    engine: TransformersEngine, where: dict[str, Any]
+) -> None:
+    chat = {
+        "text": None,
+        "messages": [
+            {"role": "user", "content": "who is it?"},
+            {"role": "assistant", "content": "me"},
+            {"role": "user", "content": "and now?"},
+        ],
+    }
+    chosen = read(engine, **chat, states=True, positions=where)
+    # Where a state is put in the place of another, it was selected.
+    steering = {
+        "interventions": [{"kind": "patch", "vector": "one", "layers": [1]}],
+        "where": where,
+    }
+    steered = read(engine, **chat, states=True, layers=[1], steering=steering)
+    patched = LIBRARY.vectors["one"][1].tolist()
+    (layer,) = steered.layers
+    assert layer.states is not None
+    steered_at = [n for n, state in enumerate(layer.states) if list(state) == patched]
+    assert list(chosen.positions) == steered_at
+    every = read(engine, **chat, states=True)
+    for one, other in zip(chosen.layers, every.layers, strict=True):
+        assert one.states == tuple(other.states[n] for n in chosen.positions)
 
 
 def test_too_many_numbers_are_refused(

@@ -17,6 +17,7 @@ from steer.model import ModelInfo
 from steer.registry.catalogue.model_view import EVERY_MODEL
 from steer.registry.profiles import Profile
 from steer.registry.registry import Registry
+from steer.spec import parse_spec
 
 WIDTH = 4
 A = fake_model(name="org/A", d_model=WIDTH, d_mlp=8)
@@ -53,6 +54,36 @@ def test_a_bare_name_means_the_newest_version_for_the_model(both: Registry) -> N
     assert both.for_model(A).vector("formal").card.width == WIDTH
     first = both.versions("vector", "formal")[-1]
     assert {meant(both, model, first.id) for model in (A, B)} == {1}
+
+
+def test_near_names_are_those_of_the_model(registry: Registry) -> None:
+    """Of what another model has nothing is suggested: it would be refused."""
+    registry.add("french", a_vector(1, "A"))
+    registry.add("frank", a_vector(2, "B", WIDTH + 2))
+    registry.add("fresh", a_vector(3))  # for whoever has its width
+    for view, near, other in ((A, ("french", "fresh"), "frank"), (B, ("frank",), "french")):
+        with pytest.raises(UnknownArtefact, match="did you mean") as caught:
+            registry.for_model(view).vector("frenk")
+        for name in near:
+            assert repr(name) in str(caught.value)
+        assert repr(other) not in str(caught.value)
+    with pytest.raises(UnknownArtefact, match="none is registered for this model"):
+        registry.for_model(fake_model(name="C", d_model=64, d_mlp=64)).vector("french1")
+    with pytest.raises(UnknownArtefact, match="did you mean"):
+        registry.vector("frenk")
+
+
+def test_near_profiles_are_those_of_the_model(registry: Registry) -> None:
+    registry.add("v", a_vector(1))
+    spec = parse_spec(using("v"))
+    registry.put_profile(Profile(name="calm", spec=spec, model="A"))
+    registry.put_profile(Profile(name="balm", spec=spec, model="B"))
+    registry.put_profile(Profile(name="palm", spec=spec))
+    with pytest.raises(UnknownArtefact, match="did you mean") as caught:
+        registry.for_model(A).profile("alm")
+    assert "'calm'" in str(caught.value)
+    assert "'palm'" in str(caught.value)
+    assert "'balm'" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -80,14 +80,57 @@ def test_roles_are_said_in_a_profile_and_read_by_inspections(http: httpx.Client)
     assert by_name["inspect"]["cells"] != plain["cells"]
 
 
+def said(text: str, role: str = "user", **more: Any) -> dict[str, Any]:
+    """A message as /v1/responses takes it."""
+    return {"type": "message", "role": role, "content": text, **more}
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "system"])
+@pytest.mark.parametrize(
+    ("fields", "turns"),
+    [
+        ({"input": "Where is the station?"}, [said("Where is the station?")]),
+        (
+            {"instructions": "Be brief.", "input": [said("Where is it?")]},
+            [said("Be brief.", "system"), said("Where is it?")],
+        ),
+        (
+            {
+                "input": [
+                    said("Where is the station?"),
+                    said("Here.", "assistant", id="msg_1", status="completed")
+                    | {"content": [{"type": "output_text", "text": "Here.", "annotations": []}]},
+                    said("") | {"content": [{"type": "input_text", "text": "Where?"}]},
+                ]
+            },
+            [said("Where is the station?"), said("Here.", "assistant"), said("Where?")],
+        ),
+    ],
+    ids=["a text", "instructions", "a conversation"],
+)
+def test_the_messages_of_a_response_have_roles(
+    http: httpx.Client, role: str, fields: dict[str, Any], turns: list[dict[str, Any]]
+) -> None:
+    asked = {"model": MODEL, "temperature": 0, "max_output_tokens": 8, **fields}
+    answer = http.post("/v1/responses", json={**asked, "steering": french({"roles": [role]})})
+    assert answer.status_code == 200, answer.text
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    spans = chat_roles(tokenizer, turns).ranges
+    wanted = sum(end - start for start, end, whose in spans if whose == role)
+    fed = answer.json()["usage"]["output_tokens"] - 1
+    assert answer.json()["steering"]["tokens_steered"] == wanted + fed * (role == "assistant")
+
+
 @pytest.mark.parametrize(
     ("path", "fields"),
     [
         ("/v1/completions", {"prompt": "Where is the station?"}),
-        ("/v1/responses", {"input": "Where is the station?"}),
+        ("/v1/responses", {"input": "Where?", "previous_response_id": "resp_1"}),
     ],
 )
-def test_a_text_has_no_roles(http: httpx.Client, path: str, fields: dict[str, Any]) -> None:
+def test_what_brings_no_messages_has_no_roles(
+    http: httpx.Client, path: str, fields: dict[str, Any]
+) -> None:
     for steering in (french({"roles": ["user"]}), french({"except": {"roles": ["user"]}})):
         answer = http.post(path, json={"model": MODEL, "steering": steering, **fields})
         error = answer.json()["error"]

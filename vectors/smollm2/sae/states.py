@@ -9,7 +9,8 @@ from steer_vectors.smollm2.sae.texts import prose, questions
 from tqdm import tqdm
 
 from steer.engines.base import Engine
-from steer.fit.bulk.capturing import BulkReading, Tokens, capture_to, pieces
+from steer.fit.bulk.capturing import BulkReading, capture_to
+from steer.fit.bulk.selected import Tokens, pieces
 from steer.fit.bulk.shards import CapturedStates
 from steer.model import HookPoint
 from steer.prompts import as_chat

@@ -12,11 +12,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from steer.artefacts.library import Library
 from steer.engines.base import Receipt
+from steer.engines.checks import no_messages
 from steer.engines.plans import plans_of
 from steer.engines.receipts import merged
 from steer.engines.vllm.front.engine import VllmEngine
@@ -25,11 +27,15 @@ from steer.engines.vllm.options import registry_location
 from steer.engines.vllm.pipeline import merged_answers
 from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
 from steer.errors import SpecError
+from steer.prompts import ChatForm
+from steer.prompts.roles import RoleRanges, chat_roles
 from steer.registry.location import chosen_catalogue
 from steer.registry.registry import Registry
 from steer.spec import SteeringSpec, parse_spec
 
 Spec = SteeringSpec | Mapping[str, Any]
+_OF_TEMPLATES = ("chat_template", "tools")
+"""Options of `LLM.chat` that the template is told beside its variables."""
 
 
 @dataclass(frozen=True)
@@ -79,20 +85,48 @@ class Steered:
         full_receipt: bool = False,
         **options: Any,
     ) -> list[SteeredOutput]:
-        """`LLM.chat`, steered: one conversation or a list of them."""
+        """`LLM.chat`, steered: one conversation or a list of them. Roles that a spec names are
+        those of its messages, as `options` have them written."""
         several = bool(messages) and isinstance(messages[0], list)
         messages = messages if several else [messages]
-        return self._run(self._llm.chat, messages, params, steering, full_receipt, options)
+        form = ChatForm(
+            open_answer=options.get("add_generation_prompt", True),
+            continue_final=options.get("continue_final_message", False),
+            variables={
+                **{name: options[name] for name in _OF_TEMPLATES if options.get(name) is not None},
+                **(options.get("chat_template_kwargs") or {}),
+            },
+        )
+        roles = partial(chat_roles, self.engine.tokenizer, form=form)
+        return self._run(self._llm.chat, messages, params, steering, full_receipt, options, roles)
 
-    def params(self, params: Any, steering: Spec | None, *, full_receipt: bool = False) -> Any:
+    def params(
+        self,
+        params: Any,
+        steering: Spec | None,
+        *,
+        full_receipt: bool = False,
+        roles: Callable[[], RoleRanges] | None = None,
+    ) -> Any:
         """A copy of vLLM's `SamplingParams` for one steered request; `receipt` reads what it
-        left. Raises `SteerError` for a spec that cannot be carried out."""
+        left. `roles` finds whose words the prompt's tokens are, where the spec asks.
+
+        Raises `SteerError` for a spec that cannot be carried out: `no_messages` where it asks for
+        roles and there are none.
+        """
         copied = params.clone()
         if EXTRA_ARG in (copied.extra_args or {}):
             raise SpecError("these params steer a request already: make new ones from plain params")
         if steering is not None:
             plan = self.plans.plan(parse_spec(steering))
-            ticket = self.engine.tickets.issue(plan, n=params.n, measure=full_receipt)
+            if plan.reads_roles and roles is None:
+                raise no_messages(param=plan.spec.roles_at)
+            ticket = self.engine.tickets.issue(
+                plan,
+                n=params.n,
+                measure=full_receipt,
+                roles=roles() if plan.reads_roles and roles is not None else None,
+            )
             copied.extra_args = {**(copied.extra_args or {}), **ticket.as_extra_args()}
         return copied
 
@@ -122,6 +156,7 @@ class Steered:
         steering: Spec | Sequence[Spec | None] | None,
         full_receipt: bool,
         options: Mapping[str, Any],
+        roles: Callable[[Any], RoleRanges] | None = None,
     ) -> list[SteeredOutput]:
         each = params if isinstance(params, list) else [params] * len(inputs)
         one = steering is None or isinstance(steering, SteeringSpec | Mapping)
@@ -132,8 +167,13 @@ class Steered:
                 "one for all, or one for each"
             )
         made = [
-            self.params(params, spec, full_receipt=full_receipt)  # type: ignore[arg-type]
-            for params, spec in zip(each, specs, strict=True)
+            self.params(
+                params,
+                spec,  # type: ignore[arg-type]
+                full_receipt=full_receipt,
+                roles=None if roles is None else partial(roles, given),
+            )
+            for given, params, spec in zip(inputs, each, specs, strict=True)
         ]
         outputs = call(inputs, made, **options)
         receipts = self.receipts(outputs, made)

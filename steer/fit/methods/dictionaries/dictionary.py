@@ -20,13 +20,14 @@ from steer.artefacts.control_vector import ControlVector
 from steer.engines.base import Engine
 from steer.errors import SteerError
 from steer.fit.data.jsonl import sha256_of
-from steer.fit.data.prompt import Positions, Prompt, prompt_json
+from steer.fit.data.prompt import Positions, Prompt, positions_json, prompt_json
 from steer.fit.data.where import WhereName, where_named
 from steer.fit.methods.card import made_on
 from steer.fit.methods.dictionaries.reservoir import Reservoir
 from steer.fit.methods.dictionaries.semi_nmf import Factors
 from steer.fit.states import Progress, make_reading, read_rows, read_tokens
 from steer.model import HookPoint
+from steer.spec import Where
 
 CONTEXT_TOKENS = 12
 Factorise: TypeAlias = Callable[[Tensor], Factors]
@@ -98,8 +99,9 @@ def fit_dictionary(
     parameters: Mapping[str, Any],
     progress: Progress | None,
 ) -> Dictionary:
-    """Reads the activations of `prompts` at `point`, each token of "mean" and "response" by itself,
-    and factors a sample of them. `progress` is told of every prompt read. Raises `SteerError`."""
+    """Reads the activations of `prompts` at `point`, each token of "mean", "response" and
+    a selection by itself, and factors a sample of them. `progress` is told of every prompt read.
+    Raises `SteerError`."""
     if not prompts:
         raise SteerError("there are no prompts to read", code="no_prompts")
     if sample < 1:
@@ -108,7 +110,7 @@ def fit_dictionary(
         engine, site=point.site, layers=(point.layer,), positions=positions, batch=batch
     )
     kept = Reservoir(engine.info.width(point.site), sample, seed)
-    if positions in ("mean", "response"):
+    if positions in ("mean", "response") or isinstance(positions, Where):
         for tokens, states in read_tokens(engine, prompts, reading):
             kept.add(states[point.layer], [tokens[: n + 1] for n in range(len(tokens))])
             if progress is not None:
@@ -134,7 +136,7 @@ def fit_dictionary(
             "activations": kept.seen,
             "sampled": len(kept.rows),
             "explained": round(found.explained, 4),
-            "positions": positions,
+            "positions": positions_json(positions),
             "seed": seed,
             **parameters,
             **made_on(engine),

@@ -27,7 +27,7 @@ from steer.engines.base import Engine
 from steer.engines.plans import plans_of
 from steer.errors import SteerError
 from steer.fit.data.pairs import PairSet
-from steer.fit.data.prompt import Positions, Prompt
+from steer.fit.data.prompt import Positions, Prompt, positions_json
 from steer.fit.data.where import WhereName, where_named
 from steer.fit.methods.card import made_on
 from steer.fit.states import Progress, Reading, make_reading, read_rows
@@ -86,7 +86,7 @@ def fit_act(
                 "method": f"{transport}-act",
                 "data_sha256": pairs.sha256,
                 "pairs": len(pairs),
-                "positions": positions,
+                "positions": positions_json(positions),
                 "support": support and transport == "linear",
                 **made_on(engine),
             },

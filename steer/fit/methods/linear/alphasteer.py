@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,11 +33,11 @@ from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.engines.base import Engine
 from steer.errors import IncompatibleArtefact, SteerError
 from steer.fit.data.labels import Labelled, LabelledSet
-from steer.fit.data.prompt import Positions
+from steer.fit.data.prompt import positions_json
 from steer.fit.data.where import WhereName, where_named
 from steer.fit.methods.card import made_on
 from steer.fit.methods.linear.moments import Moments
-from steer.fit.methods.linear.reading import PLACES, TokensRead
+from steer.fit.methods.linear.reading import TokensRead, positions_of
 from steer.fit.methods.one_vs_rest import check_labels, split_labels
 from steer.fit.methods.separation import RunningMoments
 from steer.fit.states import Progress, Reading, make_reading, read_tokens
@@ -75,17 +75,22 @@ def fit_alphasteer(
     check_labels(texts, [steer])
     chosen = tuple(sorted(vector.card.used_layers if layers is None else set(layers)))
     site = vector.card.site
-    reading = make_reading(engine, site=site, layers=chosen, batch=batch)
-    classes = _Classes(engine, reading, steer, PLACES[tokens], PLACES[alone_tokens], progress)
+    steered, alone = (
+        make_reading(
+            engine, site=site, layers=chosen, positions=positions_of(read), batch=batch, at=at
+        )
+        for read, at in ((tokens, "/tokens"), (alone_tokens, "/alone_tokens"))
+    )
+    classes = _Classes(engine, steer, steered, alone, progress)
     check_width(engine, vector)
-    rows = {layer: vector[layer].double() for layer in reading.layers}
-    shares = by_layer(null_share, reading.layers, "null_share")
-    penalties = by_layer(penalty, reading.layers, "penalty")
+    rows = {layer: vector[layer].double() for layer in steered.layers}
+    shares = by_layer(null_share, steered.layers, "null_share")
+    penalties = by_layer(penalty, steered.layers, "penalty")
     fitted, measured = split_labels(texts, held_out, seed)
     reads = {}
-    for layer, (alone, steered) in _moments(classes, fitted).items():
-        basis = null_basis(alone.gram, shares[layer])
-        reads[layer] = ridge_of_one(steered, basis, penalties[layer])
+    for layer, (null, towards) in _moments(classes, fitted).items():
+        basis = null_basis(null.gram, shares[layer])
+        reads[layer] = ridge_of_one(towards, basis, penalties[layer])
     found = _coefficients(classes, measured, reads)
     return LowRankAdapter.of(
         {n: EditRows(q[None], rows[n][None], torch.zeros(1)) for n, q in reads.items()},
@@ -101,8 +106,8 @@ def fit_alphasteer(
             "steer": steer,
             "vector": vector.card.name,
             "vector_sha256": vector.sha256,
-            "tokens": tokens,
-            "alone_tokens": alone_tokens,
+            "tokens": positions_json(tokens),
+            "alone_tokens": positions_json(alone_tokens),
             "null_share": {str(n): shares[n] for n in reads},
             "penalty": {str(n): penalties[n] for n in reads},
             "texts": len(texts),
@@ -168,17 +173,16 @@ class _Classes:
     """How the states of texts are read, by whether they are of the class to steer."""
 
     engine: Engine
-    reading: Reading
     steer: str
-    steered_at: Positions
-    alone_at: Positions
+    steered: Reading
+    alone: Reading
     progress: Progress | None
 
     def read(self, texts: Sequence[Labelled]) -> Iterator[tuple[bool, dict[int, Tensor]]]:
         """Of each text, whether it is one to steer, and its states `[tokens, d]` by layer."""
-        for steered, at in ((False, self.alone_at), (True, self.steered_at)):
+        for steered, reading in ((False, self.alone), (True, self.steered)):
             mine = [one.prompt for one in texts if (one.label == self.steer) is steered]
-            for _, rows in read_tokens(self.engine, mine, replace(self.reading, positions=at)):
+            for _, rows in read_tokens(self.engine, mine, reading):
                 yield steered, rows
                 if self.progress is not None:
                     self.progress(1)
@@ -186,8 +190,8 @@ class _Classes:
 
 def _moments(classes: _Classes, texts: Sequence[Labelled]) -> dict[int, tuple[Moments, Moments]]:
     """By layer, of the texts to leave alone and of those to steer."""
-    width = classes.engine.info.width(classes.reading.site)
-    found = {layer: (Moments(width), Moments(width)) for layer in classes.reading.layers}
+    width = classes.engine.info.width(classes.steered.site)
+    found = {layer: (Moments(width), Moments(width)) for layer in classes.steered.layers}
     for steered, states in classes.read(texts):
         for layer, rows in states.items():
             found[layer][steered].add(rows)

@@ -22,11 +22,11 @@ from steer.artefacts.control_vector import LowRankAdapter
 from steer.engines.base import Engine
 from steer.errors import SteerError
 from steer.fit.data.jsonl import sha256_of
-from steer.fit.data.prompt import Prompt, prompt_json
+from steer.fit.data.prompt import Prompt, positions_json, prompt_json
 from steer.fit.data.where import WhereName, where_named
 from steer.fit.methods.card import made_on
 from steer.fit.methods.linear.moments import Moments
-from steer.fit.methods.linear.reading import PLACES, TokensRead
+from steer.fit.methods.linear.reading import TokensRead, positions_of
 from steer.fit.states import Progress, make_reading, read_tokens
 from steer.spec import Site
 
@@ -86,7 +86,14 @@ def fit_conceptor(
     told of every prompt. Raises `SteerError`, for a `rank` that leaves out more as well
     (`rank_too_small`).
     """
-    reading = make_reading(engine, site=site, layers=layers, positions=PLACES[tokens], batch=batch)
+    reading = make_reading(
+        engine,
+        site=site,
+        layers=layers,
+        positions=positions_of(tokens),
+        batch=batch,
+        at="/tokens",
+    )
     default_where = where_named(where)
     width = engine.info.width(site)
     if aperture <= 0 or not 0 < max_error < 1 or not (rank is None or 1 <= rank <= width):
@@ -117,7 +124,7 @@ def fit_conceptor(
             "method": "conceptor",
             "data_sha256": sha256_of([prompt_json(one) for one in prompts]),
             "prompts": len(prompts),
-            "tokens": tokens,
+            "tokens": positions_json(tokens),
             "aperture": aperture,
             "ranks": {str(n): k for n, k in ranks.items()},
             "errors": {str(n): round(found[n].error(k), 4) for n, k in ranks.items()},

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, StrictBool, StrictInt
 
 from steer.fit.requests.features.request import SAERequest
-from steer.fit.requests.fields import MAX_ITEMS, Seed, Spelled
+from steer.fit.requests.fields import MAX_ITEMS, ReadWhereField, Seed, Spelled
+from steer.fit.requests.request import check_selections
 from steer.prompts import PromptParam, as_chat, prompt_of
 
 if TYPE_CHECKING:
@@ -54,7 +55,12 @@ class FeaturesRequest(SAERequest):
         StrictBool,
         Field(description="Read texts as a user's message, in the model's chat template."),
     ] = False
+    where: ReadWhereField = None
     batch: BatchField = 16
+
+    def check(self, engine: Engine, registry: Registry) -> None:
+        super().check(engine, registry)
+        check_selections(self, engine)
 
     def asked(self, engine: Engine, prompts: tuple[PromptParam, ...]) -> list[Prompt]:
         """The texts of a field, as they are read."""
@@ -99,6 +105,7 @@ class SurveyRequest(FeaturesRequest):
             registry.entry("sae", self.sae).sha256,
             self.asked(engine, self.prompts),
             SurveyPlace(registry.surveys, scratch),
+            where=self.where,
             batch=self.batch,
             progress=progress,
         )
@@ -141,6 +148,8 @@ class ContrastRequest(FeaturesRequest):
                 sae,
                 self.asked(engine, prompts),
                 self.pooled,
+                at="mean" if self.where is None else self.where,
+                param="/where",
                 batch=self.batch,
                 progress=progress,
             )

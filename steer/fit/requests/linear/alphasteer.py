@@ -67,10 +67,15 @@ class AlphaSteerRequest(CardFields):
     ] = None
     tokens: Annotated[
         TokensRead,
-        Field(description="The tokens of a text to steer that are read: all, last or response."),
+        Spelled("tokens"),
+        Field(
+            description="The tokens of a text to steer that are read: all, last, response, or "
+            "those of a selection."
+        ),
     ] = "last"
     alone_tokens: Annotated[
         TokensRead,
+        Spelled("tokens"),
         Field(description="The tokens of a text to leave alone that are read."),
     ] = "all"
     null_share: Annotated[

@@ -17,12 +17,13 @@ from steer.fit.requests.fields import (
     DescriptionField,
     LicenceField,
     NameField,
+    ReadWhereField,
     Seed,
     SiteField,
     Spelled,
 )
 from steer.prompts import PromptParam, as_chat, prompt_of
-from steer.spec import Index
+from steer.spec import Index, Where
 
 if TYPE_CHECKING:
     import torch
@@ -104,6 +105,7 @@ class SAETrainingRequest(BaseModel):
             "to no word.",
         ),
     ] = 1
+    where: ReadWhereField = None
     architecture: Annotated[
         Literal["topk", "batchtopk", "jumprelu", "matching_pursuit"],
         Field(description="What is trained; batchtopk is kept as a jumprelu, which it becomes."),
@@ -178,6 +180,20 @@ class SAETrainingRequest(BaseModel):
             )
         if self.prediction_weight:
             differentiable(engine)
+        if self.where is not None:
+            self._check_where(engine, self.where)
+
+    def _check_where(self, engine: Engine, where: Where) -> None:
+        from steer.engines.selecting import TokenChoice
+
+        if self.prediction_weight:
+            raise Unsupported(
+                "predictions are learnt from texts whose states are all rebuilt: leave out 'where' "
+                "or 'prediction_weight'",
+                param="/where",
+                code="unsupported",
+            )
+        TokenChoice.of(engine, where, at="/where")
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -204,7 +220,9 @@ class SAETrainingRequest(BaseModel):
         """Where the states and the checkpoint lie while the work goes on."""
         from steer.registry.location import cache_folder
 
-        what = [self.model_dump(mode="json"), engine.info.own_name]
+        # Written only where it says something, so that what was begun without it goes on.
+        without = {"where"} if self.where is None else set()
+        what = [self.model_dump(mode="json", exclude=without), engine.info.own_name]
         key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
         return cache_folder() / "training" / key
 
@@ -221,7 +239,8 @@ class SAETrainingRequest(BaseModel):
     ) -> TrainedSAE:
         """Reads the states, trains on `device` (None: the processor), and measures. `counter` is
         asked for what to tell of texts, then of steps. Raises `SteerError`."""
-        from steer.fit.bulk.capturing import BulkReading, capture_to, pieces
+        from steer.fit.bulk.capturing import BulkReading, capture_to
+        from steer.fit.bulk.selected import pieces, selected_tokens
         from steer.fit.bulk.shards import CapturedStates
         from steer.fit.saes.predictions import ModelPredictions
         from steer.fit.saes.training import steps_of, train_sae
@@ -230,7 +249,13 @@ class SAETrainingRequest(BaseModel):
 
         point, folder = HookPoint(self.layer, self.site), self.work_folder(engine)
         length = None if self.answer_tokens else self.context
-        texts, owners = pieces(engine, self.asked(engine), length)
+        asked = self.asked(engine)
+        texts, owners = pieces(engine, asked, length)
+        selected = None
+        if self.where is not None:
+            selected = selected_tokens(
+                engine, asked, self.where, length, answered=self.answer_tokens > 0
+            )
         reading = BulkReading(
             (point,),
             skip=self.skip,
@@ -239,7 +264,7 @@ class SAETrainingRequest(BaseModel):
             batch=self.batch,
         )
         told = counter(len(texts), "texts")
-        capture_to(engine, texts, folder / "states", reading, progress=told)
+        capture_to(engine, texts, folder / "states", reading, selected=selected, progress=told)
         states = CapturedStates.open(folder / "states")
         predictions = None
         if self.prediction_weight:
@@ -258,7 +283,10 @@ class SAETrainingRequest(BaseModel):
             description=self.description,
             licence=self.licence,
         )
-        apart = texts_apart([states], [texts], held_out=self.held_out, seed=self.seed)
+        # The loss is that of whole texts on rebuilt states, of which a selection is a part.
+        apart = None
+        if self.where is None:
+            apart = texts_apart([states], [texts], held_out=self.held_out, seed=self.seed)
         return with_worth(engine, found, apart, skip=self.skip, classes=self.classes)
 
     def forget(self, engine: Engine) -> None:

@@ -13,9 +13,11 @@ from steer.cli.app import app as cli
 from steer.engines.base import CaptureRequest
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import FileFormatError, SteerError
-from steer.fit.bulk.capturing import BulkReading, Tokens, capture_to, pieces
+from steer.fit.bulk.capturing import BulkReading, capture_to
+from steer.fit.bulk.selected import Tokens, pieces, selected_tokens
 from steer.fit.bulk.shards import CARD, CapturedStates, read_card
 from steer.model import HookPoint
+from steer.spec import Where
 
 POINT, OTHER = HookPoint(1), HookPoint(2, "mlp_out")
 TEXTS: list[Tokens] = [tuple(range(30 + n, 36 + 2 * n)) for n in range(13)]
@@ -140,3 +142,54 @@ def test_the_command_writes_what_python_reads(tmp_path: Path) -> None:
     assert found.positions.min() == 1
     refused = CliRunner().invoke(cli, [*command, "--context", "8", "--answer-tokens", "4"])
     assert refused.exit_code != 0
+
+
+def test_only_selected_tokens_are_kept(engine: TransformersEngine, tmp_path: Path) -> None:
+    prompts = [[{"role": "user", "content": f"{n} is it?"}] for n in range(5)]
+    texts, _ = pieces(engine, prompts)
+    every = BulkReading((POINT,), answer_tokens=4, seed=3, dtype="float32")
+    capture_to(engine, texts, tmp_path / "all", every)
+    where = Where.model_validate({"after": ["is"], "phases": ["prompt"]})
+    chosen = selected_tokens(engine, prompts, where, answered=True)
+    card = capture_to(engine, texts, tmp_path / "some", every, selected=chosen)
+    assert card.where == where
+    read = read_card(tmp_path / "some")
+    assert read == card
+    whole, some = (CapturedStates.open(tmp_path / name) for name in ("all", "some"))
+    # The marks are of ASCII, where a token is a byte.
+    places = [
+        row
+        for row, (n, place) in enumerate(zip(whole.texts, whole.positions, strict=True))
+        if (end := bytes(t for t in texts[n] if t < 256).index(b"is"))
+        and len(texts[n]) > place >= end + 2 + sum(t > 255 for t in texts[n][: end + 2])
+    ]
+    assert len(some) == len(places)
+    assert some.positions.tolist() == whole.positions[places].tolist()
+    assert torch.equal(some.rows(np.arange(len(some))), whole.rows(np.array(places)))
+    generated = Where.model_validate({"phases": ["generation"], "roles": ["assistant"]})
+    chosen = selected_tokens(engine, prompts, generated, answered=True)
+    capture_to(engine, texts, tmp_path / "said", every, selected=chosen)
+    said = CapturedStates.open(tmp_path / "said")
+    answers = [p >= len(texts[n]) for n, p in zip(whole.texts, whole.positions, strict=True)]
+    assert torch.equal(said.rows(np.arange(len(said))), whole.rows(np.flatnonzero(answers)))
+    with pytest.raises(SteerError, match="holds another capture"):
+        capture_to(engine, texts, tmp_path / "said", every)
+
+
+def test_a_selection_of_nothing_is_refused(engine: TransformersEngine, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('"one"\n"two"\n')
+    command = ["capture", str(texts), str(tmp_path / "states"), "--layers", "1", "--where"]
+    for said, why in (('{"after": ["three"]}', "selects none"), ("everywhere", "no selection")):
+        done = CliRunner().invoke(cli, [*command, said])
+        assert done.exit_code != 0
+        assert why in " ".join(done.output.split())
+    prompts = [[{"role": "user", "content": "one"}]]
+    where = Where.model_validate({"phases": ["generation"], "positions": [[900, None]]})
+    chosen = selected_tokens(engine, prompts, where, answered=True)
+    cut, _ = pieces(engine, prompts)
+    with pytest.raises(SteerError) as caught:
+        capture_to(
+            engine, cut, tmp_path / "said", BulkReading((POINT,), answer_tokens=2), selected=chosen
+        )
+    assert caught.value.code == "nothing_selected"

@@ -16,6 +16,7 @@ from steer.errors import SteerError
 from steer.fit.features.surveying import SurveyPlace, survey
 from steer.model import HookPoint
 from steer.registry.registry import Registry
+from steer.spec import Where
 
 TEXTS = [f"text {n}: {'abc ' * (n % 5)}{chr(97 + n)}" for n in range(20)]
 
@@ -64,6 +65,35 @@ def test_a_survey_counts_what_the_engine_reads(
     assert sum(one.histogram) == one.fired
     assert len(one.edges) == len(one.histogram) + 1
     assert found.text(3) == ids[3]
+
+
+def test_only_selected_tokens_are_counted(
+    engine: TransformersEngine, registry: Registry, tmp_path: Path
+) -> None:
+    """Texts without such a token count none."""
+    where = Where.model_validate({"after": ["abc"]})
+    found = surveyed(engine, registry, tmp_path, where=where)
+    ids = [list(engine.tokenizer.encode(text)) for text in TEXTS]
+    point = HookPoint(1)
+    captured = engine.capture(CaptureRequest(ids, (point,)))
+    states = [
+        one.states[point][1 + text.index("abc") + 3 :]
+        for one, text in zip(captured, TEXTS, strict=True)
+        if "abc" in text
+    ]
+    active = registry.sae("s").encode(torch.cat(states)).numpy()
+    assert found.card.where == where
+    assert found.card.tokens == len(active)
+    np.testing.assert_allclose(found.array("largest"), active.max(0), rtol=1e-4, atol=1e-5)
+    best = found.feature(int(active.max(0).argmax())).top[0]
+    assert best.value == pytest.approx(active.max(), rel=1e-4)
+    text = TEXTS[best.text]
+    assert best.tokens[best.at] == text[best.position - 1]
+    assert best.position > 1 + text.index("abc") + 2
+    assert found.card.data != surveyed(engine, registry, tmp_path).card.data
+    with pytest.raises(SteerError) as caught:
+        surveyed(engine, registry, tmp_path, where=Where.model_validate({"after": ["nowhere"]}))
+    assert (caught.value.code, caught.value.param) == ("nothing_selected", "/where")
 
 
 class Ended(Exception):

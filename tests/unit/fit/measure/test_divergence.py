@@ -12,7 +12,7 @@ from steer.artefacts.control_vector import ControlVector
 from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import CaptureRequest, GenerationRequest, SamplingParams
 from steer.engines.transformers.engine import TransformersEngine
-from steer.errors import Unsupported
+from steer.errors import SpecError, Unsupported
 from steer.fit.measure.answers import Answer, answers_under
 from steer.fit.measure.divergence import (
     References,
@@ -22,6 +22,7 @@ from steer.fit.measure.divergence import (
 from steer.fit.measure.scoring import Score
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
+from steer.prompts.roles import chat_roles
 from steer.readouts.measures import kl_divergence, log_total
 from steer.spec import parse_spec
 
@@ -152,6 +153,32 @@ def test_an_unsteered_prompt_is_read_once_under_all_plans(
         handle.remove()
     assert seen == fed
     torch.testing.assert_close(together, torch.stack(alone), rtol=1e-4, atol=1e-7)
+
+
+def test_roles_are_those_of_the_chats_that_were_answered(engine: TransformersEngine) -> None:
+    chats = [[{"role": "user", "content": text}] for text in PROMPTS]
+    [answers] = answers_under(engine, [chats], [None], sampling=SAMPLING)
+    references = References(engine, answers, batch=2)
+    roles = [chat_roles(engine.tokenizer, one).ranges for one in chats]
+    for n, answer in enumerate(answers):
+        ((start, end, _),) = roles[n]
+        for role, where in (
+            ("user", {"positions": [[start, end]], "phases": ["prompt"]}),
+            ("assistant", {"phases": ["generation"]}),
+        ):
+            plans = [plan_of(engine, 2.0, one) for one in ({"roles": [role]}, where)]
+            found = divergences(engine, [answer], plans)[:, 0]
+            assert found[0] > 0
+            assert found[0] == pytest.approx(float(found[1]), rel=1e-6)
+            again = references.divergences(plans[:1])[0, n]
+            assert again == pytest.approx(float(found[0]), rel=1e-4)
+    # Of a text nobody said anything.
+    with pytest.raises(SpecError) as caught:
+        divergences(engine, answered(engine), [plan_of(engine, 2.0, {"roles": ["user"]})])
+    assert (caught.value.code, caught.value.param) == (
+        "no_messages",
+        "/interventions/0/where/roles",
+    )
 
 
 def test_what_becomes_of_every_token(engine: TransformersEngine) -> None:
