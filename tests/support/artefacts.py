@@ -223,11 +223,15 @@ def random_lens(seed: int, layers: int, width: int = 16) -> Lens:
 def random_detector(seed: int, layer: int, width: int = 16, **fields: Any) -> Detector:
     generator = torch.Generator().manual_seed(seed)
     return Detector.of(torch.randn(width, generator=generator), layer=layer, **fields)
+
+
 def random_jacobians(seed: int, layers: int, width: int = 16) -> Lens:
     """A Jacobian lens of a model of so many layers."""
     generator = torch.Generator().manual_seed(seed)
     drawn = {n: torch.randn(width, width, generator=generator) for n in range(1, layers)}
     return Lens.of_jacobians(drawn)
+
+
 def random_lora(seed: int, modules: Mapping[str, tuple[int, int]], rank: int = 4) -> Lora:
     """Large enough to change what a model says; `modules` have their inputs and outputs."""
     generator = torch.Generator().manual_seed(seed)

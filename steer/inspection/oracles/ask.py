@@ -126,7 +126,7 @@ def _looked_up(
     at = "/form" if request.form is not None or oracle is None else "/oracle"
     engine.info.check_point(point, param=at)
     source = encode_prompt(engine, request.source, at="/source")
-    positions = chosen_positions(source, request.positions)
+    positions = chosen_positions(engine, source, request.positions)
     try:
         check_rules(len(positions), engine.capabilities.limits.get("passes", len(positions)))
     except SteerError as error:

@@ -82,7 +82,7 @@ def trace(
     prompt = encode_prompt(engine, request)
     subject = _subject(engine, prompt, request)
     points = chosen_points(engine, request.layers, request.site)
-    positions = chosen_positions(prompt, request.positions)
+    positions = chosen_positions(engine, prompt, request.positions)
     if request.positions == "all":
         positions = positions[subject[0] :]
     _check_runs(len(points), len(positions), request.draws)
