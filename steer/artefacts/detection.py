@@ -16,11 +16,11 @@ Rate: TypeAlias = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Threshold: TypeAlias = Literal["given", "false_positive_rate", "conformal"]
 
 
-class _Part(BaseModel):
+class _DetectionPart(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class DetectorMeasures(_Part):
+class DetectorMeasures(_DetectionPart):
     """How a detector did on texts that neither it nor its threshold was made from.
 
     Every text has one score: the greatest pooled score among its tokens. `auroc` is of these, and
@@ -41,7 +41,7 @@ class DetectorMeasures(_Part):
     roc: Annotated[tuple[tuple[Rate, Rate], ...], Field(max_length=256)] = ()
 
 
-class Detection(_Part):
+class Detection(_DetectionPart):
     """What a detector detects and how: `pooling` of the scores of the `last` tokens so far.
 
     `threshold` says how the threshold was chosen, and `rate` the share of harmless texts that it

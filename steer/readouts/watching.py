@@ -23,7 +23,7 @@ from steer.errors import (
     pointer,
 )
 from steer.model import Capabilities, ModelInfo
-from steer.readouts.arming import Action, ArmedDetector
+from steer.readouts.arming import ArmedDetector
 from steer.readouts.plan import ReadoutPlan
 from steer.readouts.readers import DetectorReader
 from steer.readouts.spec import ReadTokens
@@ -77,7 +77,7 @@ class WatchPlan:
 
 
 @dataclass
-class Detection:
+class DetectorTrace:
     """What one detector has said of one sequence so far."""
 
     armed: ArmedPlan
@@ -102,6 +102,10 @@ class Detection:
         self.score = pooled if self.score is None else max(self.score, pooled)
         if self.fired_at is None and pooled > self.armed.threshold:
             self.fired_at = position
+
+    def stops_at(self, position: int) -> bool:
+        """Whether it ends the answer with the token there."""
+        return self.armed.spec.action == "stop" and self.fired_at == position
 
     def as_json(self) -> dict[str, Any]:
         """As the answer has it; `position` is where it fired first, `score` the greatest, null
@@ -128,7 +132,7 @@ class Watch:
 
     plan: WatchPlan
     prompt_length: int
-    detections: tuple[Detection, ...] = field(init=False)
+    detections: tuple[DetectorTrace, ...] = field(init=False)
     stopped_at: int | None = None
     """The position of the last token that may be shown, once a detector has ended the answer."""
 
@@ -137,7 +141,7 @@ class Watch:
         assert readouts is not None, "there are detectors"
         self._start = readouts.width - len(self.plan.armed)
         self.detections = tuple(
-            Detection(one, one.detector.window(), _span(one.spec.tokens, self.prompt_length))
+            DetectorTrace(one, one.detector.window(), _span(one.spec.tokens, self.prompt_length))
             for one in self.plan.armed
         )
 
@@ -153,10 +157,7 @@ class Watch:
                 continue  # a divergence alone
             for one, score in zip(self.detections, numbers[self._start :], strict=True):
                 one.see(position, score)
-            stops: Action = "stop"
-            if any(
-                d.armed.spec.action == stops and d.fired_at == position for d in self.detections
-            ):
+            if any(one.stops_at(position) for one in self.detections):
                 self.stopped_at = position
         return self.stopped_at is not None
 

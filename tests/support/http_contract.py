@@ -55,6 +55,8 @@ OF_DATA = frozenset(
         "invalid_exercises",
         "invalid_preferences",
         "unknown_label",
+        "too_few_texts",  # of each label, and equal ones count once
+        "too_few_safe_texts",
         "invalid_base64",
     }
 )
@@ -66,6 +68,7 @@ OF_EACH_OTHER = frozenset(
         "invalid_option",
         "no_heat_map",
         "no_scorer",
+        "duplicate_detector",
         "nothing_to_compare",
     }
 )

@@ -138,7 +138,7 @@ class DetectorRequest(CardFields):
                 f"it, on {measures.false_positive_rate:.0%} of {measures.negative} without",
             ),
             title=f"{self.name}: AUROC on {measures.positive} and {measures.negative} other texts",
-            headings=("", "AUROC", "95 %"),
+            headings=("", "AUROC", "interval"),
             rows=tuple((name, f"{one.value:.3f}", _ends(one)) for name, one in rows.items()),
             draw=partial(plot_roc, found),
         )

@@ -20,8 +20,13 @@ from steer.engines.base import Engine
 from steer.errors import SteerError
 from steer.fit.data.labels import LabelledSet
 from steer.fit.methods.card import made_on
-from steer.fit.methods.detectors.parts import Part, Parts, divided
-from steer.fit.methods.detectors.probe import Probe, fit_probe, neighbour_scores, shuffled_labels
+from steer.fit.methods.detectors.parts import DividedTexts, TextPart, divided
+from steer.fit.methods.detectors.probe import (
+    StateProbe,
+    fit_probe,
+    neighbour_scores,
+    shuffled_labels,
+)
 from steer.fit.methods.detectors.roc import auroc_interval, roc_points, share_above
 from steer.fit.methods.detectors.thresholds import chosen_threshold
 from steer.fit.methods.linear.reading import PLACES
@@ -126,7 +131,7 @@ def work_of(texts: LabelledSet, held_out: float, seed: int) -> int:
     return sum(len(part.prompts) for part in each)
 
 
-def _labels(part: Part) -> Tensor:
+def _labels(part: TextPart) -> Tensor:
     return torch.tensor([True] * len(part.positive) + [False] * len(part.negative))
 
 
@@ -146,7 +151,7 @@ def _scored(
     engine: Engine,
     reading: Reading,
     prompts: Sequence[Prompt],
-    probes: Mapping[int, Probe],
+    probes: Mapping[int, StateProbe],
     window: Detection,
     progress: Progress | None,
 ) -> _Scored:
@@ -162,17 +167,17 @@ def _scored(
     return _Scored(scores, {layer: torch.stack(found) for layer, found in means.items()})
 
 
-def _auroc(scores: Sequence[float], part: Part, seed: int) -> MeasuredInterval:
+def _auroc(scores: Sequence[float], part: TextPart, seed: int) -> MeasuredInterval:
     cut = len(part.positive)
     return auroc_interval(scores[:cut], scores[cut:], seed=seed)
 
 
 def _measures(
-    parts: Parts,
+    parts: DividedTexts,
     held: _Scored,
     layer: int,
     threshold: float,
-    fitted: tuple[Probe, Tensor, Tensor],
+    fitted: tuple[StateProbe, Tensor, Tensor],
     seed: int,
 ) -> DetectorMeasures:
     """What is reported of the held-out texts."""

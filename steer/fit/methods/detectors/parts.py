@@ -18,7 +18,7 @@ _CALIBRATION = 0.5
 
 
 @dataclass(frozen=True)
-class Part:
+class TextPart:
     """Texts, those that have what is to be detected first."""
 
     positive: tuple[Prompt, ...]
@@ -30,18 +30,18 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Parts:
+class DividedTexts:
     """Four parts without a text in common: the probes are fitted to `fitted`, the layer is chosen
     on `validation`, the threshold on `calibration`, harmless texts alone, and everything is
     reported of `held_out`."""
 
-    fitted: Part
-    validation: Part
-    calibration: Part
-    held_out: Part
+    fitted: TextPart
+    validation: TextPart
+    calibration: TextPart
+    held_out: TextPart
 
 
-def divided(texts: LabelledSet, held_out: float, seed: int) -> Parts:
+def divided(texts: LabelledSet, held_out: float, seed: int) -> DividedTexts:
     """`held_out` of each class is held out, a quarter of the rest validates, and of the harmless
     texts half of what is left then calibrates.
 
@@ -71,8 +71,11 @@ def divided(texts: LabelledSet, held_out: float, seed: int) -> Parts:
             f"than {held_out:g}",
             code="too_few_texts",
         )
-    return Parts(
-        Part(fitted, safe_fitted), Part(valid, safe_valid), Part((), safe), Part(held, safe_held)
+    return DividedTexts(
+        TextPart(fitted, safe_fitted),
+        TextPart(valid, safe_valid),
+        TextPart((), safe),
+        TextPart(held, safe_held),
     )
 
 

@@ -15,7 +15,7 @@ _C = 10.0
 
 
 @dataclass(frozen=True, eq=False)
-class Probe:
+class StateProbe:
     """⟨w, x⟩ + b, the log-odds of the positive class, w `[d]` float32."""
 
     weights: Float[Tensor, " d"]
@@ -26,7 +26,7 @@ class Probe:
         return states.float() @ self.weights + self.bias
 
 
-def fit_probe(states: Float[Tensor, "n d"], labels: Bool[Tensor, " n"]) -> Probe:
+def fit_probe(states: Float[Tensor, "n d"], labels: Bool[Tensor, " n"]) -> StateProbe:
     """Logistic regression (scikit-learn's), the classes weighted alike, on channels of unit
     deviation: a few channels of the residual stream are far larger than the others."""
     from sklearn.linear_model import LogisticRegression  # noqa: PLC0415 (slow import)
@@ -36,7 +36,7 @@ def fit_probe(states: Float[Tensor, "n d"], labels: Bool[Tensor, " n"]) -> Probe
     model = LogisticRegression(C=_C, class_weight="balanced", max_iter=1000)
     model.fit(rows.numpy(), labels.numpy())
     weights = torch.from_numpy(model.coef_[0]).double() / scale
-    return Probe(weights.float(), float(model.intercept_[0] - weights @ centre))
+    return StateProbe(weights.float(), float(model.intercept_[0] - weights @ centre))
 
 
 def neighbour_scores(
