@@ -212,18 +212,22 @@ def test_a_twin_that_finds_no_place_waits(tiny_model: Callable[[str], torch.nn.M
         assert [len(done.readouts) for done in answers] == [3] * 5
 
 
+def asking_kl(engine: TransformersEngine) -> GenerationRequest:
+    plan = plan_of(engine, LIBRARY, SPECS["added"] or {})
+    return GenerationRequest(
+        "kl",
+        (3, 9, 5),
+        SamplingParams(max_tokens=4, temperature=0, ignore_eos=True),
+        plan,
+        readouts=reading(engine, LIBRARY, {"kl": True}, plan),
+    )
+
+
 def test_a_packed_twin_that_fails_fails_its_request_alone(
     tiny_model: Callable[[str], torch.nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with TransformersEngine(tiny_model("llama"), None, **FORMS["packed"]) as engine:
-        plan = plan_of(engine, LIBRARY, SPECS["added"] or {})
-        request = GenerationRequest(
-            "kl",
-            (3, 9, 5),
-            SamplingParams(max_tokens=4, temperature=0, ignore_eos=True),
-            plan,
-            readouts=reading(engine, LIBRARY, {"kl": True}, plan),
-        )
+        request = asking_kl(engine)
         plain = replace(request, plan=None, readouts=None)
         take = KeptStates.take
         monkeypatch.setattr(KeptStates, "take", lambda self, fed: take(self, fed + 1))
@@ -239,14 +243,7 @@ def test_who_fails_beside_a_twin_fails_alone(
     pairing: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pass that fails once ends nobody's twin without its leader, and leaves no row taken."""
-    plan = plan_of(pairing, LIBRARY, SPECS["added"] or {})
-    request = GenerationRequest(
-        "kl",
-        (3, 9, 5),
-        SamplingParams(max_tokens=4, temperature=0, ignore_eos=True),
-        plan,
-        readouts=reading(pairing, LIBRARY, {"kl": True}, plan),
-    )
+    request = asking_kl(pairing)
     plain = replace(request, plan=None, readouts=None, prompt=(4, 4))
     forward, calls = HookedModel.forward, list[int]()
 

@@ -25,8 +25,9 @@ from steer.engines.transformers.checkpoints.found import find_model
 from steer.engines.transformers.checkpoints.known import DEMO
 from steer.engines.vllm.core.admission import check_request
 from steer.engines.vllm.front.ends import known_ends, model_ends
+from steer.engines.vllm.front.twins import Twin, compared
 from steer.engines.vllm.messages import put_on
-from steer.engines.vllm.ticket import Ticket
+from steer.engines.vllm.ticket import CaptureOrder, Ticket
 from steer.errors import EngineError, SpecError, Unsupported
 from steer.model import HookPoint
 from steer.plan.selection import EVERYWHERE
@@ -197,6 +198,40 @@ async def test_a_plain_request_passes_as_it_is() -> None:
         assert [one async for one in client.generate("p", plain, "id")] == list(client.outputs)
         assert client.seen[-1] is plain.extra_args
     assert not client.workers.calls
+
+
+class HangingClient:
+    """A client whose requests never end; knows what its workers were asked."""
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
+        self.closed = False
+        self.asked: list[tuple[str, Any]] = []
+
+    async def generate(self, *_: Any, **named: Any) -> AsyncGenerator[Any, None]:
+        self.begun.set()
+        try:
+            await asyncio.Event().wait()
+            yield named
+        finally:
+            self.closed = True
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+        self.asked.append((method, *args))
+        return [[{}]]
+
+
+async def test_of_a_twin_that_nobody_waits_for_nothing_is_left() -> None:
+    client = HangingClient()
+    capture = Ticket("twins-key", capture=CaptureOrder((POINT,), (2, 3)))
+    twin = Twin("key", 0, tuple(PROMPT), (8, 9), capture)
+    waiting = asyncio.create_task(compared(client, client.generate, twin))
+    await client.begun.wait()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert client.closed
+    assert client.asked == [("steer_captured", ["twins-key"])]
 
 
 @pytest.mark.parametrize(

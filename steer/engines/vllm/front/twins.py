@@ -6,9 +6,10 @@ without the plan, and workers compare the two: only a number for each token come
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -106,8 +107,14 @@ async def compared(
     running = twin.running(None)
     prompt = {"prompt_token_ids": list(running.request.prompt)}
     outputs = generate(prompt, vllm_sampling(running), running.key, **named)
-    async with aclosing(outputs):
-        async for _ in outputs:
-            pass
-    answers = await ask_engines(client, "steer_divergences", [twin.asked])
+    answers = None
+    try:
+        async with aclosing(outputs):
+            async for _ in outputs:
+                pass
+        answers = await ask_engines(client, "steer_divergences", [twin.asked])
+    finally:
+        if answers is None:  # workers forget what nobody will compare
+            with suppress(Exception):
+                await asyncio.shield(ask_engines(client, "steer_captured", [twin.ticket.key]))
     return twin.read(one for worker in chain(*answers) for one in worker)
