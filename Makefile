@@ -80,6 +80,7 @@ demo-model: $(READY)
 	$(BIN)/python -m steer_vectors.demo.recipe.data --out vectors/demo/data
 	$(BIN)/python -m steer_vectors.demo.recipe.sae
 	$(BIN)/python -m steer_vectors.demo.recipe.sae.guided
+	$(BIN)/python -m steer_vectors.demo.recipe.oracle
 	$(BIN)/python -m steer_vectors.demo.recipe.vectors
 	$(BIN)/python -m steer_vectors.demo.recipe.relations.library
 	$(BIN)/python -m steer_vectors.demo.recipe.profiles

@@ -51,7 +51,7 @@ class AskResult(BaseModel):
 
     object: Literal["inspect.ask"] = "inspect.ask"
     model: str
-    oracle: str | None
+    oracle: str | None = None
     trained: bool
     form: OracleForm
     site: str

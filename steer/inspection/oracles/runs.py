@@ -20,7 +20,7 @@ from steer.inspection.oracles.result import Said
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
 from steer.prompts import answer_text
-from steer.spec import Add, NormStrength, Patch, SteeringSpec, Where
+from steer.spec import Add, Intervention, NormStrength, Patch, SteeringSpec, Where
 
 _AT_ONCE = 64
 
@@ -37,7 +37,8 @@ def oracle_plan(
     form: OracleForm, prompt: OraclePrompt, states: Float[Tensor, "k width"], plans: PlanCache
 ) -> SteeringPlan:
     """The plan that puts each state where it stands in `prompt`, as `form` says."""
-    vectors, items = {}, []
+    vectors: dict[str, ControlVector] = {}
+    items: list[Intervention] = []
     for number, (state, places) in enumerate(zip(states, prompt.places, strict=True)):
         name = f"state-{number}"
         vectors[name] = ControlVector.of({form.layer: state}, name=name, site=form.site)
