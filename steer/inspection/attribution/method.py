@@ -104,7 +104,9 @@ def _sites_taken_apart(
     if request.neurons:
         asked.append(("mlp_act", "neurons"))
     for site, name in asked:
-        engine.info.check_point(HookPoint(0, site), param=f"/{name}")
+        # Without any projection that is the reason: having the site would not help.
+        if engine.capabilities.projections:
+            engine.info.check_point(HookPoint(0, site), param=f"/{name}")
         if site not in engine.capabilities.projections:
             raise Unsupported(
                 f"the {engine.capabilities.engine} engine does not give the output projection "

@@ -82,8 +82,8 @@ def trace_heat_map(result: TraceResult) -> HeatMap:
     )
     return HeatMap(
         title=f"Causal trace of {result.clean.token!r}",
-        subtitle=f"{result.model} · {result.site} put back · {result.clean.probability:.2f} clean, "
-        f"{result.corrupted.probability:.2f} with noise at the framed tokens",
+        subtitle=f"{result.model} · {result.site} · {result.clean.probability:.2f} clean, "
+        f"{result.corrupted.probability:.2f} noisy",
         row_label="layer",
         column_label="prompt token",
         rows=[str(layer) for layer in result.layers],
