@@ -140,7 +140,8 @@ def export(
     # Not to standard output, which may be the archive.
     err().print(
         f"{done.versions} versions, {done.profiles} profiles and {done.aliases} aliases, "
-        f"{done.blobs} blobs with {done.blob_bytes} bytes",
+        f"{done.blobs} blobs with {done.blob_bytes} bytes; what lies beside SAEs (surveys, "
+        "findings, labels that are not their own) is not in it",
         highlight=False,
     )
 

@@ -54,5 +54,10 @@ environment() {
 environment peers "nnsight==0.8.1 scikit-learn>=1.4" "steering-vectors==0.12.2 tuned-lens==0.2.0"
 environment repeng "repeng==0.4.0 numpy==1.26.*"
 environment sae-lens "sae-lens==6.54.0"
+# dictionary_learning asks for an nnsight below 0.4 and for what draws and reports; to train on states
+# and to write files it needs the following, and any nnsight.
+environment dictionaries \
+  "nnsight==0.8.1 datasets einops natsort simple-parsing schedulefree zstandard wandb" \
+  "dictionary-learning==0.1.0 eai-sparsify==1.3.3"
 
 bash "$root/tests/oracle/llama_cpp.sh"

@@ -60,6 +60,8 @@ OF_DATA = frozenset(
         "invalid_base64",
     }
 )
+OF_THE_OPERATOR = frozenset({"no_embedder", "no_labeller"})
+"""What is there only where the operator has named a model for it."""
 OF_EACH_OTHER = frozenset(
     {
         "gate_after_edit",
@@ -74,7 +76,7 @@ OF_EACH_OTHER = frozenset(
 )
 """Two bounds of which one must be the smaller, two fields that need each other, and their like."""
 
-REFUSED = OF_THE_MODEL | OF_THE_REGISTRY | OF_A_FILE | OF_DATA | OF_EACH_OTHER
+REFUSED = OF_THE_MODEL | OF_THE_REGISTRY | OF_A_FILE | OF_DATA | OF_THE_OPERATOR | OF_EACH_OTHER
 
 
 @schemathesis.check

@@ -115,9 +115,9 @@ def _by_text(serving: Serving, name: str, q: str | None, limit: int) -> FeatureL
 def _by_meaning(serving: Serving, name: str, q: str | None, limit: int) -> FeatureList:
     if not (q and q.strip()):
         raise SteerError(
-            "'q' is required to search by meaning: say what the features are to be about",
+            "'q' goes with mode=meaning: say what the features are to be about",
             param="q",
-            code="missing_field",
+            code="invalid_value",
         )
     embedder = named_embedder(serving.settings.asked_embedder)
     sae = serving.registry.sae(name)

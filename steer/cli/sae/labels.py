@@ -21,6 +21,9 @@ labels_app = typer.Typer(
     help="Labels of features, brought along or made here.", no_args_is_help=True
 )
 
+MOST_ASKED = 4096
+"""Questions that one command asks a labeller."""
+
 LabellerOption = Annotated[
     str | None,
     typer.Option(
@@ -38,7 +41,7 @@ def labeller_at(place: str | None) -> Labeller | None:
     if place is None:
         return None
     outside = OutsideModel.at(place, os.environ.get("OPENAI_API_KEY"))
-    return Labeller(outside, work=AskedWork())
+    return Labeller(outside, most=MOST_ASKED, work=AskedWork())
 
 
 def say_cost(labeller: Labeller | None) -> None:

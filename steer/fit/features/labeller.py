@@ -60,8 +60,8 @@ class Labeller:
         """Raises `SteerError` (`too_many_questions`) for more than it may be asked."""
         if self.most is not None and count > self.most:
             raise TooLarge(
-                f"the labeller would be asked {count} questions, and {self.most} are allowed in "
-                "one job: name fewer features",
+                f"the labeller would be asked {count} questions, and {self.most} are allowed at "
+                "once: name fewer features",
                 code="too_many_questions",
                 param=param,
             )

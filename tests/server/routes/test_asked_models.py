@@ -136,7 +136,7 @@ async def test_an_embedder_that_fails_leaves_the_search_for_words_alone(
 @pytest.mark.parametrize("params", [{}, {"q": ""}, {"q": "  "}])
 async def test_nothing_means_nothing(http: httpx.AsyncClient, params: dict[str, str]) -> None:
     refused = await http.get(FEATURES, params={"mode": "meaning", **params})
-    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "missing_field")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_value")
 
 
 async def test_an_sae_without_labels_has_nothing_to_embed(
