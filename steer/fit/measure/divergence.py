@@ -133,7 +133,7 @@ class References:
                     probability[start + row] += steered.exp().sum(0) / count
         return TokenChanges(change, probability, before)
 
-    def _whose(self, plans: Sequence[SteeringPlan], answer: Answer) -> list[object]:
+    def _whose(self, plans: Sequence[SteeringPlan], answer: Answer) -> Sequence[object]:
         """What tells an answer's prompt from another of the same tokens, where a plan asks whose
         words they are."""
         each = [roles_under(self._engine, plan, answer.asked) for plan in plans]

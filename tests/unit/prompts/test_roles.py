@@ -164,4 +164,13 @@ def test_prompts_of_data_files_know_their_messages() -> None:
         assert said == [turn["content"] for turn in messages]
         assert rendered_roles(tokenizer, Marked(messages)) == found
     assert rendered_roles(tokenizer, "who?") is None
-    assert rendered_roles(tokenizer, Marked(asked, response="fox")) is None
+    answered = Marked(asked, response="fox")
+    found = rendered_roles(tokenizer, answered)
+    ids = render(tokenizer, answered)
+    assert found is not None
+    assert found.length == len(ids)
+    assert [(role, tokenizer.decode(ids[a:b])) for a, b, role in found.ranges] == [
+        ("user", asked[0]["content"]),
+        ("assistant", "fox"),
+    ]
+    assert rendered_roles(tokenizer, Marked("who?", response="fox")) is None
