@@ -29,7 +29,7 @@ from steer.fit.methods.detectors.probe import (
 )
 from steer.fit.methods.detectors.roc import auroc_interval, roc_points, share_above
 from steer.fit.methods.detectors.thresholds import chosen_threshold
-from steer.fit.methods.linear.reading import PLACES
+from steer.fit.methods.linear.reading import positions_of
 from steer.fit.states import Progress, Reading, make_reading, read_tokens
 from steer.prompts import Prompt
 from steer.spec import Site
@@ -78,7 +78,9 @@ def fit_detector(
     parts = divided(texts, held_out, seed)
     # What no probe can help is said before the model is asked.
     chosen_threshold(threshold, [0.0] * len(parts.calibration.negative), rate)
-    reading = make_reading(engine, site=site, layers=layers, positions=PLACES[tokens], batch=batch)
+    reading = make_reading(
+        engine, site=site, layers=layers, positions=positions_of(tokens), batch=batch
+    )
     states = _means(engine, reading, parts.fitted.prompts, progress)
     labels = _labels(parts.fitted)
     probes = {layer: fit_probe(rows, labels) for layer, rows in states.items()}
