@@ -89,6 +89,23 @@ RUNS_OVER = {
 }
 
 
+def assert_kept(
+    engine: TransformersEngine, beside: list[Completion], alone: list[Completion]
+) -> None:
+    """That neighbours answer as without the others, to the bit. In a mixture of experts another row
+    may make an expert's batch larger, and some processors then round all of it otherwise, with or
+    without Steer."""
+    if "mlp_act" in engine.info.sites:
+        assert beside == alone
+        return
+    assert [replace(one, logprobs=()) for one in beside] == [
+        replace(one, logprobs=()) for one in alone
+    ]
+    for one, other in zip(beside, alone, strict=True):
+        said = [[entry.logprob for entry in each.logprobs] for each in (one, other)]
+        assert said[0] == pytest.approx(said[1], abs=1e-4)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("name", RUNS_OVER)
 def test_a_request_whose_numbers_run_over_ends_alone(
@@ -101,7 +118,7 @@ def test_a_request_whose_numbers_run_over_ends_alone(
     (outcome,), beside, alone = neighbours_of(engine, plans, [bad])
     assert isinstance(outcome, NotFinite)
     assert (outcome.code, outcome.status) == ("not_finite", 400)
-    assert beside == alone
+    assert_kept(engine, beside, alone)
     assert engine.stats().slots_in_use == 0
 
 
