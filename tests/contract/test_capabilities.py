@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -105,8 +106,8 @@ def test_inspections_are_offered_by_what_can_be_read(engine: Engine) -> None:
     assert offered(able) == EVERY
     assert offered(replace(able, captures=())) == ()
     assert offered(replace(able, captures=("mlp_out",))) == ("activations",)
-    assert offered(replace(able, captures=("resid_mid",))) == EVERY[:3]
-    assert offered(replace(able, kinds=("add",))) == EVERY[1:4]
+    assert offered(replace(able, captures=("resid_mid",))) == EVERY[:4]
+    assert offered(replace(able, kinds=("add",))) == ("logit_lens", "activations", "attribution")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,8 @@ def test_vllm_offers_the_same_in_both_forms(static: bool) -> None:
     model = asdict(fake_model())
     answer = {"model": model, "passes": 4, "static": static, "slots": 8}
     nobody: Any = None
-    engine = VllmEngine(nobody, ByteTokenizer(), [[answer]], nobody, frozenset())
+    driver: Any = Mock()
+    engine = VllmEngine(driver, ByteTokenizer(), [[answer]], nobody, frozenset())
     able = engine.capabilities
     assert able.captures == engine.info.sites
     assert offered(able) == EVERY

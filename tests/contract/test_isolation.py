@@ -101,8 +101,8 @@ def assert_kept(
     assert [replace(one, logprobs=()) for one in beside] == [
         replace(one, logprobs=()) for one in alone
     ]
-    for one, other in zip(beside, alone, strict=True):
-        said = [[entry.logprob for entry in each.logprobs] for each in (one, other)]
+    for mine, theirs in zip(beside, alone, strict=True):
+        said = [[entry.logprob for entry in each.logprobs] for each in (mine, theirs)]
         assert said[0] == pytest.approx(said[1], abs=1e-4)
 
 

@@ -98,7 +98,7 @@ def run_peer(tmp_path_factory: pytest.TempPathFactory) -> RunPeer:
         # compared to the bit.
         threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
         done = subprocess.run(
-            [python, HERE / script, folder],
+            [python, HERE / "peers" / script, folder],
             env=os.environ | threads,
             capture_output=True,
             text=True,

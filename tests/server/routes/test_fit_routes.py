@@ -52,8 +52,9 @@ from steer.fit.methods.method import METHODS, UNPAIRED
 from steer.fit.methods.transfer import MAPS
 from steer.fit.requests.detector import DetectorRequest
 from steer.fit.requests.dictionaries import NmfRequest, SnmfRequest
-from steer.fit.requests.jacobian_lens import JacobianLensRequest
 from steer.fit.requests.labels import LabelsRequest
+from steer.fit.requests.lenses.jacobian_lens import JacobianLensRequest
+from steer.fit.requests.lenses.tuned_lens import TunedLensRequest
 from steer.fit.requests.linear.act import ActRequest
 from steer.fit.requests.linear.alphasteer import AlphaSteerRequest
 from steer.fit.requests.linear.angular import AngularRequest
@@ -68,7 +69,6 @@ from steer.fit.requests.trained.low_rank import LowRankRequest
 from steer.fit.requests.trained.prosv import ProsvRequest
 from steer.fit.requests.trained.reps import RepsRequest
 from steer.fit.requests.transfer import TransferRequest
-from steer.fit.requests.tuned_lens import TunedLensRequest
 from steer.fit.requests.two_prompts import TwoPromptsRequest
 from steer.registry.registry import Registry
 from steer_server.app import create_app

@@ -141,6 +141,7 @@ async def test_capabilities_and_health(http: httpx.AsyncClient, engine: FakeEngi
         "sampling",
         "roles",
         "readouts",
+        "lora",
         "inspection",
         "limits",
     ]
@@ -148,6 +149,7 @@ async def test_capabilities_and_health(http: httpx.AsyncClient, engine: FakeEngi
         "patchscope",
         "logit_lens",
         "activations",
+        "ask",
         "attribution",
         "trace",
     ]

@@ -66,7 +66,7 @@ def test_a_model_sees_all_that_ships_for_it_and_nothing_else(
         shelf = known.shipped
         assert {entry.name for entry in here.entries(limit=1000)} == {
             path.stem
-            for part in ("vectors", "relations", "saes")
+            for part in ("vectors", "relations", "saes", "oracles")
             for path in (shelf / part).glob("*")
             if path.is_dir() or path.suffix == ".safetensors"
         } - {"__pycache__"}

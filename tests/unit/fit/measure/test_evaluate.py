@@ -84,7 +84,8 @@ def test_the_prompt_only_baseline_is_always_there(
     assert sum(steps) == evaluation_steps(len(PROMPTS), 2) == len(PROMPTS) * 4 + 2 * 8 * 5
     unsteered, prompt, nothing, steered = found.rows
     assert nothing.score == unsteered.score
-    assert nothing.perplexity_ratio.value == nothing.perplexity_ratio.high == 1
+    ratio = nothing.perplexity_ratio
+    assert (ratio.value, ratio.high) == pytest.approx((1, 1), abs=1e-6)
     assert (prompt.over_prompt.value, prompt.over_prompt.low) == (0, 0)
     assert (steered.score.value, steered.score.low) == (1, 1)
     assert steered.over_prompt.value == 1 - prompt.score.value

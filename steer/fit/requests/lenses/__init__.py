@@ -1,0 +1,1 @@
+"""What fits of lenses are asked with."""
