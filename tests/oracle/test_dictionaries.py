@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def theirs(run_peer: Any, states: torch.Tensor, folder: Path) -> dict[str, torch.Tensor]:
     """What the packages computed, and (in `folder`) the files that they wrote."""
     return run_peer(
-        "dictionaries", "dictionaries.py", {"x": states}, saves=str(folder), layer=LAYER
+        "dictionaries", "peer_dictionaries.py", {"x": states}, saves=str(folder), layer=LAYER
     )
 
 

@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def theirs(run_peer: Any, tiny_models: Mapping[str, Path], inputs: Any, folder: Path) -> Any:
-    return run_peer("peers", "files.py", inputs, folder=folder, model=tiny_models["llama"])
+    return run_peer("peers", "peer_files.py", inputs, folder=folder, model=tiny_models["llama"])
 
 
 @pytest.mark.parametrize("suffix", ["pkl", "pt"])

@@ -26,7 +26,7 @@ def pairs() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def theirs(run_peer: Any, pairs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    outputs = run_peer("peers", "aggregators.py", pairs)
+    outputs = run_peer("peers", "peer_aggregators.py", pairs)
     assert isinstance(outputs, dict)
     return outputs
 

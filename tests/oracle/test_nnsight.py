@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def theirs(run_peer: Any, tiny_models: Mapping[str, Path], inputs: Any) -> Any:
     models = {name: tiny_models[name] for name in MODELS}
-    return run_peer("peers", "nnsight.py", inputs, models=models)
+    return run_peer("peers", "peer_nnsight.py", inputs, models=models)
 
 
 @pytest.fixture(scope="module", params=MODELS)

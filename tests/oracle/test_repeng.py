@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, vector: ControlVector) -> P
 def theirs(run_peer: Any, tiny_models: Mapping[str, Path], inputs: Any, folder: Path) -> Any:
     return run_peer(
         "repeng",
-        "repeng.py",
+        "peer_repeng.py",
         inputs,
         models={name: tiny_models[name] for name in MODELS},
         export=folder / "theirs.gguf",

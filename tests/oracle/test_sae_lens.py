@@ -115,7 +115,7 @@ def theirs(
         ours[name] = folder / name
     outputs = run_peer(
         "sae-lens",
-        "sae_lens.py",
+        "peer_sae_lens.py",
         {"x": states, "tokens": inputs["tokens"]},
         model=tiny_models["llama"],
         layer=LAYER,
