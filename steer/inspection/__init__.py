@@ -73,14 +73,7 @@ __all__ = [
     "trace_heat_map",
 ]
 
-METHODS: tuple[Inspection, ...] = (
-    PATCHSCOPE,
-    LOGIT_LENS,
-    ACTIVATIONS,
-    ASK,
-    ATTRIBUTION,
-    TRACE,
-)
+METHODS: tuple[Inspection, ...] = (PATCHSCOPE, LOGIT_LENS, ACTIVATIONS, ASK, ATTRIBUTION, TRACE)
 
 
 def offered(able: Capabilities) -> tuple[str, ...]:
