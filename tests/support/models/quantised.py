@@ -28,11 +28,13 @@ Tensors = dict[str, Tensor]
 @dataclass(frozen=True)
 class Format:
     """`write` gives the tensors that stand for a weight `[out, in]`, by what follows its layer's
-    name, and the weight that they mean. `dtype` is that of the activations."""
+    name, and the weight that they mean. `dtype` is that of the activations. `kernel` is the operator
+    of vLLM that not every build has: on CPUs those for processors with AVX-512."""
 
     config: dict[str, Any]
     write: Callable[[Tensor], tuple[Tensors, Tensor]]
     dtype: str
+    kernel: str | None = None
 
 
 def write_quantised(folder: Path, model: Path, form: Format) -> tuple[Path, Path]:
@@ -131,6 +133,7 @@ def _of(bits: int, kind: str, strategy: str, **more: Any) -> dict[str, Any]:
 
 
 _EACH_TOKEN = {"strategy": "token", "symmetric": True, "dynamic": True}
+_INT4_KERNEL = "cpu_gemm_wna16"
 FORMATS = {
     "compressed-tensors W8A8": Format(
         _compressed(
@@ -154,11 +157,13 @@ FORMATS = {
         _compressed("pack-quantized", _of(4, "int", "group", group_size=GROUP)),
         _compressed_int4,
         "bfloat16",
+        _INT4_KERNEL,
     ),
     "GPTQ": Format(
         {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True},
         _gptq,
         "bfloat16",
+        _INT4_KERNEL,
     ),
     "AWQ": Format(
         {
@@ -170,5 +175,6 @@ FORMATS = {
         },
         _awq,
         "bfloat16",
+        _INT4_KERNEL,
     ),
 }
