@@ -28,8 +28,8 @@ Tensors = dict[str, Tensor]
 @dataclass(frozen=True)
 class Format:
     """`write` gives the tensors that stand for a weight `[out, in]`, by what follows its layer's
-    name, and the weight that they mean. `dtype` is that of the activations. `kernel` is the operator
-    of vLLM that not every build has: on CPUs those for processors with AVX-512."""
+    name, and the weight that they mean. `dtype` is that of the activations. `kernel` is the
+    operator of vLLM that not every build has: on CPUs those for processors with AVX-512."""
 
     config: dict[str, Any]
     write: Callable[[Tensor], tuple[Tensors, Tensor]]
