@@ -41,22 +41,20 @@ def _groups(
 ) -> list[list[int]]:
     """The prompts by number, at most `rows` together."""
     order = sorted(range(len(request.prompts)), key=lambda n: len(request.prompts[n]))
-    together: list[list[int]] = []
-    if request.tail is not None:
-        alike: dict[tuple[int, tuple[int, ...]], list[int]] = {}
-        for n in order:
-            prompt = request.prompts[n]
-            start = max(len(prompt) - request.tail, 0)
-            if not _steered_before(start, generations[n]):
-                alike.setdefault((len(prompt), tuple(prompt[:start])), []).append(n)
-        together = [group for group in alike.values() if len(group) >= _WORTH_SHARING]
-        alone = {n for group in together for n in group}
-        order = [n for n in order if n not in alone]
-    return [
-        group[first : first + rows]
-        for group in (*together, order)
-        for first in range(0, len(group), rows)
-    ]
+    together: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    for n in order:
+        prompt, asked = tuple(request.prompts[n]), generations[n]
+        start = len(prompt) if request.tail is None else max(len(prompt) - request.tail, 0)
+        if request.tail is not None and not _steered_before(start, asked):
+            together.setdefault((len(prompt), prompt[:start]), []).append(n)
+        elif _below(request, asked) > 0:
+            together.setdefault((len(prompt), prompt), []).append(n)
+    groups = [group for group in together.values() if len(group) >= _WORTH_SHARING]
+    alone = {n for group in groups for n in group}
+    # Of one text, those run together that begin to differ at the same block.
+    groups = [sorted(group, key=lambda n: _below(request, generations[n])) for group in groups]
+    groups.append([n for n in order if n not in alone])
+    return [group[first : first + rows] for group in groups for first in range(0, len(group), rows)]
 
 
 def _capture_group(
@@ -78,6 +76,7 @@ def _capture_group(
             logprobs=request.logprobs,
             chunk=batch.chunk,
             shared=0 if batch.chunk is None else _shared(request, generations),
+            alike=0 if batch.chunk is None else _alike(request, generations),
             tail=request.tail,
         )
     finally:
@@ -119,6 +118,20 @@ def _shared(request: CaptureRequest, generations: Sequence[GenerationRequest]) -
         first = _first_steered(asked)
         alike = alike if first is None else min(alike, first)
     return alike
+
+
+def _alike(request: CaptureRequest, generations: Sequence[GenerationRequest]) -> int:
+    """How many first blocks compute the same for all prompts: for one text, those below whatever a
+    plan reaches and the request reads."""
+    if len({tuple(one.prompt) for one in generations}) > 1 or len(generations) < _WORTH_SHARING:
+        return 0
+    return min(_below(request, one) for one in generations)
+
+
+def _below(request: CaptureRequest, asked: GenerationRequest) -> int:
+    """The blocks below whatever a prompt's plan reaches and the request reads."""
+    reached = () if asked.plan is None else asked.plan.reached
+    return min((point.layer for point in (*reached, *request.points)), default=0)
 
 
 def _steered_before(start: int, asked: GenerationRequest) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +29,10 @@ from steer.readouts.readings import Readings
 
 _OPTIONAL = ("attention_mask", "position_ids", "logits_to_keep")
 """Arguments that some models do without: they count positions themselves, or return all logits."""
+
+
+_TRIAL = 16
+"""The tokens on which it is tried whether a model's first blocks run apart."""
 
 
 class _AllRead(Exception):
@@ -131,6 +136,40 @@ class HookedModel:
             handle.remove()
         self._handles.clear()
         self._step, self._readings, self._wanted = None, None, frozenset()
+
+    def stem(self, depth: int, ids: Tensor, places: Tensor) -> Tensor | None:
+        """What block `depth` is given of one unsteered row, `ids` and positions `[1, columns]`, as
+        states `[1, columns, d_model]`; None where the blocks below it do not run apart."""
+        point = HookPoint(depth, "resid_pre")
+        if point not in self.map.targets:
+            return None
+
+        def inputs(ids: Tensor) -> dict[str, Any]:
+            positions = places[:, : ids.shape[1]].expand_as(ids)
+            one = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+            return one | {"attention_mask": torch.ones_like(ids)}
+
+        def states(ids: Tensor) -> Tensor:
+            return self.forward(None, [point], states_alone=True, **inputs(ids))[1][point]
+
+        few = ids[:, :_TRIAL]
+
+        def logits() -> Tensor:
+            made: Tensor = self.forward(None, **inputs(few.expand(2, -1)))[0].logits
+            return made
+
+        def logits_above() -> Tensor:
+            given = states(few)
+            self.forward(None, **inputs(few.flip(1)))  # what blocks keep to themselves is of this
+            with self.above(depth, given.expand(2, -1, -1)):
+                return logits()
+
+        return states(ids) if self.map.stem.serves(depth, logits, logits_above) else None
+
+    def above(self, depth: int, states: Tensor | None) -> AbstractContextManager[None]:
+        """Inside the `with` block passes begin at block `depth`, which is given `states`
+        `[rows, columns, d_model]`; with None they are as always."""
+        return nullcontext() if states is None else self.map.stem.given(depth, states)
 
     def unembed(self, states: Tensor) -> Tensor:
         """What the model makes of states after its last block: `[..., d_model]` to float32 logits

@@ -81,6 +81,7 @@ def run_prompts(
     logprobs: int | None = None,
     chunk: int | None = 512,
     shared: int = 0,
+    alike: int = 0,
     tail: int | None = None,
     read: Read | None = None,
 ) -> PromptPass:
@@ -99,6 +100,10 @@ def run_prompts(
     The first `shared` tokens are computed once for all rows, and nothing of them is kept.
     Assumes: there every prompt is the same and none is steered; `chunk` is not None, and all
     prompts are of one length.
+
+    Where one pass is enough, the first `alike` blocks are computed for one row.
+    Assumes: there every prompt is the same, none is steered and nothing is read; the cache that
+    is left behind is of no use to anybody.
     """
     if logprobs is not None and chunk is not None:
         chunk = min(chunk, max(1, MOST_LOGITS // len(prompts)))
@@ -127,7 +132,11 @@ def run_prompts(
         )
         assert cache is not None
         cache.batch_repeat_interleave(len(prompts))
-    for start in range(shared, width, chunk or width):
+    starts = range(shared, width, chunk or width)
+    given = None
+    if alike and len(starts) == 1:
+        given = hooked.stem(alike, *(torch.from_numpy(one[:1]).to(device) for one in (ids, places)))
+    for start in starts:
         end = min(start + (chunk or width), width)
         step = _step(tables, ledger, requests, prompts, width, start, end)
         last = end == width
@@ -135,18 +144,20 @@ def run_prompts(
         first = start if tail is None else max(start, min(width - tail - 1, end - 1))
         wanted = end - first if logits == "all" or logprobs is not None else 1
         readings = None if read is None else read.readings(prompts, width, start, end)
-        outputs, states = hooked.forward(
-            step,
-            points,
-            readings=readings,
-            input_ids=torch.from_numpy(ids[:, start:end]).to(device),
-            attention_mask=all_mask[:, :end],
-            position_ids=torch.from_numpy(places[:, start:end]).to(device),
-            key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=last_columns(wanted, end - start, device),
-            states_alone=logits == "none" and logprobs is None,
-        )
+        rows = None if given is None else given[:, start:end].expand(len(prompts), -1, -1)
+        with hooked.above(alike, rows):
+            outputs, states = hooked.forward(
+                step,
+                points,
+                readings=readings,
+                input_ids=torch.from_numpy(ids[:, start:end]).to(device),
+                attention_mask=all_mask[:, :end],
+                position_ids=torch.from_numpy(places[:, start:end]).to(device),
+                key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=last_columns(wanted, end - start, device),
+                states_alone=logits == "none" and logprobs is None,
+            )
         if readings is not None:
             readings.finish()
         kept_states.append(states)

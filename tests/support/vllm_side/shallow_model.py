@@ -6,6 +6,7 @@ Import `vllm_engine` before this module.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,10 @@ BRIEF = Habits(
     points=(HookPoint(0, "attn_out"), HookPoint(LAYERS - 1)),
 )
 """A crowd that says little, and reads states."""
+
+CLIENTS = int(os.environ.get("STEER_CROWD", "150"))
+"""How many come to an engine whose kernel is interpreted: 500 take a slow core 15 minutes."""
+WAVES = max(CLIENTS // 50, 1)
 _ARTEFACTS = artefacts(demo_specs.WIDTH, LAYERS)
 TOPK = {"kind": "clamp", "sae": "topk", "features": [1, 5, 9], "value": 1.0}
 

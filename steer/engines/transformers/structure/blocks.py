@@ -1,7 +1,7 @@
 """Finds all hook points of a model's text decoder.
 
 Its blocks are found in `structure.decoder`, what passes where inside a block in `structure.sites`,
-what follows the last block in `structure.head`.
+what follows the last block in `structure.head`, what is computed apart in `structure.stem`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from steer.engines.transformers.structure.decoder import (
 )
 from steer.engines.transformers.structure.head import Head
 from steer.engines.transformers.structure.sites import HookTarget, sites_of_block
+from steer.engines.transformers.structure.stem import Stem
 from steer.model import HookPoint, ModelInfo
 from steer.spec import SITES, Site
 
@@ -31,10 +32,11 @@ _LIMITS = ("max_position_embeddings", "max_seq_len", "seq_length", "max_sequence
 
 @dataclass(frozen=True)
 class HookMap:
-    """Every hook point of a model, the model's shape, and what follows its last block."""
+    """Every hook point of a model, its shape, its first blocks, and what follows its last."""
 
     targets: dict[HookPoint, HookTarget]
     info: ModelInfo
+    stem: Stem
     head: Head
 
 
@@ -53,7 +55,7 @@ def find_hook_points(model: nn.Module, name: str) -> HookMap:
         for layer in range(len(blocks)):
             if layer not in found:
                 found[layer] = _around(layer, running)
-        head = Head(model, list(running.values()), seen)
+        stem, head = Stem(running, seen), Head(model, list(running.values()), seen)
     sites = [site for site in SITES if _everywhere_alike(site, found.values(), seen)]
     targets = {
         HookPoint(layer, site): of_block[site]
@@ -76,7 +78,7 @@ def find_hook_points(model: nn.Module, name: str) -> HookMap:
         n_heads=heads,
         head_dim=_head_dim(seen, first, heads) if "head_out" in sites else None,
     )
-    return HookMap(targets, info, head)
+    return HookMap(targets, info, stem, head)
 
 
 def _probe(model: nn.Module) -> dict[nn.Module, Call]:

@@ -17,8 +17,8 @@ from steer.engines.transformers.structure.calls import (
     Call,
     at_rest,
     first_tensor,
+    returning,
     standing_in,
-    with_first,
 )
 from steer.errors import Unsupported
 
@@ -63,7 +63,7 @@ class Head:
         # One token in each row, so that no state can see another.
         rows = states.to(device, self._dtype).reshape(-1, 1, states.shape[-1])
         ids = torch.ones(len(rows), 1, dtype=torch.long, device=device)
-        stand_ins = {block: _returns(value, rows) for block, value in self._returned.items()}
+        stand_ins = {block: returning(value, rows) for block, value in self._returned.items()}
         options = {"use_cache": False, **_without_loss(model)}
         follow = states.requires_grad
         with at_rest(model), torch.set_grad_enabled(follow), standing_in(stand_ins):
@@ -81,21 +81,21 @@ class Head:
         if not wanted.isfinite().all():
             return "its logits are not finite"
         try:
-            error = self._logits(model, last) - wanted
+            found = self._logits(model, last)
         except Exception as failure:
             return f"what follows its last block does not run alone ({failure})"
-        spread = (wanted - wanted.mean()).norm()
-        if not error.norm() <= _TOLERANCE.get(last.dtype, _TOLERANCE_HALF) * spread:
+        if not close(found, wanted, last.dtype):
             return "they depend on more than what its last block returns"
         return None
+
+
+def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
+    """Whether float32 logits of a model of `dtype` are the same but for rounding."""
+    spread = (wanted - wanted.mean()).norm()
+    return bool((found - wanted).norm() <= _TOLERANCE.get(dtype, _TOLERANCE_HALF) * spread)
 
 
 def _without_loss(model: nn.Module) -> dict[str, bool]:
     """What keeps a model from computing a loss over routers, which do not run here."""
     has_routers = getattr(model.config, "output_router_logits", False)
     return {"output_router_logits": False} if has_routers else {}
-
-
-def _returns(value: Any, rows: Tensor) -> Any:
-    # A copy: some models add to what a block returned in place.
-    return lambda *_args, **_kwargs: with_first(value, rows.clone())

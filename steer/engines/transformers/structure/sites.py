@@ -32,9 +32,9 @@ from steer.engines.transformers.structure.calls import (
     Call,
     first_tensor,
     given_tensor,
+    returning,
     standing_in,
     watching,
-    with_first,
     with_tensor,
 )
 from steer.spec import Site
@@ -239,7 +239,7 @@ class _Trials:
     ) -> tuple[Tensor, dict[nn.Module, Call]]:
         """The block's output in float32, where each module of `made` returns its tensor, and the
         calls of all modules."""
-        stand_ins = {m: _returns(self.calls[m], state) for m, state in made.items()}
+        stand_ins = {m: returning(self.calls[m].returned, state) for m, state in made.items()}
         args, kwargs = with_tensor(
             self.call.args, self.call.kwargs, (self.stream if stream is None else stream).clone()
         )
@@ -277,11 +277,6 @@ def _with_matrix(owner: nn.Module) -> Iterator[nn.Module]:
     for module in reversed(list(owner.modules())):
         if getattr(getattr(module, "weight", None), "ndim", 0) == 2:
             yield module
-
-
-def _returns(call: Call, state: Tensor) -> Any:
-    # A copy: some blocks add to what a module returned in place.
-    return lambda *_args, **_kwargs: with_first(call.returned, state.clone())
 
 
 def _whole_numbers(like: Tensor, seed: int) -> Tensor:

@@ -15,14 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from shallow_model import BRIEF, crowded_engine
+from shallow_model import BRIEF, CLIENTS, WAVES, crowded_engine
 from vllm_engine import Plans
 from vllm_simulation import graphless_steps, outgrow, simulate
 
 from steer.engines.transformers.engine import TransformersEngine
 from steer.engines.vllm.front.engine import VllmEngine
 
-CLIENTS, WAVES = 500, 10
 BLOCKS = 10
 
 
@@ -47,11 +46,11 @@ def test_every_request_of_a_crowd_equals_itself_alone(
     counts = report.counts
     assert len(report.outcomes) == CLIENTS
     assert counts["ties"] <= CLIENTS // 100
-    assert counts["left"] >= 10
-    assert counts["read"] >= 15
+    assert counts["left"] >= CLIENTS // 50
+    assert counts["read"] >= CLIENTS // 35
     # How often so small a crowd is preempted depends on who comes first: see the next test.
     assert counts["steered and cached"] >= 1
-    assert 20 < sum(steps) < len(steps) - 20
+    assert CLIENTS // 25 < sum(steps) < len(steps) - CLIENTS // 25
 
 
 def test_requests_that_outgrow_the_cache_together_are_preempted(
