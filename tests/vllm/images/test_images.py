@@ -202,7 +202,19 @@ CACHED = {
 }
 
 
-@pytest.mark.parametrize("name", CACHED)
+IN_EVERY_FORM = ("the same", "another image, steered alike", "text and images")
+"""The engine core makes the keys, and is the same in each form."""
+
+
+@pytest.mark.parametrize(
+    ("llm", "name"),
+    [
+        (form, name)
+        for form in ENGINES
+        for name in (CACHED if form == "in Python" else IN_EVERY_FORM)
+    ],
+    indirect=["llm"],
+)
 def test_the_cache_tells_images_and_specs_apart(
     steered: Steered, oracle: SeeingOracle, name: str
 ) -> None:
