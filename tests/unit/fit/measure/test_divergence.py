@@ -131,18 +131,20 @@ def test_gated_specs_are_refused(engine: TransformersEngine) -> None:
 
 @pytest.mark.parametrize(
     ("where", "fed"),
-    [({"positions": [[-1, None]]}, [10, 4 * 8]), (None, [4 * 18])],
+    [({"positions": [[-1, None]]}, [10, 18, 4 * 8]), (None, [18, 4 * 18])],
     ids=["on the answer alone", "on every token"],
 )
 def test_an_unsteered_prompt_is_read_once_under_all_plans(
     engine: TransformersEngine, where: Any, fed: list[int]
 ) -> None:
-    """What is of interest is left, the six tokens and the two distributions around them."""
+    """What is of interest is left, the six tokens and the two distributions around them; before it
+    one row goes through the blocks below the first edit."""
     prompt = tuple(range(65, 77))
     answer = Answer(prompt, tuple(range(97, 103)), "")
     references = References(engine, [answer])
     plans = [plan_of(engine, strength, where) for strength in (0.5, 1.0, 1.5, 2.0)]
     alone = [references.divergences([plan])[0, 0] for plan in plans]
+    references.divergences(plans)  # and the trial whether those blocks run apart
     seen: list[int] = []
     handle = engine._hooked.model.register_forward_pre_hook(
         lambda _m, _a, inputs: seen.append(inputs["input_ids"].numel()), with_kwargs=True
