@@ -21,6 +21,7 @@ from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.library import MemoryLibrary
 from steer.artefacts.sae.base import SAE
 from steer.engines.base import Receipt
+from steer.engines.token_rows import token_reader
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.passes.batch import AttachedBatch
 from steer.engines.transformers.passes.watch import PassWatch
@@ -115,6 +116,7 @@ def _plans(hooked: HookedModel, library: MemoryLibrary, tokenizer: Any) -> PlanC
         Capabilities("transformers", KINDS, hooked.info.sites),
         tokenize=_tokenize(tokenizer),
         encode_text=_encode_text(hooked, tokenizer),
+        read_token=token_reader(hooked, tokenizer),
     )
 
 
