@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.lens import Lens
 from steer.artefacts.library import MemoryLibrary
 from steer.artefacts.sae.base import SAE
 from steer.engines.base import Receipt
@@ -61,6 +62,7 @@ def attach(
     saes: Mapping[str, SAE] | None = None,
     low_ranks: Mapping[str, LowRankAdapter] | None = None,
     maps: Mapping[str, AffineMap] | None = None,
+    lenses: Mapping[str, Lens] | None = None,
     tokenizer: Any = None,
 ) -> Iterator[Attachment]:
     """Steers every forward pass of `model` inside the `with` block, then unhooks it.
@@ -79,7 +81,9 @@ def attach(
     with torch.compiler.set_stance("force_eager"):
         model = wrapped_model(model)
         hooked = HookedModel(model, _hook_map(model))
-        library = MemoryLibrary(vectors or {}, saes or {}, low_ranks or {}, maps=maps or {})
+        library = MemoryLibrary(
+            vectors or {}, saes or {}, low_ranks or {}, lenses=lenses or {}, maps=maps or {}
+        )
         plan = _plans(hooked, library, tokenizer).plan(parse_spec(spec))
         batch = AttachedBatch(hooked, plan)
         block = hooked.map.targets[HookPoint(0, "resid_post")].module
