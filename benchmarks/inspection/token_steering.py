@@ -26,6 +26,7 @@ from steer.readouts.measures import kl_divergence
 from steer.spec import parse_spec
 
 MODES = ("move", "one_way")
+LESS_THE_MEAN = "logit, less the mean"
 _DOUBLINGS, _HALVINGS = 4, 6
 
 
@@ -83,6 +84,7 @@ class Bench:
             f"random-{n}": ControlVector.of({last: torch.randn(width, generator=draw)})
             for n in range(len(facts))
         }
+        vectors |= _less_the_mean(engine, facts)
         self._plans: PlanCache = plans_of(engine, MemoryLibrary(vectors, lenses=lenses), size=1)
         self._plain = self._read([None] * len(facts))
 
@@ -158,7 +160,7 @@ def measure(
     last = engine.info.n_layers - 1
     rows = [bench.row("unsteered", (), "", [_nothing() for _ in every])]
     for layer in layers:
-        for name, lens in lenses.items():
+        for name, lens in lenses.items() if shares else ():
             rows += _added(bench, name, lens, layer, shares)
         for name, lens in lenses.items():
             for chosen in ((layer,), tuple(range(layer, last))):
@@ -170,7 +172,22 @@ def _nothing() -> dict[str, Any]:
     return {"kind": "add", "vector": {"token": 0}, "strength": 0, "layers": [0]}
 
 
-def _token(number: int, name: str, lens: Lens | None) -> dict[str, Any]:
+def _less_the_mean(engine: Engine, facts: Sequence[Fact]) -> dict[str, ControlVector]:
+    """The facts' tokens as the logit lens reads them, less the mean of all tokens' rows, which
+    moves all logits alike and no probability."""
+    tokens = sorted({token for one in facts for token in (one.answer, one.other, one.random)})
+    mean = engine.token_rows(range(engine.info.vocab_size)).mean(0)
+    rows = engine.token_rows(tokens) - mean
+    last = engine.info.n_layers - 1
+    return {
+        f"token-{token}": ControlVector.of({last: row / row.norm()})
+        for token, row in zip(tokens, rows, strict=True)
+    }
+
+
+def _token(number: int, name: str, lens: Lens | None) -> Any:
+    if name == LESS_THE_MEAN:
+        return f"token-{number}"
     return {"token": number} if lens is None else {"token": number, "lens": name}
 
 

@@ -9,10 +9,12 @@ matrix with the norm's scale folded in, taken back through the map. M is 1 for t
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -30,6 +32,16 @@ matrix with the final norm's scale folded in. Raises `SteerError`, pointing at `
 
 STREAM_SITES: tuple[Site, ...] = ("resid_pre", "resid_mid", "resid_post")
 """The sites of the residual stream, which the logit lens reads."""
+
+
+class TokenDirection(ControlVector):
+    """The rows of one token. Its identity is what they are made of, model, lens, token and site,
+    and not how the last bit of a product was rounded: replicas of a server call it alike."""
+
+    @cached_property
+    def sha256(self) -> str:
+        said = self.card.model_dump_json(exclude={"name"})
+        return hashlib.sha256(b"steer/token/1\n" + said.encode()).hexdigest()
 
 
 class TokenDirections:
@@ -66,18 +78,18 @@ class TokenDirections:
 
 def token_vector(
     token: int, row: Float[Tensor, " d_model"], lens: Lens | None, site: Site, model: ModelInfo
-) -> ControlVector:
+) -> TokenDirection:
     """See `TokenDirections.vector`; `row` is the token's, as `ReadToken` gives it."""
     _check_site(lens, site)
-    source = f"{lens.card.name}@{lens.sha256[:12]}" if lens is not None else None
-    card = {
+    source = lens.sha256 if lens is not None else None
+    card: dict[str, Any] = {
         "name": f"token {token}" + ("" if lens is None else f" of the lens {lens.card.name}"),
         "model": model.own_name,
         "site": site,
         "provenance": {"method": "token", "token": token, "lens": source},
     }
     if lens is None:
-        return ControlVector.of({model.n_layers - 1: _unit(row, token)}, **card)
+        return _made({model.n_layers - 1: _unit(row, token)}, card)
     try:
         lens.check_fits(model)
     except IncompatibleArtefact as error:
@@ -87,7 +99,12 @@ def token_vector(
         for layer in range(model.n_layers)
         if lens.reads(layer, site)
     }
-    return ControlVector.of(rows, **card)
+    return _made(rows, card)
+
+
+def _made(rows: Mapping[int, Tensor], card: Mapping[str, Any]) -> TokenDirection:
+    checked = ControlVector.of(rows, **card)
+    return TokenDirection(checked.directions, checked.card)
 
 
 def _check_site(lens: Lens | None, site: Site) -> None:

@@ -272,9 +272,10 @@ def _gate_described(gate: ResolvedGate) -> dict[str, Any]:
     entry = gate.when.model_dump(mode="json", exclude_none=True)
     card = gate.vector.card
     if isinstance(gate.when.vector, TokenVector):
-        # A token's own card says the version of its lens.
-        told = ("token", "lens")
-        entry["vector"] = {key: card.provenance[key] for key in told if card.provenance[key]}
+        entry["vector"]["token"] = card.provenance["token"]
+        if gate.when.vector.lens is not None:
+            name = gate.when.vector.lens.partition("@")[0]
+            entry["vector"]["lens"] = _versioned(name, str(card.provenance["lens"]))
     else:
         entry["vector"] = _versioned(card.name, gate.vector.sha256)
     return entry

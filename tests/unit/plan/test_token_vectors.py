@@ -109,7 +109,22 @@ def test_a_gate_reads_it(scope: str) -> None:
     assert wanted.rules[0].gate is not None
     assert torch.equal(gated.rules[0].gate.direction, wanted.rules[0].gate.direction)
     described = gated.summary[0]["when"]["vector"]
-    assert described == {"token": 5, "lens": f"@{LENSES['tuned'].sha256[:12]}"}
+    assert described == {"token": 5, "lens": f"tuned@{LENSES['tuned'].sha256[:12]}"}
+
+
+def test_tokens_compose_as_vectors_do() -> None:
+    items = [{"kind": "ablate", "vector": one, "layers": [1]} for one in (PARIS, ROME)]
+    named = cache({"a": stored(5, "tuned"), "b": stored(9, "tuned")})
+    wanted = named.plan(
+        parse_spec(
+            {
+                "interventions": [{**items[0], "vector": "a"}, {**items[1], "vector": "b"}],
+                "compose": "orthogonal",
+            }
+        )
+    )
+    both = cache().plan(parse_spec({"interventions": items, "compose": "orthogonal"}))
+    assert edits(both) == edits(wanted) != []
 
 
 @pytest.mark.parametrize("strength", [0, {"norm": 0}])
