@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from steer.errors import pointer
 
-NamedKind: TypeAlias = Literal["vector", "sae", "low_rank", "affine"]
+NamedKind: TypeAlias = Literal["vector", "sae", "low_rank", "affine", "lens"]
 """The kinds of artefacts that a spec can name."""
 
 
@@ -28,7 +28,8 @@ class Names:
 
 
 class Reference(NamedTuple):
-    """An artefact that a spec refers to: by its name, or a vector that the spec itself carries.
+    """An artefact that a spec refers to: by its name, or a vector that the spec itself carries or
+    describes.
 
     `param` is a JSON pointer relative to where the walk began.
     """
@@ -39,7 +40,7 @@ class Reference(NamedTuple):
 
     @property
     def name(self) -> str | None:
-        """The reference as a name with or without a hash; None for what the spec carries."""
+        """The reference as a name with or without a hash; None for what is no name."""
         return self.ref if isinstance(self.ref, str) else None
 
 
@@ -53,10 +54,13 @@ def references_in(model: BaseModel, at: str = "") -> Iterator[Reference]:
 
 
 def own_references(model: BaseModel, at: str = "") -> Iterator[Reference]:
-    """What the marked fields of `model` refer to, in the order of the fields."""
+    """What the marked fields of `model` refer to, in the order of the fields; behind what names
+    artefacts itself, these."""
     for field, key, kind in _fields(type(model)).marked:
         for where, value in _leaves(getattr(model, field), at + pointer(key)):
             yield Reference(kind, value, where)
+            if isinstance(value, BaseModel):
+                yield from own_references(value, where)
 
 
 def value_at(document: Any, param: str) -> Any:

@@ -237,9 +237,32 @@ class InlineVector(_Frozen):
     layer: Index | None = None
 
 
+LensRef: TypeAlias = Annotated[Name, Names("lens")]
+
+
+class TokenVector(_Frozen):
+    """The direction along which a lens reads a token: of each layer the unit direction in which the
+    token's logit grows fastest.
+
+    `token` is an id, or a text that is one token of the model (a leading space counts); `lens` a
+    registered lens, tuned or Jacobian, or, left out, the logit lens.
+    """
+
+    token: Index | Annotated[str, Field(min_length=1, max_length=1024)]
+    lens: LensRef | None = None
+
+
+def _vector_tag(value: Any) -> str:
+    if isinstance(value, TokenVector) or (isinstance(value, dict) and "token" in value):
+        return "a token"
+    return "inline" if isinstance(value, dict | InlineVector) else "a name"
+
+
 VectorRef: TypeAlias = Annotated[
-    Annotated[Name, Tag("a name")] | Annotated[InlineVector, Tag("inline")],
-    Discriminator(lambda value: "inline" if isinstance(value, dict | InlineVector) else "a name"),
+    Annotated[Name, Tag("a name")]
+    | Annotated[InlineVector, Tag("inline")]
+    | Annotated[TokenVector, Tag("a token")],
+    Discriminator(_vector_tag),
     Names("vector"),
 ]
 SAERef: TypeAlias = Annotated[Name, Names("sae")]

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.inspection import attributes, contexts, next_token
+from benchmarks.inspection import attributes, contexts, next_token, token_steering
 from benchmarks.inspection.figure import draw
 from benchmarks.inspection.readings import Curve
 from steer.artefacts.lens import Lens
@@ -74,6 +74,38 @@ def facts(
             panels.append((f"{question.title}, {known}", curves))
             Console(width=200).print(_table(panels[-1][0], curves))
     _write(panels, png, numbers, surprisal=False)
+
+
+@app.command("tokens")
+def tokens(
+    model: Model,
+    layer: Annotated[list[int], typer.Option(help="Where; may be repeated.")],
+    lens: Annotated[
+        list[Path] | None, typer.Option(help="A lens's file, beside the logit lens.")
+    ] = None,
+    share: Annotated[
+        list[float] | None, typer.Option(help="Shares of the states' length to add.")
+    ] = None,
+    added: Annotated[bool, typer.Option(help="Measure what is added, too.")] = True,
+    less_the_mean: Annotated[
+        bool, typer.Option(help="The logit lens's rows less the mean of all tokens' instead.")
+    ] = False,
+    most: Annotated[int, typer.Option(help="The most facts.")] = 24,
+) -> None:
+    """A token's direction added, ablated and exchanged, on facts that the model knows."""
+    lenses: dict[str, Lens | None] = {
+        token_steering.LESS_THE_MEAN if less_the_mean else "logit": None
+    }
+    for path in lens or ():
+        lenses[path.stem] = Lens.from_bytes(path.read_bytes())
+    with running_engine(model, device=None, dtype=None) as engine:
+        shares = (share or [0.1, 0.2, 0.4]) if added else []
+        known, rows = token_steering.measure(engine, lenses, layer, shares, most)
+    table = Table(*token_steering.Row._fields, title=f"{known} facts")
+    for row in rows:
+        told = (one if isinstance(one, str) else f"{one:.3f}" for one in row)
+        table.add_row(*told)
+    Console(width=200).print(table)
 
 
 def _lens(engine: Engine, texts: Sequence[contexts.Tokens], path: Path | None, steps: int) -> Lens:

@@ -189,6 +189,17 @@ class Lens:
         found = self.translator(layer, site)
         return states if found is None else translate(states, *found)
 
+    def pulled_back(
+        self, rows: Float[Tensor, "N d_model"], layer: int, site: Site
+    ) -> Float[Tensor, "N d_model"]:
+        """What to multiply states there with, to have the product of `rows` with what the map makes
+        of them, its bias left out: rows + rows W, or rows J. Raises as `translator` does."""
+        found = self.translator(layer, site)
+        if found is None:
+            return rows
+        mapped = rows @ found.weight
+        return mapped if found.bias is None else rows + mapped
+
 
 def translate(
     states: Float[Tensor, "N d_model"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -56,5 +56,10 @@ def validate(
     for place, entry in enumerate(described["interventions"]):
         points = ", ".join(entry["hook_points"])
         named = own_references(wanted.interventions[place])
-        names = ", ".join(value_at(entry, reference.param) for reference in named)
+        names = ", ".join(_told(value_at(entry, reference.param)) for reference in named)
         out().print(f"  {place}. {entry['kind']} {names} at {points}", highlight=False)
+
+
+def _told(named: Any) -> str:
+    """What an intervention names, as its plan tells it."""
+    return f"token {named['token']}" if isinstance(named, dict) else str(named)

@@ -327,6 +327,15 @@ class Engine(Protocol):
         Raises `Unsupported` (`no_unembedding`) where the capabilities say that it cannot.
         """
 
+    def token_rows(self, tokens: Sequence[int]) -> Tensor:
+        """The row of each token in the output matrix, with the final norm's scale folded in and
+        without its mean where that norm takes the mean away: float32 `[tokens, d_model]`. Their
+        product with a state after the last block is what the norm's divisor, a bias, a scale and a
+        soft cap make the token's logit of.
+
+        Raises `Unsupported` (`no_unembedding`) where they cannot be had.
+        """
+
     def project(self, point: HookPoint, states: Tensor) -> Tensor:
         """What the output projection behind `point`, a `head_out` or `mlp_act`, makes of its input:
         `[..., width]` to float32 `[..., d_model]`, its bias included, without the norm that may

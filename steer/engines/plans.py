@@ -1,4 +1,5 @@
-"""The plan cache of an engine: its tokenizer reads triggers, its model reads concepts' texts."""
+"""The plan cache of an engine: its tokenizer reads triggers, its model reads concepts' texts
+and has the rows of tokens."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from steer.artefacts.library import Library
 from steer.engines.base import CaptureRequest, Engine
 from steer.engines.selecting import reader_of
+from steer.engines.token_rows import token_reader
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.prompts import text_tokens
@@ -36,5 +38,6 @@ def plans_of(engine: Engine, library: Library, **options: Any) -> PlanCache:
         tokenize=reader.tokenize,
         vocabulary=reader.vocabulary,
         encode_text=encode_text,
+        read_token=token_reader(engine, tokenizer),
         **options,
     )

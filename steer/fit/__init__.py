@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from steer.fit.methods.dictionaries.snmf import fit_snmf
     from steer.fit.methods.fitting import fit
     from steer.fit.methods.lenses.jacobian import fit_jacobian_lens
+    from steer.fit.methods.lenses.token import fit_token
     from steer.fit.methods.lenses.tuned_lens import fit_tuned_lens
     from steer.fit.methods.linear.act import fit_act
     from steer.fit.methods.linear.alphasteer import fit_alphasteer
@@ -57,6 +58,7 @@ __all__ = [
     "fit_psr",
     "fit_reps",
     "fit_snmf",
+    "fit_token",
     "fit_tuned_lens",
     "fit_two_prompts",
     "read_exercises",
@@ -96,6 +98,7 @@ _HOMES = {
     "fit_lrc": "steer.fit.methods.lrc",
     "fit_nmf": "steer.fit.methods.dictionaries.nmf",
     "fit_jacobian_lens": "steer.fit.methods.lenses.jacobian",
+    "fit_token": "steer.fit.methods.lenses.token",
     "fit_tuned_lens": "steer.fit.methods.lenses.tuned_lens",
     "fit_labels": "steer.fit.methods.one_vs_rest",
     "fit_prosv": "steer.fit.methods.trained.prosv",

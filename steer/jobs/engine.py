@@ -89,6 +89,9 @@ class BackgroundEngine:
     def unembed(self, states: Tensor) -> Tensor:
         return self._timed(lambda: self._engine.unembed(states))
 
+    def token_rows(self, tokens: Sequence[int]) -> Tensor:
+        return self._timed(lambda: self._engine.token_rows(tokens))
+
     def project(self, point: HookPoint, states: Tensor) -> Tensor:
         return self._timed(lambda: self._engine.project(point, states))
 

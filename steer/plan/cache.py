@@ -11,6 +11,7 @@ from typing import TypeAlias, TypeVar
 
 from steer.artefacts.control_vector import ControlVector
 from steer.artefacts.library import DatedLibrary, Library
+from steer.artefacts.token_direction import ReadToken, TokenDirections
 from steer.errors import Problem, SteerError
 from steer.model import Capabilities, ModelInfo
 from steer.plan.compiler import compile_plan
@@ -40,7 +41,7 @@ class PlanCache:
     """Compiles specs for one model, as far as `policy` allows them, and remembers the plans of the
     newest artefacts.
 
-    Assumes: `library` and `encode_text` may be called from any thread.
+    Assumes: `library`, `encode_text` and `read_token` may be called from any thread.
     Guarantees: equal meaning gives equal fingerprints; a name that comes to mean another version
     is compiled anew; as long as a `DatedLibrary` says that nothing has changed, no name is looked
     up twice; safe from any thread.
@@ -55,11 +56,13 @@ class PlanCache:
         tokenize: Tokenize | None = None,
         vocabulary: Callable[[], Sequence[bytes]] | None = None,
         encode_text: EncodeText | None = None,
+        read_token: ReadToken | None = None,
         size: int = 1024,
         observe_compile: Callable[[float], None] | None = None,
         policy: Policy = OPEN,
     ) -> None:
-        self._sources = Sources(library, model, encode_text)
+        directions = None if read_token is None else TokenDirections(model, read_token)
+        self._sources = Sources(library, model, encode_text, directions)
         self._policy = policy
         self._capabilities = capabilities
         self._reader = TokenReader(tokenize, vocabulary, capabilities.roles)

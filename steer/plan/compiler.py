@@ -29,12 +29,12 @@ from steer.plan.plan import (
     check_rules,
     read_elsewhere,
 )
-from steer.plan.resolve import OPEN, Compilation, Policy, Resolved, Resolver
+from steer.plan.resolve import OPEN, Compilation, Policy, Resolved, ResolvedGate, Resolver
 from steer.plan.selection import NO_READER, Selection, TokenReader
 from steer.plan.sources import Sources
 from steer.plan.strengths import resolve_strength
 from steer.references import put_at
-from steer.spec import SteeringSpec
+from steer.spec import SteeringSpec, TokenVector
 
 
 def compile_plan(
@@ -246,6 +246,9 @@ def _described(one: Resolved, blocks: Blocks) -> dict[str, Any]:
         mode="json", by_alias=True, exclude_none=True, exclude={"layers", "site", "where", "when"}
     )
     for reference, found in one.named:
+        if isinstance(reference.ref, TokenVector):
+            put_at(entry, reference.param + "/token", found.card.provenance["token"])
+            continue
         # A name may be another one for the same vector; SAEs and adapters are called as written.
         name = found.card.name if reference.kind == "vector" else (reference.name or "")
         put_at(entry, reference.param, _versioned(name.partition("@")[0], found.sha256))
@@ -253,9 +256,7 @@ def _described(one: Resolved, blocks: Blocks) -> dict[str, Any]:
     if one.where is not None:
         entry["where"] = one.where.model_dump(mode="json", by_alias=True, exclude_none=True)
     if one.gate is not None:
-        when = one.gate.when.model_dump(mode="json", exclude_none=True, exclude={"vector"})
-        vector = one.gate.vector
-        entry["when"] = {**when, "vector": _versioned(vector.card.name, vector.sha256)}
+        entry["when"] = _gate_described(one.gate)
     if (lit := features_lit(one)) is not None:
         entry["lit"] = lit
     if one.strength is not None:
@@ -264,6 +265,19 @@ def _described(one: Resolved, blocks: Blocks) -> dict[str, Any]:
             entry["capped"] = True
         if one.strength.above_null is False:
             entry["above_null"] = False
+    return entry
+
+
+def _gate_described(gate: ResolvedGate) -> dict[str, Any]:
+    entry = gate.when.model_dump(mode="json", exclude_none=True)
+    card = gate.vector.card
+    if isinstance(gate.when.vector, TokenVector):
+        entry["vector"]["token"] = card.provenance["token"]
+        if gate.when.vector.lens is not None:
+            name = gate.when.vector.lens.partition("@")[0]
+            entry["vector"]["lens"] = _versioned(name, str(card.provenance["lens"]))
+    else:
+        entry["vector"] = _versioned(card.name, gate.vector.sha256)
     return entry
 
 

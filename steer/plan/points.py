@@ -18,7 +18,7 @@ from steer.errors import IncompatibleArtefact, SpecError, SteerError
 from steer.model import HookPoint, ModelInfo
 from steer.plan.sources import Named
 from steer.references import Reference
-from steer.spec import Intervention
+from steer.spec import Intervention, TokenVector
 
 Found: TypeAlias = tuple[Reference, Named]
 
@@ -32,6 +32,8 @@ def hook_points(
         return (_sae_point(item, reference, first, model),)
     if isinstance(first, LowRankAdapter | AffineMap):
         return _own_points(item, reference, first, model)
+    if item.layers is None:
+        check_layers_said(reference, "/layers")
     vectors = [(one.param, found) for one, found in named if isinstance(found, ControlVector)]
     return _vector_points(item, vectors, model)
 
@@ -41,6 +43,20 @@ def row(vector: ControlVector, layer: int) -> Tensor:
     if len(vector.directions) == 1:
         return next(iter(vector.directions.values()))
     return vector[layer]
+
+
+def check_layers_said(reference: Reference, at: str) -> None:
+    """Raises `SpecError` (`no_layers`) where `reference` is a token's direction: no card says where
+    it acts, so the field at the pointer `at` must."""
+    if isinstance(reference.ref, TokenVector):
+        field = at.rpartition("/")[2]
+        raise SpecError(
+            f"the token {reference.ref.token!r} has a direction on every layer that the lens "
+            f"reads, and no card that says where to act: give {field!r}, such as a layer in the "
+            "middle of the model",
+            code="no_layers",
+            param=at,
+        )
 
 
 def _vector_points(

@@ -21,11 +21,11 @@ from steer.errors import IncompatibleArtefact, SpecError, SteerError, Unsupporte
 from steer.model import Capabilities, HookPoint
 from steer.plan import selection
 from steer.plan.plan import Gate
-from steer.plan.points import Found, hook_points, row
+from steer.plan.points import Found, check_layers_said, hook_points, row
 from steer.plan.selection import NO_READER, Selection, TokenReader
 from steer.plan.sources import EncodeText, Named, Sources
 from steer.references import Reference, own_references
-from steer.spec import MAX_TEXTS, Intervention, SteeringSpec, When, Where
+from steer.spec import MAX_TEXTS, InlineVector, Intervention, Site, SteeringSpec, When, Where
 
 Kind = TypeVar("Kind", ControlVector, SAE, LowRankAdapter, AffineMap)
 Tokenize: TypeAlias = Callable[[str], list[int]]
@@ -52,7 +52,7 @@ class Policy:
         if self.inline_vectors:
             return
         for reference in spec.references():
-            if reference.name is None:
+            if isinstance(reference.ref, InlineVector):
                 raise Unsupported(
                     "this server takes no vectors inside requests: upload it to "
                     "/v1/steering/vectors and give its name",
@@ -168,7 +168,7 @@ class Resolver:
     def resolved(self, place: int, item: Intervention) -> Resolved:
         """The intervention at `place`; raises what is wrong with what it names or where it acts."""
         self._check_kind(item)
-        named = tuple((reference, self._named(reference)) for reference in own_references(item))
+        named = self._all_named(item)
         points = hook_points(item, named, self._asked.sources.model)
         where, tokens, gate, fault = None, selection.EVERYWHERE, None, None
         try:
@@ -190,9 +190,21 @@ class Resolver:
                 code="unsupported_kind",
             )
 
-    def _named(self, reference: Reference) -> Named:
+    def _all_named(self, item: Intervention) -> tuple[Found, ...]:
+        """What the item's own fields name. Tokens have directions where the item acts: at its site,
+        or else at that of the first vector."""
+        named: list[Found] = []
+        site = item.site
+        for reference in own_references(item):
+            found = self._named(reference, site)
+            if site is None and isinstance(found, ControlVector):
+                site = found.card.site
+            named.append((reference, found))
+        return tuple(named)
+
+    def _named(self, reference: Reference, site: Site | None = None) -> Named:
         try:
-            return self._asked.sources.named(reference)
+            return self._asked.sources.named(reference, site)
         except SteerError as error:
             raise error.at(reference.param) from None
 
@@ -249,15 +261,17 @@ class Resolver:
 
     def _resolved_gate(self, when: When, at: str) -> ResolvedGate:
         self._check_scope(when, at)
-        (reference,) = own_references(when, at)
+        reference, *_ = own_references(when, at)
         vector = self._named(reference)
         assert isinstance(vector, ControlVector)
+        if when.layer is None:
+            check_layers_said(reference, at + "/layer")
         layer = vector.card.used_layers[0] if when.layer is None else when.layer
         layer_at = reference.param if when.layer is None else at + "/layer"
         point = HookPoint(layer, vector.card.site)
         direction = self._direction(vector, point, reference.param, layer_at)
         gate = Gate(
-            name="inline" if reference.name is None else vector.card.name,
+            name="inline" if isinstance(reference.ref, InlineVector) else vector.card.name,
             point=point,
             direction=direction / direction.norm(),
             above=-math.inf if when.above is None else _bound(when.above),

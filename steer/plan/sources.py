@@ -15,13 +15,15 @@ from steer.artefacts.lens import Lens
 from steer.artefacts.library import Library
 from steer.artefacts.oracle import Oracle
 from steer.artefacts.sae.base import SAE
+from steer.artefacts.token_direction import TokenDirections
+from steer.errors import SteerError, Unsupported
 from steer.formats.inline import decode_inline
 from steer.model import HookPoint, ModelInfo
 from steer.references import Reference
-from steer.spec import InlineVector
+from steer.spec import InlineVector, Site, TokenVector
 
 Found = TypeVar("Found")
-Named: TypeAlias = ControlVector | SAE | LowRankAdapter | AffineMap
+Named: TypeAlias = ControlVector | SAE | LowRankAdapter | AffineMap | Lens
 """What a reference in a spec can stand for."""
 EncodeText: TypeAlias = Callable[[str, HookPoint], Tensor]
 """A text and a hook point to its tokens' states `[tokens, width]`, by the model being served."""
@@ -34,14 +36,41 @@ class Sources:
     library: Library
     model: ModelInfo
     encode_text: EncodeText | None = None
+    directions: TokenDirections | None = None
+    """The directions of the model's tokens; None where nobody knows its output matrix."""
 
-    def named(self, reference: Reference) -> Named:
-        """What `reference` stands for; raises what the library or the vector's reader raises."""
+    def named(self, reference: Reference, site: Site | None = None) -> Named:
+        """What `reference` stands for, a token's directions at `site` (None: `resid_post`).
+
+        Raises what the library or the vector's reader raises, with a pointer beside `reference`
+        where that is known.
+        """
         if isinstance(reference.ref, InlineVector):
             return decode_inline(reference.ref)
+        if isinstance(reference.ref, TokenVector):
+            return self._of_token(reference.ref, reference.param, site or "resid_post")
         # A library has one method for each kind, called like it.
         found: Named = getattr(self.library, reference.kind)(reference.ref)
         return found
+
+    def _of_token(self, ref: TokenVector, at: str, site: Site) -> ControlVector:
+        if self.directions is None:
+            raise Unsupported(
+                "a token's direction is made of the model's output matrix, and no model is at hand "
+                "here: send the spec to an engine, or name a registered vector",
+                code="no_unembedding",
+                param=at + "/token",
+            )
+        try:
+            lens = None if ref.lens is None else self.library.lens(ref.lens)
+        except SteerError as error:
+            raise error.at(at + "/lens") from None
+        try:
+            return self.directions.vector(ref.token, lens, site)
+        except SteerError as error:
+            if error.param in ("/token", "/lens"):
+                error.param = at + error.param
+            raise
 
 
 class Snapshot:

@@ -11,11 +11,11 @@ from typing import Any
 
 from steer.artefacts.calibration import Calibration
 from steer.artefacts.control_vector import ControlVector
-from steer.errors import SteerError, Unsupported
+from steer.errors import SpecError, SteerError, Unsupported
 from steer.model import bare_name
 from steer.plan.resolve import Compilation, Resolved, ResolvedStrength, StrengthLimit
 from steer.plan.selection import resolve
-from steer.spec import Add, NormStrength, Strength
+from steer.spec import Add, NormStrength, Strength, TokenVector
 
 
 def resolve_strength(one: Resolved, asked: Compilation) -> Resolved:
@@ -28,12 +28,24 @@ def resolve_strength(one: Resolved, asked: Compilation) -> Resolved:
         return one
     vector, strength = one.vector("vector"), one.item.strength
     if strength is None:
+        _check_said(one.item)
         strength = vector.card.default_strength
     found = _resolved(strength, vector, one, asked)
     if found is None and strength is one.item.strength:
         return one
     number = strength if found is None else found.strength
     return replace(one, item=one.item.model_copy(update={"strength": number}), strength=found)
+
+
+def _check_said(item: Add) -> None:
+    """Raises `SpecError` (`no_strength`) where no card says how much of a direction to add."""
+    if isinstance(item.vector, TokenVector):
+        raise SpecError(
+            f"the direction of the token {item.vector.token!r} has length 1 and no strength of its "
+            "own: give 'strength', best as a share of each state's length, {'norm': 0.1}",
+            code="no_strength",
+            param="/strength",
+        )
 
 
 def _resolved(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from artefacts import CLAMPS, random_map, random_sae, random_vector
+from artefacts import CLAMPS, random_lens, random_map, random_sae, random_vector
 from float64_reference import selected
 from liveness import LIVENESS_SECONDS
 from tiny_models import ARCHITECTURES, LAYERS, VOCABULARY, WIDTH
@@ -18,6 +18,7 @@ from together import complete_together, submit_together
 
 from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import CaptureRequest, Completion, GenerationRequest, SamplingParams
+from steer.engines.token_rows import token_reader
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import EngineError, SteerError
 from steer.model import HookPoint
@@ -37,9 +38,10 @@ SAES = {
     "rescaled": random_sae("jumprelu-rescaled", seed=44, width=WIDTH, layer=1),
 }
 MAPS = {"map": random_map(50, 0, 1, width=WIDTH)}
+LENSES = {"tuned": random_lens(51, LAYERS, WIDTH)}
 
 
-def add(vector: str, **fields: Any) -> dict[str, Any]:
+def add(vector: Any, **fields: Any) -> dict[str, Any]:
     return {"kind": "add", "vector": vector, "layers": [0, 1], "strength": 1.5, **fields}
 
 
@@ -106,6 +108,12 @@ SPECS: dict[str, dict[str, Any] | None] = {
         "interventions": [add("v0", strength=4), ablate("v1", layers=[0, 1])],
         "norm": "preserve",
     },
+    "tokens of lenses": {
+        "interventions": [
+            {"kind": "exchange", "vector": {"token": 9}, "toward": {"token": 11}, "layers": [1]},
+            add({"token": 5, "lens": "tuned"}, strength={"norm": 0.4}, layers=[0, 2]),
+        ]
+    },
 }
 GATED = [name for name, spec in SPECS.items() if spec and "when" in spec]
 
@@ -127,8 +135,9 @@ def llama(tiny_model: TinyModel) -> Iterator[TransformersEngine]:
 
 
 def plans_of(engine: TransformersEngine) -> PlanCache:
-    library = MemoryLibrary(VECTORS, SAES, maps=MAPS)
-    return PlanCache(library, engine.info, engine.capabilities)
+    library = MemoryLibrary(VECTORS, SAES, maps=MAPS, lenses=LENSES)
+    read_token = token_reader(engine, None)
+    return PlanCache(library, engine.info, engine.capabilities, read_token=read_token)
 
 
 def plan(engine: TransformersEngine, spec: dict[str, Any] | None) -> SteeringPlan | None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from artefacts import (
     random_adapter,
+    random_jacobians,
+    random_lens,
     random_map,
     random_sae,
     random_vector,
@@ -16,7 +18,8 @@ from artefacts import (
 )
 
 from steer.artefacts.library import MemoryLibrary
-from steer.engines.base import GenerationRequest, SamplingParams
+from steer.engines.base import Engine, GenerationRequest, SamplingParams
+from steer.engines.token_rows import token_reader
 from steer.model import Capabilities, ModelInfo
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
@@ -35,13 +38,17 @@ LOW_RANKS = {
     "rectified": rectified_adapter(8, 2, 3, width=WIDTH),
 }
 MAPS = {"map": random_map(9, 1, 3, width=WIDTH)}
+LENSES = {
+    "tuned": random_lens(60, LAYERS, WIDTH),
+    "jacobian": random_jacobians(61, LAYERS, WIDTH),
+}
 
 
-def add(vector: str, **fields: Any) -> dict[str, Any]:
+def add(vector: Any, **fields: Any) -> dict[str, Any]:
     return {"kind": "add", "vector": vector, "layers": [0, 3], "strength": 0.4, **fields}
 
 
-def ablate(vector: str, **fields: Any) -> dict[str, Any]:
+def ablate(vector: Any, **fields: Any) -> dict[str, Any]:
     return {"kind": "ablate", "vector": vector, "layers": [1, 4], **fields}
 
 
@@ -171,6 +178,25 @@ SPANS: dict[str, dict[str, Any]] = {
         where={"between": [["<", ">"]]},
     ),
 }
+TOKENS: dict[str, dict[str, Any]] = {
+    "a token": one(add({"token": 700}, strength={"norm": 0.3}, layers=[3])),
+    "tokens of a lens": {
+        "interventions": [
+            {"kind": "exchange", "vector": {"token": 900, "lens": "tuned"}, "layers": [2]}
+            | {"toward": {"token": 1200, "lens": "tuned"}},
+            ablate({"token": 40, "lens": "jacobian"}),
+            {"kind": "swap", "remove": "v0", "add": {"token": 41}, "layers": [5]},
+        ],
+        "where": {"positions": [[1, None]]},
+    },
+    "a gate on a token": one(
+        add("v2", layers=[4]),
+        when={"vector": {"token": 77, "lens": "jacobian"}, "above": 0.0, "layer": 1}
+        | {"scope": "token"},
+    ),
+}
+"""Specs whose vectors are tokens of a lens: they need the engine's own output matrix."""
+
 PIECES = span_vocabulary(VOCABULARY)
 """What tokens stand for in `SPANS`: texts that occur are rare in the words of the model."""
 
@@ -178,6 +204,14 @@ PIECES = span_vocabulary(VOCABULARY)
 def span_plans(model: ModelInfo, capabilities: Capabilities) -> dict[str, SteeringPlan]:
     cache = PlanCache(LIBRARY, model, replace(capabilities, roles=ROLES), vocabulary=lambda: PIECES)
     return {name: cache.plan(parse_spec(spec)) for name, spec in SPANS.items()}
+
+
+def token_plans(engine: Engine) -> dict[str, SteeringPlan]:
+    library = MemoryLibrary(VECTORS, lenses=LENSES)
+    cache = PlanCache(
+        library, engine.info, engine.capabilities, read_token=token_reader(engine, None)
+    )
+    return {name: cache.plan(parse_spec(spec)) for name, spec in TOKENS.items()}
 
 
 def register(registry: Registry) -> None:

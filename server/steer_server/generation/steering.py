@@ -9,8 +9,9 @@ from steer.engines.checks import no_messages
 from steer.errors import SpecError, SteerError, UnknownArtefact, UnknownModel
 from steer.plan.plan import SteeringPlan
 from steer.prompts.roles import RoleRanges
+from steer.references import Reference
 from steer.registry.profiles import Profile
-from steer.spec import SteeringSpec
+from steer.spec import SteeringSpec, TokenVector
 from steer_server.state import Serving
 
 
@@ -23,11 +24,12 @@ class Steering:
 
     @property
     def vectors(self) -> tuple[str, ...]:
-        """The names of the vectors used, without hashes; `inline` for those in the request."""
+        """The names of the vectors used, without hashes; `inline` for those in the request, `token`
+        for those of a lens."""
         if self.plan is None:
             return ()
         names = [
-            (reference.name or "inline").split("@")[0]
+            _called(reference)
             for reference in self.plan.spec.references()
             if reference.kind == "vector"
         ]
@@ -44,6 +46,12 @@ class Steering:
     def strengths(self) -> tuple[float, ...]:
         """Every intervention's strength, in multiples of its vector."""
         return () if self.plan is None else self.plan.strengths
+
+
+def _called(reference: Reference) -> str:
+    if isinstance(reference.ref, TokenVector):
+        return "token"
+    return (reference.name or "inline").split("@")[0]
 
 
 def resolve(serving: Serving, model: str, spec: SteeringSpec | None) -> Steering:

@@ -226,8 +226,13 @@ class FakeEngine:
         ]
 
     def unembed(self, states: Tensor) -> Tensor:
-        matrix = _normal("unembed", (self.info.vocab_size, self.info.d_model))
-        return states.float() @ matrix.T
+        return states.float() @ self._output_matrix().T
+
+    def token_rows(self, tokens: Sequence[int]) -> Tensor:
+        return self._output_matrix()[list(tokens)]
+
+    def _output_matrix(self) -> Tensor:
+        return _normal("unembed", (self.info.vocab_size, self.info.d_model))
 
     def project(self, point: HookPoint, states: Tensor) -> Tensor:
         check_projection(point, self.info, self.capabilities)

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.lens import Lens
 from steer.artefacts.library import MemoryLibrary
 from steer.artefacts.sae.base import SAE
 from steer.engines.base import Receipt
+from steer.engines.token_rows import token_reader
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.passes.batch import AttachedBatch
 from steer.engines.transformers.passes.watch import PassWatch
@@ -60,6 +62,7 @@ def attach(
     saes: Mapping[str, SAE] | None = None,
     low_ranks: Mapping[str, LowRankAdapter] | None = None,
     maps: Mapping[str, AffineMap] | None = None,
+    lenses: Mapping[str, Lens] | None = None,
     tokenizer: Any = None,
 ) -> Iterator[Attachment]:
     """Steers every forward pass of `model` inside the `with` block, then unhooks it.
@@ -78,7 +81,9 @@ def attach(
     with torch.compiler.set_stance("force_eager"):
         model = wrapped_model(model)
         hooked = HookedModel(model, _hook_map(model))
-        library = MemoryLibrary(vectors or {}, saes or {}, low_ranks or {}, maps=maps or {})
+        library = MemoryLibrary(
+            vectors or {}, saes or {}, low_ranks or {}, lenses=lenses or {}, maps=maps or {}
+        )
         plan = _plans(hooked, library, tokenizer).plan(parse_spec(spec))
         batch = AttachedBatch(hooked, plan)
         block = hooked.map.targets[HookPoint(0, "resid_post")].module
@@ -115,6 +120,7 @@ def _plans(hooked: HookedModel, library: MemoryLibrary, tokenizer: Any) -> PlanC
         Capabilities("transformers", KINDS, hooked.info.sites),
         tokenize=_tokenize(tokenizer),
         encode_text=_encode_text(hooked, tokenizer),
+        read_token=token_reader(hooked, tokenizer),
     )
 
 

@@ -231,6 +231,10 @@ class TransformersEngine:
         self.start()
         return self._scheduler.run(lambda: self._hooked.unembed(states))
 
+    def token_rows(self, tokens: Sequence[int]) -> Tensor:
+        self.start()
+        return self._scheduler.run(lambda: self._hooked.token_rows(tokens))
+
     def project(self, point: HookPoint, states: Tensor) -> Tensor:
         check_projection(point, self.info, self.capabilities)
         self.start()

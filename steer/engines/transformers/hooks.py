@@ -6,7 +6,7 @@ Hooks exist only at the points that some step has needed, and return at once in 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,6 +23,7 @@ from steer.engines.transformers.structure.calls import (
     with_tensor,
 )
 from steer.engines.transformers.structure.sites import HookTarget
+from steer.engines.transformers.structure.token_rows import token_rows
 from steer.errors import EngineError
 from steer.model import HookPoint, forward_order
 from steer.readouts.readings import Readings
@@ -175,6 +176,10 @@ class HookedModel:
         """What the model makes of states after its last block: `[..., d_model]` to float32 logits
         `[..., vocab]`. Raises `Unsupported` (`no_unembedding`) where that cannot be replayed."""
         return self.map.head(self.model, states)
+
+    def token_rows(self, tokens: Sequence[int]) -> Tensor:
+        """See `Engine.token_rows`. Raises `Unsupported` (`no_unembedding`)."""
+        return token_rows(self.model, self.map.head, tokens, self.info.d_model)
 
     def project(self, point: HookPoint, states: Tensor) -> Tensor:
         """What the module whose input `point` is makes of other inputs: `[..., width]` to float32

@@ -6,6 +6,7 @@ from steer.fit.requests.detector import DetectorRequest
 from steer.fit.requests.dictionaries import NmfRequest, SnmfRequest
 from steer.fit.requests.labels import LabelsRequest
 from steer.fit.requests.lenses.jacobian_lens import JacobianLensRequest
+from steer.fit.requests.lenses.token import TokenRequest
 from steer.fit.requests.lenses.tuned_lens import TunedLensRequest
 from steer.fit.requests.linear.act import ActRequest
 from steer.fit.requests.linear.alphasteer import AlphaSteerRequest
@@ -27,6 +28,7 @@ FIT_REQUESTS: tuple[type[FitRequest], ...] = (
     TransferRequest,
     TunedLensRequest,
     JacobianLensRequest,
+    TokenRequest,
     SnmfRequest,
     NmfRequest,
     PairsRequest,

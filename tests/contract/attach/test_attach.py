@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from artefacts import random_map, random_vector
+from artefacts import random_jacobians, random_map, random_vector
 from tiny_models import ARCHITECTURES, LAYERS, VOCABULARY, WIDTH, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import nn
@@ -20,12 +20,12 @@ from steer.engines.base import CaptureRequest, GenerationRequest, SamplingParams
 from steer.engines.plans import plans_of
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SpecError, SteerError
-from steer.plan.cache import PlanCache
 from steer.spec import parse_spec
 
 TinyModel = Callable[[str], nn.Module]
 VECTORS = {f"v{n}": random_vector(n, *range(LAYERS), width=WIDTH) for n in range(3)}
 MAPS = {"map": random_map(50, 0, 1, width=WIDTH)}
+LENSES = {"disposed": random_jacobians(51, LAYERS, WIDTH)}
 ADD: dict[str, Any] = {"kind": "add", "vector": "v0", "layers": [0, 1], "strength": 1.5}
 SPECS: dict[str, dict[str, Any]] = {
     "everything": {"interventions": [ADD]},
@@ -47,6 +47,12 @@ SPECS: dict[str, dict[str, Any]] = {
             {"kind": "exchange", "vector": "v0", "toward": "v1", "mode": "both", "layers": [1]},
             {"kind": "rotate", "vector": "v0", "toward": "v2", "degrees": 120, "mode": "to"}
             | {"layers": [0, 2]},
+        ]
+    },
+    "tokens of lenses": {
+        "interventions": [
+            {"kind": "add", "vector": {"token": 7}, "strength": {"norm": 0.5}, "layers": [0]},
+            {"kind": "ablate", "vector": {"token": 9, "lens": "disposed"}, "layers": [1]},
         ]
     },
     "token gate": {
@@ -88,14 +94,15 @@ def test_attach_gives_the_engines_tokens_and_receipts(
     ids = torch.tensor([[0] * (12 - len(p)) + list(p) for p in prompts])
     mask = torch.tensor([[0] * (12 - len(p)) + [1] * len(p) for p in prompts])
     with TransformersEngine(model, None, rows=4, slots=2) as engine:
-        plans = PlanCache(MemoryLibrary(VECTORS, maps=MAPS), engine.info, engine.capabilities)
-        compiled = plans.plan(parse_spec(SPECS[name]))
+        library = MemoryLibrary(VECTORS, maps=MAPS, lenses=LENSES)
+        compiled = plans_of(engine, library).plan(parse_spec(SPECS[name]))
         sampling = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
         wanted = [
             engine.complete([GenerationRequest("x", p, sampling, compiled)])[0] for p in prompts
         ]
 
-    with steer.attach(model, SPECS[name], vectors=VECTORS, maps=MAPS) as attached:
+    made = {"vectors": VECTORS, "maps": MAPS, "lenses": LENSES}
+    with steer.attach(model, SPECS[name], **made) as attached:
         tokens = generate(model, ids, mask)
 
     assert [tuple(row) for row in tokens] == [done.tokens for done in wanted]

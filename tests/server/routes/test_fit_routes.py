@@ -42,6 +42,7 @@ from steer.fit import (
     fit_psr,
     fit_reps,
     fit_snmf,
+    fit_token,
     fit_tuned_lens,
     fit_two_prompts,
     transfer,
@@ -54,6 +55,7 @@ from steer.fit.requests.detector import DetectorRequest
 from steer.fit.requests.dictionaries import NmfRequest, SnmfRequest
 from steer.fit.requests.labels import LabelsRequest
 from steer.fit.requests.lenses.jacobian_lens import JacobianLensRequest
+from steer.fit.requests.lenses.token import TokenRequest
 from steer.fit.requests.lenses.tuned_lens import TunedLensRequest
 from steer.fit.requests.linear.act import ActRequest
 from steer.fit.requests.linear.alphasteer import AlphaSteerRequest
@@ -250,6 +252,29 @@ def test_a_model_served_under_another_name_keeps_what_was_made_for_it(registry: 
     assert caught.value.code == "no_second_model"
 
 
+async def test_a_tokens_direction_is_kept_as_a_vector(
+    running: httpx.AsyncClient, registry: Registry, tiny: TransformersEngine
+) -> None:
+    job = await done(running, "fit/token", {"name": "letter", "token": "a"})
+    assert job["state"] == "succeeded", job
+    kept = registry.vector("letter")
+    assert kept.card.layers == (0, 1, 2)
+    assert kept.card.default_layers == (1,)
+    number = tiny.tokenizer.encode("a", add_special_tokens=False)[0]
+    assert kept.card.provenance["token"] == number
+    row = tiny.token_rows([number])[0]
+    assert torch.allclose(kept[1], row / row.norm(), atol=1e-6)
+    items = [
+        {"kind": "ablate", "vector": one, "layers": [1]} for one in ("letter", {"token": number})
+    ]
+    for item in items:
+        asked = {"model": "tiny", "prompt": "abc", "max_tokens": 3, "temperature": 0}
+        answer = await running.post(
+            "/v1/completions", json={**asked, "steering": {"interventions": [item]}}
+        )
+        assert answer.status_code == 200, answer.text
+
+
 async def test_a_lens_is_fitted_and_read_through(
     registry: Registry, settings: ServerSettings
 ) -> None:
@@ -347,6 +372,7 @@ FAKE = {
     "fit/prompts": {"name": "x", "toward": "a", "away": "b"},
     "fit/tuned-lens": {"name": "x", "prompts": ASKS, "steps": 0},
     "fit/jacobian-lens": {"name": "x", "prompts": ASKS},
+    "fit/token": {"name": "x", "token": "a"},
     "fit/transfer": {"vector": "joy", "from": "fake-model", "prompts": ASKS},
     "fit/alphasteer": {"name": "x", "vector": "joy", "steer": "joy", "texts": TEXTS},
     "fit/reps": {"name": "x", "layers": [1], "preferences": LIKED},
@@ -396,6 +422,12 @@ FAKE = {
         ("fit/tuned-lens", {"data": '"a"\n', "prompts": None}, "/data", "no_prompts"),
         ("fit/tuned-lens", {"rows": 257}, "/rows", "too_large"),
         ("fit/tuned-lens", {"held_out": 0.95}, "/held_out", "invalid_value"),
+        ("fit/token", {"token": "ab"}, "/token", "not_one_token"),
+        ("fit/token", {"token": None}, None, "invalid_value"),
+        ("fit/token", {"token_id": 4}, None, "invalid_value"),
+        ("fit/token", {"token": None, "token_id": 99_999}, "/token_id", "unknown_token"),
+        ("fit/token", {"lens": "nobody"}, "/lens", "unknown_lens"),
+        ("fit/token", {"layers": [99]}, "/layers/0", "layer_out_of_range"),
         ("fit/jacobian-lens", {}, None, "no_gradients"),
         ("fit/jacobian-lens", {"average": 0}, "/average", "invalid_value"),
         ("fit/jacobian-lens", {"prompts": []}, "/prompts", "invalid_value"),
@@ -473,6 +505,7 @@ FUNCTIONS: dict[type[FitRequest], Any] = {
     TransferRequest: transfer,
     TunedLensRequest: fit_tuned_lens,
     JacobianLensRequest: fit_jacobian_lens,
+    TokenRequest: fit_token,
     AlphaSteerRequest: fit_alphasteer,
     RepsRequest: fit_reps,
     ProsvRequest: fit_prosv,

@@ -83,9 +83,10 @@ def as_json(done: Completion) -> dict[str, Any]:
 
 
 def capture_all(engine: Engine, plans: Plans) -> dict[str, torch.Tensor]:
-    """States at every hook point, logits, and unembedded last states, for some specs."""
+    """States at every hook point, logits, and unembedded last states, for some specs; and the rows
+    of tokens from every part of the vocabulary."""
     points = tuple(HookPoint(layer, site) for layer in range(demo_specs.LAYERS) for site in SITES)
-    found = {}
+    found = {"token rows": engine.token_rows(list(range(1, demo_specs.VOCABULARY, 300)))}
     for name in CAPTURED:
         request = CaptureRequest(PROMPTS, points, plans=[plans[name]] * 3, logits="all")
         for number, one in enumerate(engine.capture(request)):
@@ -134,7 +135,8 @@ async def client(job: Mapping[str, Any]) -> dict[str, Any]:
     os.environ["STEER_REGISTRY"] = job["registry"]
     server = _start_client(job["options"])
     engine = await VllmEngine.of_client(server, None)
-    plans = vllm_engine.plans_for(engine)
+    # Compiling asks the workers, and so waits for the event loop.
+    plans = await asyncio.to_thread(vllm_engine.plans_for, engine)
     result = await asyncio.to_thread(_run, engine, plans, job)
     result["late"] = await _upload_while_running(engine, plans, job["registry"])
 

@@ -16,6 +16,7 @@ from vllm_engine import Plans
 
 from steer.engines.base import CaptureRequest, Completion, Engine, GenerationRequest
 from steer.engines.listeners import BlockingListener
+from steer.engines.token_rows import proven_rows
 from steer.engines.transformers.engine import TransformersEngine
 from steer.engines.vllm.front.engine import VllmEngine
 from steer.errors import NotFinite, SteerError
@@ -90,6 +91,12 @@ def test_every_state_and_logit_is_the_same(
                     mine.states[point], other.states[point], rtol=1e-4, atol=1e-4
                 )
             torch.testing.assert_close(mine.logits, other.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_have_the_same_rows(engine: VllmEngine, reference: TransformersEngine) -> None:
+    tokens = [0, 1500, 3071, 7]
+    mine, other = (proven_rows(one, tokens) for one in (engine, reference))
+    torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
 
 
 def test_captured_positions_are_those_asked_for(engine: VllmEngine) -> None:

@@ -74,7 +74,8 @@ def fill_registry(folder: Path) -> None:
 def plans_for(engine: Engine) -> Plans:
     """All those specs as plans, but for those at a site that `engine` does not have."""
     stream = demo_specs.compiled(PlanCache(demo_specs.LIBRARY, engine.info, engine.capabilities))
-    return stream | inner_specs.compiled(engine.info, engine.capabilities)
+    inner = inner_specs.compiled(engine.info, engine.capabilities)
+    return stream | inner | demo_specs.token_plans(engine)
 
 
 def plans_with_spans(engine: Engine) -> Plans:

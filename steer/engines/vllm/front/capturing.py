@@ -15,10 +15,11 @@ from torch import Tensor
 
 from steer.engines.base import Captured, CaptureRequest, TokenLogprob
 from steer.engines.checks import check_captured, not_finite
+from steer.engines.token_rows import no_token_rows
 from steer.engines.vllm.front.drivers import Driver
 from steer.engines.vllm.messages import pack, read_logprobs, unpack
 from steer.engines.vllm.ticket import CaptureOrder, Ticket
-from steer.errors import NotFinite, SpecError, SteerError, TooLarge
+from steer.errors import NotFinite, SpecError, SteerError, TooLarge, Unsupported
 from steer.model import HookPoint, ModelInfo
 
 MAX_CAPTURE_BYTES = 1 << 30
@@ -85,6 +86,19 @@ def unembed(driver: Driver, states: Tensor, info: ModelInfo) -> Tensor:
     answers = driver.rpc("steer_unembed", pack(rows))
     data = next(answer for answer in chain(*answers) if answer is not None)
     return unpack(data, info.vocab_size).reshape(*states.shape[:-1], -1)
+
+
+def token_rows(driver: Driver, tokens: Sequence[int], info: ModelInfo) -> Tensor:
+    """The rows of `tokens`, see `Engine.token_rows`; each is with one of the workers."""
+    found: dict[int, bytes] = {}
+    for answer in chain(*driver.rpc("steer_token_rows", list(tokens))):
+        if "error" in answer:
+            raise Unsupported(str(answer["error"]), code=str(answer["code"]))
+        found |= {int(token): row for token, row in answer["rows"].items()}
+    missing = [token for token in tokens if token not in found]
+    if missing:
+        raise no_token_rows(info.architecture, f"no worker has the row of the token {missing[0]}")
+    return torch.cat([unpack(found[token], info.d_model) for token in tokens])
 
 
 _Prompt = tuple[Mapping[HookPoint, Tensor], Ticket, Sequence[int]]

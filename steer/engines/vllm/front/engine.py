@@ -29,7 +29,7 @@ from steer.engines.checks import check_projection, check_readouts, check_request
 from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
 from steer.engines.lora import check_lora, refuse_lora
 from steer.engines.vllm import plugin
-from steer.engines.vllm.front.capturing import capture_order, collect, unembed
+from steer.engines.vllm.front.capturing import capture_order, collect, token_rows, unembed
 from steer.engines.vllm.front.drivers import ClientDriver, Driver, InlineDriver, LocalDriver
 from steer.engines.vllm.front.ends import model_ends
 from steer.engines.vllm.front.lora_requests import LoraRequests
@@ -237,6 +237,10 @@ class VllmEngine:
 
     def unembed(self, states: Tensor) -> Tensor:
         return unembed(self._driver, states, self.info)
+
+    def token_rows(self, tokens: Sequence[int]) -> Tensor:
+        self.start()
+        return token_rows(self._driver, tokens, self.info)
 
     def project(self, point: HookPoint, states: Tensor) -> Tensor:  # noqa: ARG002
         check_projection(point, self.info, self.capabilities)

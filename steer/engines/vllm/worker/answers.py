@@ -16,6 +16,7 @@ from steer.engines.vllm.messages import pack, unpack
 from steer.engines.vllm.pipeline import unknown_answer
 from steer.engines.vllm.seams import check
 from steer.engines.vllm.taps.layouts import Unembed
+from steer.engines.vllm.taps.token_rows import HeadRows
 from steer.engines.vllm.worker.requests import WorkerRequests, receipt
 from steer.engines.vllm.worker.steering import WorkerSteering
 from steer.errors import EngineError, NotFinite, SteerError
@@ -143,6 +144,19 @@ def unembed_answer(unembed: Unembed | None, data: bytes, info: ModelInfo) -> byt
     that has not got them."""
     parts = list(_logits(unembed, data, info))
     return pack(torch.cat(parts)) if parts else None
+
+
+def token_rows_answer(
+    rows: HeadRows | None, unembed: Unembed | None, tokens: Sequence[int], info: ModelInfo
+) -> dict[str, Any]:
+    """The packed row of each of `tokens` that this worker has, under `rows`, or what is wrong."""
+    if rows is None or unembed is None:
+        return {"rows": {}}
+    try:
+        found = rows(tokens, info.d_model, unembed)
+    except SteerError as error:
+        return {"error": error.message, "code": error.code}
+    return {"rows": {token: pack(row) for token, row in found.items()}}
 
 
 @torch.inference_mode()

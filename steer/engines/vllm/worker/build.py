@@ -22,6 +22,7 @@ from steer.engines.vllm.taps.shifts import ShiftTables
 from steer.engines.vllm.taps.streams import TrialPass, read_streams
 from steer.engines.vllm.taps.switch import TapSwitch
 from steer.engines.vllm.taps.taps import CompiledTap, DecoderStack, EagerTap, OpaqueTap, install
+from steer.engines.vllm.taps.token_rows import HeadRows, find_rows
 from steer.engines.vllm.worker.edits import Edits, StaticEdits, TapEdits
 from steer.engines.vllm.worker.steering import WorkerSteering
 from steer.engines.vllm.worker.tensor_parallel import check_unsplit, load_together, shards_of
@@ -40,12 +41,13 @@ _SHIFT_SPECS = 256
 
 @dataclass(frozen=True)
 class ReadModel:
-    """The layers of a model as they can be tapped, why they lack other sites, and the way from
-    their last state to logits."""
+    """The layers of a model as they can be tapped, why they lack other sites, the way from their
+    last state to logits, and the rows of its matrix."""
 
     stack: DecoderStack
     absent: Absent
     unembed: Unembed | None
+    rows: HeadRows | None
 
 
 def read_model(model: nn.Module, run: TrialPass, vllm_config: Any, *, largest: int) -> ReadModel:
@@ -66,7 +68,7 @@ def read_model(model: nn.Module, run: TrialPass, vllm_config: Any, *, largest: i
     if is_static(vllm_config, options):
         check_unsplit(inner)
     stack = choose_stack(decoder, streams, inner)
-    return ReadModel(stack, absent, find_unembedding(decoder, streams))
+    return ReadModel(stack, absent, find_unembedding(decoder, streams), find_rows(decoder, streams))
 
 
 def attach(

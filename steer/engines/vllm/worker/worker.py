@@ -20,6 +20,7 @@ from steer.engines.vllm.worker.answers import (
     logprobs_answer,
     readout_answer,
     receipt_answer,
+    token_rows_answer,
     unembed_answer,
     without_adapters,
 )
@@ -105,6 +106,7 @@ class SteerWorker:
                 largest=runner.max_num_tokens,
             )
         self._unembed = read.unembed and without_adapters(runner, read.unembed)
+        self._rows = read.rows
         self.steering = attach(
             read,
             worker.vllm_config,
@@ -160,6 +162,11 @@ class SteerWorker:
         """Float32 states `[rows, d_model]` after the last layer to logits `[rows, vocab]`; None on
         a worker without the last layer. All tensor-parallel ranks must be asked."""
         return unembed_answer(self._unembed, states, self.steering.model)
+
+    def steer_token_rows(self, tokens: list[int]) -> dict[str, Any]:
+        """The rows of the output matrix that this worker has of `tokens`, the final norm folded in,
+        by token. All tensor-parallel ranks must be asked."""
+        return token_rows_answer(self._rows, self._unembed, tokens, self.steering.model)
 
     def steer_logprobs(self, states: bytes, tokens: list[int], count: int) -> dict[str, Any] | None:
         """As `steer_unembed`, but of each row only what it says of the token in its place, and the
