@@ -34,6 +34,10 @@ from steer.inspection.patchscope import (
 from steer.inspection.patchscope_result import PatchscopeResult
 from steer.inspection.tracing.method import TRACE, TraceRequest, trace
 from steer.inspection.tracing.result import TraceResult, trace_heat_map
+from steer.inspection.weights.drawing import weights_heat_map
+from steer.inspection.weights.method import WEIGHTS, weights
+from steer.inspection.weights.request import WeightsRequest
+from steer.inspection.weights.result import WeightsResult
 from steer.model import Capabilities
 
 __all__ = [
@@ -45,6 +49,7 @@ __all__ = [
     "METHODS",
     "PATCHSCOPE",
     "TRACE",
+    "WEIGHTS",
     "ActivationsRequest",
     "ActivationsResult",
     "AskRequest",
@@ -58,6 +63,8 @@ __all__ = [
     "PatchscopeResult",
     "TraceRequest",
     "TraceResult",
+    "WeightsRequest",
+    "WeightsResult",
     "activations",
     "activations_heat_map",
     "ask",
@@ -71,9 +78,19 @@ __all__ = [
     "patchscope_heat_map",
     "trace",
     "trace_heat_map",
+    "weights",
+    "weights_heat_map",
 ]
 
-METHODS: tuple[Inspection, ...] = (PATCHSCOPE, LOGIT_LENS, ACTIVATIONS, ASK, ATTRIBUTION, TRACE)
+METHODS: tuple[Inspection, ...] = (
+    PATCHSCOPE,
+    LOGIT_LENS,
+    ACTIVATIONS,
+    ASK,
+    ATTRIBUTION,
+    TRACE,
+    WEIGHTS,
+)
 
 
 def offered(able: Capabilities) -> tuple[str, ...]:

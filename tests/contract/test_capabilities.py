@@ -28,6 +28,7 @@ from steer.inspection import (
     LogitLensRequest,
     PatchscopeRequest,
     TraceRequest,
+    WeightsRequest,
     activations,
     ask,
     attribution,
@@ -35,13 +36,14 @@ from steer.inspection import (
     offered,
     patchscope,
     trace,
+    weights,
 )
 from steer.jobs.engine import BackgroundEngine
 from steer.jobs.limits import JobLimits
 from steer.jobs.pace import Pace
 from steer.model import HookPoint
 
-EVERY = ("patchscope", "logit_lens", "activations", "ask", "attribution", "trace")
+EVERY = ("patchscope", "logit_lens", "activations", "ask", "attribution", "trace", "weights")
 PACE = Pace(lambda: 0, lambda: None, lambda _: None, duty=1.0, quiet_seconds=0.0)
 
 
@@ -69,6 +71,18 @@ def test_an_engine_gives_the_projections_that_it_says(engine: Engine) -> None:
     with pytest.raises(Unsupported, match="head_out, mlp_act, not of 'attn_out'") as caught:
         engine.project(HookPoint(1, "attn_out"), torch.zeros(1, engine.info.d_model))
     assert caught.value.code == "no_projection"
+
+
+def test_an_engine_runs_a_block_by_itself_where_it_says_so(engine: Engine) -> None:
+    start, end = HookPoint(1, "resid_pre"), HookPoint(1, "head_out")
+    made = engine.carry(start, end, torch.ones(3, engine.info.d_model))
+    assert (made.shape, made.dtype) == ((3, engine.info.width("head_out")), torch.float32)
+    paced: Any = BackgroundEngine(engine, PACE, JobLimits())
+    assert torch.equal(paced.carry(start, end, torch.ones(3, engine.info.d_model)), made)
+    engine.capabilities = replace(engine.capabilities, carries=False)
+    with pytest.raises(Unsupported, match=r"from 1\.resid_pre to 1\.head_out") as caught:
+        engine.carry(start, end, torch.ones(3, engine.info.d_model))
+    assert caught.value.code == "cannot_carry"
 
 
 def test_an_engine_has_gradients_where_it_says_so(engine: Engine) -> None:
@@ -107,7 +121,12 @@ def test_inspections_are_offered_by_what_can_be_read(engine: Engine) -> None:
     assert offered(replace(able, captures=())) == ()
     assert offered(replace(able, captures=("mlp_out",))) == ("activations",)
     assert offered(replace(able, captures=("resid_mid",))) == EVERY[:4]
-    assert offered(replace(able, kinds=("add",))) == ("logit_lens", "activations", "attribution")
+    assert offered(replace(able, kinds=("add",))) == (
+        "logit_lens",
+        "activations",
+        "attribution",
+        "weights",
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,6 +138,7 @@ def test_inspections_are_offered_by_what_can_be_read(engine: Engine) -> None:
         ("ask", lambda e: ask(e, AskRequest(source={"text": "a"}, questions=["What?"]))),  # type: ignore[arg-type]
         ("attribution", lambda e: attribution(e, AttributionRequest(text="a"))),
         ("trace", lambda e: trace(e, TraceRequest(text="a", subject="a"))),
+        ("weights", lambda e: weights(e, WeightsRequest(layer=1, neuron=3))),
     ],
 )
 def test_what_is_not_offered_is_refused(name: str, run: Callable[[Engine], Any]) -> None:

@@ -152,6 +152,7 @@ async def test_capabilities_and_health(http: httpx.AsyncClient, engine: FakeEngi
         "ask",
         "attribution",
         "trace",
+        "weights",
     ]
     assert found["engine"]["sae_architectures"] == [
         "standard",
