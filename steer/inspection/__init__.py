@@ -21,6 +21,8 @@ from steer.inspection.logit_lens import (
     lens_heat_map,
     logit_lens,
 )
+from steer.inspection.matching.method import MATCH, MatchRequest, match
+from steer.inspection.matching.result import MatchResult, match_heat_map
 from steer.inspection.method import Inspection
 from steer.inspection.oracles.ask import ASK, ask, ask_heat_map
 from steer.inspection.oracles.request import AskRequest
@@ -46,6 +48,7 @@ __all__ = [
     "ATTRIBUTION",
     "CONTROLS",
     "LOGIT_LENS",
+    "MATCH",
     "METHODS",
     "PATCHSCOPE",
     "TRACE",
@@ -59,6 +62,8 @@ __all__ = [
     "Inspection",
     "LogitLensRequest",
     "LogitLensResult",
+    "MatchRequest",
+    "MatchResult",
     "PatchscopeRequest",
     "PatchscopeResult",
     "TraceRequest",
@@ -73,6 +78,8 @@ __all__ = [
     "attribution_heat_map",
     "lens_heat_map",
     "logit_lens",
+    "match",
+    "match_heat_map",
     "offered",
     "patchscope",
     "patchscope_heat_map",
@@ -90,6 +97,7 @@ METHODS: tuple[Inspection, ...] = (
     ATTRIBUTION,
     TRACE,
     WEIGHTS,
+    MATCH,
 )
 
 

@@ -12,6 +12,8 @@ import torch
 from tiny_models import tiny_tokenizer
 from torch import nn
 
+from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.library import MemoryLibrary
 from steer.artefacts.sae.architectures import ARCHITECTURES, SUPPORTED
 from steer.engines.base import CaptureRequest, Engine
 from steer.engines.fake.engine import FakeEngine, fake_model
@@ -26,6 +28,7 @@ from steer.inspection import (
     AskRequest,
     AttributionRequest,
     LogitLensRequest,
+    MatchRequest,
     PatchscopeRequest,
     TraceRequest,
     WeightsRequest,
@@ -33,6 +36,7 @@ from steer.inspection import (
     ask,
     attribution,
     logit_lens,
+    match,
     offered,
     patchscope,
     trace,
@@ -43,7 +47,17 @@ from steer.jobs.limits import JobLimits
 from steer.jobs.pace import Pace
 from steer.model import HookPoint
 
-EVERY = ("patchscope", "logit_lens", "activations", "ask", "attribution", "trace", "weights")
+EVERY = (
+    "patchscope",
+    "logit_lens",
+    "activations",
+    "ask",
+    "attribution",
+    "trace",
+    "weights",
+    "match",
+)
+UP = MemoryLibrary({"up": ControlVector.of({1: torch.ones(16)}, name="up")})
 PACE = Pace(lambda: 0, lambda: None, lambda _: None, duty=1.0, quiet_seconds=0.0)
 
 
@@ -119,13 +133,14 @@ def test_inspections_are_offered_by_what_can_be_read(engine: Engine) -> None:
     able = engine.capabilities
     assert offered(able) == EVERY
     assert offered(replace(able, captures=())) == ()
-    assert offered(replace(able, captures=("mlp_out",))) == ("activations",)
-    assert offered(replace(able, captures=("resid_mid",))) == EVERY[:4]
+    assert offered(replace(able, captures=("mlp_out",))) == ("activations", "match")
+    assert offered(replace(able, captures=("resid_mid",))) == (*EVERY[:4], "match")
     assert offered(replace(able, kinds=("add",))) == (
         "logit_lens",
         "activations",
         "attribution",
         "weights",
+        "match",
     )
 
 
@@ -139,6 +154,7 @@ def test_inspections_are_offered_by_what_can_be_read(engine: Engine) -> None:
         ("attribution", lambda e: attribution(e, AttributionRequest(text="a"))),
         ("trace", lambda e: trace(e, TraceRequest(text="a", subject="a"))),
         ("weights", lambda e: weights(e, WeightsRequest(layer=1, neuron=3))),
+        ("match", lambda e: match(e, MatchRequest(text="a", vectors=("up",)), library=UP)),
     ],
 )
 def test_what_is_not_offered_is_refused(name: str, run: Callable[[Engine], Any]) -> None:

@@ -153,6 +153,7 @@ async def test_capabilities_and_health(http: httpx.AsyncClient, engine: FakeEngi
         "attribution",
         "trace",
         "weights",
+        "match",
     ]
     assert found["engine"]["sae_architectures"] == [
         "standard",

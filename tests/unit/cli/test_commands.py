@@ -338,6 +338,18 @@ def test_inspect_reads_states(tmp_path: Path, registry: Path) -> None:
     assert "with noise at the subject" in traced
 
 
+def test_inspect_matches_vectors(tmp_path: Path, registry: Path) -> None:
+    place = ["--registry", registry]
+    told = steer("inspect", "match", "Bonjour, comment ça va ?", "--plain", *place).output
+    assert "random directions like" in told
+    texts = tmp_path / "texts.txt"
+    texts.write_text("One line about rain and wind.\n\nAnother about bread and the sea.\n")
+    named = ["-v", "french", "--background", texts, "--layers", "3", "--png", tmp_path / "m.png"]
+    body = json.loads(steer("inspect", "match", "Bonjour", *named, "--json", *place).output)
+    assert [(one["vector"], one["layer"]) for one in body["matches"]] == [("french", 3)]
+    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_inspect_reads_weights(tmp_path: Path, registry: Path) -> None:
     place = ["--registry", registry]
     assert "How far heads copy" in steer("inspect", "weights", "--layer", "5", *place).output
