@@ -207,10 +207,11 @@ class Capabilities:
     `captures` are the sites whose states can be read (none: `capture` is refused), `gradients`
     whether the model can be differentiated (`steer.engines.gradients`); `no_unembedding` says why
     states cannot be read as logits, where they cannot; `projections` are the sites whose output
-    projection can be asked (`Engine.project`); `readouts` are the fields of a `ReadoutSpec` that
-    can be read while a request runs; `lora` whether a request may bring a LoRA adapter. What can be
-    inspected and fitted follows from them: engines know no method by name. `roles` are those whose
-    messages are found in the model's chats.
+    projection can be asked (`Engine.project`); `carries` whether a block can be run by itself
+    (`Engine.carry`); `readouts` are the fields of a `ReadoutSpec` that can be read while a request
+    runs; `lora` whether a request may bring a LoRA adapter. What can be inspected and fitted
+    follows from them: engines know no method by name. `roles` are those whose messages are found in
+    the model's chats.
     """
 
     engine: str
@@ -225,6 +226,7 @@ class Capabilities:
     gradients: bool = False
     no_unembedding: str | None = None
     projections: tuple[Site, ...] = ()
+    carries: bool = False
     roles: tuple[Role, ...] = ()
     readouts: tuple[str, ...] = ()
     lora: bool = False

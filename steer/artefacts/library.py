@@ -61,6 +61,14 @@ class LabellingLibrary(Library, Protocol):
     def labels(self, ref: str) -> Mapping[int, FeatureLabel]: ...
 
 
+@runtime_checkable
+class ListedLibrary(Library, Protocol):
+    """A library that can say which vectors it has."""
+
+    def vector_names(self, *, width: int, limit: int) -> tuple[str, ...]:
+        """The first `limit` names of vectors of this width, in order."""
+
+
 def labels_of(library: Library, ref: str) -> Mapping[int, FeatureLabel]:
     """What the features of the SAE that `ref` names are called. Raises `UnknownArtefact`."""
     return library.labels(ref) if isinstance(library, LabellingLibrary) else library.sae(ref).labels
@@ -80,6 +88,10 @@ class MemoryLibrary:
 
     def vector(self, ref: str) -> ControlVector:
         return _named(self.vectors, ref, "vector")
+
+    def vector_names(self, *, width: int, limit: int) -> tuple[str, ...]:
+        fitting = (name for name, one in self.vectors.items() if one.card.width == width)
+        return tuple(sorted(fitting)[:limit])
 
     def sae(self, ref: str) -> SAE:
         return _named(self.saes, ref, "sae")

@@ -21,7 +21,9 @@ from steer.cli.answer import generate
 from steer.cli.fit import capturing, make
 from steer.cli.fit import commands as fit
 from steer.cli.inspection.attribution import attribution
+from steer.cli.inspection.matching import match
 from steer.cli.inspection.tracing import trace
+from steer.cli.inspection.weights import weights
 from steer.cli.measure import calibrate, evaluate, sweep
 from steer.cli.reporting import ReportingGroup
 from steer.cli.sae import commands as sae
@@ -71,6 +73,8 @@ app.add_typer(names.tags, name="tags")
 app.add_typer(sae.app, name="sae")
 inspecting.app.command("attribution")(attribution)
 inspecting.app.command("trace")(trace)
+inspecting.app.command("weights")(weights)
+inspecting.app.command("match")(match)
 app.add_typer(inspecting.app, name="inspect")
 app.command("capture")(capturing.capture)
 app.add_typer(jobs.app, name="jobs")

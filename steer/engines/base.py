@@ -344,5 +344,13 @@ class Engine(Protocol):
         Raises `Unsupported` (`no_projection`) where the capabilities do not say that it can.
         """
 
+    def carry(self, source: HookPoint, target: HookPoint, states: Tensor) -> Tensor:
+        """What a block makes, at its hook point `target`, of states that stand at its earlier one
+        `source`, each the first token of a sequence of its own: `[N, width]` to float32
+        `[N, width]`. A token that is alone attends to itself.
+
+        Raises `Unsupported` (`cannot_carry`) where the capabilities do not say that it can.
+        """
+
     def stats(self) -> EngineStats:
         """Live figures for metrics."""

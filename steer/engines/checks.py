@@ -6,7 +6,7 @@ from math import inf
 
 from steer.engines.base import Captured, GenerationRequest, SamplingParams
 from steer.errors import EngineError, NotFinite, SpecError, SteerError, Unsupported
-from steer.model import Capabilities, HookPoint, ModelInfo
+from steer.model import Capabilities, HookPoint, ModelInfo, forward_order
 from steer.readouts.spec import check_readable
 
 MAX_PENALTY = 2.0
@@ -75,6 +75,20 @@ def check_projection(point: HookPoint, model: ModelInfo, able: Capabilities) -> 
             f"{point.site!r}",
             code="no_projection",
         )
+
+
+def check_carry(source: HookPoint, target: HookPoint, model: ModelInfo, able: Capabilities) -> None:
+    """Raises `Unsupported` (`cannot_carry`) where blocks cannot be run by themselves, what
+    `ModelInfo.check_point` raises where there is no such point."""
+    for point in (source, target):
+        model.check_point(point)
+    if not able.carries:
+        raise Unsupported(
+            f"the {able.engine} engine does not run a block by itself, from {source} to {target}",
+            code="cannot_carry",
+        )
+    if source.layer != target.layer or forward_order(source) >= forward_order(target):
+        raise AssertionError(f"{target} does not follow {source} within a block")
 
 
 def check_sampling(params: SamplingParams, vocab_size: int) -> None:

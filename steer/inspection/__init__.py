@@ -21,6 +21,8 @@ from steer.inspection.logit_lens import (
     lens_heat_map,
     logit_lens,
 )
+from steer.inspection.matching.method import MATCH, MatchRequest, match
+from steer.inspection.matching.result import MatchResult, match_heat_map
 from steer.inspection.method import Inspection
 from steer.inspection.oracles.ask import ASK, ask, ask_heat_map
 from steer.inspection.oracles.request import AskRequest
@@ -34,6 +36,10 @@ from steer.inspection.patchscope import (
 from steer.inspection.patchscope_result import PatchscopeResult
 from steer.inspection.tracing.method import TRACE, TraceRequest, trace
 from steer.inspection.tracing.result import TraceResult, trace_heat_map
+from steer.inspection.weights.drawing import weights_heat_map
+from steer.inspection.weights.method import WEIGHTS, weights
+from steer.inspection.weights.request import WeightsRequest
+from steer.inspection.weights.result import WeightsResult
 from steer.model import Capabilities
 
 __all__ = [
@@ -42,9 +48,11 @@ __all__ = [
     "ATTRIBUTION",
     "CONTROLS",
     "LOGIT_LENS",
+    "MATCH",
     "METHODS",
     "PATCHSCOPE",
     "TRACE",
+    "WEIGHTS",
     "ActivationsRequest",
     "ActivationsResult",
     "AskRequest",
@@ -54,10 +62,14 @@ __all__ = [
     "Inspection",
     "LogitLensRequest",
     "LogitLensResult",
+    "MatchRequest",
+    "MatchResult",
     "PatchscopeRequest",
     "PatchscopeResult",
     "TraceRequest",
     "TraceResult",
+    "WeightsRequest",
+    "WeightsResult",
     "activations",
     "activations_heat_map",
     "ask",
@@ -66,14 +78,27 @@ __all__ = [
     "attribution_heat_map",
     "lens_heat_map",
     "logit_lens",
+    "match",
+    "match_heat_map",
     "offered",
     "patchscope",
     "patchscope_heat_map",
     "trace",
     "trace_heat_map",
+    "weights",
+    "weights_heat_map",
 ]
 
-METHODS: tuple[Inspection, ...] = (PATCHSCOPE, LOGIT_LENS, ACTIVATIONS, ASK, ATTRIBUTION, TRACE)
+METHODS: tuple[Inspection, ...] = (
+    PATCHSCOPE,
+    LOGIT_LENS,
+    ACTIVATIONS,
+    ASK,
+    ATTRIBUTION,
+    TRACE,
+    WEIGHTS,
+    MATCH,
+)
 
 
 def offered(able: Capabilities) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from steer.artefacts.sae.base import SAE
 from steer.artefacts.sae.labels import FeatureLabel
 from steer.engines.base import Captured, CaptureRequest, Engine
 from steer.errors import IncompatibleArtefact, SpecError, SteerError, Unsupported, pointer
+from steer.inspection.directions import direction_at, direction_named
 from steer.inspection.heatmap import HeatMap
 from steer.inspection.method import Finite, Inspection, reads_states
 from steer.inspection.selection import (
@@ -29,7 +30,6 @@ from steer.inspection.state_file import StateFile, StateSelection, state_file
 from steer.inspection.token_labels import place_label
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
-from steer.plan.points import row
 from steer.prompts import PromptInput, encode_prompt
 from steer.readouts import measures
 from steer.spec import Name, Site, SteeringSpec
@@ -134,7 +134,17 @@ def activations(
     positions = chosen_positions(engine, prompt, request.positions)
     _check_sizes(engine, request, len(points), len(positions))
     vectors = [
-        (name, _vector(engine, request, known, place, points))
+        (
+            name,
+            direction_named(
+                engine,
+                known,
+                name,
+                site=request.site,
+                points=() if request.layers == "all" else points,
+                at=pointer("vectors", place),
+            ),
+        )
         for place, name in enumerate(request.vectors)
     ]
     sae = None if request.sae is None else _sae(engine, known, request.sae)
@@ -208,41 +218,6 @@ def _check_sizes(engine: Engine, request: ActivationsRequest, layers: int, posit
         )
 
 
-def _vector(
-    engine: Engine,
-    request: ActivationsRequest,
-    library: Library,
-    place: int,
-    points: tuple[HookPoint, ...],
-) -> ControlVector:
-    """The vector at `place` of the request, checked against what is read."""
-    at = pointer("vectors", place)
-    name = request.vectors[place]
-    try:
-        vector = library.vector(name)
-        if request.layers != "all":
-            for point in points:
-                row(vector, point.layer)
-    except SteerError as error:
-        raise error.at(at) from None
-    if vector.card.site != request.site:
-        raise SpecError(
-            f"the vector {name!r} belongs to {vector.card.site}; this request reads "
-            f"{request.site}: set 'site' to {vector.card.site!r}",
-            param=at,
-            code="wrong_site",
-        )
-    width = engine.info.width(request.site)
-    if vector.card.width != width:
-        raise IncompatibleArtefact(
-            f"the vector {name!r} has width {vector.card.width}; {request.site} of "
-            f"{engine.info.name!r} has width {width}",
-            param=at,
-            code="wrong_width",
-        )
-    return vector
-
-
 def _sae(engine: Engine, library: Library, name: str) -> SAE:
     try:
         sae = library.sae(name)
@@ -282,9 +257,9 @@ def _readings(
     readings = []
     for name, vector in vectors:
         for point in points:
-            if len(vector.directions) > 1 and point.layer not in vector.directions:
+            direction = direction_at(vector, point.layer)
+            if direction is None:
                 continue
-            direction = row(vector, point.layer)
             states = captured.states[point]
             along = measures.projections(states, measures.unit(direction)[None])
             cosines = measures.cosines(along, measures.norms(states))

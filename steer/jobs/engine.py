@@ -95,6 +95,9 @@ class BackgroundEngine:
     def project(self, point: HookPoint, states: Tensor) -> Tensor:
         return self._timed(lambda: self._engine.project(point, states))
 
+    def carry(self, source: HookPoint, target: HookPoint, states: Tensor) -> Tensor:
+        return self._timed(lambda: self._engine.carry(source, target, states))
+
     def differentiate(self, work: Callable[[DifferentiableModel], T]) -> T:
         """The result of `work`, which is one piece; raises `Unsupported` without gradients."""
         engine = differentiable(self._engine)

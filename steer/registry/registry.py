@@ -416,6 +416,10 @@ class Registry:
         """The vector that `ref` names; `card.name` is its registered name."""
         return self.load(ControlVector, ref)
 
+    def vector_names(self, *, width: int, limit: int) -> tuple[str, ...]:
+        """The first `limit` names of vectors of this width, in order."""
+        return tuple(one.name for one in self.entries("vector", width=width, limit=limit))
+
     def sae(self, ref: str) -> SAE:
         """The SAE that `ref` names."""
         return self.load(SAE, ref)

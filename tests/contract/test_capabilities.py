@@ -12,6 +12,8 @@ import torch
 from tiny_models import tiny_tokenizer
 from torch import nn
 
+from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.library import MemoryLibrary
 from steer.artefacts.sae.architectures import ARCHITECTURES, SUPPORTED
 from steer.engines.base import CaptureRequest, Engine
 from steer.engines.fake.engine import FakeEngine, fake_model
@@ -26,22 +28,36 @@ from steer.inspection import (
     AskRequest,
     AttributionRequest,
     LogitLensRequest,
+    MatchRequest,
     PatchscopeRequest,
     TraceRequest,
+    WeightsRequest,
     activations,
     ask,
     attribution,
     logit_lens,
+    match,
     offered,
     patchscope,
     trace,
+    weights,
 )
 from steer.jobs.engine import BackgroundEngine
 from steer.jobs.limits import JobLimits
 from steer.jobs.pace import Pace
 from steer.model import HookPoint
 
-EVERY = ("patchscope", "logit_lens", "activations", "ask", "attribution", "trace")
+EVERY = (
+    "patchscope",
+    "logit_lens",
+    "activations",
+    "ask",
+    "attribution",
+    "trace",
+    "weights",
+    "match",
+)
+UP = MemoryLibrary({"up": ControlVector.of({1: torch.ones(16)}, name="up")})
 PACE = Pace(lambda: 0, lambda: None, lambda _: None, duty=1.0, quiet_seconds=0.0)
 
 
@@ -69,6 +85,18 @@ def test_an_engine_gives_the_projections_that_it_says(engine: Engine) -> None:
     with pytest.raises(Unsupported, match="head_out, mlp_act, not of 'attn_out'") as caught:
         engine.project(HookPoint(1, "attn_out"), torch.zeros(1, engine.info.d_model))
     assert caught.value.code == "no_projection"
+
+
+def test_an_engine_runs_a_block_by_itself_where_it_says_so(engine: Engine) -> None:
+    start, end = HookPoint(1, "resid_pre"), HookPoint(1, "head_out")
+    made = engine.carry(start, end, torch.ones(3, engine.info.d_model))
+    assert (made.shape, made.dtype) == ((3, engine.info.width("head_out")), torch.float32)
+    paced: Any = BackgroundEngine(engine, PACE, JobLimits())
+    assert torch.equal(paced.carry(start, end, torch.ones(3, engine.info.d_model)), made)
+    engine.capabilities = replace(engine.capabilities, carries=False)
+    with pytest.raises(Unsupported, match=r"from 1\.resid_pre to 1\.head_out") as caught:
+        engine.carry(start, end, torch.ones(3, engine.info.d_model))
+    assert caught.value.code == "cannot_carry"
 
 
 def test_an_engine_has_gradients_where_it_says_so(engine: Engine) -> None:
@@ -105,9 +133,15 @@ def test_inspections_are_offered_by_what_can_be_read(engine: Engine) -> None:
     able = engine.capabilities
     assert offered(able) == EVERY
     assert offered(replace(able, captures=())) == ()
-    assert offered(replace(able, captures=("mlp_out",))) == ("activations",)
-    assert offered(replace(able, captures=("resid_mid",))) == EVERY[:4]
-    assert offered(replace(able, kinds=("add",))) == ("logit_lens", "activations", "attribution")
+    assert offered(replace(able, captures=("mlp_out",))) == ("activations", "match")
+    assert offered(replace(able, captures=("resid_mid",))) == (*EVERY[:4], "match")
+    assert offered(replace(able, kinds=("add",))) == (
+        "logit_lens",
+        "activations",
+        "attribution",
+        "weights",
+        "match",
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,6 +153,8 @@ def test_inspections_are_offered_by_what_can_be_read(engine: Engine) -> None:
         ("ask", lambda e: ask(e, AskRequest(source={"text": "a"}, questions=["What?"]))),  # type: ignore[arg-type]
         ("attribution", lambda e: attribution(e, AttributionRequest(text="a"))),
         ("trace", lambda e: trace(e, TraceRequest(text="a", subject="a"))),
+        ("weights", lambda e: weights(e, WeightsRequest(layer=1, neuron=3))),
+        ("match", lambda e: match(e, MatchRequest(text="a", vectors=("up",)), library=UP)),
     ],
 )
 def test_what_is_not_offered_is_refused(name: str, run: Callable[[Engine], Any]) -> None:

@@ -33,12 +33,13 @@ from steer.engines.base import (
     TokenEvent,
     TokenLogprob,
 )
-from steer.engines.checks import check_projection, check_readouts, check_request
+from steer.engines.checks import check_carry, check_projection, check_readouts, check_request
 from steer.engines.fake.tokenizer import ByteTokenizer
 from steer.engines.logprobs import following
 from steer.engines.readouts import ReadoutJoin
 from steer.errors import CapacityError, EngineError
 from steer.model import (
+    INNER_SITES,
     PROJECTED_SITES,
     SAMPLING,
     Capabilities,
@@ -163,6 +164,7 @@ class FakeEngine:
             sampling=SAMPLING,
             captures=self.info.sites,
             projections=tuple(site for site in PROJECTED_SITES if site in self.info.sites),
+            carries=True,
             roles=found_roles(tokenizer),
             readouts=READOUTS,
             lora=True,
@@ -238,6 +240,13 @@ class FakeEngine:
         check_projection(point, self.info, self.capabilities)
         matrix = _normal(f"project {point}", (self.info.d_model, self.info.width(point.site)))
         return states.float() @ matrix.T
+
+    def carry(self, source: HookPoint, target: HookPoint, states: Tensor) -> Tensor:
+        check_carry(source, target, self.info, self.capabilities)
+        if source.site in PROJECTED_SITES and target.site == INNER_SITES[source.site]:
+            return self.project(source, states)
+        shape = self.info.width(target.site), self.info.width(source.site)
+        return states.float() @ _normal(f"carry {source} {target}", shape).T
 
     def stats(self) -> EngineStats:
         with self._changed:

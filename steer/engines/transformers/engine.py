@@ -22,7 +22,7 @@ from steer.engines.base import (
     GenerationRequest,
     TokenEvent,
 )
-from steer.engines.checks import check_projection, check_readouts, check_request
+from steer.engines.checks import check_carry, check_projection, check_readouts, check_request
 from steer.engines.gradients import DifferentiableModel
 from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
 from steer.engines.lora import by_adapter, check_lora, refuse_lora
@@ -107,6 +107,7 @@ class TransformersEngine:
             readouts=tuple(one for one in READOUTS if one != "kl" or self._finds_twins(rows)),
             lora=True,
             projections=tuple(site for site in PROJECTED_SITES if site in self.info.sites),
+            carries=True,
             no_unembedding=refusal.message if refusal is not None else None,
             roles=found_roles(tokenizer),
             limits={"slots": slots, "passes": MAX_RULES, "batch": rows},
@@ -239,6 +240,11 @@ class TransformersEngine:
         check_projection(point, self.info, self.capabilities)
         self.start()
         return self._scheduler.run(lambda: self._hooked.project(point, states))
+
+    def carry(self, source: HookPoint, target: HookPoint, states: Tensor) -> Tensor:
+        check_carry(source, target, self.info, self.capabilities)
+        self.start()
+        return self._scheduler.run(lambda: self._hooked.carry(source, target, states))
 
     def differentiate(self, work: Callable[[DifferentiableModel], Result]) -> Result:
         """The result of `work`, run with autograd between two steps."""

@@ -20,6 +20,7 @@ from steer.engines.transformers.structure.calls import (
     at_rest,
     first_tensor,
     given_tensor,
+    standing_in,
     with_tensor,
 )
 from steer.engines.transformers.structure.sites import HookTarget
@@ -58,6 +59,7 @@ class HookedModel:
         self._wanted: frozenset[HookPoint] = frozenset()
         self._captured: dict[HookPoint, Tensor] = {}
         self._last: HookPoint | None = None
+        self._placed: tuple[HookPoint, Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -191,6 +193,28 @@ class HookedModel:
             made = first_tensor(module(rows))
         return made.float().reshape(*states.shape[:-1], -1)
 
+    def carry(self, source: HookPoint, target: HookPoint, states: Tensor) -> Tensor:
+        """What the block of both points makes at `target` of `states` at `source`, each a sequence
+        of one token: `[N, width]` to float32 `[N, width]`."""
+        own = self.map.targets[HookPoint(source.layer, "resid_pre")].module
+        before = {
+            self.map.targets[HookPoint(layer, "resid_pre")].module for layer in range(source.layer)
+        }
+        dtype = next(self.model.parameters()).dtype
+        rows = states.to(self.device, dtype)[:, None]
+        ids = torch.ones(len(rows), 1, dtype=torch.long, device=self.device)
+        self.begin(None, (source, target))
+        self._tokens, self._last, self._placed = len(rows), target, (source, rows)
+        try:
+            with at_rest(self.model), standing_in(self.map.head.passing_on(before - {own})):
+                self.model(input_ids=ids, use_cache=False)
+        except _AllRead:
+            return self._captured[target][:, 0].float()
+        finally:
+            self._wanted, self._captured = frozenset(), {}
+            self._tokens = self._last = self._placed = None
+        raise EngineError(f"no state passed {target} after {source}")
+
     def _visit(self, point: HookPoint, x: Tensor) -> Tensor:
         if self._tokens is not None and x.shape[:-1].numel() != self._tokens:
             raise EngineError(
@@ -198,6 +222,8 @@ class HookedModel:
                 f"tokens at {point}: edits and captures would fall on other tokens"
             )
         before = x
+        if self._placed is not None and point == self._placed[0]:
+            x = self._placed[1]
         if self._step is not None:
             x = self._step.edit(point, x)
         if self._readings is not None:

@@ -78,21 +78,21 @@ def linear_head(
     Raises `Unsupported` (`unsupported_inspection`) for a head that is no such function.
     """
     x = state.double().cpu()
-    size, cap = _form(engine, x)
+    size, cap = head_form(engine, x)
     kept = list(tokens)
-    own, nothing = _read(engine, torch.stack([x, torch.zeros_like(x)]), kept)
-    uncapped, constant = _uncap(own, cap), _uncap(nothing, cap)
+    own, nothing = read_logits(engine, torch.stack([x, torch.zeros_like(x)]), kept)
+    uncapped, constant = uncapped_logits(own, cap), uncapped_logits(nothing, cap)
     # Moved away from zero in its own channel, so that no state is close to none at all.
     length = x.norm()
     signs = torch.where(x < 0, -1.0, 1.0).double()
     moved = x + torch.diag(signs * length)
     shares = size(x) / size(moved)
-    read = _uncap(_read(engine, moved * shares, kept), cap)
+    read = uncapped_logits(read_logits(engine, moved * shares, kept), cap)
     directions = ((read - constant) / shares - (uncapped - constant)) / (signs[:, None] * length)
     return LinearHead(tuple(tokens), directions.T.contiguous(), constant, own, uncapped, cap)
 
 
-def _form(engine: Engine, x: Float[Tensor, " d_model"]) -> tuple[Size, float | None]:
+def head_form(engine: Engine, x: Float[Tensor, " d_model"]) -> tuple[Size, float | None]:
     """What the norm divides by, and the soft cap, if any."""
     best: tuple[float, Size, float | None] | None = None
     for size in _SIZES:
@@ -102,7 +102,7 @@ def _form(engine: Engine, x: Float[Tensor, " d_model"]) -> tuple[Size, float | N
         other = x.roll(1)
         share = size(x) / size(x + other).clamp_min(1e-30)
         states = torch.stack([x, other, (x + other) * share, torch.zeros_like(x)])
-        error = _Mismatch(_read(engine, states), float(share))
+        error = _Mismatch(read_logits(engine, states), float(share))
         cap = error.best_cap()
         plain, capped = error(None), error(cap)
         found = (capped, size, cap) if capped * _BETTER < plain else (plain, size, None)
@@ -130,7 +130,7 @@ class _Mismatch:
     share: float
 
     def __call__(self, cap: float | None) -> float:
-        one, other, both, nothing = _uncap(self.logits, cap)
+        one, other, both, nothing = uncapped_logits(self.logits, cap)
         error = both - self.share * (one + other) - (1 - 2 * self.share) * nothing
         spread = (both - both.mean()).norm()
         return float(error.norm() / spread.clamp_min(1e-30))
@@ -145,11 +145,11 @@ class _Mismatch:
         return float(found.x)
 
 
-def _uncap(logits: Tensor, cap: float | None) -> Tensor:
+def uncapped_logits(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else cap * torch.atanh((logits / cap).clamp(-1, 1))
 
 
-def _read(
+def read_logits(
     engine: Engine, states: Float[Tensor, "N d_model"], tokens: Sequence[int] | None = None
 ) -> Float[Tensor, "N tokens"]:
     """Logits of `states` in float64, of `tokens` or of all, a bounded number at a time."""

@@ -53,7 +53,7 @@ class ProjectedPart:
         """What each of `count` heads adds, the bias left out."""
         one = torch.eye(count, dtype=torch.float64)[:, :, None]
         split = (one * self.state.reshape(1, count, -1)).flatten(1)
-        return self.gain * (_projected(engine, self.point, split) - self.bias)
+        return self.gain * (projected(engine, self.point, split) - self.bias)
 
     def along(
         self, engine: Engine, direction: Float[Tensor, " d_model"]
@@ -66,7 +66,7 @@ class ProjectedPart:
             end = min(start + rows, len(self.state))
             units = torch.zeros(end - start, len(self.state), dtype=torch.float64)
             units[torch.arange(end - start), torch.arange(start, end)] = 1.0
-            found.append((_projected(engine, self.point, units) - self.bias) @ weighted)
+            found.append((projected(engine, self.point, units) - self.bias) @ weighted)
         return torch.cat(found) * self.state
 
 
@@ -80,7 +80,7 @@ def projected_parts(engine: Engine, states: States, site: Site) -> Iterator[Proj
     for layer in range(engine.info.n_layers):
         point, out = HookPoint(layer, site), HookPoint(layer, ADDED[site])
         before, added = states[point].double().cpu(), states[out].double().cpu()
-        made = _projected(engine, point, before)
+        made = projected(engine, point, before)
         gain = _gain(engine, made, added)
         if gain is None:
             raise Unsupported(
@@ -90,7 +90,7 @@ def projected_parts(engine: Engine, states: States, site: Site) -> Iterator[Proj
                 code="unsupported_inspection",
                 param="/heads" if site == "head_out" else "/neurons",
             )
-        bias = _projected(engine, point, torch.zeros_like(before[:1]))[0]
+        bias = projected(engine, point, torch.zeros_like(before[:1]))[0]
         yield ProjectedPart(point, before[-1], added[-1], gain, bias)
 
 
@@ -110,15 +110,23 @@ def _gain(
     here = added[-1]
     if (made[-1] - here).norm() <= tolerance * here.norm():
         return torch.ones_like(here)
-    normed = made / made.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
-    weight = (added * normed).sum(0) / normed.pow(2).sum(0).clamp_min(1e-30)
+    weight = weight_of_norm(made, added)
     like = weight * made[-1]
     gain = weight * (here @ like) / like.pow(2).sum().clamp_min(1e-30)
     error = (gain * made[-1] - here).norm()
     return gain if error <= tolerance * here.norm() else None
 
 
-def _projected(
+def weight_of_norm(
+    made: Float[Tensor, "N d_model"], added: Float[Tensor, "N d_model"]
+) -> Float[Tensor, " d_model"]:
+    """The weight of a norm by the root mean square, as far as it explains `added` by `made`."""
+    normed = made / made.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
+    weight: Tensor = (added * normed).sum(0) / normed.pow(2).sum(0).clamp_min(1e-30)
+    return weight
+
+
+def projected(
     engine: Engine, point: HookPoint, states: Float[Tensor, "N width"]
 ) -> Float[Tensor, "N d_model"]:
     return engine.project(point, states.float()).double().cpu()

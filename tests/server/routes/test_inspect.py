@@ -51,6 +51,40 @@ async def test_a_subject_is_traced(http: httpx.AsyncClient) -> None:
     assert picture.content.startswith(b"\x89PNG")
 
 
+async def test_states_are_matched_with_the_vectors_that_are_registered(
+    http: httpx.AsyncClient,
+) -> None:
+    body = {"text": "Paris", "layers": [2], "positions": [0, -1], "draws": 200}
+    response = await http.post("/v1/inspect/match", json=body)
+    assert response.status_code == 200, response.text
+    found = response.json()
+    assert "joy" in found["vectors"]
+    assert {one["position"] for one in found["matches"]} == {0, 5}
+    picture = await http.post("/v1/inspect/match?format=png", json=body)
+    assert picture.content.startswith(b"\x89PNG")
+    wrong = await http.post("/v1/inspect/match", json={**body, "vectors": ["joy", "nobody"]})
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "/vectors/1")
+
+
+async def test_weights_are_read_as_tokens(http: httpx.AsyncClient) -> None:
+    body = {"layer": 2, "neuron": 3, "top": 4}
+    response = await http.post("/v1/inspect/weights", json=body)
+    assert response.status_code == 200, response.text
+    found = response.json()
+    assert [(one["what"], len(one["most"])) for one in found["readings"]] == [
+        ("reads", 4),
+        ("writes", 4),
+    ]
+    picture = await http.post("/v1/inspect/weights?format=png", json=body)
+    assert picture.content.startswith(b"\x89PNG")
+    table = (await http.post("/v1/inspect/weights", json={"layer": 2})).json()
+    assert [one["head"] for one in table["heads"]] == [0, 1, 2, 3]
+    wrong = await http.post("/v1/inspect/weights", json={"layer": 2, "head": 4})
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "/head")
+    unclear = await http.post("/v1/inspect/weights", json={"neuron": 4})
+    assert (unclear.status_code, "give 'layer' too" in unclear.text) == (400, True)
+
+
 async def test_a_patchscope_sweeps_layers(http: httpx.AsyncClient) -> None:
     body = {"source": {"text": "Paris"}, "layers": [1, 3], "max_tokens": 4}
     response = await http.post("/v1/inspect/patchscope", json=body)

@@ -152,6 +152,8 @@ async def test_capabilities_and_health(http: httpx.AsyncClient, engine: FakeEngi
         "ask",
         "attribution",
         "trace",
+        "weights",
+        "match",
     ]
     assert found["engine"]["sae_architectures"] == [
         "standard",

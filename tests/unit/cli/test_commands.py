@@ -338,6 +338,35 @@ def test_inspect_reads_states(tmp_path: Path, registry: Path) -> None:
     assert "with noise at the subject" in traced
 
 
+def test_inspect_matches_vectors(tmp_path: Path, registry: Path) -> None:
+    place = ["--registry", registry]
+    told = steer("inspect", "match", "Bonjour, comment ça va ?", "--plain", *place).output
+    assert "random directions like" in told
+    texts = tmp_path / "texts.txt"
+    texts.write_text("One line about rain and wind.\n\nAnother about bread and the sea.\n")
+    named = ["-v", "french", "--background", texts, "--layers", "3", "--png", tmp_path / "m.png"]
+    body = json.loads(steer("inspect", "match", "Bonjour", *named, "--json", *place).output)
+    assert [(one["vector"], one["layer"]) for one in body["matches"]] == [("french", 3)]
+    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_reads_weights(tmp_path: Path, registry: Path) -> None:
+    place = ["--registry", registry]
+    assert "How far heads copy" in steer("inspect", "weights", "--layer", "5", *place).output
+    picture = tmp_path / "neuron.png"
+    neuron = ["--layer", "3", "--neuron", "5", "--top", "3", "--png", picture]
+    told = steer("inspect", "weights", *neuron, *place).output
+    assert "layer 3 writes" in told
+    assert "by chance" in told
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    head = steer("inspect", "weights", "--layer", "5", "--head", "3", "--token", " France", *place)
+    assert "copying" in head.output
+    vector = steer("inspect", "weights", "--vector", "french", "--layer", "3", "--json", *place)
+    assert json.loads(vector.output)["readings"][0]["most"][0]["token"] == "Désolé"
+    refused = steer("inspect", "weights", "--layer", "5", "--head", "6", *place, code=2).output
+    assert "head_out_of_range" in refused
+
+
 def test_foreign_files_are_imported_as_their_writer_counts(tmp_path: Path) -> None:
     place = ["--registry", tmp_path / "registry"]
     file = tmp_path / "evil_response_avg_diff.pt"

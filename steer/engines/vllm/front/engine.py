@@ -25,7 +25,7 @@ from steer.engines.base import (
     SamplingParams,
     TokenEvent,
 )
-from steer.engines.checks import check_projection, check_readouts, check_request
+from steer.engines.checks import check_carry, check_projection, check_readouts, check_request
 from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
 from steer.engines.lora import check_lora, refuse_lora
 from steer.engines.vllm import plugin
@@ -245,6 +245,10 @@ class VllmEngine:
     def project(self, point: HookPoint, states: Tensor) -> Tensor:  # noqa: ARG002
         check_projection(point, self.info, self.capabilities)
         raise AssertionError("no site is among the projections of this engine")
+
+    def carry(self, source: HookPoint, target: HookPoint, states: Tensor) -> Tensor:  # noqa: ARG002
+        check_carry(source, target, self.info, self.capabilities)
+        raise AssertionError("no block of this engine runs by itself")
 
     def stats(self) -> EngineStats:
         each = [workers[0] for workers in self._driver.rpc("steer_stats")]
