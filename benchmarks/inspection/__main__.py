@@ -87,15 +87,10 @@ def tokens(
         list[float] | None, typer.Option(help="Shares of the states' length to add.")
     ] = None,
     added: Annotated[bool, typer.Option(help="Measure what is added, too.")] = True,
-    less_the_mean: Annotated[
-        bool, typer.Option(help="The logit lens's rows less the mean of all tokens' instead.")
-    ] = False,
     most: Annotated[int, typer.Option(help="The most facts.")] = 24,
 ) -> None:
     """A token's direction added, ablated and exchanged, on facts that the model knows."""
-    lenses: dict[str, Lens | None] = {
-        token_steering.LESS_THE_MEAN if less_the_mean else "logit": None
-    }
+    lenses: dict[str, Lens | None] = {"logit": None}
     for path in lens or ():
         lenses[path.stem] = Lens.from_bytes(path.read_bytes())
     with running_engine(model, device=None, dtype=None) as engine:

@@ -26,7 +26,6 @@ from steer.readouts.measures import kl_divergence
 from steer.spec import parse_spec
 
 MODES = ("move", "one_way")
-LESS_THE_MEAN = "logit, less the mean"
 _DOUBLINGS, _HALVINGS = 4, 6
 
 
@@ -84,7 +83,6 @@ class Bench:
             f"random-{n}": ControlVector.of({last: torch.randn(width, generator=draw)})
             for n in range(len(facts))
         }
-        vectors |= _less_the_mean(engine, facts)
         self._plans: PlanCache = plans_of(engine, MemoryLibrary(vectors, lenses=lenses), size=1)
         self._plain = self._read([None] * len(facts))
 
@@ -172,22 +170,7 @@ def _nothing() -> dict[str, Any]:
     return {"kind": "add", "vector": {"token": 0}, "strength": 0, "layers": [0]}
 
 
-def _less_the_mean(engine: Engine, facts: Sequence[Fact]) -> dict[str, ControlVector]:
-    """The facts' tokens as the logit lens reads them, less the mean of all tokens' rows, which
-    moves all logits alike and no probability."""
-    tokens = sorted({token for one in facts for token in (one.answer, one.other, one.random)})
-    mean = engine.token_rows(range(engine.info.vocab_size)).mean(0)
-    rows = engine.token_rows(tokens) - mean
-    last = engine.info.n_layers - 1
-    return {
-        f"token-{token}": ControlVector.of({last: row / row.norm()})
-        for token, row in zip(tokens, rows, strict=True)
-    }
-
-
-def _token(number: int, name: str, lens: Lens | None) -> Any:
-    if name == LESS_THE_MEAN:
-        return f"token-{number}"
+def _token(number: int, name: str, lens: Lens | None) -> dict[str, Any]:
     return {"token": number} if lens is None else {"token": number, "lens": name}
 
 

@@ -1,10 +1,11 @@
 """Directions along which a lens reads a token, one for each layer.
 
 A lens reads a state h as logits W_U·(γ ⊙ n(M h + b))·1/σ, where M is the layer's map, n takes the
-mean away where the final norm does, and σ is what that norm divides by. The gradient of a token's
-logit before that division is the constant row Mᵀ n(γ ⊙ W_U[t]): the token's row of the output
-matrix with the norm's scale folded in, taken back through the map. M is 1 for the logit lens,
-1 + A for a tuned one (2303.08112), J for a Jacobian lens. Kept at length one.
+mean away where the final norm does, and σ is what that norm divides by. A logit counts against the
+mean of all, which moves no probability. Its gradient before the division is the constant row
+Mᵀ n(γ ⊙ (W_U[t] − w̄)): the token's row of the output matrix less the mean row, with the norm's
+scale folded in, taken back through the map. M is 1 for the logit lens, 1 + A for a tuned one
+(2303.08112), J for a Jacobian lens. Kept at length one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from steer.spec import Site
 
 ReadToken: TypeAlias = Callable[[int | str], tuple[int, Tensor]]
 """A token of the model, by its id or its text, to its id and its row `[d_model]` of the output
-matrix with the final norm's scale folded in. Raises `SteerError`, pointing at `/token`."""
+matrix less the mean row, with the final norm's scale folded in. Raises `SteerError`, pointing at
+`/token`."""
 
 STREAM_SITES: tuple[Site, ...] = ("resid_pre", "resid_mid", "resid_post")
 """The sites of the residual stream, which the logit lens reads."""

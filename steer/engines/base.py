@@ -328,10 +328,11 @@ class Engine(Protocol):
         """
 
     def token_rows(self, tokens: Sequence[int]) -> Tensor:
-        """The row of each token in the output matrix, with the final norm's scale folded in and
-        without its mean where that norm takes the mean away: float32 `[tokens, d_model]`. Their
-        product with a state after the last block is what the norm's divisor, a bias, a scale and a
-        soft cap make the token's logit of.
+        """The row of each token in the output matrix less the mean of all rows, with the final
+        norm's scale folded in, and without its own mean where that norm takes the mean away:
+        float32 `[tokens, d_model]`. Their product with a state after the last block is what the
+        norm's divisor, a bias, a scale and a soft cap make the token's logit, less the mean of all
+        logits, of.
 
         Raises `Unsupported` (`no_unembedding`) where they cannot be had.
         """

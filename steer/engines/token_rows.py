@@ -1,8 +1,10 @@
 """Rows of a model's output matrix with its final norm folded in, and the proof that they are these.
 
 After the last block a state h gives the token t the logit f(s·⟨w_t, γ ⊙ n(h)/σ + β⟩ + b_t): n takes
-the mean away where the norm is a LayerNorm, f is a scale or a soft cap. An engine gives w_t and the
-norm; what comes of them, n(γ ⊙ w_t), is then held against the logits that the model itself makes.
+the mean away where the norm is a LayerNorm, f is a scale or a soft cap. What all logits have in
+common changes no probability, and rows have much in common: w̄, their mean, is left out. An engine
+gives w_t − w̄ and the norm; what comes of them, n(γ ⊙ (w_t − w̄)), is then held against the logits
+that the model itself makes.
 """
 
 from __future__ import annotations
@@ -72,12 +74,11 @@ def proven_rows(model: OutputMatrix, tokens: Sequence[int]) -> Float[Tensor, "N 
     states = torch.randn(_PROBES, model.info.d_model, generator=torch.Generator().manual_seed(0))
     states -= states.mean(-1, keepdim=True)
     states /= states.square().mean(-1, keepdim=True).sqrt()
-    logits = model.unembed(torch.cat([states, -states])).float().cpu()[:, list(tokens)]
+    logits = model.unembed(torch.cat([states, -states])).float().cpu()
+    logits = logits[:, list(tokens)] - logits.mean(-1, keepdim=True)
     said = (logits[:_PROBES] - logits[_PROBES:]) / 2
     alike = torch.cosine_similarity(states.double() @ rows.double().T, said.double(), dim=0)
-    # A padding token may have a row of zeros: no direction, but its own row.
-    silent = (rows == 0).all(-1) & (said == 0).all(0)
-    if not bool(((alike >= _LIKE) | silent).all()):
+    if not bool((alike >= _LIKE).all()):
         raise no_token_rows(
             model.info.architecture,
             "what comes after its last block is not one norm and one output matrix",

@@ -231,7 +231,8 @@ class FakeEngine:
         return states.float() @ self._output_matrix().T
 
     def token_rows(self, tokens: Sequence[int]) -> Tensor:
-        return self._output_matrix()[list(tokens)]
+        matrix = self._output_matrix()
+        return matrix[list(tokens)] - matrix.mean(0)
 
     def _output_matrix(self) -> Tensor:
         return _normal("unembed", (self.info.vocab_size, self.info.d_model))

@@ -39,16 +39,18 @@ def hooked(name: str, dtype: torch.dtype = torch.float32) -> HookedModel:
 
 
 def gradient(model: HookedModel, name: str, token: int) -> Tensor:
-    """The gradient of the logit of `token` at a random state, before the norm divides.
+    """The gradient of the logit of `token` less the mean of all, at a random state, before the norm
+    divides.
 
     What is odd in the state is free of biases; times the norm's own divisor, of which it is known
     here whether that takes the mean away, it is a linear function of the state.
     """
     state = torch.randn(WIDTH, generator=torch.Generator().manual_seed(4)) * 3
     state.requires_grad_()
-    said = model.unembed(torch.stack([state, -state]))[:, token]
+    said = model.unembed(torch.stack([state, -state]))
     if name in CAPPED:
         said = 5.0 * torch.atanh(said / 5.0)
+    said = said[:, token] - said.mean(-1)
     moved = state - state.mean() if name in CENTRED else state
     divisor = 1.0 if name in NO_NORM else moved.square().mean().sqrt()
     (found,) = torch.autograd.grad((said[0] - said[1]) / 2 * divisor, state)

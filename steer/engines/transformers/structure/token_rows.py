@@ -52,4 +52,5 @@ def token_rows(
         return given[0].reshape(states.shape)
 
     with torch.no_grad():
-        return folded_rows(weight.detach()[list(tokens)], norm)
+        mean = weight.detach().mean(0, dtype=torch.float32)
+        return folded_rows(weight.detach()[list(tokens)].float() - mean, norm)

@@ -30,6 +30,7 @@ class HeadRows:
         self._decoder, self._ending = decoder, ending
         self._like = next(iter([*ending.norm.parameters(), *decoder.owner.parameters()]))
         self._matrix: nn.Module | None = None
+        self._mean: Tensor | None = None
 
     @torch.inference_mode()
     def __call__(self, tokens: Sequence[int], width: int, unembed: Unembed) -> dict[int, Tensor]:
@@ -42,10 +43,13 @@ class HeadRows:
             raise no_token_rows(name, "its output matrix is not held as plain numbers")
         shard: Any = getattr(self._matrix, _SHARD)
         first, end = shard.org_vocab_start_index, shard.org_vocab_end_index
+        if self._mean is None:
+            self._mean = _mean(weight[: end - first], self._matrix)
         mine = [token for token in tokens if first <= token < end]
         if not mine:
             return {}
-        rows = folded_rows(weight[[token - first for token in mine]], self._norm)
+        rows = weight[[token - first for token in mine]].float() - self._mean
+        rows = folded_rows(rows, self._norm)
         return dict(zip(mine, rows, strict=True))
 
     def _norm(self, states: Tensor) -> Tensor:
@@ -69,6 +73,17 @@ class HeadRows:
                 type(self._decoder.model).__name__, "its logits do not come of one output matrix"
             )
         return heads[0]
+
+
+def _mean(mine: Tensor, matrix: Any) -> Tensor:
+    """The mean of all rows, of which `mine` are those of this rank."""
+    from vllm.distributed import tensor_model_parallel_all_reduce  # noqa: PLC0415
+
+    total: Tensor = mine.sum(0, dtype=torch.float32)
+    if matrix.tp_size > 1:
+        total = tensor_model_parallel_all_reduce(total)
+    mean: Tensor = total / matrix.org_vocab_size
+    return mean
 
 
 def find_rows(decoder: TextDecoder, streams: Streams) -> HeadRows | None:
