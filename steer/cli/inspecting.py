@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from steer.engines.transformers.engine import TransformersEngine
     from steer.inspection.heatmap import HeatMap
-    from steer.inspection.method import Inspection
+    from steer.inspection.method import Inspection, Picture
     from steer.inspection.patchscope_result import TargetSays
     from steer.plan.cache import PlanCache
     from steer.registry.registry import Registry
@@ -276,8 +276,10 @@ def show(result: BaseModel, method: Inspection, png: Path | None, as_json: bool)
     """JSON, a picture, or the heat map's texts as a table: layers down, positions across."""
     if as_json:
         typer.echo(result.model_dump_json(indent=2, exclude_none=True))
-    heat: HeatMap | None = None if as_json and png is None else method.draw(result)
-    if heat is not None and not as_json:
+    from steer.inspection.heatmap import HeatMap
+
+    heat: Picture | None = None if as_json and png is None else method.draw(result)
+    if isinstance(heat, HeatMap) and not as_json:
         _show_table(heat)
     if heat is not None and png is not None:
         write_file(png, heat.png())

@@ -21,6 +21,13 @@ from steer.inspection.logit_lens import (
     lens_heat_map,
     logit_lens,
 )
+from steer.inspection.matching.coordinates import (
+    COORDINATES,
+    CoordinatesRequest,
+    CoordinatesResult,
+    coordinates,
+    coordinates_scatter,
+)
 from steer.inspection.matching.method import MATCH, MatchRequest, match
 from steer.inspection.matching.result import MatchResult, match_heat_map
 from steer.inspection.method import Inspection
@@ -47,6 +54,7 @@ __all__ = [
     "ASK",
     "ATTRIBUTION",
     "CONTROLS",
+    "COORDINATES",
     "LOGIT_LENS",
     "MATCH",
     "METHODS",
@@ -59,6 +67,8 @@ __all__ = [
     "AskResult",
     "AttributionRequest",
     "AttributionResult",
+    "CoordinatesRequest",
+    "CoordinatesResult",
     "Inspection",
     "LogitLensRequest",
     "LogitLensResult",
@@ -76,6 +86,8 @@ __all__ = [
     "ask_heat_map",
     "attribution",
     "attribution_heat_map",
+    "coordinates",
+    "coordinates_scatter",
     "lens_heat_map",
     "logit_lens",
     "match",
@@ -98,6 +110,7 @@ METHODS: tuple[Inspection, ...] = (
     TRACE,
     WEIGHTS,
     MATCH,
+    COORDINATES,
 )
 
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Protocol, TypeAlias
 
 from pydantic import AfterValidator, BaseModel
 
 from steer.engines.base import Engine
 from steer.errors import NotFinite, Unsupported
-from steer.inspection.heatmap import HeatMap
 from steer.inspection.state_file import StateFile
 from steer.model import Capabilities
 from steer.spec import Site
@@ -38,6 +37,13 @@ Finite: TypeAlias = Annotated[float, AfterValidator(_finite)]
 """A number in an answer: JSON has neither NaN nor infinity, and neither says anything."""
 
 
+class Picture(Protocol):
+    """What a result is drawn as: a heat map, or points in a plane."""
+
+    def png(self) -> bytes:
+        """The picture's bytes. Raises `TooLarge` for more than can be seen."""
+
+
 @dataclass(frozen=True)
 class Inspection:
     """A method: `run(engine, request, plans=…, library=…)` gives a result, which `draw` pictures.
@@ -52,7 +58,7 @@ class Inspection:
     request: type[BaseModel]
     result: type[BaseModel]
     run: Callable[..., BaseModel]
-    draw: Callable[[Any], HeatMap]
+    draw: Callable[[Any], Picture]
     possible: Callable[[Capabilities], bool]
     file: Callable[..., StateFile] | None = None
 

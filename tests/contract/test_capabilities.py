@@ -27,6 +27,7 @@ from steer.inspection import (
     ActivationsRequest,
     AskRequest,
     AttributionRequest,
+    CoordinatesRequest,
     LogitLensRequest,
     MatchRequest,
     PatchscopeRequest,
@@ -35,6 +36,7 @@ from steer.inspection import (
     activations,
     ask,
     attribution,
+    coordinates,
     logit_lens,
     match,
     offered,
@@ -56,8 +58,10 @@ EVERY = (
     "trace",
     "weights",
     "match",
+    "coordinates",
 )
 UP = MemoryLibrary({"up": ControlVector.of({1: torch.ones(16)}, name="up")})
+PLACED: Any = {"prompts": [{"text": "a"}, {"text": "b"}], "vectors": ["up"], "layer": 1}
 PACE = Pace(lambda: 0, lambda: None, lambda _: None, duty=1.0, quiet_seconds=0.0)
 
 
@@ -133,14 +137,15 @@ def test_inspections_are_offered_by_what_can_be_read(engine: Engine) -> None:
     able = engine.capabilities
     assert offered(able) == EVERY
     assert offered(replace(able, captures=())) == ()
-    assert offered(replace(able, captures=("mlp_out",))) == ("activations", "match")
-    assert offered(replace(able, captures=("resid_mid",))) == (*EVERY[:4], "match")
+    assert offered(replace(able, captures=("mlp_out",))) == ("activations", "match", "coordinates")
+    assert offered(replace(able, captures=("resid_mid",))) == (*EVERY[:4], "match", "coordinates")
     assert offered(replace(able, kinds=("add",))) == (
         "logit_lens",
         "activations",
         "attribution",
         "weights",
         "match",
+        "coordinates",
     )
 
 
@@ -155,6 +160,7 @@ def test_inspections_are_offered_by_what_can_be_read(engine: Engine) -> None:
         ("trace", lambda e: trace(e, TraceRequest(text="a", subject="a"))),
         ("weights", lambda e: weights(e, WeightsRequest(layer=1, neuron=3))),
         ("match", lambda e: match(e, MatchRequest(text="a", vectors=("up",)), library=UP)),
+        ("coordinates", lambda e: coordinates(e, CoordinatesRequest(**PLACED), library=UP)),
     ],
 )
 def test_what_is_not_offered_is_refused(name: str, run: Callable[[Engine], Any]) -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from starlette.responses import StreamingResponse
 
 from steer.inspection import METHODS, Inspection
-from steer.inspection.heatmap import HeatMap
+from steer.inspection.method import Picture
 from steer.inspection.state_file import StateFile
 from steer_server.http.content_type import require_json
 from steer_server.http.disconnect import while_connected
@@ -76,7 +76,7 @@ def _wants_png(request: Request, format: Literal["json", "png"] | None) -> bool:
     return _PNG in request.headers.get("accept", "")
 
 
-def _answer(run: Callable[[], BaseModel], draw: Callable[[Any], HeatMap], png: bool) -> Response:
+def _answer(run: Callable[[], BaseModel], draw: Callable[[Any], Picture], png: bool) -> Response:
     """The result of `run` as JSON or as a picture."""
     if png:
         return Response(draw(run()).png(), media_type=_PNG)

@@ -66,6 +66,18 @@ async def test_states_are_matched_with_the_vectors_that_are_registered(
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "/vectors/1")
 
 
+async def test_prompts_are_points_in_a_plane(http: httpx.AsyncClient) -> None:
+    prompts = [{"text": "Paris"}, {"messages": [{"role": "user", "content": "Rome"}]}]
+    body = {"prompts": prompts, "vectors": ["joy"], "layer": 2}
+    response = await http.post("/v1/inspect/coordinates", json=body)
+    assert response.status_code == 200, response.text
+    assert len(response.json()["points"]) == 2
+    picture = await http.post("/v1/inspect/coordinates?format=png", json=body)
+    assert picture.content.startswith(b"\x89PNG")
+    twice = await http.post("/v1/inspect/coordinates", json={**body, "vectors": ["joy", "joy"]})
+    assert (twice.status_code, twice.json()["error"]["code"]) == (400, "dependent_vectors")
+
+
 async def test_weights_are_read_as_tokens(http: httpx.AsyncClient) -> None:
     body = {"layer": 2, "neuron": 3, "top": 4}
     response = await http.post("/v1/inspect/weights", json=body)

@@ -154,6 +154,7 @@ async def test_capabilities_and_health(http: httpx.AsyncClient, engine: FakeEngi
         "trace",
         "weights",
         "match",
+        "coordinates",
     ]
     assert found["engine"]["sae_architectures"] == [
         "standard",

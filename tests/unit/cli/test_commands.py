@@ -350,6 +350,18 @@ def test_inspect_matches_vectors(tmp_path: Path, registry: Path) -> None:
     assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_inspect_reads_coordinates(tmp_path: Path, registry: Path) -> None:
+    place = ["-v", "french", "-v", "german", "--layer", "3", "--registry", registry]
+    said = ["Bonjour", "Guten Tag", "--plain", "--png", tmp_path / "c.png"]
+    told = steer("inspect", "coordinates", *said, *place).output
+    assert "by chance" in told
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    body = json.loads(
+        steer("inspect", "coordinates", "Bonjour", "--origin", "zero", "--json", *place).output
+    )
+    assert (body["vectors"], len(body["points"])) == (["french", "german"], 1)
+
+
 def test_inspect_reads_weights(tmp_path: Path, registry: Path) -> None:
     place = ["--registry", registry]
     assert "How far heads copy" in steer("inspect", "weights", "--layer", "5", *place).output
