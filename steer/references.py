@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from steer.errors import pointer
 
-NamedKind: TypeAlias = Literal["vector", "sae", "low_rank", "affine"]
+NamedKind: TypeAlias = Literal["vector", "sae", "low_rank", "affine", "detector"]
 """The kinds of artefacts that a spec can name."""
 
 

@@ -236,7 +236,7 @@ def _fingerprint(
 
 
 def _hashes(one: Resolved) -> list[str]:
-    gate = [] if one.gate is None else [one.gate.vector.sha256]
+    gate = [] if one.gate is None else [one.gate.read.sha256]
     return gate + [found.sha256 for _, found in one.named]
 
 
@@ -253,9 +253,10 @@ def _described(one: Resolved, blocks: Blocks) -> dict[str, Any]:
     if one.where is not None:
         entry["where"] = one.where.model_dump(mode="json", by_alias=True, exclude_none=True)
     if one.gate is not None:
-        when = one.gate.when.model_dump(mode="json", exclude_none=True, exclude={"vector"})
-        vector = one.gate.vector
-        entry["when"] = {**when, "vector": _versioned(vector.card.name, vector.sha256)}
+        gate = one.gate
+        name = gate.read.card.name if gate.field == "vector" else gate.gate.name
+        when = gate.when.model_dump(mode="json", exclude_none=True)
+        entry["when"] = {**when, gate.field: _versioned(name, gate.read.sha256)}
     if (lit := features_lit(one)) is not None:
         entry["lit"] = lit
     if one.strength is not None:

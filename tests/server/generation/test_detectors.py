@@ -248,6 +248,35 @@ async def test_what_the_operator_arms_watches_every_request_and_cannot_be_disarm
         assert (refused["code"], refused["param"]) == ("unknown_detector", None)
 
 
+@pytest.mark.parametrize(
+    ("detector", "code", "said"),
+    [
+        ("od", "unknown_detector", "did you mean 'odd'"),
+        ("slow", "unsupported_gate", "pools the scores of 3 tokens"),
+        ("wide", "wrong_width", "has width 17"),
+    ],
+)
+async def test_a_gate_by_a_detector(
+    http: httpx.AsyncClient,
+    registry: Registry,
+    chat: Body,
+    armed: dict[str, Detector],
+    detector: str,
+    code: str,
+    said: str,
+) -> None:
+    registry.add("wide", random_detector(1, 2, width=17))
+    spec = {"interventions": [{"kind": "add", "vector": "joy", "layers": [3]}]}
+    named = f"odd@{armed['odd'].sha256[:8]}"
+    steered = chat(steering={**spec, "when": {"detector": named}})
+    found = (await answer(http, steered)).json()
+    assert [gate["name"] for gate in found["steering"]["gates"]] == ["odd"]
+    body = chat(steering={**spec, "when": {"detector": detector}})
+    error = (await http.post(CHAT, json=body)).json()["error"]
+    assert (error["code"], error["param"]) == (code, "/steering/when/detector")
+    assert said in error["message"]
+
+
 async def test_fires_and_scores_are_counted_by_known_names(
     app: FastAPI, http: httpx.AsyncClient, chat: Body, armed: dict[str, Detector]
 ) -> None:

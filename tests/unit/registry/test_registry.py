@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from artefacts import random_detector
 
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.sae.base import SAE
@@ -249,13 +250,15 @@ def test_a_profile_pins_the_version_it_names(registry: Registry) -> None:
         registry.remove("vector", one.id)
 
 
-def test_sae_and_adapter_of_a_profile_cannot_be_removed(registry: Registry) -> None:
+def test_whatever_a_profile_names_cannot_be_removed(registry: Registry) -> None:
     registry.add("s", an_sae())
     registry.add("a", an_adapter())
+    registry.add("d", random_detector(4, 1))
     clamp = {"kind": "clamp", "sae": "s", "features": [1], "value": 2.0}
-    spec = {"interventions": [clamp, {"kind": "low_rank", "adapter": "a"}]}
+    gated = {"kind": "low_rank", "adapter": "a", "when": {"detector": "d"}}
+    spec = {"interventions": [clamp, gated]}
     registry.put_profile(Profile(name="p", spec=spec))
-    for kind, name in (("sae", "s"), ("low_rank", "a")):
+    for kind, name in (("sae", "s"), ("low_rank", "a"), ("detector", "d")):
         with pytest.raises(Conflict):
             registry.remove(kind, name)
 
