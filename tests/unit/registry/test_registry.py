@@ -250,6 +250,30 @@ def test_a_profile_pins_the_version_it_names(registry: Registry) -> None:
         registry.remove("vector", one.id)
 
 
+def test_the_detectors_of_a_profile_are_its_artefacts(registry: Registry) -> None:
+    one, _ = registry.add("d", random_detector(4, 1))
+    spec = {"interventions": [{"kind": "add", "vector": "v"}]}
+    registry.add("v", a_vector())
+    missing = Profile(name="p", spec=spec, detectors=({"name": "d"}, {"name": "e"}))
+    with pytest.raises(UnknownArtefact, match="registered are 'd'") as raised:
+        registry.put_profile(missing)
+    assert (raised.value.code, raised.value.param) == ("unknown_detector", "/detectors/1/name")
+    armed = {"name": "d", "action": "stop", "tokens": "all", "threshold": 2.5}
+    profile = Profile(name="p", spec=spec, detectors=(armed,))
+    assert registry.put_profile(profile) == profile == registry.profile("p")
+    pinned = registry.put_profile(profile, pin=True)
+    assert [item.name for item in pinned.detectors] == [one.id]
+    with pytest.raises(Conflict, match="profiles p"):
+        registry.remove("detector", "d")
+    registry.put_profile(Profile(name="p", spec=spec))
+    registry.remove("detector", "d")
+
+
+def test_a_profile_without_detectors_is_written_as_before() -> None:
+    profile = Profile(name="p", spec={"interventions": [{"kind": "add", "vector": "v"}]})
+    assert "detectors" not in profile.model_dump_json(exclude_none=True)
+
+
 def test_whatever_a_profile_names_cannot_be_removed(registry: Registry) -> None:
     registry.add("s", an_sae())
     registry.add("a", an_adapter())
