@@ -500,13 +500,15 @@ def gate_open(
     cosine: Bool[Tensor, " T"],
     above: Float[Tensor, " T"],
     below: Float[Tensor, " T"],
+    bias: Float[Tensor, " T"],
 ) -> tuple[Bool[Tensor, " T"], Float[Tensor, " T"]]:
     """Whether each token's gate opens, and the value it read.
 
-    `direction` holds unit rows; the value is their projection, or the cosine where `cosine`.
+    The value is the product with the row of `direction`, or where `cosine` the cosine with that
+    row of length 1, and `bias`.
     """
     x = x.float()
     value = (x * direction).sum(-1)
     length = x.norm(dim=-1).clamp_min(_TINY)
-    value = torch.where(cosine, value / length, value)
+    value = torch.where(cosine, value / length, value) + bias
     return (value > above) & (value < below), value

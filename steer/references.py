@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from steer.errors import pointer
 
-NamedKind: TypeAlias = Literal["vector", "sae", "low_rank", "affine", "lens"]
+NamedKind: TypeAlias = Literal["vector", "sae", "low_rank", "affine", "lens", "detector"]
 """The kinds of artefacts that a spec can name."""
 
 

@@ -268,6 +268,7 @@ VectorRef: TypeAlias = Annotated[
 SAERef: TypeAlias = Annotated[Name, Names("sae")]
 AdapterRef: TypeAlias = Annotated[Name, Names("low_rank")]
 MapRef: TypeAlias = Annotated[Name, Names("affine")]
+DetectorRef: TypeAlias = Annotated[Name, Names("detector")]
 
 
 def _mark_tag(value: Any) -> str:
@@ -434,7 +435,10 @@ def _either(one: Where | None, other: Where | None) -> Where | None:
     return Where.model_validate({field: tuple(dict.fromkeys((*values, *theirs[field])))})
 
 
-class When(_Frozen):
+GateScope: TypeAlias = Literal["prompt", "token"]
+
+
+class WhenDirection(_Frozen):
     """A gate: act only where the residual stream points along a condition direction.
 
     The value is the cosine between the residual and the direction (`measure: "cosine"`), or the
@@ -455,17 +459,41 @@ class When(_Frozen):
     vector: VectorRef
     above: Number | None = None
     below: Number | None = None
-    scope: Literal["prompt", "token"] = "prompt"
+    scope: GateScope = "prompt"
     measure: Literal["cosine", "projection"] = "cosine"
     layer: Index | None = None
 
     @model_validator(mode="after")
-    def _check(self) -> When:
+    def _check(self) -> WhenDirection:
         if self.above is None and self.below is None:
             raise ValueError("a gate needs 'above', 'below' or both")
         if self.above is not None and self.below is not None and self.above >= self.below:
             raise ValueError(f"no value is above {self.above} and below {self.below}")
         return self
+
+
+class WhenDetected(_Frozen):
+    """A gate: act only where a detector fires on the token that is read.
+
+    The value is the detector's score at its own hook point, before anything is edited there; it
+    must exceed `threshold`, or the detector's own where none is given. `scope` is that of a gate by
+    a direction. One that pools the scores of several tokens is refused: a gate reads one.
+    """
+
+    detector: DetectorRef
+    threshold: Number | None = None
+    scope: GateScope = "prompt"
+
+
+def _when_tag(value: Any) -> str:
+    named = isinstance(value, WhenDetected) or (isinstance(value, dict) and "detector" in value)
+    return "a detector" if named else "a direction"
+
+
+When: TypeAlias = Annotated[
+    Annotated[WhenDirection, Tag("a direction")] | Annotated[WhenDetected, Tag("a detector")],
+    Discriminator(_when_tag),
+]
 
 
 class _Intervention(_Frozen):

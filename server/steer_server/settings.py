@@ -16,13 +16,13 @@ from pydantic import (
     field_validator,
 )
 
+from steer.artefacts.arming import MAX_ARMED, ArmedDetector
 from steer.errors import SpecError, SteerError
 from steer.fit.features.asked.embedder import Embedder
 from steer.fit.features.asked.outside import OutsideModel
 from steer.fit.features.labeller import Labeller
 from steer.jobs.limits import JobLimits
 from steer.plan.resolve import Policy, StrengthLimit
-from steer.readouts.arming import MAX_ARMED, ArmedDetector
 
 MIB = 1 << 20
 

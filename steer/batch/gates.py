@@ -101,6 +101,7 @@ class Gates:
                     gates.cosine[read],
                     gates.above[read],
                     gates.below[read],
+                    gates.bias[read],
                 )
                 self._rule(number, gates, opened, value, slots)
 

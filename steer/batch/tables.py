@@ -278,6 +278,7 @@ class GateTable:
         self.direction = torch.zeros(slots, width, device=device)
         self.above = torch.full((slots,), float("inf"), device=device)
         self.below = torch.full((slots,), float("-inf"), device=device)
+        self.bias = torch.zeros(slots, device=device)
         self.cosine = torch.zeros(slots, dtype=torch.bool, device=device)
         self.held = torch.zeros(slots, dtype=torch.bool, device=device)
         """Slots whose gate is decided here on the last prompt token and then held."""
@@ -289,7 +290,7 @@ class GateTable:
     def write(self, slot: int, gate: Gate) -> None:
         self.direction[slot] = gate.direction.to(self.direction.device)
         self.above[slot], self.below[slot] = gate.above, gate.below
-        self.cosine[slot] = gate.cosine
+        self.cosine[slot], self.bias[slot] = gate.cosine, gate.bias
         self.held[slot] = gate.prompt_scope
         self.per_token[slot] = not gate.prompt_scope
         self.elsewhere = gate.elsewhere

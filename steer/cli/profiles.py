@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from steer.artefacts.arming import ArmedDetectors
 from steer.cli.local import NamesOption, RegistryOption, open_registry
 from steer.cli.reporting import nothing_yet, out, table_out
 from steer.cli.steering import read_json, read_spec
-from steer.errors import SteerError
+from steer.errors import SteerError, pointer, quoted
 
 app = typer.Typer(help="List, add, show and remove saved specs.", no_args_is_help=True)
 
@@ -80,10 +81,25 @@ def add(
     own = str(about["model"]) if model is None and about.get("model") else None
     if own is not None and len(own) > 512:
         raise SteerError("the name of a model has at most 512 characters", code="invalid_option")
-    profile = Profile(name=chosen, spec=spec, description=told, model=own)
+    profile = Profile(name=chosen, spec=spec, detectors=_armed(about), description=told, model=own)
     with open_registry(registry, model) as library:
         library.put_profile(profile, pin=pin)
     out().print(f"saved {chosen}", highlight=False)
+
+
+def _armed(about: dict[str, Any]) -> ArmedDetectors:
+    """The detectors of the profile in a file."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(ArmedDetectors).validate_python(about.get("detectors", []))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise SteerError(
+            f"{first['msg']}; got {quoted(first['input'])}",
+            code="invalid_value",
+            param=pointer("detectors", *first["loc"]),
+        ) from None
 
 
 @app.command("show")

@@ -49,7 +49,7 @@ def receipt_of(
         if one.gate is not None:
             value = float(ledger.gate_value[request.row, number])
             fired = int(counts[(applied & (1 << number)) != 0].sum())
-            gates.append(GateReceipt(one.gate.name, fired, None if math.isnan(value) else value))
+            gates.append(GateReceipt(one.gate.name, fired, value if math.isfinite(value) else None))
     return Receipt(
         plan.fingerprint,
         steered,

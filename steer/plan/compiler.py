@@ -236,7 +236,7 @@ def _fingerprint(
 
 
 def _hashes(one: Resolved) -> list[str]:
-    gate = [] if one.gate is None else [one.gate.vector.sha256]
+    gate = [] if one.gate is None else [one.gate.read.sha256]
     return gate + [found.sha256 for _, found in one.named]
 
 
@@ -270,14 +270,15 @@ def _described(one: Resolved, blocks: Blocks) -> dict[str, Any]:
 
 def _gate_described(gate: ResolvedGate) -> dict[str, Any]:
     entry = gate.when.model_dump(mode="json", exclude_none=True)
-    card = gate.vector.card
-    if isinstance(gate.when.vector, TokenVector):
+    card, named = gate.read.card, getattr(gate.when, gate.field)
+    if isinstance(named, TokenVector):
         entry["vector"]["token"] = card.provenance["token"]
-        if gate.when.vector.lens is not None:
-            name = gate.when.vector.lens.partition("@")[0]
+        if named.lens is not None:
+            name = named.lens.partition("@")[0]
             entry["vector"]["lens"] = _versioned(name, str(card.provenance["lens"]))
     else:
-        entry["vector"] = _versioned(card.name, gate.vector.sha256)
+        name = card.name if gate.field == "vector" else gate.gate.name
+        entry[gate.field] = _versioned(name, gate.read.sha256)
     return entry
 
 

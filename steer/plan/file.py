@@ -248,6 +248,7 @@ def _gate_record(gate: Gate, rows: _RowWriter) -> GateRecord:
         below=None if gate.below == math.inf else gate.below,
         cosine=gate.cosine,
         prompt_scope=gate.prompt_scope,
+        bias=gate.bias,
     )
 
 
@@ -345,6 +346,7 @@ class _Reader:
             below=math.inf if record.below is None else record.below,
             cosine=record.cosine,
             prompt_scope=record.prompt_scope,
+            bias=record.bias,
         )
         check_gate(gate, FileFormatError)
         return gate

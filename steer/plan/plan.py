@@ -35,8 +35,9 @@ EXPLAINING = frozenset({"lit"})
 class Gate:
     """A condition on the residual stream: open where above < value < below.
 
-    `direction` is a unit row `[d]`; the value is the cosine, or the projection. One that reads
-    `elsewhere` is decided by an earlier stage of a pipeline, whose decisions come with the states.
+    The value is the product with `direction` `[d]`, and `bias`: a detector's score, or with a unit
+    row the projection; or it is the cosine. One that reads `elsewhere` is decided by an
+    earlier stage of a pipeline, whose decisions come with the states.
     """
 
     name: str
@@ -46,13 +47,14 @@ class Gate:
     below: float
     cosine: bool
     prompt_scope: bool
+    bias: float = 0.0
     elsewhere: bool = False
 
     @property
     def identity(self) -> tuple[object, ...]:
         """What tells gates apart; inline vectors share a name, so the direction itself counts."""
         direction = self.direction.numpy().tobytes()
-        bounds = (self.above, self.below)
+        bounds = (self.above, self.below, self.bias)
         return (self.name, self.point, direction, *bounds, self.cosine, self.prompt_scope)
 
 

@@ -83,7 +83,7 @@ class SelectionRecord(TokensRecord):
 
 
 class GateRecord(_Record):
-    """A `Gate`; a bound that is left out does not bind."""
+    """A `Gate`; a bound that is left out does not bind, and no bias is 0."""
 
     name: StrictStr
     point: _Point
@@ -92,6 +92,7 @@ class GateRecord(_Record):
     below: _Float | None = None
     cosine: StrictBool
     prompt_scope: StrictBool
+    bias: _Float = 0.0
 
 
 class EditsRecord(_Record):

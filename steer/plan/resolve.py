@@ -16,6 +16,7 @@ from torch import Tensor
 
 from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.detector import Detector
 from steer.artefacts.sae.base import SAE
 from steer.errors import IncompatibleArtefact, SpecError, SteerError, Unsupported, pointer
 from steer.model import Capabilities, HookPoint
@@ -25,7 +26,16 @@ from steer.plan.points import Found, check_layers_said, hook_points, row
 from steer.plan.selection import NO_READER, Selection, TokenReader
 from steer.plan.sources import EncodeText, Named, Sources
 from steer.references import Reference, own_references
-from steer.spec import MAX_TEXTS, InlineVector, Intervention, Site, SteeringSpec, When, Where
+from steer.spec import (
+    MAX_TEXTS,
+    InlineVector,
+    Intervention,
+    Site,
+    SteeringSpec,
+    When,
+    WhenDetected,
+    Where,
+)
 
 Kind = TypeVar("Kind", ControlVector, SAE, LowRankAdapter, AffineMap)
 Tokenize: TypeAlias = Callable[[str], list[int]]
@@ -78,11 +88,13 @@ class Compilation:
 
 @dataclass(frozen=True)
 class ResolvedGate:
-    """A gate as the spec has it (at the pointer `param`) and as a plan does, and its vector."""
+    """A gate as the spec has it (at the pointer `param`) and as a plan does, and what it reads by:
+    the artefact that its field `field` names."""
 
     when: When
     gate: Gate
-    vector: ControlVector
+    field: Literal["vector", "detector"]
+    read: ControlVector | Detector
     param: str
 
 
@@ -262,6 +274,8 @@ class Resolver:
     def _resolved_gate(self, when: When, at: str) -> ResolvedGate:
         self._check_scope(when, at)
         reference, *_ = own_references(when, at)
+        if isinstance(when, WhenDetected):
+            return self._detecting(when, reference, at)
         vector = self._named(reference)
         assert isinstance(vector, ControlVector)
         if when.layer is None:
@@ -279,7 +293,32 @@ class Resolver:
             cosine=when.measure == "cosine",
             prompt_scope=when.scope == "prompt",
         )
-        return ResolvedGate(when, gate, vector, at)
+        return ResolvedGate(when, gate, "vector", vector, at)
+
+    def _detecting(self, when: WhenDetected, reference: Reference, at: str) -> ResolvedGate:
+        """The gate that opens where the detector that `reference` names fires on one token."""
+        detector = self._named(reference)
+        assert isinstance(detector, Detector)
+        if detector.detection.last > 1:
+            raise Unsupported(
+                f"the detector {when.detector!r} pools the scores of {detector.detection.last} "
+                "tokens, and a gate reads one: fit it with 'last' 1, or arm it in 'detectors'",
+                param=reference.param,
+                code="unsupported_gate",
+            )
+        self._check_reads(detector, detector.point, reference.param, reference.param)
+        threshold = detector.threshold if when.threshold is None else when.threshold
+        gate = Gate(
+            name=when.detector.partition("@")[0],
+            point=detector.point,
+            direction=detector.direction,
+            above=_bound(threshold),
+            below=math.inf,
+            cosine=False,
+            prompt_scope=when.scope == "prompt",
+            bias=detector.bias,
+        )
+        return ResolvedGate(when, gate, "detector", detector, at)
 
     def _check_scope(self, when: When, at: str) -> None:
         scopes = self._asked.capabilities.gate_scopes
@@ -294,19 +333,24 @@ class Resolver:
 
     def _direction(self, vector: ControlVector, point: HookPoint, at: str, layer_at: str) -> Tensor:
         """The row `[width]` of a gate's vector; `at` and `layer_at` point at vector and layer."""
-        model = self._asked.sources.model
-        model.check_point(point, param=layer_at)
-        if vector.card.width != model.width(point.site):
-            raise IncompatibleArtefact(
-                f"the gate's vector {vector.card.name!r} has width {vector.card.width}; {point} "
-                f"has width {model.width(point.site)}",
-                code="wrong_width",
-                param=at,
-            )
+        self._check_reads(vector, point, at, layer_at)
         try:
             return row(vector, point.layer)
         except SteerError as error:
             raise error.at(layer_at) from None
+
+    def _check_reads(
+        self, read: ControlVector | Detector, point: HookPoint, at: str, point_at: str
+    ) -> None:
+        model = self._asked.sources.model
+        model.check_point(point, param=point_at)
+        if read.card.width != model.width(point.site):
+            raise IncompatibleArtefact(
+                f"the gate's {read.card.kind} {read.card.name!r} has width {read.card.width}; "
+                f"{point} has width {model.width(point.site)}",
+                code="wrong_width",
+                param=at,
+            )
 
 
 def _bound(value: float) -> float:

@@ -23,7 +23,7 @@ from steer.references import Reference
 from steer.spec import InlineVector, Site, TokenVector
 
 Found = TypeVar("Found")
-Named: TypeAlias = ControlVector | SAE | LowRankAdapter | AffineMap | Lens
+Named: TypeAlias = ControlVector | SAE | LowRankAdapter | AffineMap | Lens | Detector
 """What a reference in a spec can stand for."""
 EncodeText: TypeAlias = Callable[[str, HookPoint], Tensor]
 """A text and a hook point to its tokens' states `[tokens, width]`, by the model being served."""

@@ -19,6 +19,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from steer.artefacts.arming import ReadTokens
 from steer.artefacts.lens import Lens
 from steer.artefacts.sae.base import SAE
 from steer.errors import FileFormatError
@@ -34,7 +35,6 @@ from steer.readouts.readers import (
     SizeReader,
     TopFeaturesReader,
 )
-from steer.readouts.spec import ReadTokens
 from steer.spec import Index, Site
 
 _KEY = "steer.readouts"

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from steer.artefacts.arming import ReadTokens
 from steer.errors import Unsupported
 from steer.model import HookPoint
 from steer.readouts.readers import LensReader, Reader
-from steer.readouts.spec import ReadTokens
 
 EXACT = 1 << 24
 """Features and tokens travel as float32, which holds whole numbers below this exactly."""

@@ -6,15 +6,15 @@ Like a steering spec it is frozen, refuses unknown fields, and knows no torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self, TypeAlias
+from typing import Annotated, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
+from steer.artefacts.arming import ReadTokens
 from steer.errors import SpecError, Unsupported, pointer
 from steer.model import Capabilities
 from steer.spec import Index, Layers, Name
 
-ReadTokens: TypeAlias = Literal["prompt", "generated", "all"]
 MAX_READINGS = 64
 """Entries of one list of a spec."""
 MAX_TOP = 100

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from steer.artefacts.arming import ArmedDetector, ReadTokens
 from steer.artefacts.detector import Detector, ScoreWindow
 from steer.artefacts.library import Library
 from steer.errors import (
@@ -23,10 +24,8 @@ from steer.errors import (
     pointer,
 )
 from steer.model import Capabilities, ModelInfo
-from steer.readouts.arming import ArmedDetector
 from steer.readouts.plan import ReadoutPlan
 from steer.readouts.readers import DetectorReader
-from steer.readouts.spec import ReadTokens
 
 
 @dataclass(frozen=True, eq=False)

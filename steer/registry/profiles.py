@@ -1,4 +1,4 @@
-"""Profiles: steering specs under a name, and the artefacts a spec refers to."""
+"""Profiles: steering specs under a name, and the artefacts a profile refers to."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import Annotated, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from sqlalchemy import ColumnElement, Connection, delete, select
 
+from steer.artefacts.arming import ArmedDetectors
 from steer.errors import UnknownArtefact
 from steer.model import bare_name
-from steer.references import Reference, put_at
+from steer.references import Reference, put_at, references_in
 from steer.registry.catalogue.aliases import Alias, stored_aliases
 from steer.registry.catalogue.catalogue import Catalogue
 from steer.registry.catalogue.model_view import EVERY_MODEL, ModelView
 from steer.registry.catalogue.schema import profiles
 from steer.registry.entry import Entry, Ref, parse_ref
-from steer.spec import SteeringSpec, check_name, parse_spec
+from steer.spec import SteeringSpec, check_name
 
 
 class Profile(BaseModel):
-    """A steering spec that clients use by its name, as `model: "<model>:<name>"`.
+    """A steering spec that clients use by its name, as `model: "<model>:<name>"`, and the detectors
+    that watch whoever does.
 
     Its own `model` is the one that it was saved for, without folder or organisation; None where it
     serves every model. Each model may have a profile of the same name.
@@ -31,44 +33,45 @@ class Profile(BaseModel):
 
     name: Annotated[str, AfterValidator(check_name)]
     spec: SteeringSpec
+    # Written only where there are any, so that older versions read what does without.
+    detectors: ArmedDetectors = Field(default=(), exclude_if=lambda value: not value)
     description: Annotated[str, Field(max_length=4096)] = ""
     model: Annotated[str, Field(min_length=1, max_length=512), AfterValidator(bare_name)] | None = (
         None
     )
 
 
-def references(spec: SteeringSpec) -> Iterator[Reference]:
-    """Every registered artefact that `spec` names; inline vectors are not registered."""
-    return (reference for reference in spec.references() if reference.name is not None)
+def references(profile: Profile) -> Iterator[Reference]:
+    """Every registered artefact that `profile` names; inline vectors are not registered."""
+    return (reference for reference in references_in(profile) if reference.name is not None)
 
 
-def pinned(spec: SteeringSpec, exact: Callable[[Reference], str]) -> SteeringSpec:
-    """`spec` with every reference replaced by `exact` of it, such as `name@hash`."""
-    document = spec.model_dump(mode="json", by_alias=True, exclude_none=True)
-    for reference in references(spec):
+def pinned(profile: Profile, exact: Callable[[Reference], str]) -> Profile:
+    """`profile` with every reference replaced by `exact` of it, such as `name@hash`."""
+    document = profile.model_dump(mode="json", by_alias=True, exclude_none=True)
+    for reference in references(profile):
         put_at(document, reference.param, exact(reference))
-    return parse_spec(document)
+    return Profile.model_validate(document)
 
 
 def save_profile(catalogue: Catalogue, profile: Profile, *, pin: bool) -> Profile:
     """Stores a profile, in place of one with the same name and model; as it was stored.
 
-    It is for the model whose view this is, unless it names its own. With `pin`, names in its spec
+    It is for the model whose view this is, unless it names its own. With `pin`, names in it
     become `name@hash` of what they mean now. Raises `UnknownArtefact` for what is not registered.
     """
     if profile.model is None:
         profile = profile.model_copy(update={"model": catalogue.view.own_name})
     with catalogue.writing() as connection:
         exact: dict[Reference, str] = {}
-        for reference in references(profile.spec):
+        for reference in references(profile):
             kind, ref, param = reference
             entry = catalogue.find(connection, kind, parse_ref(kind, ref))
             if entry is None:
-                raise catalogue.unknown(connection, kind, ref).at("/spec" + param)
+                raise catalogue.unknown(connection, kind, ref).at(param)
             exact[reference] = entry.id
         if pin:
-            spec = pinned(profile.spec, exact.__getitem__)
-            profile = profile.model_copy(update={"spec": spec})
+            profile = pinned(profile, exact.__getitem__)
         store_profile(connection, profile)
     return profile
 
@@ -114,7 +117,7 @@ def profiles_for(catalogue: Catalogue, model: str | None) -> list[Profile]:
 def _can_serve(catalogue: Catalogue, connection: Connection, profile: Profile) -> bool:
     """False for a profile whose every use would be refused: by what it names, which is of another
     model's shape."""
-    for kind, ref, _ in references(profile.spec):
+    for kind, ref, _ in references(profile):
         entry = catalogue.find(connection, kind, parse_ref(kind, ref))
         if entry is None or not catalogue.view.can_use(entry.card):
             return False
@@ -209,7 +212,7 @@ def users_of(
             for profile in stored_profiles(connection)
             if any(
                 reference.kind == kind and breaks(parse_ref(kind, reference.ref), profile.model)
-                for reference in references(profile.spec)
+                for reference in references(profile)
             )
         ],
     )
@@ -231,7 +234,7 @@ def profiles_naming(connection: Connection, alias: Alias) -> list[tuple[str, Ref
     return [
         (profile.name, ref)
         for profile in stored_profiles(connection)
-        for reference in references(profile.spec)
+        for reference in references(profile)
         if reference.kind == alias.kind
         and (ref := parse_ref(alias.kind, reference.ref)).name == alias.name
     ]

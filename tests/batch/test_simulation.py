@@ -18,6 +18,7 @@ from artefacts import (
     EVERYTHING,
     SAE_NAMES,
     artefacts,
+    random_detection,
     random_roles,
     random_spans,
     random_spec,
@@ -37,7 +38,7 @@ from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
 from steer.plan.selection import trace_of
 from steer.prompts.roles import RoleRanges
-from steer.spec import SteeringSpec, When, Where, parse_spec
+from steer.spec import SteeringSpec, When, WhenDetected, WhenDirection, Where, parse_spec
 
 WIDTH, LAYERS, VOCABULARY = 16, 4, 64
 SLOTS, ROWS = 3, 8
@@ -130,9 +131,11 @@ class Truth:
         if spec is None:
             return []
         gates = [spec.when, *(item.when for item in spec.interventions)]
-        return [g for g in gates if g is not None and HookPoint(g.layer or 0) == point]
+        return [g for g in gates if g is not None and _read_at(g) == point]
 
     def _opens(self, when: When, x: Array) -> bool:
+        if isinstance(when, WhenDetected):
+            return REFERENCE.fires(when, x)
         direction = REFERENCE.unit(str(when.vector), when.layer or 0)
         value = float(x @ direction)
         if when.measure == "cosine":
@@ -140,6 +143,12 @@ class Truth:
         return (when.above is None or value > when.above) and (
             when.below is None or value < when.below
         )
+
+
+def _read_at(when: When) -> HookPoint:
+    if isinstance(when, WhenDetected):
+        return REFERENCE.detectors[when.detector].point
+    return HookPoint(when.layer or 0)
 
 
 class _Counted:
@@ -301,6 +310,8 @@ class Simulation:
 
 
 def random_gate(draw: random.Random) -> dict[str, Any]:
+    if draw.random() < 0.4:
+        return random_detection(draw)
     side = draw.choice(["above", "below"])
     return {
         "vector": f"v{draw.randrange(6)}",
@@ -401,6 +412,8 @@ def test_the_simulation_meets_what_it_is_about() -> None:
     clamps = [i for spec in specs for i in spec.interventions if i.kind == "clamp"]
     assert waits > 20
     assert preemptions > 10
-    assert {gate.scope for gate in gates} == {"prompt", "token"}
+    assert {(type(gate), gate.scope) for gate in gates} == {
+        (kind, scope) for kind in (WhenDirection, WhenDetected) for scope in ("prompt", "token")
+    }
     assert sum(clamp.sae.startswith("topk") for clamp in clamps) > 10
     assert {clamp.sae for clamp in clamps} == set(SAE_NAMES)

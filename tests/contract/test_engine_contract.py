@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from artefacts import CLAMPS, random_lens, random_map, random_sae, random_vector
+from artefacts import CLAMPS, random_detector, random_lens, random_map, random_sae, random_vector
 from float64_reference import selected
 from liveness import LIVENESS_SECONDS
 from tiny_models import ARCHITECTURES, LAYERS, VOCABULARY, WIDTH
@@ -39,6 +39,10 @@ SAES = {
 }
 MAPS = {"map": random_map(50, 0, 1, width=WIDTH)}
 LENSES = {"tuned": random_lens(51, LAYERS, WIDTH)}
+DETECTORS = {
+    "d0": random_detector(60, 0, width=WIDTH, bias=0.2),
+    "d1": random_detector(61, 1, width=WIDTH, bias=-0.1, threshold=0.1),
+}
 
 
 def add(vector: Any, **fields: Any) -> dict[str, Any]:
@@ -75,6 +79,10 @@ SPECS: dict[str, dict[str, Any] | None] = {
     ),
     "a token gate": one(
         add("v1", layers=[2]), when={"vector": "v0", "below": 0.1, "layer": 1, "scope": "token"}
+    ),
+    "a detector's gate": one(add("v0", layers=[1, 2]), when={"detector": "d0", "threshold": -0.1}),
+    "a detector's gate on each token": one(
+        add("v3", layers=[2]), when={"detector": "d1", "scope": "token"}
     ),
     "a clamp": one({"kind": "clamp", "sae": "jumprelu", "features": [1, 5, 9], "value": 4.0}),
     "a clamp that competes": {
@@ -135,7 +143,7 @@ def llama(tiny_model: TinyModel) -> Iterator[TransformersEngine]:
 
 
 def plans_of(engine: TransformersEngine) -> PlanCache:
-    library = MemoryLibrary(VECTORS, SAES, maps=MAPS, lenses=LENSES)
+    library = MemoryLibrary(VECTORS, SAES, maps=MAPS, lenses=LENSES, detectors=DETECTORS)
     read_token = token_reader(engine, None)
     return PlanCache(library, engine.info, engine.capabilities, read_token=read_token)
 
@@ -255,6 +263,44 @@ def test_a_prompt_gate_holds_its_decision(engine: TransformersEngine) -> None:
         assert gate.value == pytest.approx(cosine, abs=1e-4)
         assert gate.fired == completion.receipt.tokens_steered == (5 if cosine > 0 else 0)
         outcomes.add(cosine > 0)
+    assert outcomes == {True, False}
+
+
+def test_a_detectors_gate_is_open_where_the_detector_fires(engine: TransformersEngine) -> None:
+    """For each token by itself, on the states of its layer; what is told is its score."""
+    held, each = (
+        plan(engine, SPECS[f"a detector's gate{name}"]) for name in ("", " on each token")
+    )
+    sampling = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    draw = random.Random(5)
+    prompts = [tuple(draw.randrange(3, 99) for _ in range(draw.randint(2, 9))) for _ in range(20)]
+    outcomes = set()
+    for compiled, detector, threshold in (
+        (held, DETECTORS["d0"], -0.1),
+        (each, DETECTORS["d1"], 0.1),
+    ):
+        done = engine.complete([GenerationRequest("g", p, sampling, compiled) for p in prompts])
+        fed = [(*prompt, *one.tokens[:-1]) for prompt, one in zip(prompts, done, strict=True)]
+        plans = [compiled] * len(fed)
+        read = engine.capture(CaptureRequest(fed, (detector.point,), plans=plans))
+        for prompt, states, completion in zip(prompts, read, done, strict=True):
+            assert completion.receipt is not None
+            (gate,) = completion.receipt.gates
+            scores = detector.scores(states.states[detector.point]).tolist()
+            if compiled is held:
+                score = scores[len(prompt) - 1]
+                assert gate.value == pytest.approx(score, abs=1e-4)
+                assert (
+                    gate.fired
+                    == completion.receipt.tokens_steered
+                    == (6 if score > threshold else 0)
+                )
+                outcomes.add(score > threshold)
+            else:
+                fired = sum(score > threshold for score in scores)
+                assert (gate.value, gate.fired) == (None, fired)
+                assert completion.receipt.tokens_steered == fired
+                outcomes.add(0 < fired < len(scores))
     assert outcomes == {True, False}
 
 

@@ -281,6 +281,20 @@ def artefacts(width: int = 16, layers: int = 4) -> dict[str, Any]:
             "rectified": rectified_adapter(91, *everywhere, width=width),
         },
         "maps": {"map": random_map(92, *everywhere, width=width)},
+        "detectors": {
+            "d0": random_detector(93, 0, width=width, bias=0.3, threshold=0.4),
+            "d1": random_detector(94, 0, width=width, bias=-0.2, threshold=-0.3),
+        },
+    }
+
+
+def random_detection(draw: random.Random) -> dict[str, Any]:
+    """A gate by one of the detectors of `artefacts`, which read the first layer."""
+    threshold = {"threshold": draw.uniform(-2, 2)} if draw.random() < 0.6 else {}
+    return {
+        "detector": draw.choice(["d0", "d1"]),
+        **threshold,
+        "scope": draw.choice(["prompt", "token"]),
     }
 
 

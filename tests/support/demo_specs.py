@@ -8,6 +8,7 @@ from typing import Any
 
 from artefacts import (
     random_adapter,
+    random_detector,
     random_jacobians,
     random_lens,
     random_map,
@@ -41,6 +42,10 @@ MAPS = {"map": random_map(9, 1, 3, width=WIDTH)}
 LENSES = {
     "tuned": random_lens(60, LAYERS, WIDTH),
     "jacobian": random_jacobians(61, LAYERS, WIDTH),
+}
+DETECTORS = {
+    "d0": random_detector(10, 0, width=WIDTH, bias=0.4),
+    "d1": random_detector(11, 1, width=WIDTH, bias=-0.3, threshold=0.2),
 }
 
 
@@ -100,6 +105,13 @@ SPECS: dict[str, dict[str, Any] | None] = {
                 **add("v2", layers=[5]),
                 "when": {"vector": "v3", "above": 0.0, "layer": 4, "scope": "token"},
             },
+        ]
+    },
+    "a detector's gate": one(add("v0", layers=[2, 4]), when={"detector": "d0", "threshold": 0.1}),
+    "a detector's gate on each token": {
+        "interventions": [
+            {**add("v3", layers=[3]), "when": {"detector": "d1", "scope": "token"}},
+            ablate("v1", layers=[4]),
         ]
     },
     "a clamp": one({"kind": "clamp", "sae": "jumprelu", "features": [1, 5, 9], "value": 4.0}),
@@ -216,12 +228,12 @@ def token_plans(engine: Engine) -> dict[str, SteeringPlan]:
 
 def register(registry: Registry) -> None:
     """Puts the artefacts that the specs name into a registry."""
-    for found in (VECTORS, SAES, LOW_RANKS, MAPS):
+    for found in (VECTORS, SAES, LOW_RANKS, MAPS, DETECTORS):
         for name, artefact in found.items():
             registry.add(name, artefact)
 
 
-LIBRARY = MemoryLibrary(VECTORS, SAES, LOW_RANKS, maps=MAPS)
+LIBRARY = MemoryLibrary(VECTORS, SAES, LOW_RANKS, maps=MAPS, detectors=DETECTORS)
 
 
 def compiled(plans: PlanCache) -> dict[str, SteeringPlan | None]:

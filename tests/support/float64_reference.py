@@ -17,10 +17,19 @@ from torch import Tensor
 from steer.artefacts.adapter_parts import LoReFTRows
 from steer.artefacts.affine import AffineMap
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.detector import Detector
 from steer.artefacts.sae.base import SAE
 from steer.model import HookPoint
 from steer.prompts.roles import RoleRanges
-from steer.spec import Clamp, Concept, Intervention, NormValue, SteeringSpec, Where
+from steer.spec import (
+    Clamp,
+    Concept,
+    Intervention,
+    NormValue,
+    SteeringSpec,
+    WhenDetected,
+    Where,
+)
 
 Array = NDArray[np.float64]
 
@@ -161,6 +170,7 @@ class Float64Reference:
     saes: Mapping[str, SAE] = field(default_factory=dict)
     low_ranks: Mapping[str, LowRankAdapter] = field(default_factory=dict)
     maps: Mapping[str, AffineMap] = field(default_factory=dict)
+    detectors: Mapping[str, Detector] = field(default_factory=dict)
     encode_text: Callable[[str, HookPoint], Tensor] | None = None
 
     def points(self, item: Any) -> list[HookPoint]:
@@ -194,6 +204,12 @@ class Float64Reference:
                 after = after * np.linalg.norm(x) / np.linalg.norm(after)
             x = after
         return x
+
+    def fires(self, when: WhenDetected, x: Array) -> bool:
+        """Whether the detector of a gate fires on the row that it reads."""
+        detector = self.detectors[when.detector]
+        threshold = detector.threshold if when.threshold is None else when.threshold
+        return float(f64(detector.direction) @ x) + detector.bias > threshold
 
     def edited(self, item: Any, x: Array, layer: int) -> Array:
         """x after one intervention."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from artefacts import random_adapter, random_map, random_sae, random_vector
+from artefacts import random_adapter, random_detector, random_map, random_sae, random_vector
 from hypothesis import strategies as st
 from safetensors.torch import save
 from tiny_models import LAYERS, VOCABULARY, WIDTH
@@ -22,6 +22,7 @@ from together import submit_together
 
 from steer.artefacts.affine import AffineMap, Channels
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
+from steer.artefacts.detector import Detector
 from steer.artefacts.library import MemoryLibrary
 from steer.artefacts.sae.base import SAE
 from steer.engines.base import Completion, GenerationRequest, SamplingParams
@@ -70,7 +71,11 @@ MAPS = {
     "map": random_map(5, 0, 1, width=WIDTH),
     "steep-map": AffineMap.of({2: Channels(1e30 * ALTERNATING, 1e15 * ALTERNATING)}),
 }
-LIBRARY = MemoryLibrary(VECTORS, SAES, ADAPTERS, maps=MAPS)
+DETECTORS = {
+    "watcher": random_detector(6, 0, width=WIDTH),
+    "steep-watcher": Detector.of(1e18 * ALTERNATING, layer=0, bias=-1e38),
+}
+LIBRARY = MemoryLibrary(VECTORS, SAES, ADAPTERS, maps=MAPS, detectors=DETECTORS)
 
 
 def inline(row: torch.Tensor, layer: int = 0) -> dict[str, Any]:
@@ -132,7 +137,7 @@ where_fields = {
     ),
 }
 where = _maybe(**where_fields, **{"except": _maybe(**where_fields)})
-when = st.fixed_dictionaries(
+directed = st.fixed_dictionaries(
     {"vector": vectors, "above": numbers},
     optional={
         "below": numbers,
@@ -141,6 +146,11 @@ when = st.fixed_dictionaries(
         "layer": _mostly(st.just(0), integers),
     },
 )
+detected = st.fixed_dictionaries(
+    {"detector": _mostly(st.sampled_from(sorted(DETECTORS)), st.just("nobody"))},
+    optional={"threshold": numbers, "scope": st.sampled_from(["prompt", "token"])},
+)
+when = st.one_of(directed, detected)
 strengths = st.one_of(
     numbers,
     st.fixed_dictionaries({"norm": numbers}),

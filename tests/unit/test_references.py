@@ -36,6 +36,7 @@ FIELDS = {
     "read": "vector",
     "write": "vector",
     "map": "affine",
+    "detector": "detector",
 }
 
 
@@ -62,7 +63,8 @@ def specs(draw: st.DrawFn) -> dict[str, Any]:
                 item[field] = INLINE
     for one in [spec, *spec["interventions"]]:
         if draw(st.booleans()):
-            one["when"] = {"vector": draw(st.sampled_from(["gate@abcdef", INLINE])), "above": 0.1}
+            gate = {"vector": draw(st.sampled_from(["gate@abcdef", INLINE])), "above": 0.1}
+            one["when"] = draw(st.sampled_from([gate, {"detector": "d@abcdef"}]))
     if draw(st.booleans()):
         spec["interventions"].append({"kind": "concept", "sae": "s", "text": "sea"})
     return spec
@@ -83,16 +85,18 @@ def test_the_marks_find_what_a_walk_of_the_json_finds(given_spec: dict[str, Any]
 def test_own_fields_come_before_gates_and_the_whole_specs_gate_last() -> None:
     gate = {"vector": "g", "above": 0.1}
     item = {"kind": "swap", "remove": "a", "add": INLINE, "when": gate}
-    spec = parse_spec({"when": gate, "interventions": [item, {"kind": "low_rank", "adapter": "r"}]})
+    low_rank = {"kind": "low_rank", "adapter": "r", "when": {"detector": "d"}}
+    spec = parse_spec({"when": gate, "interventions": [item, low_rank]})
     inline = InlineVector.model_validate(INLINE)
     assert list(spec.references()) == [
         Reference("vector", "a", "/interventions/0/remove"),
         Reference("vector", inline, "/interventions/0/add"),
         Reference("vector", "g", "/interventions/0/when/vector"),
         Reference("low_rank", "r", "/interventions/1/adapter"),
+        Reference("detector", "d", "/interventions/1/when/detector"),
         Reference("vector", "g", "/when/vector"),
     ]
-    assert [one.name for one in spec.references()] == ["a", None, "g", "r", "g"]
+    assert [one.name for one in spec.references()] == ["a", None, "g", "r", "d", "g"]
 
 
 class Graft(BaseModel):

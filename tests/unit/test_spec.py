@@ -65,6 +65,23 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a long text": ({**one(), "where": {"after": ["a" * 65]}}, "/where/after/0"),
     "too many texts of a field": ({**one(), "where": {"after": ["a"] * 17}}, "/where/after"),
     "gate without bounds": (one(when={"vector": "g"}), "/interventions/0/when"),
+    "gate of nothing": (one(when={}), "/interventions/0/when/vector"),
+    "gate of a detector with bounds": (
+        one(when={"detector": "d", "above": 1.0}),
+        "/interventions/0/when/above",
+    ),
+    "gate of a detector and a vector": (
+        {**one(), "when": {"detector": "d", "vector": "g"}},
+        "/when/vector",
+    ),
+    "gate of a detector that is no name": (
+        one(when={"detector": "a/b"}),
+        "/interventions/0/when/detector",
+    ),
+    "gate of a detector above a text": (
+        one(when={"detector": "d", "threshold": "2"}),
+        "/interventions/0/when/threshold",
+    ),
     "gate that never opens": (
         one(when={"vector": "g", "above": 1, "below": 0}),
         "/interventions/0/when",

@@ -121,7 +121,7 @@ def prepare(
             code="nothing_to_compare",
         )
     readouts = planned_readouts(serving, body.readouts, steering.plan)
-    watch = planned_watch(serving, readouts, body.detectors, compare=body.compare)
+    watch = planned_watch(serving, readouts, steering, body.detectors, compare=body.compare)
     _check_sampling(serving, body)
     whose = whose_words(steering, roles)
     name = prefix + uuid.uuid4().hex

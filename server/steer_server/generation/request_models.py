@@ -23,8 +23,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from steer.artefacts.arming import ArmedDetectors
 from steer.errors import SteerError, Unsupported
-from steer.readouts.arming import ArmedDetectors
 from steer.readouts.spec import ReadoutSpec
 from steer.spec import SteeringSpec
 from steer_server.generation.answer_format import ResponseFormat

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from steer.artefacts.arming import ArmedDetector
 from steer.engines.checks import no_messages
 from steer.errors import SpecError, SteerError, UnknownArtefact, UnknownModel
 from steer.plan.plan import SteeringPlan
@@ -21,6 +22,8 @@ class Steering:
 
     plan: SteeringPlan | None = None
     profile: str | None = None
+    detectors: tuple[ArmedDetector, ...] = ()
+    """Those that the profile arms."""
 
     @property
     def vectors(self) -> tuple[str, ...]:
@@ -75,7 +78,7 @@ def resolve(serving: Serving, model: str, spec: SteeringSpec | None) -> Steering
         return Steering()
     at = "/steering" if profile is None else "/model"
     plan = compile_spec(serving, spec, at=at)
-    return Steering(plan, profile.name if profile else None)
+    return Steering(plan) if profile is None else Steering(plan, profile.name, profile.detectors)
 
 
 def whose_words(steering: Steering, find: Callable[[], RoleRanges] | None) -> RoleRanges | None:

@@ -144,8 +144,7 @@ def _artefact_router(row: KindRow) -> APIRouter:
                 request, serving.registry, stack, limit=serving.settings.max_upload_bytes
             )
             entry, created = await to_thread.run_sync(_imported, serving, kind, received)
-            body = await to_thread.run_sync(_tagged, serving, kind, entry)
-        return _json(body, 201 if created else 200)
+            return await to_thread.run_sync(stored_answer, serving, entry, created)
 
     @router.get("", name=f"list_{kind}s", response_model=ArtefactList)
     def index(
@@ -321,6 +320,11 @@ def _options(fields: Mapping[str, str]) -> ImportOptions:
     if "from" in given:
         given["source"] = given.pop("from")
     return ImportOptions(**given)
+
+
+def stored_answer(serving: Serving, entry: Entry, created: bool) -> Response:
+    """The answer to whoever has stored `entry`: 201 for a new version."""
+    return _json(_tagged(serving, entry.kind, entry), 201 if created else 200)
 
 
 def _tagged(serving: Serving, kind: ArtefactKind, entry: Entry) -> ArtefactBody:

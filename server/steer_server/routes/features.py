@@ -9,19 +9,22 @@ from functools import partial
 from typing import Annotated, Literal
 
 from anyio import to_thread
-from fastapi import APIRouter, Depends, Path, Query
+from fastapi import APIRouter, Depends, Path, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from steer.artefacts.sae.labels import FeatureLabel, FeatureMatch, search_labels
-from steer.errors import SteerError
+from steer.errors import FileFormatError, SteerError
 from steer.fit.requests.features.embed import search_by_meaning
 from steer.formats.labels.reading import ReadLabels, read_label_text
 from steer.jobs.kinds.asked import named_embedder
 from steer.registry.features.card import FeatureCard, feature_card
+from steer.registry.features.detectors import add_feature_detector
 from steer.registry.features.families import FamilyCard, family_card
 from steer.registry.features.labels import LabelSource
+from steer.spec import Number, StoredName
 from steer_server.http.content_type import require_json
 from steer_server.http.error_route import SteerRoute
+from steer_server.routes.artefacts import ArtefactBody, stored_answer
 from steer_server.state import Serving, ServingDep
 
 router = APIRouter(prefix="/v1/steering/saes/{name}", tags=["saes"], route_class=SteerRoute)
@@ -68,6 +71,17 @@ class LabelsRequest(BaseModel):
             for feature, one in (self.labels or {}).items()
         }
         return ReadLabels(given, "plain")
+
+
+class FeatureDetectorRequest(BaseModel):
+    """How a feature becomes a detector: registered as `name` (`<sae>-<feature>`), firing above
+    `threshold` (its own), detecting what `detects` says (its label)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: StoredName | None = None
+    threshold: Number | None = None
+    detects: Annotated[str | None, Field(min_length=1, max_length=4096)] = None
 
 
 class LabelSources(BaseModel):
@@ -139,6 +153,25 @@ def show_feature(
 ) -> FeatureCard:
     """One feature: its label, its neighbours, and what it did where the SAE was surveyed."""
     return feature_card(serving.registry, name, feature)
+
+
+@router.post(
+    "/features/{feature}/detector",
+    responses={200: {"model": ArtefactBody}, 201: {"model": ArtefactBody}},
+    dependencies=[Depends(require_json)],
+)
+def register_detector(
+    name: str,
+    feature: Annotated[int, Path(ge=0, le=2**31)],
+    body: FeatureDetectorRequest,
+    serving: ServingDep,
+) -> Response:
+    """Registers a feature as a detector, which serves without the SAE."""
+    try:
+        entry, created = add_feature_detector(serving.registry, name, feature, **body.model_dump())
+    except FileFormatError as error:
+        raise error.at("/threshold") from None
+    return stored_answer(serving, entry, created)
 
 
 @router.get("/features/{feature}/family")

@@ -8,8 +8,10 @@ from fastapi import APIRouter, Depends, Query, Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
 from starlette.responses import JSONResponse
 
+from steer.artefacts.arming import ArmedDetectors
 from steer.registry.profiles import Profile
 from steer.spec import SteeringSpec, StoredName, parse_spec
+from steer_server.generation.inspection.detectors import check_armed
 from steer_server.generation.steering import compile_spec
 from steer_server.http.content_type import require_json
 from steer_server.http.error_route import SteerRoute
@@ -30,13 +32,14 @@ def _spec(value: Any) -> SteeringSpec:
 
 
 class ProfileRequest(BaseModel):
-    """A profile to save. With `pin`, every name in its spec becomes `name@hash` of what it means
-    now, so that new versions do not change the profile."""
+    """A profile to save. `detectors` watch every request that uses it. With `pin`, every name in it
+    becomes `name@hash` of what it means now, so that new versions do not change the profile."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: StoredName
     spec: Annotated[SteeringSpec, BeforeValidator(_spec)]
+    detectors: ArmedDetectors = ()
     description: Annotated[str, Field(max_length=4096)] = ""
     pin: StrictBool = False
 
@@ -52,6 +55,7 @@ class ProfileBody(BaseModel):
     model: str
     for_model: str | None = None
     spec: SteeringSpec
+    detectors: ArmedDetectors = Field(default=(), exclude_if=lambda value: not value)
     description: str
 
 
@@ -71,10 +75,12 @@ class ProfileDeleted(BaseModel):
 
 @router.post("", response_model=ProfileBody)
 def save_profile(body: ProfileRequest, serving: ServingDep) -> Response:
-    """Saves a profile for this model, in place of its own with the same name, once the spec fits
-    it."""
+    """Saves a profile for this model, in place of its own with the same name, once the spec and the
+    detectors fit it."""
     compile_spec(serving, body.spec, at="/spec")
-    profile = Profile(name=body.name, spec=body.spec, description=body.description)
+    check_armed(serving, body.detectors, at="/detectors")
+    fields = {name: getattr(body, name) for name in ("name", "spec", "detectors", "description")}
+    profile = Profile(**fields)
     return _json(_body(serving, serving.registry.put_profile(profile, pin=body.pin)))
 
 
@@ -108,6 +114,7 @@ def _body(serving: Serving, profile: Profile) -> ProfileBody:
         model=f"{served}:{profile.name}",
         for_model=profile.model,
         spec=profile.spec,
+        detectors=profile.detectors,
         description=profile.description,
     )
 

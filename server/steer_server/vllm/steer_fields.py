@@ -164,7 +164,7 @@ def _with_ticket(
             code="unsupported_parameter",
         )
     readouts = planned_readouts(serving, added.readouts, plan)
-    watch = planned_watch(serving, readouts, added.detectors, compare=added.compare)
+    watch = planned_watch(serving, readouts, steering, added.detectors, compare=added.compare)
     if watch.stops and asked.choices > 1:
         raise Unsupported(
             f"a detector that stops an answer watches one, and 'n' asks for {asked.choices}: send "

@@ -31,6 +31,7 @@ from steer.cli.options import (
     spelling,
 )
 from steer.cli.reporting import progress_bar
+from steer.cli.sae.detector import detector
 from steer.cli.sae.effect import EFFECT
 from steer.cli.sae.labels import EmbedderOption, embedder_at, labels_app
 from steer.cli.sae.place import JsonOption, SAEArgument, working
@@ -91,6 +92,9 @@ def family(
         typer.echo(found.model_dump_json(indent=2, exclude_none=True))
         return
     show_family(found)
+
+
+app.command("detector")(detector)
 
 
 @app.command("search")

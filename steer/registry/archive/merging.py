@@ -175,7 +175,7 @@ class _Merge:
         if present is not None:
             self._keep(f"profile {profile.name!r}: another one has this name")
             return
-        for kind, ref, _ in references(profile.spec):
+        for kind, ref, _ in references(profile):
             if self._catalogue.find(self._connection, kind, parse_ref(kind, ref)) is None:
                 self._keep(f"profile {profile.name!r}: the {kind} {ref!r} is not registered here")
                 return

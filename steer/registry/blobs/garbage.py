@@ -143,7 +143,7 @@ def _pins(connection: Connection) -> Iterator[str]:
         if alias.sha256 is not None:
             yield alias.sha256
     for profile in stored_profiles(connection):
-        for reference in references(profile.spec):
+        for reference in references(profile):
             ref = parse_ref(reference.kind, reference.ref)
             if ref.hash_prefix:
                 yield ref.hash_prefix

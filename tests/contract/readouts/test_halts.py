@@ -17,13 +17,13 @@ from readout_oracle import steering as plan_of
 from tiny_models import LAYERS, VOCABULARY, WIDTH
 from together import complete_together
 
+from steer.artefacts.arming import ArmedDetector
 from steer.artefacts.detection import Detection
 from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import CaptureRequest, Completion, GenerationRequest, SamplingParams
 from steer.engines.fake.engine import FakeEngine
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import EngineError, Unsupported
-from steer.readouts.arming import ArmedDetector
 from steer.readouts.watching import Watch, WatchPlan, compile_armed
 
 FORMS: dict[str, dict[str, Any]] = {

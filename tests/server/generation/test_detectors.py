@@ -248,6 +248,103 @@ async def test_what_the_operator_arms_watches_every_request_and_cannot_be_disarm
         assert (refused["code"], refused["param"]) == ("unknown_detector", None)
 
 
+SPEC = {"interventions": [{"kind": "add", "vector": "joy"}]}
+PROFILES = "/v1/steering/profiles"
+
+
+async def save_profile(http: httpx.AsyncClient, **fields: Any) -> httpx.Response:
+    return await http.post(PROFILES, json={"name": "watched", "spec": SPEC, **fields})
+
+
+async def test_a_profiles_detectors_watch_whoever_uses_it_and_cannot_be_disarmed(
+    http: httpx.AsyncClient, chat: Body, armed: dict[str, Detector]
+) -> None:
+    mine = {"name": "odd", "action": "stop", "tokens": "generated", "threshold": -1e9}
+    saved = await save_profile(http, detectors=[mine])
+    assert saved.json()["detectors"] == [mine]
+    assert (await http.get(f"{PROFILES}/watched")).json()["detectors"] == [mine]
+    slow = {"name": "slow", "threshold": 1e9}
+    for fields in ({}, {"detectors": [{"name": "odd", "threshold": 1e9}, slow]}):
+        body = chat(model="fake-model:watched", max_tokens=5, **fields)
+        found = (await answer(http, body)).json()
+        assert found["choices"][0]["finish_reason"] == "content_filter"
+        told = [(one["name"], one["action"], one["threshold"]) for one in found["detections"]]
+        assert told == [("odd", "stop", -1e9), ("slow", "tag", 1e9)][: 1 + len(fields)]
+    assert "detections" not in (await answer(http, chat(steering=SPEC))).json()
+    both = chat(model="fake-model:watched", compare=True)
+    assert (await http.post(CHAT, json=both)).json()["error"]["param"] == "/compare"
+    refused = await http.delete("/v1/steering/detectors/odd")
+    assert refused.json()["error"]["code"] == "in_use"
+
+
+@pytest.mark.parametrize(
+    ("detectors", "param", "code"),
+    [
+        ([{"name": "od"}], "/detectors/0/name", "unknown_detector"),
+        ([{"name": "odd"}, {"name": "odd"}], "/detectors/1/name", "duplicate_detector"),
+        ([{"name": "odd", "action": "shout"}], "/detectors/0/action", "invalid_value"),
+        ([{"name": "wide"}], "/detectors/0/name", "wrong_width"),
+        ([{"name": "odd"}] * 17, "/detectors", "invalid_value"),
+    ],
+)
+async def test_a_profile_whose_detectors_cannot_watch_is_not_saved(
+    http: httpx.AsyncClient,
+    registry: Registry,
+    armed: dict[str, Detector],
+    detectors: list[dict[str, Any]],
+    param: str,
+    code: str,
+) -> None:
+    registry.add("wide", random_detector(1, 2, width=17))
+    error = (await save_profile(http, detectors=detectors)).json()["error"]
+    assert (error["param"], error["code"]) == (param, code)
+    assert (await http.get(f"{PROFILES}/watched")).status_code == 404
+
+
+async def test_what_server_and_profile_arm_both_watch(
+    registry: Registry, engine: FakeEngine, chat: Body, armed: dict[str, Detector]
+) -> None:
+    settings = ServerSettings(engine="fake", model="fake-model", detectors=("odd", "slow"))
+    transport = httpx.ASGITransport(app=create_app(engine, registry, settings))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+        stricter = {"name": "odd", "action": "stop", "threshold": -1e9}
+        await save_profile(http, detectors=[{"name": "slow"}, stricter])
+        body = chat(model="fake-model:watched", detectors=[{"name": "odd", "threshold": 9.0}])
+        found = (await answer(http, body)).json()
+    told = [(one["name"], one["action"]) for one in found["detections"]]
+    assert told == [("odd", "tag"), ("slow", "tag"), ("odd", "stop")]
+    assert found["choices"][0]["finish_reason"] == "content_filter"
+
+
+@pytest.mark.parametrize(
+    ("detector", "code", "said"),
+    [
+        ("od", "unknown_detector", "did you mean 'odd'"),
+        ("slow", "unsupported_gate", "pools the scores of 3 tokens"),
+        ("wide", "wrong_width", "has width 17"),
+    ],
+)
+async def test_a_gate_by_a_detector(
+    http: httpx.AsyncClient,
+    registry: Registry,
+    chat: Body,
+    armed: dict[str, Detector],
+    detector: str,
+    code: str,
+    said: str,
+) -> None:
+    registry.add("wide", random_detector(1, 2, width=17))
+    spec = {"interventions": [{"kind": "add", "vector": "joy", "layers": [3]}]}
+    named = f"odd@{armed['odd'].sha256[:8]}"
+    steered = chat(steering={**spec, "when": {"detector": named}})
+    found = (await answer(http, steered)).json()
+    assert [gate["name"] for gate in found["steering"]["gates"]] == ["odd"]
+    body = chat(steering={**spec, "when": {"detector": detector}})
+    error = (await http.post(CHAT, json=body)).json()["error"]
+    assert (error["code"], error["param"]) == (code, "/steering/when/detector")
+    assert said in error["message"]
+
+
 async def test_fires_and_scores_are_counted_by_known_names(
     app: FastAPI, http: httpx.AsyncClient, chat: Body, armed: dict[str, Detector]
 ) -> None:

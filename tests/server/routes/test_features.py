@@ -9,9 +9,13 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
+from artefacts import random_sae
 from fastapi import FastAPI
 from liveness import LIVENESS_SECONDS
 
+from steer.artefacts.detector import Detector
+from steer.artefacts.sae.labels import FeatureLabel
 from steer.registry.registry import Registry
 
 FEATURES = "/v1/steering/saes/features/features"
@@ -103,6 +107,53 @@ async def test_a_family_comes_with_its_clamp(http: httpx.AsyncClient) -> None:
             valid = await http.post("/v1/steering/validate", json={"steering": shown["spec"]})
             assert valid.json()["valid"], valid.text
     assert (await http.get(f"{FEATURES}/8/family")).json()["error"]["code"] == "unknown_feature"
+
+
+async def test_a_feature_becomes_a_detector(http: httpx.AsyncClient, registry: Registry) -> None:
+    sae = random_sae("jumprelu", seed=5, layer=2, labels={3: FeatureLabel(text="owls")})
+    registry.add("jump", sae)
+    path = "/v1/steering/saes/jump/features/3/detector"
+    made = await http.post(path, json={"threshold": 9.0})
+    body = made.json()
+    assert (made.status_code, body["name"], body["object"]) == (201, "jump-3", "steering.detector")
+    assert (body["layers"], body["card"]["detection"]["detects"]) == ([2], "owls")
+    assert (await http.post(path, json={"threshold": 9.0})).status_code == 200
+    wanted = Detector.of_feature(sae, 3, threshold=9.0, detects="owls")
+    assert torch.equal(registry.detector("jump-3").direction, wanted.direction)
+    assert (registry.detector("jump-3").bias, registry.detector("jump-3").threshold) == (
+        wanted.bias,
+        wanted.threshold,
+    )
+    named = await http.post(path, json={"name": "owl", "detects": "an owl"})
+    assert (named.json()["name"], registry.detector("owl").detection.detects) == ("owl", "an owl")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "code", "param"),
+    [
+        ("jump/features/99", {}, "feature_out_of_range", None),
+        ("ranked/features/3", {}, "unsupported_architecture", None),
+        ("jump/features/3", {"threshold": -9.0}, "invalid_value", "/threshold"),
+        ("jump/features/3", {"threshold": "9"}, "invalid_value", "/threshold"),
+        ("jump/features/3", {"name": "a/b"}, "invalid_value", "/name"),
+        ("jump/features/3", {"more": 1}, "unknown_field", "/more"),
+        ("nobody/features/3", {}, "unknown_sae", None),
+    ],
+)
+async def test_a_feature_that_cannot_be_a_detector(
+    http: httpx.AsyncClient,
+    registry: Registry,
+    path: str,
+    body: dict[str, Any],
+    code: str,
+    param: str | None,
+) -> None:
+    registry.add("jump", random_sae("jumprelu", seed=5, layer=2))
+    registry.add("ranked", random_sae("topk", seed=5, layer=2))
+    response = await http.post(f"/v1/steering/saes/{path}/detector", json=body)
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == (code, param), error
+    assert registry.entries("detector") == []
 
 
 async def test_features_are_suggested_for_a_sentence(http: httpx.AsyncClient) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import demo_specs
 import torch
 import vllm_engine
-from artefacts import artefacts, random_spec
+from artefacts import artefacts, random_detection, random_spec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_crowd import Habits
 from vllm_engine import DEMO_MODEL, Plans
@@ -124,6 +124,8 @@ def _random_plan(
 
 def _random_gate(draw: random.Random) -> dict[str, Any]:
     """Over a state of the first layer, which about half of all tokens pass."""
+    if draw.random() < 0.4:
+        return random_detection(draw)
     return {
         "vector": draw.choice(["v0", "v1"]),
         draw.choice(["above", "below"]): draw.uniform(-0.2, 0.2),

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from artefacts import EVERYTHING, artefacts, random_spec, shape_of
+from artefacts import EVERYTHING, artefacts, random_detection, random_spec, shape_of
 from torch import Tensor, nn
 
 from steer.artefacts.library import MemoryLibrary
@@ -139,16 +139,20 @@ def gated_plan(draw: random.Random) -> SteeringPlan:
     """A random spec behind a gate at any layer that comes before its edits."""
     while True:
         raw = random_spec(draw, layers=LAYERS, longest=3)
-        raw["when"] = {
-            "vector": draw.choice(["v0", "v1"]),
-            draw.choice(["above", "below"]): draw.uniform(-0.2, 0.2),
-            "scope": draw.choice(["prompt", "token"]),
-            "layer": draw.randrange(LAYERS),
-        }
+        raw["when"] = random_detection(draw) if draw.random() < 0.4 else _random_direction(draw)
         try:
             return PLANS.plan(parse_spec(raw))
         except SteerError:
             continue
+
+
+def _random_direction(draw: random.Random) -> dict[str, Any]:
+    return {
+        "vector": draw.choice(["v0", "v1"]),
+        draw.choice(["above", "below"]): draw.uniform(-0.2, 0.2),
+        "scope": draw.choice(["prompt", "token"]),
+        "layer": draw.randrange(LAYERS),
+    }
 
 
 def random_request(draw: random.Random, number: int, plan: SteeringPlan) -> Request:

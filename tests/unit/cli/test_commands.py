@@ -286,6 +286,13 @@ def test_profiles_come_and_go(tmp_path: Path, registry: Path) -> None:
     assert "bonjour" in steer("profiles", "list", *place).output
     names = [one["name"] for one in json.loads(steer("profiles", "list", "--json", *place).output)]
     assert {"bonjour", "french", "compliant", "cautious"} <= set(names)
+    watched = written(tmp_path / "watched.json", {"spec": SPEC, "detectors": [{"name": "rude"}]})
+    said = steer("profiles", "add", watched, *place, code=2).output
+    assert "unknown_detector, at /detectors/0/name" in said
+    bad = written(
+        tmp_path / "bad.json", {"spec": SPEC, "detectors": [{"name": "a", "action": "x"}]}
+    )
+    assert "at /detectors/0/action" in steer("profiles", "add", bad, *place, code=2).output
     steer("profiles", "remove", "bonjour", *place)
     assert "unknown_profile" in steer("profiles", "show", "bonjour", *place, code=2).output
 

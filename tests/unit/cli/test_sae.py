@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from artefacts import random_sae
 from stub_model import stub_model
 from typer.testing import CliRunner
 
 from steer.cli import app
+from steer.registry.registry import Registry
 
 FRENCH = Path(__file__).parents[3] / "vectors" / "demo" / "data" / "french.jsonl"
 LATENT = 809
@@ -182,6 +184,20 @@ def test_labels_of_another_sae_are_refused(place: Path, tmp_path: Path) -> None:
     row = {"modelId": "m", "layer": "20-res-16k", "index": "1", "description": "cats"}
     brought.write_text(json.dumps(row))
     assert "wrong_labels" in steer(place, "labels", "import", "resid-3", brought, code=2)
+
+
+def test_a_feature_becomes_a_detector(tmp_path: Path) -> None:
+    with Registry.open(tmp_path) as registry:
+        registry.add("jump", random_sae("jumprelu", width=192, layer=3))
+    made = ("detector", "jump", 7, "--threshold", 4, "--detects", "an owl", "-n", "owl")
+    assert "registered owl@" in steer(tmp_path, *made)
+    assert "already registered" in steer(tmp_path, *made)
+    with Registry.open(tmp_path) as registry:
+        found = registry.detector("owl")
+    assert (found.threshold, found.detection.detects) == (4.0, "an owl")
+    refused = steer(tmp_path, "detector", "resid-3", LATENT, code=2)
+    assert "unsupported_architecture" in refused
+    assert "feature_out_of_range" in steer(tmp_path, "detector", "jump", 64, code=2)
 
 
 def test_a_feature_that_is_not_there(place: Path) -> None:

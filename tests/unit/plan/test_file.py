@@ -90,6 +90,9 @@ SPECS: dict[str, dict[str, Any]] = {
         add("v1", layers=[3]),
         when={"vector": "v0", "above": -0.5, "below": 0.1, "layer": 1, "measure": "projection"},
     ),
+    "a detector's gate": one(
+        add("v1", layers=[3]), when={"detector": "d0", "threshold": 0.7, "scope": "token"}
+    ),
     "ablate": one({"kind": "ablate", "vector": "v2", "layers": [1, 2]}),
     "project": one({"kind": "project", "vector": "v2", "value": "positive", "layers": [1]}),
     "a clamp": one({"kind": "clamp", "sae": "jumprelu", "features": [1, 5, 9], "value": 4.0}),

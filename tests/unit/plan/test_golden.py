@@ -24,6 +24,7 @@ from torch import Tensor
 from steer.artefacts.adapter_parts import EditRows
 from steer.artefacts.affine import AffineMap, Channels
 from steer.artefacts.control_vector import ControlVector, LayerMeasure, LowRankAdapter
+from steer.artefacts.detector import Detector
 from steer.artefacts.library import MemoryLibrary
 from steer.artefacts.sae.base import SAE
 from steer.model import HookPoint
@@ -106,6 +107,9 @@ LIBRARY = MemoryLibrary(
     {**{name: sae(name) for name in ("standard", "jumprelu", "topk")}, "resid-3": sae("topk")},
     {"reft": adapter(), "rectified": rectified()},
     maps={"map": channels()},
+    detectors={
+        f"d{n}": Detector.of(pattern(WIDTH), layer=n, bias=0.5, threshold=2.0) for n in range(2)
+    },
 )
 INLINE = {"data": base64.b64encode(vector("").to_bytes()).decode(), "layer": 1}
 MORE: dict[str, dict[str, Any]] = {

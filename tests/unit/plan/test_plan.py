@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import random
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,8 @@ from artefacts import EVERYTHING, artefacts, random_spec, random_vector, shape_o
 from float64_reference import Float64Reference
 
 from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.detection import Detection
+from steer.artefacts.detector import Detector
 from steer.artefacts.library import MemoryLibrary
 from steer.edits import apply
 from steer.errors import SteerError
@@ -29,6 +32,7 @@ LENGTH = 9
 def cache(**changes: Any) -> PlanCache:
     made = artefacts()
     made["vectors"] |= changes.pop("vectors", {})
+    made["detectors"] |= changes.pop("detectors", {})
     limits = EVERYTHING.__class__("test", EVERYTHING.kinds, EVERYTHING.sites, limits={"passes": 8})
     return PlanCache(MemoryLibrary(**made), shape_of(), limits, **changes)
 
@@ -165,10 +169,38 @@ def test_the_same_meaning_has_the_same_fingerprint(same: dict[str, Any]) -> None
         {**BASE, "when": {"vector": "v1", "below": 0.5, "layer": 0}},
         {**BASE, "when": {"vector": "v1", "above": 0.5, "layer": 1}},
         {**BASE, "when": {"vector": "v1", "above": 0.5, "layer": 0, "scope": "token"}},
+        {**BASE, "when": {"detector": "d0"}},
+        {**BASE, "when": {"detector": "d0", "threshold": 0.5}},
+        {**BASE, "when": {"detector": "d0", "scope": "token"}},
     ],
 )
 def test_another_meaning_has_another_fingerprint(other: dict[str, Any]) -> None:
     assert fingerprint(other) != fingerprint(BASE)
+
+
+def test_a_gate_of_a_detector_is_its_row_bias_and_threshold() -> None:
+    detector = artefacts()["detectors"]["d0"]
+    plan = cache().plan(parse_spec({**BASE, "when": {"detector": "d0"}}))
+    (gate,) = [one.gate for one in plan.rules]
+    assert gate is not None
+    assert torch.equal(gate.direction, detector.direction)
+    assert (gate.above, gate.below, gate.bias) == (detector.threshold, math.inf, detector.bias)
+    assert (gate.cosine, gate.prompt_scope, gate.point) == (False, True, detector.point)
+    assert plan.summary[0]["when"] == {
+        "detector": f"d0@{detector.sha256[:12]}",
+        "scope": "prompt",
+    }
+    assert detector.sha256 in plan.artefacts
+
+
+def test_a_detector_that_comes_to_mean_another_makes_another_plan() -> None:
+    spec = parse_spec({**BASE, "when": {"detector": "d"}})
+    row = torch.ones(16)
+    prints = {
+        cache(detectors={"d": Detector.of(row, layer=0, **fields)}).plan(spec).fingerprint
+        for fields in ({}, {"bias": 0.1}, {"threshold": 0.1}, {"site": "mlp_out"})
+    }
+    assert len(prints) == 4
 
 
 def test_order_is_part_of_the_meaning() -> None:
@@ -266,6 +298,31 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "layer_not_in_vector",
         "/interventions/0/when/layer",
     ),
+    "gate of a detector after the edit": (
+        add(when={"detector": "late"}),
+        "gate_after_edit",
+        "/interventions/0/when",
+    ),
+    "unknown detector": (
+        add(when={"detector": "nobody"}),
+        "unknown_detector",
+        "/interventions/0/when/detector",
+    ),
+    "detector that pools": (
+        add(when={"detector": "pools"}),
+        "unsupported_gate",
+        "/interventions/0/when/detector",
+    ),
+    "detector of a wrong width": (
+        add(when={"detector": "narrow"}),
+        "wrong_width",
+        "/interventions/0/when/detector",
+    ),
+    "detector of a layer out of range": (
+        add(when={"detector": "deep"}),
+        "layer_out_of_range",
+        "/interventions/0/when/detector",
+    ),
     "unknown SAE": (
         {"kind": "clamp", "sae": "nobody", "features": [1], "value": 1},
         "unknown_sae",
@@ -324,6 +381,13 @@ ODD = {
     "bare": random_vector(63, 1, measures={}),
 }
 
+ODD_DETECTORS = {
+    "narrow": Detector.of(torch.ones(4), layer=0),
+    "deep": Detector.of(torch.ones(16), layer=9),
+    "late": Detector.of(torch.ones(16), layer=2),
+    "pools": Detector.of(torch.ones(16), layer=0, detection=Detection(pooling="mean", last=3)),
+}
+
 
 def words(text: str) -> list[int]:
     return list(range(len(text.split())))
@@ -332,7 +396,7 @@ def words(text: str) -> list[int]:
 @pytest.mark.parametrize("name", BAD)
 def test_what_is_wrong_is_named_and_pointed_at(name: str) -> None:
     item, code, param = BAD[name]
-    plans = cache(vectors=ODD, tokenize=words)
+    plans = cache(vectors=ODD, detectors=ODD_DETECTORS, tokenize=words)
     with pytest.raises(SteerError) as caught:
         plans.plan(parse_spec({"interventions": [item]}))
     assert (caught.value.code, caught.value.param) == (code, param)
@@ -341,7 +405,7 @@ def test_what_is_wrong_is_named_and_pointed_at(name: str) -> None:
 
 def test_all_problems_are_reported_at_once() -> None:
     items = [item for item, _, _ in BAD.values()]
-    plans = cache(vectors=ODD, tokenize=words)
+    plans = cache(vectors=ODD, detectors=ODD_DETECTORS, tokenize=words)
     problems = plans.check(parse_spec({"interventions": [add(), *items]}))
     assert [(p.code, p.param) for p in problems] == [
         (code, param.replace("/interventions/0", f"/interventions/{place}", 1))

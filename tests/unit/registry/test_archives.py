@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from artefacts import random_detector
 from crashes import observed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -49,6 +50,20 @@ def test_a_copy_is_the_same_in_everything(registry: Registry, tmp_path: Path) ->
         again = imported(copy, data)
         assert (again.versions, again.profiles, again.aliases, again.tags) == (0, 0, 0, 0)
         assert observed(copy) == before
+
+
+def test_a_profiles_detectors_come_with_it(registry: Registry, tmp_path: Path) -> None:
+    registry.add("v", a_vector(1))
+    registry.add("d", random_detector(4, 1))
+    armed = {"name": "d", "action": "stop"}
+    gated = {"interventions": [{"kind": "add", "vector": "v", "when": {"detector": "d"}}]}
+    registry.put_profile(Profile(name="p", spec=gated, detectors=(armed,)))
+    data = exported(registry)
+    with Registry.open(tmp_path / "copy") as copy:
+        assert imported(copy, data).profiles == 1
+        assert copy.profile("p") == registry.profile("p")
+        assert copy.detector("d").sha256 == registry.detector("d").sha256
+        assert exported(copy) == data
 
 
 def test_a_merge_adds_and_changes_nothing(registry: Registry, tmp_path: Path) -> None:

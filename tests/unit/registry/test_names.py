@@ -119,14 +119,14 @@ def test_a_pinned_profile_keeps_its_meaning(registry: Registry) -> None:
     held = registry.put_profile(Profile(name="held", spec=spec), pin=True)
     assert free == Profile(name="free", spec=spec)
     assert registry.profile("held") == held
-    named = [reference.ref for reference in references(held.spec)]
+    named = [reference.ref for reference in references(held)]
     other = registry.entry("vector", "w").id
     assert sorted(named) == sorted([one.id] * 4 + [other])
     two, _ = registry.add("v", a_vector(2))
     registry.set_alias("vector", "a", "w")
-    for reference in references(registry.profile("held").spec):
+    for reference in references(registry.profile("held")):
         assert registry.entry("vector", reference.ref).id in (one.id, other)
-    newest = {registry.entry("vector", r.ref).id for r in references(free.spec)}
+    newest = {registry.entry("vector", r.ref).id for r in references(free)}
     assert newest == {two.id, other}
     with pytest.raises(Conflict):
         registry.remove("vector", one.id)

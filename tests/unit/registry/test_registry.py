@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from artefacts import random_detector
 
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.sae.base import SAE
@@ -249,13 +250,39 @@ def test_a_profile_pins_the_version_it_names(registry: Registry) -> None:
         registry.remove("vector", one.id)
 
 
-def test_sae_and_adapter_of_a_profile_cannot_be_removed(registry: Registry) -> None:
+def test_the_detectors_of_a_profile_are_its_artefacts(registry: Registry) -> None:
+    one, _ = registry.add("d", random_detector(4, 1))
+    spec = {"interventions": [{"kind": "add", "vector": "v"}]}
+    registry.add("v", a_vector())
+    missing = Profile(name="p", spec=spec, detectors=({"name": "d"}, {"name": "e"}))
+    with pytest.raises(UnknownArtefact, match="registered are 'd'") as raised:
+        registry.put_profile(missing)
+    assert (raised.value.code, raised.value.param) == ("unknown_detector", "/detectors/1/name")
+    armed = {"name": "d", "action": "stop", "tokens": "all", "threshold": 2.5}
+    profile = Profile(name="p", spec=spec, detectors=(armed,))
+    assert registry.put_profile(profile) == profile == registry.profile("p")
+    pinned = registry.put_profile(profile, pin=True)
+    assert [item.name for item in pinned.detectors] == [one.id]
+    with pytest.raises(Conflict, match="profiles p"):
+        registry.remove("detector", "d")
+    registry.put_profile(Profile(name="p", spec=spec))
+    registry.remove("detector", "d")
+
+
+def test_a_profile_without_detectors_is_written_as_before() -> None:
+    profile = Profile(name="p", spec={"interventions": [{"kind": "add", "vector": "v"}]})
+    assert "detectors" not in profile.model_dump_json(exclude_none=True)
+
+
+def test_whatever_a_profile_names_cannot_be_removed(registry: Registry) -> None:
     registry.add("s", an_sae())
     registry.add("a", an_adapter())
+    registry.add("d", random_detector(4, 1))
     clamp = {"kind": "clamp", "sae": "s", "features": [1], "value": 2.0}
-    spec = {"interventions": [clamp, {"kind": "low_rank", "adapter": "a"}]}
+    gated = {"kind": "low_rank", "adapter": "a", "when": {"detector": "d"}}
+    spec = {"interventions": [clamp, gated]}
     registry.put_profile(Profile(name="p", spec=spec))
-    for kind, name in (("sae", "s"), ("low_rank", "a")):
+    for kind, name in (("sae", "s"), ("low_rank", "a"), ("detector", "d")):
         with pytest.raises(Conflict):
             registry.remove(kind, name)
 

@@ -116,6 +116,35 @@ def test_a_prompt_that_fires_is_not_answered(http: httpx.Client) -> None:
         assert found["detections"][0]["position"] == 0
 
 
+def test_a_profiles_detectors_watch_whoever_uses_it(http: httpx.Client) -> None:
+    armed = {"name": "odd", "action": "stop", "threshold": -1e9}
+    profile = {"name": "watched", "spec": FRENCH, "detectors": [armed]}
+    assert http.post("/v1/steering/profiles", json=profile).status_code == 200
+    for fields in ({}, {"detectors": [{"name": "odd", "threshold": 1e9}]}):
+        found = answer(http, body(model=f"{MODEL}:watched", **fields))
+        assert found["choices"][0]["finish_reason"] == "content_filter"
+        assert found["usage"]["completion_tokens"] == 1
+        assert [(one["name"], one["fired"]) for one in found["detections"]] == [("odd", True)]
+    several = http.post("/v1/chat/completions", json=body(model=f"{MODEL}:watched", n=2))
+    assert several.json()["error"]["param"] == "/n"
+    gone = http.delete("/v1/steering/detectors/odd")
+    assert gone.json()["error"]["code"] == "in_use"
+    http.delete("/v1/steering/profiles/watched")
+
+
+def test_a_gate_by_a_detector_says_its_score(http: httpx.Client) -> None:
+    prompt = body(detectors=[{"name": "odd", "tokens": "prompt", "threshold": 1e9}], max_tokens=1)
+    greatest = answer(http, prompt)["detections"][0]["score"]
+    spec = {"interventions": [{"kind": "add", "vector": "french", "layers": [4], "where": ALL}]}
+    gate = {"detector": "odd", "threshold": greatest + 1}
+    closed = answer(http, body(steering={**spec, "when": gate}))["steering"]
+    assert [one["fired"] for one in closed["gates"]] == [0]
+    assert closed["gates"][0]["value"] <= greatest + 1e-3
+    gate = {"detector": "odd", "threshold": closed["gates"][0]["value"] - 1}
+    opened = answer(http, body(steering={**spec, "when": gate}))["steering"]
+    assert opened["gates"][0]["fired"] == opened["tokens_steered"] > 0
+
+
 def test_responses_say_why_they_are_incomplete(http: httpx.Client) -> None:
     asked = {"name": "odd", "action": "stop", "threshold": -1e9}
     content = {"model": MODEL, "input": "Hello there", "detectors": [asked], "temperature": 0}

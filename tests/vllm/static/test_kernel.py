@@ -29,6 +29,8 @@ from artefacts import (
     NORMALISATIONS,
     artefacts,
     clamps_of,
+    random_detection,
+    random_detector,
     random_spec,
     random_transcoder,
     random_vector,
@@ -79,6 +81,7 @@ MADE["vectors"] |= {
     for site in ("mlp_out", "resid_mid")
     for n in range(2)
 }
+MADE["detectors"]["d1"] = random_detector(95, 1, width=WIDTH, bias=0.5, site="resid_mid")
 TRANSCODERS = {
     f"{name}.{site}.{write_site}": random_transcoder(
         name, seed=90 + n, width=WIDTH, site=site, write_site=write_site, W_skip=None
@@ -326,6 +329,8 @@ def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def random_when(draw: random.Random) -> dict[str, Any]:
+    if draw.random() < 0.4:
+        return random_detection(draw)
     name = draw.choice(["v0", "v1", "mlp_out-0", "mlp_out-1", "resid_mid-0"])
     return {
         "vector": name,
@@ -444,7 +449,7 @@ def test_the_simulation_meets_what_it_is_about(monkeypatch: pytest.MonkeyPatch) 
     """Tokens behind a decision in the same pass, drafts that do not stay, requests taken up again,
     gates, every kind."""
     monkeypatch.setattr(Simulation, "_compute", lambda *_: None)
-    windows = resumed = held = each = rejected = 0
+    windows = resumed = held = each = detecting = rejected = 0
     plans: set[str] = set()
     kinds: set[str] = set()
     for seed in range(8):
@@ -458,6 +463,7 @@ def test_the_simulation_meets_what_it_is_about(monkeypatch: pytest.MonkeyPatch) 
         rejected += simulation.rejected
         held += sum(gate.prompt_scope for gate in gates)
         each += sum(not gate.prompt_scope for gate in gates)
+        detecting += sum(gate.bias != 0 for gate in gates)
         plans |= {plan.fingerprint for plan in steered}
         kinds |= {item.kind for plan in steered for item in plan.spec.interventions}
     assert windows > 10
@@ -465,6 +471,7 @@ def test_the_simulation_meets_what_it_is_about(monkeypatch: pytest.MonkeyPatch) 
     assert rejected > 20
     assert held > 10
     assert each > 10
+    assert detecting > 10
     assert len(plans) > 4 * SLOTS
     assert kinds == set(EVERYTHING.kinds) - {"concept"}
 
@@ -1044,6 +1051,8 @@ def test_plans_within_the_budget_always_find_rows() -> None:
     running: list[SteeringPlan] = []
     for number in range(150):
         plan = replace(random_plan(draw), fingerprint=str(number))
+        if rows_needed(plan) > 40:
+            continue
         while sum(map(rows_needed, [*running, plan])) > 40:
             tables.release(running.pop(draw.randrange(len(running))))
         tables.acquire(plan)

@@ -6,11 +6,12 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from steer.artefacts.arming import ArmedDetector
 from steer.engines.base import TokenReadout
 from steer.errors import SteerError, Unsupported
-from steer.readouts.arming import ArmedDetector
 from steer.readouts.plan import ReadoutPlan
-from steer.readouts.watching import Watch, WatchPlan, compile_armed
+from steer.readouts.watching import ArmedPlan, Watch, WatchPlan, compile_armed
+from steer_server.generation.steering import Steering
 from steer_server.http.request_id import request_id
 from steer_server.metrics import Metrics
 from steer_server.state import Serving
@@ -25,40 +26,47 @@ HEADER = "x-steer-detections"
 def planned_watch(
     serving: Serving,
     own: ReadoutPlan | None,
+    steering: Steering,
     asked: Sequence[ArmedDetector],
     *,
     compare: bool,
 ) -> WatchPlan:
-    """What watches a request that asks for the read-outs `own`: its detectors, and those that the
-    operator has armed on every request. Errors point into the request.
+    """What watches a request that asks for the read-outs `own`: its detectors, its profile's, and
+    those that the operator has armed on every request. Errors point into the request.
 
-    One that the operator armed stays as he armed it, whatever the request says of its name.
+    One that the operator armed, on the server or in a profile, stays as he armed it, whatever the
+    request says of its name; where he armed it on both and not alike, both watch.
     """
     always = serving.settings.armed
-    names = {one.name for one in always}
-    specs = (*always, *(one for one in asked if one.name not in names))
-    if not specs:
+    profiles = tuple(one for one in steering.detectors if one not in always)
+    names = {one.name for one in (*always, *profiles)}
+    if not (always or profiles or asked):
         return WatchPlan(own)
     if compare:
         raise Unsupported(
             "'compare' shows an answer of the unsteered model, which no detector watches: leave "
-            "'compare' or 'detectors' out",
+            "'compare' out, or 'detectors', and ask for no profile that arms one",
             param="/compare",
             code="unsupported_parameter",
         )
+    armed = check_armed(serving, always, at=None)
+    armed += check_armed(serving, profiles, at="/model")
+    mine = check_armed(serving, asked, at="/detectors")
+    return WatchPlan(own, (*armed, *(one for one in mine if one.spec.name not in names)))
+
+
+def check_armed(
+    serving: Serving, specs: Sequence[ArmedDetector], *, at: str | None
+) -> tuple[ArmedPlan, ...]:
+    """The detectors that stand in the list at the pointer `at` of a request; None where they stand
+    in none, and `/model` where a profile arms them. Raises `SteerError`."""
     engine = serving.engine
     library = serving.registry.for_model(engine.info)
     try:
-        armed = compile_armed(always, library, engine.info, engine.capabilities)
+        return compile_armed(specs, library, engine.info, engine.capabilities)
     except SteerError as error:
-        error.param = None  # it stands in no request
+        error.param = at if at in (None, "/model") else f"{at}{error.param or ''}"
         raise
-    try:
-        mine = compile_armed(asked, library, engine.info, engine.capabilities)
-    except SteerError as error:
-        error.param = "/detectors" + (error.param or "")
-        raise
-    return WatchPlan(own, (*armed, *(one for one in mine if one.spec.name not in names)))
 
 
 def watched_rows(found: Iterable[TokenReadout]) -> list[tuple[int, tuple[float, ...]]]:

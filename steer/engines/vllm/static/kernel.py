@@ -68,6 +68,7 @@ _READS_SHARE = tl.constexpr(edits.SHARE)
 _ONLY_ACTIVE = tl.constexpr(edits.ONLY_ACTIVE)
 _EPSILON = tl.constexpr(edits.EPSILON)
 _COSINE = tl.constexpr(static_rows.COSINE)
+_GATE_BIAS = tl.constexpr(static_rows.GATE_BIAS)
 _TOKEN_FIELDS = tl.constexpr(static_tables.TOKEN_FIELDS)
 _SLOT = tl.constexpr(static_tables.SLOT)
 _ROW = tl.constexpr(static_tables.ROW)
@@ -380,6 +381,7 @@ def _decided(
             value = tl.sum(x * _row(constants, gate, width, width, BLOCK), axis=0)
             if tl.load(law + _COSINE) != 0.0:
                 value = value / tl.maximum(_length(x), _TINY)
+            value += tl.load(law + _GATE_BIAS)
             bit = ((value > tl.load(law + _ABOVE)) & (value < tl.load(law + _BELOW))).to(tl.int32)
             if ((held_gates >> number) & 1) != 0:
                 decisions = (decisions & ~(1 << number)) | (bit << number)

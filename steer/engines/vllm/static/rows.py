@@ -28,7 +28,7 @@ CHANNEL_EDITS = 2
 offset where others read and write, then the lower and the upper bounds."""
 
 # Fields of a gate.
-ABOVE, BELOW, COSINE = range(3)
+ABOVE, BELOW, COSINE, GATE_BIAS = range(4)
 GATE_FIELDS = 4
 LAW_STRIDE = 16
 """Laws, gates and records have a power of two of fields, so that their rows are aligned."""
@@ -113,7 +113,7 @@ class Bank:
     def write_gate(self, gate: Gate, taken: Taken) -> int:
         """Puts `gate` into a free constant row, which is added to `taken`."""
         row = self._write_constant(gate.direction, taken)
-        law = torch.tensor([gate.above, gate.below, float(gate.cosine), 0.0])
+        law = torch.tensor([gate.above, gate.below, float(gate.cosine), gate.bias])
         self.gates[row] = law.to(self.gates)
         return row
 

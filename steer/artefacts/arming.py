@@ -1,4 +1,4 @@
-"""What arms detectors on a request: the `detectors` field, as JSON."""
+"""What arms detectors on a request, or on those of a profile: the `detectors` field, as JSON."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from steer.readouts.spec import ReadTokens
-from steer.spec import Name
+from steer.spec import DetectorRef
 
 MAX_ARMED = 16
 """Detectors of one request."""
 
+ReadTokens: TypeAlias = Literal["prompt", "generated", "all"]
 Action: TypeAlias = Literal["tag", "stop"]
 
 
@@ -25,7 +25,7 @@ class ArmedDetector(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Name
+    name: DetectorRef
     action: Action = "tag"
     tokens: ReadTokens = "generated"
     threshold: Annotated[float, Field(strict=True, allow_inf_nan=False)] | None = None
