@@ -37,12 +37,13 @@ STREAM_SITES: tuple[Site, ...] = ("resid_pre", "resid_mid", "resid_post")
 
 
 class TokenDirection(ControlVector):
-    """The rows of one token. Its identity is what they are made of, model, lens, token and site,
-    and not how the last bit of a product was rounded: replicas of a server call it alike."""
+    """The rows of one token. Its identity is what they are made of, lens, token and site, and not
+    how a model is called or the last bit of a product rounded: replicas of a server call it alike.
+    """
 
     @cached_property
     def sha256(self) -> str:
-        said = self.card.model_dump_json(exclude={"name"})
+        said = self.card.model_dump_json(exclude={"name", "model"})
         return hashlib.sha256(b"steer/token/1\n" + said.encode()).hexdigest()
 
 
