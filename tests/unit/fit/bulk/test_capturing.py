@@ -14,8 +14,9 @@ from steer.engines.base import CaptureRequest
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import FileFormatError, SteerError
 from steer.fit.bulk.capturing import BulkReading, capture_to
+from steer.fit.bulk.card import CARD, read_card
 from steer.fit.bulk.selected import Tokens, pieces, selected_tokens
-from steer.fit.bulk.shards import CARD, CapturedStates, read_card
+from steer.fit.bulk.shards import CapturedStates
 from steer.model import HookPoint
 from steer.spec import Where
 
