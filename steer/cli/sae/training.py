@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +14,7 @@ from steer.cli.fit.saving import RegisterOption, file_errors
 from steer.cli.local import open_registry, running_engine
 from steer.cli.measure.asking import AS_JSON
 from steer.cli.options import MODEL, PLACE, checked, command, keyword, options, read_values
-from steer.cli.reporting import out, progress_bar
+from steer.cli.reporting import bars_one_by_one, out
 from steer.fit.requests.saes.training import SAETrainingRequest
 
 if TYPE_CHECKING:
@@ -77,10 +76,10 @@ def _train(values: dict[str, Any]) -> None:
     request = _request(values)
     with (
         running_engine(values["model"], device=values["device"], dtype=values["dtype"]) as engine,
-        ExitStack() as bars,
+        bars_one_by_one() as counter,
     ):
         request.check(engine)
-        found = request.run(engine, _counter(bars), device=values["device"])
+        found = request.run(engine, counter, device=values["device"])
         if values["register"]:
             with open_registry(values["registry"], values["model"]) as library:
                 entry, _ = library.add(request.name, found.sae)
@@ -98,17 +97,6 @@ def _train(values: dict[str, Any]) -> None:
         return
     _show(found)
     out().print(kept, highlight=False)
-
-
-def _counter(bars: ExitStack) -> Callable[[int, str], Callable[[int], None]]:
-    """Bars, one after the other."""
-
-    def begin(total: int, what: str) -> Callable[[int], None]:
-        bars.close()
-        told: Callable[[int], None] = bars.enter_context(progress_bar(what, total))
-        return told
-
-    return begin
 
 
 def _as_json(found: TrainedSAE) -> dict[str, Any]:

@@ -22,10 +22,11 @@ from steer.fit.bulk.card import (
     own_info,
     read_card,
 )
-from steer.fit.bulk.selected import SelectedTokens, SteeredTexts, Tokens, nothing_selected
+from steer.fit.bulk.selected import SelectedTokens, SteeredTexts, nothing_selected
 from steer.fit.bulk.shards import (
     DIGEST,
     GENERATED,
+    ITEM,
     LENGTH,
     PLACES,
     CapturedStates,
@@ -34,6 +35,7 @@ from steer.fit.bulk.shards import (
     text_digest,
 )
 from steer.fit.data.answering import with_own_answers
+from steer.fit.data.texts import Tokens
 from steer.fit.states import Progress
 from steer.model import HookPoint
 from steer.registry.blobs import locks
@@ -93,6 +95,7 @@ def capture_to(
     folder: Path,
     reading: BulkReading,
     *,
+    items: Sequence[int] | None = None,
     selected: SelectedTokens | None = None,
     steered: SteeredTexts | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -101,13 +104,16 @@ def capture_to(
 ) -> CaptureCard:
     """Reads `texts` and keeps their states in `folder`, or those of `selected` tokens alone; where
     they are `steered`, as the model has them with the edits. One that was ended goes on after its
-    last sound shard, in the same batches. `progress` is told of texts.
+    last sound shard, in the same batches. `items` says for each text what number its item has in
+    the data (None: its own). `progress` is told of texts.
 
     Memory: one shard, and the states of one batch. Raises `SteerError`: `other_capture` where the
     folder holds one of other texts, read otherwise or by a model of other weights,
     `nothing_selected` where no text had a token to keep, `capture_too_large` beyond the `limits`.
     """
-    work = _TextReading(engine, texts, reading, selected, steered)
+    work = _TextReading(
+        engine, texts, range(len(texts)) if items is None else items, reading, selected, steered
+    )
     asked = work.card()
     row_bytes = sum(one.width for one in asked.points) * getattr(torch, reading.dtype).itemsize
     if selected is None:
@@ -142,6 +148,7 @@ class _TextReading:
 
     engine: Engine
     texts: Sequence[Tokens]
+    items: Sequence[int]
     reading: BulkReading
     selected: SelectedTokens | None
     steered: SteeredTexts | None
@@ -168,7 +175,7 @@ class _TextReading:
             seed=reading.seed if reading.answer_tokens else 0,
             steering=None if self.steered is None else self.steered.plan.fingerprint,
             texts=len(self.texts),
-            texts_sha256=_sha256(self.texts, info.vocab_size),
+            texts_sha256=_sha256(self.texts, self.items, info.vocab_size),
             where=None if self.selected is None else self.selected.where,
         )
 
@@ -214,6 +221,7 @@ class _TextReading:
             PLACES[1]: torch.full((len(kept),), number, dtype=torch.int32),
             PLACES[2]: kept.to(torch.int32),
             GENERATED: (kept >= len(self.texts[number])).to(torch.uint8),
+            ITEM: torch.tensor([self.items[number]], dtype=torch.int32),
             LENGTH: torch.tensor([len(text)], dtype=torch.int32),
             DIGEST: torch.frombuffer(bytearray(text_digest(text)), dtype=torch.uint8)[None],
         }
@@ -231,19 +239,19 @@ class _TextReading:
         return rows
 
 
-def _sha256(texts: Sequence[Tokens], vocabulary: int) -> str:
-    """The hash of the tokens; raises `SteerError` for what are none."""
+def _sha256(texts: Sequence[Tokens], items: Sequence[int], vocabulary: int) -> str:
+    """The hash of the tokens and of where they came from; raises `SteerError` for other numbers."""
     if not texts:
         raise SteerError("there is no text to read", code="no_prompts")
     found = hashlib.sha256()
-    for n, text in enumerate(texts):
+    for n, (text, item) in enumerate(zip(texts, items, strict=True)):
         wrong = [token for token in text if not 0 <= token < vocabulary]
         if wrong:
             raise SpecError(
                 f"the token {wrong[0]} of text {n} is not in the vocabulary of {vocabulary}",
                 code="unknown_token",
             )
-        found.update(np.asarray([len(text), *text], dtype="<i8").tobytes())
+        found.update(np.asarray([item, len(text), *text], dtype="<i8").tobytes())
     return found.hexdigest()
 
 

@@ -9,29 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeAlias, cast
+from typing import cast
 
 from steer.engines.base import CaptureRequest, Engine
 from steer.engines.selecting import TokenChoice, roles_under
 from steer.errors import SpecError
 from steer.fit.data.prompt import Prompt, render
+from steer.fit.data.texts import GivenText, Tokens, token_ids
 from steer.fit.measure.divergence import anchored
 from steer.fit.states import check_length, chosen_places, prompt_tokens
 from steer.plan.plan import SteeringPlan
 from steer.prompts.rendering import prompt_length, rendered_roles
 from steer.prompts.roles import RoleRanges
 from steer.spec import Where
-
-Tokens: TypeAlias = tuple[int, ...]
-GivenText: TypeAlias = Prompt | Tokens
-"""What is read: a prompt, or the tokens themselves."""
-
-
-def token_ids(asked: GivenText) -> Tokens | None:
-    """`asked` where it is given as token ids; a chat is a list of messages."""
-    if isinstance(asked, tuple) and all(type(one) is int for one in asked):
-        return cast("Tokens", asked)
-    return None
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 Every shard holds n rows: `token`, `text` and `position` `[n]` int32, which say where a row was
 read, `generated` `[n]` uint8, which is 1 where the model said the token, and for each hook point
 `LAYER.SITE` `[n, width]`. Rows lie in the order of the texts, and a text's rows all lie in one
-shard. Of the t texts that it ends with, those without rows included, it holds the `length` `[t]`
-int32 and a `digest` `[t, 16]` uint8 of the tokens, by which a text is found again.
+shard. Of each of its t texts, those without rows included, it holds the number of the `item` of the
+data that it came from `[t]` int32, its `length` `[t]` int32, and a `digest` `[t, 16]` uint8 of its
+tokens, by which it is found again.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from steer.model import HookPoint
 from steer.registry.blobs.disk import disk_errors
 
 PLACES = ("token", "text", "position")
-GENERATED, LENGTH, DIGEST = "generated", "length", "digest"
+GENERATED, ITEM, LENGTH, DIGEST = "generated", "item", "length", "digest"
 DIGEST_BYTES = 16
 Numbers: TypeAlias = NDArray[np.int64]
 
@@ -116,8 +117,8 @@ class CapturedStates:
     """The rows of one hook point in a folder, read a few at a time.
 
     `tokens`, `texts` and `positions` `[rows]` say for each row which token it is of, in which text,
-    and where, `generated` whether the model said it. `lengths` and `digests` are those of the texts
-    in their order. Files are read by position, so that what was read can leave memory again.
+    and where, `generated` whether the model said it. `items`, `lengths` and `digests` are those of
+    the texts in their order. Files are read by position, so that what was read can leave memory.
     """
 
     card: CaptureCard
@@ -127,6 +128,7 @@ class CapturedStates:
     texts: Numbers
     positions: Numbers
     generated: NDArray[np.bool_]
+    items: Numbers
     lengths: Numbers
     digests: NDArray[np.uint8]
     starts: Numbers
@@ -165,6 +167,7 @@ class CapturedStates:
             joined(PLACES[1]),
             joined(PLACES[2]),
             joined(GENERATED).astype(np.bool_),
+            joined(ITEM),
             joined(LENGTH),
             joined(DIGEST).astype(np.uint8).reshape(-1, DIGEST_BYTES),
             np.cumsum([0, *(one.rows for one in card.shards)]),
@@ -262,6 +265,7 @@ class _ShardArrays:
         wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             **dict.fromkeys(PLACES, (torch.int32, (one.rows,))),
             GENERATED: (torch.uint8, (one.rows,)),
+            ITEM: (torch.int32, (kept,)),
             LENGTH: (torch.int32, (kept,)),
             DIGEST: (torch.uint8, (kept, DIGEST_BYTES)),
             **{p.key: (stored, (one.rows, p.width)) for p in card.points},

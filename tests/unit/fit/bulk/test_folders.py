@@ -19,8 +19,8 @@ from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import FileFormatError, SteerError, TooLarge
 from steer.fit.bulk.capturing import BulkReading, CaptureLimits, capture_to
 from steer.fit.bulk.card import CARD, CaptureCard, read_card
-from steer.fit.bulk.selected import Tokens
 from steer.fit.bulk.shards import CapturedStates, text_digest
+from steer.fit.data.texts import Tokens
 from steer.model import HookPoint
 
 POINT = HookPoint(1)

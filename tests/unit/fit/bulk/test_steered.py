@@ -16,8 +16,9 @@ from steer.engines.plans import plans_of
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError, Unsupported
 from steer.fit.bulk.capturing import BulkReading, capture_to
-from steer.fit.bulk.selected import GivenText, pieces, steered_texts
+from steer.fit.bulk.selected import pieces, steered_texts
 from steer.fit.bulk.shards import CapturedStates
+from steer.fit.data.texts import GivenText
 from steer.model import HookPoint
 from steer.plan.plan import SteeringPlan
 from steer.prompts import Marked

@@ -61,6 +61,7 @@ def captured(folder: Path, states: Tensor, texts: int = TEXTS) -> CapturedStates
             "text": number[here].to(torch.int32),
             "position": places.clone(),
             "generated": places.to(torch.uint8),
+            "item": torch.zeros(texts // 2, dtype=torch.int32),
             "length": torch.zeros(texts // 2, dtype=torch.int32),
             "digest": torch.zeros(texts // 2, 16, dtype=torch.uint8),
             "2.resid_post": states[here],
