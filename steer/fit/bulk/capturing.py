@@ -287,7 +287,7 @@ def _check_weights(work: _TextReading, folder: Path, sound: CaptureCard) -> None
     same = there.tokens[numbers].tolist() == again[PLACES[0]].tolist()
     if not same or float((kept - found).norm()) > _ALIKE * float(kept.norm()):
         raise SteerError(
-            f"{folder} holds a capture by a model of the same name that reads text {text} "
+            f"{folder.name!r} holds a capture by a model of the same name that reads text {text} "
             "otherwise: its weights are others. Name another folder, or remove this one",
             code="other_capture",
         )

@@ -139,7 +139,7 @@ def other_capture(folder: Path, begun: CaptureCard, asked: CaptureCard) -> Steer
     )
     name = found[0][0]
     return SteerError(
-        f"{folder} holds another capture: {said}. Name another folder, or remove this one",
+        f"{folder.name!r} holds another capture: {said}. Name another folder, or remove this one",
         param=None if name in _NOT_ASKED else f"/{_FIELDS.get(name, name)}",
         code="other_capture",
     )
@@ -155,6 +155,11 @@ def _shown(value: Any) -> str:
     return quoted(value, 80)
 
 
+def shown(path: Path) -> str:
+    """`path` in an error, which a client of a server may read."""
+    return f"{path.parent.name}/{path.name}"
+
+
 def read_card(folder: Path) -> CaptureCard | None:
     """The card of a folder; None where there is none. Raises `FileFormatError`."""
     path = folder / CARD
@@ -164,13 +169,13 @@ def read_card(folder: Path) -> CaptureCard | None:
         return None
     except OSError as error:
         raise StorageError(
-            f"{path} cannot be read: {error.strerror or error}", code="no_capture"
+            f"{shown(path)} cannot be read: {error.strerror or error}", code="no_capture"
         ) from error
     except ValidationError as error:
         first = error.errors()[0]
         at = ".".join(map(str, first["loc"]))
         raise FileFormatError(
-            f"{path}: not what a capture writes: {at + ': ' if at else ''}{first['msg']}",
+            f"{shown(path)}: not what a capture writes: {at + ': ' if at else ''}{first['msg']}",
             code="invalid_capture",
         ) from error
 

@@ -33,6 +33,7 @@ from steer.fit.bulk.card import (
     CapturedPoint,
     CapturedShard,
     read_card,
+    shown,
     write_card,
 )
 from steer.model import HookPoint
@@ -89,6 +90,19 @@ def sound_part(folder: Path, card: CaptureCard) -> CaptureCard:
             break
         sound += 1
     return card.model_copy(update={"shards": card.shards[:sound]})
+
+
+def missing_shards(folder: Path, names: Sequence[str]) -> set[str]:
+    """Those of `names` that are not in `folder` as its card has them, to the byte; all of them
+    where there is no card."""
+    card = read_card(folder)
+    known = {} if card is None else {one.file: one for one in card.shards}
+
+    def is_here(name: str) -> bool:
+        path = folder / name
+        return name in known and path.is_file() and _sha256(path) == known[name].sha256
+
+    return {name for name in names if not is_here(name)}
 
 
 def check_shards(folder: Path, card: CaptureCard) -> None:
@@ -226,10 +240,10 @@ def whole_card(folder: Path) -> CaptureCard:
     """The card of a finished capture; raises as `CapturedStates.open`."""
     card = read_card(folder)
     if card is None:
-        raise FileFormatError(f"{folder}: there is no {CARD} in it", code="no_capture")
+        raise FileFormatError(f"{folder.name}: there is no {CARD} in it", code="no_capture")
     if not card.whole:
         raise StorageError(
-            f"{folder}: {card.texts_done} of {card.texts} texts are captured: run the capture "
+            f"{folder.name}: {card.texts_done} of {card.texts} texts are captured: run the capture "
             "again, which goes on from there",
             code="unfinished_capture",
         )
@@ -252,7 +266,7 @@ class _ShardArrays:
             file = OpenedFile.at(path)
         except OSError as error:
             raise StorageError(
-                f"{path} cannot be read: {error.strerror or error}", code="no_capture"
+                f"{shown(path)} cannot be read: {error.strerror or error}", code="no_capture"
             ) from error
         if file.size != one.bytes:
             raise _damaged(path, f"it has {file.size} bytes, and {CARD} says {one.bytes}")
@@ -289,8 +303,8 @@ class _ShardArrays:
 
 def _damaged(path: Path, why: str) -> FileFormatError:
     return FileFormatError(
-        f"{path} is not what was captured: {why}. Copy the file again, or remove the folder and "
-        "capture anew",
+        f"{shown(path)} is not what was captured: {why}. Copy the file again, or remove the folder "
+        "and capture anew",
         code="damaged_capture",
     )
 
@@ -306,4 +320,6 @@ def _chosen(folder: Path, card: CaptureCard, point: HookPoint | None) -> Capture
             return one
     known = ", ".join(one.key for one in card.points)
     asked = "none is named" if point is None else f"got {point}"
-    raise FileFormatError(f"{folder} holds the hook points {known}: {asked}", code="no_capture")
+    raise FileFormatError(
+        f"{folder.name!r} holds the hook points {known}: {asked}", code="no_capture"
+    )
