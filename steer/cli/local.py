@@ -14,7 +14,7 @@ import typer
 if TYPE_CHECKING:
     from steer.artefacts.library import Library
     from steer.engines.transformers.engine import TransformersEngine
-    from steer.fit.bulk.kept import KeptStates
+    from steer.fit.bulk.kept import StatesEngine
     from steer.plan.cache import PlanCache
     from steer.registry.registry import Registry
 
@@ -67,17 +67,17 @@ def running_engine(
         yield engine
 
 
-def kept_states(folder: Path, model: str) -> KeptStates:
+def kept_states(folder: Path, model: str) -> StatesEngine:
     """The states of `model` in the folder of a capture, in place of the model. Raises
     `SteerError`."""
     quiet()
     from steer.engines.transformers.checkpoints.found import find_model
     from steer.engines.transformers.checkpoints.loading import load_tokenizer
     from steer.errors import SteerError
-    from steer.fit.bulk.kept import KeptStates
+    from steer.fit.bulk.kept import StatesEngine
 
     found = find_model(model)
-    kept = KeptStates(folder, load_tokenizer(found.location))
+    kept = StatesEngine(folder, load_tokenizer(found.location))
     if not kept.info.is_called(found.own_name):
         raise SteerError(
             f"{str(folder)!r} holds states of {kept.info.name!r}, and --model is {model!r}: name "

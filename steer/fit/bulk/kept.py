@@ -27,7 +27,7 @@ from steer.model import Capabilities, HookPoint
 from steer.prompts.roles import found_roles
 
 
-class KeptStates:
+class StatesEngine:
     """An `Engine` that captures from the folder of a capture, and can do nothing else.
 
     `tokenizer` is the model's. A text is found by its token ids. Raises `SteerError`

@@ -18,7 +18,7 @@ from steer.engines.base import CaptureRequest, Engine, GenerationRequest
 from steer.engines.fake.engine import ByteTokenizer
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError, Unsupported
-from steer.fit.bulk.kept import KeptStates
+from steer.fit.bulk.kept import StatesEngine
 from steer.fit.data.labels import Labelled, LabelledSet
 from steer.fit.data.pairs import Pair, PairSet
 from steer.fit.methods.detectors.fitting import fit_detector
@@ -37,9 +37,9 @@ JUDGED = LabelledSet.of(
 )
 
 
-def kept(engine: Engine, prompts: Sequence[Any], folder: Path, **more: Any) -> KeptStates:
+def kept(engine: Engine, prompts: Sequence[Any], folder: Path, **more: Any) -> StatesEngine:
     StatesRequest.model_validate({"prompts": prompts, "layers": (1, 2), **more}).run(engine, folder)
-    return KeptStates(folder, ByteTokenizer())
+    return StatesEngine(folder, ByteTokenizer())
 
 
 def same(mine: ControlVector, theirs: ControlVector) -> None:
