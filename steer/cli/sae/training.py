@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steer.cli.fit.saving import RegisterOption, file_errors
-from steer.cli.local import open_registry, running_engine
+from steer.cli.fit.saving import RegisterOption, StatesOption, file_errors
+from steer.cli.local import kept_states, open_registry, running_engine
 from steer.cli.measure.asking import AS_JSON
 from steer.cli.options import MODEL, PLACE, checked, command, keyword, options, read_values
 from steer.cli.reporting import bars_one_by_one, out
 from steer.fit.requests.saes.training import SAETrainingRequest
 
 if TYPE_CHECKING:
+    from steer.engines.base import Engine
     from steer.fit.saes.training import TrainedSAE
 
 _OUT = Annotated[
@@ -45,6 +47,7 @@ def _parameters() -> Iterator[Parameter]:
     yield MODEL
     yield keyword("labelled", _LABELLED, False)
     yield from (one for one in fields.values() if one.default is not one.empty)
+    yield keyword("states", StatesOption, None)
     yield keyword("output", _OUT, None)
     yield keyword("register", RegisterOption, False)
     yield keyword("plot", _PLOT, None)
@@ -75,7 +78,7 @@ def _train(values: dict[str, Any]) -> None:
 
     request = _request(values)
     with (
-        running_engine(values["model"], device=values["device"], dtype=values["dtype"]) as engine,
+        _engine(values) as engine,
         bars_one_by_one() as counter,
     ):
         request.check(engine)
@@ -97,6 +100,16 @@ def _train(values: dict[str, Any]) -> None:
         return
     _show(found)
     out().print(kept, highlight=False)
+
+
+@contextmanager
+def _engine(values: dict[str, Any]) -> Iterator[Engine]:
+    """The model, or the states that were kept of it."""
+    if values["states"] is not None:
+        yield kept_states(values["states"], values["model"])
+        return
+    with running_engine(values["model"], device=values["device"], dtype=values["dtype"]) as engine:
+        yield engine
 
 
 def _as_json(found: TrainedSAE) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.sae import load_directory
 from steer.cli.app import app as cli
 from steer.cli.steering import read_vector_file
 from steer.engines.base import CaptureRequest, Engine, GenerationRequest
@@ -138,3 +139,28 @@ def test_the_command_fits_without_the_model(
             read_vector_file(tmp_path / side / f"{name}.safetensors") for side in ("mine", "theirs")
         )
         same(mine, theirs)
+
+
+def test_the_command_trains_an_sae_without_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEER_CACHE", str(tmp_path / "cache"))
+    data, folder = tmp_path / "texts.jsonl", tmp_path / "states"
+    data.write_text("".join(json.dumps(one.prompt) + "\n" for one in LABELLED.items[:40]))
+
+    def steer(*arguments: object) -> None:
+        done = CliRunner().invoke(cli, [str(one) for one in arguments])
+        assert done.exit_code == 0, done.output
+
+    train = ("sae", "train", data, "--name", "s", "--layer", 2, "--latents", 16, "--k", 2)
+    train += ("--rows", 32, "--held-out", 0.4)
+    steer("capture", data, folder, "--layers", 2, "--context", 256)
+    steer(*train, "--out", tmp_path / "theirs")
+    with monkeypatch.context() as patched:
+        patched.setattr(TransformersEngine, "load", None)
+        steer(*train, "--states", folder, "--out", tmp_path / "mine")
+    mine, theirs = (load_directory(tmp_path / side) for side in ("mine", "theirs"))
+    assert theirs.card.provenance["loss"] is not None
+    assert mine.card.provenance.get("loss") is None
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), rtol=1e-2, atol=1e-3)
