@@ -29,6 +29,7 @@ from steer_server.routes import (
     features,
     health,
     inspect_routes,
+    job_files,
     job_requests,
     jobs,
     models,
@@ -56,6 +57,7 @@ def routers() -> list[APIRouter]:
         inspect_routes.router,
         job_requests.router,
         jobs.router,
+        job_files.router,
         health.router,
     ]
 

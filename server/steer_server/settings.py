@@ -21,7 +21,7 @@ from steer.errors import SpecError, SteerError
 from steer.fit.features.asked.embedder import Embedder
 from steer.fit.features.asked.outside import OutsideModel
 from steer.fit.features.labeller import Labeller
-from steer.jobs.limits import JobLimits
+from steer.jobs.limits import CaptureRoom, JobLimits
 from steer.plan.resolve import Policy, StrengthLimit
 
 MIB = 1 << 20
@@ -69,10 +69,11 @@ class ServerSettings(BaseModel):
     the engine's time. `inspection_workers` inspections run at a time, `inspection_queue` more may
     wait. Read-outs of a request read at most `readout_layers` layers by one field and give at most
     `readout_numbers` numbers for a token and `readout_values` for a sequence. `detectors` are armed
-    on every request. `hub_imports` is whether clients may have artefacts fetched from the hub, of
-    up to `max_hub_bytes` each. `embedder` and `labeller` are models that this server asks for its
-    clients, each as http://HOST/v1#model=NAME with a key of its own; a job may ask the labeller at
-    most `labeller_questions`.
+    on every request. A job may keep the states of up to `capture_rows` tokens, and all that are
+    kept may take `capture_bytes` of the disk (0: none are kept). `hub_imports` is whether clients
+    may have artefacts fetched from the hub, of up to `max_hub_bytes` each. `embedder` and
+    `labeller` are models that this server asks for its clients, each as http://HOST/v1#model=NAME
+    with a key of its own; a job may ask the labeller at most `labeller_questions`.
     Without a key, `insecure` is needed to listen on more than loopback, the server answers to its
     addresses and to `allowed_hosts`, and takes requests from its own pages and from those of
     `allowed_origins`, which browsers are told as well. A connection that has sent no whole request
@@ -109,6 +110,8 @@ class ServerSettings(BaseModel):
     readout_numbers: int = Field(default=1024, ge=1)
     readout_values: int = Field(default=1 << 22, ge=1)
     detectors: Armed = ()
+    capture_rows: int = Field(default=1 << 24, ge=1)
+    capture_bytes: int = Field(default=4 << 30, ge=0)
     hub_imports: bool = True
     max_hub_bytes: int = Field(default=512 * MIB, ge=1)
     embedder: str | None = None
@@ -155,6 +158,11 @@ class ServerSettings(BaseModel):
         )
 
     @property
+    def captures(self) -> CaptureRoom:
+        """What states that jobs keep may take."""
+        return CaptureRoom(self.capture_rows, self.capture_bytes)
+
+    @property
     def armed(self) -> tuple[ArmedDetector, ...]:
         """The detectors on every request."""
         return tuple(map(armed, self.detectors))
@@ -198,6 +206,8 @@ _FROM_ENVIRONMENT = (
     "readout_numbers",
     "readout_values",
     "detectors",
+    "capture_rows",
+    "capture_bytes",
     "hub_imports",
     "max_hub_bytes",
     "embedder",

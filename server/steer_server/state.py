@@ -85,6 +85,7 @@ def assemble(
         builtin_kinds(
             hub(settings.max_hub_bytes) if settings.hub_imports else {},
             policy,
+            captures=settings.captures,
             embedder=settings.asked_embedder,
             labeller=settings.asked_labeller,
         ),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steer.cli.fit.saving import file_errors
 from steer.cli.reporting import FAILED, err, out, table_out
 from steer.cli.serve import read_key
 from steer.cli.steering import read_json
@@ -117,6 +118,47 @@ def cancel(
         job = _answer(server.post(f"/v1/jobs/{_part(job_id)}/cancel"))
     word = "cancelling" if job["cancelling"] else job["state"]
     out().print(f"{word} {job['id']}", highlight=False)
+
+
+@app.command("fetch")
+def fetch(
+    job_id: JobArgument,
+    folder: Annotated[Path, typer.Argument(help="Where to put them.")],
+    url: UrlOption = DEFAULT_URL,
+    api_key_file: KeyOption = None,
+) -> None:
+    """Fetch the files that a job has made; those that are here already are not fetched again."""
+    from steer.fit.bulk.shards import missing_shards
+
+    place = f"/v1/jobs/{_part(job_id)}/files"
+    with _server(url, api_key_file) as server:
+        names = [one["name"] for one in _answer(server.get(place))["data"]]
+        if not names:
+            raise SteerError(
+                f"{job_id} has no files here: it made none, failed, or ran on another machine",
+                code="unknown_file",
+            )
+        # The card of a capture comes first, and says what of the rest is here.
+        cards = [one for one in names if one.endswith(".json")]
+        for name in cards:
+            _fetch(server, f"{place}/{_part(name)}", folder, Path(name).name)
+        for name in sorted(missing_shards(folder, names) - set(cards)):
+            _fetch(server, f"{place}/{_part(name)}", folder, Path(name).name)
+    out().print(f"wrote {folder}: {len(names)} files", highlight=False)
+
+
+def _fetch(server: httpx.Client, place: str, folder: Path, name: str) -> None:
+    """Writes one file, which appears whole or not at all."""
+    part = folder / f"{name}.part"
+    with file_errors(part):
+        folder.mkdir(parents=True, exist_ok=True)
+        with server.stream("GET", place) as response, part.open("wb") as file:
+            if not response.is_success:
+                response.read()
+                _answer(response)
+            for data in response.iter_bytes():
+                file.write(data)
+        part.replace(folder / name)
 
 
 @app.command("delete")

@@ -14,6 +14,7 @@ import typer
 if TYPE_CHECKING:
     from steer.artefacts.library import Library
     from steer.engines.transformers.engine import TransformersEngine
+    from steer.fit.bulk.kept import StatesEngine
     from steer.plan.cache import PlanCache
     from steer.registry.registry import Registry
 
@@ -64,6 +65,26 @@ def running_engine(
 
     with TransformersEngine.load(model, device=device, dtype=dtype) as engine:
         yield engine
+
+
+def kept_states(folder: Path, model: str) -> StatesEngine:
+    """The states of `model` in the folder of a capture, in place of the model. Raises
+    `SteerError`."""
+    quiet()
+    from steer.engines.transformers.checkpoints.found import find_model
+    from steer.engines.transformers.checkpoints.loading import load_tokenizer
+    from steer.errors import SteerError
+    from steer.fit.bulk.kept import StatesEngine
+
+    found = find_model(model)
+    kept = StatesEngine(folder, load_tokenizer(found.location))
+    if not kept.info.is_called(found.own_name):
+        raise SteerError(
+            f"{str(folder)!r} holds states of {kept.info.name!r}, and --model is {model!r}: name "
+            "the model that was captured",
+            code="states_not_kept",
+        )
+    return kept
 
 
 @contextmanager

@@ -187,6 +187,16 @@ def _site(text: str) -> str:
     return text
 
 
+def _point(text: str) -> dict[str, Any]:
+    """A hook point, as `5.mlp_out`."""
+    layer, _, site = text.strip().partition(".")
+    if not layer.isdecimal():
+        raise SteerError(
+            f"{text!r} is no hook point: write LAYER.SITE, such as 5.mlp_out", code="invalid_option"
+        )
+    return {"layer": parse_layers(layer, param="/points")[0], "site": _site(site or "resid_post")}
+
+
 def _prompt(text: str) -> Any:
     """A prompt: JSON where it is JSON, else a text."""
     try:
@@ -198,6 +208,7 @@ def _prompt(text: str) -> Any:
 
 _READERS: Mapping[str, Callable[[Any], Any]] = {
     "layers": parse_layers,
+    "points": lambda text: [_point(one) for one in text.split(",")],
     "position": _position,
     "selection": parse_selection,
     "tokens": lambda text: parse_selection(text) if text.lstrip().startswith("{") else text,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, TextIO
 
 import typer
@@ -115,3 +115,15 @@ def progress_bar(title: str, total: int) -> Iterator[Any]:
     with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
         task = progress.add_task(title, total=total)
         yield lambda done: progress.advance(task, done)
+
+
+@contextmanager
+def bars_one_by_one() -> Iterator[Callable[[int, str], Any]]:
+    """Gives a function that begins a bar of so many of what, and ends the one before."""
+    with ExitStack() as bars:
+
+        def begin(total: int, what: str) -> Any:
+            bars.close()
+            return bars.enter_context(progress_bar(what, total))
+
+        yield begin

@@ -8,6 +8,15 @@ from steer.errors import SteerError
 
 
 @dataclass(frozen=True)
+class CaptureRoom:
+    """What states that jobs keep may take of a server: `rows` those of one job, `bytes` all that
+    are kept; where that is 0, none are."""
+
+    rows: int = 1 << 24
+    bytes: int = 4 << 30
+
+
+@dataclass(frozen=True)
 class JobLimits:
     """Bounds on the jobs of one server.
 

@@ -129,6 +129,7 @@ class JobRunner:
         """Forgets a finished job; see `JobStore.remove`."""
         job = self.store.remove(job_id)
         self._registry.job_files.remove(job_id)
+        self._registry.job_outputs.remove(job_id)
         self.changes.tell(job_id)
         return job
 
@@ -140,6 +141,7 @@ class JobRunner:
             return
         self._guarded(self._recover)
         self._guarded(lambda: self._registry.job_files.clean(self.store.unfinished))
+        self._guarded(lambda: self._registry.job_outputs.clean(self.store.fetched_from))
         targets = [("keeper", self._keep), *(("worker", self._serve),) * self.limits.workers]
         for role, target in targets:
             thread = threading.Thread(target=target, name=f"steer-jobs-{role}", daemon=True)
@@ -274,6 +276,7 @@ class JobRunner:
                 engine=BackgroundEngine(self._remembering(run, kind), pace, self.limits),
                 registry=self._registry,
                 scratch=scratch,
+                outputs=self._registry.job_outputs.folder(run.claim.job_id),
                 files=self._registry.job_files.folder(run.claim.job_id),
                 progress=lambda done, total=None, note="": self._progress(
                     run, JobProgress(done, total, note)
@@ -314,6 +317,7 @@ class JobRunner:
         """What follows the end of a job."""
         self._registry.job_files.remove(job.id)
         self._guarded(lambda: self.store.prune(self.limits.keep))
+        self._guarded(lambda: self._registry.job_outputs.clean(self.store.fetched_from))
         if self._ended is not None:
             self._ended(job, seconds)
 

@@ -43,6 +43,7 @@ from steer.registry.features.meanings import MeaningStore
 from steer.registry.features.store import SurveyStore
 from steer.registry.figures import RegistryFigures, RegistryStats
 from steer.registry.jobs.job_files import JobFiles
+from steer.registry.jobs.job_outputs import JobOutputs
 from steer.registry.jobs.job_store import JobStore
 from steer.registry.location import locate
 from steer.registry.opening import Parts, open_parts
@@ -80,6 +81,7 @@ class Registry:
         self._staging = parts.staging
         self.jobs = JobStore(parts.catalogue)
         self.job_files = JobFiles(parts.location.work / "jobs")
+        self.job_outputs = JobOutputs(parts.location.work / "outputs")
         self.surveys = SurveyStore(parts.location.root, read_only=parts.catalogue.read_only)
         beside = BesideFiles(parts.location.root, read_only=parts.catalogue.read_only)
         self.findings, self.side_labels = FindingStore(beside), LabelStore(beside)

@@ -29,6 +29,8 @@ OTHER: dict[str, tuple[str, Any]] = {
     "inspection_workers": ("7", 7),
     "inspection_queue": ("7", 7),
     "detectors": ("rude:stop,french", ("rude:stop", "french")),
+    "capture_rows": ("7", 7),
+    "capture_bytes": ("0", 0),
     "hub_imports": ("false", False),
     "max_hub_bytes": ("7", 7),
     "embedder": ("http://127.0.0.1:9/v1#model=m", "http://127.0.0.1:9/v1#model=m"),

@@ -49,6 +49,7 @@ OF_A_FILE = frozenset(
 OF_DATA = frozenset(
     {
         "invalid_pairs",
+        "invalid_texts",
         "invalid_scorer",
         "invalid_labels",
         "invalid_relations",
@@ -72,6 +73,7 @@ OF_EACH_OTHER = frozenset(
         "no_scorer",
         "duplicate_detector",
         "nothing_to_compare",
+        "unsupported_gate",
     }
 )
 """Two bounds of which one must be the smaller, two fields that need each other, and their like."""

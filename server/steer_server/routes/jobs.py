@@ -154,7 +154,7 @@ def cancel_job(job_id: str, serving: ServingDep) -> Response:
 
 @router.delete("/{job_id}", response_model=JobDeleted)
 def delete_job(job_id: str, serving: ServingDep) -> Response:
-    """Forgets a finished job. What it made stays."""
+    """Forgets a finished job. What it registered stays; the files of a capture do not."""
     return json_response(JobDeleted(id=serving.jobs.remove(job_id).id))
 
 

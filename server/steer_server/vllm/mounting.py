@@ -29,6 +29,7 @@ from steer_server.routes import (
     aliases,
     features,
     inspect_routes,
+    job_files,
     job_requests,
     jobs,
     profiles,
@@ -62,6 +63,7 @@ def routers() -> list[APIRouter]:
         inspect_routes.router,
         job_requests.router,
         jobs.router,
+        job_files.router,
     ]
 
 

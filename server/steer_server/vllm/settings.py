@@ -24,6 +24,8 @@ cache; what concerns HTTP alone does not belong there.
 | `STEER_READOUT_LAYERS` | The most layers that one field of read-outs names | 64 |
 | `STEER_READOUT_NUMBERS` | The most numbers that are read of a token | 1024 |
 | `STEER_READOUT_VALUES` | The most numbers that are read of a sequence | 4194304 |
+| `STEER_CAPTURE_ROWS` | The most tokens whose states one job keeps | 16777216 |
+| `STEER_CAPTURE_BYTES` | What all kept states may take of the disk; 0 keeps none | 4 GiB |
 | `STEER_HUB_IMPORTS` | Whether clients may have artefacts fetched from the hub | `true` |
 | `STEER_MAX_HUB_BYTES` | The largest artefact that is fetched from the hub | 512 MiB |
 | `STEER_EMBEDDER` | A model that embeds labels, http://HOST/v1#model=NAME | |

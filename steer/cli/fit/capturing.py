@@ -2,96 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack
+from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import typer
 
-from steer.cli.local import DEMO_MODEL, DeviceOption, DtypeOption, ModelOption, running_engine
-from steer.cli.options import checked, parse_selection
-from steer.cli.reporting import out, progress_bar
-from steer.errors import SteerError
-from steer.model import HookPoint, parse_layers
-from steer.spec import Site, Where
+from steer.cli.local import open_registry, plans, running_engine
+from steer.cli.options import MODEL, PLACE, checked, command, keyword, options, read_values
+from steer.cli.reporting import bars_one_by_one, out
+from steer.cli.steering import read_spec
+from steer.fit.requests.inline import GIVEN
+from steer.fit.requests.states import StatesRequest
+
+_SPEC = Annotated[
+    Path | None,
+    typer.Option("--spec", help="Read and answer under this steering: a JSON file."),
+]
+_FOLDER = Annotated[Path, typer.Argument(help="The folder to write, or to go on with.")]
 
 
-def capture(
-    texts: Annotated[
-        Path, typer.Argument(help="JSON lines: texts, messages, or objects with messages.")
-    ],
-    folder: Annotated[Path, typer.Argument(help="The folder to write, or to go on with.")],
-    layers: Annotated[str, typer.Option(help="Such as 14 or 2-5.")],
-    model: ModelOption = DEMO_MODEL,
-    site: Annotated[Site, typer.Option(help="Where in each block.")] = "resid_post",
-    chat: Annotated[
-        bool, typer.Option("--chat", help="As a user's message, in the model's chat template.")
-    ] = False,
-    answer_tokens: Annotated[
-        int,
-        typer.Option(min=0, help="Let the model answer with up to so many tokens, read as well."),
-    ] = 0,
-    context: Annotated[
-        int | None, typer.Option(min=2, help="Cut texts into pieces of so many tokens.")
-    ] = None,
-    skip: Annotated[int, typer.Option(min=0, help="First tokens that are left out.")] = 0,
-    stride: Annotated[int, typer.Option(min=1, help="Every so many tokens one is kept.")] = 1,
-    pooled: Annotated[
-        Literal["none", "last", "mean", "max"],
-        typer.Option(help="Make one row of a text."),
-    ] = "none",
-    where: Annotated[
-        str | None,
-        typer.Option(
-            help="Only the tokens that this selects: JSON as a spec has it, such as "
-            '\'{"roles": ["assistant"]}\', or generation, last, onward.'
-        ),
-    ] = None,
-    stored: Annotated[
-        Literal["float32", "float16", "bfloat16"], typer.Option(help="The type of the file.")
-    ] = "float32",
-    batch: Annotated[int, typer.Option(min=1, help="Texts read at once.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Draws the answers.")] = 0,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-) -> None:
-    """Read texts through the model, and keep its states in safetensors files with token ids."""
-    from steer.fit.bulk.capturing import BulkReading, capture_to
-    from steer.fit.bulk.selected import pieces, selected_tokens
-    from steer.fit.data.pairs import read_prompts
-    from steer.prompts import Marked, as_chat
+def _parameters() -> Iterator[Parameter]:
+    yield keyword("texts", Annotated[Path, typer.Argument(help=GIVEN.line)])
+    yield keyword("folder", _FOLDER)
+    yield MODEL
+    yield from options(StatesRequest, leave_out=StatesRequest.data_fields)
+    yield keyword("spec", _SPEC, None)
+    yield from PLACE
 
-    chosen = None if where is None else checked(Where, parse_selection(where))
-    points = tuple(HookPoint(layer, site) for layer in parse_layers(layers))
-    prompts = read_prompts(texts)
-    if context is not None and answer_tokens:
-        raise SteerError(
-            "a piece of a text is not answered: give --context or --answer-tokens, not both",
-            code="invalid_option",
-        )
-    reading = BulkReading(
-        points,
-        pooled=pooled,
-        stride=stride,
-        skip=skip,
-        answer_tokens=answer_tokens,
-        seed=seed,
-        batch=batch,
-        dtype=stored,
-    )
-    with running_engine(model, device=device, dtype=dtype) as engine:
-        asked = [
-            as_chat(engine.tokenizer, one) if chat and not isinstance(one, Marked) else one
-            for one in prompts
-        ]
-        cut, _ = pieces(engine, asked, context)
-        selected = None
-        if chosen is not None:
-            selected = selected_tokens(
-                engine, asked, chosen, context, answered=answer_tokens > 0, at="/where"
-            )
-        with progress_bar("texts", len(cut)) as done:
-            card = capture_to(engine, cut, folder, reading, selected=selected, progress=done)
+
+def _capture(values: dict[str, Any]) -> None:
+    path, folder = values["texts"], values["folder"]
+    fields = read_values(StatesRequest, values)
+    if values["spec"] is not None:
+        fields["steering"] = read_spec(values["spec"])
+    request = checked(StatesRequest, fields)
+    given = GIVEN.read(path)
+    with ExitStack() as stack:
+        plan_of = None
+        place = {name: values[name] for name in ("device", "dtype")}
+        engine = stack.enter_context(running_engine(values["model"], **place))
+        if request.steering is not None:
+            library = stack.enter_context(open_registry(values["registry"], values["model"]))
+            plan_of = plans(engine, library).plan
+        request.check(engine, plan_of)
+        counter = stack.enter_context(bars_one_by_one())
+        card = request.run(engine, folder, given=given, plan_of=plan_of, counter=counter)
     out().print(
         f"wrote {folder}: {card.rows} rows of {card.texts} texts in {len(card.shards)} files",
         highlight=False,
     )
+
+
+capture = command(_capture, tuple(_parameters()), summary=StatesRequest.summary)

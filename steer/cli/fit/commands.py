@@ -17,10 +17,11 @@ from steer.cli.fit.saving import (
     PlainOption,
     PlotOption,
     RegisterOption,
+    StatesOption,
     keep,
     stored_name,
 )
-from steer.cli.local import open_registry, running_engine
+from steer.cli.local import kept_states, open_registry, running_engine
 from steer.cli.options import (
     MODEL,
     PLACE,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from inspect import Parameter
 
     from steer.artefacts.control_vector import ControlVector
+    from steer.engines.base import Engine
     from steer.fit.requests.request import Fitted
 
 
@@ -79,6 +81,8 @@ def _parameters(request: type[FitRequest]) -> Iterator[Parameter]:
     yield from (one for one in fields.values() if one.default is not one.empty)
     if request.batch_size is not None:
         yield keyword("batch", BatchOption, request.batch_size)
+    if form is not None and not request.needs_gradients:
+        yield keyword("states", StatesOption, None)
     yield from last
     if request.drawn:
         yield keyword("plot", PlotOption, None)
@@ -107,7 +111,13 @@ def _fit(kind: type[FitRequest], values: dict[str, Any]) -> None:
         source = None
         if request.source_model is not None:
             source = stack.enter_context(running_engine(request.source_model, **engine_options))
-        engine = stack.enter_context(running_engine(model, **engine_options))
+        engine: Engine
+        if values.get("states") is None:
+            engine = stack.enter_context(running_engine(model, **engine_options))
+        else:
+            engine = kept = kept_states(values["states"], model)
+            if getattr(request, "layers", 0) is None:
+                request = request.model_copy(update={"layers": kept.layers})
         done = stack.enter_context(progress_bar(request.doing, request.work(data)))
         batch = None if kind.batch_size is None else values["batch"]
         found = request.run(FitPlace(engine, library, files, source, done, batch), data)

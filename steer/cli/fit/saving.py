@@ -32,6 +32,13 @@ RegisterOption = Annotated[
     bool, typer.Option("--register", help="Put it into the registry, not into a file.")
 ]
 BatchOption = Annotated[int, typer.Option(min=1, help="Prompts or pairs in one batch.")]
+StatesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--states",
+        help="Take the states from the folder of a capture of this file; the model does not run.",
+    ),
+]
 PlainOption = Annotated[
     bool, typer.Option("--plain", help="Take texts as they are, not as a user's message.")
 ]

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steer.cli.fit.saving import RegisterOption, file_errors
-from steer.cli.local import open_registry, running_engine
+from steer.cli.fit.saving import RegisterOption, StatesOption, file_errors
+from steer.cli.local import kept_states, open_registry, running_engine
 from steer.cli.measure.asking import AS_JSON
 from steer.cli.options import MODEL, PLACE, checked, command, keyword, options, read_values
-from steer.cli.reporting import out, progress_bar
+from steer.cli.reporting import bars_one_by_one, out
 from steer.fit.requests.saes.training import SAETrainingRequest
 
 if TYPE_CHECKING:
+    from steer.engines.base import Engine
     from steer.fit.saes.training import TrainedSAE
 
 _OUT = Annotated[
@@ -46,6 +47,7 @@ def _parameters() -> Iterator[Parameter]:
     yield MODEL
     yield keyword("labelled", _LABELLED, False)
     yield from (one for one in fields.values() if one.default is not one.empty)
+    yield keyword("states", StatesOption, None)
     yield keyword("output", _OUT, None)
     yield keyword("register", RegisterOption, False)
     yield keyword("plot", _PLOT, None)
@@ -76,11 +78,11 @@ def _train(values: dict[str, Any]) -> None:
 
     request = _request(values)
     with (
-        running_engine(values["model"], device=values["device"], dtype=values["dtype"]) as engine,
-        ExitStack() as bars,
+        _engine(values) as engine,
+        bars_one_by_one() as counter,
     ):
         request.check(engine)
-        found = request.run(engine, _counter(bars), device=values["device"])
+        found = request.run(engine, counter, device=values["device"])
         if values["register"]:
             with open_registry(values["registry"], values["model"]) as library:
                 entry, _ = library.add(request.name, found.sae)
@@ -100,15 +102,14 @@ def _train(values: dict[str, Any]) -> None:
     out().print(kept, highlight=False)
 
 
-def _counter(bars: ExitStack) -> Callable[[int, str], Callable[[int], None]]:
-    """Bars, one after the other."""
-
-    def begin(total: int, what: str) -> Callable[[int], None]:
-        bars.close()
-        told: Callable[[int], None] = bars.enter_context(progress_bar(what, total))
-        return told
-
-    return begin
+@contextmanager
+def _engine(values: dict[str, Any]) -> Iterator[Engine]:
+    """The model, or the states that were kept of it."""
+    if values["states"] is not None:
+        yield kept_states(values["states"], values["model"])
+        return
+    with running_engine(values["model"], device=values["device"], dtype=values["dtype"]) as engine:
+        yield engine
 
 
 def _as_json(found: TrainedSAE) -> dict[str, Any]:

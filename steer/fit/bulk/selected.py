@@ -1,26 +1,27 @@
-"""Which tokens of many texts are kept: a selection, asked of each text as a whole.
+"""Which tokens of many texts are kept, and which are steered: each text is asked as a whole.
 
 A text that is read in pieces is asked before it is cut, so that a piece's tokens are what they were
-in their text.
+in their text. Texts come as prompts, or as token ids, which have no roles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeAlias
+from typing import cast
 
-from steer.engines.base import Engine
-from steer.engines.selecting import TokenChoice
+from steer.engines.base import CaptureRequest, Engine
+from steer.engines.selecting import TokenChoice, roles_under
 from steer.errors import SpecError
 from steer.fit.data.prompt import Prompt, render
-from steer.fit.states import chosen_places, prompt_tokens
-from steer.prompts.rendering import rendered_roles
+from steer.fit.data.texts import GivenText, Tokens, token_ids
+from steer.fit.measure.divergence import anchored
+from steer.fit.states import check_length, chosen_places, prompt_tokens
+from steer.plan.plan import SteeringPlan
+from steer.prompts.rendering import prompt_length, rendered_roles
 from steer.prompts.roles import RoleRanges
 from steer.spec import Where
-
-Tokens: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,53 @@ class SelectedTokens:
         return self.where.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
+@dataclass(frozen=True)
+class SteeredTexts:
+    """`plan`, under which every text is read and answered; `lengths` says how many of a text's
+    tokens are its prompt, and `roles` whose words the text of this number is, with an answer of so
+    many tokens behind it."""
+
+    plan: SteeringPlan
+    lengths: Sequence[int]
+    roles: Callable[[int, int], RoleRanges | None]
+
+    def asked(self, request: CaptureRequest, first: int, lengths: Sequence[int]) -> CaptureRequest:
+        """`request` of the texts from number `first` on, under the plan. What was generated, or is
+        a prompt's response, is edited as it is while it is generated; `lengths` are those of the
+        texts without answers."""
+        plans, roles = [], []
+        for n, (text, own) in enumerate(zip(request.prompts, lengths, strict=True), first):
+            whole = self.lengths[n] == len(text)
+            plans.append(
+                self.plan if whole else anchored(self.plan, self.lengths[n], "states of answers")
+            )
+            roles.append(self.roles(n, len(text) - own))
+        return replace(request, plans=plans, roles=roles)
+
+
+def steered_texts(
+    engine: Engine, prompts: Sequence[GivenText], plan: SteeringPlan, length: int | None = None
+) -> SteeredTexts:
+    """The `pieces` of `prompts` under `plan`. A piece is a prompt of its own, without roles."""
+    lengths: list[int] = []
+    of: list[Prompt | None] = []
+    for asked in prompts:
+        cut = _cut(engine, asked, length)
+        if len(cut) == 1 and token_ids(asked) is None:
+            lengths.append(prompt_length(engine.tokenizer, cast("Prompt", asked)))
+            of.append(cast("Prompt", asked))
+            continue
+        lengths += map(len, cut)
+        of += [None] * len(cut)
+
+    def roles(number: int, answer: int) -> RoleRanges | None:
+        return roles_under(engine, plan, of[number], answer=answer)
+
+    return SteeredTexts(plan, lengths, roles)
+
+
 def pieces(
-    engine: Engine, prompts: Sequence[Prompt], length: int | None = None
+    engine: Engine, prompts: Sequence[GivenText], length: int | None = None
 ) -> tuple[list[Tokens], list[int]]:
     """Prompts as tokens, and for each the number of its prompt. Those longer than `length` are cut
     into pieces of that many, of which a last one of a single token is dropped; without a `length`
@@ -54,7 +100,7 @@ def pieces(
 
 def selected_tokens(
     engine: Engine,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[GivenText],
     where: Where,
     length: int | None = None,
     *,
@@ -72,14 +118,19 @@ def selected_tokens(
 
         def of_answered(number: int, tokens: Tokens) -> Sequence[int]:
             asked = prompts[number]
-            length = len(render(tokenizer, asked))
+            length = len(_tokens(engine, asked))
             roles = partial(_with_answer, tokenizer, asked, len(tokens))
             return choice.positions(tokens, roles, length)
 
         return SelectedTokens(where, of_answered)
     found: list[Sequence[int]] = []
     for prompt in prompts:
-        chosen = chosen_places(choice, tokenizer, prompt, render(tokenizer, prompt))
+        given = token_ids(prompt)
+        chosen = (
+            chosen_places(choice, tokenizer, cast("Prompt", prompt), _tokens(engine, prompt))
+            if given is None
+            else choice.positions(given, lambda: None)
+        )
         start = 0
         for piece in _cut(engine, prompt, length):
             end = start + len(piece)
@@ -99,15 +150,26 @@ def nothing_selected(at: str, texts: int) -> SpecError:
     )
 
 
-def _cut(engine: Engine, prompt: Prompt, length: int | None) -> list[Tokens]:
+def _tokens(engine: Engine, asked: GivenText) -> Tokens:
+    given = token_ids(asked)
+    return tuple(render(engine.tokenizer, cast("Prompt", asked))) if given is None else given
+
+
+def _cut(engine: Engine, asked: GivenText, length: int | None) -> list[Tokens]:
     if length is None:
-        return [tuple(prompt_tokens(engine, prompt))]
-    tokens = tuple(render(engine.tokenizer, prompt))
+        given = token_ids(asked)
+        if given is None:
+            return [tuple(prompt_tokens(engine, cast("Prompt", asked)))]
+        check_length(engine, given, given)
+        return [given]
+    tokens = _tokens(engine, asked)
     cut = [tokens[start : start + length] for start in range(0, len(tokens), length)]
     return cut[:1] + [piece for piece in cut[1:] if len(piece) > 1]
 
 
-def _with_answer(tokenizer: object, prompt: Prompt, length: int) -> RoleRanges | None:
+def _with_answer(tokenizer: object, prompt: GivenText, length: int) -> RoleRanges | None:
     """Whose words a prompt's tokens are, `length` with the model's answer."""
-    asked = rendered_roles(tokenizer, prompt)
+    if token_ids(prompt) is not None:
+        return None
+    asked = rendered_roles(tokenizer, cast("Prompt", prompt))
     return None if asked is None else asked.answered(length - asked.length)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from steer.engines.base import Engine, GenerationRequest, SamplingParams
@@ -10,6 +10,8 @@ from steer.errors import SteerError
 from steer.fit.data.instruction import Placement, Telling
 from steer.fit.data.preferences import PreferenceSet, Side, require_answers
 from steer.fit.measure.answers import Progress, answers_under
+from steer.plan.plan import SteeringPlan
+from steer.prompts.roles import RoleRanges
 
 
 def with_own_answers(
@@ -20,14 +22,17 @@ def with_own_answers(
     temperature: float = 1.0,
     seed: int = 0,
     first: int = 0,
+    plan: SteeringPlan | None = None,
+    roles: Callable[[int], RoleRanges | None] = lambda _: None,
 ) -> list[tuple[int, ...]]:
     """Each text with an answer of the model's own, of up to `count` tokens; each is drawn with
-    `seed` and the text's number, counted from `first`, so that it is the same in any batch."""
+    `seed` and the text's number, counted from `first`, so that it is the same in any batch. `plan`
+    steers it; `roles` says whose words the tokens of a text are, by its number."""
     asked = []
     for n, text in enumerate(texts, start=first):
         room = max(1, min(count, engine.info.max_length - len(text)))
         sampling = SamplingParams(max_tokens=room, temperature=temperature, seed=seed + n)
-        asked.append(GenerationRequest(f"answer-{n}", tuple(text), sampling))
+        asked.append(GenerationRequest(f"answer-{n}", tuple(text), sampling, plan, roles=roles(n)))
     answers = engine.complete(asked)
     return [(*text, *one.tokens) for text, one in zip(texts, answers, strict=True)]
 

@@ -202,12 +202,14 @@ def divergences(
     return References(engine, answers, batch=batch, room=0).divergences(plans, progress=progress)
 
 
-def anchored(plan: SteeringPlan, prompt_length: int) -> SteeringPlan:
+def anchored(plan: SteeringPlan, prompt_length: int, what: str = "the KL") -> SteeringPlan:
     """The plan that edits, in a text read as one prompt, what `plan` edits while it is generated
-    after a prompt of `prompt_length` tokens. Raises `Unsupported` for gated plans."""
+    after a prompt of `prompt_length` tokens. Raises `Unsupported` for gated plans, of which `what`
+    is not known then."""
     if plan.gated:
         raise Unsupported(
-            "the KL of a gated spec is not measured: leave out 'when'", code="unsupported_gate"
+            f"{what} under a gated spec cannot be read afterwards: leave out 'when'",
+            code="unsupported_gate",
         )
     passes = tuple(
         replace(one, selection=one.selection.anchored(prompt_length)) for one in plan.rules

@@ -34,6 +34,7 @@ class Spelled:
             "names",
             "where",
             "selection",
+            "points",
         ]
         | None
     ) = None

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from steer.errors import SteerError
-from steer.fit.data import exercises, labels, pairs, preferences, relations
+from steer.fit.data import exercises, labels, pairs, preferences, relations, texts
 from steer.prompts import Prompt, PromptParam, prompt_of
 from steer.prompts.forms import Chat, Text
-from steer.spec import exactly_one
+from steer.spec import Index, exactly_one
 
 Data = TypeVar("Data")
 
@@ -32,6 +32,17 @@ class PairParam(_Item):
 def _label(value: Any) -> Any:
     """True and false are labels too, as in a file."""
     return str(value).lower() if isinstance(value, bool) else value
+
+
+class TokensParam(_Item):
+    """Token ids, read as they are."""
+
+    tokens: Annotated[tuple[Index, ...], Field(min_length=1, max_length=1 << 20, fail_fast=True)]
+
+
+def given_text(param: PromptParam | TokensParam) -> texts.GivenText:
+    """What is read."""
+    return param.tokens if isinstance(param, TokensParam) else prompt_of(param)
 
 
 class LabelledParam(_Item):
@@ -179,4 +190,11 @@ PROMPTS: DataForm[list[Prompt]] = DataForm(
     pairs.read_prompts,
     pairs.parse_prompts,
     lambda given: [prompt_of(one) for one in given],
+)
+GIVEN: DataForm[texts.GivenTexts] = DataForm(
+    "prompts",
+    'JSON lines: texts, messages, {"tokens": […]}, or the lines of any fit.',
+    texts.read_texts,
+    texts.parse_texts,
+    lambda given: texts.GivenTexts.of([(given_text(one),) for one in given]),
 )

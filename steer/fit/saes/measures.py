@@ -14,7 +14,7 @@ from torch.nn import functional
 from steer.artefacts.sae.base import SAE
 from steer.engines.base import Engine
 from steer.engines.gradients import DifferentiableModel, Edit, differentiable
-from steer.fit.bulk.selected import Tokens
+from steer.fit.data.texts import Tokens
 from steer.fit.saes.network import typical
 from steer.model import HookPoint
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from steer.engines.base import Engine
 from steer.engines.gradients import DifferentiableModel, differentiable
 from steer.errors import SteerError
-from steer.fit.bulk.selected import Tokens
+from steer.fit.data.texts import Tokens
 from steer.fit.saes.network import RowUnits, SAENetwork
 from steer.fit.saes.options import SAEOptions
 from steer.model import HookPoint

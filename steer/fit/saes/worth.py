@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from steer.artefacts.sae.labels import FeatureLabel
 from steer.engines.base import Engine
-from steer.fit.bulk.selected import Tokens
 from steer.fit.bulk.shards import CapturedStates
+from steer.fit.data.texts import Tokens
 from steer.fit.saes.measures import loss_recovered
 from steer.fit.saes.rows import held_out_texts
 from steer.fit.saes.training import TrainedSAE

@@ -28,6 +28,8 @@ class JobContext:
     `engine` gives way to the requests of clients. `scratch` is an empty folder that is removed
     when the job ends, `files` the folder with what the client sent (missing where it sent none),
     `answers` the file in which the next attempt finds what other models have said (None: nowhere).
+    `outputs` is a folder that the job may make, for files that clients fetch (None: there is none):
+    those of an earlier attempt are in it, and they are kept with a job that succeeds.
     `progress` is called as often as a function likes; that is also where a cancelled job stops, by
     a `JobStopped` that must not be caught.
     """
@@ -38,6 +40,7 @@ class JobContext:
     files: Path
     progress: Report
     answers: Path | None = None
+    outputs: Path | None = None
 
     def counter(self, total: int, note: str = "") -> Callable[[int], None]:
         """`progress` for functions that tell how many units were just finished."""

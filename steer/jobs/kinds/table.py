@@ -13,6 +13,7 @@ from steer.fit.requests.table import FIT_REQUESTS
 from steer.formats.hub import MAX_BYTES, fetch, parse_hub_ref
 from steer.jobs.kinds.asked import embed_kind, labels_kind, score_kind
 from steer.jobs.kinds.calibrate import CALIBRATE
+from steer.jobs.kinds.capture import capture_kind
 from steer.jobs.kinds.evaluate import evaluate_kind
 from steer.jobs.kinds.features import CONTRAST, EFFECT, SUGGEST, SURVEY, TRUST
 from steer.jobs.kinds.fit import fit_kind
@@ -22,6 +23,7 @@ from steer.jobs.kinds.make import MAKE
 from steer.jobs.kinds.sae_training import TRAIN
 from steer.jobs.kinds.suite import suite_kind
 from steer.jobs.kinds.sweep import sweep_kind
+from steer.jobs.limits import CaptureRoom
 from steer.plan.resolve import Policy
 
 
@@ -39,11 +41,13 @@ def builtin_kinds(
     fetchers: Mapping[str, Fetch] = MappingProxyType({}),
     policy: Policy = Policy(),  # noqa: B008 - frozen
     *,
+    captures: CaptureRoom = CaptureRoom(),  # noqa: B008 - frozen
     embedder: Embedder | None = None,
     labeller: Labeller | None = None,
 ) -> JobKinds:
     """Every kind by name; `fetchers` are the URL schemes that imports may come from, `policy` what
-    clients' specs may do, `embedder` and `labeller` the models that jobs may ask."""
+    clients' specs may do, `captures` what states may take, `embedder` and `labeller` the models
+    that jobs may ask."""
     kinds: tuple[JobKind[Any], ...] = (
         *(fit_kind(request) for request in FIT_REQUESTS),
         sweep_kind(policy),
@@ -51,6 +55,7 @@ def builtin_kinds(
         MAKE,
         evaluate_kind(policy),
         suite_kind(policy),
+        capture_kind(policy, captures),
         SURVEY,
         CONTRAST,
         TRAIN,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
@@ -175,6 +175,14 @@ class JobStore:
         """The ids of all jobs that are queued or run."""
         with self._catalogue.reading() as connection:
             query = select(jobs.c.id).where(jobs.c.state.not_in(FINISHED))
+            return set(connection.execute(query).scalars())
+
+    def fetched_from(self, job_ids: Collection[str]) -> set[str]:
+        """Those of `job_ids` whose files clients may fetch, now or later: jobs that succeeded, and
+        that have not ended."""
+        states = (*(state for state in FINISHED if state != "succeeded"),)
+        query = select(jobs.c.id).where(jobs.c.id.in_(job_ids), jobs.c.state.not_in(states))
+        with self._catalogue.reading() as connection:
             return set(connection.execute(query).scalars())
 
     # Runners

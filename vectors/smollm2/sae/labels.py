@@ -12,7 +12,7 @@ from tqdm import tqdm
 from steer.artefacts.sae.base import SAE
 from steer.artefacts.sae.labels import FeatureLabel
 from steer.engines.base import Engine
-from steer.fit.bulk.selected import Tokens
+from steer.fit.data.texts import Tokens
 from steer.fit.features.exemplars import exemplar_labels
 from steer.fit.features.surveying import survey_card
 from steer.fit.features.tally import Tally

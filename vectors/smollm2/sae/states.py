@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from steer.engines.base import Engine
 from steer.fit.bulk.capturing import BulkReading, capture_to
-from steer.fit.bulk.selected import Tokens, pieces
+from steer.fit.bulk.selected import pieces
 from steer.fit.bulk.shards import CapturedStates
+from steer.fit.data.texts import Tokens
 from steer.model import HookPoint
 from steer.prompts import as_chat
 from steer.registry.location import cache_folder

@@ -61,6 +61,17 @@ def load_checkpoint(
     return loaded, tokenizer
 
 
+def load_tokenizer(location: str | Path) -> Any:
+    """The tokenizer alone, without the weights. Raises `SteerError` (`model_not_loaded`)."""
+    from transformers import AutoTokenizer  # noqa: PLC0415 (slow import)
+
+    try:
+        return AutoTokenizer.from_pretrained(location)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        reason = next(iter(str(error).strip().splitlines()), repr(error))
+        raise _not_loaded(location, f"its tokenizer cannot be read ({reason})") from error
+
+
 def _not_loaded(location: str | Path, reason: str) -> SteerError:
     return SteerError(
         f"the model {str(location)!r} cannot be loaded: {reason}", code="model_not_loaded"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from steer.engines.base import CaptureRequest
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import FileFormatError, SteerError
 from steer.fit.bulk.capturing import BulkReading, capture_to
-from steer.fit.bulk.selected import Tokens, pieces, selected_tokens
-from steer.fit.bulk.shards import CARD, CapturedStates, read_card
+from steer.fit.bulk.card import CARD, read_card
+from steer.fit.bulk.selected import pieces, selected_tokens
+from steer.fit.bulk.shards import CapturedStates
+from steer.fit.data.texts import Tokens
 from steer.model import HookPoint
 from steer.spec import Where
 
@@ -141,7 +144,38 @@ def test_the_command_writes_what_python_reads(tmp_path: Path) -> None:
     assert set(found.texts) == {0, 1}
     assert found.positions.min() == 1
     refused = CliRunner().invoke(cli, [*command, "--context", "8", "--answer-tokens", "4"])
-    assert refused.exit_code != 0
+    assert refused.exit_code == 2
+    assert "invalid_option, at /context" in refused.output
+    refused = CliRunner().invoke(cli, [*command, "--stride", "2"])
+    assert refused.exit_code == 2
+    assert "other_capture, at /stride" in refused.output
+
+
+def test_the_command_steers_and_reads_several_sites(tmp_path: Path) -> None:
+    texts, spec = tmp_path / "texts.jsonl", tmp_path / "spec.json"
+    texts.write_text('{"tokens": [5, 6, 7]}\n{"positive": "one two", "negative": "three"}\n')
+    item = {"kind": "ablate", "vector": "casual", "layers": [2]}
+    spec.write_text(json.dumps({"interventions": [item]}))
+    points = "2.resid_post, 3.mlp_out"
+    found = {}
+    for name, options in (("plain", []), ("steered", ["--spec", str(spec)])):
+        folder = tmp_path / name
+        command = ["capture", str(texts), str(folder), "--points", points, *options]
+        done = CliRunner().invoke(cli, [*command, "--registry", str(tmp_path / "registry")])
+        assert done.exit_code == 0, done.output
+        found[name] = CapturedStates.open(folder, HookPoint(2))
+        CapturedStates.open(folder, HookPoint(3, "mlp_out"))
+    plain, steered = found.values()
+    assert plain.items.tolist() == [0, 1, 1]
+    assert plain.tokens[:3].tolist() == [5, 6, 7]
+    assert (plain.card.steering, steered.card.steering is None) == (None, False)
+    moved = steered.rows(np.arange(len(steered))) - plain.rows(np.arange(len(plain)))
+    assert float(moved.norm()) > 0.1
+    command = ["capture", str(texts), str(tmp_path / "none"), "--points"]
+    for said, why in (("x", "is no hook point"), ("1.up", "is not a site"), ("99", "out of range")):
+        refused = CliRunner().invoke(cli, [*command, said])
+        assert refused.exit_code == 2
+        assert why in " ".join(refused.output.split())
 
 
 def test_only_selected_tokens_are_kept(engine: TransformersEngine, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from steer.errors import SteerError
-from steer.fit.bulk.shards import CaptureCard, CapturedPoint, CapturedStates, add_shard
+from steer.fit.bulk.card import CaptureCard, CapturedPoint
+from steer.fit.bulk.shards import CapturedStates, add_shard
 from steer.fit.saes.loss import loss_of
 from steer.fit.saes.measures import measure
 from steer.fit.saes.network import RowUnits, SAENetwork
@@ -22,7 +23,7 @@ from steer.fit.saes.plot import plot_training
 from steer.fit.saes.rows import TrainingRows
 from steer.fit.saes.trainer import Trainer, units_of
 from steer.fit.saes.training import train_sae
-from steer.model import HookPoint
+from steer.model import HookPoint, ModelInfo
 
 WIDTH, PLANTED, TEXTS = 32, 48, 40
 
@@ -40,7 +41,8 @@ def planted(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 def captured(folder: Path, states: Tensor, texts: int = TEXTS) -> CapturedStates:
     """`states` as a capture of two shards, a text after the other."""
     card = CaptureCard(
-        model="planted",
+        info=ModelInfo("planted", "none", 3, states.shape[1], 1, 1),
+        engine="none",
         points=(CapturedPoint(layer=2, site="resid_post", width=states.shape[1]),),
         dtype="float32",
         pooled="none",
@@ -48,7 +50,7 @@ def captured(folder: Path, states: Tensor, texts: int = TEXTS) -> CapturedStates
         skip=0,
         answer_tokens=0,
         texts=texts,
-        data="planted",
+        texts_sha256="0" * 64,
     )
     number = torch.arange(len(states)) * texts // len(states)
     for first, last in ((0, texts // 2), (texts // 2, texts)):
@@ -58,6 +60,10 @@ def captured(folder: Path, states: Tensor, texts: int = TEXTS) -> CapturedStates
             "token": places,
             "text": number[here].to(torch.int32),
             "position": places.clone(),
+            "generated": places.to(torch.uint8),
+            "item": torch.zeros(texts // 2, dtype=torch.int32),
+            "length": torch.zeros(texts // 2, dtype=torch.int32),
+            "digest": torch.zeros(texts // 2, 16, dtype=torch.uint8),
             "2.resid_post": states[here],
         }
         card = add_shard(folder, card, arrays, last)

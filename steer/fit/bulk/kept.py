@@ -1,0 +1,139 @@
+"""An engine that reads kept states in place of running a model.
+
+What is fitted on states asks an engine for those of token ids; here they come from a folder, so
+every such fit runs on it unchanged, without the model, and comes to the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from torch import Tensor
+
+from steer.engines.base import (
+    Captured,
+    CaptureRequest,
+    Completion,
+    EngineStats,
+    GenerationRequest,
+    TokenEvent,
+)
+from steer.errors import SteerError, Unsupported
+from steer.fit.bulk.shards import CapturedStates, text_digest, whole_card
+from steer.model import Capabilities, HookPoint
+from steer.prompts.roles import found_roles
+
+
+class StatesEngine:
+    """An `Engine` that captures from the folder of a capture, and can do nothing else.
+
+    `tokenizer` is the model's. A text is found by its token ids. Raises `SteerError`
+    (`states_not_kept`) for what the folder does not hold, `Unsupported` (`no_model`) for what only
+    a model can say.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Any) -> None:
+        card = whole_card(folder)
+        if card.pooled != "none" or card.steering is not None:
+            raise SteerError(
+                f"{folder.name!r} holds states that are "
+                + ("pooled" if card.pooled != "none" else "steered")
+                + ", and a fit reads those of single tokens of the unsteered model: capture them "
+                "without 'pooled' and 'steering'",
+                code="states_not_kept",
+            )
+        self._states = {
+            point: CapturedStates.open(folder, point, verify=n == 0)
+            for n, point in enumerate(one.point for one in card.points)
+        }
+        self._first = next(iter(self._states.values()))
+        self._numbers = {one.tobytes(): n for n, one in enumerate(self._first.digests)}
+        self.info, self.tokenizer = card.info, tokenizer
+        self.capabilities = Capabilities(
+            engine="kept",
+            kinds=(),
+            sites=card.info.sites,
+            captures=tuple(dict.fromkeys(point.site for point in self._states)),
+            no_unembedding="only states are kept here, and no model runs",
+            roles=found_roles(tokenizer),
+        )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose states are kept."""
+        return tuple(sorted({point.layer for point in self._states}))
+
+    def capture(self, request: CaptureRequest) -> list[Captured]:
+        if request.logits != "none" or request.logprobs is not None or any(request.plans or ()):
+            self._refuse(request)
+        for point in request.points:
+            self.info.check_point(point)
+            if point not in self._states:
+                known = ", ".join(map(str, self._states))
+                raise _not_kept(f"the states at {point}; it holds those at {known}")
+        return [
+            Captured(self._read(tuple(one), request.points, request.positions))
+            for one in request.prompts
+        ]
+
+    def _read(
+        self, tokens: tuple[int, ...], points: Sequence[HookPoint], asked: Sequence[int] | None
+    ) -> dict[HookPoint, Tensor]:
+        number = self._numbers.get(text_digest(tokens))
+        if number is None:
+            raise _not_kept(
+                f"a text of {len(tokens)} tokens that begins with "
+                f"{self.tokenizer.decode(list(tokens[:12]))!r}"
+            )
+        start, stop = self._first.text_starts[number : number + 2]
+        here = self._first.positions[start:stop]
+        wanted = np.asarray(range(len(tokens)) if asked is None else asked)
+        wanted = np.where(wanted < 0, wanted + len(tokens), wanted)
+        found = np.minimum(np.searchsorted(here, wanted), max(len(here) - 1, 0))
+        if not len(here) or (here[found] != wanted).any():
+            raise _not_kept(
+                f"every token of text {number} that is read: of its {len(tokens)} tokens it holds "
+                f"{len(here)}"
+            )
+        return {point: self._states[point].rows(start + found) for point in points}
+
+    def start(self) -> None:
+        """Nothing runs."""
+
+    def stop(self) -> None:
+        """Nothing runs."""
+
+    def admit(self, request: GenerationRequest) -> None:
+        self._refuse(request)
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        self._refuse(request)
+
+    def complete(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
+        self._refuse(requests)
+
+    def unembed(self, states: Tensor) -> Tensor:
+        self._refuse(states)
+
+    def project(self, point: HookPoint, states: Tensor) -> Tensor:
+        self._refuse(point, states)
+
+    def stats(self) -> EngineStats:
+        return EngineStats()
+
+    def _refuse(self, *_asked: object) -> NoReturn:
+        raise Unsupported(
+            "this needs the model's answers, and only its states are kept: leave out --states, or "
+            "choose what needs no answers (of pairs: --choose separation)",
+            code="no_model",
+        )
+
+
+def _not_kept(what: str) -> SteerError:
+    return SteerError(
+        f"the folder does not hold {what}: capture the same file, at these hook points and tokens",
+        code="states_not_kept",
+    )
