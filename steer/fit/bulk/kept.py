@@ -118,8 +118,14 @@ class StatesEngine:
     def unembed(self, states: Tensor) -> Tensor:
         self._refuse(states)
 
+    def token_rows(self, tokens: Sequence[int]) -> Tensor:
+        self._refuse(tokens)
+
     def project(self, point: HookPoint, states: Tensor) -> Tensor:
         self._refuse(point, states)
+
+    def carry(self, source: HookPoint, target: HookPoint, states: Tensor) -> Tensor:
+        self._refuse(source, target, states)
 
     def stats(self) -> EngineStats:
         return EngineStats()
