@@ -22,6 +22,7 @@ OF_THE_MODEL = frozenset(
         "layer_out_of_range",
         "no_gradients",
         "no_second_model",
+        "not_one_token",
         "position_out_of_range",
         "text_not_found",
         "token_out_of_range",
@@ -34,7 +35,7 @@ OF_THE_MODEL = frozenset(
 OF_THE_REGISTRY = frozenset(
     f"unknown_{kind}"
     for kind in ("vector", "sae", "low_rank", "lens", "affine", "detector", "oracle")
-)
+) | {"no_vectors"}
 OF_A_FILE = frozenset(
     {
         "invalid_file",

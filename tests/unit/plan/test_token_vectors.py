@@ -20,7 +20,7 @@ from steer.plan.file import dump_plan, load_plan
 from steer.plan.plan import SteeringPlan
 from steer.plan.resolve import Policy
 from steer.references import Reference
-from steer.registry.profiles import pinned
+from steer.registry.profiles import Profile, pinned
 from steer.spec import TokenVector, parse_spec
 
 MODEL = shape_of()
@@ -194,7 +194,8 @@ def test_the_lens_is_a_reference_like_any_other() -> None:
     def exact(reference: Reference) -> str:
         return f"{reference.name}@abcdef"
 
-    kept = json.loads(pinned(spec, exact).model_dump_json(exclude_none=True))
+    profile = pinned(Profile(name="p", spec=spec), exact)
+    kept = json.loads(profile.spec.model_dump_json(exclude_none=True))
     assert kept["interventions"][0]["remove"] == {"token": " Paris", "lens": "tuned@abcdef"}
     assert kept["when"]["vector"] == {"token": 9, "lens": "tuned@abcdef"}
     assert isinstance(spec.interventions[0].remove, TokenVector)  # type: ignore[union-attr]
