@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.inspection import attributes, contexts, next_token, token_steering
+from benchmarks.inspection import attributes, contexts, detecting, next_token, token_steering
 from benchmarks.inspection.figure import draw
 from benchmarks.inspection.readings import Curve
 from steer.artefacts.lens import Lens
@@ -101,6 +101,24 @@ def tokens(
         told = (one if isinstance(one, str) else f"{one:.3f}" for one in row)
         table.add_row(*told)
     Console(width=200).print(table)
+
+
+@app.command("detectors")
+def detectors(
+    model: Model,
+    data: Annotated[
+        Path | None, typer.Option(help="The demo model's folder of pairs, for that model.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="The length of an answer.")] = 32,
+    seed: Annotated[int, typer.Option(help="Draws answers, and parts the texts.")] = 0,
+) -> None:
+    """What detectors tell apart, how often they fire for nothing, and at which token."""
+    with running_engine(model, device=None, dtype=None) as engine:
+        rows = detecting.measure(engine, data, tokens, seed)
+    table = Table(*detecting.Row._fields, title=f"detectors of {model}")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=260).print(table)
 
 
 def _lens(engine: Engine, texts: Sequence[contexts.Tokens], path: Path | None, steps: int) -> Lens:
