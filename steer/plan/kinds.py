@@ -26,13 +26,13 @@ from steer.plan.concepts import concept, read_concept
 from steer.plan.plan import Blocks
 from steer.plan.points import row
 from steer.plan.resolve import Resolved
-from steer.spec import (
+from steer.spec import NormStrength
+from steer.spec.interventions import (
     Ablate,
     Add,
     Affine,
     Exchange,
     LowRank,
-    NormStrength,
     Patch,
     Project,
     ReadWrite,

@@ -1,0 +1,160 @@
+"""The whole spec, and what is wrong with one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ValidationError,
+)
+
+from steer.errors import Problem, SpecError, pointer, quoted
+from steer.references import Reference, references_in
+from steer.spec.base import Frozen
+from steer.spec.gates import When
+from steer.spec.interventions import KINDS, Intervention
+from steer.spec.selection import Where
+
+MAX_INTERVENTIONS = 64
+MAX_TEXTS = 32
+"""The most different texts, or pairs of them, that a spec looks for: each is followed token by
+token."""
+
+
+def _few_enough(value: Any) -> Any:
+    # Every wrong intervention is named, so that there must not be too many to name.
+    if isinstance(value, list | tuple) and len(value) > MAX_INTERVENTIONS:
+        raise ValueError(
+            f"a spec has at most {MAX_INTERVENTIONS} interventions; got {len(value)}: send fewer"
+        )
+    return value
+
+
+class SteeringSpec(Frozen):
+    """Interventions in the order in which they run, each seeing the result of the one before.
+
+    `where` and `when` given here are the default of every intervention. `norm: "preserve"`
+    rescales each token to its norm before the edit. `compose: "orthogonal"` removes the overlap
+    between the vectors that are added at the same hook point, and of those that are ablated there
+    removes all that they span; what else meets there is refused.
+    """
+
+    interventions: Annotated[
+        tuple[Intervention, ...],
+        Field(min_length=1, max_length=MAX_INTERVENTIONS),
+        BeforeValidator(_few_enough),
+    ]
+    where: Where | None = None
+    when: When | None = None
+    norm: Literal["preserve"] | None = None
+    compose: Literal["orthogonal"] | None = None
+
+    def fingerprint(self) -> str:
+        """32 hex digits that identify this spec's meaning (names are taken as written)."""
+        return self._fingerprint
+
+    @property
+    def roles_at(self) -> str | None:
+        """The pointer of the first `where` that names roles; None where only a card's does."""
+        places = [("/where", self.where)] + [
+            (pointer("interventions", place, "where"), item.where)
+            for place, item in enumerate(self.interventions)
+        ]
+        for at, where in places:
+            if where is not None and where.roles_at is not None:
+                return at + where.roles_at
+        return None
+
+    def references(self) -> Iterator[Reference]:
+        """Every artefact that the spec refers to, vectors that it carries included."""
+        return iter(self._references)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with other fields, which has nothing of what was worked out of the old ones."""
+        copied = super().model_copy(update=update, deep=deep)
+        for name in ("_fingerprint", "_references"):
+            copied.__dict__.pop(name, None)
+        return copied
+
+    # A spec is frozen, and one that is kept is asked for these by every request.
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        canonical = json.dumps(
+            self.model_dump(mode="json", by_alias=True, exclude_none=True),
+            sort_keys=True,
+            separators=(",", ":"),
+            ensure_ascii=False,
+        )
+        return hashlib.sha256(b"steer/spec/1\n" + canonical.encode()).hexdigest()[:32]
+
+    @cached_property
+    def _references(self) -> tuple[Reference, ...]:
+        return tuple(references_in(self))
+
+
+def parse_spec(value: Mapping[str, Any] | SteeringSpec, *, at: str = "") -> SteeringSpec:
+    """`value` as a `SteeringSpec`.
+
+    Raises `SpecError` that names every wrong field; `at` is the JSON pointer of the spec itself.
+    """
+    if isinstance(value, SteeringSpec):
+        return value
+    try:
+        return SteeringSpec.model_validate(value)
+    except ValidationError as error:
+        problems = tuple(_problems(error, value, at))
+        first = problems[0]
+        more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
+        raise SpecError(
+            first.message + more, param=first.param, code=first.code, problems=problems
+        ) from None
+
+
+def _problems(error: ValidationError, value: Any, at: str) -> list[Problem]:
+    """pydantic's errors as problems: one per field, in the words of a caller who sees JSON."""
+    found: dict[str, Problem] = {}
+    for item in error.errors(include_url=False):
+        where = at + pointer(*_json_path(item["loc"], value, item["type"]))
+        message = item["msg"].removeprefix("Value error, ")
+        code = "invalid_spec"
+        if item["type"] == "extra_forbidden":
+            code, message = "unknown_field", f"unknown field {item['loc'][-1]!r}: remove it"
+        elif item["type"] == "union_tag_invalid":
+            message = f"{item['input'].get('kind')!r} is not a kind: use one of {', '.join(KINDS)}"
+        elif item["type"] == "union_tag_not_found":
+            message = f"an intervention needs a 'kind': one of {', '.join(KINDS)}"
+        elif item["type"] == "missing":
+            message = f"the field {item['loc'][-1]!r} is required"
+        elif item["type"] != "value_error":
+            message = f"{message}; got {quoted(item['input'])}"
+        found.setdefault(where, Problem(message, code, where or None))
+    # A list whose items are wrong is also reported as too short: only the items are of interest.
+    return [
+        problem
+        for where, problem in found.items()
+        if "after validation, not 0" not in problem.message
+        or not any(other.startswith(where + "/") for other in found)
+    ]
+
+
+def _json_path(loc: tuple[str | int, ...], value: Any, error_type: str) -> list[str | int]:
+    """`loc` without the parts that pydantic adds for union members."""
+    path: list[str | int] = []
+    for place, part in enumerate(loc):
+        last = place == len(loc) - 1
+        if isinstance(value, Mapping) and part in value:
+            path.append(part)
+            value = value[part]
+        elif isinstance(value, list | tuple) and isinstance(part, int):
+            path.append(part)
+            value = value[part] if part < len(value) else None
+        elif last and error_type == "missing":
+            path.append(part)
+    return path
