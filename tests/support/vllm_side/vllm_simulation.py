@@ -220,6 +220,27 @@ def outgrow(engine: VllmEngine, reference: Engine, plans: Plans, *, count: int) 
     return watch
 
 
+def ask_twice(engine: VllmEngine, reference: Engine, plans: Plans, *, count: int) -> int:
+    """Runs `count` steered requests one by one, each twice: how many found steered tokens in the
+    cache. Raises `AssertionError` where one is not what it is alone.
+
+    Assumes: a cache with room for two blocks of 32 tokens.
+    """
+    draw, judge = random.Random(count), Judge()
+    sampling = SamplingParams(max_tokens=2, temperature=0, logprobs=2, ignore_eos=True)
+    steered = [(name, plan) for name, plan in plans.items() if plan is not None]
+    for name, plan in steered[:count]:
+        prompt = tuple(draw.randrange(3, 64) for _ in range(40))
+        asked = [GenerationRequest(f"{n} {name}", prompt, sampling, plan) for n in range(2)]
+        clients = [Client(one, name) for one in asked]
+        [wanted] = reference.complete(asked[:1])
+        for client in clients:
+            [found] = engine.complete([client.request])
+            judge.check(Outcome.of(client, found), Outcome.of(clients[0], wanted))
+    assert_all_free(engine)
+    return judge.counts["steered and cached"]
+
+
 # What happens inside vLLM
 
 

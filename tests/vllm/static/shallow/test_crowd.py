@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from shallow_model import BRIEF, CLIENTS, WAVES, crowded_engine
 from vllm_engine import Plans
-from vllm_simulation import graphless_steps, outgrow, simulate
+from vllm_simulation import ask_twice, graphless_steps, outgrow, simulate
 
 from steer.engines.transformers.engine import TransformersEngine
 from steer.engines.vllm.front.engine import VllmEngine
@@ -48,8 +48,8 @@ def test_every_request_of_a_crowd_equals_itself_alone(
     assert counts["ties"] <= CLIENTS // 100
     assert counts["left"] >= CLIENTS // 50
     assert counts["read"] >= CLIENTS // 35
-    # How often so small a crowd is preempted depends on who comes first: see the next test.
-    assert counts["steered and cached"] >= 1
+    # How often so small a crowd is preempted, or finds what another left, depends on who comes
+    # first: see the next tests.
     assert CLIENTS // 25 < sum(steps) < len(steps) - CLIENTS // 25
 
 
@@ -58,3 +58,9 @@ def test_requests_that_outgrow_the_cache_together_are_preempted(
 ) -> None:
     watch = outgrow(engine, reference, plans, count=BLOCKS - 1)
     assert len(watch.preempted) >= 3
+
+
+def test_what_was_steered_is_found_again(
+    engine: VllmEngine, reference: TransformersEngine, plans: Plans
+) -> None:
+    assert ask_twice(engine, reference, plans, count=6) >= 3
