@@ -31,6 +31,12 @@ def closed() -> frozenset[Site]:
     return frozenset()
 
 
+@pytest.fixture(scope="module")
+def rounds() -> int:
+    """How often each spec is in a batch of mixed requests."""
+    return 3
+
+
 def assert_same(mine: Completion, other: Completion, name: str) -> None:
     assert mine.tokens == other.tokens, name
     assert mine.finish == other.finish, name
@@ -49,9 +55,9 @@ def assert_same(mine: Completion, other: Completion, name: str) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_mixed_requests_are_equal_on_both_engines(
-    engine: VllmEngine, reference: TransformersEngine, plans: Plans, seed: int
+    engine: VllmEngine, reference: TransformersEngine, plans: Plans, rounds: int, seed: int
 ) -> None:
-    requests = demo_specs.requests_for(plans, 3 * len(plans), seed=seed)
+    requests = demo_specs.requests_for(plans, rounds * len(plans), seed=seed)
     mine, other = engine.complete(requests), reference.complete(requests)
     for request, a, b in zip(requests, mine, other, strict=True):
         assert_same(a, b, request.id)

@@ -43,6 +43,12 @@ def closed() -> frozenset[Site]:
     return frozenset({"attn_in", "head_out", "mlp_in"})
 
 
+@pytest.fixture(scope="module")
+def rounds() -> int:
+    """One: the interpreter is slow, and there are three batches."""
+    return 1
+
+
 @pytest.fixture
 def forced(engine: VllmEngine) -> Iterator[list[bool]]:
     """For each step, whether vLLM let it have no graph."""
