@@ -1,8 +1,10 @@
 """Detectors on a model's own texts: what they tell apart, how often they fire for nothing, when.
 
 A detector of requests is fitted on questions, one of a manner on answers that were told in words to
-have it, beside unsteered ones. Each is then tried on questions of which it has seen nothing: their
-unsteered answers should not make it fire, those that are told should, and soon.
+have it, beside unsteered ones to other questions: of one question's two answers, of which one is
+fitted on and one is held out, a probe that has learnt the question would say the wrong one. Each is
+then tried on questions of which it has seen nothing: their unsteered answers should not make it
+fire, those that are told should, and soon.
 """
 
 from __future__ import annotations
@@ -89,9 +91,9 @@ def _of_any(engine: Engine, tokens: int, seed: int) -> list[Case]:
         "poetic": "You answer everything with a rhyming poem.",
         "cheerful": "You are extremely cheerful, joyful and excited.",
     }
-    plain = _answered(engine, questions, None, tokens, seed)
+    plain = _answered(engine, questions[1::2], None, tokens, seed)
     for name, words in told.items():
-        having = _answered(engine, questions, words, tokens, seed)
+        having = _answered(engine, questions[::2], words, tokens, seed)
         cases.append(_of_answers(f"{name} answers", having, plain))
     return cases
 
@@ -114,7 +116,10 @@ def _of_demo(engine: Engine, data: Path, tokens: int, seed: int) -> list[Case]:
         found = read_pairs(data / f"{name}.jsonl").items[:160]
         both = [
             _answered(engine, side, None, tokens, seed)
-            for side in ([one.positive for one in found], [one.negative for one in found])
+            for side in (
+                [one.positive for one in found[::2]],
+                [one.negative for one in found[1::2]],
+            )
         ]
         cases.append(_of_answers(f"{name} answers", *both))
     return cases
@@ -129,7 +134,8 @@ def _answered(
     engine: Engine, asked: Sequence[Prompt], words: str | None, tokens: int, seed: int
 ) -> list[Prompt]:
     """The chats with their answers, and without whatever told the model how to answer."""
-    told = [one if words is None else Telling(words)(one) for one in asked]
+    # Behind the question: SmolLM2 passes over its system message.
+    told = [one if words is None else Telling(words, "after")(one) for one in asked]
     sampling = SamplingParams(max_tokens=tokens, temperature=0.7, seed=seed, logprobs=0)
     [answers] = answers_under(engine, [told], [None], sampling=sampling)
     return [
