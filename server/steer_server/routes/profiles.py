@@ -79,8 +79,9 @@ def save_profile(body: ProfileRequest, serving: ServingDep) -> Response:
     detectors fit it."""
     compile_spec(serving, body.spec, at="/spec")
     check_armed(serving, body.detectors, at="/detectors")
-    fields = {name: getattr(body, name) for name in ("name", "spec", "detectors", "description")}
-    profile = Profile(**fields)
+    profile = Profile(
+        name=body.name, spec=body.spec, detectors=body.detectors, description=body.description
+    )
     return _json(_body(serving, serving.registry.put_profile(profile, pin=body.pin)))
 
 

@@ -20,7 +20,6 @@ from steer.engines.transformers.structure.calls import (
     at_rest,
     first_tensor,
     given_tensor,
-    standing_in,
     with_tensor,
 )
 from steer.engines.transformers.structure.sites import HookTarget
@@ -196,17 +195,14 @@ class HookedModel:
     def carry(self, source: HookPoint, target: HookPoint, states: Tensor) -> Tensor:
         """What the block of both points makes at `target` of `states` at `source`, each a sequence
         of one token: `[N, width]` to float32 `[N, width]`."""
-        own = self.map.targets[HookPoint(source.layer, "resid_pre")].module
-        before = {
-            self.map.targets[HookPoint(layer, "resid_pre")].module for layer in range(source.layer)
-        }
         dtype = next(self.model.parameters()).dtype
         rows = states.to(self.device, dtype)[:, None]
+        nothing = rows.new_zeros(len(rows), 1, self.info.d_model)
         ids = torch.ones(len(rows), 1, dtype=torch.long, device=self.device)
         self.begin(None, (source, target))
         self._tokens, self._last, self._placed = len(rows), target, (source, rows)
         try:
-            with at_rest(self.model), standing_in(self.map.head.passing_on(before - {own})):
+            with at_rest(self.model), self.above(source.layer, nothing):
                 self.model(input_ids=ids, use_cache=False)
         except _AllRead:
             return self._captured[target][:, 0].float()

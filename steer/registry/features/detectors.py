@@ -23,8 +23,7 @@ def add_feature_detector(
     `Detector.of_feature` raises, and `UnknownArtefact`.
     """
     found = registry.sae(sae)
-    detector = Detector.of_feature(found, feature, threshold=threshold, detects=detects or "")
-    label = registry.labels(sae).get(feature)
-    if not detects and label is not None:
-        detector = Detector.of_feature(found, feature, threshold=threshold, detects=label.text)
+    label = None if detects else registry.labels(sae).get(feature)
+    said = detects or ("" if label is None else label.text)
+    detector = Detector.of_feature(found, feature, threshold=threshold, detects=said)
     return registry.add(name or f"{sae.partition('@')[0]}-{feature}", detector)

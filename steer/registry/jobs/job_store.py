@@ -180,7 +180,7 @@ class JobStore:
     def fetched_from(self, job_ids: Collection[str]) -> set[str]:
         """Those of `job_ids` whose files clients may fetch, now or later: jobs that succeeded, and
         that have not ended."""
-        states = (*(state for state in FINISHED if state != "succeeded"),)
+        states = [state for state in FINISHED if state != "succeeded"]
         query = select(jobs.c.id).where(jobs.c.id.in_(job_ids), jobs.c.state.not_in(states))
         with self._catalogue.reading() as connection:
             return set(connection.execute(query).scalars())

@@ -7,7 +7,7 @@ the model's own, in its own order, and none of it is known here by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,8 @@ from steer.engines.transformers.structure.calls import (
     Call,
     at_rest,
     first_tensor,
-    given_tensor,
     returning,
     standing_in,
-    with_first,
 )
 from steer.errors import Unsupported
 
@@ -72,10 +70,6 @@ class Head:
             logits: Tensor = model(input_ids=ids, **options).logits
         return logits.float().reshape(*states.shape[:-1], -1)
 
-    def passing_on(self, blocks: Iterable[nn.Module]) -> dict[nn.Module, Callable[..., Any]]:
-        """Stand-ins for `blocks` that hand on the state that they are given."""
-        return {block: _hands_on(self._returned[block]) for block in blocks}
-
     def _mismatch(self, model: nn.Module, last: Tensor | None, outputs: Any) -> str | None:
         """In what way the head does not give the model's own logits for the last block's output."""
         wanted = getattr(outputs, "logits", None)
@@ -105,12 +99,3 @@ def _without_loss(model: nn.Module) -> dict[str, bool]:
     """What keeps a model from computing a loss over routers, which do not run here."""
     has_routers = getattr(model.config, "output_router_logits", False)
     return {"output_router_logits": False} if has_routers else {}
-
-
-def _hands_on(value: Any) -> Callable[..., Any]:
-    def stand_in(*args: Any, **kwargs: Any) -> Any:
-        state = given_tensor(args, kwargs)
-        assert state is not None
-        return with_first(value, state)
-
-    return stand_in
