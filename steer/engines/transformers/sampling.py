@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -49,6 +50,10 @@ NO_TOKEN = -1
 
 LEAST_LOGPROB = -9999.0
 """Reported for tokens that a model never says, as by OpenAI and vLLM: JSON has no −inf."""
+
+
+_STRETCH = 256
+"""Words of the vocabulary that are laid end to end as one, when a token is drawn."""
 
 
 class Sampler:
@@ -183,15 +188,31 @@ def drawn(scores: Tensor, points: Sequence[float]) -> list[int]:
     A row's token depends on nothing but the row and its point. One number is drawn for a token,
     where `torch.multinomial` draws one for each word of the vocabulary.
     """
-    reached = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-    total = reached[:, -1:]
-    sound = total.squeeze(-1).isfinite()
-    # Below the total even after rounding: at it, a token without a share would be chosen.
-    below = torch.nextafter(total, torch.zeros_like(total))
-    places = total * torch.tensor(points, dtype=torch.float64).to(total.device)[:, None]
-    found = torch.searchsorted(reached, torch.minimum(places, below), right=True).squeeze(-1)
-    tokens: list[int] = torch.where(sound, found, NO_TOKEN).tolist()
+    shares = scores.softmax(-1)
+    words = shares.shape[-1]
+    # First the stretch of words is found, then the word in it: a running sum goes one by one, and
+    # over the whole vocabulary it takes longer than the model's last matrix.
+    stretches = pad(shares, (0, -words % _STRETCH)).unflatten(-1, (-1, _STRETCH))
+    sums = stretches.sum(-1).double()
+    total = sums.sum(-1)
+    places = total * torch.tensor(points, dtype=torch.float64).to(total.device)
+    stretch, before = _reached(sums, places)
+    inside = stretches[torch.arange(len(points), device=total.device), stretch].double()
+    word, _ = _reached(inside, places - before)
+    found = torch.where(total.isfinite(), stretch * _STRETCH + word, NO_TOKEN)
+    tokens: list[int] = found.tolist()
     return tokens
+
+
+def _reached(shares: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """In each row of `shares` `[n, m]`, laid end to end, the one in which the row's place lies, and
+    the sum of those before it; where rounding puts it outside, the nearest that is above 0."""
+    ends = shares.cumsum(-1)
+    # Below the end even after rounding: at it, one without a share would be found.
+    below = torch.nextafter(ends[:, -1], torch.zeros_like(places))
+    inside = torch.minimum(places.clamp_min(0), below)
+    found = torch.searchsorted(ends, inside[:, None], right=True).clamp_max(shares.shape[-1] - 1)
+    return found[:, 0], (ends - shares).gather(-1, found)[:, 0]
 
 
 def logprobs(
