@@ -57,13 +57,21 @@ def registry_folder(chosen: str | None) -> str:
 
 @contextmanager
 def running_engine(
-    model: str, *, device: str | None = None, dtype: str | None = None
+    model: str, *, device: str | None = None, dtype: str | None = None, bulk: bool = False
 ) -> Iterator[TransformersEngine]:
-    """The model in this process, started; stopped at the end."""
+    """The model in this process, started; stopped at the end. For work that comes in `bulk`, a
+    CPU's processors are shared by two replicas."""
     quiet()
-    from steer.engines.transformers.engine import TransformersEngine
+    import torch
 
-    with TransformersEngine.load(model, device=device, dtype=dtype) as engine:
+    from steer.engines.transformers.checkpoints.placing import chosen_device
+    from steer.engines.transformers.engine import TransformersEngine
+    from steer.engines.transformers.replicas.engine import ReplicatedEngine
+
+    device = chosen_device(device)
+    shared = bulk and device == "cpu" and torch.get_num_threads() > 1
+    kind = ReplicatedEngine if shared else TransformersEngine
+    with kind.load(model, device=device, dtype=dtype) as engine:
         yield engine
 
 

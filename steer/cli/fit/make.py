@@ -66,7 +66,9 @@ def _make(values: dict[str, Any]) -> None:
             library = stack.enter_context(open_registry(values["registry"], values["model"]))
             scorer = scorer_of(request.score, library)
         engine = stack.enter_context(
-            running_engine(values["model"], device=values["device"], dtype=values["dtype"])
+            running_engine(
+                values["model"], device=values["device"], dtype=values["dtype"], bulk=True
+            )
         )
         request.check(engine)
         journal = journal_of(request, engine)

@@ -58,7 +58,7 @@ def _calibrate(values: dict[str, Any]) -> None:
         request = checked(CalibrateRequest, fields)
         with (
             running_engine(
-                values["model"], device=values["device"], dtype=values["dtype"]
+                values["model"], device=values["device"], dtype=values["dtype"], bulk=True
             ) as engine,
             progress_bar("answers", request.answers) as done,
         ):

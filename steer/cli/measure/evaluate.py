@@ -103,7 +103,7 @@ def _evaluate(values: dict[str, Any]) -> None:
         request = checked(EvaluateRequest, fields)
         with (
             running_engine(
-                values["model"], device=values["device"], dtype=values["dtype"]
+                values["model"], device=values["device"], dtype=values["dtype"], bulk=True
             ) as engine,
             progress_bar("answers", request.answers) as done,
         ):

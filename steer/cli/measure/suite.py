@@ -58,7 +58,7 @@ def run_suite_command(values: dict[str, Any]) -> None:
             request.check_scores()
         with (
             running_engine(
-                values["model"], device=values["device"], dtype=values["dtype"]
+                values["model"], device=values["device"], dtype=values["dtype"], bulk=True
             ) as engine,
             progress_bar("answers", request.answers) as done,
         ):

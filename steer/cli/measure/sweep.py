@@ -50,7 +50,7 @@ def _sweep(values: dict[str, Any]) -> None:
         request = checked(SweepRequest, {**fields, "prompts": asked(values)})
         with (
             running_engine(
-                values["model"], device=values["device"], dtype=values["dtype"]
+                values["model"], device=values["device"], dtype=values["dtype"], bulk=True
             ) as engine,
             progress_bar("answers", request.answers) as done,
         ):

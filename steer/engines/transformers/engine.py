@@ -36,7 +36,7 @@ from steer.engines.transformers.gradients import differentiating
 from steer.engines.transformers.grammar import Grammars
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.lora.runs import LoraRuns
-from steer.engines.transformers.scheduler import Scheduler
+from steer.engines.transformers.scheduler import Handed, Scheduler, Submission
 from steer.engines.transformers.structure.blocks import find_hook_points
 from steer.errors import SteerError
 from steer.formats.guards.stand_ins import check_model_folder
@@ -215,17 +215,23 @@ class TransformersEngine:
         if lora is not None:
             return self._lora_runs.complete(lora, requests)
         listeners = [BlockingListener() for _ in requests]
-        tickets = self._scheduler.submit_all(list(zip(requests, listeners, strict=True)))
+        tickets = self._submitted(list(zip(requests, listeners, strict=True)))
         try:
             return [listener.result() for listener in listeners]
         finally:
             for ticket in tickets:
                 ticket.cancel()
 
+    def _submitted(self, requests: Sequence[Handed]) -> list[Submission]:
+        return self._scheduler.submit_all(requests)
+
     def capture(self, request: CaptureRequest) -> list[Captured]:
         for point in request.points:
             self.info.check_point(point)
         self.start()
+        return self._captured(request)
+
+    def _captured(self, request: CaptureRequest) -> list[Captured]:
         return self._scheduler.run(lambda: capture_batch(self._batch, request))
 
     def unembed(self, states: Tensor) -> Tensor:

@@ -189,10 +189,10 @@ def drawn(scores: Tensor, points: Sequence[float]) -> list[int]:
     where `torch.multinomial` draws one for each word of the vocabulary.
     """
     shares = scores.softmax(-1)
-    words = shares.shape[-1]
     # First the stretch of words is found, then the word in it: a running sum goes one by one, and
     # over the whole vocabulary it takes longer than the model's last matrix.
-    stretches = pad(shares, (0, -words % _STRETCH)).unflatten(-1, (-1, _STRETCH))
+    shares = pad(shares, (0, -shares.shape[-1] % _STRETCH))
+    stretches = shares.view(len(points), -1, _STRETCH)
     sums = stretches.sum(-1).double()
     total = sums.sum(-1)
     places = total * torch.tensor(points, dtype=torch.float64).to(total.device)

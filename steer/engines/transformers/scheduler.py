@@ -49,6 +49,9 @@ class Submission:
         self.cancelled = True
 
 
+Handed: TypeAlias = tuple[GenerationRequest, Listener]
+"""A request, and who is told of its tokens."""
+
 _InboxItem: TypeAlias = list[Submission] | Callable[[], None] | None
 """What the thread is handed: requests that come together, work between two steps, or its end."""
 
@@ -100,9 +103,7 @@ class Scheduler:
         [submission] = self.submit_all([(request, listener)])
         return submission
 
-    def submit_all(
-        self, requests: Sequence[tuple[GenerationRequest, Listener]]
-    ) -> list[Submission]:
+    def submit_all(self, requests: Sequence[Handed]) -> list[Submission]:
         """Queues requests that the thread sees together: how they are batched does not depend on
         how fast they are handed over."""
         submissions = [Submission(request, listener) for request, listener in requests]
@@ -113,6 +114,10 @@ class Scheduler:
         """The result of `job`, run in the engine's thread between two steps."""
         if threading.current_thread() is self._thread:
             return job()
+        return self.begin(job).result()
+
+    def begin(self, job: Callable[[], Result]) -> Future[Result]:
+        """`job` as in `run`, without waiting for it. Assumes: who waits is in another thread."""
         future: Future[Result] = Future()
 
         def work() -> None:
@@ -128,7 +133,7 @@ class Scheduler:
             answer()
 
         self._send(work)
-        return future.result()
+        return future
 
     def _send(self, item: _InboxItem) -> None:
         # Under the lock of `stop`: an item behind the request to stop would never be answered.
