@@ -13,7 +13,7 @@ with every scalar law c taken from one family with nine parameters (`Law`):
 and c = 0 where `only_active` and u is 0. The length is ‖x‖, σ(x), or that of
 x in the plane that the block's other edits read; σ is the deviation of a row's channels from their
 mean. Gain and offset, a number for each channel, act on the channels whose value is inside their
-bounds (`CHANNEL_ROWS`).
+bounds (`CHANNEL_ROWS`). Under a ramp a token gets a share of the change (`part_way`).
 A block may act only where x lies on one side of a row. It may read u at an earlier hook point of
 the layer (`Block.reads_at`): x is then only added to. Where features compete, an `Encoder` says
 which are active, or how much.
@@ -395,6 +395,14 @@ def rescaled(x: Float[Tensor, "T d"], norms: Float[Tensor, "T 1"]) -> Float[Tens
     lengths: Tensor = x.norm(dim=-1, keepdim=True)
     factors = norms / lengths.clamp_min(torch.finfo(x.dtype).tiny)
     return x * factors.masked_fill(factors.isinf(), 0.0)
+
+
+def part_way(
+    before: Float[Tensor, "T d"], after: Float[Tensor, "T d"], factors: Float[Tensor, "T 1"]
+) -> Float[Tensor, "T d"]:
+    """The state that lies `factors` of the way from `before` to `after`; at 1 that is `after`, to
+    the bit."""
+    return torch.where(factors == 1, after, before + factors * (after - before))
 
 
 def overflow_shown(x: Float[Tensor, "T d"]) -> Float[Tensor, "T d"]:
