@@ -415,13 +415,22 @@ def overflow_shown(x: Float[Tensor, "T d"]) -> Float[Tensor, "T d"]:
     return x.masked_fill(~x.norm(dim=-1, keepdim=True).isfinite(), math.nan)
 
 
-def apply(block: Block, x: Tensor, readings: CarriedReads | None = None) -> Tensor:
-    """`block` applied to every row of `x` `[..., d]`; the result has the dtype of `x`.
+def apply(
+    block: Block,
+    x: Tensor,
+    readings: CarriedReads | None = None,
+    factors: Float[Tensor, " T"] | None = None,
+) -> Tensor:
+    """`block` applied to every row of `x` `[..., d]`, T in all; the result has the dtype of `x`.
 
-    `readings` are what a block that reads elsewhere has read there (`read`).
+    `readings` are what a block that reads elsewhere has read there (`read`). Of what is changed a
+    row gets as much as `factors` say, in front of any rescaling; at 1 the whole, to the bit.
     """
     if block.is_shift and block.shift is not None:
-        return (x.float() + block.shift).to(x.dtype)
+        shift = block.shift
+        if factors is not None:
+            shift = (shift * factors[:, None]).reshape(x.shape)
+        return (x.float() + shift).to(x.dtype)
     before = x.reshape(-1, x.shape[-1]).float()
     after = torch.zeros_like(before) if block.replace else before
     if block.shift is not None:
@@ -430,6 +439,8 @@ def apply(block: Block, x: Tensor, readings: CarriedReads | None = None) -> Tens
         after = after + channel_changes(before, block.channels)
     if block.read is not None and block.write is not None and block.laws is not None:
         after = after + _changes(block, before, readings) @ block.write
+    if factors is not None:
+        after = part_way(before, after, factors[:, None])
     if block.preserve_norm:
         after = rescaled(after, before.norm(dim=-1, keepdim=True))
     if block.side is not None:

@@ -48,8 +48,8 @@ def apply_table(
     `view` is that of the slots in `slots`, or of more. With nothing needed, constants are added.
     `solo` may be given where each slot of `view` is that of one token at most: the token of each
     row of the bank. `readings` are what a view that reads elsewhere has read there (`read_table`).
-    Of what is changed, a token gets as much as `factors` say, in front of any rescaling; at 1 to
-    the bit the whole.
+    Of what is changed a token gets as much as `factors` say, in front of any rescaling; at 1 the
+    whole, to the bit.
     """
     needs = view.needs
     if not any(needs):

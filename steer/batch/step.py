@@ -103,7 +103,8 @@ class Step:
                 flat = self._apply(work, flat)
             elif self._shared[work.number]:
                 block = work.table.blocks[self._shared[work.number]]
-                flat = apply(block, flat, work.readings)
+                factors = None if self._factors is None else self._factors[work.number]
+                flat = apply(block, flat, work.readings, factors)
         if flat is not before:
             flat = self._ledger.contained(self._row_index, before, flat)
             if self._measured is not None:

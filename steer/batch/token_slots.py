@@ -90,10 +90,8 @@ class TokenSlots:
     @property
     def shared(self) -> list[int] | None:
         """The slot of each rule where all tokens share it for as long as the pass is carried on,
-        whatever gates decide, and get the whole of its edits; None where they do not."""
-        if self.gated is not None or self.possible is not None or self.factors is not None:
-            return None
-        if self.slots.shape[1] == 0:
+        whatever gates decide; None where they do not."""
+        if self.gated is not None or self.possible is not None or self.slots.shape[1] == 0:
             return None
         if not (self.slots == self.slots[:, :1]).all():
             return None

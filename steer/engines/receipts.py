@@ -20,6 +20,9 @@ from steer.engines.base import (
 )
 from steer.plan.plan import SteeringPlan
 
+_DIGITS = 6
+"""Of the mean of factors, which are float32."""
+
 
 def make_receipt(steered: SteeredRequest, ledger: Ledger, fed: int) -> Receipt:
     """The receipt of a request whose sequence fed `fed` tokens, from what the steps counted."""
@@ -72,7 +75,7 @@ def receipt_of(
     for number, one in enumerate(plan.rules):
         if one.selection.ramp is not None:
             tokens = int(counts[(applied & (1 << number)) != 0].sum())
-            mean = float(shares[number]) / tokens if tokens else None
+            mean = _mean(float(shares[number]), tokens)
             ramps.append(RampReceipt(one.selection.ramp.points, tokens, mean))
     return Receipt(
         plan.fingerprint,
@@ -135,8 +138,13 @@ def _ramps(receipts: Sequence[Receipt]) -> tuple[RampReceipt, ...]:
 
 def _ramp(ramps: Sequence[RampReceipt]) -> RampReceipt:
     tokens = sum(one.tokens for one in ramps)
-    mean = sum((one.mean or 0.0) * one.tokens for one in ramps) / tokens if tokens else None
-    return RampReceipt(ramps[0].points, tokens, mean)
+    total = sum((one.mean or 0.0) * one.tokens for one in ramps)
+    return RampReceipt(ramps[0].points, tokens, _mean(total, tokens))
+
+
+def _mean(total: float, tokens: int) -> float | None:
+    """Rounded, so that it is the same in whatever order it was summed."""
+    return round(total / tokens, _DIGITS) if tokens else None
 
 
 def _gates(receipts: Sequence[Receipt]) -> tuple[GateReceipt, ...]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from steer.errors import quoted
-from steer.spec.base import Index
+from steer.spec.base import Index, Number
 
 MAX_RAMP_POINTS = 64
 """The most points that a ramp has."""
@@ -25,6 +25,15 @@ def _within(value: Any) -> Any:
     return value
 
 
+def _listed(value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        raise ValueError(
+            "a ramp is a list of points [generated token, factor], such as [[0, 0], [32, 1]]; got "
+            + quoted(value)
+        )
+    return value
+
+
 def _ascending(points: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
     for (before, _), (after, _) in pairwise(points):
         if after <= before:
@@ -35,13 +44,12 @@ def _ascending(points: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float]
     return points
 
 
-Factor: TypeAlias = Annotated[
-    float, Field(strict=True, allow_inf_nan=False, ge=0, le=1), BeforeValidator(_within)
-]
+Factor: TypeAlias = Annotated[Number, Field(ge=0, le=1), BeforeValidator(_within)]
 RampPoints: TypeAlias = Annotated[
     tuple[tuple[Index, Factor], ...],
     Field(min_length=1, max_length=MAX_RAMP_POINTS, fail_fast=True),
     AfterValidator(_ascending),
+    BeforeValidator(_listed),
 ]
 """Points `[generated token, factor]`, joined by straight lines: the factor by which what an
 intervention changes in a token is multiplied. Generated tokens are counted from 0; before the first
