@@ -19,8 +19,8 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text()
 MOST_FILES = 15
 
 WORDS = """
-spec, intervention, kind, artefact, oracle, card, library, selection, ramp, mark, automaton, trace, gate,
-law, channels, side, block, rule, plan, slot, table, request, span, step, ledger, receipt,
+spec, intervention, kind, artefact, oracle, card, library, selection, ramp, mark, automaton, trace,
+gate, law, channels, side, block, rule, plan, slot, table, request, span, step, ledger, receipt,
 hook point, tap, capture, read-out, reader, detector, watch, ticket, seam
 """
 
