@@ -67,7 +67,7 @@ def _resolved(
     _check_use(vector, calibration, one, asked)
     if not plain and one.ramp is not None:
         raise Unsupported(
-            f"the vector {vector.card.name!r} was calibrated at one strength on all tokens, so "
+            f"the vector {vector.card.name!r} was calibrated at one strength on all its tokens, so "
             f"under a ramp {_unit(strength)!r} says nothing: give 'strength' as a number, or leave "
             "out 'ramp'",
             code="not_calibrated",
