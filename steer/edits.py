@@ -13,7 +13,7 @@ with every scalar law c taken from one family with nine parameters (`Law`):
 and c = 0 where `only_active` and u is 0. The length is ‖x‖, σ(x), or that of
 x in the plane that the block's other edits read; σ is the deviation of a row's channels from their
 mean. Gain and offset, a number for each channel, act on the channels whose value is inside their
-bounds (`CHANNEL_ROWS`).
+bounds (`CHANNEL_ROWS`). Under a ramp a token gets a share of the change (`part_way`).
 A block may act only where x lies on one side of a row. It may read u at an earlier hook point of
 the layer (`Block.reads_at`): x is then only added to. Where features compete, an `Encoder` says
 which are active, or how much.
@@ -397,6 +397,14 @@ def rescaled(x: Float[Tensor, "T d"], norms: Float[Tensor, "T 1"]) -> Float[Tens
     return x * factors.masked_fill(factors.isinf(), 0.0)
 
 
+def part_way(
+    before: Float[Tensor, "T d"], after: Float[Tensor, "T d"], factors: Float[Tensor, "T 1"]
+) -> Float[Tensor, "T d"]:
+    """The state that lies `factors` of the way from `before` to `after`; at 1 that is `after`, to
+    the bit."""
+    return torch.where(factors == 1, after, before + factors * (after - before))
+
+
 def overflow_shown(x: Float[Tensor, "T d"]) -> Float[Tensor, "T d"]:
     """x with NaN in the rows whose norm float32 cannot hold.
 
@@ -407,13 +415,22 @@ def overflow_shown(x: Float[Tensor, "T d"]) -> Float[Tensor, "T d"]:
     return x.masked_fill(~x.norm(dim=-1, keepdim=True).isfinite(), math.nan)
 
 
-def apply(block: Block, x: Tensor, readings: CarriedReads | None = None) -> Tensor:
-    """`block` applied to every row of `x` `[..., d]`; the result has the dtype of `x`.
+def apply(
+    block: Block,
+    x: Tensor,
+    readings: CarriedReads | None = None,
+    factors: Float[Tensor, " T"] | None = None,
+) -> Tensor:
+    """`block` applied to every row of `x` `[..., d]`, T in all; the result has the dtype of `x`.
 
-    `readings` are what a block that reads elsewhere has read there (`read`).
+    `readings` are what a block that reads elsewhere has read there (`read`). Of what is changed a
+    row gets as much as `factors` say, in front of any rescaling; at 1 the whole, to the bit.
     """
     if block.is_shift and block.shift is not None:
-        return (x.float() + block.shift).to(x.dtype)
+        shift = block.shift
+        if factors is not None:
+            shift = (shift * factors[:, None]).reshape(x.shape)
+        return (x.float() + shift).to(x.dtype)
     before = x.reshape(-1, x.shape[-1]).float()
     after = torch.zeros_like(before) if block.replace else before
     if block.shift is not None:
@@ -422,6 +439,8 @@ def apply(block: Block, x: Tensor, readings: CarriedReads | None = None) -> Tens
         after = after + channel_changes(before, block.channels)
     if block.read is not None and block.write is not None and block.laws is not None:
         after = after + _changes(block, before, readings) @ block.write
+    if factors is not None:
+        after = part_way(before, after, factors[:, None])
     if block.preserve_norm:
         after = rescaled(after, before.norm(dim=-1, keepdim=True))
     if block.side is not None:

@@ -16,6 +16,7 @@ from steer.edits import (
     coefficients,
     elsewhere,
     overflow_shown,
+    part_way,
     rescaled,
     squares_in_plane,
     told_of,
@@ -40,16 +41,20 @@ def apply_table(
     slots: Int[Tensor, " T"],
     solo: Int[Tensor, " K"] | None = None,
     readings: CarriedReads | None = None,
+    factors: Float[Tensor, " T"] | None = None,
 ) -> Float[Tensor, "T d"]:
     """x with each token's block applied; a token whose slot is 0 is returned to the bit.
 
     `view` is that of the slots in `slots`, or of more. With nothing needed, constants are added.
     `solo` may be given where each slot of `view` is that of one token at most: the token of each
     row of the bank. `readings` are what a view that reads elsewhere has read there (`read_table`).
+    Of what is changed a token gets as much as `factors` say, in front of any rescaling; at 1 the
+    whole, to the bit.
     """
     needs = view.needs
     if not any(needs):
-        return (x.float() + view.shift.index_select(0, slots)).to(x.dtype)
+        shift = view.shift.index_select(0, slots)
+        return (x.float() + (shift if factors is None else shift * factors[:, None])).to(x.dtype)
     before = after = x.float()
     lengths = Lengths.of(before, view.traits)
     if needs.replacing:
@@ -64,6 +69,8 @@ def apply_table(
             after = after + c @ view.write
         else:
             after = after.index_add(0, solo, c.T * view.write)
+    if factors is not None:
+        after = part_way(before, after, factors[:, None])
     if needs.preserving:
         preserved = view.preserve.index_select(0, slots)[:, None]
         norms = before.norm(dim=-1, keepdim=True) if lengths.norm is None else lengths.norm

@@ -13,6 +13,7 @@ from steer.batch.requests import NOBODY, Ints
 from steer.batch.sizes import MeanSizes
 from steer.batch.tables import MAX_RULES
 from steer.model import HookPoint
+from steer.plan.selection import Factors
 
 _LOOKED_AT = 256
 """Positions that are looked at together."""
@@ -26,6 +27,7 @@ SOUND = torch.iinfo(torch.int64).max
 """Stands for the position of what was not finite, where everything was."""
 _BY_ROW = (
     "tokens",
+    "shares",
     "gate_open",
     "gate_value",
     "lost",
@@ -39,8 +41,9 @@ _BY_ROW = (
 class Ledger:
     """What was applied to each request row, and the decisions that its gates hold.
 
-    `tokens[row, applied]` counts the tokens that the rules named by `applied` edited. `relative`
-    has how large the edits at a hook point were, where that was measured.
+    `tokens[row, applied]` counts the tokens that the rules named by `applied` edited, and
+    `shares[row, rule]` sums the factors by which ramps multiplied what the rule did. `relative` has
+    how large the edits at a hook point were, where that was measured.
     Assumes: a row is reset before a request takes it.
     """
 
@@ -49,6 +52,7 @@ class Ledger:
         whether they stay."""
         self.drafts = drafts
         self.tokens = np.zeros((rows, 1 << MAX_RULES), dtype=np.int64)
+        self.shares = np.zeros((rows, MAX_RULES))
         self.gate_open = torch.zeros(rows, MAX_RULES, dtype=torch.bool, device=device)
         self.gate_value = torch.full((rows, MAX_RULES), float("nan"), device=device)
         self.relative: dict[HookPoint, MeanSizes] = {}
@@ -63,10 +67,16 @@ class Ledger:
         # One flat index: numpy adds at several ten times more slowly.
         np.add.at(self.tokens.reshape(-1), rows * self.tokens.shape[1] + applied, 1)
 
+    def record_shares(self, rows: Ints, shares: Factors) -> None:
+        """Sums the factors `[P, T]` of the tokens of `rows`; 0 where a rule did not act."""
+        for number, mine in enumerate(shares):
+            np.add.at(self.shares[:, number], rows, mine)
+
     def recount(self, row: int) -> None:
         """Counts a row from zero again, because its tokens are computed anew; its gates' decisions
         stand."""
         self.tokens[row] = 0
+        self.shares[row] = 0
         for sizes in self.relative.values():
             sizes.reset(row)
 
@@ -196,6 +206,9 @@ class PositionLedger(Ledger):
         """Writes the applied of the present tokens; `rows` holds these alone."""
         super().record(rows, applied)
         self.write(rows, self._positions[self._present], applied)
+
+    def record_shares(self, rows: Ints, shares: Factors) -> None:
+        """Factors follow from the positions that it keeps."""
 
     def write(self, rows: Ints, positions: Ints, applied: Ints) -> None:
         """Writes the rules `applied` at `positions` `[T]` of `rows`."""

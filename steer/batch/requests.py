@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steer.plan.plan import Rule, SteeringPlan
+from steer.plan.selection import Factors, factors_of
 from steer.plan.texts.trace import TokenTrace
 
 Ints = NDArray[np.int64]
@@ -46,6 +47,12 @@ class SteeredRequest:
             return np.repeat(fixed[1], len(positions), axis=1)
         return self._masked(positions, tokens)
 
+    def factors(self, positions: Ints) -> Factors | None:
+        """The factor of each token `[P, T]` in each rule; None where the plan has no ramp."""
+        if self.plan is None or not self.plan.ramped:
+            return None
+        return factors_of(self.plan.selections, positions, self.prompt_length)
+
     @cached_property
     def possible(self) -> Ints:
         """The slot of each rule `[P, 1]` where it is selected."""
@@ -74,8 +81,8 @@ class SteeredRequest:
 
     @property
     def fixed_from(self) -> int | None:
-        """The position from which on `slots` no longer changes; None where it may change for
-        ever."""
+        """The position from which on `slots` and `factors` no longer change; None where they may
+        change for ever."""
         selections = [one.selection for one in self.rules]
         if any(selection.reads_tokens or selection.varies for selection in selections):
             return None

@@ -64,6 +64,9 @@ class Step:
             None if tokens.measured is None else torch.from_numpy(tokens.measured).to(device)
         )
         self._shared = tokens.shared
+        self._factors = (
+            None if tokens.factors is None else torch.from_numpy(tokens.factors).to(device)
+        )
         self._chosen: dict[tuple[int, ...], Tensor] = {}
         self._editing: dict[HookPoint, list[tuple[int, Tensor]]] = {}
         """For each rule with blocks at a point, which slots have one: where sizes are measured."""
@@ -100,7 +103,8 @@ class Step:
                 flat = self._apply(work, flat)
             elif self._shared[work.number]:
                 block = work.table.blocks[self._shared[work.number]]
-                flat = apply(block, flat, work.readings)
+                factors = None if self._factors is None else self._factors[work.number]
+                flat = apply(block, flat, work.readings, factors)
         if flat is not before:
             flat = self._ledger.contained(self._row_index, before, flat)
             if self._measured is not None:
@@ -113,7 +117,8 @@ class Step:
         """Takes the same requests a token further, all of them in what they generate; `changes` are
         the slots `[P]` of the tokens that have others now than in the pass before.
 
-        Assumes: one token for each request, none of them possible where `possible` had none.
+        Assumes: one token for each request, none of them possible where `possible` had none, all
+        past the ends of their ramps.
         """
         for place, slots in changes.items():
             self._tokens.change(place, slots)
@@ -150,6 +155,9 @@ class Step:
         for number in range(len(slots)):
             applied |= (slots[number] != 0).astype(np.int64) << number
         self._ledger.record(self._tokens.rows[present], applied[present])
+        if self._tokens.factors is not None:
+            shares = np.where(slots != 0, self._tokens.factors, 0)[:, present]
+            self._ledger.record_shares(self._tokens.rows[present], shares)
 
     def _work_at(self, point: HookPoint, live: set[int]) -> list[_Work]:
         """The tables that this batch's slots use at `point`."""
@@ -197,10 +205,13 @@ class Step:
 
     def _apply(self, work: _Work, x: Tensor) -> Tensor:
         slots = self.slots[work.number]
+        factors = None if self._factors is None else self._factors[work.number]
         if work.rows is None:
-            return apply_table(work.view, x, slots, work.solo, work.readings)
+            return apply_table(work.view, x, slots, work.solo, work.readings, factors)
         mine, slots = x.index_select(0, work.rows), slots.index_select(0, work.rows)
-        edited = apply_table(work.view, mine, slots, work.solo, work.readings)
+        if factors is not None:
+            factors = factors.index_select(0, work.rows)
+        edited = apply_table(work.view, mine, slots, work.solo, work.readings, factors)
         return x.index_copy(0, work.rows, edited)
 
     def _read(self, work: _Work, x: Tensor) -> CarriedReads | None:

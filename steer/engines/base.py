@@ -15,6 +15,7 @@ from torch import Tensor
 from steer.artefacts.lora import Lora
 from steer.model import Capabilities, HookPoint, ModelInfo
 from steer.prompts.roles import RoleRanges
+from steer.spec import RampPoints
 
 if TYPE_CHECKING:
     from steer.plan.plan import SteeringPlan
@@ -118,6 +119,16 @@ class GateReceipt:
 
 
 @dataclass(frozen=True)
+class RampReceipt:
+    """What a ramp did where a rule acted: its points, the tokens edited under it, and the mean of
+    their factors; None where there were none."""
+
+    points: RampPoints
+    tokens: int
+    mean: float | None = None
+
+
+@dataclass(frozen=True)
 class SpeculationReceipt:
     """Tokens that an engine drafted for a request and computed ahead of its choice, and how many of
     the tokens that were fed in the end had been drafted."""
@@ -148,6 +159,8 @@ class Receipt:
     """The features that concepts lit, where a spec asks; see `SteeringPlan.explanations`."""
     speculation: SpeculationReceipt | None = None
     """Given by engines that speculate."""
+    ramps: tuple[RampReceipt, ...] = ()
+    """One for each rule of the plan that has a ramp, in their order."""
 
     def as_json(self) -> dict[str, Any]:
         """The form of `response.steering`."""
@@ -173,6 +186,15 @@ class Receipt:
             answer["strengths"] = [dict(entry) for entry in self.strengths]
         if self.concepts:
             answer["concepts"] = [dict(entry) for entry in self.concepts]
+        if self.ramps:
+            answer["ramps"] = [
+                {
+                    "points": [list(point) for point in ramp.points],
+                    "tokens": ramp.tokens,
+                    "mean": ramp.mean,
+                }
+                for ramp in self.ramps
+            ]
         if self.speculation is not None:
             answer["speculation"] = asdict(self.speculation)
         return answer

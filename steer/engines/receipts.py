@@ -10,16 +10,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steer.batch.ledger import Ledger
-from steer.batch.requests import SteeredRequest
-from steer.engines.base import GateReceipt, PointReceipt, Receipt, SpeculationReceipt
+from steer.batch.requests import Ints, SteeredRequest
+from steer.engines.base import (
+    GateReceipt,
+    PointReceipt,
+    RampReceipt,
+    Receipt,
+    SpeculationReceipt,
+)
 from steer.plan.plan import SteeringPlan
+
+_DIGITS = 6
+"""Of the mean of factors, which are float32."""
 
 
 def make_receipt(steered: SteeredRequest, ledger: Ledger, fed: int) -> Receipt:
     """The receipt of a request whose sequence fed `fed` tokens, from what the steps counted."""
     if steered.plan is None:
         raise AssertionError("an unsteered request has no receipt")
-    return receipt_of(steered, steered.plan, ledger, ledger.tokens[steered.row], fed)
+    counts, shares = ledger.tokens[steered.row], ledger.shares[steered.row]
+    return receipt_of(steered, steered.plan, ledger, counts, fed, shares=shares)
+
+
+def shares_of(request: SteeredRequest, positions: Ints, applied: Ints) -> NDArray[np.float64]:
+    """The sum of the factors `[P]` of the tokens at `positions`, which the rules `applied` edited;
+    without ramps that of each is 1."""
+    selected = applied >> np.arange(len(request.rules))[:, None] & 1
+    factors = request.factors(positions)
+    found: NDArray[np.float64] = (selected if factors is None else selected * factors).sum(1)
+    return found.astype(np.float64)
 
 
 def receipt_of(
@@ -29,10 +48,12 @@ def receipt_of(
     counts: NDArray[np.int64],
     fed: int,
     *,
+    shares: NDArray[np.float64],
     cached: int = 0,
 ) -> Receipt:
-    """`counts[applied]` is the number of tokens that the rules named by `applied` edited; `cached`
-    of the steered ones were not computed for this request. Sizes are means over what the ledger saw
+    """`counts[applied]` is the number of tokens that the rules named by `applied` edited, and
+    `shares[rule]` the sum of their factors; `cached` of the steered ones were not computed for this
+    request. Sizes are means over what the ledger saw
     computed, however often that was, but for drafted tokens that did not stay."""
     applied = np.arange(len(counts))
     steered = int(counts[1:].sum())
@@ -50,6 +71,12 @@ def receipt_of(
             value = float(ledger.gate_value[request.row, number])
             fired = int(counts[(applied & (1 << number)) != 0].sum())
             gates.append(GateReceipt(one.gate.name, fired, value if math.isfinite(value) else None))
+    ramps = []
+    for number, one in enumerate(plan.rules):
+        if one.selection.ramp is not None:
+            tokens = int(counts[(applied & (1 << number)) != 0].sum())
+            mean = _mean(float(shares[number]), tokens)
+            ramps.append(RampReceipt(one.selection.ramp.points, tokens, mean))
     return Receipt(
         plan.fingerprint,
         steered,
@@ -59,6 +86,7 @@ def receipt_of(
         tuple(gates),
         plan.resolved_strengths,
         plan.explanations,
+        ramps=tuple(ramps),
     )
 
 
@@ -75,6 +103,7 @@ def merged(receipts: Iterable[Receipt | None]) -> Receipt | None:
         hook_points=_points(found),
         gates=_gates(found),
         speculation=_speculation(found),
+        ramps=_ramps(found),
     )
 
 
@@ -99,6 +128,23 @@ def _speculation(receipts: Sequence[Receipt]) -> SpeculationReceipt | None:
     if not found:
         return None
     return SpeculationReceipt(sum(s.drafted for s in found), sum(s.accepted for s in found))
+
+
+def _ramps(receipts: Sequence[Receipt]) -> tuple[RampReceipt, ...]:
+    """Ramps by their place."""
+    places = zip(*(receipt.ramps for receipt in receipts), strict=True)
+    return tuple(_ramp(ramps) for ramps in places)
+
+
+def _ramp(ramps: Sequence[RampReceipt]) -> RampReceipt:
+    tokens = sum(one.tokens for one in ramps)
+    total = sum((one.mean or 0.0) * one.tokens for one in ramps)
+    return RampReceipt(ramps[0].points, tokens, _mean(total, tokens))
+
+
+def _mean(total: float, tokens: int) -> float | None:
+    """Rounded, so that it is the same in whatever order it was summed."""
+    return round(total / tokens, _DIGITS) if tokens else None
 
 
 def _gates(receipts: Sequence[Receipt]) -> tuple[GateReceipt, ...]:

@@ -72,7 +72,7 @@ def compile_plan(
     return _plan(spec, rules, compiled)
 
 
-_OF_THE_SPEC = ("/interventions", "/where", "/when")
+_OF_THE_SPEC = ("/interventions", "/where", "/when", "/ramp")
 """How pointers begin that are already relative to the spec."""
 
 
@@ -142,7 +142,7 @@ def _blocks(one: Resolved, asked: Compilation) -> Blocks:
                 param=one.gate.param,
                 code="gate_after_edit",
             )
-    return blocks
+    return {} if one.ramp is not None and one.ramp.largest == 0 else blocks
 
 
 def _size_param(one: Resolved, spec: SteeringSpec) -> str:
@@ -243,7 +243,10 @@ def _hashes(one: Resolved) -> list[str]:
 def _described(one: Resolved, blocks: Blocks) -> dict[str, Any]:
     """The intervention as JSON, with what its references stood for and where it acts."""
     entry: dict[str, Any] = one.item.model_dump(
-        mode="json", by_alias=True, exclude_none=True, exclude={"layers", "site", "where", "when"}
+        mode="json",
+        by_alias=True,
+        exclude_none=True,
+        exclude={"layers", "site", "where", "when", "ramp"},
     )
     for reference, found in one.named:
         if isinstance(reference.ref, TokenVector):
@@ -257,6 +260,8 @@ def _described(one: Resolved, blocks: Blocks) -> dict[str, Any]:
         entry["where"] = one.where.model_dump(mode="json", by_alias=True, exclude_none=True)
     if one.gate is not None:
         entry["when"] = _gate_described(one.gate)
+    if one.ramp is not None:
+        entry["ramp"] = [list(point) for point in one.ramp.points]
     if (lit := features_lit(one)) is not None:
         entry["lit"] = lit
     if one.strength is not None:

@@ -101,6 +101,11 @@ class SteeringPlan:
         return tuple(one.selection for one in self.rules)
 
     @cached_property
+    def ramped(self) -> bool:
+        """Whether a token may get less than the whole of an edit."""
+        return any(one.ramp is not None for one in self.selections)
+
+    @cached_property
     def gated(self) -> bool:
         return any(one.gate is not None for one in self.rules)
 

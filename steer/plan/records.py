@@ -14,11 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, Valida
 
 from steer.edits import CENTRED, PRODUCT
 from steer.errors import FileFormatError, SpecError, SteerError
-from steer.plan.selection import Counted, Selection
+from steer.plan.selection import Counted, Ramp, Selection
 from steer.plan.texts.automaton import Moves, TokenAutomaton
 from steer.plan.texts.condition import TextCondition, TextRelation
 from steer.references import put_at
-from steer.spec import Index, InlineVector, Phase, Role, Site, SteeringSpec
+from steer.spec import Index, InlineVector, Phase, RampPoints, Role, Site, SteeringSpec
 
 VERSION = 1
 
@@ -76,10 +76,18 @@ class TokensRecord(_Record):
     texts: tuple[TextsRecord, ...] = ()
 
 
+class RampRecord(_Record):
+    """A `Ramp`."""
+
+    points: RampPoints
+    origin: _Int | None = None
+
+
 class SelectionRecord(TokensRecord):
-    """A `Selection`. As in a spec, an exception has no exceptions of its own."""
+    """A `Selection`. As in a spec, an exception has no exceptions of its own, and no ramp."""
 
     excluded: TokensRecord | None = None
+    ramp: RampRecord | None = None
 
 
 class GateRecord(_Record):
@@ -175,6 +183,7 @@ def selection_record(selection: Selection, write: WriteMoves | None = None) -> S
         raise SpecError("'except' may not contain another 'except'", param="/where/except")
     excluded = None if selection.excluded is None else _tokens(selection.excluded, write)
     fields = {**_tokens(selection, write), "excluded": excluded}
+    fields["ramp"] = None if selection.ramp is None else asdict(selection.ramp)
     return checked(SelectionRecord, fields, SpecError)
 
 
@@ -183,7 +192,8 @@ def selection_of(value: object, read: ReadMoves | None = None) -> Selection:
     where `read` is given."""
     record = checked(SelectionRecord, value)
     excluded = None if record.excluded is None else Selection(**_fields(record.excluded, read))
-    return Selection(**_fields(record, read), excluded=excluded)
+    ramp = None if record.ramp is None else Ramp(record.ramp.points, record.ramp.origin)
+    return Selection(**_fields(record, read), excluded=excluded, ramp=ramp)
 
 
 def spec_to_json(spec: SteeringSpec) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from steer.model import Capabilities, HookPoint
 from steer.plan import selection
 from steer.plan.plan import Gate
 from steer.plan.points import Found, check_layers_said, hook_points, row
-from steer.plan.selection import NO_READER, Selection, TokenReader
+from steer.plan.selection import NO_READER, Ramp, Selection, TokenReader
 from steer.plan.sources import EncodeText, Named, Sources
 from steer.references import Reference, own_references
 from steer.spec import (
@@ -129,6 +129,7 @@ class Resolved:
     selection: Selection
     gate: ResolvedGate | None
     encode_text: EncodeText | None
+    ramp: Ramp | None = None
     fault: SteerError | None = None
     strength: ResolvedStrength | None = None
     composed: ControlVector | None = None
@@ -136,10 +137,18 @@ class Resolved:
 
     @property
     def rule_selection(self) -> Selection:
-        """The tokens as a rule selects them: a gate on the prompt is decided at its last token."""
-        if self.gate is None:
+        """The tokens as a rule selects them, with the ramp: a gate on the prompt is decided at its
+        last token."""
+        held = self.gate is not None and self.gate.gate.prompt_scope
+        if self.ramp is None and not held:
             return self.selection
-        return replace(self.selection, from_last_prompt_token=self.gate.gate.prompt_scope)
+        return replace(self.selection, from_last_prompt_token=held, ramp=self.ramp)
+
+    @property
+    def ramp_param(self) -> str:
+        """The pointer of its ramp in the spec."""
+        own = self.item.ramp is not None
+        return pointer("interventions", self.place, "ramp") if own else pointer("ramp")
 
     def vector(self, field: str) -> ControlVector:
         """The vector that the field names."""
@@ -190,7 +199,8 @@ class Resolver:
         except SteerError as error:
             fault = error
         encode_text = self._asked.sources.encode_text
-        return Resolved(place, item, named, points, where, tokens, gate, encode_text, fault)
+        ramp = Ramp.of(self._asked.spec.ramp if item.ramp is None else item.ramp)
+        return Resolved(place, item, named, points, where, tokens, gate, encode_text, ramp, fault)
 
     def _check_kind(self, item: Intervention) -> None:
         able = self._asked.capabilities

@@ -4,13 +4,14 @@ A token is prompt or generation by its absolute position against the prompt's le
 nothing else. Chunked prefill, preemption and prefix caching change when a token is computed,
 never what it is; so every mask here is a function of (position, prompt length, token id), and where
 texts or roles are asked for also of the tokens before it and of the prompt's messages, which a
-`TokenTrace` knows.
+`TokenTrace` knows. How much of an edit a token gets (`Ramp`) is a function of the first two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,10 +21,11 @@ from steer.plan.texts.automaton import TokenAutomaton, compile_automaton
 from steer.plan.texts.condition import RELATIONS, TextCondition, TextRelation
 from steer.plan.texts.trace import TokenTrace
 from steer.prompts.roles import RoleRanges
-from steer.spec import Mark, Phase, Role, Schedule, Where
+from steer.spec import Mark, Phase, RampPoints, Role, Schedule, Where
 
 Mask = NDArray[np.bool_]
 Ints = NDArray[np.int64]
+Factors = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,51 @@ class Counted:
 
 
 @dataclass(frozen=True)
+class Ramp:
+    """How much of an edit a token gets: `points` joined by straight lines, constant before the
+    first and after the last.
+
+    It counts from the position `origin`, or else from the prompt's end. Factors are within 0 and 1.
+    """
+
+    points: RampPoints
+    origin: int | None = None
+
+    @staticmethod
+    def of(points: RampPoints | None) -> Ramp | None:
+        """The ramp through `points`; None where it leaves every edit as it is."""
+        if points is None or all(factor == 1 for _, factor in points):
+            return None
+        return Ramp(points)
+
+    def factors(self, positions: Ints, prompt_length: int) -> Factors:
+        """The factor of each token `[T]`, float32."""
+        tokens, factors = self._columns
+        number = positions - (prompt_length if self.origin is None else self.origin)
+        return np.interp(number, tokens, factors).astype(np.float32)
+
+    @property
+    def largest(self) -> float:
+        """The largest factor that a token may get."""
+        return max(factor for _, factor in self.points)
+
+    def fixed_from(self, prompt_length: int) -> int:
+        """The position from which on the factor stays as it is."""
+        return self.points[-1][0] + (prompt_length if self.origin is None else self.origin)
+
+    @cached_property
+    def _columns(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        tokens, factors = zip(*self.points, strict=True)
+        return np.array(tokens, dtype=np.float64), np.array(factors, dtype=np.float64)
+
+
+@dataclass(frozen=True)
 class Selection:
     """A `Where` with its token strings turned into ids, and its texts into automata.
 
-    `from_last_prompt_token` is set by prompt-scope gates, which are decided there.
+    `from_last_prompt_token` is set by prompt-scope gates, which are decided there. Of a token that
+    is selected, a `ramp` says how much of the edit it gets; one that would get nothing of it is not
+    selected.
     """
 
     phases: frozenset[Phase] | None = None
@@ -55,6 +98,7 @@ class Selection:
     roles: frozenset[Role] | None = None
     counted: Counted | None = None
     texts: tuple[TextCondition, ...] = ()
+    ramp: Ramp | None = None
 
     def mask(
         self, positions: Ints, prompt_length: int, tokens: Ints, trace: TokenTrace | None = None
@@ -80,6 +124,8 @@ class Selection:
             chosen &= ~self.excluded.mask(positions, prompt_length, tokens, trace)
         if self.from_last_prompt_token:
             chosen &= positions >= prompt_length - 1
+        if self.ramp is not None:
+            chosen &= self.ramp.factors(positions, prompt_length) > 0
         return chosen
 
     def anchored(self, prompt_length: int) -> Selection:
@@ -101,6 +147,9 @@ class Selection:
         counted = self.counted
         if counted is not None and counted.origin is None:
             counted = replace(counted, origin=prompt_length)
+        ramp = self.ramp
+        if ramp is not None and ramp.origin is None:
+            ramp = replace(ramp, origin=prompt_length)
         return Selection(
             ranges=tuple(ranges),
             tokens=self.tokens,
@@ -108,6 +157,7 @@ class Selection:
             counted=counted,
             texts=self.texts,
             excluded=None if self.excluded is None else self.excluded.anchored(prompt_length),
+            ramp=ramp,
         )
 
     def positions(
@@ -163,18 +213,22 @@ class Selection:
 
     @property
     def reads_prompt(self) -> bool:
-        """Whether the mask depends on where the prompt ends."""
+        """Whether the mask, or the ramp, depends on where the prompt ends."""
         return (
             (self.phases is not None and len(self.phases) == 1)
             or (self.counted is not None and self.counted.origin is None)
+            or (self.ramp is not None and self.ramp.origin is None)
             or any(bound is not None and bound < 0 for one in self.ranges or () for bound in one)
             or self.from_last_prompt_token
             or (self.excluded is not None and self.excluded.reads_prompt)
         )
 
     def fixed_from(self, prompt_length: int) -> int:
-        """The position from which on the mask depends on the tokens alone, unless it `varies`."""
+        """The position from which on the mask depends on the tokens alone, unless it `varies`, and
+        no factor changes."""
         bounds = [prompt_length]
+        if self.ramp is not None:
+            bounds.append(self.ramp.fixed_from(prompt_length))
         for selection in self._parts:
             if selection.counted is not None:
                 origin, first = selection.counted.origin, selection.counted.first
@@ -233,6 +287,20 @@ def rules_selecting(
         chosen = selection.mask(positions, prompt_length, tokens, trace)
         bits |= chosen.astype(np.uint8) << np.uint8(number)
     return bits
+
+
+def factors_of(
+    selections: Sequence[Selection], positions: Ints, prompt_length: int
+) -> Factors | None:
+    """The factor by which what each rule with these selections does to each token is multiplied,
+    `[P, T]`; None where none has a ramp."""
+    if all(one.ramp is None for one in selections):
+        return None
+    found = np.ones((len(selections), len(positions)), dtype=np.float32)
+    for number, selection in enumerate(selections):
+        if selection.ramp is not None:
+            found[number] = selection.ramp.factors(positions, prompt_length)
+    return found
 
 
 _FEW_TOKENS = 8

@@ -65,6 +65,14 @@ def _resolved(
             param="/strength",
         )
     _check_use(vector, calibration, one, asked)
+    if not plain and one.ramp is not None:
+        raise Unsupported(
+            f"the vector {vector.card.name!r} was calibrated at one strength on all its tokens, so "
+            f"under a ramp {_unit(strength)!r} says nothing: give 'strength' as a number, or leave "
+            "out 'ramp'",
+            code="not_calibrated",
+            param=one.ramp_param,
+        )
     if isinstance(strength, NormStrength):
         raise Unsupported(
             f"this server holds {vector.card.name!r} to its calibrated strengths, 0 to "
@@ -74,7 +82,8 @@ def _resolved(
             param="/strength",
         )
     if isinstance(strength, float | int):
-        return _limited(float(strength), vector, calibration, limit)
+        most = 1.0 if one.ramp is None else one.ramp.largest
+        return _limited(float(strength), most, vector, calibration, limit)
     number = calibration.strength_for(strength)
     requested = strength if isinstance(strength, str) else strength.model_dump(mode="json")
     return ResolvedStrength(number, requested, above_null=calibration.above_null)
@@ -82,20 +91,23 @@ def _resolved(
 
 def _limited(
     strength: float,
+    most: float,
     vector: ControlVector,
     calibration: Calibration,
     limit: StrengthLimit,
 ) -> ResolvedStrength | None:
-    nearest = min(max(strength, 0.0), calibration.safe_strength)
-    if nearest == strength:
+    """`strength` as `limit` allows it where a ramp lets tokens have at most `most` of it."""
+    reached = strength * most
+    if 0 <= reached <= calibration.safe_strength:
         return None
     if limit == "refuse":
         raise SteerError(
-            f"strength {strength:g} of {vector.card.name!r} is outside its calibrated range, 0 to "
+            f"strength {reached:g} of {vector.card.name!r} is outside its calibrated range, 0 to "
             f"{calibration.safe_strength:g}, which this server does not allow",
             code="outside_calibration",
             param="/strength",
         )
+    nearest = 0.0 if reached < 0 else calibration.safe_strength / most
     return ResolvedStrength(nearest, strength, capped=True)
 
 

@@ -57,6 +57,7 @@ from steer.spec.interventions import (
     Swap,
     _Intervention,
 )
+from steer.spec.ramps import MAX_RAMP_POINTS, RampPoints
 from steer.spec.selection import (
     ROLES,
     Mark,
@@ -78,6 +79,7 @@ __all__ = [
     "MAX_FEATURES",
     "MAX_INTEGER",
     "MAX_INTERVENTIONS",
+    "MAX_RAMP_POINTS",
     "MAX_TEXTS",
     "ROLES",
     "SITES",
@@ -105,6 +107,7 @@ __all__ = [
     "Patch",
     "Phase",
     "Project",
+    "RampPoints",
     "ReadWrite",
     "Role",
     "Rotate",

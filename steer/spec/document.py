@@ -19,7 +19,8 @@ from steer.references import Reference, references_in
 from steer.spec.base import Frozen
 from steer.spec.gates import When
 from steer.spec.interventions import KINDS, Intervention
-from steer.spec.selection import Where
+from steer.spec.ramps import RampPoints
+from steer.spec.selection import Where, unsaid
 
 MAX_INTERVENTIONS = 64
 MAX_TEXTS = 32
@@ -39,7 +40,9 @@ def _few_enough(value: Any) -> Any:
 class SteeringSpec(Frozen):
     """Interventions in the order in which they run, each seeing the result of the one before.
 
-    `where` and `when` given here are the default of every intervention. `norm: "preserve"`
+    `where`, `when` and `ramp` given here are the default of every intervention. A ramp multiplies
+    what an intervention changes in a token by a factor that follows the number of the generated
+    token. `norm: "preserve"`
     rescales each token to its norm before the edit. `compose: "orthogonal"` removes the overlap
     between the vectors that are added at the same hook point, and of those that are ablated there
     removes all that they span; what else meets there is refused.
@@ -52,6 +55,7 @@ class SteeringSpec(Frozen):
     ]
     where: Where | None = None
     when: When | None = None
+    ramp: RampPoints | None = unsaid()
     norm: Literal["preserve"] | None = None
     compose: Literal["orthogonal"] | None = None
 

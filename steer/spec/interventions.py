@@ -25,7 +25,8 @@ from steer.spec.base import (
     values_tag,
 )
 from steer.spec.gates import When
-from steer.spec.selection import Where
+from steer.spec.ramps import RampPoints
+from steer.spec.selection import Where, unsaid
 from steer.spec.strengths import NormStrength, Strength
 
 
@@ -41,6 +42,7 @@ class _Intervention(Frozen):
     site: Site | None = None
     where: Where | None = None
     when: When | None = None
+    ramp: RampPoints | None = unsaid()
 
 
 class Add(_Intervention):

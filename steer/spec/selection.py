@@ -67,7 +67,7 @@ class Schedule(Frozen):
         return self
 
 
-def _unsaid() -> Any:
+def unsaid() -> Any:
     """A field that is null unless it says something, and then is not written."""
     return Field(default=None, exclude_if=lambda value: value is None)
 
@@ -113,12 +113,12 @@ class Where(Frozen):
     roles: (
         Annotated[tuple[Role, ...], Field(min_length=1, max_length=len(ROLES), fail_fast=True)]
         | None
-    ) = _unsaid()
-    after: Marks | None = _unsaid()
-    before: Marks | None = _unsaid()
-    between: Pairs | None = _unsaid()
-    outside: Pairs | None = _unsaid()
-    every: Schedule | None = _unsaid()
+    ) = unsaid()
+    after: Marks | None = unsaid()
+    before: Marks | None = unsaid()
+    between: Pairs | None = unsaid()
+    outside: Pairs | None = unsaid()
+    every: Schedule | None = unsaid()
     except_: Where | None = Field(default=None, alias="except")
 
     @model_validator(mode="after")

@@ -26,6 +26,11 @@ def _check_strength(value: Any) -> Any:
             f"{quoted(value)} is not a strength: give a number (multiples of the stored vector), "
             + " or ".join([objects, *(f'"{word}"' for word in _STRENGTH_WORDS)])
         )
+    if isinstance(value, dict) and "ramp" in value:
+        raise ValueError(
+            "a ramp is a field beside 'strength', whose factors multiply it: "
+            '{"strength": 2, "ramp": [[0, 0], [32, 1]]}'
+        )
     if isinstance(value, dict) and set(value) not in [{key} for key in STRENGTH_KEYS]:
         raise ValueError(
             f"a strength object has exactly one of the keys {', '.join(STRENGTH_KEYS)}; "

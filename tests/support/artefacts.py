@@ -428,4 +428,20 @@ def random_spec(draw: random.Random, *, layers: int = 4, longest: int = 5) -> di
                 del item["where"]
     if draw.random() < 0.25:
         spec["norm"] = "preserve"
+    _add_ramps(spec)
     return spec
+
+
+def random_ramp(draw: random.Random) -> list[list[float]]:
+    """The points of a ramp over the first tokens that are generated."""
+    tokens = sorted(draw.sample(range(9), draw.randint(1, 4)))
+    return [[token, draw.choice([0, 1, round(draw.uniform(0.05, 1), 3)])] for token in tokens]
+
+
+def _add_ramps(spec: dict[str, Any]) -> None:
+    """Puts ramps into some specs. What is drawn here follows from the spec alone, so that what is
+    drawn after it is as it would be without."""
+    draw = random.Random(repr(spec))
+    for part in (spec, *spec["interventions"]):
+        if draw.random() < 0.12:
+            part["ramp"] = random_ramp(draw)

@@ -162,6 +162,19 @@ SPECS: dict[str, dict[str, Any] | None] = {
         for site in ("resid_pre", "attn_out", "resid_mid", "mlp_out")
         for kind in ("add", "ablate")
     },
+    "a fade-out": one(add("v2", strength=1), ramp=[[2, 1], [10, 0]]),
+    "ramps of a clamp and in front of a norm": {
+        "interventions": [
+            {"kind": "clamp", "sae": "topk", "features": [2, 7], "value": 3.0},
+            {**ablate("v0"), "ramp": [[0, 0], [6, 1], [9, 0.3]]},
+        ],
+        "norm": "preserve",
+        "ramp": [[0, 0.25], [4, 1]],
+    },
+    "a ramp behind a gate": one(
+        add("v1", layers=[2], ramp=[[0, 0], [5, 0.8]]),
+        when={"vector": "v0", "below": 0.1, "layer": 1, "scope": "token"},
+    ),
 }
 
 

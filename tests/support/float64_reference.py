@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -150,12 +151,28 @@ def chosen(
     token: int,
     seen: Seen | None = None,
 ) -> bool:
-    """Whether `item` acts on one token, by its own `where` and the spec's."""
+    """Whether `item` acts on one token, by its own `where` and the spec's, and by what a ramp
+    leaves of it."""
+    if factor(spec, item, position - prompt_length) == 0:
+        return False
     own, token_at = item.where, (position, prompt_length, token, seen)
     if own is None or not (own.model_fields_set - {"except_"}):
         excepted = own is not None and own.except_ is not None and selected(own.except_, *token_at)
         return selected(spec.where, *token_at) and not excepted
     return selected(own, *token_at)
+
+
+def factor(spec: SteeringSpec, item: Intervention, number: int) -> float:
+    """How much of `item` the generated token `number` gets; one of the prompt is below 0."""
+    points = spec.ramp if item.ramp is None else item.ramp
+    if points is None:
+        return 1.0
+    if number <= points[0][0]:
+        return points[0][1]
+    for (start, low), (end, high) in pairwise(points):
+        if start <= number <= end:
+            return low + (high - low) * (number - start) / (end - start)
+    return points[-1][1]
 
 
 def _bound(bound: int, prompt_length: int) -> int:
@@ -200,6 +217,7 @@ class Float64Reference:
             if when is not None and not gate_open(when):
                 continue
             after = self.edited(item, x, point.layer)
+            after = x + factor(spec, item, position - prompt_length) * (after - x)
             if spec.norm == "preserve" and np.linalg.norm(after) > 0:
                 after = after * np.linalg.norm(x) / np.linalg.norm(after)
             x = after

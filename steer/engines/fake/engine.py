@@ -28,6 +28,7 @@ from steer.engines.base import (
     GateReceipt,
     GenerationRequest,
     PointReceipt,
+    RampReceipt,
     Receipt,
     SamplingParams,
     TokenEvent,
@@ -423,8 +424,14 @@ def _receipt(request: GenerationRequest, generated: Sequence[int]) -> Receipt | 
     any_mask = np.zeros(len(fed), dtype=bool)
     at_point: dict[HookPoint, Any] = {}
     gates: dict[str, int] = {}
+    ramps: list[RampReceipt] = []
     for one in plan.rules:
         mask = one.selection.mask(places, len(request.prompt), fed, trace)
+        ramp = one.selection.ramp
+        if ramp is not None:
+            factors = ramp.factors(places, len(request.prompt))[mask]
+            mean = float(factors.mean()) if len(factors) else None
+            ramps.append(RampReceipt(ramp.points, len(factors), mean))
         any_mask |= mask
         for point in one.blocks:
             at_point[point] = at_point.get(point, np.zeros(len(fed), dtype=bool)) | mask
@@ -442,6 +449,7 @@ def _receipt(request: GenerationRequest, generated: Sequence[int]) -> Receipt | 
         gates=tuple(GateReceipt(name, fired, 0.5) for name, fired in gates.items()),
         strengths=plan.resolved_strengths,
         concepts=plan.explanations,
+        ramps=tuple(ramps),
     )
 
 

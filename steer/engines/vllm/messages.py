@@ -16,6 +16,7 @@ from torch import Tensor
 from steer.engines.base import (
     GateReceipt,
     PointReceipt,
+    RampReceipt,
     Receipt,
     SpeculationReceipt,
     TokenLogprob,
@@ -63,6 +64,14 @@ def read_receipt(answer: Mapping[str, Any]) -> Receipt:
         speculation=SpeculationReceipt(**answer["speculation"])
         if "speculation" in answer
         else None,
+        ramps=tuple(
+            RampReceipt(
+                tuple((token, factor) for token, factor in ramp["points"]),
+                ramp["tokens"],
+                ramp["mean"],
+            )
+            for ramp in answer.get("ramps", ())
+        ),
     )
 
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from steer.engines.base import GateReceipt, PointReceipt, Receipt, SpeculationReceipt
+from steer.engines.base import (
+    GateReceipt,
+    PointReceipt,
+    RampReceipt,
+    Receipt,
+    SpeculationReceipt,
+)
 from steer.engines.receipts import merged
 from steer.model import HookPoint
 
@@ -37,3 +43,15 @@ def test_what_was_drafted_adds_up_and_is_told_where_an_engine_speculates() -> No
     plain = merged([FIRST, SECOND])
     assert plain is not None
     assert "speculation" not in plain.as_json()
+
+
+def test_factors_of_ramps_are_weighted_by_tokens() -> None:
+    points = ((0, 1.0), (8, 0.0))
+    first = replace(FIRST, ramps=(RampReceipt(points, 10, 0.5), RampReceipt(points, 0)))
+    second = replace(SECOND, ramps=(RampReceipt(points, 30, 0.7), RampReceipt(points, 0)))
+    both = merged([first, second])
+    assert both is not None
+    assert both.as_json()["ramps"] == [
+        {"points": [[0, 1.0], [8, 0.0]], "tokens": 40, "mean": 0.65},
+        {"points": [[0, 1.0], [8, 0.0]], "tokens": 0, "mean": None},
+    ]

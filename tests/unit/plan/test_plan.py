@@ -23,6 +23,7 @@ from steer.errors import SteerError
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
+from steer.plan.selection import factors_of
 from steer.spec import parse_spec
 
 PROMPT = 5
@@ -41,8 +42,11 @@ def run(plan: SteeringPlan, point: HookPoint, x: torch.Tensor, ids: np.ndarray) 
     """The plan's passes in order, without tables."""
     for one in plan.rules:
         if point in one.blocks:
-            mask = torch.from_numpy(one.selection.mask(np.arange(len(x)), PROMPT, ids))
-            x = torch.where(mask[:, None], apply(one.blocks[point], x), x)
+            places = np.arange(len(x))
+            mask = torch.from_numpy(one.selection.mask(places, PROMPT, ids))
+            factors = factors_of([one.selection], places, PROMPT)
+            share = None if factors is None else torch.from_numpy(factors[0])
+            x = torch.where(mask[:, None], apply(one.blocks[point], x, factors=share), x)
     return x
 
 

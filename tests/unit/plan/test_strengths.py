@@ -220,3 +220,35 @@ def test_phases_and_negative_ranges_are_anchored() -> None:
     assert last.ranges == ((4, 5),)
     nothing = Selection(phases=frozenset({"prompt"}), ranges=((7, 9),)).anchored(5)
     assert not nothing.mask(np.arange(12), 12, np.zeros(12, dtype=np.int64)).any()
+
+
+@pytest.mark.parametrize("asked", [{"kl": 0.1}, {"effect": 0.25}, "auto"])
+def test_a_calibrated_strength_says_nothing_under_a_ramp(asked: Any) -> None:
+    """It was measured at one strength on all tokens; the ramp is what is at fault, wherever it
+    stands."""
+    ramp = [[0, 0.0], [8, 1.0]]
+    for made, param in (
+        (spec(asked, ramp=ramp), "/interventions/0/ramp"),
+        ({**spec(asked), "ramp": ramp}, "/ramp"),
+    ):
+        with pytest.raises(SteerError) as caught:
+            cache().plan(parse_spec(made))
+        assert (caught.value.code, caught.value.param) == ("not_calibrated", param)
+    assert cache().plan(parse_spec(spec(asked, ramp=[[0, 1]]))).rules
+
+
+def test_a_limit_holds_for_the_most_that_a_ramp_lets_a_token_have() -> None:
+    most = calibration().safe_strength
+    half = [[0, 0.0], [8, 0.5]]
+    allowed = cache("cap").plan(parse_spec(spec(2 * most, ramp=half)))
+    assert allowed.strengths == (2 * most,)
+    assert allowed.resolved_strengths == ()
+    capped = cache("cap").plan(parse_spec(spec(3 * most, ramp=half)))
+    assert capped.strengths == pytest.approx((2 * most,))
+    assert capped.resolved_strengths[0]["capped"] is True
+    with pytest.raises(SteerError) as caught:
+        cache("refuse").plan(parse_spec(spec(3 * most, ramp=half)))
+    assert (caught.value.code, caught.value.param) == (
+        "outside_calibration",
+        "/interventions/0/strength",
+    )

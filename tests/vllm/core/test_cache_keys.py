@@ -26,7 +26,7 @@ from steer.engines.vllm.ticket import CaptureOrder, Ticket
 from steer.errors import EngineError, SpecError, Unsupported
 from steer.model import HookPoint
 from steer.plan.file import selection_from_json, selection_to_json
-from steer.plan.selection import EVERYWHERE, Counted, Selection, TokenReader, resolve
+from steer.plan.selection import EVERYWHERE, Counted, Ramp, Selection, TokenReader, resolve
 from steer.prompts.roles import RoleRanges
 from steer.spec import Where
 
@@ -109,6 +109,34 @@ def test_the_next_turn_steered_everywhere_shares_all():
 def test_the_same_steering_twice_shares_all():
     ticket = steering(EVERYWHERE)
     assert shared(answered(PROMPT, ticket), answered(PROMPT, ticket)) == 160
+
+
+FADE_OUT = Selection(ramp=Ramp(((0, 1.0), (200, 0.5))))
+FADE_IN = Selection(ramp=Ramp(((0, 0.0), (40, 1.0))))
+
+
+def test_a_ramp_gives_a_prompt_other_states_than_the_answer_that_it_was():
+    ticket = steering(FADE_OUT)
+    first = answered(PROMPT, ticket)
+    assert shared(first, answered(PROMPT, ticket)) == 160
+    # What was generated at a lower factor has the first one as a prompt; so has a shorter prompt's.
+    assert shared(first, request(PROMPT + ANSWER, ticket)) == 96
+    assert shared(answered(PROMPT[:40], ticket, PROMPT[40:]), answered(PROMPT, ticket)) == 32
+
+
+def test_before_a_ramp_has_begun_and_once_it_is_over_states_are_as_without_it():
+    assert shared(answered(PROMPT), answered(PROMPT, steering(FADE_IN))) == 96
+    over = Selection(ramp=Ramp(((0, 1.0), (8, 0.0))), phases=frozenset({"generation"}))
+    assert shared(answered(PROMPT), answered(PROMPT, steering(over))) == 96
+    plain = answered(PROMPT + ANSWER, steering(over), answer=[])
+    assert shared(plain, answered(PROMPT + ANSWER, answer=[])) == 160
+
+
+def test_a_rule_that_does_not_select_a_token_has_no_factor_there():
+    late = replace(FADE_OUT, ranges=((140, None),))
+    one, other = steering(EVERYWHERE, late), steering(EVERYWHERE, late)
+    first = answered(PROMPT, one)
+    assert shared(first, answered(PROMPT[:90], other, PROMPT[90:] + ANSWER)) == 128
 
 
 def test_other_steering_shares_nothing():

@@ -562,9 +562,14 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("norm", [None, "preserve"])
-def test_every_kind_is_what_its_paper_says(name: str, norm: str | None) -> None:
-    spec = parse_spec({"interventions": [KINDS[name]], **({"norm": norm} if norm else {})})
+@pytest.mark.parametrize(
+    ("norm", "ramp"),
+    [(None, None), ("preserve", None), (None, [[0, 0.3]]), ("preserve", [[0, 0.3]])],
+)
+def test_every_kind_is_what_its_paper_says(
+    name: str, norm: str | None, ramp: list[list[float]] | None
+) -> None:
+    spec = parse_spec({"interventions": [KINDS[name]], "norm": norm, "ramp": ramp})
     plan = PLANS.plan(spec)
     ledger = PositionLedger(1, LONGEST, torch.device("cpu"))
     form = make_form(ledger)

@@ -13,7 +13,7 @@ from steer.batch.requests import NOBODY, Ints, Span, SteeredRequest
 from steer.batch.step import Step, build_step
 from steer.batch.tables import Tables
 from steer.engines.base import Receipt
-from steer.engines.receipts import receipt_of
+from steer.engines.receipts import receipt_of, shares_of
 from steer.engines.transformers.cache import given_cache
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.passes.call import PassCall, unclear
@@ -66,9 +66,13 @@ class AttachedBatch:
         found = []
         for steered in self._requests:
             applied = self._ledger.applied[steered.row]
-            kept = applied[applied != UNSEEN].astype(np.int64)
+            positions = np.flatnonzero(applied != UNSEEN)
+            kept = applied[positions].astype(np.int64)
             counts = np.bincount(kept, minlength=self._ledger.tokens.shape[1])
-            found.append(receipt_of(steered, self._plan, self._ledger, counts, len(kept)))
+            shares = shares_of(steered, positions, kept)
+            found.append(
+                receipt_of(steered, self._plan, self._ledger, counts, len(kept), shares=shares)
+            )
         return found
 
     def begin(self, call: PassCall, generation: Generation | None) -> None:

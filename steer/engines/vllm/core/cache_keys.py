@@ -5,7 +5,8 @@ to every block that ends after the first steered position of a request:
 
     ("steer", "<fingerprint>:<digest of the plan's hash and of the pattern>")
 
-The pattern is which rules select each token of the block. It belongs in the key, because a
+The pattern is which rules select each token of the block, and how much of their edits ramps leave
+it. It belongs in the key, because a
 fingerprint does not say where it acts. Take a spec that steers the prompt only: request A has the
 prompt X and generates Y; request B has the prompt X + Y. The tokens and the fingerprint are equal,
 and Y is plain in A and steered in B. Names are chained, so a block's name covers the pattern from
@@ -36,7 +37,7 @@ from steer.engines.vllm.seams import check, version
 from steer.engines.vllm.ticket import Ticket
 from steer.errors import EngineError
 from steer.plan.file import load_selections
-from steer.plan.selection import EVERYWHERE, Selection, rules_selecting, trace_of
+from steer.plan.selection import EVERYWHERE, Selection, factors_of, rules_selecting, trace_of
 from steer.plan.texts.trace import TokenTrace
 from steer.registry.blobs.plan_store import PlanStore
 
@@ -98,7 +99,8 @@ class Footprint:
         if self.first is None or self.first >= end:
             return None
         bits = self._selected(request, start, end)
-        digest = hashlib.sha256(self.ticket.plan.encode() + bits.tobytes()).hexdigest()
+        pattern = bits.tobytes() + self._factors(request, start, bits)
+        digest = hashlib.sha256(self.ticket.plan.encode() + pattern).hexdigest()
         text = f"{self.ticket.fingerprint}:{digest}"
         if self.first_gated is not None and self.first_gated < end:
             text += f"@{request.num_prompt_tokens}"
@@ -109,6 +111,16 @@ class Footprint:
         positions = np.arange(start, end, dtype=np.int64)
         ids, length = _ids(request, start, end), request.num_prompt_tokens
         return rules_selecting(self.selections, positions, length, ids, self.trace)
+
+    def _factors(self, request: Any, start: int, bits: NDArray[np.uint8]) -> bytes:
+        """The factors of the rules that select each of the tokens from `start` on, as `bits` say;
+        nothing without ramps."""
+        positions = np.arange(start, start + len(bits), dtype=np.int64)
+        factors = factors_of(self.selections, positions, request.num_prompt_tokens)
+        if factors is None:
+            return b""
+        selected = bits >> np.arange(len(factors), dtype=np.uint8)[:, None] & 1
+        return np.where(selected, factors, np.float32(0)).tobytes()
 
 
 def ticket_of(request: Any) -> Ticket | None:

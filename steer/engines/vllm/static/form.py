@@ -34,6 +34,7 @@ from steer.engines.vllm.static.tables import (
     FOLLOWS,
     MEASURED,
     NOT_EDITED,
+    RAMPED,
     ROW,
     SELECTED,
     SLOT,
@@ -138,13 +139,21 @@ class StaticForm:
         self._check_room(len(steered), tokens_in_batch)
         records = np.zeros((tokens_in_batch, TOKEN_FIELDS), dtype=np.int32)
         opened = np.zeros(tokens_in_batch, dtype=np.int32)
+        factors = np.ones((tokens_in_batch, MAX_RULES), dtype=np.float32)
+        ramped = False
         for row, span in enumerate(steered):
             place = span.place
             records[place] = _records(span, row)
             selected = records[place, SELECTED] & _RULES
             opened[place] = selected & ~_gated(_plan(span))
+            mine = span.request.factors(span.positions)
+            if mine is not None:
+                factors[place, : len(mine)] = mine.T
+                ramped = True
         self._upload(self.buffers.tokens, records)
         self._upload(self.buffers.opened, opened)
+        if ramped:
+            self._upload(self.buffers.factors, factors)
         self._make_room_to_rank(steered, tokens_in_batch)
         self._forget(tokens_in_batch)
         self._epoch = self._epoch % _LAST_EPOCH + 1
@@ -265,7 +274,7 @@ class StaticForm:
     def _index(self, numbers: Ints) -> Tensor:
         return torch.from_numpy(numbers).to(self.buffers.held.device)
 
-    def _upload(self, target: Tensor, values: NDArray[np.int32]) -> None:
+    def _upload(self, target: Tensor, values: NDArray[np.int32] | NDArray[np.float32]) -> None:
         source = torch.from_numpy(values)
         if target.is_cuda:
             # Pinned memory of its own for each pass: the last copy may still be under way.
@@ -339,7 +348,8 @@ class StaticPass:
         """The kernels run it already: it was written into their buffers."""
 
     def carry_on(self, changes: Mapping[int, Ints]) -> None:
-        """The same tokens' slots are edited again: there is nothing to change."""
+        """The same tokens' slots are edited again, by the same factors: there is nothing to
+        change."""
         assert not changes
 
     def take(self, decisions: Decisions) -> None:
@@ -456,6 +466,8 @@ def _records(span: Span, row: int) -> NDArray[np.int32]:
         found[:, SELECTED] |= (slots != 0).astype(np.int32) << number
     if request.measure:
         found[:, SELECTED] |= MEASURED
+    if _plan(span).ramped:
+        found[:, SELECTED] |= RAMPED
     last = np.flatnonzero(span.positions == request.prompt_length - 1)
     if len(last) and _holds(_plan(span)):
         (place,) = last

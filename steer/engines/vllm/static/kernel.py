@@ -77,6 +77,7 @@ _FOLLOWERS = tl.constexpr(static_tables.FOLLOWERS)
 _DECIDES = tl.constexpr(static_tables.DECIDES)
 _FOLLOWS = tl.constexpr(static_tables.FOLLOWS)
 _MEASURED = tl.constexpr(static_tables.MEASURED)
+_RAMPED = tl.constexpr(static_tables.RAMPED)
 _LAW_STRIDE = tl.constexpr(static_rows.LAW_STRIDE)
 _BIAS = tl.constexpr(edits.BIAS)
 _THRESHOLD = tl.constexpr(edits.THRESHOLD)
@@ -295,9 +296,27 @@ def _kept_reading(kept, n, count, law, norm, deviation):
 
 
 @triton.jit
+def _factor(marks, factors, number):
+    """The factor by which what rule `number` does to a token is multiplied."""
+    factor = tl.full((), 1.0, tl.float32)
+    if (marks & _RAMPED) != 0:
+        factor = tl.load(factors + number)
+    return factor
+
+
+@triton.jit
+def _part_way(before, after, factor):
+    """`steer.edits.part_way`."""
+    if factor != 1.0:
+        after = before + factor * (after - before)
+    return after
+
+
+@triton.jit
 def _after_block(
     before,
     cutoff,
+    factor,
     block,
     latents,
     read,
@@ -310,7 +329,8 @@ def _after_block(
     BLOCK: tl.constexpr,
 ):
     """The row after one block, all of whose edits see `before`, or what `latents` keep of it from
-    an earlier hook point; `cutoff` is the least absolute value that counts as active."""
+    an earlier hook point; `cutoff` is the least absolute value that counts as active, `factor` how
+    much of the change the token gets."""
     flags = tl.load(block + _FLAGS)
     norm = tl.full((), 0.0, tl.float32)
     length = tl.full((), 0.0, tl.float32)
@@ -349,6 +369,7 @@ def _after_block(
         c = _coefficient(value, law, edit_norm, length, edit_deviation)
         after += c * _row(write, row, width, width, BLOCK)
         row = tl.load(following + row)
+    after = _part_way(before, after, factor)
     if (flags & _PRESERVES) != 0:
         factor = norm / tl.maximum(_length(after), _TINY)
         after = after * tl.where(factor == float("inf"), 0.0, factor)
@@ -480,6 +501,7 @@ def _at_point(
     summed,
     inside,
     marks,
+    factors,
     open_now,
     decisions,
     mine,
@@ -551,6 +573,7 @@ def _at_point(
                     x = _after_block(
                         x,
                         cutoff,
+                        _factor(marks, factors, number),
                         block,
                         latents,
                         read,
@@ -598,6 +621,8 @@ def _encode_together(
     residual_row,
     inside,
     streams,
+    marks,
+    factors,
     open_now,
     gates_here,
     first_point,
@@ -649,6 +674,7 @@ def _encode_together(
                     x = _after_block(
                         x,
                         nothing,
+                        _factor(marks, factors, number),
                         block,
                         latents,
                         read,
@@ -676,6 +702,7 @@ def _edit_group(
     hidden_stride,
     residual_stride,
     tokens,
+    factors,
     opened,
     held,
     values,
@@ -744,6 +771,8 @@ def _edit_group(
             residual + first.to(tl.int64) * residual_stride + columns,
             columns < width,
             streams,
+            marks,
+            factors + first * _PASSES,
             tl.load(opened + first),
             gates_here,
             first_point,
@@ -783,6 +812,7 @@ def _edit_group(
                 ((streams >> place) & 1) != 0,
                 columns < width,
                 marks,
+                factors + token * _PASSES,
                 open_now,
                 decisions,
                 tl.load(work + slot * n_points + point),
@@ -847,6 +877,7 @@ def edit_group(
         hidden.stride(0),
         other.stride(0),
         buffers.tokens,
+        buffers.factors,
         buffers.opened,
         buffers.held,
         buffers.values,

@@ -37,9 +37,9 @@ token decides here; with a block that ranks the latents of a TopK SAE."""
 # Fields of a token's record; SELECTED also holds the marks.
 SLOT, ROW, SELECTED, FOLLOWERS = range(4)
 TOKEN_FIELDS = 4
-DECIDES, FOLLOWS, MEASURED = 1 << MAX_RULES, 2 << MAX_RULES, 4 << MAX_RULES
+DECIDES, FOLLOWS, MEASURED, RAMPED = (1 << MAX_RULES + n for n in range(4))
 """The token decides the gates that its request then holds; it comes after such a token in the same
-pass; its request measures how large the edits are."""
+pass; its request measures how large the edits are; its factors are to be looked up."""
 NOT_EDITED = -1.0
 """Stands for the size of no edit."""
 
@@ -247,8 +247,9 @@ class StepBuffers:
     `tokens` `[B, 4]` are records: slot, row among the requests of this rule, the rules that select
     the token with its marks, and on a deciding token how many tokens of its request follow it.
     `opened` `[B]` are the rules that act on a token, as bits: those of gates that are still closed
-    are missing, and the kernel adds them as it decides. `held` `[Q]` are the gates' decisions that
-    each request holds, as bits, with the values read `[Q, P]`. `sizes` `[N, B]` is ‖Δx‖/‖x‖ of each
+    are missing, and the kernel adds them as it decides. `factors` `[B, P]` multiply what they
+    change in the tokens that are marked `RAMPED`. `held` `[Q]` are the gates' decisions that each
+    request holds, as bits, with the values read `[Q, P]`. `sizes` `[N, B]` is ‖Δx‖/‖x‖ of each
     token that was edited where its request measures, and `NOT_EDITED` otherwise. `lost` `[B]` is 1
     where an edit would have driven a token beyond all numbers, and left it alone. `reached[g]` is
     set to `epoch` by every launch for group g.
@@ -275,6 +276,7 @@ class StepBuffers:
         self.latents_at = torch.zeros(batch_tokens, dtype=torch.int32, device=device)
         self.arrived = torch.zeros(batch_tokens, dtype=torch.int32, device=device)
         self.tokens = torch.zeros(batch_tokens, TOKEN_FIELDS, dtype=torch.int32, device=device)
+        self.factors = torch.ones(batch_tokens, MAX_RULES, device=device)
         # One tensor, so that one copy brings back what a pass did.
         groups = tables.groups
         self.report = torch.zeros(groups + batch_tokens, dtype=torch.int32, device=device)

@@ -160,8 +160,9 @@ Shifts: TypeAlias = ShiftTables | NoShifts
 
 def only_shifts(plan: SteeringPlan) -> bool:
     """Whether all that `plan` ever does is to add constants to the stream of tokens known
-    beforehand: inside attention and MLP a graph has no constants."""
-    return all(
+    beforehand: inside attention and MLP a graph has no constants, and under a ramp an edit is none.
+    """
+    return not plan.ramped and all(
         one.gate is None
         and all(
             block.is_shift and point.site not in INNER_SITES for point, block in one.blocks.items()

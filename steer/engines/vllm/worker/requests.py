@@ -17,7 +17,7 @@ from steer.batch.requests import Ints, SteeredRequest
 from steer.batch.slots import SlotTables
 from steer.engines.base import Receipt, SpeculationReceipt
 from steer.engines.checks import not_finite
-from steer.engines.receipts import receipt_of
+from steer.engines.receipts import receipt_of, shares_of
 from steer.engines.vllm.ticket import ReadoutOrder, Ticket
 from steer.errors import EngineError, NotFinite, SteerError
 from steer.model import HookPoint, ModelInfo
@@ -368,7 +368,13 @@ def receipt(record: Record, fed: int) -> Receipt:
     counts = np.bincount(bits, minlength=ledger.tokens.shape[1])
     steered = SteeredRequest(0, len(request.prompt), request.plan, 0, request.ticket.measure)
     found = receipt_of(
-        steered, request.plan, ledger, counts, fed, cached=int((selected != 0).sum())
+        steered,
+        request.plan,
+        ledger,
+        counts,
+        fed,
+        shares=shares_of(steered, np.arange(fed), bits),
+        cached=int((selected != 0).sum()),
     )
     if not ledger.drafts:
         return found
