@@ -34,13 +34,13 @@ from steer.inspection.method import Inspection
 from steer.inspection.oracles.ask import ASK, ask, ask_heat_map
 from steer.inspection.oracles.request import AskRequest
 from steer.inspection.oracles.result import AskResult
-from steer.inspection.patchscope import (
+from steer.inspection.patchscopes.method import (
     PATCHSCOPE,
     PatchscopeRequest,
     patchscope,
     patchscope_heat_map,
 )
-from steer.inspection.patchscope_result import PatchscopeResult
+from steer.inspection.patchscopes.result import PatchscopeResult
 from steer.inspection.tracing.method import TRACE, TraceRequest, trace
 from steer.inspection.tracing.result import TraceResult, trace_heat_map
 from steer.inspection.weights.drawing import weights_heat_map
