@@ -13,7 +13,11 @@ from steer.inspection.activations import (
 from steer.inspection.attribution.drawing import attribution_heat_map
 from steer.inspection.attribution.method import ATTRIBUTION, AttributionRequest, attribution
 from steer.inspection.attribution.result import AttributionResult
+from steer.inspection.clusters.method import CLUSTERS, ClustersRequest, clusters
+from steer.inspection.clusters.result import ClustersResult
 from steer.inspection.controls import CONTROLS
+from steer.inspection.flow.method import FLOW, FlowRequest, flow
+from steer.inspection.flow.result import FlowResult
 from steer.inspection.logit_lens import (
     LOGIT_LENS,
     LogitLensRequest,
@@ -53,8 +57,10 @@ __all__ = [
     "ACTIVATIONS",
     "ASK",
     "ATTRIBUTION",
+    "CLUSTERS",
     "CONTROLS",
     "COORDINATES",
+    "FLOW",
     "LOGIT_LENS",
     "MATCH",
     "METHODS",
@@ -67,8 +73,12 @@ __all__ = [
     "AskResult",
     "AttributionRequest",
     "AttributionResult",
+    "ClustersRequest",
+    "ClustersResult",
     "CoordinatesRequest",
     "CoordinatesResult",
+    "FlowRequest",
+    "FlowResult",
     "Inspection",
     "LogitLensRequest",
     "LogitLensResult",
@@ -86,8 +96,10 @@ __all__ = [
     "ask_heat_map",
     "attribution",
     "attribution_heat_map",
+    "clusters",
     "coordinates",
     "coordinates_scatter",
+    "flow",
     "lens_heat_map",
     "logit_lens",
     "match",
@@ -111,6 +123,8 @@ METHODS: tuple[Inspection, ...] = (
     WEIGHTS,
     MATCH,
     COORDINATES,
+    CLUSTERS,
+    FLOW,
 )
 
 

@@ -39,6 +39,13 @@ async def test_a_logit_is_taken_apart(http: httpx.AsyncClient) -> None:
     assert (heads.status_code, heads.json()["error"]["param"]) == (400, "/heads")
 
 
+async def test_a_flow_is_refused_where_no_attention_is_told(http: httpx.AsyncClient) -> None:
+    response = await http.post("/v1/inspect/flow", json={"text": "Paris"})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (400, "unsupported_inspection")
+    assert "does not tell what the heads of this model attend to" in error["message"]
+
+
 async def test_a_subject_is_traced(http: httpx.AsyncClient) -> None:
     body = {"text": "In Paris", "subject": "Par", "layers": [1, 4], "draws": 2}
     response = await http.post("/v1/inspect/trace", json=body)

@@ -155,6 +155,7 @@ async def test_capabilities_and_health(http: httpx.AsyncClient, engine: FakeEngi
         "weights",
         "match",
         "coordinates",
+        "clusters",
     ]
     assert found["engine"]["sae_architectures"] == [
         "standard",

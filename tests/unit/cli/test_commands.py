@@ -340,6 +340,11 @@ def test_inspect_reads_states(tmp_path: Path, registry: Path) -> None:
     apart = steer("inspect", "attribution", *say, "--heads", "--neurons", "3").output
     assert "Logit of ' Paris'" in apart
     assert "MLP neurons that give most" in apart
+    flows = ["inspect", "flow", *say, "--edges", "5", "--at", "France", "--at", "-1"]
+    told = steer(*flows, "--png", tmp_path / "flow.png").output
+    assert "What flows into ' Paris'" in told
+    assert (tmp_path / "flow.png").read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads(steer(*flows, "--json").output)["edges"]) == 10
     traced = steer("inspect", "trace", *say, "--subject", "France", "--layers", "0,5").output
     assert "Causal trace of ' Paris'" in traced
     assert "with noise at the subject" in traced
