@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -31,6 +31,7 @@ from steer.errors import FileFormatError
 if TYPE_CHECKING:
     from steer.engines.base import Engine
     from steer.inspection import ClustersResult
+    from steer.prompts import Prompt
 
 
 def clusters(
@@ -101,8 +102,7 @@ def _prompts(engine: Engine, path: Path) -> list[dict[str, Any]]:
     except FileFormatError:
         texts = read_texts(path).texts
         return [
-            {"tokens": ids} if (ids := token_ids(one)) else {"tokens": render(tokenizer, one)}
-            for one in texts
+            {"tokens": token_ids(one) or render(tokenizer, cast("Prompt", one))} for one in texts
         ]
     return [{"tokens": render(tokenizer, one.prompt), "label": one.label} for one in items]
 

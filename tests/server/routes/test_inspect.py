@@ -46,6 +46,20 @@ async def test_a_flow_is_refused_where_no_attention_is_told(http: httpx.AsyncCli
     assert "does not tell what the heads of this model attend to" in error["message"]
 
 
+async def test_states_are_clustered(http: httpx.AsyncClient) -> None:
+    prompts = [{"text": text, "label": text[:1]} for text in ("ab", "ac", "xy", "xz")]
+    body = {"prompts": prompts, "layer": 2, "clusters": 2, "exemplars": 1}
+    response = await http.post("/v1/inspect/clusters", json=body)
+    assert response.status_code == 200, response.text
+    found = response.json()
+    assert sum(one["size"] for one in found["clusters"]) == len(found["states"]) == 4
+    assert {"purity", "purity_by_chance", "silhouette"} <= found.keys()
+    picture = await http.post("/v1/inspect/clusters?format=png", json=body)
+    assert picture.content.startswith(b"\x89PNG")
+    many = await http.post("/v1/inspect/clusters", json={**body, "clusters": 5})
+    assert (many.status_code, many.json()["error"]["code"]) == (400, "too_few_states")
+
+
 async def test_a_subject_is_traced(http: httpx.AsyncClient) -> None:
     body = {"text": "In Paris", "subject": "Par", "layers": [1, 4], "draws": 2}
     response = await http.post("/v1/inspect/trace", json=body)

@@ -362,6 +362,23 @@ def test_inspect_matches_vectors(tmp_path: Path, registry: Path) -> None:
     assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_inspect_clusters_states(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    said = {"fr": ("Bonjour, mon ami.", "Il pleut encore."), "en": ("Good day.", "It rains.")}
+    lines = [{"text": text, "label": label} for label, both in said.items() for text in both]
+    texts.write_text("\n".join(map(json.dumps, lines)))
+    asked = ["inspect", "clusters", texts, "--layer", "3", "--clusters", "2"]
+    told = steer(*asked, "--png", tmp_path / "c.png").output
+    assert "with shuffled labels" in told
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    run = json.loads(steer(*asked, "--json").output)
+    steer("capture", texts, tmp_path / "kept", "--layers", "3", "--where", "last")
+    kept = json.loads(steer(*asked, "--states", tmp_path / "kept", "--json").output)
+    assert [one["cluster"] for one in kept["states"]] == [one["cluster"] for one in run["states"]]
+    texts.write_text('"Good day."\n"Il pleut."\n')
+    assert "purity" not in json.loads(steer(*asked, "--json").output)
+
+
 def test_inspect_reads_coordinates(tmp_path: Path, registry: Path) -> None:
     place = ["-v", "french", "-v", "german", "--layer", "3", "--registry", registry]
     said = ["Bonjour", "Guten Tag", "--plain", "--png", tmp_path / "c.png"]

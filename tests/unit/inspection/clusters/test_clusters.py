@@ -208,4 +208,5 @@ def test_states_of_a_real_model(subject: Any) -> None:
     assert (numbers[0], numbers[1]) == (numbers[2], numbers[4])
     assert len(set(numbers)) == 3
     assert HookPoint(1).site == result.site
-    assert result.clusters[0].exemplars[0].text == "the river"
+    exemplar = result.clusters[0].exemplars[0]
+    assert (exemplar.text, exemplar.token) == ("<|bos|>the river", "r")
