@@ -15,6 +15,8 @@ from steer.inspection.attribution.method import ATTRIBUTION, AttributionRequest,
 from steer.inspection.attribution.result import AttributionResult
 from steer.inspection.clusters.method import CLUSTERS, ClustersRequest, clusters
 from steer.inspection.clusters.result import ClustersResult
+from steer.inspection.concepts.method import CONCEPTS, ConceptsRequest, concepts
+from steer.inspection.concepts.result import ConceptsResult
 from steer.inspection.controls import CONTROLS
 from steer.inspection.flow.method import FLOW, FlowRequest, flow
 from steer.inspection.flow.result import FlowResult
@@ -58,6 +60,7 @@ __all__ = [
     "ASK",
     "ATTRIBUTION",
     "CLUSTERS",
+    "CONCEPTS",
     "CONTROLS",
     "COORDINATES",
     "FLOW",
@@ -75,6 +78,8 @@ __all__ = [
     "AttributionResult",
     "ClustersRequest",
     "ClustersResult",
+    "ConceptsRequest",
+    "ConceptsResult",
     "CoordinatesRequest",
     "CoordinatesResult",
     "FlowRequest",
@@ -97,6 +102,7 @@ __all__ = [
     "attribution",
     "attribution_heat_map",
     "clusters",
+    "concepts",
     "coordinates",
     "coordinates_scatter",
     "flow",
@@ -124,6 +130,7 @@ METHODS: tuple[Inspection, ...] = (
     MATCH,
     COORDINATES,
     CLUSTERS,
+    CONCEPTS,
     FLOW,
 )
 

@@ -28,6 +28,7 @@ from steer.inspection import (
     AskRequest,
     AttributionRequest,
     ClustersRequest,
+    ConceptsRequest,
     CoordinatesRequest,
     LogitLensRequest,
     MatchRequest,
@@ -38,6 +39,7 @@ from steer.inspection import (
     ask,
     attribution,
     clusters,
+    concepts,
     coordinates,
     logit_lens,
     match,
@@ -62,10 +64,12 @@ EVERY = (
     "match",
     "coordinates",
     "clusters",
+    "concepts",
     "flow",
 )
 UP = MemoryLibrary({"up": ControlVector.of({1: torch.ones(16)}, name="up")})
 PLACED: Any = {"prompts": [{"text": "a"}, {"text": "b"}], "vectors": ["up"], "layer": 1}
+SAID: Any = [{"text": "a", "pairs": {"kind": str(n)}} for n in range(10)]
 PACE = Pace(lambda: 0, lambda: None, lambda _: None, duty=1.0, quiet_seconds=0.0)
 
 
@@ -164,6 +168,7 @@ def test_inspections_are_offered_by_what_can_be_read(engine: Engine) -> None:
         "match",
         "coordinates",
         "clusters",
+        "concepts",
         *(("flow",) if attends else ()),
     )
 
@@ -179,6 +184,7 @@ def test_inspections_are_offered_by_what_can_be_read(engine: Engine) -> None:
         ("trace", lambda e: trace(e, TraceRequest(text="a", subject="a"))),
         ("weights", lambda e: weights(e, WeightsRequest(layer=1, neuron=3))),
         ("match", lambda e: match(e, MatchRequest(text="a", vectors=("up",)), library=UP)),
+        ("concepts", lambda e: concepts(e, ConceptsRequest(examples=SAID))),
         ("clusters", lambda e: clusters(e, ClustersRequest(prompts=PLACED["prompts"], layer=1))),
         ("coordinates", lambda e: coordinates(e, CoordinatesRequest(**PLACED), library=UP)),
     ],

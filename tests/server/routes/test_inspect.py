@@ -60,6 +60,22 @@ async def test_states_are_clustered(http: httpx.AsyncClient) -> None:
     assert (many.status_code, many.json()["error"]["code"]) == (400, "too_few_states")
 
 
+async def test_concepts_are_read(http: httpx.AsyncClient) -> None:
+    said = [{"text": f"{n}", "pairs": {"parity": "even" if n % 2 else "odd"}} for n in range(20)]
+    body = {"examples": said, "prompts": [{"text": "3"}], "dimensions": 256, "layers": [2]}
+    response = await http.post("/v1/inspect/concepts", json=body)
+    assert response.status_code == 200, response.text
+    found = response.json()
+    assert (found["trained"], found["held_out"], found["fillers"]) == (16, 4, 2)
+    assert {"accuracy", "shuffled", "commonest"} <= found["roles"][0].keys()
+    assert len(found["readings"]) == 1
+    picture = await http.post("/v1/inspect/concepts?format=png", json=body)
+    assert picture.content.startswith(b"\x89PNG")
+    alike = {**body, "examples": [{**one, "pairs": {"a": "b"}} for one in said]}
+    same = await http.post("/v1/inspect/concepts", json=alike)
+    assert (same.status_code, same.json()["error"]["code"]) == (400, "one_filler")
+
+
 async def test_a_subject_is_traced(http: httpx.AsyncClient) -> None:
     body = {"text": "In Paris", "subject": "Par", "layers": [1, 4], "draws": 2}
     response = await http.post("/v1/inspect/trace", json=body)

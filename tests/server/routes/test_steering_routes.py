@@ -156,6 +156,7 @@ async def test_capabilities_and_health(http: httpx.AsyncClient, engine: FakeEngi
         "match",
         "coordinates",
         "clusters",
+        "concepts",
     ]
     assert found["engine"]["sae_architectures"] == [
         "standard",

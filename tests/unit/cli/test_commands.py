@@ -379,6 +379,21 @@ def test_inspect_clusters_states(tmp_path: Path) -> None:
     assert "purity" not in json.loads(steer(*asked, "--json").output)
 
 
+def test_inspect_reads_concepts(tmp_path: Path) -> None:
+    texts = tmp_path / "said.jsonl"
+    said = [(f"{one} {other}", one, other) for one in ("red", "blue") for other in "abcde"]
+    lines = [{"text": text, "pairs": {"colour": c, "letter": x}} for text, c, x in said]
+    texts.write_text("\n".join(map(json.dumps, lines)))
+    asked = ["inspect", "concepts", texts, "--read", "red a", "--dimensions", "256"]
+    told = steer(*asked, "--png", tmp_path / "c.png").output
+    assert "2 held-out texts, 8 taught" in told
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    body = json.loads(steer(*asked, "--layers", "2", "--json").output)
+    assert [one["role"] for one in body["readings"][0]["roles"]] == ["colour", "letter"]
+    texts.write_text('{"text": "no pairs"}\n')
+    assert "an object of fillers by role" in steer(*asked, code=2).output
+
+
 def test_inspect_reads_coordinates(tmp_path: Path, registry: Path) -> None:
     place = ["-v", "french", "-v", "german", "--layer", "3", "--registry", registry]
     said = ["Bonjour", "Guten Tag", "--plain", "--png", tmp_path / "c.png"]
