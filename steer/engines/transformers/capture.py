@@ -16,6 +16,7 @@ from steer.engines.transformers.structure.attention import (
     check_attention,
 )
 from steer.errors import SpecError
+from steer.model import HookPoint
 
 _WORTH_SHARING = 3
 """Prompts with a common beginning that are worth a pass of their own: fewer fill no batch."""
@@ -71,6 +72,8 @@ def _capture_group(
     requests: list[SteeredRequest] = []
     # What heads attend to is read of a whole prompt in one pass.
     chunk = None if request.attention else batch.chunk
+    # A pass ends with the last state that is read: heads have attended where theirs passes.
+    behind = tuple(HookPoint(layer, "head_out") for layer in request.attention)
     try:
         for one in generations:
             requests.append(batch.take(one))
@@ -81,7 +84,7 @@ def _capture_group(
                 batch.ledger,
                 requests,
                 prompts,
-                points=request.points,
+                points=tuple(dict.fromkeys((*request.points, *behind))),
                 logits=request.logits,
                 logprobs=request.logprobs,
                 chunk=chunk,
@@ -96,7 +99,7 @@ def _capture_group(
     results = []
     for row, prompt in enumerate(prompts):
         columns = _columns(request.positions, len(prompt), width)
-        states = {p: state[row, columns].float().cpu().clone() for p, state in done.states.items()}
+        states = {p: done.states[p][row, columns].float().cpu().clone() for p in request.points}
         logits = None
         if done.logits is not None:
             kept = len(prompt) if request.tail is None else min(request.tail, len(prompt))
