@@ -208,10 +208,10 @@ class Capabilities:
     whether the model can be differentiated (`steer.engines.gradients`); `no_unembedding` says why
     states cannot be read as logits, where they cannot; `projections` are the sites whose output
     projection can be asked (`Engine.project`); `carries` whether a block can be run by itself
-    (`Engine.carry`); `readouts` are the fields of a `ReadoutSpec` that can be read while a request
-    runs; `lora` whether a request may bring a LoRA adapter. What can be inspected and fitted
-    follows from them: engines know no method by name. `roles` are those whose messages are found in
-    the model's chats.
+    (`Engine.carry`); `attention` whether a capture can tell what heads attend to; `readouts`
+    are the fields of a `ReadoutSpec` that can be read while a request runs; `lora` whether a
+    request may bring a LoRA adapter. What can be inspected and fitted follows from them: engines
+    know no method by name. `roles` are those whose messages are found in the model's chats.
     """
 
     engine: str
@@ -227,6 +227,7 @@ class Capabilities:
     no_unembedding: str | None = None
     projections: tuple[Site, ...] = ()
     carries: bool = False
+    attention: bool = False
     roles: tuple[Role, ...] = ()
     readouts: tuple[str, ...] = ()
     lora: bool = False

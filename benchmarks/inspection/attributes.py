@@ -27,7 +27,7 @@ from benchmarks.inspection.readings import (
 )
 from steer.engines.base import Engine
 from steer.errors import SteerError
-from steer.inspection.target import TargetPrompt, encode_target
+from steer.inspection.patchscopes.target import TargetPrompt, encode_target
 
 LEAST_FACTS = 10
 

@@ -20,7 +20,7 @@ from benchmarks.inspection.readings import (
 from steer.artefacts.lens import Lens
 from steer.engines.base import Engine
 from steer.inspection.controls import text_target
-from steer.inspection.target import encode_target
+from steer.inspection.patchscopes.target import encode_target
 from steer.prompts import PromptInput, encode_prompt
 
 PATCHED, LOGIT, TUNED = "patchscope", "logit lens", "tuned lens"

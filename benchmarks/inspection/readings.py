@@ -12,7 +12,12 @@ from torch import Tensor
 from steer.engines.base import CaptureRequest, Engine
 from steer.fit.measure.bootstrap import Interval, Resamples
 from steer.inspection.controls import of_length
-from steer.inspection.patched_runs import PatchedAnswer, StatePatch, TargetRun, run_targets
+from steer.inspection.patchscopes.patched_runs import (
+    PatchedAnswer,
+    StatePatch,
+    TargetRun,
+    run_targets,
+)
 from steer.model import HookPoint
 
 Tokens = tuple[int, ...]

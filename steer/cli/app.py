@@ -21,7 +21,10 @@ from steer.cli.answer import generate
 from steer.cli.fit import capturing, make
 from steer.cli.fit import commands as fit
 from steer.cli.inspection.attribution import attribution
+from steer.cli.inspection.clusters import clusters
+from steer.cli.inspection.concepts import concepts
 from steer.cli.inspection.coordinates import coordinates
+from steer.cli.inspection.flow import flow
 from steer.cli.inspection.matching import match
 from steer.cli.inspection.tracing import trace
 from steer.cli.inspection.weights import weights
@@ -77,6 +80,9 @@ inspecting.app.command("trace")(trace)
 inspecting.app.command("weights")(weights)
 inspecting.app.command("match")(match)
 inspecting.app.command("coordinates")(coordinates)
+inspecting.app.command("clusters")(clusters)
+inspecting.app.command("concepts")(concepts)
+inspecting.app.command("flow")(flow)
 app.add_typer(inspecting.app, name="inspect")
 app.command("capture")(capturing.capture)
 app.add_typer(jobs.app, name="jobs")

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from steer.engines.transformers.engine import TransformersEngine
     from steer.inspection.heatmap import HeatMap
     from steer.inspection.method import Inspection, Picture
-    from steer.inspection.patchscope_result import TargetSays
+    from steer.inspection.patchscopes.result import TargetSays
     from steer.plan.cache import PlanCache
     from steer.registry.registry import Registry
 

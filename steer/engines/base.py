@@ -248,7 +248,8 @@ class CaptureRequest:
     `tail`, logits are those at the last `tail` positions and log-probabilities those of the last
     `tail` tokens; what comes before is then computed once for prompts that share it, unsteered.
     States are read after the edits of `plan` at the same point, as the model goes on to see them.
-    `roles` has one entry for each prompt, as `GenerationRequest.roles`.
+    `roles` has one entry for each prompt, as `GenerationRequest.roles`. `attention` asks for what
+    the heads of these layers attend to, where the capabilities say `attention`.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -259,6 +260,7 @@ class CaptureRequest:
     logprobs: int | None = None
     tail: int | None = None
     roles: Sequence[RoleRanges | None] | None = None
+    attention: tuple[int, ...] = ()
 
     def of(self, numbers: Sequence[int]) -> CaptureRequest:
         """The same, asked of the prompts with these numbers alone."""
@@ -288,14 +290,28 @@ class CaptureRequest:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """What the heads of one layer attend to, all float32: `weights` `[heads, positions, tokens]`
+    and `values` `[heads, tokens, head_dim]`, those of grouped heads repeated.
+
+    Guarantees: of a head, weights times values are its part of `head_out` before any edit, unless
+    the layer does something to it in between, such as a gate.
+    """
+
+    weights: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
 class Captured:
     """One prompt's activations: float32 `[positions, width]` for each hook point, and float32
-    logits `[1, tokens or tail, vocab]` and log-probabilities (one fewer than tokens, or `tail`)
-    where asked for."""
+    logits `[1, tokens or tail, vocab]`, log-probabilities (one fewer than tokens, or `tail`) and
+    `attention` by layer where asked for."""
 
     states: Mapping[HookPoint, Tensor]
     logits: Tensor | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    attention: Mapping[int, Attention] = field(default_factory=dict)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
-from steer.engines.base import Captured, GenerationRequest, SamplingParams
+from steer.engines.base import Captured, CaptureRequest, GenerationRequest, SamplingParams
 from steer.errors import EngineError, NotFinite, SpecError, SteerError, Unsupported
 from steer.model import Capabilities, HookPoint, ModelInfo, forward_order
 from steer.readouts.spec import check_readable
@@ -89,6 +89,16 @@ def check_carry(source: HookPoint, target: HookPoint, model: ModelInfo, able: Ca
         )
     if source.layer != target.layer or forward_order(source) >= forward_order(target):
         raise AssertionError(f"{target} does not follow {source} within a block")
+
+
+def check_attends(request: CaptureRequest, able: Capabilities) -> None:
+    """Raises `Unsupported` (`no_attention`) where a capture asks for attention that the engine does
+    not tell."""
+    if request.attention and not able.attention:
+        raise Unsupported(
+            f"the {able.engine} engine does not tell what heads attend to: leave 'attention' out",
+            code="no_attention",
+        )
 
 
 def check_sampling(params: SamplingParams, vocab_size: int) -> None:

@@ -97,7 +97,12 @@ class JournaledEngine:
         ]
 
     def capture(self, request: CaptureRequest) -> list[Captured]:
-        if request.points or request.logits != "none" or request.logprobs is None:
+        if (
+            request.points
+            or request.attention
+            or request.logits != "none"
+            or request.logprobs is None
+        ):
             return self.engine.capture(request)
         plans = request.plans or [None] * len(request.prompts)
         roles = request.roles or [None] * len(request.prompts)

@@ -13,7 +13,13 @@ from steer.inspection.activations import (
 from steer.inspection.attribution.drawing import attribution_heat_map
 from steer.inspection.attribution.method import ATTRIBUTION, AttributionRequest, attribution
 from steer.inspection.attribution.result import AttributionResult
+from steer.inspection.clusters.method import CLUSTERS, ClustersRequest, clusters
+from steer.inspection.clusters.result import ClustersResult
+from steer.inspection.concepts.method import CONCEPTS, ConceptsRequest, concepts
+from steer.inspection.concepts.result import ConceptsResult
 from steer.inspection.controls import CONTROLS
+from steer.inspection.flow.method import FLOW, FlowRequest, flow
+from steer.inspection.flow.result import FlowResult
 from steer.inspection.logit_lens import (
     LOGIT_LENS,
     LogitLensRequest,
@@ -34,13 +40,13 @@ from steer.inspection.method import Inspection
 from steer.inspection.oracles.ask import ASK, ask, ask_heat_map
 from steer.inspection.oracles.request import AskRequest
 from steer.inspection.oracles.result import AskResult
-from steer.inspection.patchscope import (
+from steer.inspection.patchscopes.method import (
     PATCHSCOPE,
     PatchscopeRequest,
     patchscope,
     patchscope_heat_map,
 )
-from steer.inspection.patchscope_result import PatchscopeResult
+from steer.inspection.patchscopes.result import PatchscopeResult
 from steer.inspection.tracing.method import TRACE, TraceRequest, trace
 from steer.inspection.tracing.result import TraceResult, trace_heat_map
 from steer.inspection.weights.drawing import weights_heat_map
@@ -53,8 +59,11 @@ __all__ = [
     "ACTIVATIONS",
     "ASK",
     "ATTRIBUTION",
+    "CLUSTERS",
+    "CONCEPTS",
     "CONTROLS",
     "COORDINATES",
+    "FLOW",
     "LOGIT_LENS",
     "MATCH",
     "METHODS",
@@ -67,8 +76,14 @@ __all__ = [
     "AskResult",
     "AttributionRequest",
     "AttributionResult",
+    "ClustersRequest",
+    "ClustersResult",
+    "ConceptsRequest",
+    "ConceptsResult",
     "CoordinatesRequest",
     "CoordinatesResult",
+    "FlowRequest",
+    "FlowResult",
     "Inspection",
     "LogitLensRequest",
     "LogitLensResult",
@@ -86,8 +101,11 @@ __all__ = [
     "ask_heat_map",
     "attribution",
     "attribution_heat_map",
+    "clusters",
+    "concepts",
     "coordinates",
     "coordinates_scatter",
+    "flow",
     "lens_heat_map",
     "logit_lens",
     "match",
@@ -111,6 +129,9 @@ METHODS: tuple[Inspection, ...] = (
     WEIGHTS,
     MATCH,
     COORDINATES,
+    CLUSTERS,
+    CONCEPTS,
+    FLOW,
 )
 
 

@@ -75,6 +75,8 @@ class Inspection:
     def _lacks(self, able: Capabilities) -> str:
         if able.no_unembedding and self.possible(replace(able, no_unembedding=None)):
             return able.no_unembedding
+        if not able.attention and self.possible(replace(able, attention=True)):
+            return "it does not tell what the heads of this model attend to"
         states = ", ".join(able.captures) or "no states"
         return f"it can capture {states}, which is not enough for it"
 

@@ -27,6 +27,8 @@ from steer.inspection import (
     ActivationsRequest,
     AskRequest,
     AttributionRequest,
+    ClustersRequest,
+    ConceptsRequest,
     CoordinatesRequest,
     LogitLensRequest,
     MatchRequest,
@@ -36,6 +38,8 @@ from steer.inspection import (
     activations,
     ask,
     attribution,
+    clusters,
+    concepts,
     coordinates,
     logit_lens,
     match,
@@ -59,9 +63,13 @@ EVERY = (
     "weights",
     "match",
     "coordinates",
+    "clusters",
+    "concepts",
+    "flow",
 )
 UP = MemoryLibrary({"up": ControlVector.of({1: torch.ones(16)}, name="up")})
 PLACED: Any = {"prompts": [{"text": "a"}, {"text": "b"}], "vectors": ["up"], "layer": 1}
+SAID: Any = [{"text": "a", "pairs": {"kind": str(n)}} for n in range(10)]
 PACE = Pace(lambda: 0, lambda: None, lambda _: None, duty=1.0, quiet_seconds=0.0)
 
 
@@ -135,10 +143,23 @@ def test_saes_are_named_as_their_architectures_are(engine: Engine) -> None:
 
 def test_inspections_are_offered_by_what_can_be_read(engine: Engine) -> None:
     able = engine.capabilities
-    assert offered(able) == EVERY
+    # The fake engine's heads attend to nothing.
+    attends = able.engine == "transformers"
+    assert offered(able) == (EVERY if attends else EVERY[:-1])
+    assert offered(replace(able, attention=False)) == EVERY[:-1]
     assert offered(replace(able, captures=())) == ()
-    assert offered(replace(able, captures=("mlp_out",))) == ("activations", "match", "coordinates")
-    assert offered(replace(able, captures=("resid_mid",))) == (*EVERY[:4], "match", "coordinates")
+    assert offered(replace(able, captures=("mlp_out",))) == (
+        "activations",
+        "match",
+        "coordinates",
+        "clusters",
+    )
+    assert offered(replace(able, captures=("resid_mid",))) == (
+        *EVERY[:4],
+        "match",
+        "coordinates",
+        "clusters",
+    )
     assert offered(replace(able, kinds=("add",))) == (
         "logit_lens",
         "activations",
@@ -146,6 +167,9 @@ def test_inspections_are_offered_by_what_can_be_read(engine: Engine) -> None:
         "weights",
         "match",
         "coordinates",
+        "clusters",
+        "concepts",
+        *(("flow",) if attends else ()),
     )
 
 
@@ -160,6 +184,8 @@ def test_inspections_are_offered_by_what_can_be_read(engine: Engine) -> None:
         ("trace", lambda e: trace(e, TraceRequest(text="a", subject="a"))),
         ("weights", lambda e: weights(e, WeightsRequest(layer=1, neuron=3))),
         ("match", lambda e: match(e, MatchRequest(text="a", vectors=("up",)), library=UP)),
+        ("concepts", lambda e: concepts(e, ConceptsRequest(examples=SAID))),
+        ("clusters", lambda e: clusters(e, ClustersRequest(prompts=PLACED["prompts"], layer=1))),
         ("coordinates", lambda e: coordinates(e, CoordinatesRequest(**PLACED), library=UP)),
     ],
 )
@@ -190,7 +216,8 @@ def test_vllm_offers_the_same_in_both_forms(static: bool) -> None:
     engine = VllmEngine(driver, ByteTokenizer(), [[answer]], nobody, frozenset())
     able = engine.capabilities
     assert able.captures == engine.info.sites
-    assert offered(able) == EVERY
+    # Its kernels keep no weights of attention.
+    assert offered(able) == EVERY[:-1]
     assert able.sae_architectures == SUPPORTED
     assert not able.gradients
     assert not hasattr(engine, "differentiate")

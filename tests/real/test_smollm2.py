@@ -22,7 +22,7 @@ from steer.engines.plans import plans_of
 from steer.engines.transformers.engine import TransformersEngine
 from steer.fit.data.pairs import Pair, PairSet
 from steer.fit.methods.fitting import fit
-from steer.inspection.patchscope import PatchscopeRequest, patchscope
+from steer.inspection.patchscopes.method import PatchscopeRequest, patchscope
 from steer.model import HookPoint
 from steer.spec import parse_spec
 

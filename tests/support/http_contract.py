@@ -28,6 +28,7 @@ OF_THE_MODEL = frozenset(
         "token_out_of_range",
         "too_many_choices",
         "unknown_token",
+        "unsupported_inspection",  # the fake engine tells no attention
         "unsupported_parameter",
         "unsupported_source",
     }
@@ -74,6 +75,8 @@ OF_EACH_OTHER = frozenset(
         "no_scorer",
         "duplicate_detector",
         "nothing_to_compare",
+        "one_filler",
+        "too_few_states",
         "unsupported_gate",
     }
 )

@@ -53,7 +53,7 @@ def _engine(able: Capabilities) -> dict[str, Any]:
     """What the engine can do, with the inspections that follow from it."""
     said = asdict(able)
     limits = said.pop("limits")
-    for inner in ("captures", "gradients", "no_unembedding", "projections", "carries"):
+    for inner in ("captures", "gradients", "no_unembedding", "projections", "carries", "attention"):
         del said[inner]
     return {**said, "inspection": offered(able), "limits": limits}
 

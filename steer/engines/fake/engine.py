@@ -34,7 +34,13 @@ from steer.engines.base import (
     TokenEvent,
     TokenLogprob,
 )
-from steer.engines.checks import check_carry, check_projection, check_readouts, check_request
+from steer.engines.checks import (
+    check_attends,
+    check_carry,
+    check_projection,
+    check_readouts,
+    check_request,
+)
 from steer.engines.fake.tokenizer import ByteTokenizer
 from steer.engines.logprobs import following
 from steer.engines.readouts import ReadoutJoin
@@ -222,6 +228,7 @@ class FakeEngine:
         return done
 
     def capture(self, request: CaptureRequest) -> list[Captured]:
+        check_attends(request, self.capabilities)
         plans = request.plans or [None] * len(request.prompts)
         return [
             self._captured(request, tuple(prompt), plan)

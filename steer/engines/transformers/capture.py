@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from steer.batch.requests import SteeredRequest
-from steer.engines.base import Captured, CaptureRequest, GenerationRequest
+from steer.engines.base import Attention, Captured, CaptureRequest, GenerationRequest
 from steer.engines.checks import check_captured, check_roles
 from steer.engines.transformers.prompts import run_prompts
 from steer.engines.transformers.sequences import Batch
+from steer.engines.transformers.structure.attention import (
+    attention_modules,
+    attention_read,
+    check_attention,
+)
 from steer.errors import SpecError
+from steer.model import HookPoint
 
 _WORTH_SHARING = 3
 """Prompts with a common beginning that are worth a pass of their own: fewer fill no batch."""
@@ -30,7 +37,8 @@ def capture_batch(batch: Batch, request: CaptureRequest) -> list[Captured]:
     for one in generations:
         check_roles(one)
     found: dict[int, Captured] = {}
-    for group in _groups(request, generations, 1 if batch.chunk is None else batch.rows):
+    alone = batch.chunk is None or bool(request.attention)
+    for group in _groups(request, generations, 1 if alone else batch.rows):
         captured = _capture_group(batch, request, [generations[n] for n in group])
         found.update(zip(group, captured, strict=True))
     return [found[n] for n in range(len(request.prompts))]
@@ -62,23 +70,28 @@ def _capture_group(
 ) -> list[Captured]:
     prompts = [one.prompt for one in generations]
     requests: list[SteeredRequest] = []
+    # What heads attend to is read of a whole prompt in one pass.
+    chunk = None if request.attention else batch.chunk
+    # A pass ends with the last state that is read: heads have attended where theirs passes.
+    behind = tuple(HookPoint(layer, "head_out") for layer in request.attention)
     try:
         for one in generations:
             requests.append(batch.take(one))
-        done = run_prompts(
-            batch.hooked,
-            batch.tables,
-            batch.ledger,
-            requests,
-            prompts,
-            points=request.points,
-            logits=request.logits,
-            logprobs=request.logprobs,
-            chunk=batch.chunk,
-            shared=0 if batch.chunk is None else _shared(request, generations),
-            alike=0 if batch.chunk is None else _alike(request, generations),
-            tail=request.tail,
-        )
+        with _attention(batch, request, prompts[0]) as attention:
+            done = run_prompts(
+                batch.hooked,
+                batch.tables,
+                batch.ledger,
+                requests,
+                prompts,
+                points=tuple(dict.fromkeys((*request.points, *behind))),
+                logits=request.logits,
+                logprobs=request.logprobs,
+                chunk=chunk,
+                shared=0 if chunk is None else _shared(request, generations),
+                alike=0 if chunk is None else _alike(request, generations),
+                tail=request.tail,
+            )
     finally:
         for taken in requests:
             batch.give_back(taken)
@@ -86,7 +99,7 @@ def _capture_group(
     results = []
     for row, prompt in enumerate(prompts):
         columns = _columns(request.positions, len(prompt), width)
-        states = {p: state[row, columns].float().cpu().clone() for p, state in done.states.items()}
+        states = {p: done.states[p][row, columns].float().cpu().clone() for p in request.points}
         logits = None
         if done.logits is not None:
             kept = len(prompt) if request.tail is None else min(request.tail, len(prompt))
@@ -94,10 +107,29 @@ def _capture_group(
         scores = done.logprobs[row]
         if request.tail is not None:
             scores = scores[len(scores) - min(request.tail, len(scores)) :]
-        captured = Captured(states, logits, tuple(scores))
+        captured = Captured(states, logits, tuple(scores), attention)
         check_captured(captured, steered=generations[row].plan is not None)
         results.append(captured)
     return results
+
+
+@contextmanager
+def _attention(
+    batch: Batch, request: CaptureRequest, prompt: Sequence[int]
+) -> Iterator[Mapping[int, Attention]]:
+    """What is read of attention in the pass inside the `with` block, which is over `prompt` alone
+    where anything is."""
+    if not request.attention:
+        yield {}
+        return
+    info = batch.hooked.info
+    owners = attention_modules(batch.hooked.map.targets, request.attention, info)
+    positions = request.positions
+    if positions is not None:
+        positions = tuple(_columns(positions, len(prompt), len(prompt)))
+    with attention_read(owners, positions) as found:
+        yield found
+    check_attention(found, request.attention, info)
 
 
 def _shared(request: CaptureRequest, generations: Sequence[GenerationRequest]) -> int:

@@ -22,7 +22,13 @@ from steer.engines.base import (
     GenerationRequest,
     TokenEvent,
 )
-from steer.engines.checks import check_carry, check_projection, check_readouts, check_request
+from steer.engines.checks import (
+    check_attends,
+    check_carry,
+    check_projection,
+    check_readouts,
+    check_request,
+)
 from steer.engines.gradients import DifferentiableModel
 from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
 from steer.engines.lora import by_adapter, check_lora, refuse_lora
@@ -108,6 +114,7 @@ class TransformersEngine:
             lora=True,
             projections=tuple(site for site in PROJECTED_SITES if site in self.info.sites),
             carries=True,
+            attention="head_out" in self.info.sites,
             no_unembedding=refusal.message if refusal is not None else None,
             roles=found_roles(tokenizer),
             limits={"slots": slots, "passes": MAX_RULES, "batch": rows},
@@ -228,6 +235,7 @@ class TransformersEngine:
     def capture(self, request: CaptureRequest) -> list[Captured]:
         for point in request.points:
             self.info.check_point(point)
+        check_attends(request, self.capabilities)
         self.start()
         return self._captured(request)
 

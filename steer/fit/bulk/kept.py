@@ -67,7 +67,8 @@ class StatesEngine:
         return tuple(sorted({point.layer for point in self._states}))
 
     def capture(self, request: CaptureRequest) -> list[Captured]:
-        if request.logits != "none" or request.logprobs is not None or any(request.plans or ()):
+        beside = request.logits != "none" or request.logprobs is not None or request.attention
+        if beside or any(request.plans or ()):
             self._refuse(request)
         for point in request.points:
             self.info.check_point(point)

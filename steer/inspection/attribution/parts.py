@@ -31,6 +31,8 @@ _TOLERANCE_HALF = 3e-2
 """How far, relative to its length, what is added may be from what the projection makes, in 32 bits
 and in 16."""
 
+_TURNS = 8
+
 _NUMBERS_AT_ONCE = 1 << 24
 
 
@@ -111,10 +113,23 @@ def _gain(
     if (made[-1] - here).norm() <= tolerance * here.norm():
         return torch.ones_like(here)
     weight = weight_of_norm(made, added)
+    # A norm adds a small number to what it divides by, so that short states come out shorter: what
+    # it divides each token by is fitted too, in turn with the weight.
+    for _ in range(_TURNS):
+        scales = _shares(weight * made, added, -1)
+        weight = _shares(scales * made, added, 0)[0]
     like = weight * made[-1]
     gain = weight * (here @ like) / like.pow(2).sum().clamp_min(1e-30)
     error = (gain * made[-1] - here).norm()
     return gain if error <= tolerance * here.norm() else None
+
+
+def _shares(made: Tensor, added: Tensor, dim: int) -> Tensor:
+    """What `made` is best multiplied by along `dim` to give `added`."""
+    by: Tensor = (added * made).sum(dim, keepdim=True) / made.pow(2).sum(
+        dim, keepdim=True
+    ).clamp_min(1e-30)
+    return by
 
 
 def weight_of_norm(

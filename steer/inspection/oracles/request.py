@@ -7,7 +7,7 @@ from typing import Annotated, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from steer.artefacts.oracle_form import FORMS, FormName, OracleForm
-from steer.inspection.patchscope import SourcePrompt
+from steer.inspection.patchscopes.method import SourcePrompt
 from steer.inspection.selection import LayerChoice
 from steer.prompts import Place
 from steer.spec import Name, Site

@@ -7,7 +7,7 @@ part would speak for, not what it does in a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -31,17 +31,15 @@ from steer.inspection.weights.parts import (
 from steer.inspection.weights.request import WeightsRequest
 from steer.inspection.weights.result import (
     HeadReading,
-    NamedToken,
     ScoredPair,
-    ScoredToken,
     TokenReading,
     WeightsResult,
 )
+from steer.inspection.weights.scored import named_tokens, scored
 from steer.inspection.weights.vocabulary import Vocabulary, standings
 from steer.model import Capabilities, HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.points import row
-from steer.prompts import token_texts
 from steer.spec import Site
 
 _WRITTEN: tuple[Site, ...] = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
@@ -179,7 +177,7 @@ def _of_head(engine: Engine, request: WeightsRequest, vocabulary: Vocabulary) ->
             what="writes",
             layer=layer,
             site="attn_out",
-            input=_named(engine, [token])[0],
+            input=named_tokens(engine, [token])[0],
         )
         for token in inputs
     ]
@@ -261,34 +259,19 @@ def _reading(
         {
             **fields,
             "standing": float(standings(scores.double()[None]).abs().max()),
-            "most": _scored(engine, most.indices.tolist(), most.values.tolist()),
-            "least": _scored(engine, least.indices.tolist(), (-least.values).tolist()),
+            "most": scored(engine, most.indices.tolist(), most.values.tolist()),
+            "least": scored(engine, least.indices.tolist(), (-least.values).tolist()),
         }
     )
 
 
-def _scored(
-    engine: Engine, tokens: Sequence[int], scores: Iterable[float]
-) -> tuple[ScoredToken, ...]:
-    named = _named(engine, tokens)
-    return tuple(
-        ScoredToken(token=one.token, id=one.id, score=score)
-        for one, score in zip(named, scores, strict=True)
-    )
-
-
 def _pairs(engine: Engine, pairs: Sequence[TokenPair]) -> tuple[ScoredPair, ...]:
-    inputs = _named(engine, [pair.input for pair in pairs])
-    outputs = _named(engine, [pair.output for pair in pairs])
+    inputs = named_tokens(engine, [pair.input for pair in pairs])
+    outputs = named_tokens(engine, [pair.output for pair in pairs])
     return tuple(
         ScoredPair(input=one, output=other, score=pair.score)
         for one, other, pair in zip(inputs, outputs, pairs, strict=True)
     )
-
-
-def _named(engine: Engine, tokens: Sequence[int]) -> list[NamedToken]:
-    texts = token_texts(engine.tokenizer, tokens)
-    return [NamedToken(token=text, id=token) for text, token in zip(texts, tokens, strict=True)]
 
 
 def _possible(able: Capabilities) -> bool:

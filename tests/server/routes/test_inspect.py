@@ -39,6 +39,43 @@ async def test_a_logit_is_taken_apart(http: httpx.AsyncClient) -> None:
     assert (heads.status_code, heads.json()["error"]["param"]) == (400, "/heads")
 
 
+async def test_a_flow_is_refused_where_no_attention_is_told(http: httpx.AsyncClient) -> None:
+    response = await http.post("/v1/inspect/flow", json={"text": "Paris"})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (400, "unsupported_inspection")
+    assert "does not tell what the heads of this model attend to" in error["message"]
+
+
+async def test_states_are_clustered(http: httpx.AsyncClient) -> None:
+    prompts = [{"text": text, "label": text[:1]} for text in ("ab", "ac", "xy", "xz")]
+    body = {"prompts": prompts, "layer": 2, "clusters": 2, "exemplars": 1}
+    response = await http.post("/v1/inspect/clusters", json=body)
+    assert response.status_code == 200, response.text
+    found = response.json()
+    assert sum(one["size"] for one in found["clusters"]) == len(found["states"]) == 4
+    assert {"purity", "purity_by_chance", "silhouette"} <= found.keys()
+    picture = await http.post("/v1/inspect/clusters?format=png", json=body)
+    assert picture.content.startswith(b"\x89PNG")
+    many = await http.post("/v1/inspect/clusters", json={**body, "clusters": 5})
+    assert (many.status_code, many.json()["error"]["code"]) == (400, "too_few_states")
+
+
+async def test_concepts_are_read(http: httpx.AsyncClient) -> None:
+    said = [{"text": f"{n}", "pairs": {"parity": "even" if n % 2 else "odd"}} for n in range(20)]
+    body = {"examples": said, "prompts": [{"text": "3"}], "dimensions": 256, "layers": [2]}
+    response = await http.post("/v1/inspect/concepts", json=body)
+    assert response.status_code == 200, response.text
+    found = response.json()
+    assert (found["trained"], found["held_out"], found["fillers"]) == (16, 4, 2)
+    assert {"accuracy", "shuffled", "commonest"} <= found["roles"][0].keys()
+    assert len(found["readings"]) == 1
+    picture = await http.post("/v1/inspect/concepts?format=png", json=body)
+    assert picture.content.startswith(b"\x89PNG")
+    alike = {**body, "examples": [{**one, "pairs": {"a": "b"}} for one in said]}
+    same = await http.post("/v1/inspect/concepts", json=alike)
+    assert (same.status_code, same.json()["error"]["code"]) == (400, "one_filler")
+
+
 async def test_a_subject_is_traced(http: httpx.AsyncClient) -> None:
     body = {"text": "In Paris", "subject": "Par", "layers": [1, 4], "draws": 2}
     response = await http.post("/v1/inspect/trace", json=body)

@@ -155,6 +155,8 @@ async def test_capabilities_and_health(http: httpx.AsyncClient, engine: FakeEngi
         "weights",
         "match",
         "coordinates",
+        "clusters",
+        "concepts",
     ]
     assert found["engine"]["sae_architectures"] == [
         "standard",

@@ -340,6 +340,11 @@ def test_inspect_reads_states(tmp_path: Path, registry: Path) -> None:
     apart = steer("inspect", "attribution", *say, "--heads", "--neurons", "3").output
     assert "Logit of ' Paris'" in apart
     assert "MLP neurons that give most" in apart
+    flows = ["inspect", "flow", *say, "--edges", "5", "--at", "France", "--at", "-1"]
+    told = steer(*flows, "--png", tmp_path / "flow.png").output
+    assert "What flows into ' Paris'" in told
+    assert (tmp_path / "flow.png").read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads(steer(*flows, "--json").output)["edges"]) == 10
     traced = steer("inspect", "trace", *say, "--subject", "France", "--layers", "0,5").output
     assert "Causal trace of ' Paris'" in traced
     assert "with noise at the subject" in traced
@@ -355,6 +360,38 @@ def test_inspect_matches_vectors(tmp_path: Path, registry: Path) -> None:
     body = json.loads(steer("inspect", "match", "Bonjour", *named, "--json", *place).output)
     assert [(one["vector"], one["layer"]) for one in body["matches"]] == [("french", 3)]
     assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_clusters_states(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    said = {"fr": ("Bonjour, mon ami.", "Il pleut encore."), "en": ("Good day.", "It rains.")}
+    lines = [{"text": text, "label": label} for label, both in said.items() for text in both]
+    texts.write_text("\n".join(map(json.dumps, lines)))
+    asked = ["inspect", "clusters", texts, "--layer", "3", "--clusters", "2"]
+    told = steer(*asked, "--png", tmp_path / "c.png").output
+    assert "with shuffled labels" in told
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    run = json.loads(steer(*asked, "--json").output)
+    steer("capture", texts, tmp_path / "kept", "--layers", "3", "--where", "last")
+    kept = json.loads(steer(*asked, "--states", tmp_path / "kept", "--json").output)
+    assert [one["cluster"] for one in kept["states"]] == [one["cluster"] for one in run["states"]]
+    texts.write_text('"Good day."\n"Il pleut."\n')
+    assert "purity" not in json.loads(steer(*asked, "--json").output)
+
+
+def test_inspect_reads_concepts(tmp_path: Path) -> None:
+    texts = tmp_path / "said.jsonl"
+    said = [(f"{one} {other}", one, other) for one in ("red", "blue") for other in "abcde"]
+    lines = [{"text": text, "pairs": {"colour": c, "letter": x}} for text, c, x in said]
+    texts.write_text("\n".join(map(json.dumps, lines)))
+    asked = ["inspect", "concepts", texts, "--read", "red a", "--dimensions", "256"]
+    told = steer(*asked, "--png", tmp_path / "c.png").output
+    assert "2 held-out texts, 8 taught" in told
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    body = json.loads(steer(*asked, "--layers", "2", "--json").output)
+    assert [one["role"] for one in body["readings"][0]["roles"]] == ["colour", "letter"]
+    texts.write_text('{"text": "no pairs"}\n')
+    assert "an object of fillers by role" in steer(*asked, code=2).output
 
 
 def test_inspect_reads_coordinates(tmp_path: Path, registry: Path) -> None:

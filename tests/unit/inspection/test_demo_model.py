@@ -13,7 +13,7 @@ import torch
 from steer.engines.base import CaptureRequest
 from steer.engines.transformers.engine import TransformersEngine
 from steer.inspection.logit_lens import LogitLensRequest, logit_lens
-from steer.inspection.patchscope import PatchscopeRequest, patchscope
+from steer.inspection.patchscopes.method import PatchscopeRequest, patchscope
 
 DEMO = Path(__file__).parents[3] / "vectors" / "demo"
 COPYING = {

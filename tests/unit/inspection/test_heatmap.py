@@ -19,7 +19,7 @@ from steer.inspection.activations import (
 )
 from steer.inspection.heatmap import HeatMap
 from steer.inspection.logit_lens import LogitLensRequest, lens_heat_map, logit_lens
-from steer.inspection.patchscope import PatchscopeRequest, patchscope, patchscope_heat_map
+from steer.inspection.patchscopes.method import PatchscopeRequest, patchscope, patchscope_heat_map
 
 
 def picture(data: bytes) -> Any:

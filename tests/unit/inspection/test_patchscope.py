@@ -10,8 +10,8 @@ from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import CaptureRequest
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError
-from steer.inspection.patched_runs import StatePatch, patch_plan
-from steer.inspection.patchscope import PatchscopeCell, PatchscopeRequest, patchscope
+from steer.inspection.patchscopes.method import PatchscopeCell, PatchscopeRequest, patchscope
+from steer.inspection.patchscopes.patched_runs import StatePatch, patch_plan
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 

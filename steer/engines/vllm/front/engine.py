@@ -25,7 +25,13 @@ from steer.engines.base import (
     SamplingParams,
     TokenEvent,
 )
-from steer.engines.checks import check_carry, check_projection, check_readouts, check_request
+from steer.engines.checks import (
+    check_attends,
+    check_carry,
+    check_projection,
+    check_readouts,
+    check_request,
+)
 from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
 from steer.engines.lora import check_lora, refuse_lora
 from steer.engines.vllm import plugin
@@ -212,6 +218,7 @@ class VllmEngine:
     def capture(self, request: CaptureRequest) -> list[Captured]:
         for point in request.points:
             self.info.check_point(point)
+        check_attends(request, self.capabilities)
         plans = request.plans or [None] * len(request.prompts)
         roles = request.roles or [None] * len(request.prompts)
         orders = [capture_order(request, prompt, self.info) for prompt in request.prompts]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import CaptureRequest, GenerationRequest, SamplingParams
-from steer.inspection.patched_runs import StatePatch, patch_plan
+from steer.inspection.patchscopes.patched_runs import StatePatch, patch_plan
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.prompts import PromptInput, answer_text, encode_prompt

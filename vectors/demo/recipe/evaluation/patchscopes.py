@@ -17,7 +17,7 @@ from steer_vectors.demo.recipe.world.world import LANGS
 from torch import Tensor
 
 from steer.engines.base import CaptureRequest
-from steer.inspection.patched_runs import StatePatch, run_patched
+from steer.inspection.patchscopes.patched_runs import StatePatch, run_patched
 from steer.model import HookPoint
 from steer.prompts import Prompt, PromptInput, encode_prompt, part_tokens, render
 

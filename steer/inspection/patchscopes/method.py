@@ -26,8 +26,13 @@ from steer.inspection.controls import (
 )
 from steer.inspection.heatmap import HeatMap
 from steer.inspection.method import Inspection, reads_stream
-from steer.inspection.patched_runs import PatchedAnswer, StatePatch, TargetRun, run_targets
-from steer.inspection.patchscope_result import (
+from steer.inspection.patchscopes.patched_runs import (
+    PatchedAnswer,
+    StatePatch,
+    TargetRun,
+    run_targets,
+)
+from steer.inspection.patchscopes.result import (
     LayerPrecision,
     PatchscopeCell,
     PatchscopeResult,
@@ -35,6 +40,7 @@ from steer.inspection.patchscope_result import (
     TargetSays,
     TextControl,
 )
+from steer.inspection.patchscopes.target import Preset, TargetPrompt, encode_target
 from steer.inspection.selection import (
     LayerChoice,
     PositionChoice,
@@ -44,7 +50,6 @@ from steer.inspection.selection import (
     plan_for,
     roles_for,
 )
-from steer.inspection.target import Preset, TargetPrompt, encode_target
 from steer.inspection.token_labels import place_label, token_label
 from steer.model import Capabilities, HookPoint
 from steer.plan.cache import PlanCache

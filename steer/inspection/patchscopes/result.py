@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from steer.inspection.next_token import TokenChance
-from steer.inspection.target import Preset
+from steer.inspection.patchscopes.target import Preset
 
 
 class TargetSays(BaseModel):
