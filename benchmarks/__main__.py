@@ -1,8 +1,8 @@
 """Runs the benchmarks and prints one table each: `python -m benchmarks [--rounds N] [NAME …]`.
 
-Four have options of their own: `python -m benchmarks vllm` and `python -m benchmarks vllm readouts`,
-which run in vLLM's environment, `python -m benchmarks smollm2`, which runs everybody side by side on a real model, and
-`python -m benchmarks gpu`, which runs on a host with one.
+Four have options of their own: `python -m benchmarks vllm` and `python -m benchmarks vllm
+readouts`, which run in vLLM's environment, `python -m benchmarks smollm2`, which runs everybody
+side by side on a real model, and `python -m benchmarks gpu`, which runs on a host with one.
 """
 
 from __future__ import annotations

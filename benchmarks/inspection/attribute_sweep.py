@@ -121,7 +121,7 @@ def one_by_one(
     """A `share` of the pairs of layers, drawn always alike, for every subject."""
     pairs = [(layer, goal) for layer in sweep.layers for goal in sweep.layers]
     count = max(1, round(share * len(pairs)))
-    chosen = random.Random(0).sample(pairs, count)  # noqa: S311 - not a secret
+    chosen = random.Random(0).sample(pairs, count)
     target = tuple(text_tokens(tokenizer, CAPITAL.format(PLACEHOLDER.strip())))
     place = target.index(text_tokens(tokenizer, PLACEHOLDER)[-1])
     sources = [tuple(text_tokens(tokenizer, SOURCE.format(name))) for name in sweep.subjects]

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import httpx
 
@@ -79,6 +80,6 @@ async def _answer(http: httpx.AsyncClient, model: str, asked: str, tokens: int) 
                 times.append(time.perf_counter())
     if made != tokens:
         raise RuntimeError(f"an answer has {made} tokens, not {tokens}")
-    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(times)]
     # A chunk may hold several tokens, or none: whole answers are counted by their tokens.
     return Latency((times[0] - started,), tuple(gaps), ((times[-1] - started) / made,))
