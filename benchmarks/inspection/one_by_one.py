@@ -19,7 +19,8 @@ class OneByOne:
     def __init__(self, folder: str) -> None:
         from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self._model.eval()
         self._blocks = self._model.model.layers
 
     @property
@@ -61,7 +62,8 @@ class OneByOne:
         finally:
             hook.remove()
         states = (*made[1 : self.layers], seen[0])
-        return states[layer][0, -1].clone()
+        found: Tensor = states[layer][0, -1].clone()
+        return found
 
     def _continued(self, target: Tokens, tokens: int) -> list[int]:
         ids = torch.tensor([target])

@@ -149,6 +149,7 @@ class StatesEngine:
 
 def _not_kept(what: str) -> SteerError:
     return SteerError(
-        f"the folder does not hold {what}: capture the same file, at these hook points and tokens",
+        f"the capture does not hold {what}: capture the same texts, at these hook points and "
+        "tokens",
         code="states_not_kept",
     )
