@@ -19,8 +19,8 @@ class OneByOne:
     def __init__(self, folder: str) -> None:
         from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
-        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self._model.eval()
+        load: Any = AutoModelForCausalLM.from_pretrained
+        self._model = load(folder, dtype=torch.float32).eval()
         self._blocks = self._model.model.layers
 
     @property
