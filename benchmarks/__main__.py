@@ -1,8 +1,8 @@
 """Runs the benchmarks and prints one table each: `python -m benchmarks [--rounds N] [NAME …]`.
 
-Three have options of their own: `python -m benchmarks vllm`, which runs in vLLM's environment,
-`python -m benchmarks smollm2`, which runs everybody side by side on a real model, and
-`python -m benchmarks gpu`, which runs on a host with one.
+Four have options of their own: `python -m benchmarks vllm` and `python -m benchmarks vllm
+readouts`, which run in vLLM's environment, `python -m benchmarks smollm2`, which runs everybody
+side by side on a real model, and `python -m benchmarks gpu`, which runs on a host with one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rich.table import Table
 SUITES = ("engine", "attach", "peers", "upload", "jobs", "saes")
 OWN = {
     "vllm": "benchmarks.vllm.command",
+    "vllm readouts": "benchmarks.vllm.readouts.command",
     "smollm2": "benchmarks.smollm2.command",
     "gpu": "benchmarks.gpu.command",
 }
@@ -52,8 +53,10 @@ def main(
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] and sys.argv[1] in OWN:
-        command = import_module(OWN[sys.argv.pop(1)])
+    words = next((n for n in (2, 1) if " ".join(sys.argv[1 : 1 + n]) in OWN), 0)
+    if words:
+        command = import_module(OWN[" ".join(sys.argv[1 : 1 + words])])
+        del sys.argv[1 : 1 + words]
         typer.run(command.main)
     else:
         typer.run(main)

@@ -8,10 +8,10 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -21,6 +21,12 @@ START_SECONDS = 1800.0
 """vLLM may compile for many minutes. Whatever takes longer does not start, or answer, at all."""
 ANSWER_SECONDS = 3600.0
 _LOOK_SECONDS = 0.2
+_IDLE_SECONDS = 2.0
+"""Connections are not used again later: servers close idle ones after five seconds, and one may be
+closing when it is written to."""
+
+
+Found = TypeVar("Found")
 
 
 class Server:
@@ -42,7 +48,7 @@ class Server:
         self._http = httpx.AsyncClient(
             base_url=f"http://127.0.0.1:{port}",
             timeout=ANSWER_SECONDS,
-            limits=httpx.Limits(max_connections=None),
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=_IDLE_SECONDS),
         )
 
     def wait(self) -> None:
@@ -57,6 +63,14 @@ class Server:
         """All chats at once; the seconds until the last answer, and the answers. Raises
         `RuntimeError`, with the server's words, where one is refused."""
         return self._runner.run(self._ask(bodies))
+
+    def run(self, work: Callable[[httpx.AsyncClient], Awaitable[Found]]) -> Found:
+        """What `work` gives, which is handed a client of this server."""
+
+        async def running() -> Found:
+            return await work(self._http)
+
+        return self._runner.run(running())
 
     def close(self) -> None:
         """Asks it to stop, and ends whatever is left in its session."""

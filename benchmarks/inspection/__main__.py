@@ -11,7 +11,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.inspection import attributes, contexts, detecting, next_token, token_steering
+from benchmarks.inspection import (
+    attribute_report,
+    attributes,
+    contexts,
+    detecting,
+    next_token,
+    token_steering,
+)
 from benchmarks.inspection.figure import draw
 from benchmarks.inspection.readings import Curve
 from steer.artefacts.lens import Lens
@@ -74,6 +81,38 @@ def facts(
             panels.append((f"{question.title}, {known}", curves))
             Console(width=200).print(_table(panels[-1][0], curves))
     _write(panels, png, numbers, surprisal=False)
+
+
+@app.command("attributes")
+def attribute_sweep(
+    model: Model,
+    prompts: Annotated[int, typer.Option(min=1, help="Subjects whose states are read.")] = 50,
+    every: Annotated[int, typer.Option(min=1, help="Every so many layers, on both sides.")] = 1,
+    length: Annotated[
+        int, typer.Option("--tokens", min=1, max=256, help="Of what each cell says.")
+    ] = 1,
+    sample: Annotated[
+        float, typer.Option(min=0, max=1, help="The share of the pairs timed one by one.")
+    ] = 0.05,
+    turns: Annotated[int, typer.Option(min=1, help="Of chats alone and beside the sweep.")] = 3,
+    turn_seconds: Annotated[float, typer.Option(min=0, help="Of each turn.")] = 20.0,
+    chat_tokens: Annotated[int, typer.Option(min=2, help="Of each chat's answers.")] = 32,
+    threads: Annotated[int, typer.Option(min=1, help="Of the server, and of the one by one.")] = 2,
+    numbers: Numbers = None,
+) -> None:
+    """Every source layer × target layer over HTTP, beside the same cells one by one as the method's
+    authors run them, and what chats on the same server feel meanwhile."""
+    asked = attribute_report.Asked(
+        prompts, every, length, sample, turns, turn_seconds, chat_tokens, threads
+    )
+    try:
+        found = attribute_report.measure(model, asked)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    attribute_report.show(model, found, Console(width=150))
+    if numbers is not None:
+        made = attribute_report.as_json(model, asked, found)
+        numbers.write_text(json.dumps(made, indent=1) + "\n")
 
 
 @app.command("tokens")

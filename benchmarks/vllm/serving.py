@@ -90,7 +90,7 @@ def measure(
     asked = messages(chats)
     with ExitStack() as stack:
         plain, steer = (
-            _started(stack, shape, model, registry, folder, settings, chats, steered=steered)
+            started(stack, shape, model, registry, folder, settings, chats, steered=steered)
             for steered in (False, True)
         )
         for number in tqdm(range(rounds + 1), desc=f"serving {shape.name}", leave=False):
@@ -138,7 +138,7 @@ def table(title: str, shape: Shape, starts: Sequence[Start]) -> Table:
     return Table(f"{title}, {len(starts)} starts", (*columns, ""), rows)
 
 
-def _started(
+def started(
     stack: ExitStack,
     shape: Shape,
     model: Path,

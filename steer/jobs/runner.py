@@ -20,6 +20,7 @@ from steer.engines.journal import JournaledEngine
 from steer.engines.threads import bound_threads
 from steer.errors import SteerError
 from steer.jobs.engine import BackgroundEngine
+from steer.jobs.kinds.captured import capture_of
 from steer.jobs.kinds.kind import JobContext, JobKind, JobKinds
 from steer.jobs.limits import JobLimits
 from steer.jobs.pace import Pace
@@ -105,7 +106,7 @@ class JobRunner:
             params=params.model_dump_json(by_alias=True, exclude_none=True),
             request=json.dumps(kind.described(params), ensure_ascii=False),
             model=None if kind.runs_anywhere(self._engine, params) else self._model,
-            place=self._registry.job_files.place if files else None,
+            place=self._registry.job_files.place if files or capture_of(params) else None,
         )
         with self._registry.job_files.adding(draft.id, files or {}):
             job = self.store.submit(draft, queue=self.limits.queue)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -35,6 +35,8 @@ class ReadoutWriter:
     plan: ReadoutPlan
     prompt_length: int
     tokenizer: Any
+    _texts: dict[int, str] = field(default_factory=dict, init=False, repr=False)
+    """Of the tokens so far: a lens names the same ones again and again."""
 
     def entry(
         self, position: int, token: int, numbers: Sequence[float], kl: float | None = None
@@ -102,13 +104,16 @@ class ReadoutWriter:
         return {**named, "top": top, "entropy": _number(numbers[-1])}
 
     def _text(self, token: int) -> str:
-        return token_texts(self.tokenizer, [token])[0]
+        text = self._texts.get(token)
+        if text is None:
+            text = self._texts[token] = token_texts(self.tokenizer, [token])[0]
+        return text
 
 
 def _feature(feature: int, activation: float, labels: Mapping[int, FeatureLabel]) -> Entry:
     found: Entry = {"feature": feature, "activation": _number(activation)}
     label = labels.get(feature)
-    return found if label is None else {**found, "label": label.model_dump(exclude_none=True)}
+    return found if label is None else {**found, "label": label.told}
 
 
 def _number(value: float) -> float | None:

@@ -62,13 +62,36 @@ def ranked(numbers: Float[Tensor, "T n"], k: int) -> Ranked:
 
 def likeliest(logits: Float[Tensor, "T vocab"], k: int) -> Ranked:
     """The `k` likeliest tokens of each row, with their probabilities."""
-    return ranked(logits.float().softmax(-1), k)
+    return predicted(logits, k).likeliest
 
 
 def entropies(logits: Float[Tensor, "T vocab"]) -> Float[Tensor, " T"]:
     """The entropy of each row's distribution, in nats."""
-    each: Tensor = torch.special.entr(logits.float().softmax(-1))
-    return each.sum(-1)
+    return predicted(logits, 1).entropies
+
+
+class Predicted(NamedTuple):
+    """The likeliest tokens of each row with their probabilities, and its entropy in nats."""
+
+    likeliest: Ranked
+    entropies: Float[Tensor, " T"]
+
+
+def predicted(logits: Float[Tensor, "T vocab"], k: int) -> Predicted:
+    """What each row's distribution says, of one exponential for each logit.
+
+    log Σeᶻ − Σ eᶻz / Σeᶻ for z the logits less the row's largest: what is nearly certain loses no
+    digits.
+    """
+    best = ranked(logits.float(), k)
+    largest = best.values[:, :1]
+    # 0 · log 0 is 0: e⁻²⁰⁰ is 0 in float32, and so is its product with a finite number.
+    below = (logits.float() - largest).clamp_(min=-200.0)
+    weights = below.exp()
+    total = weights.sum(-1, keepdim=True)
+    mean: Tensor = weights.mul_(below).sum(-1) / total[:, 0]
+    chances = (best.values - largest).exp() / total
+    return Predicted(Ranked(chances, best.places), total[:, 0].log() - mean)
 
 
 def kl_divergence(

@@ -247,8 +247,8 @@ def read_lenses(
     for part in torch.split(torch.cat([one.float() for one in states]), rows):
         logits = tools.unembed(part)
         if logits is not None:
-            best = measures.likeliest(logits, top)
-            found.append((*best, measures.entropies(logits)[:, None]))
+            best, entropy = measures.predicted(logits, top)
+            found.append((*best, entropy[:, None]))
     if not found:
         return [
             mine.new_full((len(mine), reader.width), torch.nan)

@@ -36,7 +36,7 @@ OF_THE_MODEL = frozenset(
 OF_THE_REGISTRY = frozenset(
     f"unknown_{kind}"
     for kind in ("vector", "sae", "low_rank", "lens", "affine", "detector", "oracle")
-) | {"no_vectors"}
+) | {"no_vectors", "unknown_job"}
 OF_A_FILE = frozenset(
     {
         "invalid_file",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -42,6 +44,11 @@ class FeatureLabel(BaseModel):
     # Written only where they say something, so that SAEs with labels keep their hash.
     source: str | None = Field(default=None, exclude_if=lambda value: value is None)
     confidence: LabelConfidence | None = Field(default=None, exclude_if=lambda value: value is None)
+
+    @cached_property
+    def told(self) -> dict[str, Any]:
+        """What it says, as JSON; one object for all who show it, which nobody changes."""
+        return self.model_dump(exclude_none=True)
 
 
 class FeatureMatch(BaseModel):

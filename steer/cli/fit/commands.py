@@ -81,7 +81,7 @@ def _parameters(request: type[FitRequest]) -> Iterator[Parameter]:
     yield from (one for one in fields.values() if one.default is not one.empty)
     if request.batch_size is not None:
         yield keyword("batch", BatchOption, request.batch_size)
-    if form is not None and not request.needs_gradients:
+    if "states" in request.model_fields:
         yield keyword("states", StatesOption, None)
     yield from last
     if request.drawn:
@@ -133,7 +133,7 @@ def _request(
     kind: type[FitRequest], values: dict[str, Any], path: Path | None
 ) -> tuple[FitRequest, dict[str, ControlVector]]:
     """What the options ask for, and the vectors that come from files. Raises `SteerError`."""
-    fields = read_values(kind, values)
+    fields = read_values(kind, {**values, "states": None})  # a folder here, and no job
     if values["name"] is not None or kind.model_fields["name"].is_required():
         fields["name"] = stored_name(values["name"], path)
     for name in _typed_prompts(kind):

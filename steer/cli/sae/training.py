@@ -61,7 +61,10 @@ def _request(values: dict[str, Any]) -> SAETrainingRequest:
     from steer.fit.data.pairs import read_prompts
     from steer.fit.data.prompt import prompt_json
 
-    path, fields = values.pop("prompts"), read_values(SAETrainingRequest, values)
+    path, fields = (
+        values.pop("prompts"),
+        read_values(SAETrainingRequest, {**values, "states": None}),
+    )
     if values["labelled"]:
         found = read_judged(path)
         fields["prompts"] = [prompt_json(one.prompt) for one in found]

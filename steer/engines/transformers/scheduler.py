@@ -72,13 +72,16 @@ class Scheduler:
 
     Guarantees: first come, first served; a request that finds no slot waits; what is wrong with
     one request ends that one alone; when a step fails, the requests in it fail with `EngineError`
-    and the engine goes on.
+    and the engine goes on; while requests run, jobs get no more of the thread's time than they do.
     """
 
     def __init__(self, batch: Batch, grammars: Grammars | None = None) -> None:
         self._batch, self._grammars = batch, grammars
         self._inbox: queue.SimpleQueue[_InboxItem] = queue.SimpleQueue()
         self._waiting: deque[Submission] = deque()
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._owed = 0.0
+        """Seconds that running requests have left of their share, before the next job."""
         self._tickets: dict[int, Submission] = {}
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -111,7 +114,7 @@ class Scheduler:
         return submissions
 
     def run(self, job: Callable[[], Result]) -> Result:
-        """The result of `job`, run in the engine's thread between two steps."""
+        """The result of `job`, run in the engine's thread between two steps, in its turn."""
         if threading.current_thread() is self._thread:
             return job()
         return self.begin(job).result()
@@ -150,11 +153,13 @@ class Scheduler:
     @torch.inference_mode()
     def _loop(self) -> None:
         while not (self._stopping and not self._batch.sequences):
-            idle = not self._batch.sequences and not self._waiting
+            idle = not self._batch.sequences and not self._waiting and not self._jobs
             if idle:
                 self._batch.lend()
             self._read_inbox(block=idle)
+            self._run_job()
             self._drop_cancelled()
+            started = time.perf_counter()
             touched: dict[int, Listener] = {}
             try:
                 self._admit(touched)
@@ -162,10 +167,13 @@ class Scheduler:
                     self._hand_out(self._batch.decode(), touched)
             except Exception as error:
                 self._fail_batch(error, touched)
+            self._owed -= time.perf_counter() - started
             for listener in touched.values():
                 listener.flush()
             self.figures.running = len(self._batch.sequences)
             self.figures.waiting = len(self._waiting)
+        while self._jobs:
+            self._jobs.popleft()()
         self._batch.lend()
         for submission in self._waiting:
             _refuse(submission, EngineError("the engine is stopping"))
@@ -183,7 +191,16 @@ class Scheduler:
             elif isinstance(item, list):
                 self._waiting.extend(item)
             else:
-                item()
+                self._jobs.append(item)
+
+    def _run_job(self) -> None:
+        """The next job, unless requests run that are to have as long as the last one took: whoever
+        asks for one after the other must not keep everybody else waiting."""
+        if not self._jobs or (self._batch.sequences and self._owed > 0):
+            return
+        started = time.perf_counter()
+        self._jobs.popleft()()
+        self._owed = time.perf_counter() - started
 
     def _drop_cancelled(self) -> None:
         leaders = [s for s in self._batch.sequences if s.leads]

@@ -62,6 +62,11 @@ class StatesEngine:
         )
 
     @property
+    def points(self) -> frozenset[HookPoint]:
+        """Where states are kept."""
+        return frozenset(self._states)
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """The layers whose states are kept."""
         return tuple(sorted({point.layer for point in self._states}))
@@ -72,13 +77,17 @@ class StatesEngine:
             self._refuse(request)
         for point in request.points:
             self.info.check_point(point)
-            if point not in self._states:
-                known = ", ".join(map(str, self._states))
-                raise _not_kept(f"the states at {point}; it holds those at {known}")
+            self.check_kept(point)
         return [
             Captured(self._read(tuple(one), request.points, request.positions))
             for one in request.prompts
         ]
+
+    def check_kept(self, point: HookPoint) -> None:
+        """Raises `SteerError` (`states_not_kept`) for a hook point whose states are not here."""
+        if point not in self._states:
+            known = ", ".join(map(str, self._states))
+            raise _not_kept(f"the states at {point}; it holds those at {known}")
 
     def _read(
         self, tokens: tuple[int, ...], points: Sequence[HookPoint], asked: Sequence[int] | None
@@ -133,14 +142,15 @@ class StatesEngine:
 
     def _refuse(self, *_asked: object) -> NoReturn:
         raise Unsupported(
-            "this needs the model's answers, and only its states are kept: leave out --states, or "
-            "choose what needs no answers (of pairs: --choose separation)",
+            "this needs the model's answers, and only its states are kept: leave out --states "
+            "('states'), or choose what needs no answers (of pairs: --choose separation)",
             code="no_model",
         )
 
 
 def _not_kept(what: str) -> SteerError:
     return SteerError(
-        f"the folder does not hold {what}: capture the same file, at these hook points and tokens",
+        f"the capture does not hold {what}: capture the same texts, at these hook points and "
+        "tokens",
         code="states_not_kept",
     )

@@ -10,6 +10,7 @@ from steer.artefacts.detection import MAX_WINDOW
 from steer.errors import SteerError
 from steer.fit.requests.fields import (
     MAX_ITEMS,
+    CaptureField,
     DataField,
     LayersField,
     NameField,
@@ -46,6 +47,7 @@ class DetectorRequest(CardFields):
         | None
     ) = None
     data: DataField = None
+    states: CaptureField = None
     detects: Annotated[
         str, Field(max_length=4096, description="What it detects, in a sentence.")
     ] = ""

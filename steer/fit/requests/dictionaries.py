@@ -9,7 +9,7 @@ from pydantic import Field, StrictFloat, StrictInt
 
 from steer.errors import TooLarge
 from steer.fit.data.prompt import Positions
-from steer.fit.requests.fields import MAX_ITEMS, DataField, NameField, Seed, Spelled
+from steer.fit.requests.fields import MAX_ITEMS, CaptureField, DataField, NameField, Seed, Spelled
 from steer.fit.requests.inline import PROMPTS
 from steer.fit.requests.request import FitPlace, FitRequest, Fitted
 from steer.prompts import PromptParam
@@ -49,6 +49,7 @@ class DictionaryFields(FitRequest):
         | None
     ) = None
     data: DataField = None
+    states: CaptureField = None
     layer: Annotated[StrictInt, Field(ge=0, description="The layer to read.")]
     components: Components
     iterations: Iterations

@@ -52,6 +52,22 @@ class RefineParam(BaseModel):
     sae: Annotated[str, Field(min_length=1, max_length=256)]
 
 
+class CaptureRef(BaseModel):
+    """States that are kept already."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    job: Annotated[
+        str, Field(min_length=1, max_length=64, description="A finished capture of this model.")
+    ]
+
+
+CaptureField: TypeAlias = Annotated[
+    CaptureRef | None,
+    Spelled(hidden=True),
+    Field(description="Take the states from the files of a capture; the model does not run."),
+]
+
 MAX_ITEMS = 1 << 17
 """Items of data in one request."""
 

@@ -10,6 +10,7 @@ from steer.errors import SteerError
 from steer.fit.requests.fields import (
     MAX_ITEMS,
     BestField,
+    CaptureField,
     DataField,
     HeldOutField,
     SeedField,
@@ -41,6 +42,7 @@ class LabelsRequest(ReadingFields):
         | None
     ) = None
     data: DataField = None
+    states: CaptureField = None
     only: Annotated[
         Annotated[tuple[str, ...], Field(min_length=1, max_length=1024, fail_fast=True)] | None,
         Spelled("names", "Comma-separated labels; by default every one."),

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StrictBool
 
-from steer.errors import SteerError
+from steer.errors import SteerError, Unsupported
 from steer.fit.data.where import WhereName
 from steer.fit.requests.fields import (
     MAX_ITEMS,
     BestField,
+    CaptureField,
     DataField,
     HeldOutField,
     RefineParam,
@@ -42,6 +43,7 @@ class PairsRequest(ReadingFields):
         | None
     ) = None
     data: DataField = None
+    states: CaptureField = None
     method: Annotated[
         Literal["diffmean", "pca", "logistic"],
         Field(
@@ -86,6 +88,13 @@ class PairsRequest(ReadingFields):
         return self.beside or self.refine is not None
 
     def check(self, engine: Engine, registry: Registry, data: Any) -> None:
+        if self.states is not None and self.by_effect:
+            raise Unsupported(
+                "the model does not run where its states are given, and 'effect' needs its "
+                "answers: choose by 'separation', or leave out 'states'",
+                param="/choose",
+                code="no_model",
+            )
         if self.refine is not None:
             try:
                 registry.sae(self.refine.sae)

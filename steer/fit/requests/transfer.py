@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, StrictFloat
 
 from steer.errors import SteerError, Unsupported
 from steer.fit.data.prompt import Positions
-from steer.fit.requests.fields import MAX_ITEMS, DataField, Ref, Seed, Spelled
+from steer.fit.requests.fields import MAX_ITEMS, CaptureField, DataField, Ref, Seed, Spelled
 from steer.fit.requests.inline import PROMPTS, DataForm
 from steer.fit.requests.request import FitPlace, FitRequest, Fitted
 from steer.prompts import PromptParam
@@ -55,6 +55,7 @@ class TransferRequest(FitRequest):
         | None
     ) = None
     data: DataField = None
+    states: CaptureField = None
     source: Annotated[
         Ref,
         Spelled(flags=("--from",)),

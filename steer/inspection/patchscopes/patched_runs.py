@@ -100,6 +100,24 @@ def run_targets(
     A bounded number of runs shares a batch, each with a plan of its own; text is generated
     greedily, none where `max_tokens` is 0.
     """
+    # Those of one prompt that are patched at like layers together: an engine may compute what lies
+    # below the lowest of them once.
+    order = sorted(range(len(runs)), key=lambda n: (runs[n].prompt, _lowest(runs[n])))
+    said = dict(
+        zip(order, _in_order(engine, [runs[n] for n in order], top, max_tokens), strict=True)
+    )
+    return [said[n] for n in range(len(runs))]
+
+
+def _lowest(run: TargetRun) -> int:
+    """The layer that a run is patched at; below all layers where it is not."""
+    return -1 if run.patch is None else run.patch.target.layer
+
+
+def _in_order(
+    engine: Engine, runs: Sequence[TargetRun], top: int, max_tokens: int
+) -> list[PatchedAnswer]:
+    """What each run says, a batch after the other."""
     cache = PlanCache(MemoryLibrary(), engine.info, engine.capabilities, size=1)
     at_once = min(_AT_ONCE, engine.capabilities.limits.get("slots", _AT_ONCE))
     answers: list[PatchedAnswer] = []

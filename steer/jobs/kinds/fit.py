@@ -7,9 +7,13 @@ from typing import Any
 from steer.artefacts.control_vector import ControlVector
 from steer.artefacts.detector import Detector
 from steer.artefacts.lens import Lens
+from steer.engines.base import Engine
+from steer.errors import SteerError
+from steer.fit.bulk.kept import StatesEngine
 from steer.fit.requests.inline import count
 from steer.fit.requests.pairs import PairsRequest
 from steer.fit.requests.request import Artefact, FitPlace, FitRequest, check_request
+from steer.jobs.kinds.captured import reading_engine, with_layers
 from steer.jobs.kinds.kind import JobContext, JobKind
 from steer.registry.registry import Registry
 
@@ -25,7 +29,7 @@ def fit_kind(request: type[FitRequest]) -> JobKind[FitRequest]:
         name="fit" if request is PairsRequest else f"fit/{request.command}",
         params=request,
         run=_run,
-        check=lambda engine, registry, params: check_request(params, engine, registry),
+        check=_check,
         data=frozenset() if form is None else frozenset({form.field, "data"}),
         shown=_shown,
         summary=request.summary,
@@ -35,11 +39,28 @@ def fit_kind(request: type[FitRequest]) -> JobKind[FitRequest]:
     )
 
 
+def _check(engine: Engine, registry: Registry, request: FitRequest) -> None:
+    reading = reading_engine(engine, registry, request)
+    check_request(request, reading, registry)
+    if not isinstance(reading, StatesEngine):
+        return
+    for at, point in request.points():
+        # Without layers the site is asked for by block 0, which need not be kept.
+        if at == "/site" and any(kept.site == point.site for kept in reading.points):
+            continue
+        try:
+            reading.check_kept(point)
+        except SteerError as error:
+            raise error.at(at) from None
+
+
 def _run(context: JobContext, request: FitRequest) -> dict[str, Any]:
+    engine = reading_engine(context.engine, context.registry, request)
+    request = with_layers(request, engine)
     data = request.taken()
     found = request.run(
         FitPlace(
-            context.engine,
+            engine,
             context.registry,
             progress=context.counter(request.work(data), request.doing),
         ),

@@ -5,13 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from steer.engines.base import Engine
+from steer.errors import SteerError
+from steer.fit.bulk.kept import StatesEngine
 from steer.fit.requests.saes.training import SAETrainingRequest
+from steer.jobs.kinds.captured import reading_engine
 from steer.jobs.kinds.kind import JobContext, JobKind
+from steer.model import HookPoint
 from steer.registry.registry import Registry
 
 
 def _check(engine: Engine, registry: Registry, request: SAETrainingRequest) -> None:
-    request.check(engine, registry)
+    reading = reading_engine(engine, registry, request)
+    request.check(reading, registry)
+    if isinstance(reading, StatesEngine):
+        try:
+            reading.check_kept(HookPoint(request.layer, request.site))
+        except SteerError as error:
+            raise error.at("/layer") from None
 
 
 def _shown(request: SAETrainingRequest) -> dict[str, Any]:
@@ -20,9 +30,10 @@ def _shown(request: SAETrainingRequest) -> dict[str, Any]:
 
 
 def _train(context: JobContext, request: SAETrainingRequest) -> dict[str, Any]:
-    found = request.run(context.engine, context.counter)
+    engine = reading_engine(context.engine, context.registry, request)
+    found = request.run(engine, context.counter)
     entry, created = context.registry.add(request.name, found.sae)
-    request.forget(context.engine)
+    request.forget(engine)
     return {
         "sae": entry.id,
         "name": entry.name,

@@ -155,12 +155,20 @@ class JobStore:
         return job, ended
 
     def remove(self, job_id: str) -> Job:
-        """Forgets a finished job. Raises `Conflict` (`job_not_finished`), `UnknownArtefact`."""
+        """Forgets a finished job. Raises `Conflict` (`job_not_finished`, or `job_in_use` where one
+        that has not finished reads its files), `UnknownArtefact`."""
         with self._catalogue.writing() as connection:
             job = self._get(connection, job_id)
             if not job.finished:
                 raise Conflict(
                     f"the job {job_id!r} is {job.state}: cancel it first", code="job_not_finished"
+                )
+            reader = self._read_by(connection).get(job_id)
+            if reader is not None:
+                raise Conflict(
+                    f"the job {reader!r} reads the files of {job_id!r}: wait until it has "
+                    "finished, or cancel it",
+                    code="job_in_use",
                 )
             self._remove(connection, [job_id])
             return job
@@ -294,7 +302,7 @@ class JobStore:
         return count
 
     def prune(self, keep: int) -> None:
-        """Forgets all finished jobs but the `keep` newest."""
+        """Forgets all finished jobs but the `keep` newest, and those whose files are read."""
         query = (
             select(jobs.c.id)
             .where(jobs.c.state.in_(FINISHED))
@@ -305,7 +313,9 @@ class JobStore:
             if connection.execute(query.limit(1)).first() is None:
                 return
         with self._catalogue.writing() as connection:
-            self._remove(connection, list(connection.execute(query.limit(1000)).scalars()))
+            held = self._read_by(connection)
+            found = connection.execute(query.limit(1000)).scalars()
+            self._remove(connection, [job_id for job_id in found if job_id not in held])
 
     # Parts of transactions
 
@@ -317,6 +327,17 @@ class JobStore:
                 code="unknown_job",
             )
         return job_of(row)
+
+    def _read_by(self, connection: Connection) -> dict[str, str]:
+        """The jobs whose files are read by one that has not finished, each with such a one."""
+        named = jobs.c.request.like('%"states": {"job":%')
+        query = select(jobs.c.id, jobs.c.request).where(jobs.c.state.not_in(FINISHED), named)
+        found = {}
+        for reader, request in connection.execute(query):
+            states = json.loads(request).get("states")
+            if isinstance(states, dict) and "job" in states:
+                found[states["job"]] = reader
+        return found
 
     def _event(
         self, connection: Connection, job_id: str, kind: EventType, data: dict[str, Any]

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field, StrictFloat, StrictInt
 
 from steer.errors import SteerError, TooLarge
-from steer.fit.requests.fields import MAX_ITEMS, DataField, HeldOutField, NameField, Seed
+from steer.fit.requests.fields import (
+    MAX_ITEMS,
+    CaptureField,
+    DataField,
+    HeldOutField,
+    NameField,
+    Seed,
+)
 from steer.fit.requests.inline import PROMPTS
 from steer.fit.requests.request import CardFields, FitPlace, Fitted
 from steer.prompts import PromptParam
@@ -39,6 +46,7 @@ class TunedLensRequest(CardFields):
         | None
     ) = None
     data: DataField = None
+    states: CaptureField = None
     answer_tokens: Annotated[
         StrictInt,
         Field(

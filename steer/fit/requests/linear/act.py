@@ -8,7 +8,7 @@ from pydantic import Field, StrictBool
 
 from steer.fit.data.prompt import Positions
 from steer.fit.data.where import WhereName
-from steer.fit.requests.fields import MAX_ITEMS, DataField, LayerList, Spelled
+from steer.fit.requests.fields import MAX_ITEMS, CaptureField, DataField, LayerList, Spelled
 from steer.fit.requests.inline import PAIRS, PairParam
 from steer.fit.requests.request import FitPlace, Fitted, ReadingFields
 
@@ -29,6 +29,7 @@ class ActRequest(ReadingFields):
         | None
     ) = None
     data: DataField = None
+    states: CaptureField = None
     layers: Annotated[
         LayerList,
         Spelled("layers", "Such as 2-5 or 1,3: each is fitted after those before it."),

@@ -12,6 +12,7 @@ from steer.fit.data.where import WhereName
 from steer.fit.methods.linear.reading import TokensRead
 from steer.fit.requests.fields import (
     MAX_ITEMS,
+    CaptureField,
     DataField,
     HeldOutField,
     LayerList,
@@ -47,6 +48,7 @@ class AlphaSteerRequest(CardFields):
         | None
     ) = None
     data: DataField = None
+    states: CaptureField = None
     vector: Annotated[
         Ref,
         Spelled(flags=("--vector", "-v"), help="A registered vector, or a file: what is added."),

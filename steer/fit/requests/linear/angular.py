@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import Field
 
 from steer.fit.data.where import WhereName
-from steer.fit.requests.fields import MAX_ITEMS, DataField, HeldOutField, SeedField
+from steer.fit.requests.fields import MAX_ITEMS, CaptureField, DataField, HeldOutField, SeedField
 from steer.fit.requests.inline import PAIRS, PairParam
 from steer.fit.requests.request import FitPlace, Fitted, ReadingFields
 
@@ -29,6 +29,7 @@ class AngularRequest(ReadingFields):
         | None
     ) = None
     data: DataField = None
+    states: CaptureField = None
     where: Annotated[
         WhereName,
         Field(

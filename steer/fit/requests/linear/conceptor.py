@@ -11,6 +11,7 @@ from steer.errors import SteerError, pointer
 from steer.fit.data.where import WhereName
 from steer.fit.requests.fields import (
     MAX_ITEMS,
+    CaptureField,
     DataField,
     LayerList,
     NameField,
@@ -45,6 +46,7 @@ class ConceptorRequest(CardFields):
         | None
     ) = None
     data: DataField = None
+    states: CaptureField = None
     layers: Annotated[
         LayerList,
         Spelled("layers", "Such as 2-5 or 1,3."),

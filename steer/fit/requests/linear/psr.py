@@ -11,6 +11,7 @@ from steer.errors import pointer
 from steer.fit.data.where import WhereName
 from steer.fit.requests.fields import (
     MAX_ITEMS,
+    CaptureField,
     DataField,
     HeldOutField,
     LayerList,
@@ -44,6 +45,7 @@ class PsrRequest(CardFields):
         | None
     ) = None
     data: DataField = None
+    states: CaptureField = None
     instruction: Annotated[
         str,
         Field(

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 from steer.errors import SteerError, Unsupported, pointer
 from steer.fit.requests.fields import (
     MAX_ITEMS,
+    CaptureField,
     DescriptionField,
     LicenceField,
     NameField,
@@ -70,6 +71,7 @@ class SAETrainingRequest(BaseModel):
             description="What is read: texts, or lists of messages.",
         ),
     ]
+    states: CaptureField = None
     layer: Annotated[Index, Field(description="The layer whose states are rebuilt.")]
     site: SiteField = "resid_post"
     labels: Annotated[
@@ -177,6 +179,13 @@ class SAETrainingRequest(BaseModel):
                 "to one",
                 param="/latents",
                 code="invalid_option",
+            )
+        if self.states is not None and self.answer_tokens:
+            raise Unsupported(
+                "the model does not run where its states are given: leave out 'states', or capture "
+                "the answers and read them as texts",
+                param="/answer_tokens",
+                code="no_model",
             )
         if self.prediction_weight:
             differentiable(engine)

@@ -71,7 +71,7 @@ def test_vectors_of_labels_from_last_tokens_alone(
     )
     for label, vector in theirs.items():
         same(mine[label], vector)
-    with pytest.raises(SteerError, match="it holds 1: capture the same file") as caught:
+    with pytest.raises(SteerError, match="it holds 1: capture the same texts") as caught:
         fit_labels(states, LABELLED, name="v", layers=[1, 2], positions="mean")
     assert caught.value.code == "states_not_kept"
 

@@ -1,0 +1,1 @@
+"""What it costs on vLLM that requests ask for read-outs."""
