@@ -17,7 +17,7 @@ from benchmarks.inspection.chat_latency import Latency, chats, quantile
 from benchmarks.inspection.facts import CAPITAL, COUNTRIES, SOURCE
 from benchmarks.inspection.one_by_one import OneByOne
 from benchmarks.server import Server
-from steer.inspection.patchscope import MAX_CELLS
+from steer.inspection.patchscopes.method import MAX_CELLS
 from steer.prompts import text_tokens
 
 PLACEHOLDER = " x"

@@ -11,7 +11,7 @@ from benchmarks.inspection.facts import CAPITAL, SOURCE
 from benchmarks.inspection.one_by_one import OneByOne
 from steer.cli.local import DEMO_MODEL, running_engine
 from steer.engines.transformers.checkpoints.found import find_model
-from steer.inspection.patchscope import MAX_CELLS, PatchscopeRequest, patchscope
+from steer.inspection.patchscopes.method import MAX_CELLS, PatchscopeRequest, patchscope
 from steer.prompts import text_tokens
 
 
