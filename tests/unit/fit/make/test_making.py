@@ -13,7 +13,7 @@ from steer.artefacts.control_vector import ControlVector, LayerMeasure
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError
 from steer.fit.data.where import WHERES
-from steer.fit.make.choosing import COARSE, FINE, grid, likely_strength
+from steer.fit.make.choosing import COARSE, FINE, grid
 from steer.fit.make.contrast import AnswerPair, contrast_states, directions
 from steer.fit.make.made import Made
 from steer.fit.make.making import make, work_of
