@@ -18,6 +18,7 @@ from steer.fit.make.contrast import AnswerPair, contrast_states, directions
 from steer.fit.make.made import Made
 from steer.fit.make.making import make, work_of
 from steer.fit.make.report import lines, rows, write_made_report
+from steer.fit.make.trials import likely_strength
 from steer.fit.make.wish import QuestionParts, Wish
 from steer.fit.measure.answers import Answer
 from steer.fit.measure.scoring import Score
