@@ -22,6 +22,7 @@ from benchmarks.saes.setting import Setting, counting
 from benchmarks.saes.uses import SAEPlans, Way, answered, clamp, concept, differences, like
 from steer.artefacts.control_vector import ControlVector
 from steer.artefacts.library import MemoryLibrary
+from steer.cli.sae.tables import number
 from steer.engines.plans import plans_of
 from steer.fit.features.pooling import pooled_activations
 from steer.fit.features.suggesting import SuggestOptions, suggest, suggest_steps
@@ -62,6 +63,13 @@ def measure(
     """The figures of one attribute, which is a vector's name."""
     attribute = Attribute.of(setting, name, fitted=fitted, questions=questions, tokens=tokens)
     suggested = _suggested(setting, attribute)
+    for one in suggested.features:
+        print(
+            f"feature {one.feature}: tells {one.held_out:.2f}, does {one.gain:+.3f} nats a token "
+            f"at KL {one.kl:.2f} (chance {number(one.null)}, p {number(one.p)}, q {number(one.q)}; "
+            f"words {suggested.told:+.3f}): {one.label.text if one.label else 'no label'}",
+            flush=True,
+        )
     states = answer_states(setting.engine, attribute.told, setting.sae.site, [setting.sae.layer])[
         setting.sae.layer
     ]
@@ -69,6 +77,12 @@ def measure(
     plans = SAEPlans(setting.engine, setting.sae, ways, float(states.norm(dim=-1).mean()))
     choice, said_kl = _chosen(attribute, plans)
     best = choice.best
+    print(
+        f"chosen of {len(choice.trials)} trials: {best.use.source}, {best.use.where}, KL "
+        f"{best.kl:.2f}: score {best.score:.2f}, {best.valid:.0%} sound; the words' KL "
+        f"{said_kl:.2f}",
+        flush=True,
+    )
     rates = (setting.sae.encode(states) != 0).float().mean(0)
     rows = _held_out(setting, attribute, plans, best, rates, nulls)
     return {

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from benchmarks.saes.setting import Setting, counting
+from benchmarks.saes.steerer import spearman
 from steer.engines.journal import remembered
 from steer.fit.features.effect import EffectGround, EffectOptions, drawn_nulls, written_tokens
 from steer.fit.measure.nulls.comparison import p_value
@@ -114,8 +114,8 @@ def beside(curve: Curve, nulls: NDArray[np.float64]) -> dict[str, Any]:
         "effects": curve.effects,
         "null": nulls.mean(1).tolist(),
         "strongest": nulls.max(1).tolist(),
-        "spearman": _spearman(curve.effects),
-        "null spearman": [_spearman(column) for column in nulls.T],
+        "spearman": spearman(curve.effects),
+        "null spearman": [spearman(column) for column in nulls.T.tolist()],
         "rises": bool((steps >= -SLACK).all()),
         "above": [
             bool(one > strongest)
@@ -137,10 +137,6 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "mean null": np.mean([one["null"] for one in rows], axis=0).tolist(),
         "mean strongest": np.mean([one["strongest"] for one in rows], axis=0).tolist(),
     }
-
-
-def _spearman(effects: Sequence[float]) -> float:
-    return float(spearmanr(range(len(effects)), effects).statistic)
 
 
 def _null(base: SteeringPlan, vector: Any) -> PlanAt:

@@ -118,7 +118,8 @@ def judged(own: str, rows: Mapping[str, Sequence[Sequence[Answer]]]) -> dict[str
 
 
 def spearman(rates: Sequence[float]) -> float:
-    """The rank correlation with the strength; 0 where no rate differs."""
+    """The rank correlation of what was measured at rising strengths with the strength; 0 where
+    nothing differs."""
     if len(set(rates)) < 2:
         return 0.0
     return float(spearmanr(range(len(rates)), rates).statistic)

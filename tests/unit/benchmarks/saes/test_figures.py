@@ -192,12 +192,12 @@ def test_features_of_chance_fire_as_often_and_know_nothing_of_the_others() -> No
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(200, 64, generator=generator)
     rates = torch.arange(200) / 200
-    rows[101] = rows[100]  # a twin, as often
+    rows[90:100] = rows[100]  # ten twins, nearly as often
     found = like([100, 20], rates, rows, 5, seed=1)
     assert found == like([100, 20], rates, rows, 5, seed=1)
     drawn = [one for each in found for one in each]
     assert len(set(drawn)) == 10
-    assert not {100, 101, 20} & set(drawn)
-    assert all(abs(one[0] - 100) <= 20 and abs(one[1] - 20) <= 30 for one in found)
+    assert not {*range(90, 101), 20} & set(drawn)
+    assert all(abs(one[0] - 100) <= 30 and abs(one[1] - 20) <= 30 for one in found)
     with pytest.raises(ValueError, match="too few features are left"):
         like([100], rates, rows, 200, seed=1)
