@@ -52,6 +52,9 @@ def interventions(
     nulls: Nulls = 10,
     questions: Questions = 8,
     tokens: Tokens = 24,
+    pointed: Annotated[
+        bool, typer.Option(help="Also labels that name the tokens that decoder rows point to.")
+    ] = True,
     seed: Seed = 0,
     registry: Registry = None,
     dtype: Dtype = "float32",
@@ -67,6 +70,7 @@ def interventions(
             chosen,
             EffectOptions(kl=kl, nulls=nulls, max_tokens=tokens, seed=seed),
             questions,
+            pointed=pointed,
         )
         _show("labels", intervention.HEADINGS, intervention.lines(found))
         setting.write("intervention", found)

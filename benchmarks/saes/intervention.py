@@ -27,17 +27,21 @@ POINTED = 4
 
 
 def measure(
-    setting: Setting, features: Sequence[int], options: EffectOptions, questions: int
+    setting: Setting,
+    features: Sequence[int],
+    options: EffectOptions,
+    questions: int,
+    *,
+    pointed: bool = True,
 ) -> dict[str, Any]:
-    """The scores of the labels of `features` (what they fire on), and of labels that name the
-    tokens that their decoder rows point to."""
+    """The scores of the labels of `features` (what they fire on), and, `pointed`, of labels that
+    name the tokens that their decoder rows point to."""
     engine, sae = setting.engine, setting.sae
     asked = asked_questions(engine, None, options.seed, questions)
     ground = EffectGround.of(engine, sae, asked, options)
-    kinds = {
-        "fires on": {n: setting.labels[n].text for n in features},
-        "points to": _pointed(setting, features),
-    }
+    kinds = {"fires on": {n: setting.labels[n].text for n in features}}
+    if pointed:
+        kinds["points to"] = _pointed(setting, features)
     found = {}
     for kind, labels in kinds.items():
         steps = intervention_steps(len(labels), 2 * options.nulls, len(asked))
