@@ -16,7 +16,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-SUITES = ("engine", "attach", "peers", "upload", "jobs", "saes")
+SUITES = {
+    **{name: f"benchmarks.{name}" for name in ("engine", "attach", "peers", "upload", "jobs")},
+    "saes": "benchmarks.saes.clamps",
+}
 OWN = {
     "vllm": "benchmarks.vllm.command",
     "vllm readouts": "benchmarks.vllm.readouts.command",
@@ -45,7 +48,7 @@ def main(
     console = Console(width=120)
     console.print(machine())
     for name in names or SUITES:
-        suite = import_module(f"benchmarks.{name}")
+        suite = import_module(SUITES[name])
         table = Table(*getattr(suite, "HEADINGS", PLAIN), title=name)
         for row in suite.run(min(rounds, 3) if name == "peers" else rounds):
             table.add_row(*row)

@@ -135,13 +135,22 @@ def read_tokens(
 
 
 def read_places(
-    engine: Engine, prompts: Sequence[Prompt], reading: Reading, *, none: bool = False
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    reading: Reading,
+    *,
+    none: bool = False,
+    known: Sequence[list[int]] | None = None,
 ) -> Iterator[tuple[list[int], Sequence[int], dict[int, Tensor]]]:
     """For each prompt its tokens, the positions that were read, and their states
-    `[positions, width]` per layer. A selection may select `none` of a prompt's tokens."""
+    `[positions, width]` per layer. A selection may select `none` of a prompt's tokens. `known` are
+    the tokens of all (`prompt_tokens`), where the caller has them."""
     for first in range(0, len(prompts), reading.batch):
         group = prompts[first : first + reading.batch]
-        tokens = [prompt_tokens(engine, prompt) for prompt in group]
+        if known is None:
+            tokens = [prompt_tokens(engine, prompt) for prompt in group]
+        else:
+            tokens = list(known[first : first + reading.batch])
         captured = engine.capture(CaptureRequest(tokens, reading.points))
         for prompt, row, one in zip(group, tokens, captured, strict=True):
             places = list(reading.places(engine.tokenizer, prompt, row, none=none))

@@ -14,7 +14,7 @@ from steer.cli.measure.asking import AS_JSON
 from steer.cli.options import MODEL, PLACE, checked, command, keyword, options, read_values
 from steer.cli.reporting import progress_bar
 from steer.cli.sae.place import working
-from steer.cli.sae.tables import number, say, table
+from steer.cli.sae.tables import chance_of, number, say, table
 from steer.fit.requests.features.effect import EffectRequest
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ def show_effects(found: list[OutputEffect]) -> None:
         say(VERDICTS[verdict])
     say(
         "written, detected: the change in nats of the tokens that the decoder row points to, and "
-        f"of those it fires on; in brackets the strongest of {found[0].nulls} nulls at that KL"
+        f"of those it fires on; in brackets the strongest of {found[0].nulls} nulls at that KL, "
+        f"and q, the false discovery rate over {len(found)} features"
     )
 
 
@@ -113,9 +114,13 @@ def effect_lines(effect: OutputEffect) -> Iterator[str]:
         if target is not None:
             yield (
                 f"{what} change by {target.change:+.2f} nats; of {effect.nulls} nulls at that KL "
-                f"the strongest changes them by {target.strongest:+.2f} (p = {target.p:.2g})"
+                f"the strongest changes them by {target.strongest:+.2f} "
+                f"({chance_of(target.p, target.q)})"
             )
 
 
 def _beside(target: TargetEffect | None) -> str:
-    return number(None) if target is None else f"{target.change:+.2f} ({target.strongest:+.2f})"
+    if target is None:
+        return number(None)
+    chance = "" if target.q is None else f", q {target.q:.2g}"
+    return f"{target.change:+.2f} ({target.strongest:+.2f}{chance})"

@@ -14,7 +14,7 @@ from steer.cli.reporting import progress_bar
 from steer.cli.sae.effect import FEATURES, PROMPTS, asked_in
 from steer.cli.sae.labels import LabellerOption, labeller_at, say_cost
 from steer.cli.sae.place import working
-from steer.cli.sae.tables import number, say, table
+from steer.cli.sae.tables import chance_of, number, say, table
 from steer.fit.requests.features.score import ScoreRequest
 
 if TYPE_CHECKING:
@@ -82,7 +82,9 @@ def score_lines(scores: LabelScores) -> Iterator[str]:
     one = scores.intervention
     if one is not None:
         chance = (
-            "" if one.p is None else f" (directions of chance: {one.null:+.2f}, p = {one.p:.2g})"
+            ""
+            if one.p is None
+            else f" (directions of chance: {one.null:+.2f}, {chance_of(one.p, one.q)})"
         )
         yield f"raising it changes log p of {scores.label!r} by {one.gain:+.2f} nats{chance}"
     for what, found in (

@@ -62,15 +62,17 @@ def show_suggestions(found: Suggestions) -> None:
             f"{one.held_out:.2f}",
             f"{one.gain:+.2f} ({number(one.null)})",
             number(one.p),
+            number(one.q),
             "yes" if one.causes else "no",
             said(one.label),
         )
         for one in found.features
     ]
-    table(("feature", "tells (AUROC)", "does (chance)", "p", "causes", "label"), rows)
+    table(("feature", "tells (AUROC)", "does (chance)", "p", "q", "causes", "label"), rows)
     say(
         f"does: how much likelier, in nats a token, its answers are to the model that is told; "
-        f"the words themselves do {found.told:+.2f}"
+        f"the words themselves do {found.told:+.2f}. q: the false discovery rate of p over "
+        f"{len(found.features)} features"
     )
     best = found.features[0]
     if not best.causes:

@@ -12,6 +12,11 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
+def chance_of(p: float, q: float | None) -> str:
+    """A p-value, and the false discovery rate over what was looked at with it, where known."""
+    return f"p = {p:.2g}" if q is None else f"p = {p:.2g}, q = {q:.2g}"
+
+
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table of plain texts, folded to the terminal."""
     from rich.table import Table

@@ -38,7 +38,7 @@ from steer.fit.data.where import WHERES
 from steer.fit.features.surveying import check_fits
 from steer.fit.measure.answers import Answer, Progress, answers_under
 from steer.fit.measure.divergence import References, TokenChanges
-from steer.fit.measure.nulls.comparison import p_value
+from steer.fit.measure.nulls.comparison import p_value, q_values
 from steer.fit.measure.nulls.directions import answer_states, null_vector
 from steer.fit.measure.nulls.in_plans import with_vector
 from steer.fit.measure.nulls.matching import Match, PlanAt, matched_strengths
@@ -176,10 +176,25 @@ def effects_on(
     changes = ground.references.token_changes(raised.plans)
     lens = written_tokens(ground.engine, ground.sae, features)
     special = frozenset(getattr(ground.engine.tokenizer, "all_special_ids", ()))
-    return [
-        _effect(ground, feature, row, raised, changes, lens[row], survey, special)
-        for row, feature in enumerate(features)
-    ]
+    return corrected(
+        [
+            _effect(ground, feature, row, raised, changes, lens[row], survey, special)
+            for row, feature in enumerate(features)
+        ]
+    )
+
+
+def corrected(effects: Sequence[OutputEffect]) -> list[OutputEffect]:
+    """The effects with the q-values of what is written, and of what is detected, over all."""
+    found = list(effects)
+    for kind in ("written", "detected"):
+        targets: list[TargetEffect | None] = [getattr(one, kind) for one in found]
+        each = q_values([None if one is None else one.p for one in targets])
+        for place, (target, q) in enumerate(zip(targets, each, strict=True)):
+            if target is not None:
+                update = {kind: target.model_copy(update={"q": q})}
+                found[place] = found[place].model_copy(update=update)
+    return found
 
 
 def raised_features(

@@ -18,14 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from steer.engines.base import CaptureRequest, Engine, SamplingParams
+from steer.engines.base import Engine, SamplingParams
 from steer.fit.features.effect import EffectGround, Raised, raised_features
+from steer.fit.make.obedience import mean_logprobs
 from steer.fit.measure.answers import Answer, Progress, answers_under
-from steer.fit.measure.nulls.comparison import p_value
+from steer.fit.measure.nulls.comparison import p_value, q_values
 from steer.prompts import Prompt, as_chat, part_tokens, render
 from steer.registry.features.scores import InterventionScore
-
-_BATCH = 64
 
 QUESTION = (
     "Here is a text:\n\n{text}\n\nSay in one short phrase what the text is about, or what it is "
@@ -84,6 +83,11 @@ def scored_gains(
     """The scores from `gains` `[directions, labels]`: features first, in the labels' order."""
     own, chance = gains[: raised.features], gains[raised.features :]
     true, shuffled = np.diagonal(own), []
+    each = [
+        p_value(float(one), row.tolist()) if len(row) else None
+        for one, row in zip(true, chance.T, strict=True)
+    ]
+    corrected = q_values(each)
     scores = {}
     for place, feature in enumerate(features):
         others = [own[place, n] for n, text in enumerate(texts) if text != texts[place]]
@@ -99,7 +103,8 @@ def scored_gains(
             null=float(null.mean()) if len(null) else None,
             null_low=low,
             null_high=high,
-            p=p_value(gain, null.tolist()) if len(null) else None,
+            p=each[place],
+            q=corrected[place],
         )
     if not shuffled:
         return InterventionResult(scores, None)
@@ -118,11 +123,8 @@ def _label_logprobs(
         list(render(tokenizer, as_chat(tokenizer, QUESTION.format(text=one.text))))
         for one in answers
     ]
-    found = np.zeros(len(labels))
-    for place, label in enumerate(labels):
-        tail = part_tokens(tokenizer, label)
-        for first in range(0, len(heads), _BATCH):
-            texts = [head + tail for head in heads[first : first + _BATCH]]
-            captured = engine.capture(CaptureRequest(texts, logprobs=0, tail=len(tail)))
-            found[place] += sum(token.logprob for one in captured for token in one.logprobs)
-    return found / len(heads)
+    tails = [part_tokens(tokenizer, label) for label in labels]
+    rows = [(head, tail) for head in heads for tail in tails]
+    means = np.array(mean_logprobs(engine, rows)).reshape(len(heads), len(labels))
+    found: NDArray[np.float64] = means.mean(0) * [len(tail) for tail in tails]
+    return found

@@ -39,7 +39,7 @@ from steer.fit.make import placing
 from steer.fit.make.asking import NEUTRAL, Asked, Interview
 from steer.fit.make.obedience import readings
 from steer.fit.measure.answers import Answer, Progress, answers_under, mean
-from steer.fit.measure.nulls.comparison import p_value
+from steer.fit.measure.nulls.comparison import p_value, q_values
 from steer.prompts import Marked, Prompt
 from steer.spec import SteeringSpec, parse_spec
 
@@ -207,10 +207,10 @@ def _ranked(
     gains: np.ndarray,
 ) -> tuple[SuggestedFeature, ...]:
     chance = gains[raised.features :].tolist()
+    each = [p_value(float(gains[n]), chance) if chance else None for n in range(len(candidates))]
     found = []
-    for place, one in enumerate(candidates):
+    for place, (one, p, q) in enumerate(zip(candidates, each, q_values(each), strict=True)):
         match, gain = raised.matches[place], float(gains[place])
-        p = p_value(gain, chance) if chance else None
         found.append(
             SuggestedFeature(
                 feature=one.feature,
@@ -221,6 +221,7 @@ def _ranked(
                 gain=gain,
                 null=mean(chance) if chance else None,
                 p=p,
+                q=q,
                 causes=p is not None and p <= LEVEL,
                 strength=match.strength,
                 kl=match.kl,

@@ -16,7 +16,8 @@ class SuggestedFeature(BaseModel):
     half that found it and on the other. `gain` is how much likelier, in nats a token, raising it
     makes the answers to the model that is told the instruction than to the one that is told the
     opposite, less that of unsteered answers; a direction of chance at the same KL does `null` on
-    average, and `p` is the chance of one that does as much. `causes`: p ≤ 0.05.
+    average, `p` is the chance of one that does as much, and `q` the false discovery rate of p over
+    the features that were raised. `causes`: p ≤ 0.05.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -29,6 +30,7 @@ class SuggestedFeature(BaseModel):
     gain: float
     null: float | None
     p: float | None
+    q: float | None
     causes: bool
     strength: float
     kl: float

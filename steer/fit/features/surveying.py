@@ -75,7 +75,8 @@ def survey(
         at="/where",
     )
     unsaved = 0
-    for ids, places, rows in read_places(engine, prompts[done:], reading, none=True):
+    unread = read_places(engine, prompts[done:], reading, none=True, known=tokens[done:])
+    for ids, places, rows in unread:
         first = int(begins(engine.tokenizer, ids) and 0 in places)
         tally.add(rows[sae.layer][first:], done, positions=places[first:])
         done += 1

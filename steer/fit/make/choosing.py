@@ -9,10 +9,10 @@ themselves: how far the instruction moves the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from steer.artefacts.control_vector import ControlVector
 from steer.engines.base import Engine, SamplingParams
 from steer.errors import SteerError
 from steer.fit.data.pairs import Prompt
@@ -20,12 +20,11 @@ from steer.fit.data.where import WhereName
 from steer.fit.make.asking import Asked
 from steer.fit.make.contrast import Source
 from steer.fit.make.obedience import said_kl
-from steer.fit.make.trials import Trial, Use, plan_of, pooled, sound_trials, trial_of
+from steer.fit.make.trials import PlansOfUses, Trial, Use, pooled, sound_trials, trial_of
 from steer.fit.measure.answers import GROUP, Answer, Progress, answers_under, measured
 from steer.fit.measure.divergence import References
 from steer.fit.measure.nulls.matching import matched_strengths
 from steer.fit.measure.scoring import AnswerScorer, Scorer
-from steer.plan.plan import SteeringPlan
 
 COARSE = 2.0
 """The budget at which the whole grid is tried, in multiples of the instruction's own KL."""
@@ -115,7 +114,7 @@ class Ground:
 
 def choose(
     ground: Ground,
-    vectors: Mapping[Source, ControlVector],
+    plans: PlansOfUses,
     uses: Sequence[Use],
     *,
     wheres: Sequence[WhereName] = ("onward",),
@@ -129,17 +128,17 @@ def choose(
     Raises `SteerError` (`no_sound_use`) where steering breaks the text in every trial.
     """
     few = replace(ground, prompts=ground.prompts[:COARSE_QUESTIONS])
-    coarse = _tried(few, vectors, [(use, COARSE) for use in uses])
+    coarse = _tried(few, plans, [(use, COARSE) for use in uses])
     kept = [one.use for one in sorted(coarse, key=lambda one: -one.both)[:KEPT]]
-    fine = _tried(ground, vectors, [*_finer(kept, wheres)])
+    fine = _tried(ground, plans, [*_finer(kept, wheres)])
     if not sound_trials(fine, WANTED_VALID):
         # Words that move a model far allow too much; this is seldom, and counted by nobody.
         quiet = replace(ground, progress=None)
-        gentle = _tried(quiet, vectors, [(use, budget) for use in kept for budget in GENTLE])
+        gentle = _tried(quiet, plans, [(use, budget) for use in kept for budget in GENTLE])
         fine = [*fine, *gentle]
     sound, wanted = sound_trials(fine, MIN_VALID), sound_trials(fine, WANTED_VALID)
     first = _least([one for one in _good(sound) if one in wanted] or _good(sound))
-    again = _run_off(ground, vectors, first, sound_trials(fine, MAY_BE_SOUND), more)
+    again = _run_off(ground, plans, first, sound_trials(fine, MAY_BE_SOUND), more)
     settled = _least(_good([one for one in again if one.valid >= MIN_VALID - 1e-9]))
     best = settled or (max(again, key=lambda one: one.valid) if first and again else first)
     if best is None:
@@ -164,7 +163,7 @@ def _least(trials: Sequence[Trial]) -> Trial | None:
 
 def _run_off(
     ground: Ground,
-    vectors: Mapping[Source, ControlVector],
+    plans: PlansOfUses,
     first: Trial | None,
     others: Sequence[Trial],
     more: Sequence[Prompt],
@@ -176,7 +175,7 @@ def _run_off(
     everything = answers_under(
         ground.engine,
         [more] * len(chosen),
-        [plan_of(ground.engine, vectors[one.use.source], one.use, one.strength) for one in chosen],
+        [plans.plan(one.use, one.strength) for one in chosen],
         ground.scorer,
         sampling=ground.sampling,
         group=GROUP,
@@ -215,18 +214,16 @@ def steps(uses: int, prompts: int, wheres: int = 1, more: int = 0) -> int:
     return coarse + fine * (1 + prompts) + RUN_OFF * more
 
 
-def _tried(
-    ground: Ground, vectors: Mapping[Source, ControlVector], jobs: Sequence[tuple[Use, float]]
-) -> list[Trial]:
+def _tried(ground: Ground, plans: PlansOfUses, jobs: Sequence[tuple[Use, float]]) -> list[Trial]:
     """Every use at its budget, in shared batches."""
     budgets = [budget * ground.said_kl for _, budget in jobs]
-    plans_at = [_plan_at(ground.engine, vectors[use.source], use) for use, _ in jobs]
+    plans_at = [partial(plans.plan, use) for use, _ in jobs]
     matches = matched_strengths(
         ground.references,
         plans_at,
         budgets,
         start=[
-            likely_strength(vectors[use.source], use.layers, budget)
+            plans.likely_strength(use, budget)
             for (use, _), budget in zip(jobs, budgets, strict=True)
         ],
         tolerance=0.2,
@@ -246,25 +243,6 @@ def _tried(
         trial_of(use, budget, match, measured(answers, examples=1))
         for (use, _), budget, match, answers in zip(jobs, budgets, matches, everything, strict=True)
     ]
-
-
-def likely_strength(vector: ControlVector, layers: Sequence[int], kl: float) -> float:
-    """About the strength at which the vector, on `layers`, moves the model by `kl` nats: the search
-    starts there.
-
-    Half a root of the KL, as shares of the states' norms summed over the layers: found on one small
-    model (at .4 nats, .28 to .34 for every source and run of layers), and only a beginning.
-    """
-    shares = [
-        float(vector[layer].norm()) / norm
-        for layer in layers
-        if (norm := vector.card.measures[layer].residual_norm)
-    ]
-    return 0.47 * math.sqrt(kl) / sum(shares) if sum(shares) > 0 else 1.0
-
-
-def _plan_at(engine: Engine, vector: ControlVector, use: Use) -> Callable[[float], SteeringPlan]:
-    return lambda strength: plan_of(engine, vector, use, strength)
 
 
 def _run(layers: Sequence[int], span: tuple[float, float]) -> tuple[int, ...]:

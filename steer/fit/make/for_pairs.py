@@ -22,7 +22,7 @@ from steer.fit.make.asking import Asked
 from steer.fit.make.choosing import Choice, Ground, choose, grid
 from steer.fit.make.choosing import steps as choosing_steps
 from steer.fit.make.obedience import MIN_OBEDIENCE, obedience
-from steer.fit.make.trials import with_use
+from steer.fit.make.trials import VectorPlans, with_use
 from steer.fit.measure.answers import GROUP, Progress, answers_under
 from steer.prompts import Marked, prompt_json, render
 
@@ -138,7 +138,9 @@ def _choice(
     uses = grid(vector.card.layers, ("fitted",), where or "all")
     wheres: tuple[WhereName, ...] = ("onward",) if where is None else ()
     try:
-        return choose(ground, {"fitted": vector}, uses, wheres=wheres, more=more)
+        return choose(
+            ground, VectorPlans(engine, {"fitted": vector}), uses, wheres=wheres, more=more
+        )
     except SteerError as error:
         if error.code != "no_sound_use":
             raise

@@ -23,7 +23,7 @@ from steer.fit.make.asking import NEUTRAL, Interview
 from steer.fit.make.contrast import SOURCES, AnswerPair, contrast_states, directions
 from steer.fit.make.made import Made
 from steer.fit.make.obedience import MIN_OBEDIENCE, Obedience, SoundScorer, obedience
-from steer.fit.make.trials import with_use
+from steer.fit.make.trials import VectorPlans, with_use
 from steer.fit.make.wish import QuestionParts, Wish
 from steer.fit.measure.answers import Progress
 from steer.fit.measure.calibrate import calibrate, prompts_sha256, steps_of
@@ -74,7 +74,12 @@ def make(
         wish.sampling,
         progress,
     )
-    choice = choosing.choose(ground, vectors, choosing.grid(layers, SOURCES), more=parts.run_off)
+    choice = choosing.choose(
+        ground,
+        VectorPlans(engine, vectors),
+        choosing.grid(layers, SOURCES),
+        more=parts.run_off,
+    )
     chosen = vectors[choice.best.use.source]
     rows = states[choice.best.use.source]
     found = checking.check(

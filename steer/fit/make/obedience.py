@@ -183,16 +183,17 @@ def readings(
 ) -> list[AnswerReading | None]:
     """Each answer read after both forms of its question; None for an answer without tokens."""
     pairs = [(one, tokens) for one, tokens in zip(asked, answers, strict=True) if len(tokens)]
-    told = _mean_logprobs(engine, [(one.told, tokens) for one, tokens in pairs])
-    opposed = _mean_logprobs(engine, [(one.opposed, tokens) for one, tokens in pairs])
+    told = mean_logprobs(engine, [(one.told, tokens) for one, tokens in pairs])
+    opposed = mean_logprobs(engine, [(one.opposed, tokens) for one, tokens in pairs])
     found = map(AnswerReading, told, opposed)
     return [next(found) if len(tokens) else None for tokens in answers]
 
 
-def _mean_logprobs(
+def mean_logprobs(
     engine: Engine, rows: Sequence[tuple[Sequence[int], Sequence[int]]]
 ) -> list[float]:
-    """The mean log p, in nats, of what follows each prompt."""
+    """The mean log p, in nats, of what follows each prompt, which is not empty. What prompts and
+    texts of one length share is read once."""
     found = [0.0] * len(rows)
     # Answers to one question come together, so that the engine reads what they share once.
     order = sorted(range(len(rows)), key=lambda n: (len(rows[n][1]), rows[n][0]))

@@ -34,7 +34,9 @@ class TargetEffect(BaseModel):
     """What steering did to a few tokens, beside nulls.
 
     `change` is the mean change of their log-probabilities less that of all tokens, in nats; a null
-    does `null` on average and at most `strongest`. `p` is the chance of a null that does as much.
+    does `null` on average and at most `strongest`. `p` is the chance of a null that does as much,
+    `q` the false discovery rate of p over the features that were asked for together (None: of an
+    older version, which did not say).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,6 +46,7 @@ class TargetEffect(BaseModel):
     null: float
     strongest: float
     p: float
+    q: float | None = None
 
 
 class OutputEffect(Finding):

@@ -30,7 +30,8 @@ class InterventionScore(BaseModel):
     `gain` is the mean of log p(label | raised) − log p(label | unsteered), in nats of the whole
     label; `shuffled` the mean gain of other features' labels, `null` that of this label under
     directions of chance at the same KL, from `null_low` to `null_high` of which are all but a
-    fortieth on either side, and `p` the chance of one with as great a gain.
+    fortieth on either side, `p` the chance of one with as great a gain, and `q` the false discovery
+    rate of p over the labels that were scored together (None: of an older version).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,6 +44,7 @@ class InterventionScore(BaseModel):
     null_low: float | None
     null_high: float | None
     p: float | None
+    q: float | None = None
 
 
 class LabelScores(Finding):

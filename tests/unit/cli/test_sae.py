@@ -69,7 +69,10 @@ def test_what_makes_it_answer_in_french_promotes_french(place: Path) -> None:
     assert found["written"]["change"] > found["written"]["strongest"]
     assert {" la", " le", " Le", "La", "Le"} & {one["token"] for one in found["promoted"]}
     assert found["verdict"] in ("writes", "causes")
-    assert "raised by" in steer(place, "show", "resid-3", LATENT)
+    assert found["written"]["q"] == found["written"]["p"]  # of one feature alone
+    shown = steer(place, "show", "resid-3", LATENT)
+    assert "raised by" in shown
+    assert f"q = {found['written']['q']:.2g}" in shown
 
 
 def test_labels_are_brought_along_made_and_removed(place: Path, tmp_path: Path) -> None:

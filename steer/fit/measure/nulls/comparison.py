@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import false_discovery_control
 from torch import Tensor
 
 from steer.artefacts.calibration import MeasuredInterval, MeasuredNull, NullComparison
@@ -166,6 +167,17 @@ def p_value(score: float, nulls: Sequence[float]) -> float:
     It is never below 1 / (1 + nulls): few nulls cannot say much.
     """
     return (1 + sum(one >= score for one in nulls)) / (1 + len(nulls))
+
+
+def q_values(p: Sequence[float | None]) -> list[float | None]:
+    """Of each p-value the least false discovery rate at which it is a discovery, where as many were
+    looked at (Benjamini and Hochberg 1995); those that are None are not counted.
+
+    Exact for tests that are independent or depend positively, as those against the same nulls do.
+    """
+    known = [one for one in p if one is not None]
+    found = iter(false_discovery_control(known).tolist() if known else ())
+    return [None if one is None else float(next(found)) for one in p]
 
 
 def wrong_way(draws: Resamples, before: Sequence[float], after: Sequence[float]) -> Interval:

@@ -18,12 +18,13 @@ from steer.fit.features.effect import (
     EffectOptions,
     _verdict,
     check_raisable,
+    corrected,
     drawn_nulls,
     output_effects,
 )
 from steer.fit.features.surveying import SurveyPlace, survey
 from steer.fit.measure.nulls.matching import Match
-from steer.registry.features.effect import OutputVerdict, TargetEffect
+from steer.registry.features.effect import OutputEffect, OutputVerdict, TargetEffect
 from steer.registry.features.survey import Survey
 from steer.registry.registry import Registry
 
@@ -115,6 +116,28 @@ def test_nulls_know_nothing_of_the_features(
     cosines = [float(one[LAYER] @ row) for one in nulls[:30]]
     assert max(map(abs, cosines)) < 0.5
     assert all(float(one[LAYER].norm()) == pytest.approx(1) for one in nulls)
+
+
+def test_what_is_looked_at_together_is_corrected_together() -> None:
+    def effect(written: float | None, detected: float | None) -> OutputEffect:
+        return OutputEffect(
+            feature=0, model="m", prompts=1, strength=1.0, kl=0.2, reached=True, nulls=20,
+            promoted=(), demoted=(), verdict="unknown",
+            written=None if written is None else target(written),
+            detected=None if detected is None else target(detected),
+        )  # fmt: skip
+
+    one, other, third = corrected([effect(0.05, 0.2), effect(0.5, None), effect(0.4, 0.1)])
+    assert one.written is not None
+    assert one.written.q == pytest.approx(0.15)  # of three
+    assert one.detected is not None
+    assert one.detected.q == pytest.approx(0.2)  # of two
+    assert other.detected is None
+    assert third.written is not None
+    assert third.written.q == pytest.approx(0.5)
+    [alone] = corrected([effect(0.05, None)])
+    assert alone.written is not None
+    assert alone.written.q == pytest.approx(0.05)
 
 
 def target(p: float) -> TargetEffect:

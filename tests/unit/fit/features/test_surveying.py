@@ -13,7 +13,10 @@ from steer.artefacts.sae.base import SAE
 from steer.engines.base import CaptureRequest
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError
+from steer.fit import states
+from steer.fit.features import surveying
 from steer.fit.features.surveying import SurveyPlace, survey
+from steer.fit.states import prompt_tokens
 from steer.model import HookPoint
 from steer.registry.registry import Registry
 from steer.spec import Where
@@ -132,3 +135,21 @@ def test_an_sae_of_another_width_is_refused(
     with pytest.raises(SteerError) as raised:
         surveyed(engine, registry, tmp_path)
     assert (raised.value.code, raised.value.param) == ("wrong_width", "/sae")
+
+
+def test_each_text_is_tokenized_once(
+    engine: TransformersEngine,
+    registry: Registry,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[object] = []
+
+    def counted(engine: TransformersEngine, prompt: str) -> list[int]:
+        asked.append(prompt)
+        return prompt_tokens(engine, prompt)
+
+    for module in (states, surveying):
+        monkeypatch.setattr(module, "prompt_tokens", counted)
+    surveyed(engine, registry, tmp_path)
+    assert asked == TEXTS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,12 +82,11 @@ def chosen(
         return found
 
     monkeypatch.setattr(choosing, "_tried", lambda *_: next(ran, []))
-    monkeypatch.setattr(choosing, "plan_of", lambda _engine, _vector, _use, strength: strength)
     monkeypatch.setattr(choosing, "answers_under", answers)
     nothing: Any = None
     ground = Ground(nothing, ["?"] * 12, nothing, nothing, 0.1, nothing, told.append)
-    vectors: Any = {"last": None, "response": None}
-    return choose(ground, vectors, (), more=["?"] * more), told
+    plans: Any = SimpleNamespace(plan=lambda _use, strength: strength)
+    return choose(ground, plans, (), more=["?"] * more), told
 
 
 def test_what_is_unsound_on_more_questions_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

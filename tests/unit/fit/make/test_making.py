@@ -13,11 +13,12 @@ from steer.artefacts.control_vector import ControlVector, LayerMeasure
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError
 from steer.fit.data.where import WHERES
-from steer.fit.make.choosing import COARSE, FINE, grid, likely_strength
+from steer.fit.make.choosing import COARSE, FINE, grid
 from steer.fit.make.contrast import AnswerPair, contrast_states, directions
 from steer.fit.make.made import Made
 from steer.fit.make.making import make, work_of
 from steer.fit.make.report import lines, rows, write_made_report
+from steer.fit.make.trials import likely_strength
 from steer.fit.make.wish import QuestionParts, Wish
 from steer.fit.measure.answers import Answer
 from steer.fit.measure.scoring import Score

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,14 @@ from steer.artefacts.calibration import NullComparison
 from steer.artefacts.control_vector import ControlVector
 from steer.fit.measure.answers import Answer
 from steer.fit.measure.bootstrap import Resamples
-from steer.fit.measure.nulls.comparison import anti_steered, compare, p_value, told, wrong_way
+from steer.fit.measure.nulls.comparison import (
+    anti_steered,
+    compare,
+    p_value,
+    q_values,
+    told,
+    wrong_way,
+)
 from steer.fit.measure.nulls.directions import NullVector
 from steer.fit.measure.nulls.matching import Match
 from steer.fit.measure.nulls.runs import Contender, ContenderRuns, NullRun
@@ -126,3 +134,23 @@ def test_anti_steered_prompts_have_falling_lines() -> None:
     ]
     found = anti_steered(Resamples.draw(6), [0.0, 1.0, 2.0], scores)
     assert found.value == pytest.approx(2 / 5)
+
+
+def test_q_values_are_those_of_benjamini_and_hochberg() -> None:
+    # By hand: sorted .01, .02, .03, .5 times 4 / rank, the least from there on.
+    assert q_values([0.03, None, 0.01, 0.5, 0.02]) == [
+        pytest.approx(0.04),
+        None,
+        pytest.approx(0.04),
+        pytest.approx(0.5),
+        pytest.approx(0.04),
+    ]
+    assert q_values([0.2]) == [pytest.approx(0.2)]
+    assert q_values([None]) == [None]
+    assert q_values([]) == []
+
+
+def test_what_is_found_by_chance_is_within_the_rate() -> None:
+    drawn = np.random.default_rng(0).uniform(size=(400, 20))
+    false = [any(q is not None and q <= 0.1 for q in q_values(row.tolist())) for row in drawn]
+    assert 0.06 < np.mean(false) < 0.14

@@ -5,20 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import saes
+from benchmarks.saes import clamps
 
 
 @pytest.mark.parametrize("batch", [1, 5])
 def test_both_contestants_do_the_same(batch: int) -> None:
-    sae = saes.random_sae(64, 16)
-    x = saes.tokens(batch, 16)
-    after = saes.steered(sae, batch)(x)
+    sae = clamps.random_sae(64, 16)
+    x = clamps.tokens(batch, 16)
+    after = clamps.steered(sae, batch)(x)
     assert not torch.equal(after, x)
-    torch.testing.assert_close(after, saes.usual_hook(sae)(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(after, clamps.usual_hook(sae)(x), rtol=1e-5, atol=1e-5)
 
 
 def test_it_reports_the_hook_and_every_size() -> None:
-    rows = saes.run(1, width=16, latents=64, narrow=8, sizes=(16, 32), batches=(1, 2))
+    rows = clamps.run(1, width=16, latents=64, narrow=8, sizes=(16, 32), batches=(1, 2))
     assert [name for name, *_ in rows] == [
         "usual hook, 64 × 16, 1 tokens",
         "8 features clamped, 64 × 16, 1 tokens",
