@@ -16,10 +16,11 @@ from steer.cli.local import open_registry, running_engine
 from steer.cli.measure.asking import AS_JSON, REPORT
 from steer.cli.measure.scoring import scorer_of
 from steer.cli.options import MODEL, PLACE, checked, command, keyword, options, read_values
-from steer.cli.reporting import out, progress_bar, table_out
+from steer.cli.reporting import err, out, progress_bar, table_out
 from steer.fit.requests.make import MakeRequest
 
 if TYPE_CHECKING:
+    from steer.engines.transformers.engine import TransformersEngine
     from steer.fit.make.made import Made
 
 _PROMPTS = keyword(
@@ -50,6 +51,17 @@ def _parameters() -> Iterator[Parameter]:
     yield from PLACE
 
 
+def _hint(engine: TransformersEngine, dtype: str | None) -> None:
+    from steer.engines.transformers.checkpoints.placing import multiplies_bfloat16
+
+    if dtype is None and engine.info.dtype == "float32" and multiplies_bfloat16():
+        err().print(
+            "computing in float32; on this processor --dtype bfloat16 takes about a third of the "
+            "time",
+            highlight=False,
+        )
+
+
 def _make(values: dict[str, Any]) -> None:
     from steer.engines.journal import JournaledEngine, journal_of
     from steer.fit.data.pairs import read_prompts
@@ -71,10 +83,11 @@ def _make(values: dict[str, Any]) -> None:
             )
         )
         request.check(engine)
+        _hint(engine, values["dtype"])
         journal = journal_of(request, engine)
         journaled = JournaledEngine(engine, journal)
         if journaled.begun:
-            out().print("going on where it was ended", highlight=False)
+            err().print("going on where it was ended", highlight=False)
         done = stack.enter_context(progress_bar("making a vector", request.work(engine)))
         found = request.run(journaled, scorer, progress=done)
     journal.unlink(missing_ok=True)
