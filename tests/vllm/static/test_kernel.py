@@ -253,7 +253,8 @@ class Simulation:
         assert (running is None) == (step is None)
         rows = np.full(total, -1, dtype=np.int64)
         positions = np.zeros(total, dtype=np.int64)
-        for span in (span for span in spans[0] if span.request.plan is not None):
+        # A plan may have no rules: a ramp that is 0 throughout edits nothing.
+        for span in (span for span in spans[0] if span.request.rules):
             rows[span.place], positions[span.place] = span.request.row, span.positions
         self.ledgers[0].expect(rows, positions)
         states = self._states(ids, reference)
@@ -858,7 +859,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from steer.engines.vllm.static.kernel import _edit_group, launch_shape
 
-FLOATS = {"values", "sizes", "read", "write", "laws", "constants", "gates", "latents"}
+FLOATS = {"factors", "values", "sizes", "read", "write", "laws", "constants", "gates", "latents"}
 SCALARS = {"hidden_stride", "residual_stride", "group", "first_point", "points", "streams",
            "n_points", "n_groups", "batch_tokens", "width"}
 SHAPES = ((80, 4096, "bf16", True, True), (90, 16384, "fp16", False, True),
