@@ -18,7 +18,7 @@ from vllm_speculation import NGRAM, counted_drafts
 from steer.engines.transformers.engine import TransformersEngine
 from steer.engines.vllm.front.engine import VllmEngine
 
-CLIENTS, WAVES = 240, 4
+CLIENTS, WAVES = 320, 4
 REQUESTS, BLOCKS, STEP_TOKENS = 16, 18, 64
 
 
