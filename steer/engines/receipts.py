@@ -53,14 +53,19 @@ def receipt_of(
 ) -> Receipt:
     """`counts[applied]` is the number of tokens that the rules named by `applied` edited, and
     `shares[rule]` the sum of their factors; `cached` of the steered ones were not computed for this
-    request. Sizes are means over what the ledger saw
-    computed, however often that was, but for drafted tokens that did not stay."""
+    request. Sizes are means over what the ledger saw computed, however often that was, but for
+    drafted tokens that did not stay."""
     applied = np.arange(len(counts))
+
+    def edited_by(rules: int) -> int:
+        """The tokens that any of the rules named by these bits edited."""
+        return int(counts[(applied & rules) != 0].sum())
+
     steered = int(counts[1:].sum())
     points = []
     for point in plan.points:
         touching = sum(1 << n for n, one in enumerate(plan.rules) if point in one.blocks)
-        tokens = int(counts[(applied & touching) != 0].sum())
+        tokens = edited_by(touching)
         size = None
         if request.measure and point in ledger.relative:
             size = ledger.relative[point].mean(request.row)
@@ -69,12 +74,12 @@ def receipt_of(
     for number, one in enumerate(plan.rules):
         if one.gate is not None:
             value = float(ledger.gate_value[request.row, number])
-            fired = int(counts[(applied & (1 << number)) != 0].sum())
+            fired = edited_by(1 << number)
             gates.append(GateReceipt(one.gate.name, fired, value if math.isfinite(value) else None))
     ramps = []
     for number, one in enumerate(plan.rules):
         if one.selection.ramp is not None:
-            tokens = int(counts[(applied & (1 << number)) != 0].sum())
+            tokens = edited_by(1 << number)
             mean = _mean(float(shares[number]), tokens)
             ramps.append(RampReceipt(one.selection.ramp.points, tokens, mean))
     return Receipt(

@@ -48,9 +48,6 @@ GREEDY_BELOW = 1e-5
 NO_TOKEN = -1
 """In the place of a token where logits name none."""
 
-LEAST_LOGPROB = -9999.0
-"""Reported for tokens that a model never says, as by OpenAI and vLLM: JSON has no −inf."""
-
 
 _STRETCH = 256
 """Words of the vocabulary that are laid end to end as one, when a token is drawn."""
