@@ -33,7 +33,9 @@ serve: $(READY)
 	$(BIN)/steer serve --model $(MODEL) --engine $(ENGINE) --port $(PORT)
 endif
 
-test: $(READY) oracles clients vllm
+# The environments are made two at a time: pip keeps one core busy, not two.
+test: $(READY)
+	$(MAKE) -j 2 oracles clients vllm
 	bash deploy/postgres-for-tests.sh
 	$(BIN)/pytest $(PARALLEL)
 	bash tests/vllm/run.sh $(VLLM_VERSION)

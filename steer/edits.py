@@ -530,4 +530,11 @@ def gate_open(
     value = (x * direction).sum(-1)
     length = x.norm(dim=-1).clamp_min(_TINY)
     value = torch.where(cosine, value / length, value) + bias
-    return (value > above) & (value < below), value
+    return in_range(value, above, below), value
+
+
+def in_range(
+    value: Float[Tensor, " T"], above: Float[Tensor, " T"], below: Float[Tensor, " T"]
+) -> Bool[Tensor, " T"]:
+    """Whether a gate that has read each `value` is open; NaN opens none."""
+    return (value > above) & (value < below)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from steer.errors import IncompatibleArtefact, SteerError, Unsupported
 from steer.spec import STRENGTH_UNITS, Role, Site
@@ -71,6 +71,9 @@ def parse_layers(text: str, *, param: str = "/layers") -> tuple[int, ...]:
     """
     found: set[int] = set()
     for part in text.split(","):
+        if part.strip().startswith("-") and part.strip()[1:].isdecimal():
+            why = "layers are numbered from 0, the last is their number less 1: write 3, 1,3 or 2-5"
+            raise _no_layers(text, why, param)
         match = _LAYERS.fullmatch(part.strip())
         if match is None:
             raise _no_layers(text, "write 3, or 1,3, or 2-5", param)
@@ -82,6 +85,14 @@ def parse_layers(text: str, *, param: str = "/layers") -> tuple[int, ...]:
             raise _no_layers(text, f"it names layer {min(twice)} twice; name it once", param)
         found |= layers
     return tuple(sorted(found))
+
+
+SomeLayersOrAll: TypeAlias = tuple[int, ...] | Literal["all"]
+
+
+def parse_layer_choice(text: str) -> SomeLayersOrAll:
+    """As `parse_layers`, or `all`."""
+    return "all" if text.strip() == "all" else parse_layers(text)
 
 
 def _layer_number(digits: str, param: str) -> int:
@@ -208,17 +219,18 @@ class Capabilities:
     whether the model can be differentiated (`steer.engines.gradients`); `no_unembedding` says why
     states cannot be read as logits, where they cannot; `projections` are the sites whose output
     projection can be asked (`Engine.project`); `carries` whether a block can be run by itself
-    (`Engine.carry`); `attention` whether a capture can tell what heads attend to; `readouts`
-    are the fields of a `ReadoutSpec` that can be read while a request runs; `lora` whether a
-    request may bring a LoRA adapter. What can be inspected and fitted follows from them: engines
-    know no method by name. `roles` are those whose messages are found in the model's chats.
+    (`Engine.carry`); `attention` whether a capture can tell what heads attend to, and what they
+    attend by (`Engine.queries_and_keys`); `readouts` are the fields of a `ReadoutSpec` that can be
+    read while a request runs; `lora` whether a request may bring a LoRA adapter. What can be
+    inspected and fitted follows from them: engines know no method by name. `roles` are those whose
+    messages are found in the model's chats.
     """
 
     engine: str
     kinds: tuple[str, ...]
     sites: tuple[Site, ...]
     strength_units: tuple[str, ...] = STRENGTH_UNITS
-    gate_scopes: tuple[str, ...] = ("prompt", "token")
+    gate_scopes: tuple[str, ...] = ("prompt", "token", "onward")
     sae_architectures: tuple[str, ...] = ()
     norm_preserving: bool = True
     sampling: tuple[str, ...] = ()

@@ -14,7 +14,9 @@ from benchmarks.vllm.diets import Batch
 from benchmarks.vllm.shapes import CAPABILITIES, FEATURES, Shape, library
 from steer.batch.ledger import PositionLedger
 from steer.batch.requests import Span, SteeredRequest
-from steer.engines.vllm.static.form import StaticForm, StaticPass, set_form
+from steer.engines.vllm.static.form import StaticForm
+from steer.engines.vllm.static.operators import set_form
+from steer.engines.vllm.static.passes import StaticPass
 from steer.engines.vllm.taps.shifts import ShiftTables
 from steer.engines.vllm.taps.taps import CompiledTap, OpaqueTap, tap_of
 from steer.plan.cache import PlanCache

@@ -17,12 +17,14 @@ from benchmarks.inspection import (
     contexts,
     detecting,
     next_token,
+    onward_gates,
     token_steering,
 )
 from benchmarks.inspection.figure import draw
 from benchmarks.inspection.readings import Curve
+from steer.artefacts.control_vector import ControlVector
 from steer.artefacts.lens import Lens
-from steer.cli.local import running_engine
+from steer.cli.local import DEMO_MODEL, running_engine
 from steer.engines.base import Engine
 from steer.fit import fit_tuned_lens
 
@@ -142,6 +144,21 @@ def tokens(
     Console(width=200).print(table)
 
 
+@app.command("texts")
+def texts(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Where to write them, one a line.")],
+    source: Annotated[str, typer.Option(help="docs or answers.")] = "docs",
+    most: Annotated[int, typer.Option(help="The most texts.")] = 120,
+) -> None:
+    """Texts to fit a lens on, for `steer fit`: none that contexts are drawn from."""
+    with running_engine(model, device=None, dtype=None) as engine:
+        pieces = contexts.SOURCES[source](engine).fitting[:most]
+        lines = [json.dumps(engine.tokenizer.decode(tokens)) for tokens in pieces]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n".join(lines) + "\n")
+
+
 @app.command("detectors")
 def detectors(
     model: Model,
@@ -158,6 +175,30 @@ def detectors(
     for row in rows:
         table.add_row(*row)
     Console(width=260).print(table)
+
+
+@app.command("onward")
+def onward(
+    data: Annotated[Path, typer.Option(help="The demo model's folder of pairs.")] = Path(
+        "vectors/demo/data"
+    ),
+    vector: Annotated[Path, typer.Option(help="What is added: its vector of German.")] = Path(
+        "vectors/demo/vectors/german.safetensors"
+    ),
+) -> None:
+    """Gates that stay open from a token on, beside those that each token opens; the demo model."""
+    german = ControlVector.from_bytes(vector.read_bytes())
+    with running_engine(DEMO_MODEL, device=None, dtype=None) as engine:
+        rows, openings = onward_gates.measure(engine, data, german)
+    table = Table(*onward_gates.Row._fields, title="what is changed, and made German")
+    for row in rows:
+        table.add_row(*row)
+    places = Table(
+        *onward_gates.Opening._fields, title="where a gate opens, of the first French token"
+    )
+    for place in openings:
+        places.add_row(*place)
+    Console(width=200).print(table, places)
 
 
 def _lens(engine: Engine, texts: Sequence[contexts.Tokens], path: Path | None, steps: int) -> Lens:

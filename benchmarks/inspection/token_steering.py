@@ -1,8 +1,9 @@
 """What a token's direction does: a model made to say it, kept from it, or from one to the other.
 
 Facts that the model answers itself. Each condition edits every token of the prompt on the given
-layers, and the next token is read. A random direction stands beside each added one at the strength
-that moves the next-token distributions as far (mean KL), random tokens beside each exchanged one.
+layers, and the next token is read. Beside what is added, ablated and swapped stand random
+directions at the strength that moves the next-token distributions as far (mean KL), beside what is
+exchanged random tokens, and beside all of it the unsteered model and what it says when it is told.
 """
 
 from __future__ import annotations
@@ -22,20 +23,26 @@ from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import CaptureRequest, Engine
 from steer.engines.plans import plans_of
 from steer.plan.cache import PlanCache
+from steer.prompts import text_tokens
 from steer.readouts.measures import kl_divergence
 from steer.spec import parse_spec
 
 MODES = ("move", "one_way")
+TOLD = "Suppose that the capital of {0} is {1}. "
+FORBIDDEN = "Whatever you are asked about {0}, never say {1}. "
 _DOUBLINGS, _HALVINGS = 4, 6
 
 
 class Fact(NamedTuple):
-    """A prompt, the token the model answers it with, another fact's answer, and a random token."""
+    """A prompt, the token the model answers it with, another fact's answer, and a random token; the
+    prompt after it was told that the other is the answer, and after it was told not to say it."""
 
     prompt: Tokens
     answer: int
     other: int
     random: int
+    told: Tokens
+    forbidden: Tokens
 
 
 class Row(NamedTuple):
@@ -69,7 +76,17 @@ def known_facts(engine: Engine, most: int) -> list[Fact]:
              if answers[(n + step) % len(answers)] != answers[n])
         for n in range(len(answers))
     ]  # fmt: skip
-    return [Fact(*one) for one in zip(asked, answers, others, drawn, strict=True)]
+    words = {number: capital for number, (_, capital) in zip(answers, known, strict=True)}
+    told, forbidden = (
+        [tuple(text_tokens(engine.tokenizer, before + text)) for before, text in zip(
+            (form.format(name, words[said]) for (name, _), said in zip(known, about, strict=True)),
+            (CAPITAL.format(name) for name, _ in known),
+            strict=True,
+        )]
+        for form, about in ((TOLD, others), (FORBIDDEN, answers))
+    )  # fmt: skip
+    columns = zip(asked, answers, others, drawn, told, forbidden, strict=True)
+    return [Fact(*one) for one in columns]
 
 
 class Bench:
@@ -87,12 +104,13 @@ class Bench:
         self._plain = self._read([None] * len(facts))
 
     def row(
-        self, condition: str, layers: Sequence[int], strength: str, items: list[dict[str, Any]],
-        targets: Sequence[int] | None = None,
+        self, condition: str, layers: Sequence[int], strength: str,
+        items: Sequence[dict[str, Any] | None], targets: Sequence[int] | None = None,
+        prompts: Sequence[Tokens] | None = None,
     ) -> Row:  # fmt: skip
         """What becomes of the facts under one intervention each; `targets` default to their other
-        answers."""
-        logits = self._read(items)
+        answers, `prompts` to their own."""
+        logits = self._read(items, prompts)
         said, chances = logits.argmax(-1), logits.double().softmax(-1)
         target = torch.tensor(targets or [one.other for one in self.facts])
         answer = torch.tensor([one.answer for one in self.facts])
@@ -128,12 +146,15 @@ class Bench:
             low, high = (low, middle) if reached(middle) else (middle, high)
         return (low + high) / 2
 
-    def _read(self, items: Sequence[dict[str, Any] | None]) -> Tensor:
+    def _read(
+        self, items: Sequence[dict[str, Any] | None], prompts: Sequence[Tokens] | None = None
+    ) -> Tensor:
         plans = [
             None if one is None else self._plans.plan(parse_spec({"interventions": [one]}))
             for one in items
         ]
-        request = CaptureRequest([one.prompt for one in self.facts], plans=plans, logits="last")
+        asked = prompts or [one.prompt for one in self.facts]
+        request = CaptureRequest(asked, plans=plans, logits="last")
         found = []
         for captured in self._engine.capture(request):
             assert captured.logits is not None
@@ -156,13 +177,20 @@ def measure(
     bench = Bench(engine, facts, {name: one for name, one in lenses.items() if one is not None})
     every = range(len(facts))
     last = engine.info.n_layers - 1
-    rows = [bench.row("unsteered", (), "", [_nothing() for _ in every])]
+    rows = [
+        bench.row("unsteered", (), "", [_nothing() for _ in every]),
+        bench.row("told the other", (), "", [None for _ in every], None, [f.told for f in facts]),
+        bench.row(
+            "told not to say it", (), "", [None for _ in every], None, [f.forbidden for f in facts]
+        ),
+    ]
     for layer in layers:
         for name, lens in lenses.items() if shares else ():
             rows += _added(bench, name, lens, layer, shares)
         for name, lens in lenses.items():
             for chosen in ((layer,), tuple(range(layer, last))):
                 rows += _taken_and_exchanged(bench, name, lens, chosen)
+                rows += _swapped(bench, name, lens, chosen, shares)
     return len(facts), rows
 
 
@@ -220,10 +248,53 @@ def _taken_and_exchanged(
 
     ablated = [{"kind": "ablate", "vector": one, **at} for one in mine]
     unlike = [{"kind": "ablate", "vector": one, **at} for one in drawn]
+    taken = bench.row(f"ablate the answer, {name}", layers, "1", ablated)
     return [
-        bench.row(f"ablate the answer, {name}", layers, "1", ablated),
+        taken,
         bench.row("  a random token", layers, "1", unlike),
+        *_equally_far(bench, taken, layers, lambda n, s: _random_add(n, s, layers)),
         *(exchanged(f"answer and other, {name}", mine, theirs, m) for m in MODES),
         exchanged("  answer and a random token", mine, drawn, "move", [f.random for f in facts]),
         exchanged("  two random tokens", drawn, again, "move"),
     ]
+
+
+def _swapped(
+    bench: Bench, name: str, lens: Lens | None, layers: tuple[int, ...], shares: Sequence[float]
+) -> list[Row]:
+    """The answer swapped for the other's, beside two random directions swapped as far."""
+    count = len(bench.facts)
+
+    def random(number: int, strength: float) -> dict[str, Any]:
+        return _swap(f"random-{number}", f"random-{(number + 1) % count}", strength, layers)
+
+    rows = []
+    for share in shares:
+        items = [
+            _swap(_token(f.answer, name, lens), _token(f.other, name, lens), share, layers)
+            for f in bench.facts
+        ]
+        done = bench.row(f"swap answer for other, {name}", layers, f"{share:g}", items)
+        rows += [done, *_equally_far(bench, done, layers, random)]
+    return rows
+
+
+def _swap(remove: Any, add: Any, share: float, layers: Sequence[int]) -> dict[str, Any]:
+    return {
+        "kind": "swap", "remove": remove, "add": add, "strength": share, "layers": list(layers)
+    }  # fmt: skip
+
+
+def _random_add(number: int, share: float, layers: Sequence[int]) -> dict[str, Any]:
+    return {**_add(f"random-{number}", share, layers[0]), "layers": list(layers)}
+
+
+def _equally_far(
+    bench: Bench, row: Row, layers: Sequence[int], item: Callable[[int, float], dict[str, Any]]
+) -> list[Row]:
+    """Random directions at the mean KL of `row`; nothing where no strength reaches it."""
+    same = bench.matched(item, row.kl)
+    if not math.isfinite(same):
+        return []
+    beside = [item(n, same) for n in range(len(bench.facts))]
+    return [bench.row("  random directions", layers, f"{same:.3f}", beside)]

@@ -16,7 +16,7 @@ from pydantic import (
     field_validator,
 )
 
-from steer.artefacts.arming import MAX_ARMED, ArmedDetector
+from steer.artefacts.arming import MAX_ARMED, ArmedDetector, parse_armed
 from steer.errors import SpecError, SteerError
 from steer.fit.features.asked.embedder import Embedder
 from steer.fit.features.asked.outside import OutsideModel
@@ -37,18 +37,8 @@ Several = Annotated[tuple[str, ...], BeforeValidator(_several)]
 
 def _each_armed(value: tuple[str, ...]) -> tuple[str, ...]:
     for text in value:
-        armed(text)
+        parse_armed(text)
     return value
-
-
-def armed(text: str) -> ArmedDetector:
-    """The detector that `name` or `name:action` arms. Raises `ValueError`."""
-    name, colon, action = text.rpartition(":")
-    fields = {"name": name, "action": action} if colon else {"name": text}
-    try:
-        return ArmedDetector.model_validate(fields)
-    except ValidationError:
-        raise ValueError(f"{text!r} arms no detector: write NAME, NAME:tag or NAME:stop") from None
 
 
 Armed = Annotated[Several, AfterValidator(_each_armed), Field(max_length=MAX_ARMED)]
@@ -165,7 +155,7 @@ class ServerSettings(BaseModel):
     @property
     def armed(self) -> tuple[ArmedDetector, ...]:
         """The detectors on every request."""
-        return tuple(map(armed, self.detectors))
+        return tuple(map(parse_armed, self.detectors))
 
     @property
     def spec_policy(self) -> Policy:

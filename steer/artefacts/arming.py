@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from steer.spec import DetectorRef
 
@@ -29,6 +29,16 @@ class ArmedDetector(BaseModel):
     action: Action = "tag"
     tokens: ReadTokens = "generated"
     threshold: Annotated[float, Field(strict=True, allow_inf_nan=False)] | None = None
+
+
+def parse_armed(text: str) -> ArmedDetector:
+    """The detector that `name` or `name:action` arms. Raises `ValueError`."""
+    name, colon, action = text.rpartition(":")
+    fields = {"name": name, "action": action} if colon else {"name": text}
+    try:
+        return ArmedDetector.model_validate(fields)
+    except ValidationError:
+        raise ValueError(f"{text!r} arms no detector: write NAME, NAME:tag or NAME:stop") from None
 
 
 ArmedDetectors: TypeAlias = Annotated[

@@ -24,6 +24,7 @@ from steer.artefacts.adapter_parts import (
     part_of,
 )
 from steer.artefacts.calibration import Calibration
+from steer.artefacts.concepts.form import ProbeForm
 from steer.artefacts.detection import Detection
 from steer.artefacts.kinds import ArtefactKind
 from steer.artefacts.oracle_form import OracleForm
@@ -80,6 +81,10 @@ class Card(BaseModel):
     detection: Detection | None = Field(default=None, exclude_if=lambda value: value is None)
     # How an oracle is asked; no other kind has one.
     oracle: OracleForm | None = Field(default=None, exclude_if=lambda value: value is None)
+    # What a probe was taught; no other kind has one.
+    probe: ProbeForm | None = Field(default=None, exclude_if=lambda value: value is None)
+    # How many decoder blocks a lens's model has, where its own maps do not say it.
+    depth: int | None = Field(default=None, ge=1, exclude_if=lambda value: value is None)
 
     @property
     def used_layers(self) -> tuple[int, ...]:

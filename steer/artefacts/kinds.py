@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
-ArtefactKind = Literal["vector", "low_rank", "sae", "lens", "affine", "detector", "oracle"]
+ArtefactKind = Literal["vector", "low_rank", "sae", "lens", "affine", "detector", "oracle", "probe"]
 """A kind, as cards, the catalogue and error codes (`unknown_lens`) call it."""
 
-Plural = Literal["vectors", "adapters", "saes", "lenses", "maps", "detectors", "oracles"]
+Plural = Literal["vectors", "adapters", "saes", "lenses", "maps", "detectors", "oracles", "probes"]
 """Artefacts of one kind, as routes and counts call them."""
 
 
@@ -71,6 +71,13 @@ KINDS = (
     ),
     KindRow(
         "oracle", "oracles", shelf="oracles", title="Oracles", home="steer.artefacts.oracle:Oracle"
+    ),
+    KindRow(
+        "probe",
+        "probes",
+        shelf="probes",
+        title="Probes",
+        home="steer.artefacts.concepts.probe:ConceptProbe",
     ),
 )
 

@@ -51,7 +51,8 @@ class Lens:
     """A map for the input of each decoder block: W and b of a tuned lens, or a Jacobian.
 
     Guarantees: one method, one width, finite, of float32, float16 or bfloat16. A tuned lens has the
-    blocks from 0 on without a gap; a Jacobian lens has the last one, and may have gaps before it.
+    blocks from 0 on without a gap; a Jacobian lens may have some alone. Where the last block is not
+    among them, the card's `depth` says how many blocks the model has.
     The numbers stay in the type they came in (a lens is the largest artefact by far), and are
     computed with in float32.
     """
@@ -79,9 +80,12 @@ class Lens:
         )
 
     @staticmethod
-    def of_jacobians(jacobians: Mapping[int, Tensor], **card: Any) -> Lens:
+    def of_jacobians(
+        jacobians: Mapping[int, Tensor], *, depth: int | None = None, **card: Any
+    ) -> Lens:
         """A checked Jacobian lens; J `[d_model, d_model]` by the block whose *input* it reads: the
-        output of block l is the input of block l + 1.
+        output of block l is the input of block l + 1. `depth` is how many blocks the model has;
+        without it the last one is among `jacobians`.
 
         Raises `FileFormatError`.
         """
@@ -95,7 +99,16 @@ class Lens:
         width = first.shape[-1] if first.ndim else 0
         for layer, matrix in jacobians.items():
             _check(f"the Jacobian of block {layer}'s input", width, matrix)
-        return _described({n: LensMap(one.contiguous()) for n, one in jacobians.items()}, card)
+        least = max(jacobians) + 1
+        if depth is not None and depth < least:
+            raise FileFormatError(
+                f"a lens with a map for block {least - 1} is for a model of at least {least} "
+                f"blocks, not of {depth}",
+                code="invalid_card",
+            )
+        # Said only where the maps do not say it, so that a whole lens is written as ever.
+        described = {**card, "depth": depth if depth != least else None}
+        return _described({n: LensMap(one.contiguous()) for n, one in jacobians.items()}, described)
 
     @cached_property
     def sha256(self) -> str:
@@ -130,8 +143,8 @@ class Lens:
 
     @property
     def blocks(self) -> int:
-        """How many decoder blocks the model has: the last one's input is always read."""
-        return max(self.translators) + 1
+        """How many decoder blocks the model has."""
+        return self.card.depth or max(self.translators) + 1
 
     def check_fits(self, model: ModelInfo) -> None:
         """Raises `IncompatibleArtefact` unless `model` has this width and this many blocks."""
@@ -154,7 +167,7 @@ class Lens:
         if not self.reads(layer, site):
             raise IncompatibleArtefact(
                 f"the lens {self.card.name!r} has no map for {site} of layer {layer}: it reads the "
-                f"outputs of the layers {self.output_layers}",
+                f"outputs of the layers {self.output_layers}, and of the last, {self.blocks - 1}",
                 code="layer_not_in_lens",
                 param="/layers",
             )

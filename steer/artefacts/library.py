@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, runtime_checkable
 
 from steer.artefacts.affine import AffineMap
+from steer.artefacts.concepts.probe import ConceptProbe
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.detector import Detector
 from steer.artefacts.lens import Lens
@@ -35,7 +36,10 @@ class Library(Protocol):
     def affine(self, ref: str) -> AffineMap: ...
 
     def detector(self, ref: str) -> Detector: ...
+
     def oracle(self, ref: str) -> Oracle: ...
+
+    def probe(self, ref: str) -> ConceptProbe: ...
 
 
 @runtime_checkable
@@ -85,6 +89,7 @@ class MemoryLibrary:
     maps: Mapping[str, AffineMap] = field(default_factory=dict)
     detectors: Mapping[str, Detector] = field(default_factory=dict)
     oracles: Mapping[str, Oracle] = field(default_factory=dict)
+    probes: Mapping[str, ConceptProbe] = field(default_factory=dict)
 
     def vector(self, ref: str) -> ControlVector:
         return _named(self.vectors, ref, "vector")
@@ -110,6 +115,9 @@ class MemoryLibrary:
 
     def oracle(self, ref: str) -> Oracle:
         return _named(self.oracles, ref, "oracle")
+
+    def probe(self, ref: str) -> ConceptProbe:
+        return _named(self.probes, ref, "probe")
 
 
 def _named(held: Mapping[str, Held], ref: str, kind: str) -> Held:

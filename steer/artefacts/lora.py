@@ -13,9 +13,8 @@ from jaxtyping import Float
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from steer.artefacts.oracle_form import MAX_RANK
 from steer.errors import FileFormatError
-
-MAX_RANK = 512
 
 
 class LoraPart(NamedTuple):

@@ -12,6 +12,9 @@ from steer.spec import Index, Number
 
 FormName: TypeAlias = Literal["activation_oracle", "latent_qa", "selfie"]
 
+MAX_RANK = 512
+"""Of an oracle's adapter; it stands here, without torch, for those who only ask."""
+
 
 class OracleForm(BaseModel):
     """What the model is shown, and what is done to it there.

@@ -2,7 +2,11 @@
 
 A gate reads the residual stream at its own hook point, before anything that it rules. One of scope
 "token" is decided for each token anew; one of scope "prompt" is decided on the last prompt token
-and held for the request, in the ledger.
+and held for the request, in the ledger. One of scope "onward" is open from the first token that
+finds it so. Of that the ledger holds the position and not a bit: what it says of tokens that a pass
+computes (for the first time, again after a preemption, or in the place of drafts that did not stay)
+is decided in that pass, and only what lies before them stands. So it is with the scores of a gate
+that pools those of several tokens (`pooling.py`).
 
 Where a model runs in several stages, a gate may rule layers of a stage behind the one that reads
 it. So each stage hands on what was decided up to there (`Decisions`), beside the states.
@@ -18,10 +22,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from steer.batch.ledger import Ledger
+from steer.batch.ledger import SHUT, Ledger
+from steer.batch.requests import Ints
 from steer.batch.tables import MAX_RULES, GateTable, Tables
 from steer.batch.token_slots import GatedTokens
-from steer.edits import gate_open
+from steer.edits import gate_open, in_range
 from steer.model import HookPoint
 
 
@@ -79,6 +84,9 @@ class Gates:
         self._selected, self._read = slots, torch.from_numpy(tokens.read).to(device)
         self._deciding = until_decision == 0
         self._decided = []
+        self._positions = torch.from_numpy(tokens.positions).to(device)
+        self._forget_coming(tokens.onward, torch.from_numpy(tokens.begins).to(device))
+        self._windows = self._ledger.scores.expect(tokens.pooled, tokens.read, tokens.positions)
         gated = torch.zeros_like(slots, dtype=torch.bool)
         held = torch.zeros_like(gated)
         for row in self._tables.values():
@@ -103,6 +111,10 @@ class Gates:
                     gates.below[read],
                     gates.bias[read],
                 )
+                windows = self._windows.get((point, number))
+                if windows is not None:
+                    value = self._ledger.scores.pooled(windows, value)
+                    opened = in_range(value, gates.above[read], gates.below[read])
                 self._rule(number, gates, opened, value, slots)
 
     def take(self, decisions: Decisions, slots: Int[Tensor, "P T"]) -> set[HookPoint]:
@@ -146,6 +158,36 @@ class Gates:
         # Tokens after the last prompt token may be computed in the pass that decides.
         held = self._ledger.gate_open[self._rows, number]
         opened = torch.where(gates.held[read], held, opened)
+        if gates.opening:
+            opened = self._from_onset(number, gates, opened, value)
         ruled = gates.held[selected] | gates.per_token[selected]
         slots[number] = torch.where(ruled, torch.where(opened, selected, 0), slots[number])
         self._decided.append((number, gates, opened, value))
+
+    def _forget_coming(self, onward: Ints, begins: Int[Tensor, " T"]) -> None:
+        """Forgets where onward gates opened at tokens that this pass computes, or that come after
+        them: for requests that have `onward` `[P, T]` slots, whose first tokens are `begins`."""
+        onset = self._ledger.onset
+        for number, slots in enumerate(onward):
+            if slots.any():
+                theirs = torch.from_numpy(slots != 0).to(onset.device)
+                rows = self._rows[theirs]
+                known = onset[rows, number]
+                onset[rows, number] = torch.where(known < begins[theirs], known, SHUT)
+
+    def _from_onset(
+        self, number: int, gates: GateTable, opened: Bool[Tensor, " T"], value: Float[Tensor, " T"]
+    ) -> Bool[Tensor, " T"]:
+        """`opened`, and of onward gates whether each token is the first that opened it, or comes
+        after that one; the ledger then holds where that was, and what was read there.
+
+        What an earlier stage decided of each token may be given as well: it gives the same.
+        """
+        ledger, reads = self._ledger, gates.onward[self._read[number]]
+        found = torch.where(reads & opened, self._positions, SHUT)
+        onset = ledger.onset[:, number].scatter_reduce(0, self._rows, found, "amin")
+        ledger.onset[:, number] = onset
+        of_token = onset[self._rows]
+        first = reads & (self._positions == of_token)
+        ledger.gate_value[self._rows[first], number] = value[first]
+        return torch.where(reads, of_token <= self._positions, opened)

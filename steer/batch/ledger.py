@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from steer.batch.pooling import PooledScores
 from steer.batch.requests import NOBODY, Ints
 from steer.batch.sizes import MeanSizes
 from steer.batch.tables import MAX_RULES
@@ -25,11 +26,14 @@ UNSEEN = 0xFFFF
 """Marks a position that no pass has computed."""
 SOUND = torch.iinfo(torch.int64).max
 """Stands for the position of what was not finite, where everything was."""
+SHUT = torch.iinfo(torch.int64).max
+"""Stands for the position at which a gate opened that has not."""
 _BY_ROW = (
     "tokens",
     "shares",
     "gate_open",
     "gate_value",
+    "onset",
     "lost",
     "drafted",
     "_first_draft",
@@ -43,7 +47,10 @@ class Ledger:
 
     `tokens[row, applied]` counts the tokens that the rules named by `applied` edited, and
     `shares[row, rule]` sums the factors by which ramps multiplied what the rule did. `relative` has
-    how large the edits at a hook point were, where that was measured.
+    how large the edits at a hook point were, where that was measured. `onset[row, rule]` is the
+    position of the first token that opened an onward gate, `SHUT` before that; of tokens that are
+    computed anew it says nothing until they are. `scores` are those that pooled gates have read, by
+    position.
     Assumes: a row is reset before a request takes it.
     """
 
@@ -55,11 +62,15 @@ class Ledger:
         self.shares = np.zeros((rows, MAX_RULES))
         self.gate_open = torch.zeros(rows, MAX_RULES, dtype=torch.bool, device=device)
         self.gate_value = torch.full((rows, MAX_RULES), float("nan"), device=device)
+        self.onset = torch.full((rows, MAX_RULES), SHUT, device=device)
+        self.scores = PooledScores(device)
         self.relative: dict[HookPoint, MeanSizes] = {}
 
     def reset(self, row: int) -> None:
         self.gate_open[row] = False
         self.gate_value[row] = float("nan")
+        self.onset[row] = SHUT
+        self.scores.forget(row)
         self.recount(row)
 
     def record(self, rows: Ints, applied: Ints) -> None:

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from steer.plan.plan import Rule, SteeringPlan
+from steer.plan.plan import Gate, Rule, SteeringPlan
 from steer.plan.selection import Factors, factors_of
 from steer.plan.texts.trace import TokenTrace
 
@@ -74,10 +74,27 @@ class SteeredRequest:
         return bound, self._masked(np.array([bound], dtype=np.int64), np.array([-1]))
 
     def watching(self, positions: Ints) -> Ints:
-        """The slot of each token `[P, T]` that decides a prompt gate, whether selected or not."""
-        held = [one.gate is not None and one.gate.prompt_scope for one in self.rules]
-        deciding = positions == self.prompt_length - 1
-        return np.outer(np.array(held, dtype=np.int64), deciding) * self.slot
+        """The slot of each token `[P, T]` that decides a prompt gate, or whose score it pools,
+        whether selected or not: the last of the prompt."""
+        held = [
+            one.gate.last if one.gate is not None and one.gate.prompt_scope else 0
+            for one in self.rules
+        ]
+        left = self.prompt_length - positions
+        return ((left > 0) & (left <= np.array(held, dtype=np.int64)[:, None])) * self.slot
+
+    @cached_property
+    def pooling(self) -> tuple[tuple[int, Gate], ...]:
+        """The gates that pool the scores of several tokens and are decided here, each with the
+        number of its rule."""
+        gates = ((number, one.gate) for number, one in enumerate(self.rules))
+        return tuple((n, g) for n, g in gates if g is not None and g.pools and not g.elsewhere)
+
+    @cached_property
+    def onward(self) -> Ints:
+        """The slot in each rule `[P, 1]` whose gate is onward, 0 in the others."""
+        onward = [one.gate is not None and one.gate.onward for one in self.rules]
+        return np.array(onward, dtype=np.int64)[:, None] * self.slot
 
     @property
     def fixed_from(self) -> int | None:

@@ -23,7 +23,7 @@ from steer.batch.gates import Decisions, Gates
 from steer.batch.ledger import Ledger
 from steer.batch.requests import NOBODY, Ints, Span
 from steer.batch.tables import Table, Tables, TableView
-from steer.batch.token_slots import GatedTokens, TokenSlots
+from steer.batch.token_slots import TokenSlots
 from steer.edits import CarriedReads, apply, read, relative_sizes
 from steer.errors import EngineError
 from steer.model import HookPoint
@@ -76,6 +76,7 @@ class Step:
         in_use, points = tokens.in_use, tables.points()
         self._gates: Gates | None = None
         gated: set[HookPoint] = set()
+        self._gated = tokens.gated
         if tokens.gated is not None:
             self._gates = Gates(tables, ledger, self._row_index, points)
             self.slots = self._gates.close(self.slots, tokens.gated)
@@ -124,10 +125,9 @@ class Step:
             self._tokens.change(place, slots)
         if changes or self._gates is not None:
             self.slots = torch.from_numpy(self._tokens.slots).to(self._tables.device)
-        if self._gates is not None:
-            slots = self._tokens.slots
-            after_prompt = np.full(slots.shape[1], -1, dtype=np.int64)
-            self.slots = self._gates.close(self.slots, GatedTokens(after_prompt, slots))
+        if self._gates is not None and self._gated is not None:
+            self._gated = self._gated.carried_on(self._tokens.slots)
+            self.slots = self._gates.close(self.slots, self._gated)
 
     def take(self, decisions: Decisions) -> None:
         """Does what gates of earlier stages decided in this pass; called before the first hook."""

@@ -283,6 +283,10 @@ class GateTable:
         self.held = torch.zeros(slots, dtype=torch.bool, device=device)
         """Slots whose gate is decided here on the last prompt token and then held."""
         self.per_token = torch.zeros(slots, dtype=torch.bool, device=device)
+        """Slots whose gate each token decides, for itself or onward."""
+        self.onward = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.opening: set[int] = set()
+        """The slots in use whose gate is onward."""
         self.live: set[int] = set()
         self.elsewhere = False
         """Whether `point` lies on an earlier stage of a pipeline, which decides."""
@@ -293,6 +297,9 @@ class GateTable:
         self.cosine[slot], self.bias[slot] = gate.cosine, gate.bias
         self.held[slot] = gate.prompt_scope
         self.per_token[slot] = not gate.prompt_scope
+        self.onward[slot] = gate.onward
+        if gate.onward:
+            self.opening.add(slot)
         self.elsewhere = gate.elsewhere
         self.live.add(slot)
 
@@ -300,7 +307,9 @@ class GateTable:
         self.above[slot], self.below[slot] = float("inf"), float("-inf")
         self.held[slot] = False
         self.per_token[slot] = False
+        self.onward[slot] = False
         self.live.discard(slot)
+        self.opening.discard(slot)
 
 
 @dataclass

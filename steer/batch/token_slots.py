@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from steer.batch.pooling import PooledTokens
 from steer.batch.requests import NOBODY, Ints, Span
 from steer.plan.selection import Factors
 
@@ -21,11 +22,25 @@ class GatedTokens:
 
     `until_decision` `[T]` counts the tokens to the one that decides gates held for a whole request,
     the last of its prompt. `read` `[P, T]` are the slots whose gates each token is shown to: its
-    own, and on the last prompt token also those of rules that select only later tokens.
+    own, and on the last prompt token also those of rules that select only later tokens. `onward`
+    `[P, T]` are the slots of their requests in rules whose gate is onward, whether a token is
+    selected or not; `positions` `[T]` are the tokens' own, `begins` `[T]` that of the first token
+    of the same request in the pass. `pooled` are the gates that read several tokens.
     """
 
     until_decision: Ints
     read: Ints
+    onward: Ints
+    positions: Ints
+    begins: Ints
+    pooled: tuple[PooledTokens, ...] = ()
+
+    def carried_on(self, slots: Ints) -> GatedTokens:
+        """A pass that takes these requests on by a token each, which have `slots` `[P, T]` and are
+        all generated."""
+        after_prompt = np.full(slots.shape[1], -1, dtype=np.int64)
+        further = self.positions + 1
+        return GatedTokens(after_prompt, slots, self.onward, further, further, self.pooled)
 
 
 @dataclass(frozen=True)
@@ -118,10 +133,21 @@ def _gated(steered: Sequence[Span], slots: Ints) -> GatedTokens | None:
         return None
     until_decision = np.ones(slots.shape[1], dtype=np.int64)
     read = slots.copy()
+    onward = np.zeros_like(slots)
+    positions = np.zeros(slots.shape[1], dtype=np.int64)
+    begins = positions.copy()
     for span in steered:
         until_decision[span.place] = span.request.prompt_length - 1 - span.positions
+        positions[span.place] = span.positions
+        begins[span.place] = span.positions[:1]
         if span.request.gated:
             watching = span.request.watching(span.positions)
             mine = read[: len(watching), span.place]
             read[: len(watching), span.place] = np.where(watching, watching, mine)
-    return GatedTokens(until_decision, read)
+            onward[: len(watching), span.place] = span.request.onward
+    pooled = tuple(
+        PooledTokens(span.request.row, number, gate, span.request.prompt_length, span.place)
+        for span in steered
+        for number, gate in span.request.pooling
+    )
+    return GatedTokens(until_decision, read, onward, positions, begins, pooled)

@@ -29,7 +29,7 @@ from steer.cli.options import checked, parse_selection
 from steer.cli.reporting import out, table_out
 from steer.cli.steering import read_spec
 from steer.errors import SteerError
-from steer.model import parse_layers
+from steer.model import SomeLayersOrAll, parse_layer_choice
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -243,7 +243,7 @@ def ask(
         "questions": question,
         "oracle": oracle,
         "form": form,
-        "layers": None if layers is None else parse_layers(layers),
+        "layers": None if layers is None else parse_layer_choice(layers),
         "site": site,
         "max_tokens": max_tokens,
         "positions": _positions(at, where, [-1]),
@@ -369,9 +369,9 @@ def steering_fields(spec: Path | None) -> dict[str, Any]:
     return {} if spec is None else {"steering": read_spec(spec)}
 
 
-def layers_of(text: str | None) -> tuple[int, ...] | str:
+def layers_of(text: str | None) -> SomeLayersOrAll:
     """The layers that an option names; without one all."""
-    return "all" if text is None else parse_layers(text)
+    return "all" if text is None else parse_layer_choice(text)
 
 
 def _positions(at: list[str] | None, where: str | None, default: Any) -> Any:

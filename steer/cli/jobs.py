@@ -47,10 +47,17 @@ def submit(
     api_key_file: KeyOption = None,
 ) -> None:
     """Ask for a job."""
-    body = dict(read_json(params))
+    given = read_json(params)
+    if not isinstance(given, dict):
+        raise SteerError(
+            f"{str(params)!r} does not hold the parameters of a job: they are a JSON object, the "
+            f"body of POST /v1/steering/{kind}",
+            code="invalid_json",
+        )
+    body = dict(given)
     if data is not None:
         try:
-            body["data"] = data.read_text("utf-8")
+            body["data"] = data.read_text("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise SteerError(
                 f"the data {str(data)!r} cannot be read: {error}", code="no_such_file"

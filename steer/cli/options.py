@@ -30,7 +30,7 @@ from steer.cli.steering import WHERES
 from steer.errors import Problem, SpecError, SteerError, pointer
 from steer.fit.data.where import WhereName
 from steer.fit.requests.fields import Spelled
-from steer.model import parse_layers
+from steer.model import parse_layer_choice, parse_layers
 from steer.spec import SITES, Site
 
 Request = TypeVar("Request", bound=BaseModel)
@@ -145,6 +145,14 @@ def parse_numbers(text: str, what: str = "numbers") -> list[float]:
     return found
 
 
+def _place(text: str) -> int | str:
+    """An index, or a piece of a text."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
 def _position(text: str) -> Any:
     """A position: a name, an index, or a selection."""
     if text in ("last", "mean", "response", "subject"):
@@ -207,15 +215,17 @@ def _prompt(text: str) -> Any:
 
 
 _READERS: Mapping[str, Callable[[Any], Any]] = {
-    "layers": parse_layers,
+    "layers": parse_layer_choice,
     "points": lambda text: [_point(one) for one in text.split(",")],
     "position": _position,
+    "place": _place,
     "selection": parse_selection,
     "tokens": lambda text: parse_selection(text) if text.lstrip().startswith("{") else text,
     "site": _site,
     "strengths": parse_strengths,
     "numbers": parse_numbers,
     "names": lambda text: text.split(","),
+    "form": _prompt,  # a name, or JSON
     "sae": lambda text: {"sae": text},
     "prompt": _prompt,
     "where": lambda name: WHERES[name],

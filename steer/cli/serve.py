@@ -93,6 +93,15 @@ def serve(
             min=1, help="Sequences that run in one batch; 64, or vLLM's own number for vllm."
         ),
     ] = None,
+    cache_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=256,
+            help="Tokens, padding included, that running requests may hold in the cache "
+            "(transformers).",
+            show_default="two fifths of the memory that is free",
+        ),
+    ] = None,
     slots: Annotated[
         int | None,
         typer.Option(
@@ -200,7 +209,7 @@ def serve(
         model=model,
         served_name=served_name,
         engine=engine,
-        engine_options=_options(engine, engine_option, rows, slots, device, dtype),
+        engine_options=_options(engine, engine_option, rows, cache_tokens, slots, device, dtype),
         registry=registry_folder(registry),
         catalogue=None if catalogue is None else SecretStr(catalogue),
         api_key=None if key is None else SecretStr(key),
@@ -213,13 +222,15 @@ def _options(
     engine: str,
     given: list[str] | None,
     rows: int | None,
+    cache_tokens: int | None,
     slots: int | None,
     device: str | None,
     dtype: str | None,
 ) -> dict[str, Any]:
     """What the engine is told, in its own words; raises `SpecError` for what is not its own."""
     if engine == "vllm":
-        for name, value in (("--slots", slots), ("--device", device)):
+        others = {"--cache-tokens": cache_tokens, "--slots": slots, "--device": device}
+        for name, value in others.items():
             if value is not None:
                 raise SpecError(
                     f"{name} is not for vLLM, which decides it itself: leave it out",
@@ -232,7 +243,8 @@ def _options(
             f"--engine-option {given[0]!r} is for the engine vllm alone", code="invalid_option"
         )
     if engine == "transformers":
-        return _set({"rows": rows, "slots": slots, "device": device, "dtype": dtype})
+        own = {"rows": rows, "cache_tokens": cache_tokens, "slots": slots}
+        return _set({**own, "device": device, "dtype": dtype})
     return {}
 
 

@@ -11,6 +11,7 @@ import typer
 
 from steer.errors import FileFormatError, SpecError
 from steer.fit.data.where import WHERES as PLACES
+from steer.model import SomeLayersOrAll
 from steer.spec import SteeringSpec, parse_spec
 
 if TYPE_CHECKING:
@@ -22,7 +23,10 @@ VectorOption = Annotated[
     typer.Option("--vector", "-v", help="A registered vector (name or name@hash), or a file."),
 ]
 LayersOption = Annotated[
-    str | None, typer.Option("--layers", help="Such as 2-5 or 1,3; by default the card's.")
+    str | None,
+    typer.Option(
+        "--layers", help="Such as 2-5 or 1,3, or all that the vector has; by default the card's."
+    ),
 ]
 StrengthValue: TypeAlias = float | Literal["auto"] | dict[str, float]
 EVERY_TOKEN: dict[str, Any] = {"phases": ["prompt", "generation"]}
@@ -37,7 +41,7 @@ says nothing leaves it to the card."""
 def read_json(path: Path) -> Any:
     """The JSON in a file; raises `FileFormatError`."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8-sig"))
     except OSError as error:
         raise FileFormatError(
             f"{str(path)!r} cannot be read: {error.strerror or error}", code="no_such_file"
@@ -62,7 +66,7 @@ def chosen_spec(
     profile: str | None,
     vector: str | None,
     strength: StrengthValue | None,
-    layers: tuple[int, ...] | None,
+    layers: SomeLayersOrAll | None,
     where: str | None,
 ) -> tuple[SteeringSpec, dict[str, ControlVector]]:
     """The spec that the options ask for, and the vectors that come from files."""
@@ -137,14 +141,14 @@ def vector_of(registry: Registry, ref: str) -> ControlVector:
 
 
 def add_spec(
-    name: str, strength: StrengthValue | None, layers: tuple[int, ...] | None, where: str | None
+    name: str, strength: StrengthValue | None, layers: SomeLayersOrAll | None, where: str | None
 ) -> SteeringSpec:
     """Adding one vector; whatever is None is as its card says. Raises `SpecError`."""
     item: dict[str, Any] = {"kind": "add", "vector": name}
     if strength is not None:
         item["strength"] = strength
     if layers is not None:
-        item["layers"] = list(layers)
+        item["layers"] = layers
     if where is not None:
         item["where"] = WHERES[where]
     return parse_spec({"interventions": [item]})

@@ -195,7 +195,10 @@ app.command("import")(
 
 
 PickleArgument = Annotated[
-    Path, typer.Argument(help="A pickle: of steering-vectors, or of tensors and NumPy arrays.")
+    Path,
+    typer.Argument(
+        help="A pickle: of steering-vectors, of scikit-learn, or of tensors and NumPy arrays."
+    ),
 ]
 OutputOption = Annotated[
     Path | None, typer.Option("--out", "-o", help="By default FILE with .safetensors.")
@@ -226,8 +229,8 @@ app.command("convert")(
             keyword("output", OutputOption, None),
             *READING,
         ),
-        summary="Turn a pickled vector, or NumPy arrays in a .pt file, into safetensors without "
-        "unpickling.",
+        summary="Turn a pickled vector or linear probe, or NumPy arrays in a .pt file, into "
+        "safetensors without unpickling.",
     )
 )
 

@@ -111,11 +111,23 @@ class PointReceipt:
 
 @dataclass(frozen=True)
 class GateReceipt:
-    """A gate's decisions: how many tokens it let through, and the value a prompt gate read."""
+    """A gate's decisions: how many tokens it let through; and of one that is decided for more than
+    one token the `position` of the token that opened it (None: it did not open), and the `value`
+    that was read there, of a prompt gate whether it opened or not."""
 
     name: str
     fired: int
     value: float | None = None
+    position: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The JSON form that clients get."""
+        return {
+            "name": self.name,
+            "fired": self.fired,
+            "value": self.value,
+            "position": self.position,
+        }
 
 
 @dataclass(frozen=True)
@@ -180,7 +192,7 @@ class Receipt:
             "tokens_skipped": self.tokens_skipped,
             "tokens_cached": self.tokens_cached,
             "hook_points": points,
-            "gates": [{"name": g.name, "fired": g.fired, "value": g.value} for g in self.gates],
+            "gates": [gate.as_dict() for gate in self.gates],
         }
         if self.strengths:
             answer["strengths"] = [dict(entry) for entry in self.strengths]
@@ -303,6 +315,16 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class QueriesKeys:
+    """What the heads of one layer look with and are found by, float32 `[N, heads, head_dim]` each,
+    keys of grouped heads repeated. The product of a query and a key of a head is the score that
+    weights are made of, the scale included, a soft cap and the distance left out."""
+
+    queries: Tensor
+    keys: Tensor
+
+
+@dataclass(frozen=True)
 class Captured:
     """One prompt's activations: float32 `[positions, width]` for each hook point, and float32
     logits `[1, tokens or tail, vocab]`, log-probabilities (one fewer than tokens, or `tail`) and
@@ -383,12 +405,28 @@ class Engine(Protocol):
         Raises `Unsupported` (`no_projection`) where the capabilities do not say that it can.
         """
 
-    def carry(self, source: HookPoint, target: HookPoint, states: Tensor) -> Tensor:
+    def carry(
+        self,
+        source: HookPoint,
+        target: HookPoint,
+        states: Tensor,
+        channels: range | None = None,
+    ) -> Tensor:
         """What a block makes, at its hook point `target`, of states that stand at its earlier one
         `source`, each the first token of a sequence of its own: `[N, width]` to float32
-        `[N, width]`. A token that is alone attends to itself.
+        `[N, width]`, or `[N, len(channels)]` where only these are asked for. A token that is alone
+        attends to itself. Of a `source` within attention or MLP `target` is one within it too.
 
-        Raises `Unsupported` (`cannot_carry`) where the capabilities do not say that it can.
+        Raises `Unsupported` (`cannot_carry`) where the capabilities do not say that it can, and
+        where this block does not.
+        """
+
+    def queries_and_keys(self, layer: int, states: Tensor) -> QueriesKeys:
+        """What the attention of a block is handed of states `[N, d_model]` before the block, each
+        the first token of a sequence of its own: so a rotary embedding turns nothing, or all alike.
+
+        Raises `Unsupported` (`no_attention`) where the capabilities do not say `attention`, and
+        where this layer does not show it.
         """
 
     def stats(self) -> EngineStats:

@@ -8,6 +8,13 @@ from steer.engines.base import Captured, CaptureRequest, GenerationRequest, Samp
 from steer.errors import EngineError, NotFinite, SpecError, SteerError, Unsupported
 from steer.model import Capabilities, HookPoint, ModelInfo, forward_order
 from steer.readouts.spec import check_readable
+from steer.spec import Site
+
+_PARTS: tuple[tuple[Site, ...], ...] = (
+    ("attn_in", "head_out", "attn_out"),
+    ("mlp_in", "mlp_act", "mlp_out"),
+)
+"""The sites of a block that the stream passes by."""
 
 MAX_PENALTY = 2.0
 MAX_BIAS = 100.0
@@ -21,8 +28,11 @@ def check_request(request: GenerationRequest, model: ModelInfo, max_length: int)
     if length == 0:
         raise SpecError("the prompt is empty: send at least one token", code="empty_prompt")
     if length >= max_length:
+        room = f"the context {max_length}"
+        if max_length < model.max_length:
+            room = f"there is memory for {max_length} here, of a context of {model.max_length}"
         raise SteerError(
-            f"the prompt has {length} tokens and the context {max_length}: shorten the prompt",
+            f"the prompt has {length} tokens and {room}: shorten the prompt",
             code="context_length_exceeded",
         )
     unknown = [token for token in request.prompt if not 0 <= token < model.vocab_size]
@@ -78,8 +88,9 @@ def check_projection(point: HookPoint, model: ModelInfo, able: Capabilities) -> 
 
 
 def check_carry(source: HookPoint, target: HookPoint, model: ModelInfo, able: Capabilities) -> None:
-    """Raises `Unsupported` (`cannot_carry`) where blocks cannot be run by themselves, what
-    `ModelInfo.check_point` raises where there is no such point."""
+    """Raises `Unsupported` (`cannot_carry`) where blocks cannot be run by themselves, or what is at
+    `target` does not follow from `source` alone; what `ModelInfo.check_point` raises where there is
+    no such point."""
     for point in (source, target):
         model.check_point(point)
     if not able.carries:
@@ -89,6 +100,13 @@ def check_carry(source: HookPoint, target: HookPoint, model: ModelInfo, able: Ca
         )
     if source.layer != target.layer or forward_order(source) >= forward_order(target):
         raise AssertionError(f"{target} does not follow {source} within a block")
+    part = next((one for one in _PARTS if source.site in one), None)
+    if part is not None and target.site not in part:
+        raise Unsupported(
+            f"what is at {target} does not follow from {source} alone, because the stream passes "
+            f"by that: start from the stream, or end at one of {', '.join(part)}",
+            code="cannot_carry",
+        )
 
 
 def check_attends(request: CaptureRequest, able: Capabilities) -> None:
@@ -97,6 +115,17 @@ def check_attends(request: CaptureRequest, able: Capabilities) -> None:
     if request.attention and not able.attention:
         raise Unsupported(
             f"the {able.engine} engine does not tell what heads attend to: leave 'attention' out",
+            code="no_attention",
+        )
+
+
+def check_scores(layer: int, model: ModelInfo, able: Capabilities) -> None:
+    """Raises `Unsupported` (`no_attention`) where an engine does not tell what heads attend by,
+    what `ModelInfo.check_point` raises where there is no such layer."""
+    model.check_point(HookPoint(layer))
+    if not able.attention:
+        raise Unsupported(
+            f"the {able.engine} engine does not tell the queries and keys of heads",
             code="no_attention",
         )
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
+import glob
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,9 @@ from steer.plan.plan import SteeringPlan
 from steer.prompts.roles import RoleRanges
 from steer.registry.location import cache_folder
 
+_BOOKMARK = ".bookmark-"
+"""Between a journal's name and the rest of those of its bookmarks."""
+
 
 class Remembering(Protocol):
     """An engine that remembers what was worked out with it."""
@@ -48,17 +52,31 @@ def remembered(engine: Engine, what: Any, work: Callable[[], Tensor]) -> Tensor:
     return cast("Remembering", engine).recall(what, work)
 
 
+def bookmark_of(engine: Engine, what: Any) -> Path | None:
+    """The file in which work on `engine` may keep how far it has got; None: nowhere. `what`
+    (plain values) is what the work depends on; its files go with the journal's."""
+    return engine.bookmark(what) if hasattr(engine, "bookmark") else None
+
+
 def remembering(engine: Engine) -> Engine:
     """`engine`, or one over it that does not ask twice for the same."""
     return engine if hasattr(engine, "recall") else JournaledEngine(engine)
 
 
-def journal_of(request: BaseModel, engine: Engine) -> Path:
-    """Where the work for `request` on this model is written down, in the user's cache."""
-    what = [request.model_dump(mode="json"), _identity(engine)]
+def journal_of(request: BaseModel, engine: Engine, *more: Any) -> Path:
+    """Where the work for `request` on this model is written down, in the user's cache; `more`
+    plain values are what else it depends on."""
+    what = [request.model_dump(mode="json"), *more, _identity(engine)]
     folder = cache_folder() / "making"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{_digest(what)[:16]}.jsonl"
+
+
+def forget(journal: Path) -> None:
+    """Removes a journal and the bookmarks beside it, where they are."""
+    journal.unlink(missing_ok=True)
+    for one in _bookmarks(journal):
+        one.unlink(missing_ok=True)
 
 
 class JournaledEngine:
@@ -82,7 +100,7 @@ class JournaledEngine:
     @property
     def begun(self) -> bool:
         """Whether anything is remembered."""
-        return bool(self._known)
+        return bool(self._known) or (self._path is not None and any(_bookmarks(self._path)))
 
     def complete(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         keys = [_answer_key(one) if _repeatable(one) else None for one in requests]
@@ -130,6 +148,13 @@ class JournaledEngine:
             self._write([(key, base64.b64encode(data).decode())])
         return safetensors.torch.load(base64.b64decode(self._known[key]))["found"]
 
+    def bookmark(self, what: Any) -> Path | None:
+        """See `bookmark_of`; another engine, model or release has another file."""
+        if self._path is None:
+            return None
+        key = _digest(["bookmark", what, self._identity])[:16]
+        return self._path.with_name(f"{self._path.name}{_BOOKMARK}{key}")
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
@@ -151,6 +176,10 @@ class JournaledEngine:
                 f"what the model said cannot be kept in {self._path.name!r}: {error.strerror}; "
                 "make room on the disk, or let it be written"
             ) from error
+
+
+def _bookmarks(journal: Path) -> Iterator[Path]:
+    return journal.parent.glob(f"{glob.escape(journal.name)}{_BOOKMARK}*")
 
 
 def _repeatable(request: GenerationRequest) -> bool:

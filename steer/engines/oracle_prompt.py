@@ -42,7 +42,7 @@ def oracle_prompt(
     if whole and len(piece) != 1:
         raise SpecError(
             f"the placeholder {form.placeholder!r} is {len(piece)} tokens of this model, and an "
-            "oracle's is one: the oracle is for another model",
+            "oracle's is one: give a form whose placeholder is one, or an oracle of this model",
             code="placeholder_not_one_token",
             param=at,
         )

@@ -18,7 +18,7 @@ from steer.engines.base import (
     Receipt,
     SpeculationReceipt,
 )
-from steer.plan.plan import SteeringPlan
+from steer.plan.plan import Gate, SteeringPlan
 
 _DIGITS = 6
 """Of the mean of factors, which are float32."""
@@ -70,12 +70,11 @@ def receipt_of(
         if request.measure and point in ledger.relative:
             size = ledger.relative[point].mean(request.row)
         points.append(PointReceipt(point, tokens, size))
-    gates = []
-    for number, one in enumerate(plan.rules):
-        if one.gate is not None:
-            value = float(ledger.gate_value[request.row, number])
-            fired = edited_by(1 << number)
-            gates.append(GateReceipt(one.gate.name, fired, value if math.isfinite(value) else None))
+    gates = [
+        _gate(request, one.gate, number, ledger, fed, edited_by(1 << number))
+        for number, one in enumerate(plan.rules)
+        if one.gate is not None
+    ]
     ramps = []
     for number, one in enumerate(plan.rules):
         if one.selection.ramp is not None:
@@ -93,6 +92,21 @@ def receipt_of(
         plan.explanations,
         ramps=tuple(ramps),
     )
+
+
+def _gate(
+    request: SteeredRequest, gate: Gate, number: int, ledger: Ledger, fed: int, fired: int
+) -> GateReceipt:
+    value = float(ledger.gate_value[request.row, number])
+    opened_at = None
+    if gate.onward:
+        # A token that was drafted, or computed once too often, may have opened it and not stayed.
+        onset = int(ledger.onset[request.row, number])
+        opened_at = onset if onset < fed else None
+        value = value if onset < fed else math.nan
+    elif gate.prompt_scope and bool(ledger.gate_open[request.row, number]):
+        opened_at = request.prompt_length - 1
+    return GateReceipt(gate.name, fired, value if math.isfinite(value) else None, opened_at)
 
 
 def merged(receipts: Iterable[Receipt | None]) -> Receipt | None:
@@ -153,8 +167,13 @@ def _mean(total: float, tokens: int) -> float | None:
 
 
 def _gates(receipts: Sequence[Receipt]) -> tuple[GateReceipt, ...]:
-    """Gates by their place; the value is the first sequence's, as they share the prompt."""
+    """Gates by their place; value and position are those of the sequence in which it opened first,
+    or the first sequence's: what the prompt decided they share."""
     return tuple(
-        replace(gates[0], fired=sum(gate.fired for gate in gates))
+        replace(min(gates, key=_opened_at), fired=sum(gate.fired for gate in gates))
         for gates in zip(*(receipt.gates for receipt in receipts), strict=True)
     )
+
+
+def _opened_at(gate: GateReceipt) -> float:
+    return math.inf if gate.position is None else gate.position

@@ -28,6 +28,7 @@ def reader_of(engine: Engine) -> TokenReader:
         partial(trigger_tokens, tokenizer),
         partial(vocabulary_of, tokenizer, engine.info.vocab_size),
         engine.capabilities.roles,
+        engine.info.vocab_size,
     )
 
 

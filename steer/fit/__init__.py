@@ -4,10 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from steer.fit.data.concepts import SaidText, read_said, said_texts
     from steer.fit.data.exercises import Exercise, ExerciseSet, read_exercises
     from steer.fit.data.labels import Labelled, LabelledSet, read_labelled
     from steer.fit.data.pairs import Pair, PairSet, read_pairs
     from steer.fit.data.preferences import Preference, PreferenceSet, read_preferences
+    from steer.fit.data.questions import QuestionSet, StateQuestion, read_questions
     from steer.fit.data.relations import Fact, RelationTable, Template, read_relations
     from steer.fit.methods.detectors.fitting import fit_detector
     from steer.fit.methods.dictionaries.nmf import fit_nmf
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from steer.fit.methods.linear.psr import fit_psr
     from steer.fit.methods.lrc import fit_lrc
     from steer.fit.methods.one_vs_rest import fit_labels
+    from steer.fit.methods.trained.asked_oracle import fit_oracle
+    from steer.fit.methods.trained.concepts import fit_concepts
     from steer.fit.methods.trained.low_rank import fit_low_rank
     from steer.fit.methods.trained.prosv import fit_prosv
     from steer.fit.methods.trained.reps import fit_reps
@@ -41,19 +45,24 @@ __all__ = [
     "PairSet",
     "Preference",
     "PreferenceSet",
+    "QuestionSet",
     "RelationTable",
+    "SaidText",
+    "StateQuestion",
     "Template",
     "fit",
     "fit_act",
     "fit_alphasteer",
     "fit_angular",
     "fit_conceptor",
+    "fit_concepts",
     "fit_detector",
     "fit_jacobian_lens",
     "fit_labels",
     "fit_low_rank",
     "fit_lrc",
     "fit_nmf",
+    "fit_oracle",
     "fit_prosv",
     "fit_psr",
     "fit_reps",
@@ -65,11 +74,22 @@ __all__ = [
     "read_labelled",
     "read_pairs",
     "read_preferences",
+    "read_questions",
     "read_relations",
+    "read_said",
+    "said_texts",
     "transfer",
 ]
 
 _HOMES = {
+    "QuestionSet": "steer.fit.data.questions",
+    "StateQuestion": "steer.fit.data.questions",
+    "read_questions": "steer.fit.data.questions",
+    "SaidText": "steer.fit.data.concepts",
+    "read_said": "steer.fit.data.concepts",
+    "said_texts": "steer.fit.data.concepts",
+    "fit_concepts": "steer.fit.methods.trained.concepts",
+    "fit_oracle": "steer.fit.methods.trained.asked_oracle",
     "Exercise": "steer.fit.data.exercises",
     "ExerciseSet": "steer.fit.data.exercises",
     "read_exercises": "steer.fit.data.exercises",

@@ -49,7 +49,7 @@ def vector_of_arrays(
     `asks`, a matrix needs to be told what its row 0 is, and a row which side of its block it is.
     Raises `FileFormatError` or `SteerError`.
     """
-    if weights := sorted(name for name in names if _FOREIGN_WEIGHTS.search(name)):
+    if weights := sorted(filter(is_foreign_weight, names)):
         raise foreign_weights(weights[0])
     site = check_claims(about, options)
     places = {name: row_place(name) for name in names}
@@ -76,6 +76,11 @@ def vector_of_arrays(
         # What an offset puts before block 0 is the embeddings, as `hidden-states` says.
         rows = {place: one for place, one in rows.items() if place >= -options.layer_offset}
     return placed(rows, path, format, options, site=site)
+
+
+def is_foreign_weight(name: str) -> bool:
+    """Whether an array is called as weights of a model or of a PEFT adapter are."""
+    return _FOREIGN_WEIGHTS.search(name) is not None
 
 
 def row_place(name: str) -> tuple[int, Site | None] | None:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
@@ -14,6 +15,8 @@ from torch import Tensor
 from steer.artefacts.adapter_parts import EditRows
 from steer.artefacts.affine import AffineMap, Channels
 from steer.artefacts.artefact import Artefact
+from steer.artefacts.concepts.network import CodeNetwork
+from steer.artefacts.concepts.probe import ConceptProbe
 from steer.artefacts.control_vector import Card, ControlVector, LowRankAdapter
 from steer.artefacts.detector import Detector
 from steer.artefacts.kinds import ArtefactKind
@@ -122,7 +125,8 @@ def _lens(file: SafetensorsFile, card: Card) -> Lens:
     jacobians = {key: int(match[1]) for key in file.tensors if (match := _JACOBIAN.fullmatch(key))}
     if jacobians and len(jacobians) == len(file.tensors):
         held = file.load(jacobians, keep_type=True)
-        return _own_lens(Lens.of_jacobians({jacobians[key]: held[key] for key in jacobians}), card)
+        matrices = {layer: held[key] for key, layer in jacobians.items()}
+        return _own_lens(Lens.of_jacobians(matrices, depth=card.depth), card)
     layers = sorted({int(_matched(_PART, key)[1]) for key in file.tensors})
     wanted = {f"layers.{layer}.{part}" for layer in layers for part in ("weight", "bias")}
     if wanted != set(file.tensors):
@@ -139,6 +143,12 @@ def _lens(file: SafetensorsFile, card: Card) -> Lens:
 def _own_lens(lens: Lens, card: Card) -> Lens:
     """`lens`, made of a file's tensors, with the file's card, checked against it."""
     check_card(card, lens.card)
+    if card.depth != lens.card.depth:
+        raise FileFormatError(
+            f"the card says depth {card.depth!r}, which only a lens without a map for its model's "
+            "last block has",
+            code="invalid_card",
+        )
     if card.site != lens.card.site:
         raise FileFormatError(
             f"the card says site {card.site!r}; a lens reads at resid_pre", code="invalid_card"
@@ -176,6 +186,25 @@ def _oracle(file: SafetensorsFile, card: Card) -> Oracle:
     return Oracle(lora, card.model_copy(update={"name": ""}))
 
 
+def _probe(file: SafetensorsFile, card: Card) -> ConceptProbe:
+    if card.probe is None:
+        raise FileFormatError(
+            "the file's card is a probe's and does not say what it was taught ('probe')",
+            code="invalid_card",
+        )
+    wanted = {f"probe.{one.name}": one.name for one in fields(CodeNetwork)}
+    if set(file.tensors) != set(wanted):
+        raise FileFormatError(
+            f"a probe has the tensors {', '.join(sorted(wanted))}; this file has "
+            f"{', '.join(sorted(file.tensors))[:200]}"
+        )
+    held = file.load(wanted)
+    network = CodeNetwork(**{name: held[key] for key, name in wanted.items()})
+    made = ConceptProbe.of(network, form=card.probe, layers=card.layers, site=card.site)
+    check_card(card, made.card)
+    return ConceptProbe(network, card.model_copy(update={"name": ""}))
+
+
 def _sae(_: SafetensorsFile, card: Card) -> NoReturn:
     # An SAE's card stands inside its configuration, by which its file was told from these.
     raise FileFormatError(
@@ -191,6 +220,7 @@ READERS: Mapping[ArtefactKind, Callable[[SafetensorsFile, Card], Artefact]] = {
     "affine": _affine,
     "detector": _detector,
     "oracle": _oracle,
+    "probe": _probe,
 }
 """Reads the tensors beside a card of each kind, and checks them against it."""
 

@@ -14,6 +14,7 @@ from steer.errors import FileFormatError, IncompatibleArtefact, SteerError
 from steer.formats.adapters.loreft import is_loreft, read_loreft
 from steer.formats.archive import ArchiveFormat
 from steer.formats.canonical import is_canonical, read_canonical
+from steer.formats.detectors.linear_probe import read_linear_probe
 from steer.formats.folders import layout_of, unpacked
 from steer.formats.guards.safetensors import SafetensorsFile
 from steer.formats.options import ImportOptions
@@ -24,6 +25,7 @@ from steer.formats.vectors.safetensors import read_vector
 from steer.model import ModelInfo
 
 _SINGLE = ("npz", "torch", "safetensors")
+_PROBES = ("npz", "torch", "svec")
 _WITH_STRENGTH = (ControlVector, LowRankAdapter, AffineMap)
 
 
@@ -43,6 +45,8 @@ def read_artefact(
     format = sniff(path)
     if format in _SINGLE and (sae := read_single_file(path, format, options)) is not None:
         return _described(sae, options)
+    if format in _PROBES and (probe := read_linear_probe(path, format, options)) is not None:
+        return _described(probe, options)
     if format == "safetensors":
         return _read_safetensors(path, options)
     for known in FORMATS:
@@ -73,6 +77,8 @@ def _read_safetensors(path: Path, options: ImportOptions) -> Artefact:
         return _described(read_canonical(file), options)
     if is_loreft(file):
         return _described(read_loreft(file, options), options)
+    if (probe := read_linear_probe(path, "safetensors", options)) is not None:
+        return _described(probe, options)
     if "W_dec" in file.tensors:
         raise FileFormatError(
             "these are the weights of an SAE without its configuration: upload its folder (for "
@@ -85,7 +91,8 @@ def _read_safetensors(path: Path, options: ImportOptions) -> Artefact:
 def check_model(artefact: Artefact, model: ModelInfo) -> None:
     """Raises `IncompatibleArtefact` for an artefact that can never be used on `model`.
 
-    Its width and every one of its layers must be the model's, and a lens must have all of them.
+    Its width and every one of its layers must be the model's, and a lens must lead to the last of
+    them.
     One whose card names another model is not for this one, and is let through. So is the width at
     a site that this engine does not know.
     """
@@ -101,6 +108,9 @@ def check_model(artefact: Artefact, model: ModelInfo) -> None:
         code = "layer_out_of_range"
         why = f"has layers up to {max(card.layers)}; {model.name!r} has layers 0 to "
         why += str(model.n_layers - 1)
+    elif isinstance(artefact, Lens) and card.depth is not None and card.depth != model.n_layers:
+        code = "layer_out_of_range"
+        why = f"is for a model of {card.depth} layers; {model.name!r} has {model.n_layers}"
     elif isinstance(artefact, Lens) and artefact.blocks < model.n_layers:
         code = "layer_out_of_range"
         why = f"has translators for layers 0 to {max(card.layers)}; {model.name!r} has layers 0 to "

@@ -1,4 +1,4 @@
-"""Vectors that travel inside a request: base64 of a safetensors file."""
+"""Vectors that travel inside a request: numbers, or base64 of a safetensors file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import base64
 import binascii
 import tempfile
 from pathlib import Path
+
+import torch
 
 from steer.artefacts.control_vector import ControlVector
 from steer.errors import FileFormatError, TooLarge
@@ -17,14 +19,20 @@ from steer.formats.vectors.safetensors import read_vector
 from steer.spec import InlineVector
 
 MAX_INLINE_BYTES = 16 << 20
+_NAME = "inline"
+"""What messages call a vector that has no name."""
 
 
 def decode_inline(inline: InlineVector, *, max_bytes: int = MAX_INLINE_BYTES) -> ControlVector:
-    """The vector in `inline`, a file of up to `max_bytes`.
+    """The vector in `inline`; a file has up to `max_bytes`.
 
     A single row lies on `inline.layer`; a file with several layers gives that one alone, or all of
     them without it. Raises `FileFormatError` or `TooLarge`.
     """
+    if inline.values is not None:
+        assert inline.layer is not None, "the spec was checked"
+        return ControlVector.of({inline.layer: torch.tensor(inline.values)}, name=_NAME)
+    assert inline.data is not None, "the spec was checked"
     if len(inline.data) > 4 * (max_bytes // 3 + 1):
         raise TooLarge(
             f"an inline vector holds at most {max_bytes} bytes: upload it and use its name",
@@ -60,7 +68,7 @@ def _read(path: Path, layer: int | None) -> ControlVector:
         vector = artefact
     else:
         layers = None if layer is None else (layer,)
-        vector = read_vector(file, ImportOptions(layers=layers))
+        vector = read_vector(file, ImportOptions(layers=layers)).renamed(_NAME)
     if layer is None:
         return vector
     return ControlVector.of(

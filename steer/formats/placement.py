@@ -113,15 +113,7 @@ def single_row(
     row was read before that block or after it, so with `ask_site` somebody must have: the file
     (`site`), or the sender.
     """
-    source = options.writer(format)
-    if source is not None and source.layer_offset:
-        raise SteerError(
-            f"from {options.source!r} says how the rows of an array are counted, and this file has "
-            "one row: state from 'blocks', and in 'layers' the 0-based block whose output it is "
-            "(hidden_states[k] is the output of block k - 1)",
-            code="invalid_option",
-            param="/from",
-        )
+    source = writer_of_one(options, format)
     layers = options.layers or (None if layer is None else (layer,))
     if layers is None:
         raise SteerError(
@@ -143,6 +135,21 @@ def single_row(
         site=_site(options, source, site),
         provenance=origin(path, format, 0, rows, options.source),
     )
+
+
+def writer_of_one(options: ImportOptions, format: str) -> Source | None:
+    """The writer that the sender names for a file of one row; raises for one whose word says how
+    the rows of an array are counted."""
+    source = options.writer(format)
+    if source is not None and source.layer_offset:
+        raise SteerError(
+            f"from {options.source!r} says how the rows of an array are counted, and this file has "
+            "one row: state from 'blocks', and in 'layers' the 0-based block whose output it is "
+            "(hidden_states[k] is the output of block k - 1)",
+            code="invalid_option",
+            param="/from",
+        )
+    return source
 
 
 _WHICH_SIDE = (

@@ -17,8 +17,9 @@ _FOREIGN = {
 PICKLE = (
     "the file is a Python pickle, which can run code when it is opened and is never read: save its "
     "tensors with torch.save (a dictionary of tensors, in the zip form) or with "
-    "safetensors.torch.save_file; pickles of the steering-vectors package, of tensors and of NumPy "
-    "arrays are turned into safetensors on your own machine by `steer vectors convert`"
+    "safetensors.torch.save_file; pickles of the steering-vectors package, of linear probes of "
+    "scikit-learn, of tensors and of NumPy arrays are turned into safetensors on your own machine "
+    "by `steer vectors convert`"
 )
 
 

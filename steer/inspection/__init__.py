@@ -15,7 +15,8 @@ from steer.inspection.attribution.method import ATTRIBUTION, AttributionRequest,
 from steer.inspection.attribution.result import AttributionResult
 from steer.inspection.clusters.method import CLUSTERS, ClustersRequest, clusters
 from steer.inspection.clusters.result import ClustersResult
-from steer.inspection.concepts.method import CONCEPTS, ConceptsRequest, concepts
+from steer.inspection.concepts.method import CONCEPTS, concepts
+from steer.inspection.concepts.request import ConceptsRequest
 from steer.inspection.concepts.result import ConceptsResult
 from steer.inspection.controls import CONTROLS
 from steer.inspection.flow.method import FLOW, FlowRequest, flow

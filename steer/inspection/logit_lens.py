@@ -16,7 +16,6 @@ from torch import Tensor
 from steer.artefacts.lens import Lens, LensMethod
 from steer.artefacts.library import Library
 from steer.engines.base import CaptureRequest, Engine
-from steer.errors import SteerError, UnknownArtefact
 from steer.inspection.heatmap import HeatMap
 from steer.inspection.method import Finite, Inspection, reads_logits
 from steer.inspection.next_token import TokenChance, top_tokens
@@ -27,6 +26,7 @@ from steer.inspection.selection import (
     chosen_points,
     chosen_positions,
     plan_for,
+    registered,
     roles_for,
 )
 from steer.inspection.token_labels import place_label
@@ -160,18 +160,7 @@ def _points(engine: Engine, request: LogitLensRequest, lens: Lens | None) -> tup
 def _lens_for(engine: Engine, request: LogitLensRequest, library: Library | None) -> Lens | None:
     if request.lens is None:
         return None
-    if library is None:
-        raise UnknownArtefact(
-            f"there is no registry to find the lens {request.lens!r} in",
-            code="unknown_lens",
-            param="/lens",
-        )
-    try:
-        lens = library.lens(request.lens)
-        lens.check_fits(engine.info)
-    except SteerError as error:
-        raise error.at("/lens") from None
-    return lens
+    return registered(engine, library, "lens", request.lens, lambda known: known.lens)
 
 
 def _read_by(lens: Lens | None, point: HookPoint, states: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ people; a method without one is still served, listed and called from Python.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Protocol, TypeAlias
 
@@ -35,6 +36,15 @@ def _finite(number: float) -> float:
 
 Finite: TypeAlias = Annotated[float, AfterValidator(_finite)]
 """A number in an answer: JSON has neither NaN nor infinity, and neither says anything."""
+
+
+@contextmanager
+def at_field(param: str) -> Iterator[None]:
+    """What an engine refuses inside the block was asked for by the field `param`."""
+    try:
+        yield
+    except Unsupported as error:
+        raise error.at(param) from None
 
 
 class Picture(Protocol):
@@ -67,16 +77,26 @@ class Inspection:
         if not self.possible(engine.capabilities):
             raise Unsupported(
                 f"the {engine.capabilities.engine} engine has no {self.name!r} inspection: "
-                f"{self._lacks(engine.capabilities)}; /v1/steering/capabilities lists the "
+                f"{self._lacks(engine)}; /v1/steering/capabilities lists the "
                 "inspections there are",
                 code="unsupported_inspection",
             )
 
-    def _lacks(self, able: Capabilities) -> str:
+    def _lacks(self, engine: Engine) -> str:
+        able = engine.capabilities
         if able.no_unembedding and self.possible(replace(able, no_unembedding=None)):
             return able.no_unembedding
         if not able.attention and self.possible(replace(able, attention=True)):
             return "it does not tell what the heads of this model attend to"
+        for site, reason in engine.info.absent:
+            more = replace(
+                able,
+                captures=(*able.captures, site),
+                projections=(*able.projections, site),
+                attention=True,
+            )
+            if self.possible(more):
+                return f"the site {site!r} {reason}"
         states = ", ".join(able.captures) or "no states"
         return f"it can capture {states}, which is not enough for it"
 

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from steer.artefacts.library import MemoryLibrary
+from steer.artefacts.concepts.probe import ConceptProbe
+from steer.artefacts.lens import Lens
+from steer.artefacts.library import Library, MemoryLibrary
 from steer.engines.base import Engine
 from steer.engines.plans import plans_of
 from steer.engines.selecting import TokenChoice
-from steer.errors import SpecError, SteerError, TooLarge, pointer
+from steer.errors import SpecError, SteerError, TooLarge, UnknownArtefact, pointer
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
 from steer.prompts import EncodedPrompt, Place
 from steer.prompts.roles import RoleRanges
-from steer.spec import Index, Site, SteeringSpec, Where
+from steer.spec import Layer, Site, SteeringSpec, Where
+from steer.spec.base import check_layers_form, layers_tag
+
+Fitting = TypeVar("Fitting", Lens, ConceptProbe)
 
 MAX_NUMBERS = 1 << 16
 """The most numbers that one answer holds."""
 
-LayerChoice: TypeAlias = (
-    Annotated[tuple[Index, ...], Field(min_length=1, max_length=1024, fail_fast=True)]
-    | Literal["all"]
-)
+LayerChoice: TypeAlias = Annotated[
+    Annotated[
+        tuple[Layer, ...],
+        Field(min_length=1, max_length=1024, fail_fast=True),
+        Tag("numbers"),
+    ]
+    | Annotated[Literal["all"], Tag("a word")],
+    Discriminator(layers_tag),
+    BeforeValidator(check_layers_form),
+]
 
 
 def _form(value: Any) -> str:
@@ -83,6 +94,29 @@ def chosen_positions(
         return tuple(range(len(prompt.ids)))
     found = [prompt.position(p, param=at + pointer(n)) for n, p in enumerate(positions)]
     return tuple(dict.fromkeys(found))
+
+
+def registered(
+    engine: Engine,
+    library: Library | None,
+    kind: str,
+    name: str,
+    finder: Callable[[Library], Callable[[str], Fitting]],
+) -> Fitting:
+    """The artefact that the field `kind` of a request names, of this model. Raises
+    `UnknownArtefact` where there is none, or no registry, and what `check_fits` raises."""
+    if library is None:
+        raise UnknownArtefact(
+            f"there is no registry to find the {kind} {name!r} in",
+            code=f"unknown_{kind}",
+            param=f"/{kind}",
+        )
+    try:
+        found = finder(library)(name)
+        found.check_fits(engine.info)
+    except SteerError as error:
+        raise error.at(f"/{kind}") from None
+    return found
 
 
 def check_size(parts: Sequence[tuple[str, int]], *, advice: str, limit: int = MAX_NUMBERS) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -16,10 +17,11 @@ from steer.engines.base import (
     Engine,
     EngineStats,
     GenerationRequest,
+    QueriesKeys,
     TokenEvent,
 )
 from steer.engines.gradients import DifferentiableModel, differentiable
-from steer.engines.journal import remembered
+from steer.engines.journal import bookmark_of, remembered
 from steer.jobs.limits import JobLimits
 from steer.jobs.pace import Pace
 from steer.jobs.tokenizing import PacedTokenizer
@@ -95,8 +97,17 @@ class BackgroundEngine:
     def project(self, point: HookPoint, states: Tensor) -> Tensor:
         return self._timed(lambda: self._engine.project(point, states))
 
-    def carry(self, source: HookPoint, target: HookPoint, states: Tensor) -> Tensor:
-        return self._timed(lambda: self._engine.carry(source, target, states))
+    def carry(
+        self,
+        source: HookPoint,
+        target: HookPoint,
+        states: Tensor,
+        channels: range | None = None,
+    ) -> Tensor:
+        return self._timed(lambda: self._engine.carry(source, target, states, channels))
+
+    def queries_and_keys(self, layer: int, states: Tensor) -> QueriesKeys:
+        return self._timed(lambda: self._engine.queries_and_keys(layer, states))
 
     def differentiate(self, work: Callable[[DifferentiableModel], T]) -> T:
         """The result of `work`, which is one piece; raises `Unsupported` without gradients."""
@@ -106,6 +117,10 @@ class BackgroundEngine:
     def recall(self, what: Any, work: Callable[[], Tensor]) -> Tensor:
         """See `remembered`; `work` is this engine's own business, piece by piece."""
         return remembered(self._engine, what, work)
+
+    def bookmark(self, what: Any) -> Path | None:
+        """See `bookmark_of`."""
+        return bookmark_of(self._engine, what)
 
     def stats(self) -> EngineStats:
         return self._engine.stats()

@@ -65,7 +65,7 @@ class PlanCache:
         self._sources = Sources(library, model, encode_text, directions)
         self._policy = policy
         self._capabilities = capabilities
-        self._reader = TokenReader(tokenize, vocabulary, capabilities.roles)
+        self._reader = TokenReader(tokenize, vocabulary, capabilities.roles, model.vocab_size)
         self._size = size
         self._observe_compile = observe_compile
         self._dated = library if isinstance(library, DatedLibrary) else None

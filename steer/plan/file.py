@@ -248,7 +248,10 @@ def _gate_record(gate: Gate, rows: _RowWriter) -> GateRecord:
         below=None if gate.below == math.inf else gate.below,
         cosine=gate.cosine,
         prompt_scope=gate.prompt_scope,
+        onward=gate.onward,
         bias=gate.bias,
+        pooling=gate.pooling,
+        last=gate.last,
     )
 
 
@@ -345,8 +348,10 @@ class _Reader:
             above=-math.inf if record.above is None else record.above,
             below=math.inf if record.below is None else record.below,
             cosine=record.cosine,
-            prompt_scope=record.prompt_scope,
+            scope=record.scope,
             bias=record.bias,
+            pooling=record.pooling,
+            last=record.last,
         )
         check_gate(gate, FileFormatError)
         return gate

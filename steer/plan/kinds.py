@@ -125,6 +125,7 @@ def exchange(item: Exchange, one: Resolved) -> Blocks:
     vector, toward = one.vector("vector"), one.vector("toward")
     if item.strength == 0:
         return {}
+    _check_exchanged_once(item, one)
     threshold = 0.0 if item.mode == "one_way" else -math.inf
     law = Law(threshold=threshold, slope=item.strength)
     blocks: Blocks = {}
@@ -138,6 +139,23 @@ def exchange(item: Exchange, one: Resolved) -> Blocks:
             read = first - (first @ b) * to_toward - to_toward
         blocks[point] = _edit(read.float(), (b - first).float(), law)
     return blocks
+
+
+def _check_exchanged_once(item: Exchange, one: Resolved) -> None:
+    """Raises `SpecError` where each layer would take back what the one before it did.
+
+    Along t̂ − v̂ mode `both` multiplies by 1 − 2α. What it did stands in the stream at the next
+    layer, so that with α = 1 two layers leave it as it was; up to α = ½ the sign stays.
+    """
+    if item.mode == "both" and item.strength > 0.5 and len(one.points) > 1:
+        layers = [point.layer for point in one.points]
+        raise SpecError(
+            f"mode 'both' would exchange at each of the layers {layers}, and each takes back what "
+            "the one before it did: name one layer, or use the mode 'one_way' or 'move', or a "
+            "strength of 0.5 or less, which makes the two alike",
+            code="undoes_itself",
+            param="/layers",
+        )
 
 
 def read_write(item: ReadWrite, one: Resolved) -> Blocks:

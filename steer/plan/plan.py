@@ -15,12 +15,13 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+from steer.artefacts.detection import Pooling
 from steer.edits import Block, Encoder
 from steer.errors import Unsupported
 from steer.model import HookPoint, forward_order
 from steer.plan.selection import Selection
 from steer.prompts.roles import RoleRanges
-from steer.spec import SteeringSpec
+from steer.spec import GateScope, SteeringSpec
 
 Blocks: TypeAlias = dict[HookPoint, Block]
 """What an intervention does at each of its hook points."""
@@ -36,8 +37,9 @@ class Gate:
     """A condition on the residual stream: open where above < value < below.
 
     The value is the product with `direction` `[d]`, and `bias`: a detector's score, or with a unit
-    row the projection; or it is the cosine. One that reads `elsewhere` is decided by an
-    earlier stage of a pipeline, whose decisions come with the states.
+    row the projection; or it is the cosine. Of the `last` tokens that it has read, where these are
+    more than one, it is the greatest of their scores or the mean, as `pooling` says. One that reads
+    `elsewhere` is decided by an earlier stage of a pipeline, whose decisions come with the states.
     """
 
     name: str
@@ -46,16 +48,33 @@ class Gate:
     above: float
     below: float
     cosine: bool
-    prompt_scope: bool
+    scope: GateScope
     bias: float = 0.0
     elsewhere: bool = False
+    pooling: Pooling = "max"
+    last: int = 1
+
+    @property
+    def pools(self) -> bool:
+        """Whether its value is that of several tokens."""
+        return self.last > 1
+
+    @property
+    def prompt_scope(self) -> bool:
+        """Whether the last prompt token decides it, for the rest of the request."""
+        return self.scope == "prompt"
+
+    @property
+    def onward(self) -> bool:
+        """Whether the first token that finds it open opens it for all that come."""
+        return self.scope == "onward"
 
     @property
     def identity(self) -> tuple[object, ...]:
         """What tells gates apart; inline vectors share a name, so the direction itself counts."""
         direction = self.direction.numpy().tobytes()
-        bounds = (self.above, self.below, self.bias)
-        return (self.name, self.point, direction, *bounds, self.cosine, self.prompt_scope)
+        law = (self.above, self.below, self.bias, self.cosine, self.pooling, self.last)
+        return (self.name, self.point, direction, *law, self.scope)
 
 
 @dataclass(frozen=True)
@@ -96,6 +115,13 @@ class SteeringPlan:
         return tuple(sorted({p for one in self.rules for p in one.touched}, key=forward_order))
 
     @cached_property
+    def lowest(self) -> int | None:
+        """The first block that it has anything to do with: it edits there, or an edit or a gate
+        reads there. None where it does nothing."""
+        gates = (one.gate.point for one in self.rules if one.gate is not None)
+        return min((point.layer for point in (*self.reached, *gates)), default=None)
+
+    @cached_property
     def selections(self) -> tuple[Selection, ...]:
         """The tokens that each rule selects."""
         return tuple(one.selection for one in self.rules)
@@ -108,6 +134,21 @@ class SteeringPlan:
     @cached_property
     def gated(self) -> bool:
         return any(one.gate is not None for one in self.rules)
+
+    @cached_property
+    def onward(self) -> int:
+        """The rules whose gate stays open from the first token that opens it, as bits."""
+        return sum(
+            (one.gate is not None and one.gate.onward) << number
+            for number, one in enumerate(self.rules)
+        )
+
+    @cached_property
+    def pooled(self) -> tuple[int, ...]:
+        """How many tokens the gate of each rule takes together, 1 where it reads one or there is
+        none; empty where no gate pools."""
+        lasts = tuple(1 if one.gate is None else one.gate.last for one in self.rules)
+        return lasts if max(lasts, default=1) > 1 else ()
 
     @cached_property
     def ranked(self) -> int:
@@ -128,14 +169,15 @@ class SteeringPlan:
 
     @cached_property
     def graphless(self) -> bool:
-        """Whether it does what no kernel does: it asks an encoder that does not rank, or what it
-        reads at an earlier hook point lies before a gate of its rule."""
+        """Whether it does what no kernel does: it asks an encoder that does not rank, a gate pools
+        the scores of several tokens, or what it reads at an earlier hook point lies before a gate
+        of its rule."""
         early = (
             one.gate is not None and forward_order(point) < forward_order(one.gate.point)
             for one in self.rules
             for point in read_elsewhere(one.blocks)
         )
-        return any(early) or not all(one.ranks for one in self._encoders)
+        return any(early) or bool(self.pooled) or not all(one.ranks for one in self._encoders)
 
     @cached_property
     def _blocks(self) -> tuple[Block, ...]:
@@ -180,9 +222,22 @@ class SteeringPlan:
     def first_steered(
         self, prompt: tuple[int, ...], horizon: int, roles: RoleRanges | None = None
     ) -> int | None:
-        """The first position whose state this plan may change: KV before it can be shared."""
+        """The first position whose state this plan may change."""
         firsts = [one.first(prompt, horizon, roles) for one in self.selections]
         return min((first for first in firsts if first is not None), default=None)
+
+    def first_needed(
+        self, prompt: tuple[int, ...], horizon: int, roles: RoleRanges | None = None
+    ) -> int | None:
+        """The first position whose state this plan may change, or whose score a gate pools: what
+        lies before it can be shared."""
+        first = self.first_steered(prompt, horizon, roles)
+        gates = [one.gate for one in self.rules if one.gate is not None]
+        pooled = max((one.last for one in gates if one.pools and one.prompt_scope), default=0)
+        if not pooled:
+            return first
+        read = max(len(prompt) - pooled, 0)
+        return read if first is None else min(first, read)
 
     def describe(self) -> dict[str, Any]:
         """What would be applied where, for people and for `/v1/steering/validate`."""

@@ -45,6 +45,13 @@ def row(vector: ControlVector, layer: int) -> Tensor:
     return vector[layer]
 
 
+def all_layers(vector: ControlVector, model: ModelInfo) -> tuple[int, ...]:
+    """What `"layers": "all"` means for `vector`: a single row may be used on every layer of the
+    model, rows of several layers on their own."""
+    layers = vector.card.layers
+    return tuple(range(model.n_layers)) if len(layers) == 1 else layers
+
+
 def check_layers_said(reference: Reference, at: str) -> None:
     """Raises `SpecError` (`no_layers`) where `reference` is a token's direction: no card says where
     it acts, so the field at the pointer `at` must."""
@@ -66,7 +73,7 @@ def _vector_points(
     param, first = vectors[0][0], vectors[0][1].card
     site = item.site or first.site
     if item.layers == "all":
-        layers = tuple(range(model.n_layers)) if len(first.layers) == 1 else first.layers
+        layers = all_layers(vectors[0][1], model)
     else:
         layers = item.layers or first.used_layers
     points = tuple(HookPoint(layer, site) for layer in layers)

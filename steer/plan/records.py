@@ -6,19 +6,38 @@ Tensors appear by name. What has its default value is left out of the JSON.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated, Any, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictStr,
+    ValidationError,
+    model_validator,
+)
 
+from steer.artefacts.detection import MAX_WINDOW, Pooling
 from steer.edits import CENTRED, PRODUCT
 from steer.errors import FileFormatError, SpecError, SteerError
 from steer.plan.selection import Counted, Ramp, Selection
 from steer.plan.texts.automaton import Moves, TokenAutomaton
 from steer.plan.texts.condition import TextCondition, TextRelation
 from steer.references import put_at
-from steer.spec import Index, InlineVector, Phase, RampPoints, Role, Site, SteeringSpec
+from steer.spec import (
+    GateScope,
+    Index,
+    InlineVector,
+    Phase,
+    RampPoints,
+    Role,
+    Site,
+    SteeringSpec,
+)
 
 VERSION = 1
 
@@ -91,7 +110,9 @@ class SelectionRecord(TokensRecord):
 
 
 class GateRecord(_Record):
-    """A `Gate`; a bound that is left out does not bind, and no bias is 0."""
+    """A `Gate`; a bound that is left out does not bind, no bias is 0, and one that does not say how
+    many tokens it pools reads one. One that is neither of the prompt's scope nor `onward` is
+    decided for each token."""
 
     name: StrictStr
     point: _Point
@@ -101,6 +122,22 @@ class GateRecord(_Record):
     cosine: StrictBool
     prompt_scope: StrictBool
     bias: _Float = 0.0
+    onward: StrictBool = False
+    pooling: Pooling = "max"
+    last: Annotated[int, Field(strict=True, ge=1, le=MAX_WINDOW)] = 1
+
+    @model_validator(mode="after")
+    def _one_scope(self) -> GateRecord:
+        if self.prompt_scope and self.onward:
+            raise ValueError("a gate is decided by the prompt, or open onward, and not both")
+        return self
+
+    @property
+    def scope(self) -> GateScope:
+        """The scope of the gate."""
+        if self.prompt_scope:
+            return "prompt"
+        return "onward" if self.onward else "token"
 
 
 class EditsRecord(_Record):
@@ -201,8 +238,14 @@ def spec_to_json(spec: SteeringSpec) -> dict[str, Any]:
     fields = spec.model_dump(mode="json", by_alias=True, exclude_none=True)
     for reference in spec.references():
         if isinstance(reference.ref, InlineVector):
-            put_at(fields, reference.param + "/data", _digest(reference.ref.data))
+            put_at(fields, reference.param, _without_payload(reference.ref))
     return fields
+
+
+def _without_payload(inline: InlineVector) -> dict[str, Any]:
+    payload = inline.data if inline.data is not None else json.dumps(inline.values)
+    kept = {"data": _digest(payload)}
+    return kept if inline.layer is None else kept | {"layer": inline.layer}
 
 
 def _digest(payload: str) -> str:

@@ -301,21 +301,14 @@ class Resolver:
             above=-math.inf if when.above is None else _bound(when.above),
             below=math.inf if when.below is None else _bound(when.below),
             cosine=when.measure == "cosine",
-            prompt_scope=when.scope == "prompt",
+            scope=when.scope,
         )
         return ResolvedGate(when, gate, "vector", vector, at)
 
     def _detecting(self, when: WhenDetected, reference: Reference, at: str) -> ResolvedGate:
-        """The gate that opens where the detector that `reference` names fires on one token."""
+        """The gate that opens where the detector that `reference` names fires."""
         detector = self._named(reference)
         assert isinstance(detector, Detector)
-        if detector.detection.last > 1:
-            raise Unsupported(
-                f"the detector {when.detector!r} pools the scores of {detector.detection.last} "
-                "tokens, and a gate reads one: fit it with 'last' 1, or arm it in 'detectors'",
-                param=reference.param,
-                code="unsupported_gate",
-            )
         self._check_reads(detector, detector.point, reference.param, reference.param)
         threshold = detector.threshold if when.threshold is None else when.threshold
         gate = Gate(
@@ -325,8 +318,11 @@ class Resolver:
             above=_bound(threshold),
             below=math.inf,
             cosine=False,
-            prompt_scope=when.scope == "prompt",
+            scope=when.scope,
             bias=detector.bias,
+            # Of one token the greatest score and the mean are the same.
+            pooling=detector.detection.pooling if detector.detection.last > 1 else "max",
+            last=detector.detection.last,
         )
         return ResolvedGate(when, gate, "detector", detector, at)
 

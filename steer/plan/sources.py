@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, TypeVar
 from torch import Tensor
 
 from steer.artefacts.affine import AffineMap
+from steer.artefacts.concepts.probe import ConceptProbe
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.detector import Detector
 from steer.artefacts.lens import Lens
@@ -106,6 +107,9 @@ class Snapshot:
 
     def oracle(self, ref: str) -> Oracle:
         return self._once("oracle", ref, self._library.oracle)
+
+    def probe(self, ref: str) -> ConceptProbe:
+        return self._once("probe", ref, self._library.probe)
 
     def _once(self, kind: str, ref: str, find: Callable[[str], Found]) -> Found:
         if (kind, ref) not in self._found:

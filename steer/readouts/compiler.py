@@ -20,7 +20,7 @@ from steer.errors import (
 )
 from steer.model import Capabilities, HookPoint, ModelInfo
 from steer.plan.plan import SteeringPlan
-from steer.plan.points import row
+from steer.plan.points import all_layers, row
 from steer.readouts import measures
 from steer.readouts.encoding import part_of
 from steer.readouts.plan import ReadoutPlan, check_countable
@@ -98,7 +98,10 @@ class _Sources:
                 vector = self.library.vector(item.vector)
             except SteerError as error:
                 raise error.at(f"{at}/vector") from None
-            layers = item.layers or vector.card.used_layers
+            if item.layers == "all":
+                layers = all_layers(vector, self.model)
+            else:
+                layers = item.layers or vector.card.used_layers
             self._check_layers(layers, f"{at}/layers" if item.layers else f"{at}/vector")
             if vector.card.width != self.model.width(vector.card.site):
                 raise self._wrong_width("vector", item.vector, vector.card.width, f"{at}/vector")
@@ -141,7 +144,6 @@ class _Sources:
                 self.capabilities.no_unembedding, param="/lens", code="no_unembedding"
             )
         check_countable("the vocabulary", self.model.vocab_size)
-        self._check_layers(item.layers, "/lens/layers")
         lens: Lens | None = None
         if item.lens is not None:
             try:
@@ -149,7 +151,11 @@ class _Sources:
                 lens.check_fits(self.model)
             except SteerError as error:
                 raise error.at("/lens/lens") from None
-        points = [HookPoint(layer) for layer in item.layers]
+        layers: tuple[int, ...] = self._every if item.layers == "all" else item.layers
+        if item.layers == "all" and lens is not None:
+            layers = tuple(n for n in layers if lens.reads(n, "resid_post"))
+        self._check_layers(layers, "/lens/layers")
+        points = [HookPoint(layer) for layer in layers]
         for point in points:
             self._check_point(point, "/lens/layers")
             if lens is not None:
@@ -161,11 +167,15 @@ class _Sources:
         return [LensReader(point, top, lens, item.lens) for point in points]
 
     def norms(self, spec: ReadoutSpec) -> list[Reader]:
-        layers = spec.norms or ()
+        layers = self._every if spec.norms == "all" else spec.norms or ()
         self._check_layers(layers, "/norms")
         for layer in layers:
             self._check_point(HookPoint(layer), "/norms")
         return [NormReader(HookPoint(layer)) for layer in layers]
+
+    @property
+    def _every(self) -> tuple[int, ...]:
+        return tuple(range(self.model.n_layers))
 
     def _check_layers(self, layers: tuple[int, ...], at: str) -> None:
         if len(layers) > self.limits.layers:

@@ -63,6 +63,14 @@ class ReadoutPlan:
             prompt_length if self.tokens == "prompt" else EXACT,
         )
 
+    def own(
+        self, position: int, numbers: tuple[float, ...], prompt_length: int
+    ) -> tuple[float, ...]:
+        """Of the numbers read of the token at `position`, this plan's: what detectors need stands
+        behind, and they may watch other tokens."""
+        first, end = self.wanted(prompt_length)
+        return numbers[: self.width] if first <= position < end else ()
+
 
 def check_countable(what: str, count: int) -> None:
     """Raises `Unsupported` for numbers of `what` that do not travel exactly."""

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 from steer.artefacts.arming import ReadTokens
 from steer.errors import SpecError, Unsupported, pointer
 from steer.model import Capabilities
-from steer.spec import Index, Layers, Name
+from steer.spec import Index, LayersOrAll, Name
 
 MAX_READINGS = 64
 """Entries of one list of a spec."""
@@ -39,12 +39,13 @@ def check_readable(fields: Sequence[str], able: Capabilities) -> None:
 
 
 class ProjectionSpec(BaseModel):
-    """⟨x, v̂⟩ of a registered vector, on `layers` (those of its card, where none are given)."""
+    """⟨x, v̂⟩ of a registered vector, on `layers`: those of its card, where none are given; with
+    `"all"` those that it has rows for, or every layer where it has a single row."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     vector: Name
-    layers: Layers | None = None
+    layers: LayersOrAll | None = None
 
 
 class FeatureSpec(BaseModel):
@@ -68,11 +69,11 @@ class FeatureSpec(BaseModel):
 
 class LensSpec(BaseModel):
     """What `layers` would say next: the `top` tokens and the entropy, by the logit lens, or by a
-    registered `lens`, tuned or Jacobian."""
+    registered `lens`, tuned or Jacobian; `"all"` are those that the lens reads."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layers: Layers
+    layers: LayersOrAll
     top: _Top = 5
     lens: Name | None = None
 
@@ -90,7 +91,7 @@ class ReadoutSpec(BaseModel):
     projections: Annotated[tuple[ProjectionSpec, ...], Field(max_length=MAX_READINGS)] = ()
     features: Annotated[tuple[FeatureSpec, ...], Field(max_length=MAX_READINGS)] = ()
     lens: LensSpec | None = None
-    norms: Layers | None = None
+    norms: LayersOrAll | None = None
     relative_size: StrictBool = False
     kl: StrictBool = False
     tokens: ReadTokens = "generated"

@@ -12,6 +12,7 @@ from typing import IO, Any, BinaryIO, TypeVar
 
 from steer.artefacts.affine import AffineMap
 from steer.artefacts.artefact import Artefact, StoredArtefact
+from steer.artefacts.concepts.probe import ConceptProbe
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
 from steer.artefacts.detector import Detector
 from steer.artefacts.kinds import NAMED, ArtefactKind, row_of
@@ -450,6 +451,10 @@ class Registry:
     def oracle(self, ref: str) -> Oracle:
         """The oracle that `ref` names."""
         return self.load(Oracle, ref)
+
+    def probe(self, ref: str) -> ConceptProbe:
+        """The probe that `ref` names."""
+        return self.load(ConceptProbe, ref)
 
     def content(self, kind: ArtefactKind, ref: str) -> IO[bytes]:
         """The canonical file that `ref` names, open for reading; the caller closes it.

@@ -8,11 +8,15 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
     Tag,
 )
+from pydantic_core import PydanticCustomError
+
+from steer.spec.wording import layer_from_end
 
 MAX_FEATURES = 256
 MAX_INTEGER = 2**53 - 1
@@ -64,6 +68,27 @@ def values_tag(value: Any) -> str:
     return "numbers" if isinstance(value, list | tuple) else "a number"
 
 
+def _from_the_front(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool) and -MAX_INTEGER <= value < 0:
+        raise PydanticCustomError("negative_layer", "{said}", {"said": layer_from_end(value)})
+    return value
+
+
+def check_layers_form(value: Any) -> Any:
+    """`value`, unless it is neither a list nor "all"."""
+    if value == "all" or isinstance(value, list | tuple):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise PydanticCustomError(
+            "layers_form", "a list is needed, or 'all': write [{layer}]", {"layer": value}
+        )
+    raise PydanticCustomError("layers_form", "a list is needed, or 'all'")
+
+
+def layers_tag(value: Any) -> str:
+    return "a word" if value == "all" else "numbers"
+
+
 def _sorted_layers(value: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(set(value)))
 
@@ -90,11 +115,20 @@ Values: TypeAlias = Annotated[
     Annotated[Number, Tag("a number")] | Annotated[OneEach, Tag("numbers")],
     Discriminator(values_tag),
 ]
+Layer: TypeAlias = Annotated[Index, BeforeValidator(_from_the_front)]
+"""A block, from 0. One counted from the end is refused: what a stored spec means must not depend
+on the model that reads it, and `hidden_states[-1]` is behind the final norm, which no block is."""
 Layers: TypeAlias = Annotated[
-    tuple[Index, ...],
+    tuple[Layer, ...],
     Field(min_length=1, max_length=1024, fail_fast=True),
     AfterValidator(_sorted_layers),
 ]
+LayersOrAll: TypeAlias = Annotated[
+    Annotated[Layers, Tag("numbers")] | Annotated[Literal["all"], Tag("a word")],
+    Discriminator(layers_tag),
+    BeforeValidator(check_layers_form),
+]
+"""Some layers, or all that there can be: of an artefact with rows its own, else the model's."""
 
 
 def exactly_one(*names: str) -> dict[str, Any]:

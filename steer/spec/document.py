@@ -17,10 +17,12 @@ from pydantic import (
 from steer.errors import Problem, SpecError, pointer, quoted
 from steer.references import Reference, references_in
 from steer.spec.base import Frozen
+from steer.spec.field_names import fields_at, nearest, nearest_kind, unknown_field
 from steer.spec.gates import When
 from steer.spec.interventions import KINDS, Intervention
 from steer.spec.ramps import RampPoints
 from steer.spec.selection import Where, unsaid
+from steer.spec.wording import in_json_words
 
 MAX_INTERVENTIONS = 64
 MAX_TEXTS = 32
@@ -124,28 +126,44 @@ def parse_spec(value: Mapping[str, Any] | SteeringSpec, *, at: str = "") -> Stee
 def _problems(error: ValidationError, value: Any, at: str) -> list[Problem]:
     """pydantic's errors as problems: one per field, in the words of a caller who sees JSON."""
     found: dict[str, Problem] = {}
+    short = set()
     for item in error.errors(include_url=False):
         where = at + pointer(*_json_path(item["loc"], value, item["type"]))
-        message = item["msg"].removeprefix("Value error, ")
+        message = in_json_words(item)
         code = "invalid_spec"
         if item["type"] == "extra_forbidden":
-            code, message = "unknown_field", f"unknown field {item['loc'][-1]!r}: remove it"
+            fields = fields_at(SteeringSpec, item["loc"])
+            code, message = "unknown_field", unknown_field(str(item["loc"][-1]), fields)
         elif item["type"] == "union_tag_invalid":
-            message = f"{item['input'].get('kind')!r} is not a kind: use one of {', '.join(KINDS)}"
+            message = _no_kind(item["input"].get("kind"))
         elif item["type"] == "union_tag_not_found":
-            message = f"an intervention needs a 'kind': one of {', '.join(KINDS)}"
+            message = _kind_missing(item["input"])
         elif item["type"] == "missing":
             message = f"the field {item['loc'][-1]!r} is required"
-        elif item["type"] != "value_error":
+        elif item["type"] not in ("value_error", "negative_layer"):
             message = f"{message}; got {quoted(item['input'])}"
+        if item["type"] == "too_short":
+            short.add(where)
         found.setdefault(where, Problem(message, code, where or None))
     # A list whose items are wrong is also reported as too short: only the items are of interest.
     return [
         problem
         for where, problem in found.items()
-        if "after validation, not 0" not in problem.message
-        or not any(other.startswith(where + "/") for other in found)
+        if where not in short or not any(other.startswith(where + "/") for other in found)
     ]
+
+
+def _no_kind(given: Any) -> str:
+    kind = nearest_kind(given, KINDS) if isinstance(given, str) else None
+    told = "" if kind is None else f" (did you mean {kind!r}?)"
+    return f"{quoted(given)} is not a kind: use one of {', '.join(KINDS)}{told}"
+
+
+def _kind_missing(given: Any) -> str:
+    named = given if isinstance(given, Mapping) else {}
+    other = next((key for key in named if nearest(str(key), ("kind",)) is not None), None)
+    told = "" if other is None else f", and {other!r} is unknown"
+    return f"an intervention needs a 'kind', one of {', '.join(KINDS)}{told}"
 
 
 def _json_path(loc: tuple[str | int, ...], value: Any, error_type: str) -> list[str | int]:

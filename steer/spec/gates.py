@@ -12,9 +12,9 @@ from pydantic import (
 )
 
 from steer.spec.artefacts import DetectorRef, VectorRef
-from steer.spec.base import Frozen, Index, Number
+from steer.spec.base import Frozen, Layer, Number
 
-GateScope: TypeAlias = Literal["prompt", "token"]
+GateScope: TypeAlias = Literal["prompt", "token", "onward"]
 
 
 class WhenDirection(Frozen):
@@ -23,7 +23,9 @@ class WhenDirection(Frozen):
     The value is the cosine between the residual and the direction (`measure: "cosine"`), or the
     projection on the unit direction (`"projection"`). Scope `token` decides for every token by
     itself. Scope `prompt` decides once, on the last prompt token, and holds the decision for the
-    rest of the request; it therefore acts from the last prompt token on (CAST, 2409.05907).
+    rest of the request; it therefore acts from the last prompt token on (CAST, 2409.05907). Scope
+    `onward` opens at the first selected token whose value is in range, for that token and for all
+    that come after it in the request.
     """
 
     model_config = ConfigDict(
@@ -40,7 +42,7 @@ class WhenDirection(Frozen):
     below: Number | None = None
     scope: GateScope = "prompt"
     measure: Literal["cosine", "projection"] = "cosine"
-    layer: Index | None = None
+    layer: Layer | None = None
 
     @model_validator(mode="after")
     def _check(self) -> WhenDirection:
@@ -52,11 +54,12 @@ class WhenDirection(Frozen):
 
 
 class WhenDetected(Frozen):
-    """A gate: act only where a detector fires on the token that is read.
+    """A gate: act only where a detector fires.
 
     The value is the detector's score at its own hook point, before anything is edited there; it
     must exceed `threshold`, or the detector's own where none is given. `scope` is that of a gate by
-    a direction. One that pools the scores of several tokens is refused: a gate reads one.
+    a direction. One that pools takes together the scores of the last tokens that the gate has read:
+    of scope `token` and `onward` selected ones, of scope `prompt` the last of the prompt.
     """
 
     detector: DetectorRef

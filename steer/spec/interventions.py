@@ -17,7 +17,7 @@ from steer.spec.base import (
     MAX_FEATURES,
     Frozen,
     Index,
-    Layers,
+    LayersOrAll,
     Number,
     OneEach,
     Site,
@@ -38,7 +38,7 @@ class _Intervention(Frozen):
     takes_card_where: ClassVar[bool] = True
     """Whether the card of what the first field names says which tokens, where the spec does not."""
 
-    layers: Layers | Literal["all"] | None = None
+    layers: LayersOrAll | None = None
     site: Site | None = None
     where: Where | None = None
     when: When | None = None
@@ -200,7 +200,8 @@ class Exchange(_Intervention):
     With the unit directions v̂ and t̂ of `vector` and `toward`, mode `move` is x + α·⟨v̂, x⟩(t̂ − v̂).
     In mode `both` the coordinates along the two, by which they make up the part of x that they
     span, change places: x + α·(c_v − c_t)(t̂ − v̂) for x = c_v v̂ + c_t t̂ + …; in mode `one_way` only
-    where that of `vector` is the larger.
+    where that of `vector` is the larger. Above α = ½ mode `both` acts on one layer: at the next one
+    the exchanged state comes by, and would be exchanged back.
     """
 
     takes_card_where: ClassVar[bool] = False

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import (
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
     Tag,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from steer.errors import SpecError
 from steer.spec.base import Bound, Frozen, Index
@@ -42,6 +44,23 @@ Marks: TypeAlias = Annotated[
 Pairs: TypeAlias = Annotated[
     tuple[tuple[Mark, Mark | None], ...], Field(min_length=1, max_length=MAX_MARKS, fail_fast=True)
 ]
+
+
+def _check_range_form(value: Any) -> Any:
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    alone = f"[{value}, {value + 1}]"
+    if value == -1:
+        alone = '[-1, null] (of the prompt alone with "phases": ["prompt"])'
+    raise PydanticCustomError(
+        "range_form",
+        "a range [first, end] is needed, its end not included or null: for the token {place} write "
+        "{alone}",
+        {"place": value, "alone": alone},
+    )
+
+
+PositionRange: TypeAlias = Annotated[tuple[Bound, Bound | None], BeforeValidator(_check_range_form)]
 
 
 class Schedule(Frozen):
@@ -97,7 +116,7 @@ class Where(Frozen):
     ) = None
     positions: (
         Annotated[
-            tuple[tuple[Bound, Bound | None], ...],
+            tuple[PositionRange, ...],
             Field(min_length=1, max_length=256, fail_fast=True),
         ]
         | None

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from artefacts import EVERYTHING, artefacts, random_spec, shape_of
+from artefacts import EVERYTHING, SCOPES, artefacts, random_detection, random_spec, shape_of
 
 from steer.artefacts.library import MemoryLibrary
 from steer.batch.ledger import Ledger
@@ -29,8 +29,9 @@ def requests(draw: random.Random, tables: Tables) -> list[SteeredRequest]:
         if draw.random() < 0.6:
             spec["where"] = {"tokens": draw.sample(range(VOCABULARY), 3)}
         if draw.random() < 0.4:
-            scope = draw.choice(["token", "prompt"])
-            spec["when"] = {"vector": "v0", "above": 0.0, "layer": 0, "scope": scope}
+            scope = draw.choice(SCOPES)
+            direction = {"vector": "v0", "above": 0.0, "layer": 0, "scope": scope}
+            spec["when"] = draw.choice([direction, random_detection(draw)])
         plan = PLANS.plan(parse_spec(spec))
         if 0 < len(plan.rules) <= tables.max_rules:
             row = len(found)
@@ -88,4 +89,5 @@ def test_equals_a_step_built_anew(seed: int) -> None:
         anew.finish()
         carried.finish()
     assert np.array_equal(ledgers[0].tokens, ledgers[1].tokens)
+    assert torch.equal(ledgers[0].onset, ledgers[1].onset)
     assert ledgers[0].tokens[:, 1:].sum() > 0

@@ -17,6 +17,7 @@ import torch
 from artefacts import (
     EVERYTHING,
     SAE_NAMES,
+    SCOPES,
     artefacts,
     random_detection,
     random_roles,
@@ -25,10 +26,18 @@ from artefacts import (
     shape_of,
     span_vocabulary,
 )
-from float64_reference import Array, Float64Reference, Seen, chosen, selected
+from float64_reference import (
+    Array,
+    Float64Reference,
+    OnwardGates,
+    ReadScores,
+    Seen,
+    chosen,
+    selected,
+)
 
 from steer.artefacts.library import MemoryLibrary
-from steer.batch.ledger import Ledger
+from steer.batch.ledger import SHUT, Ledger
 from steer.batch.requests import Span, SteeredRequest
 from steer.batch.step import build_step
 from steer.batch.tables import Tables
@@ -77,32 +86,35 @@ class Truth:
         self.request = request
         self.touched: Counter[HookPoint] = Counter()
         self.steered = 0
-        self._prompt_gates: dict[str, bool] = {}
+        self._prompt_gates: dict[int, bool] = {}
+        self._read = ReadScores()
+        self.onward = OnwardGates()
 
-    def token(self, position: int, *, only_gates: bool = False) -> Array:
+    def token(self, position: int) -> Array:
+        """The state of the next token; told in their order."""
         request = self.request
         token, prompt_length = request.tokens[position], request.prompt_length
-        read: dict[str, bool] = {}
+        read: dict[int, bool] = {}
 
-        def is_open(when: When) -> bool:
+        def is_open(place: int, when: When) -> bool:
             if when.scope == "token":
-                return read[when.model_dump_json()]
-            if position < prompt_length - 1:
-                return False
-            return self._prompt_gates[when.model_dump_json()]
+                return read[place]
+            if when.scope == "onward":
+                return self.onward.are_open(place, position)
+            return position >= prompt_length - 1 and self._prompt_gates[place]
 
-        if position > prompt_length - 1 and not self._prompt_gates:
-            self.token(prompt_length - 1, only_gates=True)
         x = EMBEDDING[token].double().numpy()
         points = set()
         for layer in range(LAYERS):
             out = np.tanh(x @ WEIGHTS[layer].double().numpy())
             for point in (HookPoint(layer, "mlp_out"), HookPoint(layer)):
                 row = out if point.site == "mlp_out" else x + out
-                for when in self._gates_at(point):
-                    read[when.model_dump_json()] = self._opens(when, row)
+                for place, when in self._reading(point, position):
+                    read[place] = self._opens(place, when, row)
+                    if when.scope == "onward":
+                        self.onward.tell(place, position, selected=True, in_range=read[place])
                     if when.scope == "prompt" and position == prompt_length - 1:
-                        self._prompt_gates[when.model_dump_json()] = self._opens(when, row)
+                        self._prompt_gates[place] = read[place]
                 if request.spec is not None:
                     calls = _Counted(is_open)
                     row = REFERENCE.steer(
@@ -121,21 +133,32 @@ class Truth:
                     out = row
                 else:
                     x = row
-        if not only_gates:
-            self.touched.update(points)
-            self.steered += bool(points)
+        self.touched.update(points)
+        self.steered += bool(points)
         return x
 
-    def _gates_at(self, point: HookPoint) -> list[When]:
-        spec = self.request.spec
-        if spec is None:
-            return []
-        gates = [spec.when, *(item.when for item in spec.interventions)]
-        return [g for g in gates if g is not None and _read_at(g) == point]
+    def _reading(self, point: HookPoint, position: int) -> list[tuple[int, When]]:
+        """The gates, by the places of their interventions, that read this token at `point`."""
+        request, spec = self.request, self.request.spec
+        token, length = request.tokens[position], request.prompt_length
+        found = []
+        for place, item in enumerate(() if spec is None else spec.interventions):
+            assert spec is not None
+            when = item.when or spec.when
+            if when is None or _read_at(when) != point:
+                continue
+            if (
+                position < length
+                if when.scope == "prompt"
+                else chosen(spec, item, position, length, token, request.seen)
+            ):
+                found.append((place, when))
+        return found
 
-    def _opens(self, when: When, x: Array) -> bool:
+    def _opens(self, place: int, when: When, x: Array) -> bool:
         if isinstance(when, WhenDetected):
-            return REFERENCE.fires(when, x)
+            self._read.tell(place, REFERENCE.score(when, x))
+            return REFERENCE.fires(when, place, self._read)
         direction = REFERENCE.unit(str(when.vector), when.layer or 0)
         value = float(x @ direction)
         if when.measure == "cosine":
@@ -157,8 +180,8 @@ class _Counted:
     def __init__(self, is_open: Any) -> None:
         self._is_open = is_open
 
-    def __call__(self, when: When) -> bool:
-        return bool(self._is_open(when))
+    def __call__(self, place: int, when: When) -> bool:
+        return bool(self._is_open(place, when))
 
     def acted(self, request: Request, point: HookPoint, position: int) -> bool:
         spec, token = request.spec, request.tokens[position]
@@ -166,8 +189,8 @@ class _Counted:
         return any(
             point in REFERENCE.points(item)
             and chosen(spec, item, position, request.prompt_length, token, request.seen)
-            and ((item.when or spec.when) is None or self(item.when or spec.when))
-            for item in spec.interventions
+            and ((item.when or spec.when) is None or self(place, item.when or spec.when))
+            for place, item in enumerate(spec.interventions)
         )
 
 
@@ -180,7 +203,7 @@ class Simulation:
         self.ledger = Ledger(ROWS)
         self.rows = list(range(ROWS))
         self.running: list[Request] = []
-        self.waits = self.preemptions = self.finished = 0
+        self.waits = self.preemptions = self.finished = self.opened = 0
 
     def run(self, requests: list[Request]) -> None:
         waiting = list(requests)
@@ -279,6 +302,7 @@ class Simulation:
         assert request.request is not None
         if request.plan is not None:
             self._check_counts(request.plan, self.ledger.tokens[request.request.row], truth)
+            self._check_onsets(request.plan, self.ledger.onset[request.request.row], truth)
         self._leave(request)
         self.finished += 1
 
@@ -288,6 +312,14 @@ class Simulation:
         for point in plan.points:
             touching = sum(1 << n for n, one in enumerate(plan.rules) if point in one.blocks)
             assert int(counts[(bits & touching) != 0].sum()) == truth.touched[point]
+
+    def _check_onsets(self, plan: SteeringPlan, onset: torch.Tensor, truth: Truth) -> None:
+        """Every onward gate that opened is a rule's, and every rule's is one of the spec's."""
+        rules = [n for n, one in enumerate(plan.rules) if one.gate and one.gate.onward]
+        opened = {int(onset[n]) for n in rules if onset[n] != SHUT}
+        assert opened == set(truth.onward.onsets.values())
+        assert (np.delete(onset.numpy(), rules) == SHUT).all()
+        self.opened += len(opened)
 
     def _check_live_slots(self) -> None:
         """A slot that a running request refers to still means that request's plan."""
@@ -316,7 +348,7 @@ def random_gate(draw: random.Random) -> dict[str, Any]:
     return {
         "vector": f"v{draw.randrange(6)}",
         side: draw.uniform(-0.2, 0.2),
-        "scope": draw.choice(["prompt", "token"]),
+        "scope": draw.choice(SCOPES),
         "measure": draw.choice(["cosine", "projection"]),
         "layer": 0,
     }
@@ -398,8 +430,8 @@ def test_the_simulation_of_spans_meets_what_it_is_about() -> None:
 
 
 def test_the_simulation_meets_what_it_is_about() -> None:
-    """Waiting for slots, preemption, gates of both scopes, clamps that compete: all occur."""
-    waits = preemptions = 0
+    """Waiting for slots, preemption, gates of all scopes, clamps that compete: all occur."""
+    waits = preemptions = opened = 0
     specs: list[SteeringSpec] = []
     for seed in range(30):
         requests = random_requests(random.Random(1_000 + seed), 25)
@@ -408,12 +440,18 @@ def test_the_simulation_meets_what_it_is_about() -> None:
         simulation.run(requests)
         waits += simulation.waits
         preemptions += simulation.preemptions
+        opened += simulation.opened
     gates = [item.when for spec in specs for item in spec.interventions if item.when]
     clamps = [i for spec in specs for i in spec.interventions if i.kind == "clamp"]
     assert waits > 20
     assert preemptions > 10
+    assert opened > 20
     assert {(type(gate), gate.scope) for gate in gates} == {
-        (kind, scope) for kind in (WhenDirection, WhenDetected) for scope in ("prompt", "token")
+        (kind, scope) for kind in (WhenDirection, WhenDetected) for scope in SCOPES
     }
+    detected = [gate for gate in gates if isinstance(gate, WhenDetected)]
+    assert {gate.detector for gate in detected} == MADE["detectors"].keys()
+    pooled = {n for n, one in MADE["detectors"].items() if one.detection.last > 1}
+    assert {gate.scope for gate in detected if gate.detector in pooled} == set(SCOPES)
     assert sum(clamp.sae.startswith("topk") for clamp in clamps) > 10
     assert {clamp.sae for clamp in clamps} == set(SAE_NAMES)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from artefacts import SCOPES
 from stages import (
     MODEL,
     PLANS,
@@ -40,7 +41,7 @@ def test_gates_rule_later_stages_as_they_rule_one_worker(seed: int, cuts: tuple[
     assert_stages_do_what_one_worker_does(seed, cuts, in_python, visit)
 
 
-@pytest.mark.parametrize("scope", ["prompt", "token"])
+@pytest.mark.parametrize("scope", SCOPES)
 def test_a_stage_that_hears_of_no_decision_withholds_the_answer(
     monkeypatch: pytest.MonkeyPatch, scope: str
 ) -> None:
@@ -50,7 +51,11 @@ def test_a_stage_that_hears_of_no_decision_withholds_the_answer(
     }
     plan = PLANS.plan(parse_spec(spec))
     ticket = Ticket(
-        "key", fingerprint=plan.fingerprint, plan=plan.fingerprint, selections=plan.selections
+        "key",
+        fingerprint=plan.fingerprint,
+        plan=plan.fingerprint,
+        selections=plan.selections,
+        onward=plan.onward,
     )
     pipeline = Pipeline((3,), {plan.fingerprint: plan}, in_python, visit)
     tokens = np.array([1, 2, 3])

@@ -113,3 +113,18 @@ def test_exchanging_two_puts_the_other_answer_there(demo: TransformersEngine) ->
     ]
     logits, _ = read(demo, *items)
     assert logits.argmax(-1).tolist() == [*ids(demo)[1:], ids(demo)[0]]
+
+
+def test_swapping_two_puts_the_other_answer_there(demo: TransformersEngine) -> None:
+    def said(pairs: list[tuple[Any, Any]]) -> list[int]:
+        items = [
+            {"kind": "swap", "remove": {"token": mine}, "add": {"token": other}}
+            | {"strength": 0.25, "layers": [2, 3, 4]}
+            for mine, other in pairs
+        ]
+        return read(demo, *items)[0].argmax(-1).tolist()
+
+    targets = [*ids(demo)[1:], ids(demo)[0]]
+    assert said(list(zip(CAPITALS.values(), OTHERS, strict=True))) == targets
+    drawn = said([(2000 + n, 2004 + n) for n in range(4)])
+    assert all(one != target for one, target in zip(drawn, targets, strict=True))

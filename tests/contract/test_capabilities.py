@@ -105,6 +105,11 @@ def test_an_engine_runs_a_block_by_itself_where_it_says_so(engine: Engine) -> No
     assert (made.shape, made.dtype) == ((3, engine.info.width("head_out")), torch.float32)
     paced: Any = BackgroundEngine(engine, PACE, JobLimits())
     assert torch.equal(paced.carry(start, end, torch.ones(3, engine.info.d_model)), made)
+    some = paced.carry(start, end, torch.ones(3, engine.info.d_model), range(2, 5))
+    assert torch.equal(some, made[:, 2:5])
+    with pytest.raises(Unsupported, match="the stream passes by that") as caught:
+        engine.carry(end, HookPoint(1, "resid_post"), made)
+    assert caught.value.code == "cannot_carry"
     engine.capabilities = replace(engine.capabilities, carries=False)
     with pytest.raises(Unsupported, match=r"from 1\.resid_pre to 1\.head_out") as caught:
         engine.carry(start, end, torch.ones(3, engine.info.d_model))

@@ -16,6 +16,8 @@ from liveness import LIVENESS_SECONDS
 from tiny_models import ARCHITECTURES, LAYERS, VOCABULARY, WIDTH
 from together import complete_together, submit_together
 
+from steer.artefacts.arming import ArmedDetector, ReadTokens
+from steer.artefacts.detection import Detection
 from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import CaptureRequest, Completion, GenerationRequest, SamplingParams
 from steer.engines.token_rows import token_reader
@@ -24,6 +26,7 @@ from steer.errors import EngineError, SteerError
 from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
+from steer.readouts.watching import ArmedPlan, WatchPlan
 from steer.spec import parse_spec
 
 TinyModel = Callable[[str], torch.nn.Module]
@@ -42,6 +45,8 @@ LENSES = {"tuned": random_lens(51, LAYERS, WIDTH)}
 DETECTORS = {
     "d0": random_detector(60, 0, width=WIDTH, bias=0.2),
     "d1": random_detector(61, 1, width=WIDTH, bias=-0.1, threshold=0.1),
+    "d2": random_detector(60, 0, width=WIDTH, detection=Detection(pooling="max", last=3)),
+    "d3": random_detector(61, 1, width=WIDTH, detection=Detection(pooling="mean", last=4)),
 }
 
 
@@ -83,6 +88,22 @@ SPECS: dict[str, dict[str, Any] | None] = {
     "a detector's gate": one(add("v0", layers=[1, 2]), when={"detector": "d0", "threshold": -0.1}),
     "a detector's gate on each token": one(
         add("v3", layers=[2]), when={"detector": "d1", "scope": "token"}
+    ),
+    "a detector's gate onward": one(
+        add("v3", layers=[2], where={"positions": [[1, None]]}),
+        when={"detector": "d1", "threshold": 1.0, "scope": "onward"},
+    ),
+    "a pooled gate": one(add("v1", layers=[1, 2]), when={"detector": "d2"}),
+    "a pooled gate on each token": one(
+        add("v3", layers=[2]), when={"detector": "d3", "scope": "token"}
+    ),
+    "a pooled gate onward": one(
+        add("v2", layers=[2], where={"phases": ["generation"]}),
+        when={"detector": "d3", "scope": "onward"},
+    ),
+    "an onward gate on what is generated": one(
+        add("v1", layers=[1, 2], where={"phases": ["generation"]}),
+        when={"vector": "v2", "above": 0.05, "layer": 1, "scope": "onward"},
     ),
     "a clamp": one({"kind": "clamp", "sae": "jumprelu", "features": [1, 5, 9], "value": 4.0}),
     "a clamp that competes": {
@@ -199,7 +220,7 @@ def _close_gates(mine: Completion, other: Completion) -> bool:
     assert a is not None
     assert b is not None
     for x, y in zip(a.gates, b.gates, strict=True):
-        assert x.fired == y.fired
+        assert (x.fired, x.position) == (y.fired, y.position)
         assert x.value == pytest.approx(y.value, abs=1e-4)
     return a.hook_points == b.hook_points and a.tokens_steered == b.tokens_steered
 
@@ -302,6 +323,100 @@ def test_a_detectors_gate_is_open_where_the_detector_fires(engine: TransformersE
                 assert completion.receipt.tokens_steered == fired
                 outcomes.add(0 < fired < len(scores))
     assert outcomes == {True, False}
+
+
+def test_an_onward_gate_opens_where_the_detector_first_fires(engine: TransformersEngine) -> None:
+    """In prompts, in answers or never; never at a token that its intervention does not select."""
+    detector = DETECTORS["d1"]
+    sampling = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    draw = random.Random(6)
+    prompts = [tuple(draw.randrange(3, 99) for _ in range(draw.randint(2, 9))) for _ in range(30)]
+    plain = engine.capture(CaptureRequest(prompts, (detector.point,)))
+    greatest = [float(detector.scores(one.states[detector.point])[1:].max()) for one in plain]
+    threshold = sum(sorted(greatest)[19:21]) / 2
+    spec = SPECS["a detector's gate onward"]
+    assert spec is not None
+    compiled = plan(engine, {**spec, "when": {**spec["when"], "threshold": threshold}})
+    done = engine.complete([GenerationRequest("g", p, sampling, compiled) for p in prompts])
+    fed = [(*prompt, *one.tokens[:-1]) for prompt, one in zip(prompts, done, strict=True)]
+    plans = [compiled] * len(fed)
+    read = engine.capture(CaptureRequest(fed, (detector.point,), plans=plans))
+    met = set()
+    for prompt, states, completion in zip(prompts, read, done, strict=True):
+        assert completion.receipt is not None
+        (gate,) = completion.receipt.gates
+        scores = detector.scores(states.states[detector.point]).tolist()
+        onset = next((n for n, score in enumerate(scores) if n and score > threshold), None)
+        assert gate.position == onset
+        assert gate.fired == (0 if onset is None else len(scores) - onset)
+        assert completion.receipt.tokens_steered == gate.fired
+        if onset is None:
+            assert gate.value is None
+        else:
+            assert gate.value == pytest.approx(scores[onset], abs=1e-4)
+        met.add("never" if onset is None else "prompt" if onset < len(prompt) else "answer")
+    assert met == {"never", "prompt", "answer"}
+
+
+@pytest.mark.parametrize(
+    ("scope", "name", "tokens"),
+    [
+        ("prompt", "d2", "prompt"),
+        ("prompt", "d3", "prompt"),
+        ("token", "d2", "all"),
+        ("token", "d3", "generated"),
+        ("onward", "d2", "generated"),
+        ("onward", "d3", "all"),
+    ],
+)
+def test_a_pooled_gate_fires_where_the_armed_detector_does(
+    engine: TransformersEngine, scope: str, name: str, tokens: ReadTokens
+) -> None:
+    """Both in one request; the gate reads what the detector watches, which is edited nowhere."""
+    detector = DETECTORS[name]
+    draw = random.Random(7)
+    prompts = [tuple(draw.randrange(3, 99) for _ in range(draw.randint(2, 9))) for _ in range(24)]
+    sampling = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+
+    def answers(steered: SteeringPlan | None, threshold: float) -> tuple[WatchPlan, Any]:
+        armed = ArmedDetector(name=name, tokens=tokens, threshold=threshold)
+        watching = WatchPlan(armed=(ArmedPlan(armed, detector),))
+        reads = watching.readouts
+        asked = [GenerationRequest("g", p, sampling, steered, readouts=reads) for p in prompts]
+        return watching, engine.complete(asked)
+
+    def pools(completion: Completion) -> dict[int, float]:
+        window = detector.window()
+        return {row.position: window.push(row.numbers[0]) for row in completion.readouts}
+
+    plain = [list(pools(one).values()) for one in answers(None, 0.0)[1]]
+    told = sorted(values[-1] if scope == "prompt" else max(values) for values in plain)
+    threshold = sum(told[11:13]) / 2
+    when = {"detector": name, "scope": scope, "threshold": threshold}
+    where = {"where": {"phases": ["generation"]}} if tokens == "generated" else {}
+    watching, done = answers(plan(engine, one(add("v3", layers=[2]), when=when) | where), threshold)
+    met = set()
+    for prompt, completion in zip(prompts, done, strict=True):
+        assert completion.receipt is not None
+        (gate,) = completion.receipt.gates
+        pooled = pools(completion)
+        watch = watching.watch(len(prompt))
+        assert watch is not None
+        watch.see((row.position, row.numbers) for row in completion.readouts)
+        fired_at = watch.detections[0].fired_at
+        if scope == "prompt":
+            value = pooled[len(prompt) - 1]
+            assert gate.value == pytest.approx(value, abs=1e-5)
+            assert gate.position == (len(prompt) - 1 if value > threshold else None)
+            assert gate.fired == (8 if value > threshold else 0)
+        elif scope == "onward":
+            assert gate.position == fired_at
+            if fired_at is not None:
+                assert gate.value == pytest.approx(pooled[fired_at], abs=1e-5)
+        else:
+            assert gate.fired == sum(value > threshold for value in pooled.values())
+        met.add(gate.fired > 0)
+    assert met == {True, False}
 
 
 def test_chunked_prompts_equal_whole_ones(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hostile_requests import (
     ALTERNATING,
+    KNOWN,
     LIBRARY,
     Hostile,
     admitted,
@@ -296,8 +297,9 @@ def test_no_request_harms_another(
 
     # Not shrunk: each try is a batch of its own, and the failing request is in the message.
     @settings(max_examples=max(1, wanted // AT_ONCE), phases=[Phase.generate])
-    @given(st.lists(requests, min_size=AT_ONCE, max_size=AT_ONCE))
+    @given(st.lists(requests, min_size=AT_ONCE - len(KNOWN), max_size=AT_ONCE - len(KNOWN)))
     def check(drawn: list[Hostile]) -> None:
+        drawn = [*(Hostile((5, 6, 7), spec) for spec in KNOWN.values()), *drawn]
         tried = [admitted(llama, plans, hostile) for hostile in drawn]
         running = [found for found in tried if isinstance(found, GenerationRequest)]
         outcomes, beside, alone = neighbours_of(llama, plans, running)
@@ -310,4 +312,4 @@ def test_no_request_harms_another(
 
     check()
     print(sum(counts.values()), "requests:", counts)
-    assert {"answered", "not_finite", "norm_out_of_range", "invalid_spec"} <= counts.keys()
+    assert {"answered", *KNOWN} <= counts.keys()

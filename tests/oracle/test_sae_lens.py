@@ -53,6 +53,14 @@ def _encoded_cases() -> dict[str, dict[str, Any]]:
         "gated-subtracted": {"apply_b_dec_to_input": True},
         "matching_pursuit": {**pursuit, "apply_b_dec_to_input": True},
         "matching_pursuit-unsubtracted": pursuit,
+        # Saved in the middle of their training, run as what they become at its end.
+        "batchtopk": {"k": 8.0, "rescale_acts_by_decoder_norm": False},
+        "batchtopk-rescaled": {"k": 8.0, "rescale_acts_by_decoder_norm": True},
+        "matryoshka_batchtopk": {
+            "k": 8.0,
+            "rescale_acts_by_decoder_norm": True,
+            "matryoshka_widths": [24, 96],
+        },
         "transcoder": {},
         "skip_transcoder": {},
         "jumprelu_transcoder": {},

@@ -18,7 +18,8 @@ from liveness import LIVENESS_SECONDS
 from steer.artefacts.control_vector import ControlVector
 from steer.artefacts.sae.base import SAE
 from steer.artefacts.sae.labels import FeatureLabel
-from steer.engines.fake.engine import FakeEngine, Stepper
+from steer.engines.fake.controls import Stepper
+from steer.engines.fake.engine import FakeEngine
 from steer.registry.registry import Registry
 from steer_server.app import create_app
 from steer_server.serve import Server

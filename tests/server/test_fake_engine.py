@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from steer.engines.base import CaptureRequest, GenerationRequest, SamplingParams, TokenEvent
-from steer.engines.fake.engine import FakeEngine, FakeFailure, Stepper
+from steer.engines.fake.controls import FakeFailure, Stepper
+from steer.engines.fake.engine import FakeEngine
 from steer.engines.fake.tokenizer import ByteTokenizer
 from steer.errors import CapacityError, EngineError, SteerError
 from steer.model import HookPoint

@@ -10,7 +10,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from steer.engines.fake.engine import FakeEngine, FakeFailure
+from steer.engines.fake.controls import FakeFailure
+from steer.engines.fake.engine import FakeEngine
 from steer_server.metrics import Names
 
 URL = "/v1/chat/completions"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -13,7 +13,11 @@ from steer.artefacts.adapter_parts import EditRows
 from steer.artefacts.affine import AffineMap, Channels
 from steer.artefacts.artefact import Artefact
 from steer.artefacts.calibration import Calibration, MeasuredDose
+from steer.artefacts.concepts.form import ProbeForm
+from steer.artefacts.concepts.network import CodeNetwork
+from steer.artefacts.concepts.probe import ConceptProbe
 from steer.artefacts.control_vector import ControlVector, LayerMeasure, LowRankAdapter
+from steer.artefacts.detection import Detection
 from steer.artefacts.detector import Detector
 from steer.artefacts.kinds import ArtefactKind
 from steer.artefacts.lens import Lens
@@ -25,7 +29,7 @@ from steer.artefacts.sae.pursuit import Pursuit
 from steer.model import Capabilities, ModelInfo
 from steer.prompts.roles import RoleRanges
 from steer.readouts.spec import READOUTS
-from steer.spec import KINDS, ROLES, SITES, Role
+from steer.spec import KINDS, ROLES, SITES, GateScope, Role
 
 ARCHITECTURES = ("standard", "jumprelu", "topk")
 NORMALISATIONS = {"": "none", "-rescaled": "constant_norm_rescale", "-centred": "layer_norm"}
@@ -254,6 +258,17 @@ def random_oracle(
     )
 
 
+def random_probe(seed: int, *layers: int, width: int = 16) -> ConceptProbe:
+    """Of two roles and three fillers, which it was never taught."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(width,), (width,), (8, width), (8,), (256, 8), (256,)]
+    mean, scale, *rest = (torch.randn(shape, generator=generator) for shape in shapes)
+    form = ProbeForm(
+        roles=("colour", "shape"), fillers=("ball", "cube", "red"), dimensions=256, seed=seed
+    )
+    return ConceptProbe.of(CodeNetwork(mean, scale.exp(), *rest), form=form, layers=layers)
+
+
 EXAMPLES: Mapping[ArtefactKind, Callable[[], Artefact]] = {
     "vector": lambda: random_vector(1, 2, 3),
     "low_rank": lambda: random_adapter(2, 2, 3),
@@ -262,6 +277,7 @@ EXAMPLES: Mapping[ArtefactKind, Callable[[], Artefact]] = {
     "affine": lambda: random_map(5, 2, 3),
     "detector": lambda: random_detector(6, 2),
     "oracle": lambda: random_oracle(6, {"model.layers.2.mlp.up_proj": (16, 32)}, 6),
+    "probe": lambda: random_probe(7, 3, 4, 5),
 }
 """One artefact of each kind, for a model of 6 layers and width 16, such as the fake engine's."""
 
@@ -284,17 +300,23 @@ def artefacts(width: int = 16, layers: int = 4) -> dict[str, Any]:
         "detectors": {
             "d0": random_detector(93, 0, width=width, bias=0.3, threshold=0.4),
             "d1": random_detector(94, 0, width=width, bias=-0.2, threshold=-0.3),
+            "d2": random_detector(93, 0, width=width, detection=Detection(pooling="max", last=3)),
+            "d3": random_detector(94, 0, width=width, detection=Detection(pooling="mean", last=4)),
         },
     }
+
+
+SCOPES: tuple[GateScope, ...] = get_args(GateScope)
+"""Of gates, all there are."""
 
 
 def random_detection(draw: random.Random) -> dict[str, Any]:
     """A gate by one of the detectors of `artefacts`, which read the first layer."""
     threshold = {"threshold": draw.uniform(-2, 2)} if draw.random() < 0.6 else {}
     return {
-        "detector": draw.choice(["d0", "d1"]),
+        "detector": draw.choice(["d0", "d1", "d2", "d3"]),
         **threshold,
-        "scope": draw.choice(["prompt", "token"]),
+        "scope": draw.choice(SCOPES),
     }
 
 
@@ -358,6 +380,8 @@ def random_intervention(draw: random.Random, layers: int = 4) -> dict[str, Any]:
         "patch": {"vector": first},
     }
     placed = {} if kind == "clamp" else {"layers": sorted(draw.sample(range(layers), 2))}
+    if fields[kind].get("mode") == "both":
+        placed = {"layers": placed["layers"][:1]}  # a second layer would take the exchange back
     return {"kind": kind, **fields[kind], **placed}
 
 

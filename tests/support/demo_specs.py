@@ -18,6 +18,7 @@ from artefacts import (
     span_vocabulary,
 )
 
+from steer.artefacts.detection import Detection
 from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import Engine, GenerationRequest, SamplingParams
 from steer.engines.token_rows import token_reader
@@ -46,6 +47,9 @@ LENSES = {
 DETECTORS = {
     "d0": random_detector(10, 0, width=WIDTH, bias=0.4),
     "d1": random_detector(11, 1, width=WIDTH, bias=-0.3, threshold=0.2),
+    "d2": random_detector(12, 0, width=WIDTH, detection=Detection(pooling="max", last=3)),
+    "d3": random_detector(13, 1, width=WIDTH, detection=Detection(pooling="mean", last=4)),
+    "wide": random_detector(14, 0, width=WIDTH, detection=Detection(pooling="mean", last=10)),
 }
 
 
@@ -114,6 +118,31 @@ SPECS: dict[str, dict[str, Any] | None] = {
             ablate("v1", layers=[4]),
         ]
     },
+    "an onward gate": one(
+        add("v1", layers=[2, 4]),
+        when={"vector": "v0", "above": 0.12, "layer": 1, "scope": "onward"},
+    ),
+    "an onward gate on what is generated": {
+        "interventions": [
+            {
+                **add("v2", layers=[3], where={"phases": ["generation"]}),
+                "when": {"detector": "d1", "threshold": 1.0, "scope": "onward"},
+            },
+            ablate("v3", where={"phases": ["generation"]}),
+        ]
+    },
+    "a gate on the last of a prompt": one(add("v2", layers=[2, 5]), when={"detector": "d2"}),
+    "a gate on a mean of each token": {
+        "interventions": [
+            {**add("v0", layers=[4]), "when": {"detector": "d3", "scope": "token"}},
+            ablate("v3", layers=[2]),
+        ]
+    },
+    "a gate from a mean on what is generated": one(
+        add("v1", layers=[3]),
+        where={"phases": ["generation"]},
+        when={"detector": "d3", "scope": "onward"},
+    ),
     "a clamp": one({"kind": "clamp", "sae": "jumprelu", "features": [1, 5, 9], "value": 4.0}),
     "a clamp that competes": {
         "interventions": [

@@ -180,6 +180,38 @@ def _bound(bound: int, prompt_length: int) -> int:
 
 
 @dataclass
+class OnwardGates:
+    """The onward gates of one request, whose tokens are told in their order: each opens at the
+    first token that its intervention selects and whose value is in range."""
+
+    onsets: dict[int, int] = field(default_factory=dict)
+    """By the place of an intervention, where its gate opened."""
+
+    def tell(self, place: int, position: int, *, selected: bool, in_range: bool) -> None:
+        if selected and in_range and place not in self.onsets:
+            self.onsets[place] = position
+
+    def are_open(self, place: int, position: int) -> bool:
+        return place in self.onsets and position >= self.onsets[place]
+
+
+@dataclass
+class ReadScores:
+    """The scores that the gates of one request have read, told in the order of its tokens."""
+
+    scores: dict[int, list[float]] = field(default_factory=dict)
+    """By the place of an intervention."""
+
+    def tell(self, place: int, score: float) -> None:
+        self.scores.setdefault(place, []).append(score)
+
+    def pooled(self, place: int, pooling: str, last: int) -> float:
+        """What is made of the last scores that were told."""
+        found = self.scores[place][-last:]
+        return max(found) if pooling == "max" else sum(found) / len(found)
+
+
+@dataclass
 class Float64Reference:
     """The artefacts, and what every kind does to one row x `[d]`."""
 
@@ -204,17 +236,18 @@ class Float64Reference:
         position: int,
         prompt_length: int,
         token: int,
-        gate_open: Callable[[Any], bool] = lambda when: True,
+        gate_open: Callable[[int, Any], bool] = lambda place, when: True,
         seen: Seen | None = None,
     ) -> Array:
-        """One token's row at `point` after every intervention of `spec` that acts there."""
-        for item in spec.interventions:
+        """One token's row at `point` after every intervention of `spec` that acts there;
+        `gate_open` is asked by the place of an intervention in the spec, and its gate."""
+        for place, item in enumerate(spec.interventions):
             when = spec.when if item.when is None else item.when
             if point not in self.points(item) or not chosen(
                 spec, item, position, prompt_length, token, seen
             ):
                 continue
-            if when is not None and not gate_open(when):
+            if when is not None and not gate_open(place, when):
                 continue
             after = self.edited(item, x, point.layer)
             after = x + factor(spec, item, position - prompt_length) * (after - x)
@@ -223,11 +256,17 @@ class Float64Reference:
             x = after
         return x
 
-    def fires(self, when: WhenDetected, x: Array) -> bool:
-        """Whether the detector of a gate fires on the row that it reads."""
+    def score(self, when: WhenDetected, x: Array) -> float:
+        """The score of the row that a gate's detector reads."""
+        detector = self.detectors[when.detector]
+        return float(f64(detector.direction) @ x) + detector.bias
+
+    def fires(self, when: WhenDetected, place: int, read: ReadScores) -> bool:
+        """Whether a gate's detector fires at the token whose score was told last."""
         detector = self.detectors[when.detector]
         threshold = detector.threshold if when.threshold is None else when.threshold
-        return float(f64(detector.direction) @ x) + detector.bias > threshold
+        one = detector.detection
+        return read.pooled(place, one.pooling, one.last) > threshold
 
     def edited(self, item: Any, x: Array, layer: int) -> Array:
         """x after one intervention."""

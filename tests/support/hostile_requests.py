@@ -141,14 +141,14 @@ directed = st.fixed_dictionaries(
     {"vector": vectors, "above": numbers},
     optional={
         "below": numbers,
-        "scope": st.sampled_from(["prompt", "token"]),
+        "scope": st.sampled_from(["prompt", "token", "onward"]),
         "measure": st.sampled_from(["cosine", "projection"]),
         "layer": _mostly(st.just(0), integers),
     },
 )
 detected = st.fixed_dictionaries(
     {"detector": _mostly(st.sampled_from(sorted(DETECTORS)), st.just("nobody"))},
-    optional={"threshold": numbers, "scope": st.sampled_from(["prompt", "token"])},
+    optional={"threshold": numbers, "scope": st.sampled_from(["prompt", "token", "onward"])},
 )
 when = st.one_of(directed, detected)
 strengths = st.one_of(
@@ -253,6 +253,15 @@ requests = st.builds(
     sampling=samplings,
 )
 
+
+KNOWN = {
+    "not_finite": one(
+        {"kind": "add", "vector": "plain", "strength": {"norm": 1e14}, "layers": "all"}
+    ),
+    "norm_out_of_range": one({"kind": "add", "vector": inline(ALTERNATING * 1e38), "strength": 1}),
+    "invalid_spec": one({"kind": "add", "vector": "plain", "strength": "much"}),
+}
+"""Specs that end so, whatever is drawn beside them."""
 
 # Runs
 

@@ -35,7 +35,7 @@ OF_THE_MODEL = frozenset(
 )
 OF_THE_REGISTRY = frozenset(
     f"unknown_{kind}"
-    for kind in ("vector", "sae", "low_rank", "lens", "affine", "detector", "oracle")
+    for kind in ("vector", "sae", "low_rank", "lens", "affine", "detector", "oracle", "probe")
 ) | {"no_vectors", "unknown_job"}
 OF_A_FILE = frozenset(
     {
@@ -55,8 +55,11 @@ OF_DATA = frozenset(
         "invalid_scorer",
         "invalid_labels",
         "invalid_relations",
+        "invalid_examples",
         "invalid_exercises",
         "invalid_preferences",
+        "no_examples",
+        "no_prompts",
         "unknown_label",
         "too_few_texts",  # of each label, and equal ones count once
         "too_few_safe_texts",

@@ -19,10 +19,10 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text()
 MOST_FILES = 15
 
 WORDS = """
-spec, intervention, kind, artefact, oracle, card, library, selection, ramp, mark, automaton, trace,
-gate, law, channels, side, block, rule, plan, slot, table, request, span, step, ledger, receipt,
-hook point, tap, capture, read-out, reader, detector, watch, ticket, replica,
-seam
+  spec, intervention, kind, artefact, oracle, probe, card, library, selection, ramp, mark,
+  automaton, trace, gate, onset, window, law, channels, side, block, rule, plan, slot, table,
+  request, span, step, ledger, receipt, hook point, tap, capture, read-out, reader, detector, watch,
+  ticket, bookmark, replica, seam
 """
 
 RETIRED = {

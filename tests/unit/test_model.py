@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer.errors import SteerError
-from steer.model import MAX_LAYERS, Capabilities, ModelInfo, parse_layers
+from steer.model import MAX_LAYERS, Capabilities, ModelInfo, parse_layer_choice, parse_layers
 from steer.spec import STRENGTH_UNITS, Add, parse_spec
 
 INFO = ModelInfo("/models/Qwen3-8B", "Qwen3ForCausalLM", 4, 16, 100, 64)
@@ -28,6 +28,7 @@ INFO = ModelInfo("/models/Qwen3-8B", "Qwen3ForCausalLM", 4, 16, 100, 64)
 )
 def test_layers_are_numbers_and_ranges(text: str, layers: tuple[int, ...]) -> None:
     assert parse_layers(text) == layers
+    assert parse_layer_choice(text) == layers
 
 
 @pytest.mark.parametrize(
@@ -63,6 +64,12 @@ def test_what_is_no_list_of_layers_is_refused(text: str, code: str, says: str) -
     assert says in error.message
     assert error.status == 400
     assert len(error.message) < 200
+
+
+def test_all_is_a_choice_of_layers_and_no_list() -> None:
+    assert parse_layer_choice(" all ") == "all"
+    with pytest.raises(SteerError, match="write 3"):
+        parse_layers("all")
 
 
 @given(st.text(alphabet="0123456789-, x", max_size=12))

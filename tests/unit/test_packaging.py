@@ -84,3 +84,10 @@ def test_the_import_order_holds() -> None:
     command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_python_m_steer_is_the_command_line() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "steer", "--version"], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.startswith("steer ")

@@ -5,8 +5,9 @@
 #
 # Each file has a process of its own, because an engine that ran in a process cannot be torn down
 # completely; STEER_TEST_FILES (2) run at a time. One line per file on stdout; what a failed file
-# printed follows it on stderr. Fails if a file fails, collects nothing, passes nothing, or takes
-# longer than STEER_TEST_LIMIT seconds (5400), which only ends what hangs.
+# printed follows it on stderr, and what failed is told once more at the end, for whoever keeps only
+# that. Fails if a file fails, collects nothing, passes nothing, or takes longer than
+# STEER_TEST_LIMIT seconds (5400), which only ends what hangs.
 set -euo pipefail
 
 if [ $# -lt 1 ]; then
@@ -51,7 +52,8 @@ trap 'kill $(jobs -p) 2>/dev/null || true; wait; exit 130' INT TERM
 run() {
   local file=$1 start=$SECONDS code=0 counts verdict log child
   log=$printed/$(basename "$file")
-  timeout --kill-after=10 "$limit" "$pytest" --color=no -rs "$file" >"$log" 2>&1 &
+  timeout --kill-after=10 "$limit" "$pytest" --color=no -rsfE --log-level=WARNING "$file" \
+    >"$log" 2>&1 &
   child=$!
   trap 'kill "$child" 2>/dev/null || true; exit 130' TERM
   wait "$child" || code=$?
@@ -73,6 +75,7 @@ run() {
   grep -E '^SKIPPED' "$log" || true
   if [ "$verdict" != ok ]; then
     tail -n 200 "$log" >&2
+    { echo "$file  $verdict" && grep -E '^(FAILED|ERROR) ' "$log" | cut -c 1-400; } >"$log.failed" || true
     return
   fi
   touch "$log.passed"
@@ -87,5 +90,6 @@ passed=("$printed"/*.passed)
 failed=$((${#files[@]} - ${#passed[@]}))
 if [ "$failed" -gt 0 ]; then
   echo "vllm $version: $failed of ${#files[@]} files failed" >&2
+  cat "$printed"/*.failed >&2
   exit 1
 fi

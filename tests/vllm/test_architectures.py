@@ -20,26 +20,28 @@ from artefacts import random_vector
 from safetensors.torch import load_file
 from tiny_models import LAYERS, VOCABULARY
 from torch import Tensor
-from vllm_models import ARCHITECTURES, ENDS, HALF, REFUSED, Architecture, write
+from vllm_models import ARCHITECTURES, ENDS, HALF, REFUSED, WIDTH, Architecture, write
 
 from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import CaptureRequest
 from steer.engines.transformers.engine import TransformersEngine
 from steer.engines.vllm.static.rows import budget_rows
 from steer.engines.vllm.ticket import CaptureOrder, Ticket
+from steer.errors import Unsupported
 from steer.model import Capabilities, HookPoint, ModelInfo
 from steer.plan.cache import PlanCache
 from steer.plan.file import dump_plan
 from steer.plan.plan import SteeringPlan
 from steer.registry.blobs.plan_store import PlanStore
-from steer.spec import KINDS, parse_spec
+from steer.spec import KINDS, Site, parse_spec
 
 RUNNER = Path(__file__).parents[1] / "support" / "vllm_side" / "architecture_runner.py"
 CHOICE = "STEER_ARCHITECTURES"
 """An environment variable: `all`, some minutes more, or names separated by commas."""
-USUAL = ("llama", "gemma2", "mixtral", "gpt2", "granite", "olmo2", "falcon-h1", "lfm2", "gemma4")
+USUAL = ("llama", "gemma2", "mixtral", "gpt2", "granite", "olmo2", "falcon-h1", "lfm2", "gemma4",
+         "gpt-oss", "bloom")  # fmt: skip
 """One or more for each layout, with and without experts, of vLLM's own code and of transformers,
-and of layers that nobody read."""
+and of layers that nobody read; for each way of making weights of scores."""
 NAMES = {"": USUAL, "all": tuple(ARCHITECTURES)}.get(
     choice := os.environ.get(CHOICE, ""), tuple(choice.split(","))
 )
@@ -63,6 +65,18 @@ EDITS: dict[str, dict[str, Any]] = {
         "norm": "preserve",
     },
 }
+CARRIED: tuple[tuple[Site, Site], ...] = (
+    ("resid_pre", "head_out"),
+    ("resid_pre", "resid_post"),
+    ("resid_mid", "mlp_act"),
+    ("resid_mid", "resid_post"),
+    ("head_out", "attn_out"),
+    ("mlp_act", "mlp_out"),
+)
+INSIDE = ("/queries", "/keys", ".weights", ".values")
+"""How entries end that tell of the inside of attention: their tests ask where they are told."""
+QUERIED = 1
+QUERIED_STATES = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(8))
 LAST = HookPoint(LAYERS - 1, "resid_post")
 PLAIN = "plain"
 
@@ -130,7 +144,7 @@ def reference(
         info = dataclasses.replace(engine.info, sites=one.sites, **widths)
         plans = {PLAIN: None, **plans_of(info)}
         points = points_of(info)
-        requests = [request(name, plan, points, store) for name, plan in plans.items()]
+        requests = [request(name, plan, points, store, info) for name, plan in plans.items()]
         shared = {site for site in one.sites if site in engine.info.sites}
         points = tuple(point for point in points if point.site in shared)
         run = [name for name in plans if name == PLAIN or name.split("-")[0] in shared]
@@ -139,12 +153,46 @@ def reference(
                 [PROMPT] * len(run), points, plans=[plans[name] for name in run], logits="last"
             )
         )
-    wanted = {}
+        wanted = attention_of(engine) | carried_of(engine, one.sites)
     for name, result in zip(run, captured, strict=True):
         assert result.logits is not None
         wanted[f"{name}/logits"] = result.logits[0]
         wanted |= {f"{name}/{point}": state for point, state in result.states.items()}
     return requests, wanted
+
+
+def attention_of(engine: TransformersEngine) -> dict[str, Tensor]:
+    """What the heads of every layer attend to in the prompt, and what those of one are handed of
+    some states; nothing where it is not told."""
+    layers = tuple(range(engine.info.n_layers))
+    try:
+        (told,) = engine.capture(CaptureRequest([PROMPT], attention=layers))
+        handed = engine.queries_and_keys(QUERIED, QUERIED_STATES)
+    except Unsupported:
+        return {}
+    return {
+        f"{PLAIN}/queries": handed.queries,
+        f"{PLAIN}/keys": handed.keys,
+    } | {
+        f"{PLAIN}/{layer}.{part}": getattr(one, part)
+        for layer, one in told.attention.items()
+        for part in ("weights", "values")
+    }
+
+
+def carried_of(engine: TransformersEngine, sites: tuple[Site, ...]) -> dict[str, Tensor]:
+    """What a block by itself makes of some states, between each two of `sites` that are here."""
+    found = {}
+    for start, end in CARRIED:
+        if {start, end} <= {*sites} & {*engine.info.sites}:
+            points = HookPoint(QUERIED, start), HookPoint(QUERIED, end)
+            states = carried_states(engine.info.width(start))
+            found[f"{PLAIN}/{start} to {end}"] = engine.carry(*points, states)
+    return found
+
+
+def carried_states(width: int) -> Tensor:
+    return torch.randn(7, width, generator=torch.Generator().manual_seed(9))
 
 
 def plans_of(info: ModelInfo) -> dict[str, SteeringPlan]:
@@ -163,9 +211,15 @@ def points_of(info: ModelInfo) -> tuple[HookPoint, ...]:
 
 
 def request(
-    name: str, plan: SteeringPlan | None, points: tuple[HookPoint, ...], store: PlanStore
+    name: str,
+    plan: SteeringPlan | None,
+    points: tuple[HookPoint, ...],
+    store: PlanStore,
+    info: ModelInfo,
 ) -> dict[str, Any]:
-    order = CaptureOrder(points, tuple(range(len(PROMPT))))
+    attended = any(point.site == "head_out" for point in points) and plan is None
+    layers = tuple(range(LAYERS)) if attended else ()
+    order = CaptureOrder(points, tuple(range(len(PROMPT))), layers, len(PROMPT))
     ticket = Ticket(name, capture=order)
     if plan is not None:
         ticket = Ticket(
@@ -176,7 +230,18 @@ def request(
             selections=tuple(one.selection for one in plan.rules),
             capture=order,
         )
+    queried = {"queried": QUERIED, "states": QUERIED_STATES.tolist()} if attended else {}
+    carried = []
+    if plan is None:
+        widths = {point.site: info.width(point.site) for point in points}
+        carried = [
+            [QUERIED, start, end, carried_states(widths[start]).tolist()]
+            for start, end in CARRIED
+            if {start, end} <= {*widths}
+        ]
     return {
+        **queried,
+        "carried": carried,
         "name": name,
         "key": name,
         "prompt": list(PROMPT),
@@ -205,6 +270,59 @@ def of(runs: Runs, name: str) -> dict[str, Tensor]:
     return runs.found[name]
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in ENGINES if "head_out" in architecture(name).sites]
+)
+def test_what_heads_attend_to_is_told(runs: Runs, name: str) -> None:
+    """Beside edited requests: weights times values are `head_out`, and both what transformers
+    attends with where it tells that."""
+    made = of(runs, name)
+    for layer in range(LAYERS):
+        weights, values = made[f"{PLAIN}/{layer}.weights"], made[f"{PLAIN}/{layer}.values"]
+        heads = (weights @ values).transpose(0, 1).flatten(1)
+        assert difference(heads, made[f"{PLAIN}/{HookPoint(layer, 'head_out')}"]) < TOLERANCE
+        for part, one in (("weights", weights), ("values", values)):
+            wanted = runs.wanted[plain_name(name)].get(f"{PLAIN}/{layer}.{part}")
+            if wanted is not None and architecture(name).alike:
+                assert difference(one, wanted) < architecture(name).tolerance, (layer, part)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in ENGINES if "head_out" in architecture(name).sites]
+)
+def test_queries_and_keys_of_states_are_those_of_transformers(runs: Runs, name: str) -> None:
+    """Of states that are put before a layer between two steps. One angle of a rotary embedding for
+    queries and keys leaves their product as it is."""
+    made, wanted = of(runs, name), runs.wanted[plain_name(name)]
+    queries, keys = made[f"{PLAIN}/queries"], made[f"{PLAIN}/keys"]
+    assert len(queries) == len(keys) == len(QUERIED_STATES)
+    if f"{PLAIN}/queries" in wanted and architecture(name).alike:
+        products = [
+            torch.einsum("ihd,jhd->hij", one[f"{PLAIN}/queries"], one[f"{PLAIN}/keys"])
+            for one in (made, wanted)
+        ]
+        assert difference(*products) < architecture(name).tolerance
+
+
+@pytest.mark.parametrize("name", [name for name in ENGINES if architecture(name).alike])
+def test_a_block_by_itself_makes_what_it_makes_in_transformers(runs: Runs, name: str) -> None:
+    """Between two steps, whatever lies in it: caps, sinks, distances, norms of parts, experts. A
+    mixer that is no attention of vLLM's is refused, where the way goes through it."""
+    made, wanted = of(runs, name), runs.wanted[plain_name(name)]
+    for key in [key for key in wanted if " to " in key]:
+        if key in made:
+            assert difference(made[key], wanted[key]) < architecture(name).tolerance, key
+    if architecture(name).sites != ENDS:
+        assert any(" to " in key for key in wanted)
+        assert {key for key in wanted if " to " in key} <= {*made}
+
+
+def test_transformers_tells_of_each_way_to_make_weights(runs: Runs) -> None:
+    """The comparison above is one where windows, caps, sinks and distances matter."""
+    for name in {"llama", "gemma2", "gpt-oss"} & {*NAMES}:
+        assert f"{PLAIN}/0.weights" in runs.wanted[name]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_sites_are_those_of_the_family(runs: Runs, name: str) -> None:
     of(runs, name)
@@ -217,7 +335,8 @@ def test_states_and_logits_are_those_of_transformers(runs: Runs, name: str) -> N
     wrong = {
         entry: error
         for entry, tensor in wanted.items()
-        if not (error := difference(found[entry], tensor)) < architecture(name).tolerance
+        if not (" to " in entry or entry.endswith(INSIDE))
+        and not (error := difference(found[entry], tensor)) < architecture(name).tolerance
     }
     assert not wrong
 

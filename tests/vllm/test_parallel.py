@@ -5,12 +5,7 @@ Everything is compared with the transformers engine, which is one process.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +16,7 @@ import parallel_runner
 import pytest
 import torch
 import vllm_engine
-from liveness import LIVENESS_SECONDS
+from child_runs import run_child
 from vllm_engine import Plans
 
 from steer.engines.base import Completion
@@ -34,10 +29,6 @@ COMPARED = 200
 """Tokens of a request without an end that are compared: the model's context holds no more."""
 
 RUNNER = Path(parallel_runner.__file__)
-
-EXECUTOR = os.environ.get("STEER_TEST_EXECUTOR")
-"""How vLLM runs its workers, where it is not to choose by itself: `ray` on a machine with two GPUs
-(vLLM refuses Ray on a CPU)."""
 
 
 @dataclass
@@ -60,8 +51,6 @@ def run(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
     root = tmp_path_factory.mktemp("parallel")
 
     def start(name: str, *, as_client: bool, **options: Any) -> Result:
-        if EXECUTOR is not None:
-            options["distributed_executor_backend"] = EXECUTOR
         job = {
             "registry": str(registry),
             "options": {**vllm_engine.OPTIONS, **vllm_engine.ALL_SITES, **options},
@@ -69,29 +58,7 @@ def run(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
             "out": str(root / f"{name}.json"),
             "tensors": str(root / f"{name}.pt"),
         }
-        path = root / f"{name}.job"
-        path.write_text(json.dumps(job))
-        environment = {
-            **os.environ,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-            "VLLM_PLUGINS": "steer",
-            "PYTHONPATH": os.pathsep.join(map(str, (RUNNER.parent, RUNNER.parents[1]))),
-        }
-        log = root / f"{name}.log"
-        with log.open("w") as printed:
-            child = subprocess.Popen(
-                [sys.executable, str(RUNNER), str(path)],
-                env=environment,
-                stdout=printed,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            try:
-                code = child.wait(timeout=2 * LIVENESS_SECONDS)  # it starts vLLM twice
-            finally:
-                _end(child.pid)
-                child.wait()
-        assert code == 0, log.read_text()[-6000:]
+        run_child(RUNNER, job, root, name)
         tensors = torch.load(job["tensors"])
         return Result(json.loads(Path(job["out"]).read_text()), tensors)
 
@@ -171,7 +138,7 @@ def test_pipeline_stages_give_the_same_tokens_and_receipts(
     assert_completions(pipelined, reference, plans)
     gated = {name for name, plan in plans.items() if plan is not None and plan.gated}
     assert len(gated) >= 5
-    assert {"prompt", "token"} == set(pipelined.answers["gate scopes"])
+    assert {"prompt", "token", "onward"} == set(pipelined.answers["gate scopes"])
 
 
 def test_pipeline_stages_capture_and_unembed(
@@ -273,7 +240,10 @@ def assert_same(mine: Mapping[str, Any], expected: Completion, name: str) -> Non
 
 
 def assert_tensors(result: Result, reference: TransformersEngine, plans: Plans) -> None:
+    """States, logits, and what looks inside of heads and neurons."""
     expected = parallel_runner.capture_all(reference, plans)
+    expected |= parallel_runner.look_inside(reference)
+    assert sum(name.startswith("inside/") for name in expected) > 40
     assert result.tensors.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(
@@ -283,9 +253,3 @@ def assert_tensors(result: Result, reference: TransformersEngine, plans: Plans) 
             atol=1e-4,
             msg=lambda m, name=name: f"{name} {m}",
         )
-
-
-def _end(session: int) -> None:
-    """Ends what is left of a job's session: vLLM's processes outlive a parent that fails."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(session, signal.SIGKILL)

@@ -28,7 +28,7 @@ def engine(registry: Path) -> Iterator[VllmEngine]:
         num_gpu_blocks_override=26,
         max_num_batched_tokens=48,
         max_num_seqs=16,
-        additional_config={"steer": {"shift_rows": 8}},
+        additional_config={"steer": {"shift_rows": 4}},
     ) as running:
         yield running
 

@@ -14,6 +14,7 @@ from smollm2_specs import LAYERS, LIBRARY, compiled, requests_for
 from steer.engines.base import CaptureRequest, Completion
 from steer.engines.transformers.engine import TransformersEngine
 from steer.engines.vllm.front.engine import VllmEngine
+from steer.inspection import AttributionRequest, FlowRequest, attribution, flow
 from steer.model import HookPoint
 from steer.registry.registry import Registry
 
@@ -36,7 +37,9 @@ def engines(
     location = str(smollm2_folder())
     with (
         TransformersEngine.load(location, device="cpu", dtype="float32") as reference,
-        vllm_engine.start_engine(folder, model=location, max_num_seqs=8) as running,
+        vllm_engine.start_engine(
+            folder, model=location, max_num_seqs=8, **vllm_engine.ALL_SITES
+        ) as running,
     ):
         yield running, reference
 
@@ -47,6 +50,30 @@ def test_greedy_answers_are_the_same(engines: tuple[VllmEngine, TransformersEngi
     other = reference.complete(requests_for(reference, compiled(reference)))
     for a, b, name in zip(mine, other, compiled(reference), strict=True):
         assert _same_up_to_a_tie(a, b), (name, a.tokens, b.tokens)
+
+
+def test_heads_neurons_and_edges_are_the_same(
+    engines: tuple[VllmEngine, TransformersEngine],
+) -> None:
+    """Of a fact whose answer comes from its subject through one head."""
+    fact = {"text": "The capital of France is"}
+    whole = AttributionRequest.model_validate({**fact, "heads": True, "neurons": 10})
+    mine, other = (attribution(engine, whole) for engine in engines)
+    assert mine.token.id == other.token.id
+    for one, wanted in zip(mine.layers, other.layers, strict=True):
+        assert one.heads == pytest.approx(wanted.heads, abs=1e-4)
+    assert [(one.layer, one.neuron) for one in mine.neurons or ()] == [
+        (one.layer, one.neuron) for one in other.neurons or ()
+    ]
+    edges = [
+        {(one.layer, one.head, one.reads): one for one in flow(engine, request).edges}
+        for engine in engines
+        for request in [FlowRequest.model_validate({**fact, "edges": 100})]
+    ]
+    assert edges[0].keys() == edges[1].keys()
+    for name, edge in edges[0].items():
+        assert edge.weight == pytest.approx(edges[1][name].weight, abs=1e-4)
+        assert edge.share == pytest.approx(edges[1][name].share, abs=1e-4)
 
 
 def _same_up_to_a_tie(mine: Completion, other: Completion) -> bool:

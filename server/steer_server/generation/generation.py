@@ -253,7 +253,7 @@ async def _sequence(
         request = replace(request, halt=lambda found: see(watched_rows(found)))
     steered = "true" if request.plan is not None else "false"
     first = last = run.started
-    count = 0
+    count = shown = 0
     # The protocol promises that closing the iterator cancels the request.
     events = cast("AsyncGenerator[TokenEvent, None]", serving.engine.generate(request))
     async with aclosing(events):
@@ -269,8 +269,11 @@ async def _sequence(
                 piece = Piece(index, tokens=0, finish=finish, receipt=event.receipt)
             else:
                 piece = _piece(index, event, text, matches=matches)
+            shown += piece.tokens
             if event.readouts:
-                piece = replace(piece, readouts=feed.entries(event.readouts))
+                # A token that is kept back is in no entry either: its `kl` would name it.
+                told_of = [one for one in event.readouts if one.position < length + shown]
+                piece = replace(piece, readouts=feed.entries(told_of))
             if watch is not None and event.finish is not None:
                 found = told(serving.metrics, watch, index, run.id)
                 piece = replace(piece, detections=found)

@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Scope
 
 from steer.errors import SteerError, clipped, clipped_pointer, pointer, quoted
+from steer.spec.wording import in_json_words, numbered_from_end
+from steer_server.http.field_names import body_model, unknown_field
 from steer_server.http.request_id import HEADER, request_id
 
 log = logging.getLogger("steer.server")
@@ -75,6 +78,12 @@ def note(scope: Scope, code: str) -> None:
         serving.metrics.rejects.labels(code=code).inc()
 
 
+def for_this_model(message: str, scope: Scope) -> str:
+    """`message` with what a model's number of layers makes of a layer counted from its end."""
+    serving = getattr(scope["app"].state, "steer", None) if "app" in scope else None
+    return message if serving is None else numbered_from_end(message, serving.engine.info.n_layers)
+
+
 def failure(error: Exception) -> tuple[int, dict[str, Any]]:
     """Status and body for an error raised while a request is served; unknown ones stay vague."""
     if isinstance(error, SteerError):
@@ -109,16 +118,19 @@ async def answer(request: Request, error: Exception) -> Response:
     return await _on_failure(request, error)
 
 
-def invalid_field(error: ValidationError, body: Mapping[str, Any]) -> SteerError:
-    """pydantic's complaint about fields of the request's `body`, as the error to raise."""
-    first = error.errors()[0]
-    found = {**first, "loc": ("body", *first["loc"])}
-    message, code = _sentence(found)
-    return SteerError(message, param=_param(found, body), code=code)
+def invalid_field(
+    error: ValidationError, body: Mapping[str, Any], model: type[BaseModel]
+) -> SteerError:
+    """pydantic's complaint about fields of the request's `body`, which should be a `model`, as the
+    error to raise."""
+    items = [{**item, "loc": ("body", *item["loc"])} for item in error.errors()]
+    message, code, at = _sentences(items, body, model)
+    return SteerError(message, param=at, code=code)
 
 
 async def _on_failure(request: Request, error: Exception) -> Response:
     status, body = failure(error)
+    body["error"]["message"] = for_this_model(body["error"]["message"], request.scope)
     note(request.scope, body["error"]["code"])
     if status >= 500 and isinstance(error, SteerError):
         log.error(
@@ -153,16 +165,40 @@ async def _on_http(request: Request, error: Exception) -> Response:
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    first, *others = error.errors()
-    message, code = _sentence(first)
-    if others:
-        message += f" (and {len(others)} more problems)"
+    items = error.errors()
+    message, code, at = _sentences(items, error.body, body_model(request.scope))
+    message = for_this_model(message, request.scope)
     note(request.scope, code)
-    return error_response(message, status=400, code=code, param=_param(first, error.body))
+    return error_response(message, status=400, code=code, param=at)
 
 
-def _sentence(item: Mapping[str, Any]) -> tuple[str, str]:
-    """pydantic's error in the words of a caller who sees JSON, and its code."""
+def _sentences(
+    items: Sequence[Mapping[str, Any]], body: Any, model: type[BaseModel] | None = None
+) -> tuple[str, str, str | None]:
+    """The first of pydantic's errors and how many others there are, its code, and where it is.
+
+    Where a field may be one of several things, each of them is an error of its own. `model` is
+    what the body should be.
+    """
+    first = items[0]
+    if first["type"] == "missing":
+        # What is misspelt is missing as well, and explains that.
+        beside = (item for item in items if item["loc"][:-1] == first["loc"][:-1])
+        first = next((item for item in beside if item["type"] == "extra_forbidden"), first)
+    at = _param(first, body)
+    here = [item for item in items if _param(item, body) == at]
+    message, code = _sentence(here, at, model)
+    others = {_param(item, body) for item in items} - {at}
+    if others:
+        message += f" (and {len(others)} more problem{'s' if len(others) > 1 else ''})"
+    return message, code, at
+
+
+def _sentence(
+    items: Sequence[Mapping[str, Any]], at: str | None, model: type[BaseModel] | None
+) -> tuple[str, str]:
+    """What is wrong in one place, in the words of a caller who sees JSON, and its code."""
+    item = items[0]
     kind, loc = item["type"], item["loc"]
     if kind == "json_invalid":
         return f"the body is not JSON: {item['ctx']['error']}", "invalid_json"
@@ -171,12 +207,25 @@ def _sentence(item: Mapping[str, Any]) -> tuple[str, str]:
     if kind == "missing":
         return f"the field {loc[-1]!r} is required", "missing_field"
     if kind == "extra_forbidden":
-        return f"unknown field {loc[-1]!r}: remove it", "unknown_field"
+        return unknown_field(loc, model), "unknown_field"
     if kind == "value_error":
         return item["msg"].removeprefix("Value error, "), "invalid_value"
     if kind.startswith("unsupported_"):
         return item["msg"], kind
-    return f"{loc[-1]}: {item['msg']}; got {quoted(item['input'])}", "invalid_value"
+    if kind == "negative_layer":
+        return in_json_words(item), "invalid_value"
+    needed = ", or ".join(dict.fromkeys(in_json_words(one) for one in items))
+    return f"{_name(at, loc)}: {needed}; got {quoted(item['input'])}", "invalid_value"
+
+
+def _name(at: str | None, loc: tuple[str | int, ...]) -> str:
+    """The field at the pointer `at`, of a list with the place in it; else the part of `loc`."""
+    parts = (at or "").split("/")[1:]
+    if not parts:
+        return str(loc[-1])
+    places = list(takewhile(str.isdigit, reversed(parts)))
+    named = parts[: len(parts) - len(places)]
+    return (named[-1] if named else "body") + "".join(f"[{one}]" for one in reversed(places))
 
 
 def _param(item: Mapping[str, Any], body: Any) -> str | None:

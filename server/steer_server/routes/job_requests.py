@@ -149,7 +149,7 @@ def _params(model: type[ImportParams], fields: Mapping[str, Any]) -> ImportParam
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        raise invalid_field(error, fields) from None
+        raise invalid_field(error, fields, model) from None
 
 
 async def _json_body(request: Request, serving: Serving) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Depends
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from steer.errors import Problem, SteerError, UnknownModel
 from steer.spec import parse_spec
+from steer.spec.wording import numbered_from_end
 from steer_server.generation.steering import profile_of
 from steer_server.http.content_type import require_json
 from steer_server.http.error_route import SteerRoute
@@ -49,7 +51,11 @@ def validate(body: ValidationRequest, serving: ServingDep) -> Validation:
     try:
         spec = parse_spec(body.steering, at="/steering")
     except SteerError as error:
-        return _invalid([*problems, *error.problems])
+        layers = serving.engine.info.n_layers
+        said = [
+            replace(one, message=numbered_from_end(one.message, layers)) for one in error.problems
+        ]
+        return _invalid([*problems, *said])
     problems += [
         Problem(found.message, found.code, "/steering" + (found.param or ""))
         for found in serving.plans.check(spec)

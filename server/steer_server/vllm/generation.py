@@ -122,9 +122,10 @@ async def create_responses(request: PlainResponsesRequest, raw_request: Request)
 
 async def _answered(route: TheirRoute, request: Any, raw_request: Request) -> Response | None:
     state, call = raw_request.app.state, route.call
-    if not concerns(request, state.openai_serving_models):
-        return await call(request, raw_request)
     serving: Serving = state.steer
+    watches_all = bool(serving.settings.detectors)
+    if not concerns(request, state.openai_serving_models, watches_all=watches_all):
+        return await call(request, raw_request)
     issuer = cast("Any", serving.engine).tickets
     take = partial(take_fields, serving, request, state.openai_serving_models)
     fields = await planned(serving, issuer, take, len(await raw_request.body()))
@@ -145,6 +146,8 @@ async def _answered(route: TheirRoute, request: Any, raw_request: Request) -> Re
         inspects=fields.added.prompt_lens is not None,
         watch=fields.watch,
     )
+    # vLLM generates one token then, and leaves it out.
+    pending.silent = getattr(request, "max_tokens", None) == 0
     request.vllm_xargs = {**(request.vllm_xargs or {}), **pending.extra_args}
     if request.stream:
         response = await call(request, raw_request)

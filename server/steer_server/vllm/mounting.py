@@ -39,6 +39,7 @@ from steer_server.routes.artefacts import artefact_routers, body_limit
 from steer_server.settings import ServerSettings
 from steer_server.state import assemble
 from steer_server.vllm import generation, listing
+from steer_server.vllm.fetching.arrived_readouts import ArrivedReadouts
 from steer_server.vllm.figures import expose
 from steer_server.vllm.receipt_guard import ReceiptGuard
 from steer_server.vllm.settings import settings_of
@@ -137,6 +138,8 @@ async def serve(client: Any, state: Any, environment: Mapping[str, str]) -> None
     # vLLM's requests are its own: Steer's figures count those that are steered or read.
     load = client.output_processor.get_num_unfinished_requests
     state.steer = assemble(engine, registry, settings, load=load, alive=lambda: not client.errored)
+    arrived = ArrivedReadouts()
+    arrived.watch(client.output_processor)
     state.steer_guard = ReceiptGuard(
         client,
         state.steer.metrics,
@@ -146,6 +149,8 @@ async def serve(client: Any, state: Any, environment: Mapping[str, str]) -> None
         readout_values=settings.readout_values,
         compare=partial(_compared, plain, engine),
         width=engine.info.d_model,
+        arrived=arrived,
+        watches_all=bool(settings.detectors),
     )
     expose(state.steer.metrics.registry)
     # A worker's first call waits for this loop, so that it is started from another thread.

@@ -25,6 +25,8 @@ class PendingReceipts:
     ticket: Ticket
     inspects: bool = False
     """Whether the model is to read the prompts' tokens again when they are answered."""
+    silent: bool = False
+    """Whether the answer is its prompt alone: `"max_tokens": 0`."""
     prompts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """The tokens of each prompt, once the engine has begun with it."""
     watch: WatchPlan = field(default_factory=WatchPlan)

@@ -30,6 +30,7 @@ from steer.readouts.watching import WatchPlan
 from steer_server.generation.inspection.readouts import ReadoutFeed, check_amount
 from steer_server.generation.steering import Steering
 from steer_server.metrics import Metrics
+from steer_server.vllm.fetching.arrived_readouts import ArrivedReadouts, Rows
 from steer_server.vllm.fetching.readout_fetcher import ReadoutFetcher
 from steer_server.vllm.fetching.receipt_fetcher import ReceiptFetcher
 from steer_server.vllm.fetching.watched_outputs import WatchedOutputs
@@ -50,7 +51,8 @@ class ReceiptGuard:
     """Assumes: used from the event loop of vLLM's client.
 
     Guarantees: a request with a ticket or a spec ends with the receipts of all its choices, or
-    with an error; what is kept for one goes with it.
+    with an error; what is kept for one goes with it; where detectors are armed on all requests,
+    none is answered that they do not watch.
     """
 
     def __init__(
@@ -63,20 +65,26 @@ class ReceiptGuard:
         readout_values: int = 1 << 22,
         compare: Compare | None = None,
         width: int = 0,
+        arrived: ArrivedReadouts | None = None,
+        watches_all: bool = False,
     ) -> None:
         """Puts itself in the place of `client.generate`. `ends` are the tokens that end an answer
         by the model's files, beside those that vLLM knows. `tokenizer` writes the tokens of
         read-outs, of which one sequence may have so many values. `compare` runs the twin of a
-        choice that asks for `kl`, for which `width` numbers of a token are kept."""
+        choice that asks for `kl`, for which `width` numbers of a token are kept. `arrived` are the
+        read-outs that come with the engine's outputs; others are asked for. `watches_all`: the
+        operator has armed detectors on every request, and what none of them watches is refused."""
         self._ends, self._tokenizer, self._readout_values = ends, tokenizer, readout_values
         self._generate: Callable[..., Outputs] = client.generate
         self._metrics, self._read_text = metrics, read_text
         self._compare, self._width = compare, width
+        self._watches_all = watches_all
         self._calls = ReceiptFetcher(
             lambda asked: ask_engines(client, "steer_receipts", asked),
             client.reset_prefix_cache,
         )
         self._readouts = ReadoutFetcher(lambda asked: ask_engines(client, "steer_readouts", asked))
+        self._arrived = ArrivedReadouts() if arrived is None else arrived
         self._pending: WeakValueDictionary[str, PendingReceipts] = WeakValueDictionary()
         """By the texts of their tickets: of one that was not made here nothing is read."""
         client.generate = self.generate
@@ -94,6 +102,8 @@ class ReceiptGuard:
         """In the place of `EngineClient.generate`; refuses tickets that were not made here."""
         _end_with(sampling_params, self._ends)
         extra = sampling_params.extra_args
+        if self._watches_all and (not extra or EXTRA_ARG not in extra):
+            raise refusal(_unwatched())
         if not extra or (EXTRA_ARG not in extra and SPEC_ARG not in extra):
             return self._generate(prompt, sampling_params, request_id, **named)
         start = partial(self._generate, prompt, request_id=request_id, **named)
@@ -141,14 +151,7 @@ class ReceiptGuard:
     async def _watched(
         self, start: Callable[..., Outputs], params: Any, pending: PendingReceipts, number: int
     ) -> Outputs:
-        ticket = None
-        if pending.ticket.plan is None and pending.readouts is None:
-            params = with_ticket(params, None)
-        elif number == 0 and params.n == pending.ticket.n:
-            ticket = pending.ticket
-        else:
-            ticket = renewed(pending.ticket, uuid.uuid4().hex, params.n)
-            params = with_ticket(params, ticket.as_extra_args())
+        params, ticket = _ticketed(params, pending, number)
         if pending.watch.stops and params.output_kind == RequestOutputKind.FINAL_ONLY:
             # What is to be ended must be seen before its end.
             params = params.clone()
@@ -164,6 +167,8 @@ class ReceiptGuard:
             _Clock(self._metrics) if steered else None,
         )
         reads = reads and pending.reads_passes
+        if ticket is not None and ticket.brings_readouts:
+            self._arrived.expect(ticket.key)
         fetched, read, compared = not steered, not reads, not pending.compares
         try:
             outputs = start(sampling_params=params)
@@ -188,8 +193,14 @@ class ReceiptGuard:
         finally:
             if ticket is not None and not fetched:
                 self._calls.drop(ticket.key)
-            if ticket is not None and not (read and compared):
-                self._readouts.drop(ticket.key)
+            if ticket is not None:
+                self._leave(ticket.key, fetched=read and compared)
+
+    def _leave(self, key: str, *, fetched: bool) -> None:
+        """What was read under a ticket's key is of no use any more."""
+        self._arrived.forget(key)
+        if not fetched:
+            self._readouts.drop(key)
 
     async def _end(self, pending: PendingReceipts, run: _Run, output: Any) -> None:
         """The last `output` is there: fetches the receipts, and says what detectors found."""
@@ -206,19 +217,19 @@ class ReceiptGuard:
         self._finished(receipts, run.clock, max(run.count.generated.values()))
 
     async def _read(self, pending: PendingReceipts, run: _Run, *, last: bool) -> int | None:
-        """Fetches what was read since the output before, for the answer to carry and for the
+        """Takes what was read since the output before, for the answer to carry and for the
         detectors; how many tokens are shown where one of these ends the answer."""
         plan, ticket, count = pending.readouts, run.ticket, run.count
         assert plan is not None, "something is read"
         assert ticket is not None, "and a ticket says so"
-        found, ends = await self._readouts.fetch(ticket.key, count.fed, last=last), None
-        for choice in sorted(count.fed):
-            try:
-                rows = read_readouts(found.get(choice, ()), plan.width)
-                shown = run.watched.see(choice, len(count.prompt), rows)
-            except SteerError as error:
-                pending.refused = error
-                raise refusal(error) from error
+        try:
+            found = await self._rows(ticket, count.fed, plan.width, last=last)
+        except SteerError as error:
+            pending.refused = error
+            raise refusal(error) from error
+        ends = None
+        for choice, rows in found.items():
+            shown = run.watched.see(choice, len(count.prompt), rows)
             feed = self._feed(pending, run, ticket, choice)
             pending.unsent += feed.entries(
                 [
@@ -229,6 +240,17 @@ class ReceiptGuard:
             )
             ends = shown if ends is None else ends
         return ends
+
+    async def _rows(
+        self, ticket: Ticket, fed: dict[int, int], width: int, *, last: bool
+    ) -> dict[int, Rows]:
+        """By choice the rows of its tokens among those `fed`, each once. Raises `EngineError`."""
+        if ticket.brings_readouts:
+            arrived = self._arrived.take(ticket.key, fed[0], width)
+            if arrived is not None:
+                return {0: arrived}
+        found = await self._readouts.fetch(ticket.key, fed, last=last)
+        return {choice: read_readouts(found.get(choice, ()), width) for choice in sorted(fed)}
 
     async def _divergences(self, pending: PendingReceipts, run: _Run, ticket: Ticket) -> None:
         """Runs the twins of all choices, whose divergences go with the last output."""
@@ -249,7 +271,8 @@ class ReceiptGuard:
     ) -> ReadoutFeed:
         """What writes the entries of one choice."""
         place, length = run.number * ticket.n + choice, len(run.count.prompt)
-        return ReadoutFeed(self._metrics, self._tokenizer, pending.watch.own, length, place)
+        own, silent = pending.watch.own, pending.silent
+        return ReadoutFeed(self._metrics, self._tokenizer, own, length, place, silent=silent)
 
     async def _receipts(
         self, key: str, output: Any, fed: dict[int, int], pending: PendingReceipts
@@ -269,6 +292,17 @@ class ReceiptGuard:
             self._metrics.receipt(receipt)
         if clock is not None:
             clock.stop(generated)
+
+
+def _ticketed(params: Any, pending: PendingReceipts, number: int) -> tuple[Any, Ticket | None]:
+    """The parameters of the engine's request `number`, and the ticket that they carry: a key of its
+    own for each."""
+    if pending.ticket.plan is None and pending.readouts is None:
+        return with_ticket(params, None), None
+    if number == 0 and params.n == pending.ticket.n:
+        return params, pending.ticket
+    ticket = renewed(pending.ticket, uuid.uuid4().hex, params.n)
+    return with_ticket(params, ticket.as_extra_args()), ticket
 
 
 def _end_with(params: Any, ends: frozenset[int]) -> None:
@@ -339,6 +373,15 @@ def _only_tokens_are_read() -> Unsupported:
         "leave 'inspect' out, or ask with text",
         param="/inspect",
         code="unsupported_parameter",
+    )
+
+
+def _unwatched() -> Unsupported:
+    """For a request of a route that arms no detectors, where the operator has armed some on all."""
+    return Unsupported(
+        "detectors are armed on every request of this server, and watch the answers of "
+        "/v1/chat/completions, /v1/completions and /v1/responses alone: ask there",
+        code="unsupported",
     )
 
 

@@ -140,6 +140,14 @@ async def _roles(
 ) -> RoleRanges | None:
     """Where in a rendered request its `messages` lie; `changed` is its body with others."""
     kind = type(request)
+    if getattr(request, "truncate_prompt_tokens", None) is not None:
+        raise Unsupported(
+            "'truncate_prompt_tokens' cuts the prompt after the chat template has written it, so "
+            "that nobody knows whose words are left: leave it out, or select by 'positions' in "
+            "place of 'roles'",
+            param=at,
+            code="roles_unsupported",
+        )
     plain = await _rendered(render, kind.model_validate(await _own_fields(raw_request)))
     if plain is None:
         return None

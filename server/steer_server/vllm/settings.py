@@ -19,6 +19,7 @@ cache; what concerns HTTP alone does not belong there.
 | `STEER_JOB_QUEUE` | How many more may wait | 16 |
 | `STEER_JOBS_KEPT` | How many finished jobs are remembered | 200 |
 | `STEER_JOB_DUTY` | The share of the engine's time that jobs take while requests run | 0.03 |
+| `STEER_DETECTORS` | Detectors on every request, NAME or NAME:stop, commas between them | |
 | `STEER_INSPECTION_WORKERS` | How many inspections each API server runs at a time | 2 |
 | `STEER_INSPECTION_QUEUE` | How many more may wait | 32 |
 | `STEER_READOUT_LAYERS` | The most layers that one field of read-outs names | 64 |
@@ -41,7 +42,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from steer.engines.vllm.options import DEFAULT_REGISTRY, REGISTRY_VARIABLE
-from steer.errors import SpecError
 from steer.registry.location import chosen_catalogue
 from steer_server.settings import MIB, VARIABLES, ServerSettings, settings_from
 
@@ -52,7 +52,7 @@ _BODY_BYTES = 64 * MIB
 def settings_of(environment: Mapping[str, str], *, model: str, served_name: str) -> ServerSettings:
     """The settings in `environment`. Raises `SpecError` naming a variable that is wrong."""
     given = {} if VARIABLES["max_body_bytes"] in environment else {"max_body_bytes": _BODY_BYTES}
-    settings = settings_from(
+    return settings_from(
         environment,
         engine="vllm",
         model=model,
@@ -61,10 +61,3 @@ def settings_of(environment: Mapping[str, str], *, model: str, served_name: str)
         catalogue=chosen_catalogue(environment),
         **given,
     )
-    if settings.detectors:
-        raise SpecError(
-            f"{VARIABLES['detectors']}: vLLM's server has routes of its own that no detector "
-            "watches: arm detectors on requests, or serve with the transformers engine",
-            code="invalid_option",
-        )
-    return settings

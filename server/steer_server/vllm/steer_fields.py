@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from steer.engines.vllm.front.ticket_issuer import TicketIssuer
 from steer.engines.vllm.ticket import EXTRA_ARG, Ticket
-from steer.errors import SpecError, Unsupported
+from steer.errors import SpecError, Unsupported, pointer
 from steer.readouts.watching import WatchPlan
 from steer.spec import SteeringSpec
 from steer_server.generation.inspection.detectors import planned_watch
@@ -20,13 +20,14 @@ from steer_server.generation.inspection.readouts import planned_readouts
 from steer_server.generation.kept_specs import spec_of
 from steer_server.generation.request_models import AddedFields
 from steer_server.generation.steering import Steering, resolve
+from steer_server.http.field_names import meant
 from steer_server.http.json_body import SMALL, bounded_json
 from steer_server.http.openai_errors import invalid_field
 from steer_server.state import Serving
+from steer_server.vllm.ignored_field import FIELDS, misplaced
 from steer_server.vllm.listing import served
 from steer_server.vllm.receipt_guard import SPEC_ARG, foreign_ticket
 
-FIELDS = frozenset(AddedFields.model_fields)
 _UNSTEERABLE = {
     "use_beam_search": "a beam search",
     "background": "a response that is made in the background, and so without a receipt,",
@@ -57,15 +58,18 @@ class SteerFields:
     watch: WatchPlan = field(default_factory=WatchPlan)
 
 
-def concerns(request: Any, models: Any) -> bool:
-    """Whether one of vLLM's requests asks anything of Steer; this is all that others pay.
+def concerns(request: Any, models: Any, *, watches_all: bool = False) -> bool:
+    """Whether one of vLLM's requests asks anything of Steer, or, with `watches_all`, may not be
+    answered without it; this is all that others pay.
 
     `models` is vLLM's `OpenAIServingModels`.
     """
     extra, xargs = request.model_extra, request.vllm_xargs
-    if extra and not FIELDS.isdisjoint(extra):
+    if extra and not (FIELDS.isdisjoint(extra) and misplaced(extra) is None):
         return True
-    if xargs and (EXTRA_ARG in xargs or SPEC_ARG in xargs):
+    if xargs and (EXTRA_ARG in xargs or any(meant(name, FIELDS) for name in xargs)):
+        return True
+    if watches_all:
         return True
     return request.model is not None and ":" in request.model and not served(models, request.model)
 
@@ -132,7 +136,7 @@ def _planned(serving: Serving, issuer: TicketIssuer, asked: AskedFields) -> Stee
 
 def _held(serving: Serving, issuer: TicketIssuer, asked: AskedFields) -> SteerFields | None:
     """As `_planned`, from what is held here; None where something has to be waited for."""
-    reads = asked.added.readouts is not None or bool(asked.added.detectors)
+    reads = asked.added.readouts is not None or _watches(serving, asked.added)
     if asked.name != serving.model_name or reads:
         return None
     steering = Steering()
@@ -154,7 +158,7 @@ def _with_ticket(
             param="/compare",
             code="nothing_to_compare",
         )
-    if plan is None and added.inspect is None and not added.detectors:
+    if plan is None and added.inspect is None and not _watches(serving, added):
         return SteerFields(added, steering, asked.model, None)
     if asked.unsteerable is not None:
         raise Unsupported(
@@ -177,6 +181,7 @@ def _with_ticket(
         measure=added.receipt == "full",
         attached=not watch.stops,  # nobody knows beforehand with which token such an answer ends
         readouts=watch.readouts,
+        arriving=True,
     )
     # Beside those that ask for it, a share of all requests is measured.
     if plan is not None and serving.settings.measures(ticket.key):
@@ -184,10 +189,25 @@ def _with_ticket(
     return SteerFields(added, steering, asked.model, ticket, watch)
 
 
+def _watches(serving: Serving, added: AddedFields) -> bool:
+    """Whether detectors watch the request, apart from those of its profile."""
+    return bool(added.detectors or serving.settings.detectors)
+
+
 def _added(request: Any) -> AddedFields:
     extra, xargs = request.model_extra or {}, request.vllm_xargs or {}
     if EXTRA_ARG in xargs:
         raise foreign_ticket()
+    if (wrong := misplaced(extra)) is not None:
+        raise wrong
+    for name in xargs:
+        if name != SPEC_ARG and (field := meant(name, FIELDS)) is not None:
+            raise SpecError(
+                f"'vllm_xargs' holds a spec under 'steering' and nothing else of Steer's, and "
+                f"{name!r} would be left aside: send {field!r} beside 'model'",
+                param=pointer("vllm_xargs", name),
+                code="unknown_field",
+            )
     given = {name: extra.pop(name) for name in FIELDS & extra.keys()}
     if SPEC_ARG in xargs:
         if given.get("steering") is not None:
@@ -202,7 +222,7 @@ def _added(request: Any) -> AddedFields:
     try:
         return AddedFields.model_validate(given)
     except ValidationError as error:
-        raise invalid_field(error, given) from None
+        raise invalid_field(error, given, AddedFields) from None
 
 
 def _spec(text: Any) -> SteeringSpec:

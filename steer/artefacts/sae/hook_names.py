@@ -16,11 +16,15 @@ _LENS_SITES: dict[str, Site] = {
     "hook_mlp_out": "mlp_out",
     "mlp.hook_post": "mlp_act",
     "attn.hook_z": "head_out",
+    # TransformerLens 3 renamed a block's ends; what it calls an output of attention or of the MLP
+    # lies before the norms that some models have behind them.
+    "hook_in": "resid_pre",
+    "hook_out": "resid_post",
     # Names of ours: TransformerLens has its hook on a norm before some norms' weights.
     "attn_in": "attn_in",
     "mlp_in": "mlp_in",
 }
-_LENS_NAMES: dict[Site, str] = {site: name for name, site in _LENS_SITES.items()}
+_LENS_NAMES: dict[Site, str] = {site: name for name, site in reversed(_LENS_SITES.items())}
 _PART_SITES: dict[str, Site] = {
     "": "resid_post",
     "self_attn": "attn_out",

@@ -5,7 +5,8 @@ that it equals; a transcoder's configuration names a second hook, `hook_name_out
 
 Beside them may lie `labels.json` (feature index to label) and `card.json` (fields of a `Card`),
 which SAELens ignores, and `activation_scaler.json`, which its trainer leaves with weights whose
-input scale is not folded in yet.
+input scale is not folded in yet. Weights with a `topk_threshold` were saved in the middle of a
+BatchTopK training.
 """
 
 from __future__ import annotations
@@ -47,6 +48,17 @@ _OLD_KEYS = {
     "hook_point_head_index": "hook_head_index",
     "activation_fn_str": "activation_fn",
 }
+_ACTIVATIONS = {
+    "topk": ("topk", "relu"),
+    "abstopk": ("topk", "abstopk"),
+    "jumprelu": ("relu", "jumprelu"),
+    "batchtopk": ("relu", "topk", "batchtopk", "jumprelu"),
+    "matryoshka_batchtopk": ("relu", "topk", "batchtopk", "jumprelu"),
+}
+"""What `activation_fn` may say beside an architecture; of any other, `relu`."""
+_FOLDED_AT_THE_END = ("batchtopk", "matryoshka_batchtopk")
+"""Decoder norms go into the rows of these when their training ends, as they become jumprelus."""
+_THRESHOLDS = ("threshold", "log_threshold", "topk_threshold")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _KEPT_AS_PROVENANCE = (
     "hook_name",
@@ -70,6 +82,7 @@ def load_directory(path: Path, *, site: Site | None = None) -> SAE:
     """
     cfg = _config(path / CONFIG)
     plain, is_transcoder = _architecture(cfg)
+    _check_activation(plain, cfg)
     gated = plain == "gated"
     architecture = architecture_named("jumprelu" if gated else plain)
     if cfg.get("hook_head_index") is not None:
@@ -80,7 +93,8 @@ def load_directory(path: Path, *, site: Site | None = None) -> SAE:
     if normalize == "expected_average_only_in" and (path / SCALER).exists():
         parts = _with_input_scale(parts, _scale(path / SCALER))
         normalize = "none"
-    if architecture.needs_k and cfg.get("rescale_acts_by_decoder_norm"):
+    unfolded = architecture.needs_k or plain in _FOLDED_AT_THE_END
+    if unfolded and cfg.get("rescale_acts_by_decoder_norm"):
         parts = _with_decoder_norms(parts)
     fields = _card_fields(path, cfg, site)
     if is_transcoder and fields.get("write_site") is None:
@@ -94,7 +108,7 @@ def load_directory(path: Path, *, site: Site | None = None) -> SAE:
         b_dec=parts.vectors["b_dec"],
         threshold=parts.vectors.get("threshold"),
         W_skip=parts.vectors.get("W_skip"),
-        k=cfg.get("k"),
+        k=_features_kept(cfg) if architecture.needs_k else None,
         pursuit=_pursuit(path, cfg) if architecture.iterative else None,
         subtract_b_dec=bool(cfg.get("apply_b_dec_to_input", not is_transcoder)),
         normalize=normalize,
@@ -175,9 +189,29 @@ def _config(path: Path) -> dict[str, Any]:
     top_k = cfg.get("activation_fn_kwargs") or {}
     if cfg.get("activation_fn") == "topk" and isinstance(top_k, dict) and top_k.get("k"):
         cfg |= {"architecture": "topk", "k": top_k["k"]}
-    if "k" in cfg and (isinstance(cfg["k"], bool) or not isinstance(cfg["k"], int)):
-        raise FileFormatError(f"{path}: 'k' must be a whole number; got {cfg['k']!r}")
     return cfg
+
+
+def _features_kept(cfg: Mapping[str, Any]) -> int | None:
+    """The `k` of an architecture that has one."""
+    k = cfg.get("k")
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int)):
+        raise FileFormatError(f"{CONFIG}: 'k' must be a whole number; got {k!r}")
+    return k
+
+
+def _check_activation(architecture: str, cfg: Mapping[str, Any]) -> None:
+    """Raises `Unsupported` (`unsupported_activation`) for an activation that is not the
+    architecture's own: before version 6 an SAE's had a name beside it."""
+    said = cfg.get("activation_fn")
+    own = _ACTIVATIONS.get(architecture, ("relu",))
+    if said is not None and said not in own:
+        raise Unsupported(
+            f"{CONFIG} says activation_fn {str(said)[:60]!r}, which an SAE of the architecture "
+            f"{architecture!r} is not run with: it has {' or '.join(own)}"
+            + (" (a topk names its k in activation_fn_kwargs)" if said == "topk" else ""),
+            code="unsupported_activation",
+        )
 
 
 def _text(cfg: Mapping[str, Any], key: str, default: str) -> str:
@@ -241,23 +275,24 @@ def _parts(path: Path, architecture: Architecture, gated: bool) -> StoredParts:
     needed = ["W_dec", "b_dec"]
     if not architecture.iterative:
         needed = ["W_enc", *(("b_gate", "b_mag", "r_mag") if gated else ("b_enc",)), *needed]
-    logged = thresholded and "log_threshold" in arrays
+    forms = [name for name in _THRESHOLDS if thresholded and name in arrays]
     if thresholded:
-        needed.append("log_threshold" if logged else "threshold")
+        needed.append(forms[0] if forms else "threshold")
     missing = [name for name in needed if name not in arrays]
     if missing:
         raise FileFormatError(
             f"{path} lacks {', '.join(missing)}: it holds {', '.join(sorted(arrays)) or 'nothing'}"
         )
-    if logged and "threshold" in arrays:
-        raise FileFormatError(f"{path} holds both threshold and log_threshold: leave out one")
+    if len(forms) > 1:
+        raise FileFormatError(f"{path} holds both {' and '.join(forms)}: leave out one")
     vectors: dict[str, Tensor] = {
         name: arrays[name].load().float()
-        for name in ("b_enc", "b_dec", "threshold", "W_skip")
+        for name in ("b_enc", "b_dec", "W_skip")
         if name in arrays and (name != "b_enc" or not (gated or architecture.iterative))
     }
-    if logged:
-        vectors["threshold"] = arrays["log_threshold"].load().float().exp()
+    for name in forms:
+        threshold = arrays[name].load().float()
+        vectors["threshold"] = threshold.exp() if name == "log_threshold" else threshold
     _check_factor(path, arrays)
     decoder = FeatureRows(arrays["W_dec"])
     if architecture.iterative:

@@ -8,6 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from steer.cli.answer.detecting import (
+    DetectorOption,
+    asked_for,
+    detections,
+    show_detections,
+    watch_plan,
+    watched,
+)
 from steer.cli.answer.picture import write_pictures
 from steer.cli.answer.strip import strip
 from steer.cli.fit.where import WhereChoice
@@ -24,7 +32,7 @@ from steer.cli.local import (
 from steer.cli.reporting import out, table_out
 from steer.cli.steering import LayersOption, VectorOption, chosen_spec, parse_strength
 from steer.errors import SteerError, quoted
-from steer.model import parse_layers
+from steer.model import parse_layer_choice
 
 if TYPE_CHECKING:
     from steer.engines.base import Completion, Engine
@@ -70,6 +78,7 @@ def generate(
             '\'{"projections": [{"vector": "french"}]}\'.',
         ),
     ] = None,
+    detector: DetectorOption = None,
     png: Annotated[
         Path | None,
         typer.Option(
@@ -90,6 +99,7 @@ def generate(
     from steer.prompts import as_chat, render
 
     asked_readouts = None if inspect is None else parse_readouts(inspect)
+    armed = asked_for(detector)
     if png is not None and asked_readouts is None:
         raise SteerError(
             "there is nothing to draw: say with --inspect what to read of each token",
@@ -106,35 +116,39 @@ def generate(
             profile=profile,
             vector=vector,
             strength=None if strength is None else parse_strength(strength),
-            layers=None if layers is None else parse_layers(layers),
+            layers=None if layers is None else parse_layer_choice(layers),
             where=None if where is None else where.value,
         )
+        of_profile = () if profile is None else library.profile(profile).detectors
         with running_engine(model, device=device, dtype=dtype) as engine:
             plan = plans(engine, library).plan(wanted, vectors=overlay)
-            reads = [_reads(engine, library, asked_readouts, one) for one in (None, plan)]
+            reads = [
+                watch_plan(
+                    engine,
+                    library,
+                    _reads(engine, library, asked_readouts, one),
+                    () if one is None else of_profile,
+                    armed,
+                )
+                for one in (None, plan)
+            ]
             asked = prompt if plain else as_chat(engine.tokenizer, prompt, system)
             tokens = tuple(render(engine.tokenizer, asked))
             roles = roles_under(engine, plan, asked)
-            completions = engine.complete(
-                [
-                    GenerationRequest("default", tokens, sampling, readouts=reads[0]),
-                    GenerationRequest(
-                        "steered",
-                        tokens,
-                        sampling,
-                        plan,
-                        measure=True,
-                        roles=roles,
-                        readouts=reads[1],
-                    ),
-                ]
+            both = (
+                GenerationRequest("default", tokens, sampling),
+                GenerationRequest("steered", tokens, sampling, plan, measure=True, roles=roles),
             )
+            requests, watches = zip(*map(watched, both, reads), strict=True)
+            completions = engine.complete(requests)
             read = [
-                _entries(engine.tokenizer, plan_read, len(tokens), one)
-                for plan_read, one in zip(reads, completions, strict=True)
+                _entries(engine.tokenizer, one.own, len(tokens), completion)
+                for one, completion in zip(reads, completions, strict=True)
             ]
             texts = [_text(engine.tokenizer, one) for one in completions]
-    answers = dict(zip(("default", "steered"), read, strict=True))
+    names = ("default", "steered")
+    answers = dict(zip(names, read, strict=True))
+    found = dict(zip(names, map(detections, watches), strict=True))
     pictures = [] if png is None else write_pictures(png, answers)
     receipt = completions[1].receipt
     shown = None if receipt is None else receipt.as_json()
@@ -142,9 +156,13 @@ def generate(
         answer: dict[str, Any] = {"default": texts[0], "steered": texts[1], "steering": shown}
         if inspect is not None:
             answer["readouts"] = answers
+        if any(found.values()):
+            answer["detections"] = found
         typer.echo(json.dumps(answer, indent=2, ensure_ascii=False))
         return
     show_side_by_side(texts[0], texts[1], shown)
+    for title, of_answer in found.items():
+        show_detections(title, of_answer)
     for title, entries in answers.items():
         if entries:
             table_out().print(strip(title, entries))
@@ -179,8 +197,11 @@ def _entries(
     if plan is None:
         return []
     writer = ReadoutWriter(plan, prompt_length, tokenizer)
+    own = [(one, plan.own(one.position, one.numbers, prompt_length)) for one in completion.readouts]
     return [
-        writer.entry(one.position, one.token, one.numbers, one.kl) for one in completion.readouts
+        writer.entry(one.position, one.token, numbers, one.kl)
+        for one, numbers in own
+        if numbers or one.kl is not None
     ]
 
 

@@ -18,6 +18,7 @@ from steer.cli.fit.saving import (
     PlotOption,
     RegisterOption,
     StatesOption,
+    going_on,
     keep,
     stored_name,
 )
@@ -118,6 +119,9 @@ def _fit(kind: type[FitRequest], values: dict[str, Any]) -> None:
             engine = kept = kept_states(values["states"], model)
             if getattr(request, "layers", 0) is None:
                 request = request.model_copy(update={"layers": kept.layers})
+        journal = None
+        if kind.resumes and values.get("states") is None:
+            engine, journal = _journaled(engine, request, data)
         done = stack.enter_context(progress_bar(request.doing, request.work(data)))
         batch = None if kind.batch_size is None else values["batch"]
         found = request.run(FitPlace(engine, library, files, source, done, batch), data)
@@ -126,7 +130,20 @@ def _fit(kind: type[FitRequest], values: dict[str, Any]) -> None:
     if found.draw is not None and values.get("plot") is not None:
         found.draw(values["plot"])
         out().print(f"wrote {values['plot']}", highlight=False)
+    if journal is not None:
+        from steer.engines.journal import forget
+
+        forget(journal)
     line()
+
+
+def _journaled(engine: Engine, request: FitRequest, data: Any) -> tuple[Engine, Path]:
+    """`going_on` with a command's data."""
+    from steer.fit.data.jsonl import sha256_of
+    from steer.fit.data.prompt import prompt_json
+
+    sha256 = getattr(data, "sha256", None) or sha256_of([prompt_json(one) for one in data])
+    return going_on(engine, request, sha256)
 
 
 def _request(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from steer.cli.fit.saving import OutputOption, RegisterOption, keep
+from steer.cli.fit.saving import OutputOption, RegisterOption, going_on, keep
 from steer.cli.local import open_registry, running_engine
 from steer.cli.measure.asking import AS_JSON, REPORT
 from steer.cli.measure.scoring import scorer_of
@@ -63,7 +63,7 @@ def _hint(engine: TransformersEngine, dtype: str | None) -> None:
 
 
 def _make(values: dict[str, Any]) -> None:
-    from steer.engines.journal import JournaledEngine, journal_of
+    from steer.engines.journal import forget
     from steer.fit.data.pairs import read_prompts
     from steer.fit.data.prompt import prompt_json
     from steer.fit.make.report import write_made_report
@@ -84,13 +84,10 @@ def _make(values: dict[str, Any]) -> None:
         )
         request.check(engine)
         _hint(engine, values["dtype"])
-        journal = journal_of(request, engine)
-        journaled = JournaledEngine(engine, journal)
-        if journaled.begun:
-            err().print("going on where it was ended", highlight=False)
+        journaled, journal = going_on(engine, request)
         done = stack.enter_context(progress_bar("making a vector", request.work(engine)))
         found = request.run(journaled, scorer, progress=done)
-    journal.unlink(missing_ok=True)
+    forget(journal)
     if values["report"] is not None:
         write_made_report(values["report"], found)
     kept = keep(

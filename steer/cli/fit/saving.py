@@ -1,20 +1,24 @@
-"""What every `steer fit` command shares: options, and where its results go."""
+"""What `steer fit` commands share: options, where results go, and going on with what was ended."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from steer.cli.local import open_registry
-from steer.cli.reporting import out
+from steer.cli.reporting import err, out
 from steer.errors import SteerError
 from steer.spec import check_name
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from steer.engines.base import Engine
+    from steer.engines.journal import JournaledEngine
     from steer.fit.requests.request import Artefact
 
 OutputOption = Annotated[
@@ -93,3 +97,15 @@ def write_file(path: Path, data: bytes) -> None:
     """Writes `data`; raises `SteerError` where that is impossible."""
     with file_errors(path):
         path.write_bytes(data)
+
+
+def going_on(engine: Engine, request: BaseModel, *more: Any) -> tuple[JournaledEngine, Path]:
+    """`engine` over the journal in which an earlier run of `request` has left its work, and that
+    file; `more` are as in `journal_of`."""
+    from steer.engines.journal import JournaledEngine, journal_of
+
+    journal = journal_of(request, engine, *more)
+    journaled = JournaledEngine(engine, journal)
+    if journaled.begun:
+        err().print("going on where it was ended", highlight=False)
+    return journaled, journal

@@ -3,71 +3,99 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from steer.cli.inspecting import JsonOption, LayerOption, PngOption, layers_of, place_of, show
-from steer.cli.local import DEMO_MODEL, DeviceOption, DtypeOption, ModelOption, running_engine
+from steer.cli.inspecting import (
+    JsonOption,
+    LayerOption,
+    PngOption,
+    bench_for,
+    layers_of,
+    place_of,
+    result_of,
+    show,
+)
+from steer.cli.local import DEMO_MODEL, DeviceOption, DtypeOption, ModelOption, RegistryOption
 from steer.cli.options import checked
 from steer.cli.reporting import out, table_out
 from steer.errors import FileFormatError
 
-if TYPE_CHECKING:
-    from steer.inspection import ConceptsResult
-
 
 def concepts(
     examples: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
             help='JSON lines: {"text": …, "pairs": {ROLE: FILLER, …}}, or with messages or tokens.'
         ),
-    ],
+    ] = None,
+    probe: Annotated[
+        str | None,
+        typer.Option(help="A registered probe, in the place of examples (steer fit concepts)."),
+    ] = None,
     read: Annotated[
         list[str] | None,
         typer.Option("--read", "-r", help="A text to read with the probe; may be repeated."),
     ] = None,
     layers: LayerOption = None,
     at: Annotated[
-        str, typer.Option("--at", help="The position that is read, or a piece of each text.")
-    ] = "-1",
-    clusters: Annotated[int, typer.Option(min=1, max=64, help="Clusters of a token's layers.")] = 5,
+        str | None,
+        typer.Option(
+            "--at",
+            help="The position that is read, or a piece of each text; by default the last token, "
+            "or the probe's own.",
+        ),
+    ] = None,
+    clusters: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Clusters of a token's layers; by default 5.")
+    ] = None,
     dimensions: Annotated[
-        int, typer.Option(min=256, max=16_384, help="Channels of a code.")
-    ] = 4096,
+        int | None,
+        typer.Option(min=256, max=16_384, help="Channels of a code; by default 4096."),
+    ] = None,
     threshold: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="The cosine above which a filler counts.")
     ] = 0.1,
     held_out: Annotated[
-        int, typer.Option(min=2, max=10, help="One in so many examples tries the probe.")
-    ] = 5,
-    seed: Annotated[int, typer.Option(min=0, help="Where the draws begin.")] = 0,
+        int | None,
+        typer.Option(
+            min=2, max=10, help="One in so many examples tries the probe; by default five."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Where the draws begin; by default 0.")
+    ] = None,
     png: PngOption = None,
     as_json: JsonOption = False,
     model: ModelOption = DEMO_MODEL,
+    registry: RegistryOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
-    """Teach a vector-symbolic probe, try it on held-out texts and read texts with it."""
+    """Read texts with a vector-symbolic probe: a registered one, or one taught on examples."""
     from steer import inspection
 
     texts = read or []
     fields: dict[str, Any] = {
-        "examples": _examples(examples),
         "prompts": [{"text": text} for text in texts],
-        "position": place_of(at),
+        "threshold": threshold,
+    }
+    # A registered probe is told nothing of these, so only what was said is handed on.
+    said = {
+        "examples": None if examples is None else _examples(examples),
+        "probe": probe,
+        "position": None if at is None else place_of(at),
+        "layers": None if layers is None else layers_of(layers),
         "clusters": clusters,
         "dimensions": dimensions,
-        "threshold": threshold,
         "held_out": held_out,
         "seed": seed,
     }
-    if layers is not None:
-        fields["layers"] = layers_of(layers)
-    request = checked(inspection.ConceptsRequest, fields)
-    with running_engine(model, device=device, dtype=dtype) as engine:
-        result = inspection.concepts(engine, request)
+    fields |= {name: value for name, value in said.items() if value is not None}
+    checked(inspection.ConceptsRequest, fields)
+    with bench_for(model, registry, device, dtype) as bench:
+        result = result_of(bench, inspection.CONCEPTS, fields)
     show(result, inspection.CONCEPTS, png, as_json)
     if not as_json:
         _show_accuracy(result)
@@ -89,10 +117,12 @@ def _examples(path: Path) -> list[dict[str, Any]]:
     return list(LineReader(path, "example", shape, "invalid_examples").read(example).items)
 
 
-def _show_accuracy(result: ConceptsResult) -> None:
+def _show_accuracy(result: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    if result.held_out is None:
+        return  # a probe of others', whose card does not say how it does
     table = Table(title=f"{result.held_out} held-out texts, {result.trained} taught")
     for name in ("role", "pairs", "right", "shuffled labels", "commonest filler", "unseen"):
         table.add_column(name, justify="left" if name == "role" else "right")

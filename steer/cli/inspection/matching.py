@@ -73,7 +73,7 @@ def match(
         "seed": seed,
     }
     if background is not None:
-        lines = background.read_text(encoding="utf-8").splitlines()
+        lines = background.read_text(encoding="utf-8-sig").splitlines()
         fields["background"] = [line for line in lines if line.strip()]
     fields |= steering_fields(spec)
     with bench_for(model, registry, device, dtype) as bench:

@@ -29,12 +29,15 @@ def weights(
     vector: Annotated[
         str | None, typer.Option("--vector", "-v", help="Or a registered vector.")
     ] = None,
+    looks: Annotated[
+        bool, typer.Option("--qk", help="Which token a head attends to from which.")
+    ] = False,
     tokens: Annotated[
         list[str] | None,
         typer.Option(
             "--token",
-            help="What the head writes where it attends to this token: a text with its space, or "
-            "#id. May be repeated.",
+            help="What the head writes where it attends to this token, or with --qk what it looks "
+            "for from it: a text with its space, or #id. May be repeated.",
         ),
     ] = None,
     top: Annotated[int, typer.Option(min=1, max=100, help="Tokens or pairs to report.")] = 10,
@@ -53,6 +56,7 @@ def weights(
         "neuron": neuron,
         "head": head,
         "vector": vector,
+        "circuit": "qk" if looks else "ov",
         "inputs": [token_of(one) for one in tokens or ()],
         "top": top,
     }
@@ -94,6 +98,12 @@ def _show_tokens(result: WeightsResult) -> None:
             f"any pair {one.mean:+.3g} ± {one.deviation:.3g}",
             highlight=False,
         )
+        if one.strongest is not None and one.strongest_by_chance is not None:
+            out().print(
+                f"the strongest pair stands {one.strongest:.1f} deviations out; "
+                f"{one.strongest_by_chance:.1f} with keys turned at random",
+                highlight=False,
+            )
     if result.by_chance is not None:
         stands = ", ".join(f"{reading.standing:.1f}" for reading in result.readings)
         out().print(

@@ -12,10 +12,11 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from steer.batch.tables import Tables
 from steer.engines.transformers.alone.batch import AloneBatch
 from steer.engines.transformers.alone.caches import OwnCaches
-from steer.engines.transformers.batch import RollingBatch
 from steer.engines.transformers.cache import PLAIN
 from steer.engines.transformers.decoding import Generated, difference, generated_alone
 from steer.engines.transformers.hooks import HookedModel
+from steer.engines.transformers.rolling.batch import RollingBatch
+from steer.engines.transformers.room import CacheRoom
 from steer.engines.transformers.sequences import Batch
 from steer.engines.transformers.structure.decoder import unsupported
 from steer.errors import SteerError, Unsupported
@@ -40,7 +41,9 @@ def make_batch(
 
     `auto` packs on a GPU with a flash-attention package, where this model can be packed: without
     one, packed attention is a dense mask over all tokens, and padding is the faster form. Where
-    padding is not exact for this model, each sequence is computed alone.
+    padding is not exact for this model, each sequence is computed alone. `cache_tokens` is how many
+    tokens the running sequences' keys and values may take together, padding included; None: what
+    fits into a share of the memory that is free now.
 
     Raises `Unsupported` where the form that is asked for is not exact for this model, or this
     release of transformers has none such; with `auto`, where no form is.
@@ -53,15 +56,20 @@ def make_batch(
     with _refusing(hooked, "it does not run with a cache"):
         caches = OwnCaches(hooked)
     wanted = generated_alone(hooked)
+    room = _room(hooked, caches, cache_tokens, least=prefill_tokens)
     if batching != "alone":
         unshared = _why_unshared(hooked, tables, caches, wanted)
         if unshared is None:
-            return _shared(hooked, tables, batching, rows, eos, prefill_tokens, chunk, cache_tokens)
+            packed = _packed_where_asked(
+                hooked, tables, batching, rows, eos, prefill_tokens, cache_tokens
+            )
+            sizes = {"prefill_tokens": prefill_tokens, "chunk": chunk}
+            return packed or RollingBatch(hooked, tables, rows=rows, eos=eos, room=room, **sizes)
         if batching != "auto":
             raise unshared
         _log.warning("sequences are computed one by one: %s", unshared)
     with _refusing(hooked, "it does not decode"):
-        alone = AloneBatch(hooked, tables, caches, rows=rows, eos=eos)
+        alone = AloneBatch(hooked, tables, caches, rows=rows, eos=eos, room=room)
         reason = difference(alone, wanted)
     if reason is not None:
         raise unsupported(
@@ -70,29 +78,36 @@ def make_batch(
     return alone
 
 
-def _shared(
+def _room(
+    hooked: HookedModel, caches: OwnCaches, cache_tokens: int | None, *, least: int
+) -> CacheRoom:
+    if cache_tokens is None:
+        return CacheRoom.on(hooked.device, caches.token_bytes, least=least)
+    return CacheRoom(cache_tokens)
+
+
+def _packed_where_asked(
     hooked: HookedModel,
     tables: Tables,
     batching: Batching,
     rows: int,
     eos: frozenset[int],
-    prefill_tokens: int,
-    chunk: int,
+    batch_tokens: int,
     cache_tokens: int | None,
-) -> Batch:
-    """Packed or padded, for a model whose sequences may share a pass."""
+) -> Batch | None:
+    """None where padding is asked for, or is the faster form, or `auto` finds that this model
+    cannot be packed."""
     fast = hooked.device.type == "cuda" and is_flash_attn_2_available()
-    if batching == "packed" or (batching == "auto" and fast):
-        try:
-            # It has a proof of its own, at start.
-            return _packed(hooked, tables, rows, eos, prefill_tokens, cache_tokens)
-        except Unsupported as error:
-            if batching == "packed":
-                raise
-            _log.warning("batches are padded, not packed: %s", error)
-    return RollingBatch(
-        hooked, tables, rows=rows, eos=eos, prefill_tokens=prefill_tokens, chunk=chunk
-    )
+    if batching != "packed" and not (batching == "auto" and fast):
+        return None
+    try:
+        # It has a proof of its own, at start.
+        return _packed(hooked, tables, rows, eos, batch_tokens, cache_tokens)
+    except Unsupported as error:
+        if batching == "packed":
+            raise
+        _log.warning("batches are padded, not packed: %s", error)
+        return None
 
 
 def _why_unshared(

@@ -147,7 +147,7 @@ def _shared(request: CaptureRequest, generations: Sequence[GenerationRequest]) -
     for asked in generations:
         pairs = zip(prompts[0][:alike], asked.prompt[:alike], strict=True)
         alike = next((n for n, (one, other) in enumerate(pairs) if one != other), alike)
-        first = _first_steered(asked)
+        first = _first_needed(asked)
         alike = alike if first is None else min(alike, first)
     return alike
 
@@ -161,20 +161,22 @@ def _alike(request: CaptureRequest, generations: Sequence[GenerationRequest]) ->
 
 
 def _below(request: CaptureRequest, asked: GenerationRequest) -> int:
-    """The blocks below whatever a prompt's plan reaches and the request reads."""
-    reached = () if asked.plan is None else asked.plan.reached
-    return min((point.layer for point in (*reached, *request.points)), default=0)
+    """The blocks below whatever a prompt's plan edits or reads and the request reads."""
+    layers = [point.layer for point in request.points]
+    if asked.plan is not None and asked.plan.lowest is not None:
+        layers.append(asked.plan.lowest)
+    return min(layers, default=0)
 
 
 def _steered_before(start: int, asked: GenerationRequest) -> bool:
-    first = _first_steered(asked)
+    first = _first_needed(asked)
     return first is not None and first < start
 
 
-def _first_steered(asked: GenerationRequest) -> int | None:
+def _first_needed(asked: GenerationRequest) -> int | None:
     if asked.plan is None:
         return None
-    return asked.plan.first_steered(asked.prompt, len(asked.prompt), asked.roles)
+    return asked.plan.first_needed(asked.prompt, len(asked.prompt), asked.roles)
 
 
 def _columns(positions: tuple[int, ...] | None, length: int, width: int) -> list[int]:

@@ -20,6 +20,7 @@ from steer.engines.base import (
     Completion,
     EngineStats,
     GenerationRequest,
+    QueriesKeys,
     TokenEvent,
 )
 from steer.engines.checks import (
@@ -28,6 +29,7 @@ from steer.engines.checks import (
     check_projection,
     check_readouts,
     check_request,
+    check_scores,
 )
 from steer.engines.gradients import DifferentiableModel
 from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
@@ -255,10 +257,22 @@ class TransformersEngine:
         self.start()
         return self._scheduler.run(lambda: self._hooked.project(point, states))
 
-    def carry(self, source: HookPoint, target: HookPoint, states: Tensor) -> Tensor:
+    def carry(
+        self,
+        source: HookPoint,
+        target: HookPoint,
+        states: Tensor,
+        channels: range | None = None,
+    ) -> Tensor:
         check_carry(source, target, self.info, self.capabilities)
         self.start()
-        return self._scheduler.run(lambda: self._hooked.carry(source, target, states))
+        made = self._scheduler.run(lambda: self._hooked.carry(source, target, states))
+        return made if channels is None else made[:, channels.start : channels.stop]
+
+    def queries_and_keys(self, layer: int, states: Tensor) -> QueriesKeys:
+        check_scores(layer, self.info, self.capabilities)
+        self.start()
+        return self._scheduler.run(lambda: self._hooked.queries_and_keys(layer, states))
 
     def differentiate(self, work: Callable[[DifferentiableModel], Result]) -> Result:
         """The result of `work`, run with autograd between two steps."""

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from steer.batch.step import Step
+from steer.engines.base import QueriesKeys
 from steer.engines.transformers.cache import cache_keyword
+from steer.engines.transformers.structure.attention import no_interface, scores_read
 from steer.engines.transformers.structure.blocks import HookMap
 from steer.engines.transformers.structure.calls import (
     at_rest,
@@ -210,6 +212,16 @@ class HookedModel:
             self._wanted, self._captured = frozenset(), {}
             self._tokens = self._last = self._placed = None
         raise EngineError(f"no state passed {target} after {source}")
+
+    def queries_and_keys(self, layer: int, states: Tensor) -> QueriesKeys:
+        """See `Engine.queries_and_keys`."""
+        start, end = HookPoint(layer, "resid_pre"), HookPoint(layer, "head_out")
+        self.info.check_point(end)
+        with scores_read(self.map.targets[end].module) as found:
+            self.carry(start, end, states)
+        if not found:
+            raise no_interface(layer, self.info)
+        return found[0]
 
     def _visit(self, point: HookPoint, x: Tensor) -> Tensor:
         if self._tokens is not None and x.shape[:-1].numel() != self._tokens:

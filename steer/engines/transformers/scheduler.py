@@ -70,9 +70,10 @@ class Figures:
 class Scheduler:
     """Assumes: `batch` is used by nobody else.
 
-    Guarantees: first come, first served; a request that finds no slot waits; what is wrong with
-    one request ends that one alone; when a step fails, the requests in it fail with `EngineError`
-    and the engine goes on; while requests run, jobs get no more of the thread's time than they do.
+    Guarantees: first come, first served; a request that finds no slot, or no room in the cache for
+    all that it may generate, waits; what is wrong with one request ends that one alone; when a step
+    fails, the requests in it fail with `EngineError` and the engine goes on; while requests run,
+    jobs get no more of the thread's time than they do.
     """
 
     def __init__(self, batch: Batch, grammars: Grammars | None = None) -> None:
@@ -214,7 +215,7 @@ class Scheduler:
         newcomers: list[BatchSequence] = []
         while self._waiting and not self._stopping:
             submission = self._waiting[0]
-            if len(newcomers) + self._places(submission.request) > self._batch.free:
+            if not self._has_place(submission.request, newcomers):
                 break
             plan = submission.request.plan
             if plan is not None and not self._batch.tables.can_acquire(plan):
@@ -250,7 +251,6 @@ class Scheduler:
 
     def _running(self, submission: Submission) -> BatchSequence:
         request = submission.request
-        room = self._batch.max_length - len(request.prompt)
         schema, grammar = request.sampling.json_schema, None
         if schema is not None and self._grammars is not None:
             grammar = self._grammars.mask(schema, prompt_length=len(request.prompt))
@@ -265,7 +265,7 @@ class Scheduler:
             request,
             self._batch.take(request),
             sampler,
-            min(request.sampling.max_tokens, room),
+            self._limit(request),
             reads=None
             if request.readouts is None
             else RequestReadouts(request.readouts, len(request.prompt)),
@@ -274,6 +274,21 @@ class Scheduler:
             sequence.followed(self._batch.take(replace(request, plan=None)))
         self._tickets[id(sequence)] = submission
         return sequence
+
+    def _has_place(self, request: GenerationRequest, newcomers: Sequence[BatchSequence]) -> bool:
+        """Whether there is a place for it, and room for all that it may generate, beside those who
+        run or come before it; who is alone has all the room there is."""
+        places = self._places(request)
+        if len(newcomers) + places > self._batch.free:
+            return False
+        if not newcomers and not self._batch.sequences:
+            return True
+        longest = len(request.prompt) + self._limit(request)
+        return self._batch.fits([*(s.longest for s in newcomers), *[longest] * places])
+
+    def _limit(self, request: GenerationRequest) -> int:
+        """How many tokens it may generate."""
+        return min(request.sampling.max_tokens, self._batch.max_length - len(request.prompt))
 
     def _places(self, request: GenerationRequest) -> int:
         """How many sequences of the batch a request is: one with a twin beside it is two."""

@@ -24,6 +24,7 @@ from steer.engines.listeners import Item
 from steer.engines.readouts import ReadoutJoin
 from steer.engines.receipts import make_receipt
 from steer.engines.transformers.hooks import HookedModel
+from steer.engines.transformers.room import CacheRoom
 from steer.engines.transformers.sampling import NO_TOKEN, Sampler, choose, logprobs
 from steer.errors import EngineError, SteerError
 from steer.plan.selection import trace_of
@@ -69,6 +70,11 @@ class BatchSequence:
     def fed(self) -> int:
         """Tokens the model has computed: the last one generated is never fed back."""
         return len(self.request.prompt) + len(self.tokens) - 1
+
+    @property
+    def longest(self) -> int:
+        """How many tokens it may come to, prompt and generated tokens together."""
+        return len(self.request.prompt) + self.limit
 
     @property
     def together(self) -> list[BatchSequence]:
@@ -122,9 +128,15 @@ class Batch(Protocol):
     chunk: int | None
     """Columns of one pass over padded prompts; None: each prompt is computed alone and whole."""
 
+    room: CacheRoom
+    """How many tokens its caches may hold."""
+
     @property
     def free(self) -> int:
         """Places left for new sequences."""
+
+    def fits(self, lengths: Sequence[int]) -> bool:
+        """Whether sequences that may come to `lengths` have room beside those that run."""
 
     def take(self, request: GenerationRequest) -> SteeredRequest:
         """Takes a slot and a ledger row; raises `CapacityError` when all slots are in use."""
@@ -158,9 +170,15 @@ class RequestRows:
     pairs = True
 
     def __init__(
-        self, hooked: HookedModel, tables: Tables, *, rows: int, eos: frozenset[int]
+        self,
+        hooked: HookedModel,
+        tables: Tables,
+        *,
+        rows: int,
+        eos: frozenset[int],
+        room: CacheRoom = CacheRoom(),  # noqa: B008 - frozen
     ) -> None:
-        self.hooked, self.tables, self.rows, self.eos = hooked, tables, rows, eos
+        self.hooked, self.tables, self.rows, self.eos, self.room = hooked, tables, rows, eos, room
         self.sequences: list[BatchSequence] = []
         self.ledger = Ledger(2 * rows, tables.device)
         self.instruments = Instruments(
@@ -172,6 +190,11 @@ class RequestRows:
     def free(self) -> int:
         """Places left for new sequences."""
         return self.rows - len(self.sequences)
+
+    def fits(self, lengths: Sequence[int]) -> bool:
+        """Whether sequences that may come to `lengths` have room beside those that run: each takes
+        what it holds."""
+        return self.room.apart([*(s.longest for s in self.sequences), *lengths])
 
     def take(self, request: GenerationRequest) -> SteeredRequest:
         """Takes a slot and a ledger row; raises `CapacityError` when all slots are in use."""

@@ -55,6 +55,7 @@ CORE = (Seam("vllm.v1.engine.core", "EngineCore.preprocess_add_request", ("self"
 SCHEDULER = (
     Seam(_SCHEDULER, f"Scheduler.{HOLD}", ("self", "request")),
     Seam(_SCHEDULER, f"Scheduler.{FREE}", ("self", "request", "delay_free_blocks")),
+    Seam(_SCHEDULER, "Scheduler.add_request", ("self", "request")),
     Seam(_SCHEDULER, "Scheduler.schedule", ("self", "throttle_prefills"), mentions=(HOLD,)),
     Seam(
         _SCHEDULER,
@@ -130,6 +131,34 @@ ADAPTERS = (
         ),
     ),
 )
+OUTPUTS = (
+    Seam(
+        "vllm.v1.engine.output_processor",
+        "OutputProcessor.process_outputs",
+        takes=("engine_core_outputs",),
+        mentions=("kv_transfer_params",),
+    ),
+)
+"""What takes the engine's outputs apart for those who wait for them."""
+ATTENTION = (
+    Seam(
+        "vllm.v1.attention.backend",
+        "AttentionImpl.forward",
+        takes=("query", "key", "value", "output"),
+    ),
+    Seam(
+        "vllm.model_executor.layers.attention.attention",
+        "unified_attention_with_output",
+        takes=("query", "key", "value", "output"),
+        mentions=("impl", "forward"),
+    ),
+    Seam(
+        "vllm.model_executor.layers.attention.attention",
+        "Attention.__init__",
+        mentions=("impl", "sliding_window", "static_forward_context"),
+    ),
+)
+"""What hands queries, keys and values to the kernel that attends."""
 RANKS = (
     Seam(
         "vllm.v1.engine.core_client",
@@ -162,6 +191,8 @@ ALL = (
     *RUNNER_V2,
     *STAGES,
     *ADAPTERS,
+    *OUTPUTS,
+    *ATTENTION,
     *RANKS,
     *SERVER,
 )

@@ -5,8 +5,9 @@ What is read here is written by `worker/answers.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steer.engines.base import (
+    Attention,
     GateReceipt,
     PointReceipt,
     RampReceipt,
@@ -21,11 +23,13 @@ from steer.engines.base import (
     SpeculationReceipt,
     TokenLogprob,
 )
-from steer.errors import EngineError, NotFinite, SteerError
+from steer.errors import EngineError, NotFinite, SteerError, Unsupported
 from steer.model import HookPoint, ModelInfo
 
-_ATTACHED = "steer_receipt"
-"""The entry of an output's `kv_transfer_params` that holds a receipt."""
+_NO_ATTENTION = "attention.error"
+
+_RECEIPT, _READOUTS = "steer_receipt", "steer_readouts"
+"""The entries of an output's `kv_transfer_params` that hold a receipt, and what was read."""
 
 
 def read_info(answer: Mapping[str, Any]) -> ModelInfo:
@@ -57,7 +61,8 @@ def read_receipt(answer: Mapping[str, Any]) -> Receipt:
             for point in answer["hook_points"]
         ),
         gates=tuple(
-            GateReceipt(gate["name"], gate["fired"], gate["value"]) for gate in answer["gates"]
+            GateReceipt(gate["name"], gate["fired"], gate["value"], gate["position"])
+            for gate in answer["gates"]
         ),
         strengths=tuple(answer.get("strengths", ())),
         concepts=tuple(answer.get("concepts", ())),
@@ -102,21 +107,90 @@ def read_readouts(
     return [(position, tuple(rows[position].tolist())) for position in sorted(rows)]
 
 
+def attention_entries(told: Iterable[tuple[int, Attention]], rank: int) -> dict[str, bytes]:
+    """What the heads of a worker, one of tensor-parallel `rank`, attend to, among what it captured:
+    for each layer the weights and the values of its heads."""
+    found = {}
+    for layer, one in told:
+        found[_attention(layer, rank, "weights")] = pack(one.weights)
+        found[_attention(layer, rank, "values")] = pack(one.values)
+    return found
+
+
+def attention_error(error: SteerError) -> dict[str, bytes]:
+    """Why there is none, in its place."""
+    return {_NO_ATTENTION: json.dumps([error.message, error.code]).encode()}
+
+
+def read_attention(
+    found: Mapping[str, bytes], layers: Sequence[int], tokens: int, positions: int, head_dim: int
+) -> dict[int, Attention]:
+    """What heads attend to at so many `positions` of a prompt of `tokens` tokens, those of all
+    workers side by side in the order of their ranks. Raises `Unsupported` where a worker could not
+    tell, and `EngineError` where none did."""
+    if _NO_ATTENTION in found:
+        message, code = json.loads(found[_NO_ATTENTION])
+        raise (Unsupported if code == "no_attention" else EngineError)(message, code=code)
+    read = {}
+    for layer in layers:
+        weights: list[Tensor] = []
+        values: list[Tensor] = []
+        while (name := _attention(layer, len(weights), "weights")) in found:
+            weights.append(unpack(found[name], tokens).view(-1, positions, tokens))
+            name = _attention(layer, len(values), "values")
+            values.append(unpack(found[name], head_dim).view(-1, tokens, head_dim))
+        if not weights:
+            raise EngineError(f"no worker told what the heads of layer {layer} attend to")
+        read[layer] = Attention(torch.cat(weights), torch.cat(values))
+    return read
+
+
+def _attention(layer: int, rank: int, part: str) -> str:
+    return f"attention.{layer}.{rank}.{part}"
+
+
 def put_on(output: Any, fed: int, answer: Mapping[str, Any]) -> None:
     """Puts a worker's answer about a request, which fed `fed` tokens, on the request's last
     `EngineCoreOutput`."""
-    mine = {_ATTACHED: {"fed": fed, "answer": dict(answer)}}
-    output.kv_transfer_params = {**(output.kv_transfer_params or {}), **mine}
+    _put(output, _RECEIPT, {"fed": fed, "answer": dict(answer)})
 
 
 def take_off(output: Any) -> tuple[int, Mapping[str, Any]] | None:
     """The tokens fed and the answer that came on a `RequestOutput`, which is vLLM's own again."""
-    found = (output.kv_transfer_params or {}).get(_ATTACHED)
-    if found is None:
+    found = _taken(output, _RECEIPT)
+    return None if found is None else (int(found["fed"]), found["answer"])
+
+
+class Arrival(NamedTuple):
+    """What the workers say (as `steer_readouts` does) of the read-outs of the request under a
+    ticket's key, as far as it has fed `fed` tokens and nobody was told before."""
+
+    key: str
+    fed: int
+    answers: list[Mapping[str, Any]]
+
+
+def put_readouts_on(output: Any, arrival: Arrival) -> None:
+    """Puts what was read on one of the request's `EngineCoreOutput`s."""
+    _put(output, _READOUTS, list(arrival))
+
+
+def take_readouts_off(output: Any) -> Arrival | None:
+    """What was read that came on an `EngineCoreOutput`, which is vLLM's own again."""
+    found = _taken(output, _READOUTS)
+    return None if found is None else Arrival(*found)
+
+
+def _put(output: Any, name: str, value: Any) -> None:
+    output.kv_transfer_params = {**(output.kv_transfer_params or {}), name: value}
+
+
+def _taken(output: Any, name: str) -> Any:
+    params = output.kv_transfer_params
+    if not params or name not in params:
         return None
-    rest = {name: one for name, one in output.kv_transfer_params.items() if name != _ATTACHED}
-    output.kv_transfer_params = rest or None
-    return int(found["fed"]), found["answer"]
+    output.kv_transfer_params = {key: one for key, one in params.items() if key != name} or None
+    return params[name]
 
 
 def leaves_unsteered(answer: Mapping[str, Any]) -> bool:

@@ -28,7 +28,7 @@ from steer.prompts.roles import RoleRanges
 from steer.spec import ROLES
 
 EXTRA_ARG = "steer"
-_VERSION = 4
+_VERSION = 6
 _PLANS, _TICKETS = 1024, 256
 """How many plans' parts, and whole tickets, a process remembers."""
 _SHORT = 16_384
@@ -38,19 +38,24 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class CaptureOrder:
-    """States to keep while a prompt is computed: hook points, and absolute positions in it."""
+    """States to keep while a prompt is computed: hook points, and absolute positions in it; and the
+    layers whose `attention` is told, at the first `attended` of these positions."""
 
     points: tuple[HookPoint, ...]
     positions: tuple[int, ...]
+    attention: tuple[int, ...] = ()
+    attended: int = 0
 
 
 @dataclass(frozen=True)
 class ReadoutOrder:
     """What is read of the request's tokens while it runs: the hash of its `ReadoutPlan` in the plan
-    store, and whether tokens of the prompt are read, which then must be computed."""
+    store, and whether tokens of the prompt are read, which then must be computed. With `attached`
+    the numbers come on the engine's own outputs (`core/attached_readouts.py`)."""
 
     plan: str
     prompt: bool
+    attached: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,9 @@ class Ticket:
     choices that share it. `plan` is the plan's hash in the plan store, None where the request is
     only read. `rows` is the number of edit rows that the plan takes in the tables, `latents` how
     many numbers kernels hold of a token for it (`SteeringPlan.latents`); a plan that is `graphless`
-    does what no kernel does. `selections` has one entry per rule of the plan. With
+    does what no kernel does. `onward` are the rules, as bits, whose gate stays open from the token
+    that opens it, and `pooled` says how many tokens each rule's gate takes together
+    (`SteeringPlan.pooled`). `selections` has one entry per rule of the plan. With
     `measure` the sizes of edits are measured; with `attached` the receipt comes on the engine's
     last output where it can (`core/attached.py`). `roles` say whose words the prompt is, where the
     plan asks. Texts in `selections` are only named: what they do to tokens stands in the plan.
@@ -78,6 +85,8 @@ class Ticket:
     latents: int = 0
     roles: RoleRanges | None = None
     graphless: bool = False
+    onward: int = 0
+    pooled: tuple[int, ...] = ()
     capture: CaptureOrder | None = field(default=None, compare=False)
     readouts: ReadoutOrder | None = field(default=None, compare=False)
 
@@ -92,6 +101,8 @@ class Ticket:
                 self.selections,
                 self.latents,
                 self.graphless,
+                self.onward,
+                self.pooled,
             )
             content |= {"steering": _written(steering), "measure": self.measure}
             content |= {"attached": True} if self.attached else {}
@@ -102,8 +113,14 @@ class Ticket:
                 "points": [[point.layer, point.site] for point in self.capture.points],
                 "positions": list(self.capture.positions),
             }
+            if self.capture.attention:
+                content["capture"] |= {
+                    "attention": list(self.capture.attention),
+                    "attended": self.capture.attended,
+                }
         if self.readouts is not None:
-            content["readouts"] = [self.readouts.plan, self.readouts.prompt]
+            order = self.readouts
+            content["readouts"] = [order.plan, order.prompt, order.attached]
         return {EXTRA_ARG: json.dumps(content, separators=(",", ":"), sort_keys=True)}
 
     @staticmethod
@@ -130,6 +147,12 @@ class Ticket:
         cache are never seen."""
         return self.capture is not None or (self.readouts is not None and self.readouts.prompt)
 
+    @property
+    def brings_readouts(self) -> bool:
+        """Whether what is read comes on the engine's own outputs; choices that share a ticket are
+        asked for."""
+        return self.readouts is not None and self.readouts.attached and self.n == 1
+
     @cached_property
     def reads_tokens(self) -> bool:
         """Whether which tokens it selects depends on their ids."""
@@ -155,6 +178,8 @@ class _Steering(NamedTuple):
     selections: tuple[Selection, ...] = ()
     latents: int = 0
     graphless: bool = False
+    onward: int = 0
+    pooled: tuple[int, ...] = ()
 
 
 @lru_cache(_PLANS)
@@ -176,7 +201,11 @@ def _steering(text: str) -> _Steering:
         raise ValueError(f"{len(selections)} rules")
     fingerprint, rows = content.get("fingerprint", ""), content.get("rows", 0)
     latents, graphless = int(content.get("latents", 0)), bool(content.get("graphless", False))
-    return _Steering(str(fingerprint), plan, int(rows), selections, latents, graphless)
+    onward = int(content.get("onward", 0))
+    pooled = tuple(int(last) for last in content.get("pooled", ()))
+    return _Steering(
+        str(fingerprint), plan, int(rows), selections, latents, graphless, onward, pooled
+    )
 
 
 def _roles(length: int, spans: Sequence[Sequence[Any]]) -> RoleRanges:
@@ -196,13 +225,19 @@ def _read(text: str) -> Ticket:
     capture = None
     if order is not None:
         points = tuple(HookPoint(int(layer), site) for layer, site in order["points"])
-        capture = CaptureOrder(points, tuple(int(position) for position in order["positions"]))
+        positions, layers = order["positions"], order.get("attention", ())
+        capture = CaptureOrder(
+            points,
+            tuple(int(position) for position in positions),
+            tuple(int(layer) for layer in layers),
+            int(order.get("attended", 0)),
+        )
     readouts = None
     if "readouts" in content:
-        sha256, prompt = content["readouts"]
+        sha256, prompt, attached = content["readouts"]
         if not _SHA256.fullmatch(sha256):
             raise ValueError(f"read-outs {sha256!r}")
-        readouts = ReadoutOrder(sha256, bool(prompt))
+        readouts = ReadoutOrder(sha256, bool(prompt), bool(attached))
     steering = _steering(content["steering"]) if "steering" in content else _Steering()
     roles = content.get("roles")
     return Ticket(

@@ -19,6 +19,7 @@ from steer.engines.base import (
     Completion,
     EngineStats,
     GenerationRequest,
+    QueriesKeys,
     TokenEvent,
 )
 from steer.errors import SteerError, Unsupported
@@ -134,8 +135,17 @@ class StatesEngine:
     def project(self, point: HookPoint, states: Tensor) -> Tensor:
         self._refuse(point, states)
 
-    def carry(self, source: HookPoint, target: HookPoint, states: Tensor) -> Tensor:
-        self._refuse(source, target, states)
+    def carry(
+        self,
+        source: HookPoint,
+        target: HookPoint,
+        states: Tensor,
+        channels: range | None = None,
+    ) -> Tensor:
+        self._refuse(source, target, states, channels)
+
+    def queries_and_keys(self, layer: int, states: Tensor) -> QueriesKeys:
+        self._refuse(layer, states)
 
     def stats(self) -> EngineStats:
         return EngineStats()

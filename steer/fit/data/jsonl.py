@@ -12,6 +12,9 @@ from typing import Any, Generic, TypeVar
 
 from steer.errors import FileFormatError
 
+_MARK = b"\xef\xbb\xbf"
+"""The byte order mark that some editors and spreadsheets put in front of UTF-8."""
+
 Item = TypeVar("Item")
 
 
@@ -60,13 +63,14 @@ class LineReader:
         items: list[Item] = []
         for number, line in enumerate(lines, start=1):
             self._hash.update(line)
-            if line.strip():
+            text = line.removeprefix(_MARK) if number == 1 else line
+            if text.strip():
                 at = f"{self.path}, line {number}"
-                items.append(parse(self._json(line, at), at))
+                items.append(parse(self._json(text, at, first=not items), at))
         if not items:
             raise FileFormatError(
                 f"{str(self.path)!r} holds no {self.what}s: write one {self.shape} per line",
-                code=f"no_{self.what}s",
+                code=f"no_{self.what.split()[-1]}s",
             )
         return DataSet(tuple(items), self._hash.hexdigest())
 
@@ -74,13 +78,41 @@ class LineReader:
         """The lines of `data`."""
         return self.read_lines(io.BytesIO(data), parse)
 
-    def _json(self, line: bytes, at: str) -> Any:
+    def _json(self, line: bytes, at: str, *, first: bool) -> Any:
         try:
-            return json.loads(line.decode())
+            value = json.loads(line.decode(), object_pairs_hook=_no_key_twice)
         except UnicodeDecodeError as error:
             raise FileFormatError(f"{at}: not UTF-8 text: {error}", code=self.code) from error
         except (ValueError, RecursionError) as error:
-            raise FileFormatError(f"{at}: not JSON: {error}", code=self.code) from error
+            why = f"not JSON: {error}"
+            if first:
+                why += f"; JSON lines are needed, one {self.shape} on each line"
+            raise FileFormatError(f"{at}: {why}", code=self.code) from error
+        if first and _is_table(value):
+            raise FileFormatError(
+                f"{at}: a whole JSON array of objects: write each of them on a line of its own, "
+                f"as {self.shape}",
+                code=self.code,
+            )
+        return value
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in an object")
+    return found
+
+
+def _is_table(value: Any) -> bool:
+    """Whether this is all items of a file in one array; a chat is an array of objects too."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, dict) and "role" not in item for item in value)
+    )
 
 
 def sha256_of(values: Sequence[Any]) -> str:

@@ -99,6 +99,13 @@ def _reader(path: Path) -> LineReader:
     return LineReader(path, "labelled text", '{"text": …, "label": …}', _CODE)
 
 
+def label_text(label: Any) -> Any:
+    """A truth value or a whole number as the text that it is as a label; anything else as it is."""
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)  # what a table with gaps makes of whole numbers
+    return str(label).lower() if isinstance(label, bool | int) else label
+
+
 def _labelled(value: Any, at: str) -> Labelled:
     sources = ("text", "messages", "prompt")
     given = [key for key in sources if isinstance(value, dict) and key in value]
@@ -109,9 +116,7 @@ def _labelled(value: Any, at: str) -> Labelled:
             f"'prompt'; got {found!r}",
             code=_CODE,
         )
-    label = value["label"]
-    if isinstance(label, bool | int):
-        label = str(label).lower()
+    label = label_text(value["label"])
     if not isinstance(label, str) or not label:
         raise FileFormatError(f"{at}: 'label' must be a text or a whole number", code=_CODE)
     return Labelled(parse_prompt(value[given[0]], at, f"'{given[0]}'", _CODE), label)

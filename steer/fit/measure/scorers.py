@@ -135,7 +135,7 @@ def _options(fragment: str, known: set[str]) -> dict[str, str]:
 
 def _lines(path: str) -> list[str]:
     try:
-        return Path(path).read_text("utf-8").splitlines()
+        return Path(path).read_text("utf-8-sig").splitlines()
     except OSError as error:
         raise SteerError(
             f"the word list {path!r} cannot be read: {error.strerror}", code="invalid_scorer"

@@ -13,7 +13,7 @@ from steer.fit.requests.fields import MAX_ITEMS, CaptureField, DataField, NameFi
 from steer.fit.requests.inline import PROMPTS
 from steer.fit.requests.request import FitPlace, FitRequest, Fitted
 from steer.prompts import PromptParam
-from steer.spec import Site
+from steer.spec import Layer, Site
 
 if TYPE_CHECKING:
     from steer.engines.base import Engine
@@ -50,7 +50,7 @@ class DictionaryFields(FitRequest):
     ) = None
     data: DataField = None
     states: CaptureField = None
-    layer: Annotated[StrictInt, Field(ge=0, description="The layer to read.")]
+    layer: Annotated[Layer, Field(description="The layer to read.")]
     components: Components
     iterations: Iterations
     sample: Annotated[

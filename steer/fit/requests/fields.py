@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+)
 
 from steer.fit.data.instruction import Placement
 from steer.fit.data.prompt import Positions
 from steer.fit.data.where import WhereName
 from steer.fit.methods.linear.reading import TokensRead
-from steer.spec import Index, Site, StoredName, Where
+from steer.spec import Layer, LayersOrAll, Site, StoredName, Where
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,8 @@ class Spelled:
             "where",
             "selection",
             "points",
+            "form",
+            "place",
         ]
         | None
     ) = None
@@ -72,8 +82,17 @@ MAX_ITEMS = 1 << 17
 """Items of data in one request."""
 
 Ref: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+def _all_is_the_default(value: Any) -> Any:
+    return None if value == "all" else value
+
+
+ALL_BY_DEFAULT = BeforeValidator(_all_is_the_default)
+"""Of layers that are all unless some are named: `"all"` says so."""
+
 LayerList: TypeAlias = Annotated[
-    tuple[Index, ...], Field(min_length=1, max_length=1024, fail_fast=True)
+    tuple[Layer, ...], Field(min_length=1, max_length=1024, fail_fast=True)
 ]
 
 NameField: TypeAlias = Annotated[
@@ -92,6 +111,7 @@ SiteField: TypeAlias = Annotated[
 ]
 LayersField: TypeAlias = Annotated[
     LayerList | None,
+    ALL_BY_DEFAULT,
     Spelled("layers", "Such as 2-5 or 1,3; by default all layers."),
     Field(description="The layers to read; by default all."),
 ]
@@ -146,6 +166,18 @@ DataField: TypeAlias = Annotated[
     Field(description="The data as the text of a JSON lines file, instead of an array."),
 ]
 
+
+def data_text(value: Any, items: str) -> Any:
+    """`value` of a `DataField`, unless it is the data themselves, which go into the field `items`.
+    Raises `ValueError`."""
+    if isinstance(value, list | tuple | dict):
+        raise ValueError(
+            "'data' is the text of a JSON lines file: send the items themselves, an array, in "
+            f"{items!r}"
+        )
+    return value
+
+
 # Of what measures answers
 
 VectorField: TypeAlias = Annotated[
@@ -168,9 +200,9 @@ Strengths: TypeAlias = Annotated[
     tuple[Strength, ...], Field(min_length=1, max_length=64, fail_fast=True)
 ]
 UsedLayersField: TypeAlias = Annotated[
-    LayerList | None,
-    Spelled("layers", "Such as 2-5 or 1,3; by default the card's."),
-    Field(description="The layers to steer; by default the card's."),
+    LayersOrAll | None,
+    Spelled("layers", "Such as 2-5 or 1,3, or all that the vector has; by default the card's."),
+    Field(description="The layers to steer, or all that the vector has; by default the card's."),
 ]
 UsedWhereField: TypeAlias = Annotated[
     Where | None,

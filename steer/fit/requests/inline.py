@@ -9,8 +9,18 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from steer.artefacts.concepts.form import LEAST_EXAMPLES
 from steer.errors import SteerError
-from steer.fit.data import exercises, labels, pairs, preferences, relations, texts
+from steer.fit.data import (
+    concepts,
+    exercises,
+    labels,
+    pairs,
+    preferences,
+    questions,
+    relations,
+    texts,
+)
 from steer.prompts import Prompt, PromptParam, prompt_of
 from steer.prompts.forms import Chat, Text
 from steer.spec import Index, exactly_one
@@ -27,11 +37,6 @@ class PairParam(_Item):
 
     positive: PromptParam
     negative: PromptParam
-
-
-def _label(value: Any) -> Any:
-    """True and false are labels too, as in a file."""
-    return str(value).lower() if isinstance(value, bool) else value
 
 
 class TokensParam(_Item):
@@ -53,7 +58,9 @@ class LabelledParam(_Item):
     text: Text | None = None
     messages: Chat | None = None
     prompt: PromptParam | None = None
-    label: Annotated[Text, BeforeValidator(_label, json_schema_input_type=Text | bool)]
+    label: Annotated[
+        Text, BeforeValidator(labels.label_text, json_schema_input_type=Text | bool | int)
+    ]
 
     @model_validator(mode="after")
     def _one(self) -> LabelledParam:
@@ -70,6 +77,15 @@ class ExerciseParam(_Item):
     """A prompt and the answer to learn."""
 
     prompt: PromptParam
+    answer: Text
+
+
+class QuestionParam(_Item):
+    """A prompt, what is asked of its state, and the true answer. The state is that of the last
+    token of the prompt's `subject` where it names one, else of its last token."""
+
+    prompt: PromptParam
+    question: Annotated[str, Field(min_length=1, max_length=questions.MAX_QUESTION)]
     answer: Text
 
 
@@ -166,6 +182,15 @@ EXERCISES = DataForm(
         [exercises.Exercise(prompt_of(one.prompt), one.answer) for one in given]
     ),
 )
+QUESTIONS = DataForm(
+    "questions",
+    'JSON lines: {"prompt": …, "question": …, "answer": …}.',
+    questions.read_questions,
+    questions.parse_questions,
+    lambda given: questions.QuestionSet.of(
+        [questions.StateQuestion(prompt_of(one.prompt), one.question, one.answer) for one in given]
+    ),
+)
 PREFERENCES = DataForm(
     "preferences",
     'JSON lines: {"prompt": …, "chosen": …, "rejected": …}.',
@@ -174,6 +199,16 @@ PREFERENCES = DataForm(
     lambda given: preferences.PreferenceSet.of(
         [preferences.Preference(prompt_of(one.prompt), one.chosen, one.rejected) for one in given]
     ),
+)
+SAID = DataForm(
+    "examples",
+    'JSON lines: {"text": …, "pairs": {ROLE: FILLER, …}}, or with messages or tokens.',
+    concepts.read_said,
+    concepts.parse_said,
+    concepts.said_texts,
+    least=LEAST_EXAMPLES,
+    too_few=f"a probe is taught and tried on at least {LEAST_EXAMPLES} examples: give more",
+    code="no_examples",
 )
 FACTS = DataForm(
     "facts",

@@ -129,7 +129,7 @@ class SweepRequest(MeasureRequest):
         """The spec of one dose; raises `SpecError`."""
         item: dict[str, Any] = {"kind": "add", "vector": self.vector, "strength": strength}
         if self.layers is not None:
-            item["layers"] = list(self.layers)
+            item["layers"] = self.layers
         if self.where is not None:
             item["where"] = self.where.model_dump(mode="json", by_alias=True, exclude_none=True)
         return parse_spec({"interventions": [item]})
@@ -225,7 +225,11 @@ class CalibrateRequest(MeasureRequest):
         """Raises what is wrong with this use of `vector`, before anything is measured."""
         from steer.fit.measure.calibrate import check_use
 
-        check_use(engine, vector, strengths=self.strengths, layers=self.layers, where=self.where)
+        layers = self._layers(vector)
+        check_use(engine, vector, strengths=self.strengths, layers=layers, where=self.where)
+
+    def _layers(self, vector: ControlVector) -> tuple[int, ...] | None:
+        return vector.card.layers if self.layers == "all" else self.layers
 
     def run(
         self,
@@ -246,7 +250,7 @@ class CalibrateRequest(MeasureRequest):
             scorer,
             scorer_name=self.score,
             strengths=self.strengths,
-            layers=self.layers,
+            layers=self._layers(vector),
             where=self.where,
             limits=SafeLimits(
                 perplexity_ratio=self.max_perplexity_ratio,

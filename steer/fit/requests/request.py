@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, field_validator
 from pydantic_core import CoreSchema
 
 from steer.errors import SteerError, Unsupported, pointer
@@ -19,6 +19,7 @@ from steer.fit.requests.fields import (
     PositionsField,
     SiteField,
     WhereField,
+    data_text,
 )
 from steer.fit.requests.inline import DataForm
 from steer.spec import Site, Where, exactly_one
@@ -27,14 +28,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from steer.artefacts.affine import AffineMap
+    from steer.artefacts.concepts.probe import ConceptProbe
     from steer.artefacts.control_vector import ControlVector, LowRankAdapter
     from steer.artefacts.detector import Detector
     from steer.artefacts.lens import Lens
+    from steer.artefacts.oracle import Oracle
     from steer.engines.base import Engine
     from steer.model import HookPoint
     from steer.registry.registry import Registry
 
-Artefact: TypeAlias = "ControlVector | LowRankAdapter | AffineMap | Lens | Detector"
+Artefact: TypeAlias = (
+    "ControlVector | LowRankAdapter | AffineMap | Lens | Detector | Oracle | ConceptProbe"
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,8 @@ class FitRequest(BaseModel):
     A method is a subclass: `command` is its name on the command line and the end of its route,
     `summary` says in a line what it does, `form` how its data comes (None: in its fields), `many`
     whether it makes several artefacts, `drawn` whether what comes out can be drawn, `doing` what is
-    counted while it runs, `batch_size` how many prompts are read at once.
+    counted while it runs, `batch_size` how many prompts are read at once, `resumes` whether it
+    keeps how far it has got, so that the command goes on where it was ended, as jobs do.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -96,6 +102,11 @@ class FitRequest(BaseModel):
             handler.resolve_ref_schema(schema).update(exactly_one(cls.form.field, "data"))
         return schema
 
+    @field_validator("data", mode="before", check_fields=False)
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        return value if cls.form is None else data_text(value, cls.form.field)
+
     command: ClassVar[str]
     summary: ClassVar[str]
     form: ClassVar[DataForm[Any] | None] = None
@@ -104,6 +115,7 @@ class FitRequest(BaseModel):
     doing: ClassVar[str] = "reading prompts"
     batch_size: ClassVar[int | None] = 16
     needs_gradients: ClassVar[bool] = False
+    resumes: ClassVar[bool] = False
 
     @property
     def needs_registry(self) -> bool:
@@ -127,6 +139,12 @@ class FitRequest(BaseModel):
         if self.form is None:
             return None
         return self.form.taken(getattr(self, self.form.field), getattr(self, "data", None))
+
+    @property
+    def data_at(self) -> str:
+        """The pointer of the field that its data came in."""
+        assert self.form is not None
+        return "/data" if getattr(self, "data", None) is not None else f"/{self.form.field}"
 
     def at_once(self, place: FitPlace) -> int:
         """How many prompts are read in one batch."""

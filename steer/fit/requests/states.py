@@ -6,7 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    field_validator,
+)
 
 from steer.errors import SteerError, Unsupported, pointer
 from steer.fit.requests.fields import (
@@ -17,11 +25,12 @@ from steer.fit.requests.fields import (
     Seed,
     SiteField,
     Spelled,
+    data_text,
 )
 from steer.fit.requests.inline import GIVEN, TokensParam
 from steer.fit.requests.request import site_points
 from steer.prompts import PromptParam, as_chat
-from steer.spec import Index, Site, SteeringSpec, exactly_one
+from steer.spec import Layer, Site, SteeringSpec, exactly_one
 
 if TYPE_CHECKING:
     from steer.engines.base import Engine
@@ -40,7 +49,7 @@ class PointParam(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layer: Index
+    layer: Layer
     site: Site = "resid_post"
 
 
@@ -117,6 +126,11 @@ class StatesRequest(BaseModel):
         StrictInt, Field(ge=1, le=1 << 16, description="The size of a file, in MiB.")
     ] = 256
     batch: Annotated[StrictInt, Field(ge=1, le=1024, description="Texts read at once.")] = 16
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        return data_text(value, "prompts")
 
     def taken(self) -> GivenTexts:
         """The texts that came with the request; raises `SteerError`."""

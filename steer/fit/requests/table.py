@@ -16,7 +16,9 @@ from steer.fit.requests.linear.psr import PsrRequest
 from steer.fit.requests.lrc import LrcRequest
 from steer.fit.requests.pairs import PairsRequest
 from steer.fit.requests.request import FitRequest
+from steer.fit.requests.trained.concepts import ConceptsFitRequest
 from steer.fit.requests.trained.low_rank import LowRankRequest
+from steer.fit.requests.trained.oracle import OracleRequest
 from steer.fit.requests.trained.prosv import ProsvRequest
 from steer.fit.requests.trained.reps import RepsRequest
 from steer.fit.requests.transfer import TransferRequest
@@ -39,6 +41,8 @@ FIT_REQUESTS: tuple[type[FitRequest], ...] = (
     RepsRequest,
     ProsvRequest,
     PsrRequest,
+    OracleRequest,
+    ConceptsFitRequest,
     ActRequest,
     ConceptorRequest,
     AngularRequest,

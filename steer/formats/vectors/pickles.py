@@ -1,18 +1,23 @@
 """Pickled vectors of the steering-vectors package, and others, for `steer vectors convert` alone.
 
+Linear classifiers of scikit-learn become detectors.
 `pickle.dump(vector)` and `torch.save(vector)` both write the dataclass by its name. Pickles that
 hold tensors and NumPy arrays without it are read as `.pt` files with tensors alone are.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.detector import Detector
 from steer.errors import FileFormatError, Unsupported
+from steer.formats.detectors.linear_probe import detector_of, probe_of_held
+from steer.formats.detectors.scikit_learn import CLASSES, arrays_of, is_classifier
 from steer.formats.guards.pickled_files import load_pickle
 from steer.formats.guards.pickled_tensors import Instance
 from steer.formats.options import ImportOptions
@@ -29,15 +34,22 @@ _SITES: dict[str, Site] = {
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
-def convert_pickle(path: Path, options: ImportOptions) -> ControlVector:
-    """The vector in a file that `pickle.dump` or `torch.save` made, of a SteeringVector or of
-    tensors and arrays in one of the layouts of `.pt` files.
+def convert_pickle(path: Path, options: ImportOptions) -> ControlVector | Detector:
+    """What is in a file that `pickle.dump` or `torch.save` made: the vector of a SteeringVector or
+    of tensors and arrays in one of the layouts of `.pt` files, or the detector of a linear probe.
 
     A SteeringVector's layers are 0-based already. Raises `FileFormatError` (`pickle_refused` for
     whatever else is in the file, by name), `Unsupported` for vectors that act on a norm's output,
     or `SteerError` where the sender has to say something, or has said too much.
     """
-    found = load_pickle(path, frozenset({_CLASS}))
+    found = load_pickle(path, frozenset({_CLASS}) | CLASSES)
+    probe = (
+        detector_of(arrays_of(found), {}, path, "torch", options)
+        if is_classifier(found)
+        else probe_of_held(found, path, "torch", options)
+    )
+    if probe is not None:
+        return replace(probe, card=options.described(probe.card))
     if not isinstance(found, Instance):
         vector = vector_of_held(found, path, options)
         return ControlVector(vector.directions, options.described(vector.card))

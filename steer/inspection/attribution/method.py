@@ -29,7 +29,7 @@ from steer.inspection.attribution.result import (
     LayerShare,
     NeuronShare,
 )
-from steer.inspection.method import Inspection, reads_logits
+from steer.inspection.method import Inspection, at_field, reads_logits
 from steer.inspection.next_token import TokenChoice, chosen_token
 from steer.inspection.selection import plan_for, roles_for
 from steer.model import Capabilities, HookPoint
@@ -104,9 +104,7 @@ def _sites_taken_apart(
     if request.neurons:
         asked.append(("mlp_act", "neurons"))
     for site, name in asked:
-        # Without any projection that is the reason: having the site would not help.
-        if engine.capabilities.projections:
-            engine.info.check_point(HookPoint(0, site), param=f"/{name}")
+        engine.info.check_point(HookPoint(0, site), param=f"/{name}")
         if site not in engine.capabilities.projections:
             raise Unsupported(
                 f"the {engine.capabilities.engine} engine does not give the output projection "
@@ -216,11 +214,13 @@ def _result(
     shares = _Shares(engine, states, signs @ head.directions)
     by_layer: list[ProjectedPart | None] = [None] * engine.info.n_layers
     if request.heads:
-        by_layer = list(projected_parts(engine, states, "head_out"))
+        with at_field("/heads"):
+            by_layer = list(projected_parts(engine, states, "head_out"))
     layers = tuple(shares.layer(layer, part) for layer, part in enumerate(by_layer))
     neurons = None
     if request.neurons:
-        neurons = shares.neurons(projected_parts(engine, states, "mlp_act"), request.neurons)
+        with at_field("/neurons"):
+            neurons = shares.neurons(projected_parts(engine, states, "mlp_act"), request.neurons)
     logit, constant = float(signs @ head.uncapped), float(signs @ head.constant)
     embedding = shares.of(0, "resid_pre")
     told = constant + embedding + sum(one.attention + one.mlp + one.rest for one in layers)

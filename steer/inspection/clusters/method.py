@@ -42,7 +42,7 @@ from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
 from steer.prompts import EncodedPrompt, PromptInput, encode_prompt
-from steer.spec import Index, Site, SteeringSpec
+from steer.spec import Layer, Site, SteeringSpec
 
 MAX_PROMPTS = 4096
 MAX_STATES = 4096
@@ -68,7 +68,7 @@ class ClustersRequest(BaseModel):
     prompts: Annotated[
         tuple[ClusteredPrompt, ...], Field(min_length=2, max_length=MAX_PROMPTS, fail_fast=True)
     ]
-    layer: Index
+    layer: Layer
     site: Site = "resid_post"
     positions: PositionChoice = (-1,)
     clusters: Annotated[int, Field(strict=True, ge=1, le=256)] | None = None

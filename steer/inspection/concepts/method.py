@@ -1,91 +1,45 @@
-"""A vector-symbolic probe, taught on the examples of a request and read on its prompts
-(2509.25045).
+"""A vector-symbolic probe read on the prompts of a request (2509.25045): a registered one, or one
+that is taught on the request's examples.
 
 The states of a token at the upper layers are summed up by the centroids of a few clusters of
-layers; a small network makes a code of them; a role asks it for its filler. Nothing is kept: the
-same examples give the same probe. What it finds on texts that it was not taught stands in the
-answer, beside what a probe finds that was taught others' pairs.
+layers; a small network makes a code of them; a role asks it for its filler. What it finds on texts
+that it was not taught stands in the answer, beside what a probe finds that was taught others'
+pairs. One that is taught here is not kept: the same examples give the same probe.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from steer.artefacts.concepts.codebook import Codebook
+from steer.artefacts.concepts.form import ProbeForm
+from steer.artefacts.concepts.lesson import ProbeLesson
+from steer.artefacts.concepts.network import CodeNetwork, summed_centroids
+from steer.artefacts.concepts.probe import SITE, ConceptProbe
 from steer.artefacts.library import Library
 from steer.engines.base import CaptureRequest, Engine
 from steer.errors import SpecError, pointer
-from steer.inspection.concepts.codebook import DIMENSIONS, Codebook
-from steer.inspection.concepts.probe import CodeProbe, summed_centroids
+from steer.inspection.concepts.request import TEACHING, ConceptExample, ConceptsRequest
 from steer.inspection.concepts.result import (
     ConceptsResult,
     PromptReading,
     ReadFiller,
-    RoleAccuracy,
     RoleReading,
     concepts_heat_map,
 )
 from steer.inspection.method import Inspection
-from steer.inspection.selection import LayerChoice, chosen_points
+from steer.inspection.selection import chosen_points, registered
 from steer.model import Capabilities, HookPoint
 from steer.plan.cache import PlanCache
 from steer.prompts import EncodedPrompt, Place, PromptInput, encode_prompt
 
-_LEAST = 10
 _SHOWN = 3
-
-ConceptName = Annotated[str, Field(min_length=1, max_length=128)]
-
-
-class ConceptExample(PromptInput):
-    """A text and what it says: fillers by their roles, such as {"country": "France"}."""
-
-    pairs: Annotated[dict[ConceptName, ConceptName], Field(min_length=1, max_length=16)]
-
-
-class ConceptsRequest(BaseModel):
-    """Examples to teach and try the probe with, and `prompts` to read; all are read at `position`,
-    after `layers` (by default the upper half of the model).
-
-    One in `held_out` examples tries the probe. A filler counts as found where its cosine is above
-    `threshold`.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    examples: Annotated[
-        tuple[ConceptExample, ...], Field(min_length=_LEAST, max_length=2048, fail_fast=True)
-    ]
-    prompts: Annotated[tuple[PromptInput, ...], Field(max_length=256, fail_fast=True)] = ()
-    layers: LayerChoice | None = None
-    position: Place = -1
-    clusters: Annotated[int, Field(strict=True, ge=1, le=64)] = 5
-    dimensions: Annotated[int, Field(strict=True, ge=256, le=16_384)] = DIMENSIONS
-    threshold: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
-    held_out: Annotated[int, Field(strict=True, ge=2, le=10)] = 5
-    seed: Annotated[int, Field(strict=True, ge=0, lt=1 << 31)] = 0
-
-
-@dataclass(frozen=True)
-class _Split:
-    """Which examples teach and which try, by number."""
-
-    taught: tuple[int, ...]
-    tried: tuple[int, ...]
-
-    @staticmethod
-    def of(count: int, one_in: int, seed: int) -> _Split:
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-        held = max(count // one_in, 1)
-        return _Split(tuple(sorted(order[held:])), tuple(sorted(order[:held])))
+Places = list[tuple[EncodedPrompt, int]]
 
 
 def concepts(
@@ -93,142 +47,121 @@ def concepts(
     request: ConceptsRequest,
     *,
     plans: PlanCache | None = None,  # noqa: ARG001
-    library: Library | None = None,  # noqa: ARG001
+    library: Library | None = None,
 ) -> ConceptsResult:
-    """Fits the probe, tries it and reads the prompts.
+    """Reads the prompts by the probe that the request names (`library` knows it), or by one that
+    is taught and tried on its examples.
 
     Raises `SteerError` with a pointer into the request; `one_filler` where all examples together
     have a single filler, so that there is nothing to tell apart.
     """
     CONCEPTS.require(engine)
-    half = tuple(range(engine.info.n_layers // 2, engine.info.n_layers))
-    points = chosen_points(engine, request.layers or half, "resid_post")
-    pairs = [dict(one.pairs) for one in request.examples]
-    fillers = sorted({filler for one in pairs for filler in one.values()})
-    if len(fillers) < 2:
-        raise SpecError(
-            f"all examples have the one filler {fillers[0]!r}: a probe tells fillers apart",
-            param="/examples",
-            code="one_filler",
-        )
-    inputs, _ = _inputs(engine, request, request.examples, points, "examples")
-    read, places = _inputs(engine, request, request.prompts, points, "prompts")
-    split = _Split.of(len(pairs), request.held_out, request.seed)
-    codebook = Codebook(request.dimensions, request.seed)
-    probe = _fitted(codebook, inputs, pairs, split, request.seed)
-    shuffled = _fitted(codebook, inputs, _shuffled(pairs, split, request.seed), split, request.seed)
-    tried = [inputs[n] for n in split.tried]
-    codes = [one.code(torch.stack(tried)) for one in (probe, shuffled)]
-    roles = sorted({role for one in pairs for role in one})
-    by_role = [_accuracy(codebook, codes, pairs, split, role, fillers) for role in roles]
-    total = sum(one.pairs for one in by_role)
-
-    def over_all(name: str) -> float | None:
-        parts = [(getattr(one, name), one.pairs) for one in by_role if one.pairs]
-        return sum(share * count for share, count in parts) / total if total else None
-
+    if request.examples is None:
+        assert request.probe is not None, "a request has one or the other"
+        probe = _registered(engine, request, request.probe, library)
+    else:
+        probe = _taught(engine, request, request.examples)
+    form, measures = probe.form, probe.form.measures
+    position = form.position if request.position is None else request.position
+    places = _places(engine, request.prompts, position, "prompts")
+    said = f"{probe.card.name}@{probe.sha256[:12]}" if request.probe is not None else None
     return ConceptsResult(
         model=engine.info.name,
-        layers=tuple(point.layer for point in points),
-        dimensions=request.dimensions,
-        fillers=len(fillers),
-        trained=len(split.taught),
-        held_out=len(split.tried),
-        accuracy=over_all("accuracy"),
-        shuffled=over_all("shuffled"),
-        commonest=over_all("commonest"),
-        random=math.sqrt(2 * math.log(len(fillers)) / request.dimensions),
-        roles=tuple(by_role),
-        readings=_readings(codebook, probe, read, places, roles, fillers, request.threshold),
+        probe=said,
+        layers=probe.card.layers,
+        dimensions=form.dimensions,
+        fillers=len(form.fillers),
+        trained=measures.trained if measures else None,
+        held_out=measures.held_out if measures else None,
+        accuracy=measures.accuracy if measures else None,
+        shuffled=measures.shuffled if measures else None,
+        commonest=measures.commonest if measures else None,
+        random=math.sqrt(2 * math.log(max(len(form.fillers), 2)) / form.dimensions),
+        roles=measures.roles if measures else (),
+        readings=_readings(engine, probe, places, request.threshold),
     )
 
 
-def _inputs(
-    engine: Engine,
-    request: ConceptsRequest,
-    given: Sequence[PromptInput],
-    points: tuple[HookPoint, ...],
-    field: str,
-) -> tuple[list[Float[Tensor, " width"]], list[tuple[EncodedPrompt, int]]]:
-    """What the probe is given of each prompt, and where it was read."""
-    found, places = [], []
-    for n, one in enumerate(given):
-        prompt = encode_prompt(engine, one, at=pointer(field, n))
-        position = prompt.position(request.position, param="/position")
-        places.append((prompt, position))
+def _registered(
+    engine: Engine, request: ConceptsRequest, name: str, library: Library | None
+) -> ConceptProbe:
+    for field in TEACHING:
+        if field in request.model_fields_set:
+            raise SpecError(
+                f"'{field}' says how a probe is taught, and {name!r} has been: leave it "
+                "out, or send examples in the place of 'probe'",
+                param=f"/{field}",
+                code="invalid_value",
+            )
+    probe = registered(engine, library, "probe", name, lambda known: known.probe)
+    if probe.form.measures is None and not request.prompts:
+        raise SpecError(
+            f"the card of the probe {name!r} does not say how it does, so that without "
+            "prompts there is nothing to tell: give 'prompts'",
+            param="/prompts",
+            code="invalid_value",
+        )
+    return probe
+
+
+def _taught(
+    engine: Engine, request: ConceptsRequest, examples: Sequence[ConceptExample]
+) -> ConceptProbe:
+    half = tuple(range(engine.info.n_layers // 2, engine.info.n_layers))
+    points = chosen_points(engine, request.layers or half, SITE)
+    codebook = Codebook(request.dimensions, request.seed)
+    pairs = [dict(one.pairs) for one in examples]
+    lesson = ProbeLesson.of(pairs, len(pairs) // request.held_out, codebook)
+    position = -1 if request.position is None else request.position
+    places = _places(engine, examples, position, "examples")
+    inputs = torch.stack(
+        [
+            summed_centroids(states, request.clusters, request.seed)
+            for states in _states(engine, places, points)
+        ]
+    )
+    taught, shuffled = (
+        CodeNetwork.fit(inputs[list(lesson.taught)], codes, request.seed)
+        for codes in (lesson.codes(), lesson.shuffled_codes())
+    )
+    form = ProbeForm(
+        roles=lesson.roles,
+        fillers=lesson.fillers,
+        dimensions=request.dimensions,
+        clusters=request.clusters,
+        position=position,
+        seed=request.seed,
+        measures=lesson.measured(inputs, taught, shuffled),
+    )
+    return ConceptProbe.of(taught, form=form, layers=tuple(point.layer for point in points))
+
+
+def _places(engine: Engine, given: Sequence[PromptInput], position: Place, field: str) -> Places:
+    """Each prompt with the position that is read."""
+    prompts = [encode_prompt(engine, one, at=pointer(field, n)) for n, one in enumerate(given)]
+    return [(prompt, prompt.position(position, param="/position")) for prompt in prompts]
+
+
+def _states(
+    engine: Engine, places: Places, points: Sequence[HookPoint]
+) -> list[Float[Tensor, "layers width"]]:
+    found = []
     for prompt, position in places:
-        (captured,) = engine.capture(CaptureRequest([prompt.ids], points, (position,)))
-        states = torch.stack([captured.states[point][0] for point in points])
-        found.append(summed_centroids(states, request.clusters, request.seed))
-    return found, places
-
-
-def _fitted(
-    codebook: Codebook,
-    inputs: Sequence[Float[Tensor, " width"]],
-    pairs: Sequence[Mapping[str, str]],
-    split: _Split,
-    seed: int,
-) -> CodeProbe:
-    codes = torch.stack([codebook.bundle(pairs[n]) for n in split.taught])
-    return CodeProbe.fit(torch.stack([inputs[n] for n in split.taught]), codes, seed)
-
-
-def _shuffled(
-    pairs: Sequence[Mapping[str, str]], split: _Split, seed: int
-) -> list[Mapping[str, str]]:
-    """The same pairs, those of the taught texts given to one another."""
-    order = torch.randperm(len(split.taught), generator=torch.Generator().manual_seed(seed + 1))
-    found = list(pairs)
-    for n, other in zip(split.taught, order.tolist(), strict=True):
-        found[n] = pairs[split.taught[other]]
+        (captured,) = engine.capture(CaptureRequest([prompt.ids], tuple(points), (position,)))
+        found.append(torch.stack([captured.states[point][0] for point in points]))
     return found
 
 
-def _accuracy(
-    codebook: Codebook,
-    codes: Sequence[Float[Tensor, "tried dimensions"]],
-    pairs: Sequence[Mapping[str, str]],
-    split: _Split,
-    role: str,
-    fillers: Sequence[str],
-) -> RoleAccuracy:
-    """Of the probe and the shuffled one, whose `codes` of the held-out texts these are."""
-    taught = Counter(pairs[n][role] for n in split.taught if role in pairs[n])
-    asked = [(k, pairs[n][role]) for k, n in enumerate(split.tried) if role in pairs[n]]
-    known = [(k, filler) for k, filler in asked if filler in taught]
-    if not known:
-        return RoleAccuracy(role=role, pairs=0, unseen=len(asked))
-    rights = []
-    for one in codes:
-        best = codebook.filler_cosines(one, role, fillers).argmax(-1).tolist()
-        rights.append(sum(fillers[best[k]] == filler for k, filler in known) / len(known))
-    often = min(taught, key=lambda name: (-taught[name], name))
-    return RoleAccuracy(
-        role=role,
-        pairs=len(known),
-        unseen=len(asked) - len(known),
-        accuracy=rights[0],
-        shuffled=rights[1],
-        commonest=sum(filler == often for _, filler in known) / len(known),
-    )
-
-
 def _readings(
-    codebook: Codebook,
-    probe: CodeProbe,
-    inputs: Sequence[Float[Tensor, " width"]],
-    places: Sequence[tuple[EncodedPrompt, int]],
-    roles: Sequence[str],
-    fillers: Sequence[str],
-    threshold: float,
+    engine: Engine, probe: ConceptProbe, places: Places, threshold: float
 ) -> tuple[PromptReading, ...]:
-    if not inputs:
+    if not places:
         return ()
-    codes = probe.code(torch.stack(list(inputs)))
+    fillers, book = probe.form.fillers, probe.codebook
+    codes = probe.code(torch.stack(_states(engine, places, probe.points)))
     best = {
-        role: codebook.filler_cosines(codes, role, fillers).topk(min(_SHOWN, len(fillers)))
-        for role in roles
+        role: book.filler_cosines(codes, role, fillers).topk(min(_SHOWN, len(fillers)))
+        for role in probe.form.roles
     }
     return tuple(
         PromptReading(
@@ -253,12 +186,12 @@ def _readings(
 
 
 def _possible(able: Capabilities) -> bool:
-    return "resid_post" in able.captures
+    return SITE in able.captures
 
 
 CONCEPTS = Inspection(
     name="concepts",
-    summary="Roles and fillers that states hold, by a probe taught on the request's examples.",
+    summary="Roles and fillers that states hold, by a registered probe or one taught on examples.",
     request=ConceptsRequest,
     result=ConceptsResult,
     run=concepts,

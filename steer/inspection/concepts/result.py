@@ -6,25 +6,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from steer.artefacts.concepts.form import RoleAccuracy
 from steer.inspection.heatmap import HeatMap
 from steer.inspection.method import Finite
 from steer.inspection.token_labels import token_label
-
-
-class RoleAccuracy(BaseModel):
-    """How often the filler of `role` is found first among all fillers, over `pairs` of held-out
-    texts: by the probe, by one whose training texts were given others' pairs (`shuffled`), and by
-    saying the role's commonest filler (`commonest`). `unseen` more pairs have a filler that no
-    training text has, and are left out."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    role: str
-    pairs: int
-    unseen: int
-    accuracy: Finite | None = None
-    shuffled: Finite | None = None
-    commonest: Finite | None = None
 
 
 class ReadFiller(BaseModel):
@@ -61,17 +46,19 @@ class ConceptsResult(BaseModel):
     """`trained` texts taught the probe, `held_out` others tried it; `accuracy`, `shuffled` and
     `commonest` are over all their pairs (see `RoleAccuracy`). `readings` are in the order of the
     prompts; the probe that reads them is that which was tried. `random` is the greatest cosine that
-    one of so many random codes has by chance, about."""
+    one of so many random codes has by chance, about. `probe` is a registered one, as `name@hash`.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     object: Literal["inspect.concepts"] = "inspect.concepts"
     model: str
+    probe: str | None = None
     layers: tuple[int, ...]
     dimensions: int
     fillers: int
-    trained: int
-    held_out: int
+    trained: int | None = None
+    held_out: int | None = None
     accuracy: Finite | None = None
     shuffled: Finite | None = None
     commonest: Finite | None = None
@@ -83,7 +70,10 @@ class ConceptsResult(BaseModel):
 def concepts_heat_map(result: ConceptsResult) -> HeatMap:
     """Prompts by roles, each with the filler that is read; without prompts how well held-out texts
     are read."""
+    names = [one.role for one in result.roles]
     if result.readings:
+        # A card need not say how its probe does, and has no roles then.
+        names = [one.role for one in result.readings[0].roles]
         rows = [f"{n} {token_label(one.token)}" for n, one in enumerate(result.readings)]
         cells = [one.roles for one in result.readings]
         values = [[cell.fillers[0].cosine for cell in row] for row in cells]
@@ -102,12 +92,12 @@ def concepts_heat_map(result: ConceptsResult) -> HeatMap:
     if result.shuffled is not None:
         tried += f", {result.shuffled:.2f} with shuffled labels"
     return HeatMap(
-        title=f"{len(result.roles)} roles, {result.fillers} fillers",
+        title=f"{len(names)} roles, {result.fillers} fillers",
         subtitle=f"{result.model} · layers {result.layers[0]} to {result.layers[-1]} · {tried}",
         row_label=label,
         column_label="role",
         rows=rows,
-        columns=[one.role for one in result.roles],
+        columns=names,
         values=values,
         texts=texts,
         scale=scale,

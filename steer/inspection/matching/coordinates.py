@@ -25,7 +25,7 @@ from steer.model import HookPoint
 from steer.plan.cache import PlanCache
 from steer.plan.points import row
 from steer.prompts import Place, PromptInput, encode_prompt
-from steer.spec import Index, Name, Site, SteeringSpec
+from steer.spec import Layer, Name, Site, SteeringSpec
 
 _LEAST_EIGENVALUE = 1e-6
 _DRAWS = 32
@@ -41,7 +41,7 @@ class CoordinatesRequest(BaseModel):
 
     prompts: Annotated[tuple[PromptInput, ...], Field(min_length=1, max_length=256, fail_fast=True)]
     vectors: Annotated[tuple[Name, ...], Field(min_length=1, max_length=16, fail_fast=True)]
-    layer: Index
+    layer: Layer
     site: Site = "resid_post"
     position: Place = -1
     origin: Literal["mean", "zero"] = "mean"

@@ -17,10 +17,17 @@ from steer.artefacts.control_vector import ControlVector
 from steer.artefacts.library import Library, MemoryLibrary
 from steer.engines.base import Engine
 from steer.errors import IncompatibleArtefact, SpecError, SteerError, Unsupported, pointer
-from steer.inspection.method import Inspection
+from steer.inspection.method import Inspection, at_field
 from steer.inspection.next_token import chosen_token
 from steer.inspection.weights.drawing import weights_heat_map
 from steer.inspection.weights.embeddings import Embeddings
+from steer.inspection.weights.looking import (
+    looks_of,
+    looks_of_heads,
+    sought_by_chance,
+    strongest_by_chance,
+    strongest_of,
+)
 from steer.inspection.weights.pairs import TokenPair, spread_of, strongest_pairs
 from steer.inspection.weights.parts import (
     activations_of,
@@ -65,6 +72,15 @@ def weights(
     if request.vector is not None:
         return _of_vector(engine, request, library or MemoryLibrary())
     _check_part(engine, request)
+    with at_field(_field(request)):
+        return _of_part(engine, request)
+
+
+def _of_part(engine: Engine, request: WeightsRequest) -> WeightsResult:
+    """A neuron, a head, or a table of heads."""
+    if request.circuit == "qk":
+        of_looks = _looks_of_heads if request.head is None else _looks_of_head
+        return of_looks(engine, request)
     vocabulary = Vocabulary.of(engine)
     if request.neuron is not None:
         return _of_neuron(engine, request, vocabulary)
@@ -73,18 +89,36 @@ def weights(
     return _of_heads(engine, request, vocabulary)
 
 
+def _field(request: WeightsRequest) -> str:
+    """What asks for a part of the model."""
+    if request.circuit == "qk":
+        return "/circuit"
+    return "/neuron" if request.neuron is not None else "/head"
+
+
 def _check_part(engine: Engine, request: WeightsRequest) -> None:
     """Raises unless the model has the neuron or head, and the engine gives its weights."""
     name = "neuron" if request.neuron is not None else "head"
     site: Site = "mlp_act" if name == "neuron" else "head_out"
     able = engine.capabilities
-    if able.carries:
+    looks = request.circuit == "qk"
+    if looks and not able.attention:
+        raise Unsupported(
+            f"the {able.engine} engine does not tell what heads attend by: read the circuit 'ov', "
+            "or use the transformers engine",
+            code="unsupported_inspection",
+            param="/circuit",
+        )
+    if looks:
+        engine.info.check_point(HookPoint(request.layer or 0), param="/layer")
+    elif able.carries:
         engine.info.check_point(HookPoint(request.layer or 0), param="/layer")
         engine.info.check_point(HookPoint(request.layer or 0, site), param=pointer(name))
-    if not able.carries or site not in able.projections:
+    if not looks and (not able.carries or site not in able.projections):
+        advice = " or the circuit 'qk' of a head" if able.attention else ""
         raise Unsupported(
-            f"the {able.engine} engine does not give the weights of a {name}: read a 'vector' "
-            "here, or use the transformers engine",
+            f"the {able.engine} engine does not give the weights of a {name}: read a 'vector'"
+            f"{advice} here, or use the transformers engine",
             code="unsupported_inspection",
             param=pointer(name),
         )
@@ -162,10 +196,7 @@ def _of_neuron(engine: Engine, request: WeightsRequest, vocabulary: Vocabulary) 
 
 def _of_head(engine: Engine, request: WeightsRequest, vocabulary: Vocabulary) -> WeightsResult:
     layer, head = request.layer or 0, request.head or 0
-    inputs = [
-        chosen_token(engine, choice, param=pointer("inputs", n))
-        for n, choice in enumerate(request.inputs)
-    ]
+    inputs = _inputs(engine, request)
     writes = values_written(engine, vocabulary, layer, head)
     reads = values_read(engine, Embeddings(engine), layer, range(head, head + 1))[:, 0]
     most, least = strongest_pairs(reads, writes, request.top)
@@ -193,12 +224,11 @@ def _of_head(engine: Engine, request: WeightsRequest, vocabulary: Vocabulary) ->
 
 
 def _of_heads(engine: Engine, request: WeightsRequest, vocabulary: Vocabulary) -> WeightsResult:
-    layers = range(engine.info.n_layers) if request.layer is None else [request.layer]
     count, embeddings = engine.info.n_heads or 1, Embeddings(engine)
     numbers = 2 * engine.info.vocab_size * (engine.info.head_dim or 1)
     step = max(1, _NUMBERS_AT_ONCE // numbers)
     found: list[HeadReading] = []
-    for layer in layers:
+    for layer in _layers(engine, request):
         for start in range(0, count, step):
             heads = range(start, min(start + step, count))
             reads = values_read(engine, embeddings, layer, heads)
@@ -208,8 +238,71 @@ def _of_heads(engine: Engine, request: WeightsRequest, vocabulary: Vocabulary) -
                 )
                 for n, head in enumerate(heads)
             ]
-    part = "all heads" if request.layer is None else f"heads of layer {request.layer}"
-    return WeightsResult(model=engine.info.name, part=part, heads=tuple(found))
+    return WeightsResult(model=engine.info.name, part=_which_heads(request), heads=tuple(found))
+
+
+def _looks_of_heads(engine: Engine, request: WeightsRequest) -> WeightsResult:
+    """What heads look for: a table of all."""
+    table = [
+        _head_reading(layer, head, *looks)
+        for layer in _layers(engine, request)
+        for head, looks in enumerate(looks_of_heads(engine, Embeddings(engine), layer))
+    ]
+    part = f"{_which_heads(request)}, QK"
+    return WeightsResult(model=engine.info.name, part=part, heads=tuple(table))
+
+
+def _looks_of_head(engine: Engine, request: WeightsRequest) -> WeightsResult:
+    layer, head = request.layer or 0, request.head or 0
+    inputs = _inputs(engine, request)
+    keys, queries = looks_of(engine, Embeddings(engine), layer, head)
+    most, least = strongest_pairs(keys, queries, request.top)
+    readings = [
+        _reading(
+            engine,
+            request,
+            keys @ queries[token],
+            what="seeks",
+            layer=layer,
+            site="resid_pre",
+            input=named_tokens(engine, [token])[0],
+        )
+        for token in inputs
+    ]
+    reading = _head_reading(layer, head, keys, queries)
+    strongest = strongest_of(keys, queries)
+    return WeightsResult(
+        model=engine.info.name,
+        part=f"layer {layer}, head {head}, QK",
+        readings=tuple(readings),
+        heads=(
+            reading.model_copy(
+                update={
+                    "strongest": strongest,
+                    "strongest_by_chance": strongest_by_chance(keys, queries),
+                }
+            ),
+        ),
+        most=_pairs(engine, most),
+        least=_pairs(engine, least),
+        by_chance=sought_by_chance(keys) if readings else None,
+    )
+
+
+def _inputs(engine: Engine, request: WeightsRequest) -> list[int]:
+    return [
+        chosen_token(engine, choice, param=pointer("inputs", n))
+        for n, choice in enumerate(request.inputs)
+    ]
+
+
+def _layers(engine: Engine, request: WeightsRequest) -> Sequence[int]:
+    """Those of a table of heads."""
+    return range(engine.info.n_layers) if request.layer is None else [request.layer]
+
+
+def _which_heads(request: WeightsRequest) -> str:
+    return "all heads" if request.layer is None else f"heads of layer {request.layer}"
 
 
 def _head_reading(

@@ -48,9 +48,10 @@ def values_read(
     width = engine.info.head_dim or 0
     read = torch.empty(engine.info.vocab_size, len(heads), width)
     start, end = HookPoint(layer, "resid_pre"), HookPoint(layer, "head_out")
+    channels = range(heads.start * width, heads.stop * width)
     for tokens, rows in embeddings.pieces():
-        passed = engine.carry(start, end, rows).cpu().reshape(len(rows), -1, width)
-        read[tokens] = passed[:, heads.start : heads.stop]
+        passed = engine.carry(start, end, rows, channels).cpu()
+        read[tokens] = passed.reshape(len(rows), len(heads), width)
     return read
 
 
@@ -74,7 +75,10 @@ def activations_of(
     `resid_mid`, or in a model without one at `resid_pre`."""
     site: Site = "resid_mid" if "resid_mid" in engine.info.sites else "resid_pre"
     start, end = HookPoint(layer, site), HookPoint(layer, "mlp_act")
-    found = [engine.carry(start, end, rows)[:, neuron].cpu() for _, rows in embeddings.pieces()]
+    channels = range(neuron, neuron + 1)
+    found = [
+        engine.carry(start, end, rows, channels)[:, 0].cpu() for _, rows in embeddings.pieces()
+    ]
     return site, torch.cat(found)
 
 

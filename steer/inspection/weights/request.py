@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from steer.inspection.next_token import TokenChoice
-from steer.spec import Index, Name
+from steer.spec import Index, Layer, Name
 
 
 class WeightsRequest(BaseModel):
@@ -15,16 +15,19 @@ class WeightsRequest(BaseModel):
     or of all layers that it has). With none of them it is a table of all heads, of `layer` or of
     all layers.
 
-    `inputs` are tokens for which is told what the head writes where it attends to them. `top` is
-    how many tokens, or pairs of tokens, are told of each.
+    A head has two circuits: `ov`, what it writes where it attends to a token, and `qk`, which token
+    it attends to from which. `inputs` are tokens for which is told what the head writes where it
+    attends to them, or with `qk` what it looks for from them. `top` is how many tokens, or pairs of
+    tokens, are told of each.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layer: Index | None = None
+    layer: Layer | None = None
     neuron: Index | None = None
     head: Index | None = None
     vector: Name | None = None
+    circuit: Literal["ov", "qk"] = "ov"
     inputs: Annotated[tuple[TokenChoice, ...], Field(max_length=16, fail_fast=True)] = ()
     top: Annotated[int, Field(strict=True, ge=1, le=100)] = 10
 
@@ -37,4 +40,6 @@ class WeightsRequest(BaseModel):
             raise ValueError(f"a {named[0]!r} is one of a layer's: give 'layer' too")
         if self.inputs and self.head is None:
             raise ValueError("'inputs' are tokens that a head attends to: give 'layer' and 'head'")
+        if self.circuit == "qk" and named and named != ["head"]:
+            raise ValueError(f"a {named[0]!r} attends to nothing: 'circuit' is one of heads'")
         return self

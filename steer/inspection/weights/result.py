@@ -26,7 +26,8 @@ class ScoredToken(NamedToken):
 
 
 class ScoredPair(BaseModel):
-    """What attending to `input` gives to the score of `output`."""
+    """What attending to `input` gives to the score of `output`; of the circuit `qk`, what a head
+    looks at `input` with from `output`, before its weights are made."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,13 +41,14 @@ class TokenReading(BaseModel):
 
     `writes` is a vector of the stream, whose scores are what it gives to the logits of a state of
     size 1; `norm` is its length, `site` where it is written. Of a head it is what it passes on of
-    `input`. `reads` are a neuron's activations by the tokens' embeddings, put at `site`.
+    `input`; and `seeks` are the scores with which it looks at other tokens from `input`, put at
+    `site`. `reads` are a neuron's activations by the tokens' embeddings, put at `site`.
     `standing` says by how many deviations the strongest of all tokens differs from the mean.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    what: Literal["writes", "reads"]
+    what: Literal["writes", "reads", "seeks"]
     layer: int
     site: Site
     input: NamedToken | None = None
@@ -58,7 +60,10 @@ class TokenReading(BaseModel):
 
 class HeadReading(BaseModel):
     """A head's scores over all pairs of tokens: their mean and deviation, the mean over pairs of a
-    token with itself, and by how many deviations that lies above the other (`copying`)."""
+    token with itself, and by how many deviations that lies above the other (`copying`). Of the
+    circuit `qk`, where the head alone is asked for, `strongest` says by how many deviations the
+    strongest pair lies from the mean, and `strongest_by_chance` the same where the head's keys are
+    turned at random."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -68,13 +73,15 @@ class HeadReading(BaseModel):
     own: Finite
     mean: Finite
     deviation: Finite
+    strongest: Finite | None = None
+    strongest_by_chance: Finite | None = None
 
 
 class WeightsResult(BaseModel):
     """`readings` of a neuron, a vector, or of what a head makes of `inputs`; `heads` has the head
     that is asked for, or all of a table; `most` and `least` are the head's strongest pairs of
     tokens. `by_chance` is the greatest standing among random directions: what a reading's
-    `standing` is to be held against.
+    `standing` is to be held against; of what a head `seeks`, among random queries.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from steer.artefacts.concepts.probe import ConceptProbe
 from steer.artefacts.control_vector import ControlVector
 from steer.artefacts.detector import Detector
 from steer.artefacts.lens import Lens
+from steer.artefacts.oracle import Oracle
 from steer.engines.base import Engine
 from steer.errors import SteerError
 from steer.fit.bulk.kept import StatesEngine
@@ -98,6 +100,10 @@ def _measures(artefact: Artefact) -> dict[str, Any]:
     card = artefact.card
     if isinstance(artefact, Lens):
         return {"kl": card.provenance["kl"]}
+    if isinstance(artefact, Oracle):
+        return {"right": card.provenance["right"]}
+    if isinstance(artefact, ConceptProbe):
+        return {"probe_form": artefact.form.model_dump(mode="json", exclude_none=True)}
     if isinstance(artefact, Detector):
         return {
             "threshold": artefact.threshold,

@@ -3,6 +3,7 @@ it has kept of its work."""
 
 from __future__ import annotations
 
+import glob
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -55,7 +56,8 @@ class JobFiles:
         return self._root / job_id
 
     def journal(self, job_id: str) -> Path:
-        """The file in which the job may write down what it would otherwise do again."""
+        """The file in which the job may write down what it would otherwise do again; names that
+        begin with its name are the job's too."""
         return self._root / f"{job_id}{_JOURNAL}"
 
     def answers(self, job_id: str) -> Path:
@@ -65,17 +67,18 @@ class JobFiles:
     def remove(self, job_id: str) -> None:
         """Removes all that belongs to the job. May be called for a job without files."""
         shutil.rmtree(self.folder(job_id), ignore_errors=True)
-        self.journal(job_id).unlink(missing_ok=True)
         self.answers(job_id).unlink(missing_ok=True)
+        for one in self._root.glob(f"{glob.escape(job_id)}{_JOURNAL}*"):
+            one.unlink(missing_ok=True)
 
     def clean(self, unfinished: Callable[[], AbstractSet[str]]) -> int:
         """Removes what no unfinished job needs; how many jobs it was of."""
         with locks.exclusive(self._lock):
             needed = unfinished()
             held = {
-                one.name.removesuffix(_JOURNAL).removesuffix(_ANSWERS)
+                one.name.removesuffix(_ANSWERS).partition(_JOURNAL)[0]
                 for one in self._root.iterdir()
-                if one.is_dir() or one.name.endswith((_JOURNAL, _ANSWERS))
+                if one.is_dir() or one.name.endswith(_ANSWERS) or _JOURNAL in one.name
             }
             for job_id in held - needed:
                 self.remove(job_id)

@@ -27,8 +27,12 @@ LIBRARY = MemoryLibrary({"v": random_vector(1, *range(LAYERS), width=WIDTH)})
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
-def plan(engine: TransformersEngine, layer: int, strength: float) -> SteeringPlan:
-    add = {"kind": "add", "vector": "v", "layers": [layer], "strength": strength}
+def plan(
+    engine: TransformersEngine, layer: int, strength: float, when: dict[str, Any] | None = None
+) -> SteeringPlan:
+    add: dict[str, Any] = {"kind": "add", "vector": "v", "layers": [layer], "strength": strength}
+    if when is not None:
+        add["when"] = when
     cache = PlanCache(LIBRARY, engine.info, engine.capabilities)
     return cache.plan(parse_spec({"interventions": [add]}))
 
@@ -79,6 +83,31 @@ def test_each_equals_itself_alone(name: str, dtype: torch.dtype) -> None:
         given: list[SteeringPlan | None] = [*plans(engine, 2, 1, 2, 1, 2, 2), None]
         alone = [read(engine, [one])[0] for one in given]
         assert_same(read(engine, given), alone, TOLERANCE[dtype])
+
+
+def test_plans_that_do_nothing_are_read_beside_others() -> None:
+    model = build_family("llama")
+    with TransformersEngine(model, tiny_tokenizer(), rows=8, slots=8) as engine:
+        given: list[SteeringPlan | None] = [plan(engine, 2, float(n)) for n in range(4)]
+        alone = [read(engine, [one])[0] for one in given]
+        assert_same(read(engine, given), alone, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("scope", ["prompt", "token", "onward"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_gate_below_the_first_edit_reads_every_row(scope: str, layer: int) -> None:
+    """Half of them open, and each for its own reason."""
+    model = build_family("llama")
+    with TransformersEngine(model, tiny_tokenizer(), rows=8, slots=8) as engine:
+        gate = {"vector": "v", "layer": layer, "scope": scope}
+        given: list[SteeringPlan | None] = [
+            plan(engine, LAYERS - 1, 1.0 + n, {**gate, "above": -1.0 if n % 2 else 0.99 + n / 1000})
+            for n in range(6)
+        ]
+        alone = [read(engine, [one])[0] for one in given]
+        closed, opened = (alone[n].states[LAST] for n in (0, 1))
+        assert not torch.equal(closed, opened)
+        assert_same(read(engine, given), alone, TOLERANCE[torch.float32])
 
 
 def test_blocks_below_the_first_edit_run_for_one_row() -> None:

@@ -15,10 +15,15 @@ from typing import Any
 import torch
 from sae_lens import SAE
 from sae_lens.saes.abstopk_sae import AbsTopKSAE, AbsTopKSAEConfig
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.gated_sae import GatedSAE, GatedSAEConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.matching_pursuit_sae import MatchingPursuitSAE, MatchingPursuitSAEConfig
-from sae_lens.saes.sae import SAEMetadata
+from sae_lens.saes.matryoshka_batchtopk_sae import (
+    MatryoshkaBatchTopKTrainingSAE,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+)
+from sae_lens.saes.sae import SAEMetadata, TrainingSAE
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from sae_lens.saes.transcoder import (
@@ -40,6 +45,8 @@ CLASSES = {
     "topk": (TopKSAE, TopKSAEConfig),
     "abstopk": (AbsTopKSAE, AbsTopKSAEConfig),
     "gated": (GatedSAE, GatedSAEConfig),
+    "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig),
+    "matryoshka_batchtopk": (MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig),
     "matching_pursuit": (MatchingPursuitSAE, MatchingPursuitSAEConfig),
     "transcoder": (Transcoder, TranscoderConfig),
     "skip_transcoder": (SkipTranscoder, SkipTranscoderConfig),
@@ -67,7 +74,17 @@ def build(case: dict[str, Any], layer: int, width: int) -> SAE:
         if case["architecture"] == "matching_pursuit" and name == "W_dec":
             drawn = drawn / drawn.norm(dim=-1, keepdim=True)
         parameter.data.copy_(drawn.abs() if name == "threshold" else drawn)
+    if isinstance(sae, BatchTopKTrainingSAE):
+        sae.topk_threshold.fill_(1.5)
     return sae
+
+
+def ended(sae: SAE, folder: Path) -> SAE:
+    """What is made of an SAE once its training has ended."""
+    if not isinstance(sae, TrainingSAE):
+        return sae
+    sae.save_inference_model(folder)
+    return SAE.load_from_disk(folder)
 
 
 def clamped(sae: SAE, x: torch.Tensor, features: list[int], value: float) -> torch.Tensor:
@@ -112,7 +129,9 @@ def main(folder: Path) -> None:
     out = {"plain": model(given["tokens"]).logits}
     for name, case in options["cases"].items():
         sae = build(case, layer, x.shape[-1])
-        sae.save_model(Path(options["saves"]) / name)
+        saves = Path(options["saves"])
+        sae.save_model(saves / name)
+        sae = ended(sae, saves / f"{name}-ended")
         out |= outputs_of(sae, name, x)
         if not case["clamps"]:
             continue

@@ -204,8 +204,10 @@ def _run(claim: Any) -> Any:
 
 
 def test_every_fit_that_reads_states_alone_can_take_them() -> None:
-    """As on the command line: with data, and without gradients."""
+    """As on the command line: with data, and without gradients. A probe reads several layers of one
+    token together, for which captured states have no form."""
     for request in FIT_REQUESTS:
         able = request.form is not None and not request.needs_gradients
+        able = able and request.command != "concepts"
         assert ("states" in request.model_fields) == able, request
     assert "states" in SAETrainingRequest.model_fields

@@ -141,6 +141,31 @@ async def test_a_prompt_that_fires_is_not_answered(
     assert fed == found["usage"]["prompt_tokens"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("tokens", ["generated", "prompt"])
+async def test_the_token_that_is_kept_back_is_in_no_read_out(
+    http: httpx.AsyncClient,
+    chat: Body,
+    sse: Sse,
+    armed: dict[str, Detector],
+    tokens: str,
+    stream: bool,
+) -> None:
+    """Its `kl` is known in the pass in which the detector fires, and would name it."""
+    asked = {"name": "odd", "action": "stop", "tokens": tokens, "threshold": -1e9}
+    joy = {"interventions": [{"kind": "add", "vector": "joy"}]}
+    read = {"kl": True, "norms": [2]}
+    body = chat(detectors=[asked], steering=joy, inspect=read, stream=stream, max_tokens=5)
+    response = await answer(http, body)
+    if stream:
+        parts = [chunk.get("steering", {}) for chunk in sse(response.text)]
+        entries = [one for part in parts for one in part.get("readouts", [])]
+    else:
+        entries = response.json()["steering"].get("readouts", [])
+    # One token is shown where generated tokens are watched, and none where the prompt is.
+    assert ["kl" in one and "norms" in one for one in entries] == [True] * (tokens == "generated")
+
+
 async def test_choices_are_watched_each_by_itself_and_beside_read_outs(
     http: httpx.AsyncClient, engine: FakeEngine, armed: dict[str, Detector]
 ) -> None:
@@ -320,7 +345,6 @@ async def test_what_server_and_profile_arm_both_watch(
     ("detector", "code", "said"),
     [
         ("od", "unknown_detector", "did you mean 'odd'"),
-        ("slow", "unsupported_gate", "pools the scores of 3 tokens"),
         ("wide", "wrong_width", "has width 17"),
     ],
 )
@@ -335,10 +359,11 @@ async def test_a_gate_by_a_detector(
 ) -> None:
     registry.add("wide", random_detector(1, 2, width=17))
     spec = {"interventions": [{"kind": "add", "vector": "joy", "layers": [3]}]}
-    named = f"odd@{armed['odd'].sha256[:8]}"
-    steered = chat(steering={**spec, "when": {"detector": named}})
-    found = (await answer(http, steered)).json()
-    assert [gate["name"] for gate in found["steering"]["gates"]] == ["odd"]
+    for name in ("odd", "slow"):
+        named = f"{name}@{armed[name].sha256[:8]}"
+        steered = chat(steering={**spec, "when": {"detector": named}})
+        found = (await answer(http, steered)).json()
+        assert [gate["name"] for gate in found["steering"]["gates"]] == [name]
     body = chat(steering={**spec, "when": {"detector": detector}})
     error = (await http.post(CHAT, json=body)).json()["error"]
     assert (error["code"], error["param"]) == (code, "/steering/when/detector")

@@ -12,7 +12,8 @@ import openai
 import pytest
 from liveness import LIVENESS_SECONDS
 
-from steer.engines.fake.engine import FakeEngine, FakeFailure, Stepper
+from steer.engines.fake.controls import FakeFailure, Stepper
+from steer.engines.fake.engine import FakeEngine
 from steer.errors import EngineError
 
 MESSAGES: Any = [{"role": "user", "content": "How are you?"}]

@@ -138,7 +138,7 @@ async def test_compared_choices_are_not_read(
 
 WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"norms": [9]}, "/inspect/norms", "layer_out_of_range"),
-    ({"norms": "all"}, "/inspect/norms", "invalid_value"),
+    ({"norms": "every"}, "/inspect/norms", "invalid_value"),
     ({"norms": [1], "layers": [1]}, "/inspect/layers", "unknown_field"),
     ({"tokens": "some", "norms": [1]}, "/inspect/tokens", "invalid_value"),
     ({"tokens": "all"}, "/inspect", "nothing_to_read"),
@@ -230,6 +230,25 @@ async def test_a_stream_of_a_response_has_no_room_for_them(http: httpx.AsyncClie
     assert json.loads(refused.text)["error"]["code"] == "unsupported_parameter"
 
 
+async def test_all_layers_are_those_that_can_be_read(
+    http: httpx.AsyncClient, chat: Body, engine: FakeEngine
+) -> None:
+    """As in a spec: of a vector with rows its own, else the model's."""
+    every = list(range(engine.info.n_layers))
+    rows = [2, 3]
+    asked = {"lens": {"layers": "all", "top": 1}, "norms": "all"}
+    asked |= {"projections": [{"vector": "joy", "layers": "all"}]}
+    named = {"lens": {"layers": every, "top": 1}, "norms": every}
+    named |= {"projections": [{"vector": "joy", "layers": rows}]}
+    found, same = [
+        (await answer(http, chat(inspect=one, max_tokens=3)))["steering"]["readouts"]
+        for one in (asked, named)
+    ]
+    assert [one["layer"] for one in found[0]["lens"]] == every
+    assert [one["layer"] for one in found[0]["projections"]] == rows
+    assert found == same
+
+
 def test_states_that_wait_for_a_twin_are_counted() -> None:
     """Where `kl` comes when the answer is complete, its states are kept until then."""
     kl, norms = ReadoutPlan((), ("kl",)), ReadoutPlan((), ("norms",))
@@ -239,3 +258,17 @@ def test_states_that_wait_for_a_twin_are_counted() -> None:
     with pytest.raises(TooLarge, match="states of 6 tokens, 200 numbers each") as caught:
         check_amount(1000, kl, prompt=5, generated=6, kept=200)
     assert (caught.value.code, caught.value.param) == ("too_many_readouts", "/inspect/kl")
+
+
+@pytest.mark.parametrize(("tokens", "entries"), [("all", 3), ("prompt", 3), ("generated", 0)])
+async def test_a_scored_text_has_no_entry_behind_its_end(
+    http: httpx.AsyncClient, joy: dict[str, Any], tokens: str, entries: int
+) -> None:
+    """`"max_tokens": 0` generates nothing that could be told of."""
+    body = {"model": "fake-model", "prompt": [82, 97, 105], "echo": True, "max_tokens": 0}
+    body |= {"steering": joy, "inspect": {"norms": [1], "kl": True, "tokens": tokens}}
+    response = await http.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    found = response.json()["steering"].get("readouts", [])
+    assert [one["position"] for one in found] == list(range(entries))
+    assert not any("kl" in one for one in found)

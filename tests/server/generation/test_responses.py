@@ -11,7 +11,8 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from steer.engines.fake.engine import FakeEngine, FakeFailure
+from steer.engines.fake.controls import FakeFailure
+from steer.engines.fake.engine import FakeEngine
 from steer.errors import EngineError
 
 URL = "/v1/responses"

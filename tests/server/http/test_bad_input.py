@@ -13,7 +13,8 @@ from fastapi import FastAPI
 from safetensors.torch import save
 from torch import full, ones, zeros
 
-from steer.engines.fake.engine import FakeEngine, FakeFailure
+from steer.engines.fake.controls import FakeFailure
+from steer.engines.fake.engine import FakeEngine
 from steer.errors import CapacityError
 from steer.registry.registry import Registry
 from steer_server.app import create_app
@@ -53,6 +54,7 @@ def inline(tensor: Any) -> dict[str, Any]:
 
 
 AT = "/steering/interventions/0"
+ADD: dict[str, Any] = {"kind": "add", "vector": "joy"}
 SPECS: list[tuple[Any, str, str]] = [
     ({"kind": "add", "vector": "missing"}, "unknown_vector", AT + "/vector"),
     ({"kind": "add", "vector": "joy@abcdef12"}, "unknown_vector", AT + "/vector"),
@@ -94,6 +96,118 @@ async def test_a_wrong_intervention_is_named(
     body = chat(steering={"interventions": [item]})
     error = refusal(await http.post(URL, json=body))
     assert (error["code"], error["param"]) == (code, param)
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "param"),
+    [
+        (URL, {"steering": {"interventions": [ADD | {"layers": [0, -1]}]}}, f"{AT}/layers/1"),
+        (URL, {"inspect": {"norms": [-1]}}, "/inspect/norms/0"),
+        (URL, {"inspect": {"lens": {"layers": [-1]}}}, "/inspect/lens/layers/0"),
+        ("/v1/inspect/activations", {"text": "a", "layers": [-1]}, "/layers/0"),
+        ("/v1/inspect/weights", {"layer": -1, "neuron": 0}, "/layer"),
+        (
+            "/v1/steering/profiles",
+            {"name": "end", "spec": {"interventions": [ADD | {"layers": [-1]}]}},
+            "/spec/interventions/0/layers/0",
+        ),
+        (
+            "/v1/steering/fit",
+            {"name": "x", "pairs": [{"positive": "a", "negative": "b"}], "layers": [-1]},
+            "/layers/0",
+        ),
+    ],
+)
+async def test_a_layer_counted_from_the_end_is_told_its_number(
+    http: httpx.AsyncClient,
+    chat: Body,
+    engine: FakeEngine,
+    url: str,
+    body: dict[str, Any],
+    param: str,
+) -> None:
+    error = refusal(await http.post(url, json=chat(**body) if url == URL else body), 400)
+    assert error["param"] == param
+    assert f"so write {engine.info.n_layers - 1}" in error["message"]
+
+
+async def test_a_layer_that_lies_before_the_first_is_told_which_there_are(
+    http: httpx.AsyncClient, chat: Body, engine: FakeEngine
+) -> None:
+    body = chat(steering={"interventions": [ADD | {"layers": [-40]}]})
+    error = refusal(await http.post(URL, json=body), 400)
+    assert f"write one from 0 to {engine.info.n_layers - 1}" in error["message"]
+
+
+async def test_validate_tells_the_number_too(http: httpx.AsyncClient, engine: FakeEngine) -> None:
+    spec = {"interventions": [ADD | {"layers": [-2]}]}
+    answer = await http.post("/v1/steering/validate", json={"steering": spec})
+    (problem,) = answer.json()["problems"]
+    assert problem["message"].endswith(f"so write {engine.info.n_layers - 2}")
+
+
+@pytest.mark.parametrize(
+    ("url", "field", "said"),
+    [
+        (URL, "sterring", "a spec is the field 'steering', an object with a list 'interventions'"),
+        (URL, "steer_vector_request", "a spec is the field 'steering'"),
+        (URL, "interventions", "a spec is the field 'steering'"),
+        (URL, "detector", "the field is 'detectors'"),
+        (URL, "max_token", "the field is 'max_tokens'"),
+        (URL, "hovercraft", "remove it"),
+        ("/v1/inspect/activations", "layer", "the field is 'layers'"),
+        ("/v1/steering/profiles", "specs", "the field is 'spec'"),
+        ("/v1/steering/profiles", "steering", "the field is 'spec'"),
+        ("/v1/inspect/activations", "hovercraft", "remove it; the fields here are "),
+        (URL, "spec", "a spec is the field 'steering'"),
+    ],
+)
+async def test_an_unknown_field_is_told_what_it_is_a_slip_of_the_pen_for(
+    http: httpx.AsyncClient, chat: Body, url: str, field: str, said: str
+) -> None:
+    given = {
+        URL: chat(),
+        "/v1/inspect/activations": {"text": "a"},
+        "/v1/steering/profiles": {"name": "n", "spec": {"interventions": [ADD]}},
+    }[url]
+    error = refusal(await http.post(url, json=given | {field: [1]}), 400)
+    assert (error["code"], error["param"]) == ("unknown_field", f"/{field}")
+    assert f"unknown field {field!r}: {said}" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("item", "name", "said"),
+    [
+        ({"pos": "a", "neg": "b"}, "pos", "positive"),
+        ({"chosen": "a", "rejected": "b"}, "chosen", "positive"),
+        ({"positve": "a", "negative": "b"}, "positve", "positive"),
+    ],
+)
+async def test_what_is_misspelt_is_told_before_what_is_missing(
+    http: httpx.AsyncClient, item: Body, name: str, said: str
+) -> None:
+    body = {"name": "n", "layers": [1], "pairs": [item]}
+    error = refusal(await http.post("/v1/steering/fit", json=body), 400)
+    assert (error["code"], error["param"]) == ("unknown_field", f"/pairs/0/{name}")
+    assert f"the field is {said!r}" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "at", "said"),
+    [
+        ("steering", {"interventions": [ADD | {"coeff": 2}]}, "/interventions/0/coeff", "strength"),
+        ("steering", {"interventions": [ADD], "wher": {}}, "/wher", "where"),
+        ("inspect", {"norms": [1], "token": "all"}, "/token", "tokens"),
+        ("inspect", {"lens": {"layers": [1], "topk": 3}}, "/lens/topk", "top"),
+        ("detectors", [{"name": "rude", "treshold": 2}], "/0/treshold", "threshold"),
+    ],
+)
+async def test_an_unknown_field_inside_another_is_told_as_well(
+    http: httpx.AsyncClient, chat: Body, field: str, value: Any, at: str, said: str
+) -> None:
+    error = refusal(await http.post(URL, json=chat(**{field: value})), 400)
+    assert (error["code"], error["param"]) == ("unknown_field", f"/{field}{at}")
+    assert f"the field is {said!r}" in error["message"]
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
@@ -417,3 +531,60 @@ async def test_json_answers_are_refused_by_name_where_the_engine_has_none(
         assert error["code"] == "unsupported_parameter"
     body = {"model": "fake-model", "input": "Hi", "text": {"format": {"type": "json_object"}}}
     assert refusal(await http.post("/v1/responses", json=body), 400)["param"] == "/text/format"
+
+
+@pytest.mark.parametrize(
+    ("url", "body", "param", "message"),
+    [
+        (
+            URL,
+            {"inspect": {"norms": "every"}},
+            "/inspect/norms",
+            "norms: a list is needed, or 'all'; got 'every'",
+        ),
+        (URL, {"inspect": {"lens": True}}, "/inspect/lens", "lens: an object is needed, {"),
+        (
+            URL,
+            {"inspect": {"projections": ["joy"]}},
+            "/inspect/projections/0",
+            "projections[0]: an object is needed, {",
+        ),
+        (
+            URL,
+            {"inspect": {"norms": [-1]}},
+            "/inspect/norms/0",
+            "layer -1 is counted from the model's end: layers are numbered from 0",
+        ),
+        (
+            URL,
+            {"steering": {"interventions": {"kind": "add"}}},
+            "/steering/interventions",
+            "a list is needed; got {'kind': 'add'}",
+        ),
+        (
+            URL,
+            {"steering": {"interventions": []}},
+            "/steering/interventions",
+            "a list of at least 1 is needed; got []",
+        ),
+        (
+            "/v1/inspect/activations",
+            {"text": "a", "layers": "0-3"},
+            "/layers",
+            "layers: a list is needed, or 'all'; got '0-3'",
+        ),
+        (
+            "/v1/inspect/activations",
+            {"text": "a", "positions": "a", "layers": [1]},
+            "/positions",
+            "positions: the only word here is 'all'; got 'a'",
+        ),
+    ],
+)
+async def test_wrong_forms_are_told_in_json_words(
+    http: httpx.AsyncClient, chat: Body, url: str, body: dict[str, Any], param: str, message: str
+) -> None:
+    sent = chat(**body) if url == URL else body
+    error = refusal(await http.post(url, json=sent), 400)
+    assert error["param"] == param
+    assert error["message"].startswith(message)

@@ -11,7 +11,8 @@ import openai
 import pytest
 from fastapi import FastAPI
 
-from steer.engines.fake.engine import FakeEngine, FakeFailure
+from steer.engines.fake.controls import FakeFailure
+from steer.engines.fake.engine import FakeEngine
 from steer.errors import EngineError
 from steer.registry.registry import Registry
 from steer_server.app import create_app

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import inspect
 import json
 from collections.abc import AsyncIterator, Iterator
@@ -15,6 +16,7 @@ import pytest
 import torch
 from fastapi import FastAPI
 from liveness import LIVENESS_SECONDS, eventually
+from pydantic import ValidationError
 from tiny_models import byte_model
 from typer.testing import CliRunner
 
@@ -32,12 +34,14 @@ from steer.fit import (
     fit_alphasteer,
     fit_angular,
     fit_conceptor,
+    fit_concepts,
     fit_detector,
     fit_jacobian_lens,
     fit_labels,
     fit_low_rank,
     fit_lrc,
     fit_nmf,
+    fit_oracle,
     fit_prosv,
     fit_psr,
     fit_reps,
@@ -47,12 +51,15 @@ from steer.fit import (
     fit_two_prompts,
     transfer,
 )
+from steer.fit.data.labels import parse_labelled
 from steer.fit.measure.calibrate import calibrate
 from steer.fit.measure.evaluate import evaluate
 from steer.fit.methods.method import METHODS, UNPAIRED
 from steer.fit.methods.transfer import MAPS
 from steer.fit.requests.detector import DetectorRequest
 from steer.fit.requests.dictionaries import NmfRequest, SnmfRequest
+from steer.fit.requests.features.trust import TrustRequest
+from steer.fit.requests.inline import LabelledParam
 from steer.fit.requests.labels import LabelsRequest
 from steer.fit.requests.lenses.jacobian_lens import JacobianLensRequest
 from steer.fit.requests.lenses.token import TokenRequest
@@ -66,8 +73,11 @@ from steer.fit.requests.lrc import LrcRequest
 from steer.fit.requests.measuring import CalibrateRequest, EvaluateRequest, MeasureRequest
 from steer.fit.requests.pairs import PairsRequest, RegisteredVectors
 from steer.fit.requests.request import FitRequest
+from steer.fit.requests.states import StatesRequest
 from steer.fit.requests.table import FIT_REQUESTS
+from steer.fit.requests.trained.concepts import ConceptsFitRequest
 from steer.fit.requests.trained.low_rank import LowRankRequest
+from steer.fit.requests.trained.oracle import OracleRequest
 from steer.fit.requests.trained.prosv import ProsvRequest
 from steer.fit.requests.trained.reps import RepsRequest
 from steer.fit.requests.transfer import TransferRequest
@@ -78,6 +88,12 @@ from steer_server.settings import ServerSettings
 
 ASKS = [f"where is the {n} fox" for n in ("red", "old", "tall", "wise", "shy", "big", "odd", "wet")]
 PAIRS = [{"positive": f"a happy day {n}", "negative": f"a sad day {n}"} for n in range(8)]
+SAID = [
+    {"text": f"a {colour} {shape} {n}", "pairs": {"colour": colour, "shape": shape}}
+    for n, (colour, shape) in enumerate(
+        (colour, shape) for colour in ("red", "blue", "white") for shape in ("cube", "ball") * 2
+    )
+]
 TEXTS = [
     {"text": f"{word} day {n}", "label": label}
     for n in range(8)
@@ -91,6 +107,13 @@ MOODS = [
 EXERCISES = [{"prompt": ask, "answer": "No."} for ask in ASKS[:4]]
 ONE_SIDED = [{"prompt": "a", "chosen": "b"}]
 LIKED = [{"prompt": ask, "chosen": "Yes!", "rejected": "No."} for ask in ASKS[:4]]
+QUESTIONS = [
+    {"prompt": f"a {word} day {n}", "question": "Glad", "answer": said}
+    for n in range(10)
+    for word, said in (("happy", "y"), ("sad", "n"))
+]
+PLACED = {"oracle_form": {"message": "{states}: {question}?", "placeholder": "#"}}
+"""A byte is a token here, and the papers' placeholder is two."""
 FACTS = [
     {"subject": s, "relation": "home", "object": o}
     for s, o in (("fox", "a"), ("owl", "a"), ("cod", "b"), ("eel", "b"))
@@ -139,6 +162,12 @@ BODIES: dict[str, tuple[dict[str, Any], str, list[dict[str, Any]] | list[str]]] 
         "preferences",
         [*LIKED, *({"prompt": ask, "chosen": "Yes!"} for ask in ASKS)],
     ),
+    "fit/concepts": ({"name": "said", "dimensions": 256, "layers": [1]}, "examples", SAID),
+    "fit/oracle": (
+        {"name": "sibyl", "steps": 3, "batch": 4, "rank": 2, **PLACED},
+        "questions",
+        QUESTIONS,
+    ),
     "fit/act": ({"name": "moved", "layers": [0, 2]}, "pairs", PAIRS),
     "fit/conceptor": (
         {"name": "fox", "layers": [1], "aperture": 2.0, "max_error": 0.2},
@@ -155,6 +184,8 @@ KINDS = {
     "fit/act": "affine",
     "fit/detector": "detector",
     "fit/tuned-lens": "lens",
+    "fit/oracle": "oracle",
+    "fit/concepts": "probe",
     "fit/jacobian-lens": "lens",
 }
 """What a fit makes, where it is not a vector."""
@@ -288,6 +319,66 @@ async def test_a_lens_is_fitted_and_read_through(
     assert read["lens"].startswith("x@")
 
 
+async def test_a_lens_of_one_layer_reads_that_layer(
+    running: httpx.AsyncClient, registry: Registry
+) -> None:
+    fields, field, items = BODIES["fit/jacobian-lens"]
+    body = {**fields, field: items, "name": "one", "layers": [1]}
+    for layers, code in (([2], "invalid_option"), ([1, 9], "layer_out_of_range")):
+        refused = await running.post(
+            "/v1/steering/fit/jacobian-lens", json={**body, "layers": layers}
+        )
+        error = refused.json()["error"]
+        assert (error["code"], error["param"]) == (code, f"/layers/{len(layers) - 1}")
+    job = await done(running, "fit/jacobian-lens", body)
+    assert job["state"] == "succeeded", job
+    assert list(job["result"]["kl"]) == ["2"]
+    assert registry.lens("one").output_layers == [1]
+    asked = {"text": "Paris", "lens": "one", "positions": [-1]}
+    read = (await running.post("/v1/inspect/logit-lens", json=asked)).json()
+    assert read["layers"] == [1, 2]
+    refused = await running.post("/v1/inspect/logit-lens", json={**asked, "layers": [0]})
+    error = refused.json()["error"]
+    assert (error["code"], error["param"]) == ("layer_not_in_lens", "/layers")
+    token = {"kind": "add", "strength": 1, "vector": {"token": "a", "lens": "one"}}
+    for layer, status in ((1, 200), (0, 400)):
+        spec = {"interventions": [{**token, "layers": [layer]}]}
+        answer = await running.post(
+            "/v1/completions",
+            json={"model": "tiny", "prompt": "ab", "max_tokens": 2, "steering": spec},
+        )
+        assert answer.status_code == status, answer.text
+    assert answer.json()["error"]["param"].startswith("/steering/interventions/0/")
+    assert "it has layers [1, 2]" in answer.json()["error"]["message"]
+
+
+async def test_a_probe_is_fitted_listed_and_read_with(running: httpx.AsyncClient) -> None:
+    fields, field, items = BODIES["fit/concepts"]
+    job = await done(running, "fit/concepts", {**fields, field: items})
+    assert job["state"] == "succeeded", job
+    measured = job["result"]["probe_form"]["measures"]
+    assert (measured["trained"], measured["held_out"]) == (10, 2)
+    assert {one["role"] for one in measured["roles"]} == {"colour", "shape"}
+    listed = (await running.get("/v1/steering/probes")).json()["data"]
+    assert [one["name"] for one in listed] == ["said"]
+    body = {"probe": "said", "prompts": [{"text": "a red ball"}]}
+    found = (await running.post("/v1/inspect/concepts", json=body)).json()
+    assert found["probe"].startswith("said@")
+    assert found["layers"] == [1]
+    assert [one["role"] for one in found["readings"][0]["roles"]] == ["colour", "shape"]
+    content = await running.get("/v1/steering/probes/said/content")
+    assert hashlib.sha256(content.content).hexdigest() == job["result"]["sha256"]
+    refused = await running.post("/v1/inspect/concepts", json={**body, "seed": 1})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "/seed")
+    unknown = await running.post("/v1/inspect/concepts", json={**body, "probe": "nobody"})
+    error = unknown.json()["error"]
+    assert (error["code"], error["param"]) == ("unknown_probe", "/probe")
+    one = [{**item, "pairs": {"colour": "red"}} for item in items]
+    refused = await running.post("/v1/steering/fit/concepts", json={**fields, field: one})
+    error = refused.json()["error"]
+    assert (error["code"], error["param"]) == ("one_filler", "/examples")
+
+
 async def test_two_prompts_are_a_job(running: httpx.AsyncClient) -> None:
     body = {"name": "toward", "toward": "a happy day", "away": [{"role": "user", "content": "x"}]}
     refused = await running.post("/v1/steering/fit/prompts", json=body)
@@ -327,6 +418,7 @@ async def test_relations_that_the_model_knows_become_concepts(
 
 def option(name: str, value: Any) -> list[str]:
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = json.dumps(value) if isinstance(value, dict) else text
     return [f"--{name.replace('_', '-')}", text]
 
 
@@ -378,6 +470,7 @@ FAKE = {
     "fit/reps": {"name": "x", "layers": [1], "preferences": LIKED},
     "fit/prosv": {"name": "x", "layers": [1], "preferences": LIKED},
     "fit/psr": {"name": "x", "instruction": "a", "layers": [1], "preferences": LIKED},
+    "fit/oracle": {"name": "x", "questions": QUESTIONS, **PLACED},
     "fit/act": {"name": "x", "layers": [1], "pairs": PAIRS},
     "fit/conceptor": {"name": "x", "layers": [1], "prompts": ASKS},
     "fit/angular": {"name": "x", "pairs": PAIRS},
@@ -441,6 +534,11 @@ FAKE = {
         ("fit/alphasteer", {"layers": [9]}, "/layers", "layer_not_in_vector"),
         ("fit/reps", {}, None, "no_gradients"),
         ("fit/prosv", {"spread": 0.0}, "/spread", "invalid_value"),
+        ("fit/oracle", {}, None, "no_gradients"),
+        ("fit/oracle", {"questions": []}, "/questions", "invalid_value"),
+        ("fit/oracle", {"questions": [{"prompt": "a"}]}, "/questions/0/question", "missing_field"),
+        ("fit/oracle", {"rank": 513}, "/rank", "invalid_value"),
+        ("fit/oracle", {"oracle_form": "tarot"}, "/oracle_form", "invalid_value"),
         ("fit/psr", {"instruction": None}, "/instruction", "invalid_value"),
         ("fit/psr", {"layers": [1, 77]}, "/layers/1", "layer_out_of_range"),
         ("fit/act", {"transport": "cubic"}, "/transport", "invalid_value"),
@@ -470,6 +568,23 @@ async def test_what_is_wrong_is_said_at_its_field(
         ("fit/reps", {"preferences": ONE_SIDED}, "/instruction", "no_answers"),
         ("fit/reps", {"batch": 33}, "/batch", "too_large"),
         ("fit/prosv", {"first": 0, "last": 0}, "/last", "invalid_option"),
+        ("fit/oracle", {"rank": 17}, "/rank", "invalid_option"),
+        ("fit/oracle", {"batch": 65}, "/batch", "too_large"),
+        ("fit/oracle", {"site": "mlp_out"}, "/site", "unsupported_site"),
+        ("fit/oracle", {"layers": [0, 7]}, "/layers/1", "layer_out_of_range"),
+        (
+            "fit/oracle",
+            {"oracle_form": {"message": "{states}{question}", "placeholder": "#", "layer": 9}},
+            "/oracle_form",
+            "layer_out_of_range",
+        ),
+        ("fit/oracle", {"oracle_form": "selfie"}, "/oracle_form", "placeholder_not_one_token"),
+        (
+            "fit/oracle",
+            {"questions": [QUESTIONS[0], {**QUESTIONS[1], "question": "#"}]},
+            "/questions/1/question",
+            "ambiguous_placeholder",
+        ),
         ("fit/lrc", {"relation": "none"}, "/relation", "unknown_relation"),
         ("fit/lrc", {"prompt": "Where?"}, "/prompt", "invalid_template"),
         ("fit/lrc", {"object_layer": 9}, "/object_layer", "layer_out_of_range"),
@@ -481,6 +596,29 @@ async def test_so_it_is_with_gradients(
     body = {**FAKE[route], **changed}
     error = (await running.post(f"/v1/steering/{route}", json=body)).json()["error"]
     assert (error["code"], error["param"]) == (code, param), error
+
+
+async def test_a_trained_oracle_is_asked_in_the_same_server(
+    running: httpx.AsyncClient, registry: Registry
+) -> None:
+    body = {"name": "sibyl", "questions": QUESTIONS, "steps": 40, "batch": 8, "rate": 0.02}
+    job = await done(running, "fit/oracle", {**body, **PLACED, "layers": [1, 2]})
+    assert job["state"] == "succeeded", job
+    right = job["result"]["right"]
+    assert set(right) == {"oracle", "shuffled", "text", "untrained", "commonest"}
+    listed = (await running.get("/v1/steering/oracles")).json()["data"]
+    assert [one["name"] for one in listed] == ["sibyl"]
+    asked = {"source": {"text": "a sad day 3"}, "questions": ["Glad"], "max_tokens": 1}
+    found = (await running.post("/v1/inspect/ask", json={**asked, "oracle": "sibyl"})).json()
+    assert (found["oracle"], found["trained"], found["layers"]) == ("sibyl", True, [1, 2])
+    plain = (await running.post("/v1/inspect/ask", json={**asked, **_form()})).json()
+    assert not plain["trained"]
+    said = [[cell["probability"] for cell in one["cells"]] for one in (found, plain)]
+    assert said[0] != said[1]
+
+
+def _form() -> dict[str, Any]:
+    return {"form": PLACED["oracle_form"], "layers": [1, 2]}
 
 
 async def test_training_can_be_cancelled(running: httpx.AsyncClient, registry: Registry) -> None:
@@ -509,6 +647,8 @@ FUNCTIONS: dict[type[FitRequest], Any] = {
     AlphaSteerRequest: fit_alphasteer,
     RepsRequest: fit_reps,
     ProsvRequest: fit_prosv,
+    OracleRequest: fit_oracle,
+    ConceptsFitRequest: fit_concepts,
     PsrRequest: fit_psr,
     ActRequest: fit_act,
     ConceptorRequest: fit_conceptor,
@@ -541,6 +681,31 @@ def test_so_have_those_that_measure(request_type: type[MeasureRequest], function
         field = request_type.model_fields[name]
         if not field.is_required():
             assert signature[name].default == field.default, name
+
+
+@pytest.mark.parametrize("request_type", [*FIT_REQUESTS, StatesRequest, TrustRequest])
+def test_items_in_the_place_of_their_text_are_told_their_field(request_type: type[Any]) -> None:
+    form = getattr(request_type, "form", None)
+    if "data" not in request_type.model_fields:
+        assert form is None
+        return
+    items = {StatesRequest: "prompts", TrustRequest: "texts"}.get(request_type)
+    items = items or getattr(form, "field", None)
+    with pytest.raises(ValidationError) as found:
+        request_type.model_validate({"data": [{"text": "a"}]})
+    [told] = [one["msg"] for one in found.value.errors() if one["loc"] == ("data",)]
+    assert f"in {items!r}" in told
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [(True, "true"), (0, "0"), (1, "1"), (1.0, "1"), ("yes", "yes"), ("1", "1")],
+)
+def test_labels_are_read_as_in_a_file(given: Any, kept: str) -> None:
+    line = json.dumps({"text": "a", "label": given})
+    assert LabelledParam.model_validate_json(line).label == kept
+    [item] = parse_labelled(line.encode(), "lines").items
+    assert item.label == kept
 
 
 def test_every_method_is_described() -> None:

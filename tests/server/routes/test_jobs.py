@@ -188,6 +188,24 @@ async def test_a_calibrated_vector_takes_strengths_by_effect(
     assert 0 < used["strength"] <= result["safe_strength"]
 
 
+@pytest.mark.parametrize(("route", "asked"), [("sweep", SWEEP), ("calibrate", CALIBRATE)])
+async def test_all_layers_are_those_that_the_vector_has(
+    running: httpx.AsyncClient, registry: Registry, route: str, asked: dict[str, Any]
+) -> None:
+    own = list(registry.vector("joy").card.layers)
+    results = []
+    for layers in ("all", own):
+        response = await running.post(f"/v1/steering/{route}", json={**asked, "layers": layers})
+        assert response.status_code == 202, response.text
+        job = await ended(running, response.json()["id"])
+        assert job["state"] == "succeeded", job
+        results.append(job["result"])
+    if route == "sweep":
+        assert results[0] == results[1]
+    else:  # the second is of the vector that the first has calibrated
+        assert [one["calibration"]["layers"] for one in results] == [own, own]
+
+
 async def test_methods_are_compared_with_the_prompt_alone(running: httpx.AsyncClient) -> None:
     saved = {"name": "merry", "spec": {"interventions": [{"kind": "add", "vector": "joy"}]}}
     assert (await running.post("/v1/steering/profiles", json=saved)).is_success

@@ -142,7 +142,7 @@ FORMATS = {
             {"num_bits": 8, "type": "int", **_EACH_TOKEN},
         ),
         _int8,
-        "float32",
+        "bfloat16",  # the kernel for processors with AMX takes no float32
     ),
     "compressed-tensors FP8": Format(
         _compressed(

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import demo_specs
-from readout_oracle import SEVERAL, assert_read, expected, fed_tokens, reading, reading_library
+import pytest
+import vllm_engine
+from readout_oracle import (
+    SEVERAL,
+    assert_read,
+    expected,
+    expected_kl,
+    fed_tokens,
+    reading,
+    reading_library,
+)
 from readout_oracle import steering as plan_of
 from vllm_simulation import steering
 
@@ -39,6 +51,15 @@ def register(registry: Registry) -> None:
             registry.add(name, artefact)
 
 
+@contextmanager
+def reading_engine(folder: Path, **options: Any) -> Iterator[VllmEngine]:
+    """vLLM over a new registry in `folder` that holds `LIBRARY`; `options` are vLLM's."""
+    with Registry.open(folder) as registry:
+        register(registry)
+    with vllm_engine.start_engine(folder, **options) as running:
+        yield running
+
+
 def crowd(
     engine: Engine, count: int, *, tokens: str | None = None, length: int | None = None
 ) -> list[Asked]:
@@ -47,12 +68,14 @@ def crowd(
     draw = random.Random(11)
     plans = [None if spec is None else plan_of(engine, LIBRARY, spec) for spec in STEERED]
     common = tuple(draw.randrange(3, 800) for _ in range(64))
+    several = {name: _offered(engine, spec) for name, spec in SEVERAL.items()}
+    several = {name: spec for name, spec in several.items() if spec}
     found = []
     for n in range(count):
         plan = plans[n % len(plans)]
-        names: list[str | None] = [*SEVERAL] if tokens else [*SEVERAL, None]
+        names: list[str | None] = [*several] if tokens else [*several, None]
         name = names[(n + 2) % len(names)]
-        spec = None if name is None else SEVERAL[name]
+        spec = None if name is None else several[name]
         read = tokens or ("all", "generated", "prompt")[n // 2 % 3]
         size = length or draw.randint(1, 90)
         prompt = (common if n % 4 == 0 else ()) + tuple(draw.randrange(3, 800) for _ in range(size))
@@ -73,6 +96,11 @@ def crowd(
     return found
 
 
+def _offered(engine: Engine, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `spec` what the engine can read: a lens needs the head beside the layers."""
+    return {name: one for name, one in spec.items() if name in engine.capabilities.readouts}
+
+
 def assert_all_read(engine: Engine, asked: Sequence[Asked], answers: Sequence[Completion]) -> None:
     for one, done in zip(asked, answers, strict=True):
         request = one.request
@@ -83,6 +111,38 @@ def assert_all_read(engine: Engine, asked: Sequence[Asked], answers: Sequence[Co
         wanted = expected(engine, LIBRARY, one.spec, tokens, request.plan)
         first, end = request.readouts.wanted(len(request.prompt))
         assert_read(done, wanted, tokens, first, min(end, len(tokens)))
+
+
+def compared(engine: Engine, asked: Sequence[Asked]) -> list[GenerationRequest]:
+    """The steered ones of a crowd, each asking for `kl`, every second one for more."""
+    found = []
+    for n, one in enumerate(asked):
+        request = one.request
+        if request.plan is None:
+            continue
+        more = {"norms": [1], "tokens": "all"} if n % 2 else {}
+        readouts = reading(engine, LIBRARY, {"kl": True, **more}, request.plan)
+        found.append(replace(request, readouts=readouts))
+    return found
+
+
+def assert_all_compared(
+    engine: Engine, asked: Sequence[GenerationRequest], answers: Sequence[Completion]
+) -> None:
+    """Every generated token has its divergence, the last too, beside what else is read."""
+    largest = 0.0
+    for request, done in zip(asked, answers, strict=True):
+        tokens = (*request.prompt, *done.tokens)
+        wanted = expected_kl(engine, tokens, len(request.prompt), request.plan)
+        found = {one.position: one.kl for one in done.readouts if one.kl is not None}
+        assert found == pytest.approx(wanted, abs=1e-4)
+        largest = max(largest, *wanted.values())
+        positions = [one.position for one in done.readouts]
+        assert positions == sorted(set(positions))
+        assert request.readouts is not None
+        read = [one.position for one in done.readouts if one.numbers]
+        assert read == (list(range(len(tokens) - 1)) if request.readouts.readers else [])
+    assert largest > 0.01
 
 
 def forgotten(engine: VllmEngine) -> bool:

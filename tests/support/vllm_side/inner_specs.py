@@ -52,7 +52,11 @@ MAPS = {
     f"{site}-map": random_map(29, 0, 3, width=width, site=site) for site, width in WIDTHS.items()
 }
 LIBRARY = MemoryLibrary(
-    {**demo_specs.VECTORS, **VECTORS}, {**demo_specs.SAES, **SAES}, LOW_RANKS, maps=MAPS
+    {**demo_specs.VECTORS, **VECTORS},
+    {**demo_specs.SAES, **SAES},
+    LOW_RANKS,
+    maps=MAPS,
+    detectors=demo_specs.DETECTORS,
 )
 
 

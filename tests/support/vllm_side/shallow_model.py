@@ -16,7 +16,7 @@ from typing import Any
 import demo_specs
 import torch
 import vllm_engine
-from artefacts import artefacts, random_detection, random_spec
+from artefacts import SCOPES, artefacts, random_detection, random_spec
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_crowd import Habits
 from vllm_engine import DEMO_MODEL, Plans
@@ -129,6 +129,6 @@ def _random_gate(draw: random.Random) -> dict[str, Any]:
     return {
         "vector": draw.choice(["v0", "v1"]),
         draw.choice(["above", "below"]): draw.uniform(-0.2, 0.2),
-        "scope": draw.choice(["prompt", "token"]),
+        "scope": draw.choice(SCOPES),
         "layer": 0,
     }

@@ -14,7 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from artefacts import EVERYTHING, artefacts, random_detection, random_spec, shape_of
+from artefacts import (
+    EVERYTHING,
+    SCOPES,
+    artefacts,
+    random_detection,
+    random_spec,
+    shape_of,
+)
 from torch import Tensor, nn
 
 from steer.artefacts.library import MemoryLibrary
@@ -150,7 +157,7 @@ def _random_direction(draw: random.Random) -> dict[str, Any]:
     return {
         "vector": draw.choice(["v0", "v1"]),
         draw.choice(["above", "below"]): draw.uniform(-0.2, 0.2),
-        "scope": draw.choice(["prompt", "token"]),
+        "scope": draw.choice(SCOPES),
         "layer": draw.randrange(LAYERS),
     }
 
@@ -166,6 +173,7 @@ def random_request(draw: random.Random, number: int, plan: SteeringPlan) -> Requ
         measure=draw.random() < 0.3,
         latents=plan.latents,
         graphless=plan.graphless,
+        onward=plan.onward,
     )
     return Request(ticket.key, tokens, length, ticket)
 

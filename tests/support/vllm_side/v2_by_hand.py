@@ -151,6 +151,7 @@ class ByHand:
                 selections=chosen,
                 latents=plan.latents,
                 graphless=plan.graphless,
+                onward=plan.onward,
             )
         self.known[name] = Known(name, list(tokens), prompt_length, plan, ticket)
         return self.known[name]

@@ -127,7 +127,7 @@ class Judge:
         name = outcome.client.request.id
         plan = outcome.client.request.plan
         assert plan is not None
-        if any(one.gate is not None and not one.gate.prompt_scope for one in plan.rules):
+        if any(one.gate is not None and one.gate.scope == "token" for one in plan.rules):
             # Whether a token gate opened for a cached token was known when that was computed.
             assert mine.tokens_steered <= other.tokens_steered, name
             for a, b in zip(mine.gates, other.gates, strict=True):

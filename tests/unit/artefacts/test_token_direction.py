@@ -68,6 +68,8 @@ def test_the_logit_lens_needs_one_row_and_others_have_one_for_each_map() -> None
     sparse = Lens.of_jacobians({3: torch.eye(WIDTH), 1: torch.eye(WIDTH)})
     assert list(token_vector(1, row, sparse, "resid_post", MODEL).directions) == [0, 2, 3]
     assert list(token_vector(1, row, sparse, "resid_pre", MODEL).directions) == [1, 3]
+    some = Lens.of_jacobians({2: torch.eye(WIDTH)}, depth=LAYERS)
+    assert list(token_vector(1, row, some, "resid_post", MODEL).directions) == [1, 3]
 
 
 @pytest.mark.parametrize(

@@ -136,3 +136,16 @@ def test_every_problem_has_its_line(files: dict[str, str]) -> None:
     assert len(lines) == 2
     assert "/interventions/0" in lines[0]
     assert "/interventions/1/vector" in lines[1]
+
+
+def test_parameters_of_a_job_are_an_object(files: dict[str, str]) -> None:
+    assert "does not hold the parameters of a job" in failed(
+        "jobs", "submit", "fit", files["a-list"]
+    )
+
+
+def test_a_spec_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    spec = tmp_path / "spec.json"
+    spec.write_bytes(b"\xef\xbb\xbf" + b'{"interventions": []}')
+    # What is wrong with it is what it says, and not how it begins.
+    assert "a list of at least 1 is needed" in failed("generate", "hi", "--spec", str(spec))

@@ -15,6 +15,7 @@ from fuzz_corpus import steering_vector_class
 from typer.testing import CliRunner, Result
 
 from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.detector import Detector
 from steer.cli import app
 from steer.cli.reference import reference
 from steer.engines.transformers.checkpoints.shipped import add_shipped
@@ -125,6 +126,42 @@ def test_the_same_steering_in_four_ways(registry: Path, tmp_path: Path) -> None:
     for way in ways:
         other = json.loads(steer(*ask, *way).output)
         assert (other["default"], other["steered"]) == (by_name["default"], by_name["steered"])
+
+
+def test_detectors_of_a_profile_and_of_the_command_watch_answers(
+    registry: Path, tmp_path: Path
+) -> None:
+    place = ("--registry", registry)
+    for name, bias in (("ever", 1e6), ("never", -1e6)):
+        file = tmp_path / f"{name}.safetensors"
+        file.write_bytes(Detector.of(torch.ones(192), layer=1, bias=bias).to_bytes())
+        steer("vectors", "import", file, "--name", name, *place)
+    armed = [{"name": "ever", "action": "stop"}, {"name": "never"}]
+    profile = written(tmp_path / "watched.json", {"spec": SPEC, "detectors": armed})
+    steer("profiles", "add", profile, *place)
+    ask = ["generate", "How do I clean a chair?", *place]
+
+    found = json.loads(steer(*ask, "--profile", "watched", "--json").output)
+    assert found["detections"]["default"] == []
+    [ever, never] = found["detections"]["steered"]
+    assert (ever["name"], ever["fired"], never["fired"]) == ("ever", True, False)
+    assert len(found["steered"].split()) <= 1 < len(found["default"].split())
+
+    shown = steer(*ask, "--profile", "french", "--detector", "never", "--detector", "ever").output
+    lines = " ".join(shown.split())
+    for answer in ("default", "steered"):
+        assert f"{answer}: the detector 'never' did not fire" in lines
+        assert f"{answer}: the detector 'ever' fired at token" in lines
+
+    reads = ["--inspect", '{"norms": [1], "tokens": "prompt"}', "--json"]
+    entries = json.loads(steer(*ask, "--vector", "french", *reads).output)["readouts"]
+    watched = [*ask, "--vector", "french", "--detector", "never", *reads]
+    assert json.loads(steer(*watched).output)["readouts"] == entries
+
+    for wrong, said in (("nobody", "nobody"), ("ever:shout", "NAME:stop")):
+        refused = steer(*ask, "--vector", "french", "--detector", wrong, code=2).output
+        assert said in refused
+        assert "--detector" in refused
 
 
 def test_sweep_prints_plots_and_writes_figures(registry: Path, tmp_path: Path) -> None:
@@ -286,7 +323,7 @@ def test_profiles_come_and_go(tmp_path: Path, registry: Path) -> None:
     assert "bonjour" in steer("profiles", "list", *place).output
     names = [one["name"] for one in json.loads(steer("profiles", "list", "--json", *place).output)]
     assert {"bonjour", "french", "compliant", "cautious"} <= set(names)
-    watched = written(tmp_path / "watched.json", {"spec": SPEC, "detectors": [{"name": "rude"}]})
+    watched = written(tmp_path / "watched.json", {"spec": SPEC, "detectors": [{"name": "nobody"}]})
     said = steer("profiles", "add", watched, *place, code=2).output
     assert "unknown_detector, at /detectors/0/name" in said
     bad = written(

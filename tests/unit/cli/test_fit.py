@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from steer.artefacts.control_vector import ControlVector
 from steer.cli import app
+from steer.engines.transformers.engine import TransformersEngine
+from steer.errors import EngineError
+from steer.fit.methods import bookmark
 
 DATA = Path(__file__).parents[3] / "vectors" / "demo" / "data"
 
@@ -131,3 +135,40 @@ def test_fit_names_what_is_wrong(tmp_path: Path) -> None:
     failed = steer("fit", data, code=2)
     assert "line 2" in failed.output
     assert "no position" in steer("fit", DATA / "french.jsonl", "--positions", "x", code=2).output
+
+
+def test_a_fit_that_was_ended_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "texts.jsonl"
+    lines = (DATA / "french.jsonl").read_text("utf-8").splitlines()[:6]
+    data.write_text("".join(json.dumps(json.loads(one)["positive"]) + "\n" for one in lines))
+    monkeypatch.setenv("STEER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(bookmark, "_SHARE", 0)
+    whole = TransformersEngine.differentiate
+    asked = 0
+
+    def counted(left: int | None) -> None:
+        def differentiate(self: Any, work: Any) -> Any:
+            nonlocal asked
+            if asked == left:
+                raise EngineError("the machine is gone")
+            asked += 1
+            return whole(self, work)
+
+        monkeypatch.setattr(TransformersEngine, "differentiate", differentiate)
+
+    def fit(name: str, code: int = 0) -> str:
+        options = ("--average", 1, "--tokens", 16, "--skip", 4, "--name", "reader")
+        file = tmp_path / f"{name}.safetensors"
+        return steer("fit", "jacobian-lens", data, *options, "--out", file, code=code).output
+
+    counted(None)
+    assert "going on" not in fit("whole")
+    pieces, asked = asked, 0
+    counted(10)
+    assert "the machine is gone" in fit("ended", code=2)
+    counted(None)
+    assert "going on where it was ended" in fit("again")
+    assert asked == pieces > 10
+    files = [(tmp_path / f"{name}.safetensors").read_bytes() for name in ("whole", "again")]
+    assert files[0] == files[1]
+    assert not list((tmp_path / "cache" / "making").iterdir())

@@ -70,7 +70,7 @@ def test_a_picture_of_too_much_is_refused_and_nothing_is_written(tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"norms": "all"}', '{"nothing": 1}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"norms": "every"}', '{"nothing": 1}'])
 def test_an_option_that_says_nothing_readable_is_refused(text: str) -> None:
     with pytest.raises(SteerError) as caught:
         parse_readouts(text)

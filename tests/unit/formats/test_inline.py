@@ -2,15 +2,16 @@
 
 import base64
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save
 
 from steer.artefacts.control_vector import ControlVector, LowRankAdapter
-from steer.errors import SteerError
+from steer.errors import SpecError, SteerError
 from steer.formats.inline import decode_inline
-from steer.spec import InlineVector
+from steer.spec import InlineVector, parse_spec
 
 ROW = torch.tensor([1.0, -2.0, 3.0])
 
@@ -45,6 +46,36 @@ def test_a_canonical_file_keeps_its_card() -> None:
     assert decode_inline(inline(vector.to_bytes())).card == vector.card
     one = decode_inline(inline(vector.to_bytes(), layer=2))
     assert (one.card.layers, one.card.site) == ((2,), "attn_out")
+
+
+def test_numbers_are_a_row_at_a_layer() -> None:
+    vector = decode_inline(InlineVector(values=tuple(ROW.tolist()), layer=5))
+    assert vector.card.site == "resid_post"
+    assert list(vector.directions) == [5]
+    assert torch.equal(vector[5], ROW)
+    assert refused(InlineVector(values=(1.0, 1e39), layer=5)).code == "not_finite"
+    assert refused(InlineVector(values=(0.0, 0.0), layer=5)).code == "zero_vector"
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({}, "give one of them"),
+        ({"layer": 3}, "give one of them"),
+        ({"values": [1.0], "data": "AAAA", "layer": 3}, "give one of them"),
+        ({"values": [1.0, 2.0]}, "'layer'"),
+        ({"values": [], "layer": 3}, "at least 1"),
+        ({"values": [1.0, "x"], "layer": 3}, "a number is needed"),
+        ({"values": [1.0, float("nan")], "layer": 3}, "finite number"),
+    ],
+)
+def test_what_is_not_clear_is_told_at_the_vector(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(SpecError) as raised:
+        parse_spec({"interventions": [{"kind": "add", "vector": fields}]})
+    problem = raised.value.problems[0]
+    assert says in problem.message
+    assert problem.param is not None
+    assert problem.param.startswith("/interventions/0/vector")
 
 
 def test_what_cannot_be_sent_inline() -> None:

@@ -115,10 +115,14 @@ def test_without_a_registry(engine: TransformersEngine) -> None:
     assert raised.value.code == "unknown_lens"
 
 
-def jacobian_lens(seed: int = 3, blocks: tuple[int, ...] = (1, 2)) -> Lens:
+def jacobian_lens(
+    seed: int = 3, blocks: tuple[int, ...] = (1, 2), depth: int | None = None
+) -> Lens:
     generator = torch.Generator().manual_seed(seed)
     return Lens.of_jacobians(
-        {n: torch.randn(WIDTH, WIDTH, generator=generator) for n in blocks}, name="tuned"
+        {n: torch.randn(WIDTH, WIDTH, generator=generator) for n in blocks},
+        depth=depth,
+        name="tuned",
     )
 
 
@@ -144,4 +148,13 @@ def test_all_layers_are_those_that_a_jacobian_lens_has(engine: TransformersEngin
     assert read(engine, jacobian_lens(), site="resid_pre").layers == (1, 2)
     with pytest.raises(SteerError) as raised:
         read(engine, jacobian_lens(blocks=(2,)), layers=[0, 2])
+    assert (raised.value.code, raised.value.param) == ("layer_not_in_lens", "/layers")
+
+
+def test_a_lens_of_one_layer_reads_that_one_and_the_last(engine: TransformersEngine) -> None:
+    lens = jacobian_lens(blocks=(1,), depth=LAYERS)
+    assert read(engine, lens).layers == (0, 2)
+    assert read(engine, lens).row(2) == read(engine).row(2)
+    with pytest.raises(SteerError, match=r"the layers \[0\], and of the last, 2") as raised:
+        read(engine, lens, layers=[1])
     assert (raised.value.code, raised.value.param) == ("layer_not_in_lens", "/layers")

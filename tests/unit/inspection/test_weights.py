@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from steer.artefacts.control_vector import ControlVector
 from steer.artefacts.library import MemoryLibrary
-from steer.engines.base import CaptureRequest, Engine
+from steer.engines.base import CaptureRequest, Engine, QueriesKeys
 from steer.engines.fake.engine import FakeEngine
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError, Unsupported
@@ -341,7 +341,7 @@ def test_what_cannot_be_read_is_refused(
         ({"neuron": 1}, "give 'layer' too"),
         ({"layer": 0, "neuron": 1, "head": 1}, "read one at a time"),
         ({"layer": 0, "neuron": 1, "inputs": [3]}, "a head attends to"),
-        ({"layer": -1}, "greater than or equal to 0"),
+        ({"layer": -1}, "counted from the model's end"),
     ],
 )
 def test_a_request_names_one_part(fields: dict[str, Any], said: str) -> None:
@@ -363,8 +363,42 @@ def test_an_engine_without_its_weights_reads_vectors_alone() -> None:
 class _Normed(FakeEngine):
     """Behind its projections is something that is no norm."""
 
-    def carry(self, source: HookPoint, target: HookPoint, states: Tensor) -> Tensor:
-        return super().carry(source, target, states).exp()
+    def carry(
+        self,
+        source: HookPoint,
+        target: HookPoint,
+        states: Tensor,
+        channels: range | None = None,
+    ) -> Tensor:
+        return super().carry(source, target, states, channels).exp()
+
+
+class _Unproved(FakeEngine):
+    """A layer of it shows nothing of what is asked."""
+
+    def carry(self, *_: Any) -> Tensor:
+        raise Unsupported("it does something else by itself", code="cannot_carry")
+
+    def queries_and_keys(self, *_: Any) -> QueriesKeys:
+        raise Unsupported("it is handed no key", code="no_attention")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"layer": 1, "neuron": 0}, "/neuron", "cannot_carry"),
+        ({"layer": 1, "head": 0}, "/head", "cannot_carry"),
+        ({"layer": 1, "head": 0, "circuit": "qk"}, "/circuit", "no_attention"),
+    ],
+)
+def test_what_a_layer_does_not_show_is_refused_at_the_field(
+    fields: dict[str, Any], param: str, code: str
+) -> None:
+    engine = _Unproved()
+    engine.capabilities = replace(engine.capabilities, attention=True)
+    with pytest.raises(Unsupported) as caught:
+        read(engine, **fields)
+    assert (caught.value.param, caught.value.code) == (param, code)
 
 
 def test_a_projection_behind_something_else_is_refused() -> None:

@@ -106,10 +106,10 @@ def test_all_rows_of_a_large_sae_are_not_put_into_a_plan(monkeypatch: pytest.Mon
         ({"mode": "add", "balance": 0}, "greater than 0"),
         ({"with_absorbers": 1.5}, "less than or equal to 1"),
         ({"value": {"norm": [0.1]}}, "lists 1 numbers for 2 features"),
-        ({"only_if_active": 1}, "valid boolean"),
+        ({"only_if_active": 1}, "true or false is needed"),
         ({"value": {"norm": float("nan")}}, "finite"),
-        ({"value": {"norm": {"norm": 1}}}, "valid number"),
-        ({"value": [1.0, None]}, "valid number"),
+        ({"value": {"norm": {"norm": 1}}}, "a number is needed"),
+        ({"value": [1.0, None]}, "a number is needed"),
     ],
 )
 def test_what_says_nothing_in_a_mode_is_refused(clamp: dict[str, Any], words: str) -> None:

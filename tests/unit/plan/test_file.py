@@ -232,6 +232,19 @@ def test_inline_payloads_are_not_repeated() -> None:
         PlanCache(LIBRARY, shape_of(), EVERYTHING).plan(back)
 
 
+def test_numbers_inside_a_spec_are_not_repeated() -> None:
+    row = [0.125 + n for n in range(16)]
+    spec = one({"kind": "add", "vector": {"values": row, "layer": 2}, "strength": 1.0})
+    plan = PlanCache(LIBRARY, shape_of(), EVERYTHING).plan(parse_spec(spec))
+    data = dump_plan(plan)
+    assert b"11.125" not in data
+    back = load_plan(data, find_sae)
+    assert back.fingerprint == plan.fingerprint
+    assert back.spec.interventions[0].vector.data.startswith("sha256:")
+    x = torch.zeros(1, 16)
+    assert torch.equal(apply(back.rules[0].blocks[HookPoint(2)], x), torch.tensor([row]))
+
+
 def test_a_plan_for_another_model_is_refused_by_name() -> None:
     data = dump_plan(compiled("a prompt gate"))
     with pytest.raises(IncompatibleArtefact, match="compiled for another model"):

@@ -12,18 +12,20 @@ import base64
 import functools
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from artefacts import EVERYTHING, calibration, shape_of
-from demo_specs import LAYERS, SPECS, WIDTH, add, one
+from demo_specs import LAYERS, SPECS, VOCABULARY, WIDTH, add, one
 from torch import Tensor
 
 from steer.artefacts.adapter_parts import EditRows
 from steer.artefacts.affine import AffineMap, Channels
 from steer.artefacts.control_vector import ControlVector, LayerMeasure, LowRankAdapter
+from steer.artefacts.detection import Detection
 from steer.artefacts.detector import Detector
 from steer.artefacts.library import MemoryLibrary
 from steer.artefacts.sae.base import SAE
@@ -108,7 +110,10 @@ LIBRARY = MemoryLibrary(
     {"reft": adapter(), "rectified": rectified()},
     maps={"map": channels()},
     detectors={
-        f"d{n}": Detector.of(pattern(WIDTH), layer=n, bias=0.5, threshold=2.0) for n in range(2)
+        f"d{n}": Detector.of(pattern(WIDTH), layer=n % 2, bias=0.5, threshold=2.0, detection=how)
+        for n, how in enumerate(
+            (None, None, Detection(last=3), Detection(pooling="mean", last=4)),
+        )
     },
 )
 INLINE = {"data": base64.b64encode(vector("").to_bytes()).decode(), "layer": 1}
@@ -152,7 +157,7 @@ def every_spec() -> dict[str, dict[str, Any]]:
 
 @functools.cache
 def plans() -> PlanCache:
-    shape = shape_of(WIDTH, LAYERS)
+    shape = replace(shape_of(WIDTH, LAYERS), vocab_size=VOCABULARY)
     return PlanCache(LIBRARY, shape, EVERYTHING, encode_text=encode_text)
 
 

@@ -15,7 +15,6 @@ from artefacts import EVERYTHING, artefacts, random_spec, random_vector, shape_o
 from float64_reference import Float64Reference
 
 from steer.artefacts.control_vector import ControlVector
-from steer.artefacts.detection import Detection
 from steer.artefacts.detector import Detector
 from steer.artefacts.library import MemoryLibrary
 from steer.edits import apply
@@ -197,6 +196,35 @@ def test_a_gate_of_a_detector_is_its_row_bias_and_threshold() -> None:
     assert detector.sha256 in plan.artefacts
 
 
+def test_a_gate_of_a_detector_that_pools_says_how() -> None:
+    when = {"detector": "d3", "scope": "onward"}
+    ungated = {**add()["interventions"][0]} if "interventions" in add() else add()
+    plan = cache().plan(parse_spec({"interventions": [{**ungated, "when": when}, ungated]}))
+    gate = plan.rules[0].gate
+    assert gate is not None
+    assert (gate.pooling, gate.last, gate.pools) == ("mean", 4, True)
+    assert (plan.pooled, plan.graphless) == ((4, 1), True)
+    one = cache().plan(parse_spec({**BASE, "when": {"detector": "d0"}}))
+    assert (one.pooled, one.graphless) == ((), False)
+
+
+@pytest.mark.parametrize(
+    ("scope", "where", "needed"),
+    [
+        ("prompt", None, 2),
+        ("prompt", {"phases": ["generation"]}, 2),
+        ("token", {"positions": [[4, None]]}, 4),
+        ("onward", {"phases": ["generation"]}, 6),
+    ],
+)
+def test_what_a_gate_pools_is_needed_though_nothing_is_steered_there(
+    scope: str, where: Any, needed: int
+) -> None:
+    spec = {**BASE, "when": {"detector": "d3", "scope": scope}}
+    plan = cache().plan(parse_spec(spec | ({"where": where} if where else {})))
+    assert plan.first_needed((9,) * 6, 7) == needed
+
+
 def test_a_detector_that_comes_to_mean_another_makes_another_plan() -> None:
     spec = parse_spec({**BASE, "when": {"detector": "d"}})
     row = torch.ones(16)
@@ -312,11 +340,6 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "unknown_detector",
         "/interventions/0/when/detector",
     ),
-    "detector that pools": (
-        add(when={"detector": "pools"}),
-        "unsupported_gate",
-        "/interventions/0/when/detector",
-    ),
     "detector of a wrong width": (
         add(when={"detector": "narrow"}),
         "wrong_width",
@@ -362,6 +385,16 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "no_plane",
         "/interventions/0/toward",
     ),
+    "an exchange that the next layer takes back": (
+        {"kind": "exchange", "vector": "v0", "toward": "v1", "mode": "both", "layers": [1, 2]},
+        "undoes_itself",
+        "/interventions/0/layers",
+    ),
+    "one on the layers of a card": (
+        {"kind": "exchange", "vector": "v0", "toward": "v1", "mode": "both", "strength": 0.51},
+        "undoes_itself",
+        "/interventions/0/layers",
+    ),
     "read and written at different layers": (
         {"kind": "read_write", "read": "v0", "write": "short", "layers": [3]},
         "layer_not_in_vector",
@@ -389,7 +422,6 @@ ODD_DETECTORS = {
     "narrow": Detector.of(torch.ones(4), layer=0),
     "deep": Detector.of(torch.ones(16), layer=9),
     "late": Detector.of(torch.ones(16), layer=2),
-    "pools": Detector.of(torch.ones(16), layer=0, detection=Detection(pooling="mean", last=3)),
 }
 
 

@@ -150,6 +150,30 @@ def test_an_exchange_swaps_the_two_coordinates(seed: int) -> None:
     same(steered(after, item, a=a, b=b), x, 1e-4)
 
 
+@given(seed=seeds, strength=st.sampled_from([0.1, 0.3, 0.5]))
+def test_half_an_exchange_may_be_repeated(seed: int, strength: float) -> None:
+    """Up to α = ½ what stands in the next layer's stream is nearer to alike, and never turned
+    around: so such an exchange may act on several layers."""
+    x, a, b = draw(20, D, seed=seed), draw(D, seed=seed + 1), draw(D, seed=seed + 2)
+    item = {"kind": "exchange", "vector": "a", "toward": "b", "mode": "both", "strength": strength}
+    rows = {"a": a, "b": b}
+    inverse = torch.linalg.pinv(torch.stack([a / a.norm(), b / b.norm()]))
+
+    def apart(states: Tensor) -> Tensor:
+        coordinates = states @ inverse
+        return coordinates[:, 0] - coordinates[:, 1]
+
+    once = steered(x, item, **rows)
+    same(apart(once), (1 - 2 * strength) * apart(x), 1e-4)
+    same(apart(steered(once, item, **rows)), (1 - 2 * strength) ** 2 * apart(x), 1e-4)
+    library = MemoryLibrary(
+        {name: ControlVector.of({1: row, 2: row}) for name, row in rows.items()}
+    )
+    spec = parse_spec({"interventions": [{**item, "layers": [1, 2]}]})
+    (rule,) = compile_plan(spec, Sources(library, shape_of(D)), EVERYTHING).rules
+    assert len(rule.blocks) == 2
+
+
 @given(seed=seeds)
 def test_one_way_never_gives_up_what_it_goes_toward(seed: int) -> None:
     x, a, b = draw(20, D, seed=seed), draw(D, seed=seed + 1), draw(D, seed=seed + 2)

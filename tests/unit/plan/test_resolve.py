@@ -263,7 +263,7 @@ def test_a_where_that_only_excepts_narrows_what_holds_without_it(
     item = {"kind": "add", "vector": "v", "strength": 1.0, "where": own}
     plans = PlanCache(library, shape_of(), EVERYTHING)
     plan = plans.plan(parse_spec({"interventions": [item], "where": of_spec}))
-    assert plan.rules[0].selection == resolve(Where.model_validate(means), None)
+    assert plan.rules[0].selection == resolve(Where.model_validate(means))
     assert plan.summary[0]["where"] == Where.model_validate(means).model_dump(
         mode="json", by_alias=True, exclude_none=True
     )

@@ -123,7 +123,7 @@ def test_first_is_never_later_than_the_truth(
 def test_negative_bounds_count_from_the_prompts_end(
     ranges: list[list[int | None]], chosen: list[int]
 ) -> None:
-    selection = resolve(Where.model_validate({"positions": ranges}), None)
+    selection = resolve(Where.model_validate({"positions": ranges}))
     mask = selection.mask(np.arange(9), 6, np.zeros(9, dtype=np.int64))
     assert np.flatnonzero(mask).tolist() == chosen
 
@@ -150,3 +150,21 @@ def test_a_token_string_needs_a_tokenizer() -> None:
     with pytest.raises(SpecError, match="no tokenizer") as caught:
         resolve(Where(tokens=("yes",)), param="/where")
     assert caught.value.param == "/where/tokens/0"
+
+
+@pytest.mark.parametrize(
+    ("where", "param"),
+    [
+        ({"tokens": [3, 50]}, "/where/tokens/1"),
+        ({"except": {"tokens": [50]}}, "/where/except/tokens/0"),
+        ({"after": ["a", [1, 50]]}, "/where/after/1/1"),
+        ({"before": [[50]]}, "/where/before/0/0"),
+        ({"between": [[[1], [50]]]}, "/where/between/0/1/0"),
+        ({"outside": [[[50], None]]}, "/where/outside/0/0/0"),
+    ],
+)
+def test_an_id_that_no_token_has_is_refused(where: dict[str, Any], param: str) -> None:
+    reader = TokenReader(vocabulary=lambda: [b"a"] * 50, vocab_size=50)
+    with pytest.raises(SpecError, match="not in the vocabulary of 50") as caught:
+        resolve(Where.model_validate(where), reader, param="/where")
+    assert (caught.value.code, caught.value.param) == ("unknown_token", param)

@@ -201,7 +201,7 @@ def test_a_limit_holds_a_vector_to_its_calibrated_use(limit: str) -> None:
 def test_an_anchored_selection_selects_the_same(seed: int) -> None:
     draw = random.Random(seed)
     drawn = random_where(draw)
-    selection = resolve(None if drawn is None else Where.model_validate(drawn), None)
+    selection = resolve(None if drawn is None else Where.model_validate(drawn))
     if draw.random() < 0.3:
         selection = replace(selection, from_last_prompt_token=True)
     prompt, length = draw.randint(1, 8), draw.randint(8, 14)

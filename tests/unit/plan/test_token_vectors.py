@@ -267,7 +267,7 @@ def wrong_forms() -> Iterator[tuple[dict[str, Any], str]]:
     yield {"token": True}, "/vector/token"
     yield {"token": "a", "lens": "no name!"}, "/vector/lens"
     yield {"token": "a", "layer": 2}, "/vector/layer"
-    yield {"lens": "tuned"}, "/vector/data"
+    yield {"lens": "tuned"}, "/vector/lens"
 
 
 @pytest.mark.parametrize(("vector", "param"), list(wrong_forms()))

@@ -30,7 +30,7 @@ PROMPT, TOTAL = 9, 13
 
 def steered(where: Where | None) -> list[int]:
     positions = np.arange(TOTAL)
-    return [int(p) for p in np.flatnonzero(resolve(where, None).mask(positions, PROMPT, positions))]
+    return [int(p) for p in np.flatnonzero(resolve(where).mask(positions, PROMPT, positions))]
 
 
 @pytest.mark.parametrize("back", range(1, 9))

@@ -15,7 +15,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from steer.engines.vllm.core.admission import check_request, check_tickets
 from steer.engines.vllm.core.cache_keys import fork_block_keys
-from steer.engines.vllm.ticket import CaptureOrder, Ticket
+from steer.engines.vllm.ticket import _VERSION, CaptureOrder, Ticket
 from steer.errors import SpecError, SteerError, TooLarge, UnknownArtefact, Unsupported
 from steer.model import HookPoint
 from steer.plan.selection import EVERYWHERE, Selection
@@ -94,13 +94,13 @@ BAD = {
     "no ticket": ("{}", "not a ticket"),
     "no json": ("steer me", "not a ticket"),
     "no text": ("[1]", "not a ticket"),
-    "no steering": ('{"v":4,"key":"a","n":1,"steering":{}}', "not a ticket"),
+    "no steering": (f'{{"v":{_VERSION},"key":"a","n":1,"steering":{{}}}}', "not a ticket"),
     "another version": ('{"v":99,"key":"a","n":1}', "version 99"),
     "no choices": (steering(n=0), "n is 0"),
     "negative rows": (steering(rows=-1), "-1 edit rows"),
     "no fingerprint": (steering(fingerprint=""), "no fingerprint"),
     "no plan": (
-        '{"v":4,"key":"a","n":1,"steering":"{\\"selections\\":[{}]}"}',
+        f'{{"v":{_VERSION},"key":"a","n":1,"steering":"{{\\"selections\\":[{{}}]}}"}}',
         "names no plan",
     ),
     "too many rows": (steering(rows=ROWS + 1), "needs 9 edit rows and the engine has 8"),

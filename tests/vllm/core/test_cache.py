@@ -41,6 +41,8 @@ WHOLE = len(PROMPT) // BLOCK * BLOCK
 ANSWER = 30
 """Enough for the answer to fill a block that begins in the prompt."""
 
+ONWARD = {"vector": "v1", "above": 0.0, "layer": 1, "scope": "onward"}
+POOLED = {"detector": "wide", "threshold": -1e9}
 SPECS = {
     "plain": None,
     "all": demo_specs.SPECS["everything"],
@@ -50,6 +52,21 @@ SPECS = {
     "norms": demo_specs.SPECS["norm preserved"],
     "prompt gate": demo_specs.SPECS["a prompt gate"],
     "token gate": demo_specs.SPECS["a token gate"],
+    "onward": demo_specs.SPECS["an onward gate"],
+    "onward from 70": demo_specs.one(
+        demo_specs.add("v3", layers=[3]), where={"positions": [[70, None]]}, when=ONWARD
+    ),
+    "onward generated": demo_specs.one(
+        demo_specs.add("v2", layers=[3]), where={"phases": ["generation"]}, when=ONWARD
+    ),
+    "pooled prompt": demo_specs.one(demo_specs.add("v2"), when=POOLED),
+    "pooled tokens": demo_specs.SPECS["a gate on a mean of each token"],
+    "pooled from 70": demo_specs.one(
+        demo_specs.add("v3", layers=[3]),
+        where={"positions": [[70, None]]},
+        when={**POOLED, "scope": "token"},
+    ),
+    "pooled generated": demo_specs.SPECS["a gate from a mean on what is generated"],
     "stronger": demo_specs.one(demo_specs.add("v0", strength=0.5)),
     "from 70": demo_specs.one(demo_specs.add("v3"), where={"positions": [[70, None]]}),
     "at 350": demo_specs.one(demo_specs.add("v0", strength=-1), where={"tokens": [350]}),
@@ -122,7 +139,7 @@ def assert_exact(engine: VllmEngine, plan: SteeringPlan | None, found: Answer) -
     assert mine_receipt is not None
     assert other_receipt is not None
     assert other_receipt.tokens_cached == 0
-    if any(one.gate is not None and not one.gate.prompt_scope for one in plan.rules):
+    if any(one.gate is not None and one.gate.scope == "token" for one in plan.rules):
         return  # whether a gate opened for a cached token is not known
     expected = {**other_receipt.as_json(), "tokens_cached": mine_receipt.tokens_cached}
     assert vllm_engine.plain(mine_receipt.as_json()) == vllm_engine.plain(expected)
@@ -167,6 +184,22 @@ def assert_exact(engine: VllmEngine, plan: SteeringPlan | None, found: Answer) -
         ("prompt gate", "plain", WHOLE),
         ("plain", "token gate", 0),
         ("token gate", "token gate", WHOLE),
+        # Whether an onward gate had opened lies in no name: nobody takes such blocks.
+        ("plain", "onward", 0),
+        ("onward", "plain", 0),
+        ("onward", "onward", 0),
+        ("plain", "onward from 70", 64),
+        ("onward from 70", "plain", 64),
+        ("onward from 70", "onward from 70", 64),
+        ("onward generated", "plain", WHOLE),
+        ("onward generated", "onward generated", WHOLE),
+        # Of the last 10 tokens of the prompt the scores lie in no block.
+        ("plain", "pooled prompt", 64),
+        ("pooled prompt", "plain", 64),
+        ("pooled prompt", "pooled prompt", 64),
+        ("pooled tokens", "pooled tokens", 0),
+        ("pooled from 70", "pooled from 70", 64),
+        ("pooled generated", "pooled generated", WHOLE),
         ("clamp", "clamp", WHOLE),
         ("clamp", "norms", 0),
         ("norms", "norms", WHOLE),
@@ -210,6 +243,10 @@ def test_a_second_request_with_the_same_prompt(
         ("prompt gate", "plain", WHOLE),
         ("prompt gate", "prompt gate", WHOLE),
         ("token gate", "token gate", 128),
+        ("onward", "onward", 0),
+        ("onward from 70", "onward from 70", 64),
+        ("pooled prompt", "pooled prompt", 64),
+        ("pooled generated", "pooled generated", WHOLE),
         ("first keys from 70", "plain", 64),
         ("generation inside", "plain", WHOLE),
         ("channels", "channels", 128),
@@ -254,7 +291,13 @@ def test_a_generated_block_is_not_found_by_a_prompt_with_the_same_tokens(
     assert_exact(engine, plan, second)
 
 
-@pytest.mark.parametrize("name", ["all", "prompt", "generation", "clamp", "prompt gate", "at 350"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("all", "prompt", "generation", "clamp", "prompt gate", "at 350"),
+        *("pooled prompt", "pooled tokens", "pooled generated"),
+    ],
+)
 def test_a_preempted_request_goes_on_as_if_nothing_had_been(
     engine: VllmEngine, plans: Plans, name: str
 ) -> None:

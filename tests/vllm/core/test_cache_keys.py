@@ -197,6 +197,29 @@ def test_a_gate_does_not_part_what_comes_before_it():
     assert shared(request(PROMPT, ticket), request(PROMPT + ANSWER, ticket)) == 96
 
 
+@pytest.mark.parametrize("selection", [EVERYWHERE, ON_GENERATION], ids=["all", "generated"])
+def test_the_tokens_that_a_prompt_gate_pools_are_computed_for_each_request(selection):
+    """Scores lie in no block: 90 to 99 are read, whatever is selected, so the third block is
+    shared with nobody; of the fourth, which the answer fills, all is the request's own."""
+    gated = replace(selection, from_last_prompt_token=True)
+    for last, found in ((10, 64), (4, 96), (2, 96), (200, 0)):
+        ticket = steering(gated, pooled=(last,))
+        first = answered(PROMPT, ticket)
+        assert shared(answered(PROMPT), first) == found
+        assert shared(first, answered(PROMPT, ticket)) == found
+
+
+def test_from_the_first_token_that_a_pooled_gate_reads_blocks_are_the_requests_own():
+    late = Selection(ranges=((70, None),))
+    for ticket, found in (
+        (steering(late, pooled=(3,)), 64),
+        (steering(ON_GENERATION, pooled=(3,)), 96),
+        (steering(EVERYWHERE, pooled=(3,)), 0),
+        (steering(EVERYWHERE, late, pooled=(1, 3)), 64),
+    ):
+        assert shared(answered(PROMPT, ticket), answered(PROMPT, ticket)) == found
+
+
 def test_what_a_request_leaves_behind_is_no_part_of_the_key():
     one = steering(EVERYWHERE)
     point = HookPoint(1, "resid_post")

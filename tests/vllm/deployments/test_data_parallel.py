@@ -1,17 +1,27 @@
 """Two data-parallel ranks behind one server: requests of one client run on either, and each comes
-back with its receipt."""
+back with its receipt. Ranks with experts run in step, in a child process of their own."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import experts_runner
 import httpx
+import parallel_runner
 import pytest
+import torch
+import vllm_engine
+from child_runs import run_child
 from liveness import LIVENESS_SECONDS
 from prometheus_client.parser import text_string_to_metric_families
+from vllm_models import ARCHITECTURES, write
 from vllm_server import per_engine, running_server
+
+from steer.engines.transformers.engine import TransformersEngine
 
 QUESTION = "How are you today?"
 ALL = {"phases": ["prompt", "generation"]}
@@ -91,3 +101,63 @@ def test_slots_of_all_ranks_are_counted(http: httpx.Client) -> None:
     }
     assert figures["steer_slots"] == 2 * 16  # max_num_seqs of each
     assert figures["steer_slots_in_use"] == 0
+
+
+@pytest.fixture(scope="module")
+def experts(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[dict[str, Any], dict[str, torch.Tensor], TransformersEngine]]:
+    """What two engines with experts answered, in step with one another, and the transformers engine
+    over the same weights."""
+    root = tmp_path_factory.mktemp("experts")
+    model = write(ARCHITECTURES["qwen3-moe"], root / "model")
+    options = {
+        **vllm_engine.OPTIONS,
+        **vllm_engine.ALL_SITES,
+        "model": str(root / "model"),
+        "max_model_len": 128,
+        "skip_tokenizer_init": True,
+        "data_parallel_size": 2,
+    }
+    job = {
+        "registry": str(root / "registry"),
+        "options": options,
+        "out": str(root / "answers.json"),
+        "tensors": str(root / "tensors.pt"),
+    }
+    run_child(Path(experts_runner.__file__), job, root, "experts")
+    answers = json.loads((root / "answers.json").read_text())
+    with TransformersEngine(model, None, rows=32, slots=32) as reference:
+        yield answers, torch.load(root / "tensors.pt"), reference
+
+
+def test_experts_on_both_ranks_are_steered_as_on_one(experts: Any) -> None:
+    """In a crowd, and each alone, while the other rank runs passes of nothing."""
+    answers, _, reference = experts
+    plans = experts_runner.plans_for(reference.info)
+    done = answers["completions"]
+    for wave, group in enumerate(experts_runner.crowd_and_loners(plans)):
+        for request, wanted in zip(group, reference.complete(group), strict=True):
+            mine, other = done.pop(f"{wave} {request.id}"), parallel_runner.as_json(wanted)
+            assert mine["tokens"] == other["tokens"], request.id
+            chances = [[value for value, _ in one["logprobs"]] for one in (mine, other)]
+            assert chances[0] == pytest.approx(chances[1], abs=1e-4), request.id
+            if mine["receipt"] is not None:
+                mine["receipt"]["tokens_cached"] = 0  # the reference has no cache
+            receipts = [vllm_engine.plain(one["receipt"]) for one in (mine, other)]
+            assert receipts[0] == receipts[1], request.id
+    assert not done
+    assert answers["in use"] == [0, 0]
+
+
+def test_states_and_what_lies_before_experts_are_told(experts: Any) -> None:
+    """What lies behind them no rank runs by itself; both serve on afterwards."""
+    answers, tensors, reference = experts
+    plans = experts_runner.plans_for(reference.info)
+    wanted = experts_runner.captured(reference, plans)
+    assert tensors.keys() == wanted.keys()
+    for name, one in wanted.items():
+        torch.testing.assert_close(tensors[name], one, rtol=1e-4, atol=1e-4)
+    assert answers["behind the experts"] == "cannot_carry"
+    (last,) = reference.complete(experts_runner.requests(plans, 1)[:1])
+    assert answers["afterwards"]["tokens"] == list(last.tokens)

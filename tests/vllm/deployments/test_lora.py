@@ -20,6 +20,7 @@ import demo_specs
 import pytest
 import torch
 import vllm_engine
+from inside_answers import assert_near, matrices
 from lora_adapters import write_adapter, write_merged
 from vllm_engine import Plans
 
@@ -201,10 +202,34 @@ def test_adapters_and_specs_both_part_the_cache(
         assert replace(again[2], tokens_cached=0) == one[2]
 
 
+def run_adapters(
+    steered: Steered, folder: Path, requests: list[tuple[str | None, GenerationRequest]]
+) -> None:
+    """The last batch that the worker knows is one of adapters alone."""
+    run(steered, folder, [one for one in requests if one[0] is not None][:5])
+
+
+def test_heads_and_neurons_looked_at_after_a_batch_with_adapters_are_the_models_own(
+    steered: Steered, folder: Path, requests: list[tuple[str | None, GenerationRequest]]
+) -> None:
+    """Where the sites are shut, queries and keys alone, which need none."""
+    run_adapters(steered, folder, requests)
+    with TransformersEngine.load(vllm_engine.DEMO_MODEL, name="steer-demo") as reference:
+        if "head_out" in steered.engine.info.sites:
+            assert_near(matrices(steered.engine), matrices(reference), 1e-3)
+        states = torch.randn(70, 192, generator=torch.Generator().manual_seed(6))
+        for layer in (0, 5):
+            mine, other = (
+                one.queries_and_keys(layer, states) for one in (steered.engine, reference)
+            )
+            torch.testing.assert_close(mine.queries, other.queries, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(mine.keys, other.keys, rtol=1e-3, atol=1e-3)
+
+
 def test_states_read_after_a_batch_with_adapters_are_the_models_own(
     steered: Steered, folder: Path, requests: list[tuple[str | None, GenerationRequest]]
 ) -> None:
-    run(steered, folder, [one for one in requests if one[0] is not None][:5])
+    run_adapters(steered, folder, requests)
     points = (HookPoint(2, steered.engine.info.sites[-2]), HookPoint(5))
     request = CaptureRequest(((5, 9, 200, 31), (7,)), points, logits="all")
     with TransformersEngine.load(vllm_engine.DEMO_MODEL, name="steer-demo") as engine:

@@ -2,7 +2,8 @@
 
 The demo model's weights are quantised here, as quantisers do it, and vLLM runs them in child
 processes. What it makes of them is compared with the transformers engine on the weights that the
-quantised numbers stand for.
+quantised numbers stand for. Beside them run weights of 16 bits, of which heads and neurons are
+looked at in the same way.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import architecture_runner
+import inside_answers
 import pytest
 import torch
 from artefacts import random_vector
@@ -48,8 +50,14 @@ PROMPT = tuple(torch.randint(3, 3072, (24,), generator=torch.Generator().manual_
 POINTS = tuple(HookPoint(n, site) for n in range(LAYERS) for site in ("resid_pre", "resid_post"))
 ARRIVES = HookPoint(LAYER + 1, "resid_pre")
 """What the layer behind the edit reads."""
-ERROR = {"float32": 0.03, "bfloat16": 0.05}
-"""Of states and logits, as a share of the largest: activations of eight bits, or in bfloat16."""
+ERROR = 0.05
+"""Of states and logits, as a share of the largest: activations in bfloat16, or of eight bits."""
+HALF = ("bfloat16", "float16")
+INSIDE = {"bfloat16": 0.06, "float16": 0.005}
+"""The same of what heads and neurons are made of: of fewer numbers, with a largest of their own."""
+ROUNDS = {"compressed-tensors W8A8": 0.06, "compressed-tensors FP8": 0.125}
+"""Formats in which matrices also quantise what they read, and how far their numbers may be then:
+an eight-bit float has four bits, and a neuron is a product of two."""
 
 
 @dataclass
@@ -57,6 +65,7 @@ class Runs:
     """What came of each format: states and logits by `spec/point`, and by `spec/logits`."""
 
     wanted: dict[str, dict[str, Tensor]]
+    inside: dict[str, dict[str, Tensor]]
     found: dict[str, dict[str, Tensor]]
     answers: dict[str, Any]
 
@@ -64,10 +73,10 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     root = tmp_path_factory.mktemp("quantised")
-    store, wanted, jobs = PlanStore(root), {}, {}
+    store, wanted, inside, jobs = PlanStore(root), {}, {}, {}
     for number, (name, form) in enumerate(FORMATS.items()):
         quantised, meant = write_quantised(root / str(number), DEMO_MODEL, form)
-        requests, wanted[name] = reference(meant, store)
+        requests, wanted[name], inside[name] = reference(meant, store)
         jobs[name] = root / f"{number}.job"
         job = {
             "requests": requests,
@@ -75,10 +84,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             "dtype": form.dtype,
             "max_num_seqs": 8,
             "compiled": False,
+            "inside": True,
             "out": str(root / f"{number}.json"),
         }
         jobs[name].write_text(json.dumps(job))
-    environment = {**os.environ, "VLLM_PLUGINS": "steer", "STEER_REGISTRY": str(root)}
+    for dtype in HALF:
+        with TransformersEngine.load(DEMO_MODEL, name="steer-demo", dtype=dtype) as engine:
+            inside[dtype] = inside_answers.matrices(engine)
+        jobs[dtype] = root / f"{dtype}.job"
+        plain = {"requests": [], "model": str(DEMO_MODEL), "dtype": dtype}
+        out = str(root / f"{dtype}.json")
+        jobs[dtype].write_text(json.dumps({**job, **plain, "out": out}))
+    environment = {
+        **os.environ,
+        "VLLM_PLUGINS": "steer",
+        "STEER_REGISTRY": str(root),
+        "PYTHONPATH": os.pathsep.join(one for one in sys.path if "tests/support" in one),
+    }
     command = [sys.executable, architecture_runner.__file__, *map(str, jobs.values())]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     found, answers = {}, {}
@@ -87,11 +109,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         answers[name] = json.loads(answer.read_text()) if answer.exists() else done.stderr[-9000:]
         if answer.with_suffix(".safetensors").exists():
             found[name] = load_file(answer.with_suffix(".safetensors"))
-    return Runs(wanted, found, answers)
+    return Runs(wanted, inside, found, answers)
 
 
-def reference(model: Path, store: PlanStore) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """The requests for vLLM, and what the transformers engine makes of them."""
+def reference(
+    model: Path, store: PlanStore
+) -> tuple[list[dict[str, Any]], dict[str, Tensor], dict[str, Tensor]]:
+    """The requests for vLLM, what the transformers engine makes of them, and what it sees in heads
+    and neurons."""
     with TransformersEngine.load(model, name="steer-demo") as engine:
         cache = PlanCache(MemoryLibrary({"v": VECTOR}), engine.info, engine.capabilities)
         plans = {
@@ -101,6 +126,7 @@ def reference(model: Path, store: PlanStore) -> tuple[list[dict[str, Any]], dict
         captured = engine.capture(
             CaptureRequest([PROMPT] * len(plans), POINTS, plans=[*plans.values()], logits="last")
         )
+        inside = inside_answers.matrices(engine)
     wanted, requests = {}, []
     order = CaptureOrder(POINTS, tuple(range(len(PROMPT))))
     for (name, plan), made in zip(plans.items(), captured, strict=True):
@@ -126,11 +152,11 @@ def reference(model: Path, store: PlanStore) -> tuple[list[dict[str, Any]], dict
                 "last": str(POINTS[-1]),
             }
         )
-    return requests, wanted
+    return requests, wanted, inside
 
 
 def of(runs: Runs, name: str) -> dict[str, Tensor]:
-    kernel = FORMATS[name].kernel
+    kernel = FORMATS[name].kernel if name in FORMATS else None
     if kernel and not has_kernel(kernel):
         assert kernel in runs.answers[name]["message"]
         pytest.skip(f"not here: vLLM's build for this processor has no {kernel}")
@@ -170,7 +196,26 @@ def test_states_and_logits_are_those_of_what_the_weights_mean(
 ) -> None:
     found, wanted = of(runs, name), runs.wanted[name]
     for entry in [entry for entry in wanted if entry.startswith(f"{spec}/")]:
-        assert difference(found[entry], wanted[entry]) < ERROR[FORMATS[name].dtype], entry
+        assert difference(found[entry], wanted[entry]) < ERROR, entry
     if spec in ("add", "turned"):
         moved = difference(wanted[f"{spec}/logits"], wanted["plain/logits"])
-        assert moved > 10 * ERROR[FORMATS[name].dtype]
+        assert moved > 10 * ERROR
+
+
+@pytest.mark.parametrize("name", [*FORMATS, *HALF])
+def test_heads_and_neurons_are_those_of_what_the_weights_mean(runs: Runs, name: str) -> None:
+    """Where a matrix quantises what it reads, no channel has a column of its own: that is refused
+    where it is further off than 16 bits round, as floats of eight bits are; and so is a block that
+    by itself rounds to other numbers than in a pass. The rest is told."""
+    made = of(runs, name)
+    found = {key.removeprefix("inside/"): one for key, one in made.items() if "inside/" in key}
+    refusals = runs.answers[name]["refusals"]
+    wanted = {key: one for key, one in runs.inside[name].items() if key not in refusals}
+    projections = {key for key in runs.inside[name] if key.startswith("behind ")}
+    codes = {key: "no_projection" if key in projections else "cannot_carry" for key in refusals}
+    assert refusals == codes
+    if name == "compressed-tensors FP8":
+        assert {*refusals} >= projections
+    assert name in ROUNDS or not refusals
+    dtype = FORMATS[name].dtype if name in FORMATS else name
+    inside_answers.assert_near(found, wanted, ROUNDS.get(name) or INSIDE[dtype])

@@ -7,17 +7,23 @@ environments of these tests have none.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import transformers
 import vllm_engine
 from packaging.version import Version
-from seeing_oracle import SeeingOracle
-from tiny_vision import write_seeing_model
+
+if TYPE_CHECKING:
+    from seeing_oracle import SeeingOracle
+
+# transformers' models import Triton, which the file on runner V2 has to have interpreted first: so
+# they are imported in the fixtures.
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import transformers
+
     if Version(transformers.__version__) < Version("5.18"):
         pytest.skip(f"not here: transformers {transformers.__version__} has no images")
     return tmp_path_factory.mktemp("seeing")
@@ -25,4 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def oracle(folder: Path) -> SeeingOracle:
+    from seeing_oracle import SeeingOracle
+    from tiny_vision import write_seeing_model
+
     return SeeingOracle(write_seeing_model(folder, vllm_engine.DEMO_MODEL), folder)

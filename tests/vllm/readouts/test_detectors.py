@@ -106,6 +106,46 @@ def thresholds(done: Completion) -> tuple[float, ...]:
     return tuple(found)
 
 
+def test_a_pooled_gate_fires_where_the_armed_detector_does(
+    engine: VllmEngine, reference: TransformersEngine, preempted: list[object]
+) -> None:
+    """In one request, whose gate reads the tokens that the detector watches."""
+    draw = random.Random(14)
+    cache = PlanCache(demo_specs.LIBRARY, reference.info, reference.capabilities)
+    detector, threshold = demo_specs.DETECTORS["d3"], 0.3
+    asked: list[GenerationRequest] = []
+    for n in range(18):
+        tokens: ReadTokens = ("all", "generated")[n % 2]
+        spec = demo_specs.one(
+            demo_specs.add("v1", layers=[3]),
+            when={"detector": "d3", "scope": "onward", "threshold": threshold},
+            where={"positions": [[0, None]]} if tokens == "all" else {"phases": ["generation"]},
+        )
+        watching = WatchPlan(
+            armed=(
+                ArmedPlan(ArmedDetector(name="d3", tokens=tokens, threshold=threshold), detector),
+            )
+        )
+        prompt = tuple(draw.randrange(3, 800) for _ in range(draw.randint(20, 80)))
+        sampling = SamplingParams(max_tokens=draw.randint(6, 24), temperature=0, ignore_eos=True)
+        plan = cache.plan(parse_spec(spec))
+        asked.append(GenerationRequest(str(n), prompt, sampling, plan, readouts=watching.readouts))
+    fired = []
+    for n, done in enumerate(engine.complete(asked)):
+        tokens = ("all", "generated")[n % 2]
+        armed = ArmedPlan(ArmedDetector(name="d3", tokens=tokens, threshold=threshold), detector)
+        watch = WatchPlan(armed=(armed,)).watch(len(asked[n].prompt))
+        assert watch is not None
+        watch.see((row.position, row.numbers) for row in done.readouts)
+        assert done.receipt is not None
+        (gate,) = done.receipt.gates
+        assert gate.position == watch.detections[0].fired_at
+        fired.append(gate.position)
+    assert None in fired
+    assert len(set(fired)) > 6
+    assert preempted
+
+
 def test_detectors_say_what_they_say_alone_on_the_reference(
     engine: VllmEngine,
     reference: TransformersEngine,

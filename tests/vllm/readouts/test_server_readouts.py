@@ -126,10 +126,13 @@ def test_divergences_come_with_the_answer(http: httpx.Client, more: dict[str, An
 def test_many_streams_beside_ordinary_traffic(http: httpx.Client) -> None:
     """Every stream has its own tokens once, and those that ask for nothing get nothing."""
 
+    def choices(number: int) -> int:
+        return 1 + number // 2 % 2
+
     def one(number: int) -> list[dict[str, Any]]:
         asked = {"inspect": {"norms": [1], "tokens": "all"}} if number % 2 else {}
         steered = {"steering": FRENCH} if number % 3 == 0 else {}
-        sampled = {"n": 2, "temperature": 0.7, "seed": number}
+        sampled = {"n": choices(number), "temperature": 0.7, "seed": number}
         return chunks(http, body(f"Tell me about {number}", **sampled, **asked, **steered))
 
     with ThreadPoolExecutor(8) as pool:
@@ -139,10 +142,30 @@ def test_many_streams_beside_ordinary_traffic(http: httpx.Client) -> None:
         if number % 2 == 0:
             assert entries == []
             continue
-        for choice in (0, 1):
+        for choice in range(choices(number)):
             mine = [entry["position"] for entry in entries if entry["choice"] == choice]
             assert mine == list(range(len(mine)))
             assert len(mine) > 5
+
+
+@pytest.mark.parametrize("divergence", [False, True])
+def test_a_stop_string_ends_them_with_the_answer(http: httpx.Client, divergence: bool) -> None:
+    """The engine goes on for a token or two that nobody hears of."""
+    asked = {"norms": [1], **({"kl": True} if divergence else {})}
+    spec = {"interventions": [{"kind": "add", "vector": "french"}]}
+    content = body("What is the capital of France?", inspect=asked, steering=spec)
+    whole = answer(http, content)["steering"]["readouts"]
+    stopping = {**content, "stop": [" est"]}
+    stopped = answer(http, stopping)
+    entries = stopped["steering"]["readouts"]
+    assert stopped["choices"][0]["finish_reason"] == "stop"
+    assert 3 < len(entries) < len(whole)
+    assert len(entries) == stopped["usage"]["completion_tokens"] - (not divergence)
+    streamed = chunks(http, stopping)
+    parts = [e for c in streamed for e in c.get("steering", {}).get("readouts", []) if "norms" in e]
+    norms = {e["position"]: e["norms"][0]["value"] for e in entries if "norms" in e}
+    assert [e["position"] for e in parts] == list(norms)
+    assert {e["position"]: e["norms"][0]["value"] for e in parts} == pytest.approx(norms)
 
 
 @pytest.mark.parametrize(

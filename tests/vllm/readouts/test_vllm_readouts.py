@@ -9,9 +9,15 @@ from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
-import vllm_engine
-from readout_crowd import LIBRARY, Asked, assert_all_read, crowd, forgotten, register
-from readout_oracle import expected_kl, reading
+from readout_crowd import (
+    Asked,
+    assert_all_compared,
+    assert_all_read,
+    compared,
+    crowd,
+    forgotten,
+    reading_engine,
+)
 from vllm_simulation import core, forget_cache, in_engine, steering
 
 from steer.engines.base import GenerationRequest, SamplingParams
@@ -19,16 +25,12 @@ from steer.engines.vllm.front.engine import VllmEngine
 from steer.engines.vllm.front.sequences import RunningSequence
 from steer.errors import EngineError, Unsupported
 from steer.readouts.twins import KeptStates
-from steer.registry.registry import Registry
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
-    folder = tmp_path_factory.mktemp("registry")
-    with Registry.open(folder) as registry:
-        register(registry)
-    with vllm_engine.start_engine(
-        folder,
+    with reading_engine(
+        tmp_path_factory.mktemp("registry"),
         num_gpu_blocks_override=22,
         max_num_batched_tokens=48,
         max_num_seqs=12,
@@ -110,46 +112,22 @@ def test_who_leaves_a_stream_leaves_nothing(engine: VllmEngine) -> None:
     assert forgotten(engine)
 
 
-def compared(engine: VllmEngine, count: int) -> list[GenerationRequest]:
-    """The steered ones of a crowd, each asking for `kl`, every second one for more."""
-    found = []
-    for n, one in enumerate(crowd(engine, count)):
-        request = one.request
-        if request.plan is None:
-            continue
-        more = {"norms": [1], "tokens": "all"} if n % 2 else {}
-        readouts = reading(engine, LIBRARY, {"kl": True, **more}, request.plan)
-        found.append(replace(request, readouts=readouts))
-    return found
-
-
 def test_divergences_are_those_of_two_offline_passes(
     engine: VllmEngine, preempted: list[str]
 ) -> None:
-    """Every generated token has one, the last too, beside what else is read and asked."""
     forget_cache(engine)
-    asked = compared(engine, 36)
+    asked = compared(engine, crowd(engine, 36))
     plain = [one.request for one in crowd(engine, 12)]
     answers = engine.complete([*asked, *plain])[: len(asked)]
     assert preempted
-    largest = 0.0
-    for request, done in zip(asked, answers, strict=True):
-        tokens = (*request.prompt, *done.tokens)
-        wanted = expected_kl(engine, tokens, len(request.prompt), request.plan)
-        found = {one.position: one.kl for one in done.readouts if one.kl is not None}
-        assert found == pytest.approx(wanted, abs=1e-4)
-        largest = max(largest, *wanted.values())
-        positions = [one.position for one in done.readouts]
-        assert positions == sorted(set(positions))
-        assert request.readouts is not None
-        read = [one.position for one in done.readouts if one.numbers]
-        assert read == (list(range(len(tokens) - 1)) if request.readouts.readers else [])
-    assert largest > 0.01
+    assert_all_compared(engine, asked, answers)
     assert forgotten(engine)
 
 
 def test_divergences_come_with_the_last_token_of_a_stream(engine: VllmEngine) -> None:
-    [asked] = [one for one in compared(engine, 2) if one.readouts and one.readouts.readers]
+    [asked] = [
+        one for one in compared(engine, crowd(engine, 2)) if one.readouts and one.readouts.readers
+    ]
 
     async def events() -> list[list[bool]]:
         found = []
@@ -167,7 +145,7 @@ def test_who_leaves_while_the_twin_runs_leaves_nothing(
     engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The twin is aborted with the request that it follows, and takes nobody along."""
-    [asked] = compared(engine, 2)
+    [asked] = compared(engine, crowd(engine, 2))
     stepper = engine._driver._stepper  # type: ignore[attr-defined]
     follow = stepper._follow
     left: list[str] = []
@@ -188,7 +166,7 @@ def test_who_leaves_while_the_twin_runs_leaves_nothing(
 def test_a_twin_that_fails_withholds_the_answer_and_that_alone(
     engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    [asked] = compared(engine, 2)
+    [asked] = compared(engine, crowd(engine, 2))
     take = KeptStates.take
     monkeypatch.setattr(KeptStates, "take", lambda self, fed: take(self, fed + 1))
     with pytest.raises(EngineError, match="no state was kept") as caught:
@@ -204,7 +182,7 @@ def test_several_engines_offer_no_twins(engine: VllmEngine) -> None:
     answers = engine._driver.rpc("steer_info")
     two = VllmEngine(engine._driver, engine.tokenizer, answers * 2, engine.tickets, engine.ends)
     assert set(engine.capabilities.readouts) - set(two.capabilities.readouts) == {"kl"}
-    [asked] = compared(engine, 2)
+    [asked] = compared(engine, crowd(engine, 2))
     with pytest.raises(Unsupported, match="'kl'"):
         two.admit(asked)
 

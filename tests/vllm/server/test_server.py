@@ -22,6 +22,7 @@ from steer_vectors import LIBRARY
 from vllm_server import running_server
 
 from steer.artefacts.control_vector import ControlVector
+from steer.engines.vllm.ticket import _VERSION
 from steer_server.serve import build
 from steer_server.settings import ServerSettings
 
@@ -471,7 +472,13 @@ def test_mistakes_are_named(http: httpx.Client) -> None:
 
 def test_a_ticket_made_by_hand_is_refused(http: httpx.Client) -> None:
     steering = {"fingerprint": "x", "plan": "0" * 64, "rows": 1, "selections": []}
-    ticket = {"v": 4, "key": "mine", "n": 1, "steering": json.dumps(steering), "measure": False}
+    ticket = {
+        "v": _VERSION,
+        "key": "mine",
+        "n": 1,
+        "steering": json.dumps(steering),
+        "measure": False,
+    }
     xargs = {"vllm_xargs": {"steer": json.dumps(ticket)}}
     response = http.post("/v1/chat/completions", json=body(**xargs))
     assert response.status_code == 400

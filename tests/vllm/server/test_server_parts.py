@@ -200,6 +200,18 @@ async def test_a_plain_request_passes_as_it_is() -> None:
     assert not client.workers.calls
 
 
+async def test_where_all_are_watched_nothing_passes_that_is_not() -> None:
+    client = Client(output((0, 1), finished=True))
+    guard = ReceiptGuard(client, Metrics(name_limit=5), lambda text: 1 / 0, watches_all=True)
+    for extra in (None, {"other": 1}, {"steering": "{}"}):
+        with pytest.raises(VLLMValidationError, match="armed on every request"):
+            client.generate("p", params(extra), "id")
+    assert not client.seen
+    pending = guard.expect(TICKET)
+    found = client.generate("p", params(pending.extra_args), "id")
+    assert [one async for one in found] == list(client.outputs)
+
+
 class HangingClient:
     """A client whose requests never end; knows what its workers were asked."""
 
@@ -528,6 +540,19 @@ async def test_a_field_that_nobody_hears_is_refused() -> None:
     refused = await call(app, "POST", "/v1/messages", json=asking)
     assert refused.status_code == 400
     assert refused.json()["error"]["param"] == "/steering"
+    assert "vllm_xargs" in refused.json()["error"]["message"]
+    for name, value in (
+        ("detectors", [{"name": "rude"}]),
+        ("inspect", {"kl": True}),
+        ("steering_spec", {}),
+        ("extra_body", {"steering": {}}),
+    ):
+        refused = await call(app, "POST", "/v1/messages", json={"input": "x", name: value})
+        assert refused.status_code == 400, name
+        assert refused.json()["error"]["param"].startswith(f"/{name}")
+    # Only routes that take a spec in that form are told to be sent one.
+    refused = await call(app, "POST", "/v1/embeddings", json=asking)
+    assert "vllm_xargs" not in refused.json()["error"]["message"]
     for path, body in (
         ("/v1/messages", {"input": 'the word "steering"'}),
         ("/v1/messages", {"input": "x", "steering": None}),

@@ -13,6 +13,7 @@ import torch
 from anyio import to_thread
 
 from steer.artefacts.control_vector import ControlVector
+from steer.artefacts.detector import Detector
 from steer.engines.vllm.front.ticket_issuer import TicketIssuer
 from steer.errors import SteerError, Unsupported
 from steer.model import Capabilities, ModelInfo
@@ -25,7 +26,13 @@ from steer_server.generation import kept_specs
 from steer_server.http.json_body import SMALL
 from steer_server.settings import ServerSettings
 from steer_server.vllm.listing import keep_apart
-from steer_server.vllm.steer_fields import SteerFields, planned, planned_text, take_fields
+from steer_server.vllm.steer_fields import (
+    SteerFields,
+    concerns,
+    planned,
+    planned_text,
+    take_fields,
+)
 
 INFO = ModelInfo("tiny", "LlamaForCausalLM", 4, 16, 64, 128)
 SPEC = {"interventions": [{"kind": "add", "vector": "v", "layers": [1]}]}
@@ -77,6 +84,29 @@ def hops(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 async def fields_of(serving: Any, issuer: TicketIssuer, request: Any, size: int = 1) -> SteerFields:
     return await planned(serving, issuer, lambda: take_fields(serving, request, MODELS), size)
+
+
+async def test_where_all_are_watched_one_that_asks_for_nothing_has_a_ticket(
+    serving: Any, issuer: TicketIssuer
+) -> None:
+    serving.engine = SimpleNamespace(
+        info=INFO, capabilities=Capabilities("vllm", KINDS, INFO.sites, captures=INFO.sites)
+    )
+    assert (await fields_of(serving, issuer, asked())).ticket is None
+    serving.settings = ServerSettings(measured_share=0, detectors=("rude:stop",))
+    with pytest.raises(SteerError, match="rude"):
+        await fields_of(serving, issuer, asked())
+    serving.registry.add("rude", Detector.of(torch.ones(16), layer=1))
+    found = await fields_of(serving, issuer, asked())
+    assert found.ticket is not None
+    assert [one.spec.name for one in found.watch.armed] == ["rude"]
+    assert not found.ticket.attached
+    with pytest.raises(Unsupported, match="a beam search"):
+        await fields_of(serving, issuer, asked(use_beam_search=True))
+    several = asked()
+    several.n = 2
+    with pytest.raises(Unsupported, match="'n' asks for 2"):
+        await fields_of(serving, issuer, several)
 
 
 async def test_a_new_spec_takes_one_thread_and_a_known_one_none(
@@ -234,3 +264,39 @@ async def test_an_adapter_that_would_have_a_profiles_name_is_not_loaded() -> Non
         assert name not in models.lora_requests
     for name in ("two", "org:two"):
         assert await models.load_lora_adapter(SimpleNamespace(lora_name=name)) == "loaded"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"steer": SPEC}, "/steer"),
+        ({"sterring": SPEC}, "/sterring"),
+        ({"steer_vector_request": {"name": "v"}}, "/steer_vector_request"),
+        ({"interventions": SPEC["interventions"]}, "/interventions"),
+        ({"steering": SPEC, "detector": [{"name": "rude"}]}, "/detector"),
+        ({"extra_body": {"steering": SPEC}}, "/extra_body/steering"),
+        ({"extra_args": {"detectors": []}}, "/extra_args/detectors"),
+        ({"vllm_xargs": {"detectors": "[]"}}, "/vllm_xargs/detectors"),
+        ({"vllm_xargs": {"steering": json.dumps(SPEC), "inspect": "{}"}}, "/vllm_xargs/inspect"),
+        ({"vllm_xargs": {"stearing": json.dumps(SPEC)}}, "/vllm_xargs/stearing"),
+    ],
+)
+def test_what_vllm_would_leave_aside_is_refused_where_it_means_steer(
+    serving: Any, fields: dict[str, Any], param: str
+) -> None:
+    assert concerns(asked(**fields), MODELS)
+    with pytest.raises(SteerError) as caught:
+        take_fields(serving, asked(**fields), MODELS)
+    assert (caught.value.code, caught.value.param) == ("unknown_field", param)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"user_field": 1, "extra_body": {"top_k": 1}, "extra_args": None},
+        {"vllm_xargs": {"my_processor": "x"}},
+    ],
+)
+def test_other_fields_that_vllm_does_not_know_stay_vllms(fields: dict[str, Any]) -> None:
+    assert not concerns(asked(**fields), MODELS)
+    assert concerns(asked(**fields), MODELS, watches_all=True)

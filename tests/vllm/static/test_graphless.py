@@ -23,7 +23,8 @@ from torch import Tensor
 
 from steer.artefacts.library import MemoryLibrary
 from steer.engines.base import Receipt
-from steer.engines.vllm.static.form import StaticForm, set_form
+from steer.engines.vllm.static.form import StaticForm
+from steer.engines.vllm.static.operators import set_form
 from steer.engines.vllm.taps import ops
 from steer.engines.vllm.taps.taps import SITES, points_of
 from steer.engines.vllm.ticket import CaptureOrder, Ticket
@@ -136,6 +137,7 @@ def random_request(draw: random.Random, number: int, plans: dict[str, SteeringPl
             measure=draw.random() < 0.3,
             latents=plan.latents,
             graphless=plan.graphless,
+            onward=plan.onward,
             capture=capture,
         )
     elif capture is not None:

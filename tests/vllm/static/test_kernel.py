@@ -14,6 +14,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import random
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from artefacts import (
     EVERYTHING,
     MODES,
     NORMALISATIONS,
+    SCOPES,
     artefacts,
     clamps_of,
     random_detection,
@@ -42,7 +44,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from steer.artefacts.library import MemoryLibrary
 from steer.artefacts.sae.encoders import LatentRows, TopKEncoder
-from steer.batch.ledger import PositionLedger
+from steer.batch.ledger import SHUT, PositionLedger
 from steer.batch.requests import Span, SteeredRequest
 from steer.batch.step import build_step
 from steer.batch.tables import Tables
@@ -57,8 +59,10 @@ from steer.edits import (
     apply,
 )
 from steer.engines.vllm.static import form as static_form
-from steer.engines.vllm.static import kernel
-from steer.engines.vllm.static.form import StaticForm, set_form
+from steer.engines.vllm.static import operators
+from steer.engines.vllm.static.form import StaticForm
+from steer.engines.vllm.static.kernel import group, launch
+from steer.engines.vllm.static.operators import set_form
 from steer.engines.vllm.static.rows import rows_needed
 from steer.engines.vllm.static.tables import StaticTables
 from steer.engines.vllm.taps.forward_pass import ForwardPass
@@ -160,6 +164,8 @@ class Simulation:
         self.free = list(range(ROWS))
         self.running: list[Request] = []
         self.windows = self.resumed = self.untouched = self.edited = self.rejected = 0
+        self.opened = 0
+        """Onward gates that a request's ledger holds open, counted after each pass."""
 
     def run(self, requests: list[Request]) -> None:
         waiting = list(requests)
@@ -208,7 +214,9 @@ class Simulation:
         self._settle(chosen)
         for request in chosen:
             left = len(request.tokens) - request.computed
-            end = request.computed + self.draw.randint(1, left)
+            # A token behind others of its request, whose gate is onward, is no kernel's.
+            onward = request.plan is not None and request.plan.onward
+            end = request.computed + (1 if onward else self.draw.randint(1, left))
             positions = np.arange(request.computed, end)
             chunk, stayed = self._drafted(request, end)
             for found, steered in zip(spans, self._steered(request), strict=True):
@@ -292,6 +300,8 @@ class Simulation:
         assert np.array_equal(reference.applied, actual.applied)
         assert np.array_equal(reference.tokens, actual.tokens)
         assert torch.equal(reference.gate_open, actual.gate_open)
+        assert torch.equal(reference.onset, actual.onset)
+        self.opened += int((actual.onset != SHUT).sum())
         close(actual.gate_value, reference.gate_value, TOLERANCE[self.dtype])
         for row in range(ROWS):
             for point, sizes in reference.relative.items():
@@ -336,14 +346,15 @@ def random_when(draw: random.Random) -> dict[str, Any]:
     return {
         "vector": name,
         draw.choice(["above", "below"]): draw.uniform(-0.2, 0.2),
-        "scope": draw.choice(["prompt", "token"]),
+        "scope": draw.choice(SCOPES),
         "measure": draw.choice(["cosine", "projection"]),
         "layer": draw.randrange(LAYERS),
     }
 
 
 def random_plan(draw: random.Random) -> SteeringPlan:
-    """Any kind at any site, gated or not; what the tables cannot hold is drawn again."""
+    """Any kind at any site, gated or not; what no kernel does, or the tables cannot hold, is drawn
+    again."""
     tables = StaticTables(MODEL, [points_of(tap, LAYERS) for tap in TAPS], slots=1, edit_rows=128)
     while True:
         raw = random_spec(draw, layers=LAYERS, longest=4)
@@ -358,7 +369,14 @@ def random_plan(draw: random.Random) -> SteeringPlan:
             tables.check(plan)
         except SteerError:
             continue
+        if plan.pooled:
+            continue  # no kernel's
         return plan
+
+
+def onward_plan(draw: random.Random) -> SteeringPlan:
+    """Any plan with an onward gate."""
+    return next(plan for plan in iter(lambda: random_plan(draw), None) if plan.onward)
 
 
 def ranking_plan(draw: random.Random) -> SteeringPlan:
@@ -422,6 +440,15 @@ def test_both_forms_agree_on_every_pass(dtype: torch.dtype, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
+def test_an_onward_gate_is_open_from_its_first_token_in_both_forms(seed: int) -> None:
+    """Also for requests that are taken up again from before that token."""
+    simulation = Simulation(seed, torch.float32)
+    simulation.run(random_requests(random.Random(700 + seed), REQUESTS // 3, onward_plan))
+    assert simulation.opened > 10
+    assert simulation.edited > 10
+
+
+@pytest.mark.parametrize("seed", range(3))
 def test_a_stream_of_one_half_is_edited_whole(seed: int) -> None:
     simulation = Simulation(seed, torch.float32, split=False)
     simulation.run(random_requests(random.Random(400 + seed), REQUESTS))
@@ -450,7 +477,8 @@ def test_the_simulation_meets_what_it_is_about(monkeypatch: pytest.MonkeyPatch) 
     """Tokens behind a decision in the same pass, drafts that do not stay, requests taken up again,
     gates, every kind."""
     monkeypatch.setattr(Simulation, "_compute", lambda *_: None)
-    windows = resumed = held = each = detecting = rejected = 0
+    windows = resumed = detecting = rejected = 0
+    scopes: Counter[str] = Counter()
     plans: set[str] = set()
     kinds: set[str] = set()
     for seed in range(8):
@@ -462,16 +490,14 @@ def test_the_simulation_meets_what_it_is_about(monkeypatch: pytest.MonkeyPatch) 
         windows += simulation.windows
         resumed += simulation.resumed
         rejected += simulation.rejected
-        held += sum(gate.prompt_scope for gate in gates)
-        each += sum(not gate.prompt_scope for gate in gates)
+        scopes.update(gate.scope for gate in gates)
         detecting += sum(gate.bias != 0 for gate in gates)
         plans |= {plan.fingerprint for plan in steered}
         kinds |= {item.kind for plan in steered for item in plan.spec.interventions}
     assert windows > 10
     assert resumed > 5
     assert rejected > 20
-    assert held > 10
-    assert each > 10
+    assert all(scopes[scope] > 10 for scope in SCOPES)
     assert detecting > 10
     assert len(plans) > 4 * SLOTS
     assert kinds == set(EVERYTHING.kinds) - {"concept"}
@@ -749,18 +775,19 @@ def test_a_replayed_graph_steers_by_what_the_buffers_say_then(
     """The launches are captured once, with nobody steered, and run again for other batches."""
     ledgers = [PositionLedger(ROWS, LONGEST, torch.device("cpu")) for _ in range(2)]
     form, tables = make_form(ledgers[1]), Tables(MODEL, slots=SLOTS)
-    recorder = Recorder(kernel._edit_group)
-    monkeypatch.setattr(kernel, "_edit_group", recorder)
+    recorder = Recorder(group.edit_tokens)
+    monkeypatch.setattr(launch, "edit_tokens", recorder)
     halves = [(torch.zeros(8, WIDTH), torch.zeros(8, WIDTH)) for _ in TAPS]
     set_form(form)
     with NoOperations():
         for tap, (hidden, residual) in zip(TAPS, halves, strict=True):
-            static_form._edit_pair(hidden, residual, tap)
+            operators.edit_pair(hidden, residual, tap)
     set_form(None)
     assert len(recorder.launches) == len(TAPS)
 
     draw = random.Random(3)
-    plans = [random_plan(draw) for _ in range(3 * SLOTS)]
+    drawn = (random_plan(draw) for _ in range(100))
+    plans = [plan for plan in drawn if not plan.onward][: 3 * SLOTS]  # of each three tokens
     results = []
     for number in range(0, len(plans), 2):
         spans: tuple[list[Span], list[Span]] = ([], [])
@@ -857,7 +884,8 @@ _COMPILED = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from steer.engines.vllm.static.kernel import _edit_group, launch_shape
+from steer.engines.vllm.static.kernel.group import edit_tokens
+from steer.engines.vllm.static.kernel.launch import launch_shape
 
 FLOATS = {"factors", "values", "sizes", "read", "write", "laws", "constants", "gates", "latents"}
 SCALARS = {"hidden_stride", "residual_stride", "group", "first_point", "points", "streams",
@@ -871,9 +899,9 @@ for architecture, width, dtype, split, ranking in SHAPES:
         name: "constexpr" if name in constants else "i32" if name in SCALARS
         else "*fp32" if name in FLOATS else "*" + dtype if name in ("hidden", "residual")
         else "*i64" if name == "encoders" else "*i32"
-        for name in _edit_group.arg_names
+        for name in edit_tokens.arg_names
     }
-    source = ASTSource(fn=_edit_group, signature=signature, constexprs=constants)
+    source = ASTSource(fn=edit_tokens, signature=signature, constexprs=constants)
     target = GPUTarget("cuda", architecture, 32)
     assert compile(source, target=target, options={"num_warps": warps}).asm["cubin"]
     print(architecture)
@@ -902,7 +930,7 @@ def test_what_gates_did_is_written_down_when_it_has_come_back(
         events.append(Event())
         return values.clone(), events[-1]
 
-    monkeypatch.setattr(static_form, "_bring_back", bring_back)
+    monkeypatch.setattr(static_form, "bring_back", bring_back)
     ledger = PositionLedger(2, LONGEST, torch.device("cpu"))
     form = make_form(ledger)
     gate = {"vector": "v0", "above": -1e9, "measure": "projection", "layer": 0}

@@ -13,7 +13,8 @@ import torch
 from stages import BATCH, MODEL, RUNNING, assert_stages_do_what_one_worker_does
 from torch import Tensor
 
-from steer.engines.vllm.static.form import StaticForm, set_form
+from steer.engines.vllm.static.form import StaticForm
+from steer.engines.vllm.static.operators import set_form
 from steer.engines.vllm.taps.taps import DecoderStack
 from steer.engines.vllm.worker.edits import Edits, StaticEdits, TapEdits
 

@@ -49,6 +49,13 @@ def rounds() -> int:
     return 1
 
 
+@pytest.fixture(scope="module")
+def alone_each() -> int:
+    """A request alone takes the interpreter as long as a batch; three batches, in other orders,
+    are each held against the reference."""
+    return 4
+
+
 @pytest.fixture
 def forced(engine: VllmEngine) -> Iterator[list[bool]]:
     """For each step, whether vLLM let it have no graph."""
@@ -60,12 +67,27 @@ def sites(engine: VllmEngine) -> tuple[HookPoint, ...]:
     return tuple(HookPoint(3, site) for site in engine.info.sites)
 
 
-def test_only_steps_that_read_states_or_rank_too_many_latents_leave_their_graph(
+def test_only_what_no_kernel_does_leaves_its_graph(
     engine: VllmEngine, plans: Plans, forced: list[bool]
 ) -> None:
-    engine.complete(demo_specs.requests_for(plans, len(plans), seed=3, longest=8))
+    """States that are read, more latents than there is room for, and several tokens of a request
+    with an onward gate; and gates that pool."""
+    others = {
+        name: one for name, one in plans.items() if one is None or not (one.onward or one.pooled)
+    }
+    assert len(others) == len(plans) - 5
+    engine.complete(demo_specs.requests_for(others, len(others), seed=3, longest=8))
     assert forced
     assert not any(forced)
+    forced.clear()
+    sampling = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    onward = plans["an onward gate"]
+    engine.complete([GenerationRequest("onward", (5, 9, 200), sampling, onward)])
+    assert forced == [True, False, False, False]
+    forced.clear()
+    pooled = plans["a gate on the last of a prompt"]
+    engine.complete([GenerationRequest("pooled", (5, 9, 200), sampling, pooled)])
+    assert forced == [True] * 4
     forced.clear()
     engine.capture(
         CaptureRequest([tuple(range(40, 75))], sites(engine), plans=[plans["everything"]])
@@ -74,7 +96,6 @@ def test_only_steps_that_read_states_or_rank_too_many_latents_leave_their_graph(
     assert all(forced)
     forced.clear()
     prompt = tuple(range(1000, 1000 + RANKED + 1))  # that nobody has sent, so that all is computed
-    sampling = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
     engine.complete([GenerationRequest("long", prompt, sampling, plans[TOPK])])
     assert forced == [True, False, False, False]
     assert steering(engine).stats().slots_in_use == 0

@@ -68,7 +68,8 @@ def check_amount(
 
 
 class ReadoutFeed:
-    """What was read of one sequence, of choice `index`, as entries of the answer."""
+    """What was read of one sequence, of choice `index`, as entries of the answer; a `silent` one
+    shows no token behind its prompt."""
 
     def __init__(
         self,
@@ -77,8 +78,11 @@ class ReadoutFeed:
         plan: ReadoutPlan | None,
         prompt_length: int,
         index: int,
+        *,
+        silent: bool = False,
     ) -> None:
         self._metrics, self._index, self._prompt_length = metrics, index, prompt_length
+        self._silent = silent
         self._writer = None
         if plan is not None:
             self._writer = ReadoutWriter(plan, prompt_length, tokenizer)
@@ -98,13 +102,11 @@ class ReadoutFeed:
         )
 
     def _own(self, plan: ReadoutPlan, found: Sequence[TokenReadout]) -> list[TokenReadout]:
-        """Without what is read for detectors: their numbers stand behind, and they may watch
-        other tokens."""
-        first, end = plan.wanted(self._prompt_length)
-        kept = [
-            replace(one, numbers=one.numbers[: plan.width] if first <= one.position < end else ())
-            for one in found
-        ]
+        """Without what is read for detectors."""
+        length = self._prompt_length
+        kept = [replace(one, numbers=plan.own(one.position, one.numbers, length)) for one in found]
+        if self._silent:
+            kept = [one for one in kept if one.position < self._prompt_length]
         return [one for one in kept if one.numbers or one.kl is not None]
 
 

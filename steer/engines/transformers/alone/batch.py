@@ -24,6 +24,7 @@ from steer.engines.transformers.cache import given_cache
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.prompts import last_columns
 from steer.engines.transformers.proof import prove_steering
+from steer.engines.transformers.room import CacheRoom
 from steer.engines.transformers.sequences import (
     BatchSequence,
     RequestRows,
@@ -51,9 +52,10 @@ class AloneBatch(RequestRows):
         *,
         rows: int,
         eos: frozenset[int],
+        room: CacheRoom = CacheRoom(),  # noqa: B008 - frozen
     ) -> None:
-        super().__init__(hooked, tables, rows=rows, eos=eos)
-        self.max_length = hooked.info.max_length
+        super().__init__(hooked, tables, rows=rows, eos=eos, room=room)
+        self.max_length = min(hooked.info.max_length, room.tokens)
         self._memories: dict[int, Memory] = {}
         self._caches, self.causal = caches, caches.causal
         self._places = self._find_places()

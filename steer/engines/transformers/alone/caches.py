@@ -11,8 +11,11 @@ from transformers import DynamicCache
 from steer.engines.proof import agree
 from steer.engines.transformers.cache import given_cache, layer_kinds
 from steer.engines.transformers.hooks import HookedModel
+from steer.engines.transformers.room import token_bytes
 from steer.engines.transformers.structure.decoder import text_config, unsupported
 from steer.errors import Unsupported
+
+_TOKENS = 5
 
 
 class OwnCaches:
@@ -22,7 +25,7 @@ class OwnCaches:
     def __init__(self, hooked: HookedModel) -> None:
         """Raises `Unsupported` for an encoder, and for a model that keeps no cache."""
         self._model = hooked.model
-        cache, _ = _pass(hooked, 5, None)
+        cache, _ = _pass(hooked, _TOKENS, None)
         self._made_by_model = cache is not None
         self.causal = _is_causal(hooked)
         """Whether no token of a prompt sees those after it."""
@@ -32,11 +35,13 @@ class OwnCaches:
         if cache is None:
             # Some fill one that they are given and do not return it.
             cache = self.new()
-            _pass(hooked, 5, cache)
+            _pass(hooked, _TOKENS, cache)
             if not any(getattr(layer, "is_initialized", False) for layer in cache.layers):
                 raise _no_cache(hooked) if self.causal else _no_decoder(hooked)
         self.kinds = layer_kinds(cache)
         """The class names of its layers."""
+        self.token_bytes = token_bytes(cache, _TOKENS)
+        """What a token takes in it."""
 
     def new(self) -> Any:
         """An empty cache; None for a model that makes its own in its first pass."""

@@ -22,9 +22,9 @@ from steer.engines.base import Completion, GenerationRequest
 from steer.engines.listeners import BlockingListener, Item
 from steer.engines.transformers.alone.batch import AloneBatch
 from steer.engines.transformers.alone.caches import OwnCaches
-from steer.engines.transformers.batch import RollingBatch
 from steer.engines.transformers.grammar import Grammars
 from steer.engines.transformers.lora.applied import lora_modules, with_lora
+from steer.engines.transformers.rolling.batch import RollingBatch
 from steer.engines.transformers.scheduler import Scheduler
 from steer.engines.transformers.sequences import Batch, BatchSequence
 
@@ -97,8 +97,8 @@ def _batch_like(batch: Batch) -> Batch:
     hooked, rows, eos = batch.hooked, batch.rows, batch.eos
     tables = Tables(hooked.info, slots=_SLOTS, device=hooked.device)
     if batch.chunk is None:
-        return AloneBatch(hooked, tables, OwnCaches(hooked), rows=rows, eos=eos)
-    return RollingBatch(hooked, tables, rows=rows, eos=eos, chunk=batch.chunk)
+        return AloneBatch(hooked, tables, OwnCaches(hooked), rows=rows, eos=eos, room=batch.room)
+    return RollingBatch(hooked, tables, rows=rows, eos=eos, chunk=batch.chunk, room=batch.room)
 
 
 class _BesideBatch:

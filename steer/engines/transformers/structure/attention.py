@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from steer.engines.base import Attention
+from steer.engines.base import Attention, QueriesKeys
 from steer.errors import Unsupported
 from steer.model import HookPoint, ModelInfo
 
@@ -35,7 +35,7 @@ def attention_read(
 
     Assumes: one pass of one whole prompt, in this thread. Other threads attend as always.
     """
-    here, found = threading.get_ident(), dict[int, Attention]()
+    found = dict[int, Attention]()
 
     def noted(function: Callable[..., Any]) -> Callable[..., Any]:
         def attend(
@@ -52,6 +52,39 @@ def attention_read(
 
         return attend
 
+    with _interface(noted):
+        yield found
+
+
+@contextmanager
+def scores_read(owner: nn.Module) -> Iterator[list[QueriesKeys]]:
+    """Inside the `with` block it is noted what the attention that `owner` lies inside of is handed,
+    of sequences of one token.
+
+    Assumes: one pass, in this thread. Other threads attend as always.
+    """
+    found: list[QueriesKeys] = []
+
+    def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def attend(module: nn.Module, query: Tensor, key: Tensor, *rest: Any, **more: Any) -> Any:
+            if owner in set(module.modules()):
+                scale = more.get("scaling")
+                scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+                queries, keys = query[:, :, 0].float(), key[:, :, 0].float()
+                keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1)
+                found.append(QueriesKeys((scale * queries).cpu(), keys.cpu()))
+            return function(module, query, key, *rest, **more)
+
+        return attend
+
+    with _interface(noted):
+        yield found
+
+
+@contextmanager
+def _interface(noted: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Inside the `with` block this thread attends with what `noted` makes of the function."""
+    here = threading.get_ident()
     with _ONE_AT_A_TIME:
         original = AttentionInterface.get_interface
 
@@ -63,7 +96,7 @@ def attention_read(
 
         AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
         try:
-            yield found
+            yield
         finally:
             AttentionInterface.get_interface = original  # type: ignore[method-assign]
 
@@ -72,11 +105,16 @@ def check_attention(found: Mapping[int, Attention], layers: Sequence[int], info:
     """Raises `Unsupported` (`no_attention`) where the attention of one of `layers` was not seen."""
     missing = sorted(set(layers) - found.keys())
     if missing:
-        raise Unsupported(
-            f"{info.architecture} does not attend through transformers' attention interface in "
-            f"layer {missing[0]}, so what its heads attend to cannot be read",
-            code="no_attention",
-        )
+        raise no_interface(missing[0], info)
+
+
+def no_interface(layer: int, info: ModelInfo) -> Unsupported:
+    """For a layer whose attention was not seen."""
+    return Unsupported(
+        f"{info.architecture} does not attend through transformers' attention interface in "
+        f"layer {layer}, so what its heads attend to cannot be read",
+        code="no_attention",
+    )
 
 
 def attention_modules(

@@ -71,7 +71,9 @@ def check_tickets(examine: Examine | None = None) -> None:
         @wraps(preprocess)
         def preprocess_add_request(self: Any, request: Any) -> Any:
             if check_request(request, self.vllm_config, examine) is not None:
-                self.scheduler.receipts.ask(partial(_receipts, self.model_executor))
+                ask = partial(_ask_workers, self.model_executor)
+                self.scheduler.receipts.ask(partial(ask, "steer_receipts"))
+                self.scheduler.readouts.ask(partial(ask, "steer_readouts"))
             return preprocess(self, request)
 
         setattr(preprocess_add_request, CHECKED, True)
@@ -99,9 +101,9 @@ def check_request(request: Any, config: Any, examine: Examine | None = None) -> 
     return ticket
 
 
-def _receipts(executor: Any, asked: list[Any]) -> list[Any]:
-    """What the workers of an engine core's executor say to `steer_receipts`."""
-    return list(executor.collective_rpc("steer_receipts", args=(asked,)))
+def _ask_workers(executor: Any, method: str, asked: list[Any]) -> list[Any]:
+    """What the workers of an engine core's executor say to `method`."""
+    return list(executor.collective_rpc(method, args=(asked,)))
 
 
 def check_rows(ticket: Ticket, budget: int) -> None:
@@ -220,6 +222,8 @@ class _Facts(NamedTuple):
     selections: tuple[Selection, ...]
     latents: int
     graphless: bool
+    onward: int
+    pooled: tuple[int, ...]
 
 
 class PlanCheck:
@@ -242,7 +246,8 @@ class PlanCheck:
             return
         facts = self._facts(ticket.plan)
         told = (ticket.fingerprint, ticket.rows, ticket.selections)
-        if facts != (*told, ticket.latents, ticket.graphless):
+        does = (ticket.latents, ticket.graphless, ticket.onward, ticket.pooled)
+        if facts != (*told, *does):
             raise SpecError(
                 "the ticket says something else than the plan that it names: send the spec in the "
                 "field 'steering' instead",
@@ -254,4 +259,5 @@ class PlanCheck:
         check_rules(len(loaded.rules), MAX_RULES)
         selections = tuple(one.selection for one in loaded.rules)
         rows = budget_rows(loaded)
-        return _Facts(loaded.fingerprint, rows, selections, loaded.latents, loaded.graphless)
+        made = (loaded.latents, loaded.graphless, loaded.onward, loaded.pooled)
+        return _Facts(loaded.fingerprint, rows, selections, *made)

@@ -15,6 +15,12 @@ key as well: it is where the gate was decided. The plan's hash is in the digest,
 fingerprint is a claim, and the plan is what runs: a ticket made by hand cannot put its states
 under another plan's name.
 
+What follows from an onward gate cannot be named: whether it had opened by the end of a block
+depends on states. So from the first token that such a gate reads, a request's blocks carry a key of
+the request's own. It finds them again itself, after a preemption; nobody else does. The same holds
+of gates that pool the scores of several tokens: who took another's block would have to know the
+scores in it. Those of the prompt's scope read its last tokens, whatever their rules select.
+
 Blocks before the first steered token carry no key and are shared with everybody. What a request
 leaves behind (`key`, `measure`) is no part of the key, nor is an order to capture.
 """
@@ -24,9 +30,10 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, wraps
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,16 +62,25 @@ class Footprint:
     """How far a request's tokens were looked at, and where steering first showed.
 
     `first` is the first steered position, `first_gated` the first that a prompt-scope gate has a
-    say in; both None as long as none was met below `scanned`.
+    say in, `first_own` the first from which on blocks are the request's own; None as long as none
+    was met below `scanned`. `own` is what no other request has.
+
+    `gated` are the rules with a prompt-scope gate, and `keeps` those with any other that remembers
+    the tokens which it has read, as bits; `pooled` is how many of a prompt's last tokens a
+    prompt-scope gate reads, 0 where it is one.
     """
 
     ticket: Ticket
     gated: int
+    keeps: int = 0
+    pooled: int = 0
     selections: tuple[Selection, ...] = ()
     trace: TokenTrace | None = None
     scanned: int = 0
     first: int | None = None
     first_gated: int | None = None
+    first_own: int | None = None
+    own: str = field(default_factory=lambda: uuid4().hex)
 
     @staticmethod
     def of(ticket: Ticket) -> Footprint:
@@ -73,7 +89,15 @@ class Footprint:
             for number, selection in enumerate(ticket.selections)
             if _gated_by_prompt(selection)
         )
-        return Footprint(ticket, gated, _selections(ticket))
+        lasts = enumerate(ticket.pooled)
+        pools = {number: last for number, last in lasts if last > 1}
+        return Footprint(
+            ticket,
+            gated,
+            ticket.onward | sum(1 << number for number in pools if not gated >> number & 1),
+            max((last for number, last in pools.items() if gated >> number & 1), default=0),
+            _selections(ticket),
+        )
 
     def scan(self, request: Any, end: int) -> None:
         """Looks at the tokens up to `end`; each is looked at once, in the order they are known."""
@@ -90,13 +114,19 @@ class Footprint:
             self.first = _first(bits != 0, start)
         if self.first_gated is None and self.gated:
             self.first_gated = _first((bits & self.gated) != 0, start)
+        if self.first_own is None and (self.keeps or self.pooled):
+            positions = np.arange(start, end)
+            left = request.num_prompt_tokens - positions
+            pooled = (left > 0) & (left <= self.pooled)
+            self.first_own = _first(((bits & self.keeps) != 0) | pooled, start)
 
     def key(self, request: Any, start: int, end: int) -> tuple[str, str] | None:
-        """The extra key of the block of positions `start` to `end`; None before any steering."""
+        """The extra key of the block of positions `start` to `end`; None before any steering, and
+        before whatever a gate has to know of the request's own tokens."""
         if self.ticket.plan is None:
             return None
         self.scan(request, end)
-        if self.first is None or self.first >= end:
+        if not any(first is not None and first < end for first in (self.first, self.first_own)):
             return None
         bits = self._selected(request, start, end)
         pattern = bits.tobytes() + self._factors(request, start, bits)
@@ -104,6 +134,8 @@ class Footprint:
         text = f"{self.ticket.fingerprint}:{digest}"
         if self.first_gated is not None and self.first_gated < end:
             text += f"@{request.num_prompt_tokens}"
+        if self.first_own is not None and self.first_own < end:
+            text += f"@{self.own}"
         return ("steer", text)
 
     def _selected(self, request: Any, start: int, end: int) -> NDArray[np.uint8]:

@@ -16,6 +16,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from steer.engines.vllm.core.attached import AttachedReceipts
+from steer.engines.vllm.core.attached_readouts import AttachedReadouts
 from steer.engines.vllm.core.cache_keys import assert_forked, ticket_of
 from steer.engines.vllm.internals import SCHEDULER
 from steer.engines.vllm.options import SteerOptions
@@ -80,7 +81,11 @@ class _WaitsForRows(Scheduler):  # type: ignore[misc]  # vLLM comes without type
         check(*SCHEDULER)
         super().__init__(*args, **named)
         self.edit_rows = RowBudget(SteerOptions.of(self.vllm_config.additional_config).edit_rows)
-        self.receipts = AttachedReceipts()
+        self.receipts, self.readouts = AttachedReceipts(), AttachedReadouts()
+
+    def add_request(self, request: Any) -> None:
+        self.readouts.follow(request)
+        super().add_request(request)
 
     def schedule(self, *args: Any, **named: Any) -> Any:
         self.edit_rows.new_round()
@@ -99,11 +104,13 @@ class _WaitsForRows(Scheduler):  # type: ignore[misc]  # vLLM comes without type
         # those it makes room for, and they take ends first.
         self.edit_rows.release(request.request_id)
         self.receipts.note(request)
+        self.readouts.note(request)
         return super()._free_request(request, *args, **named)
 
     def update_from_output(self, *args: Any, **named: Any) -> Any:
         outputs = super().update_from_output(*args, **named)
         self.receipts.attach(outputs)
+        self.readouts.attach(outputs)
         return outputs
 
 

@@ -7,17 +7,18 @@ model's own head, in the workers; where only log-probabilities are wanted, only 
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from steer.engines.base import Captured, CaptureRequest, TokenLogprob
+from steer.engines.base import Attention, Captured, CaptureRequest, QueriesKeys, TokenLogprob
 from steer.engines.checks import check_captured, not_finite
 from steer.engines.token_rows import no_token_rows
 from steer.engines.vllm.front.drivers import Driver
-from steer.engines.vllm.messages import pack, read_logprobs, unpack
+from steer.engines.vllm.messages import pack, read_attention, read_logprobs, unpack
 from steer.engines.vllm.ticket import CaptureOrder, Ticket
 from steer.errors import NotFinite, SpecError, SteerError, TooLarge, Unsupported
 from steer.model import HookPoint, ModelInfo
@@ -33,18 +34,21 @@ def capture_order(request: CaptureRequest, prompt: Sequence[int], info: ModelInf
     """What the workers keep of `prompt`. Raises `SteerError` for positions that it has not, and
     for more states than are allowed."""
     positions = _positions(request, len(prompt))
+    attended = len(positions) if request.attention else 0
     points = dict.fromkeys(request.points)
     read = request.read_for_logits(len(prompt))
     if read:
         points[_last(info)] = None
         positions = (*positions, *(one for one in read if one not in set(positions)))
-    order = CaptureOrder(tuple(points), positions)
-    size = _bytes(order, info)
+    layers = tuple(dict.fromkeys(request.attention))
+    order = CaptureOrder(tuple(points), positions, layers, attended)
+    size = _bytes(order, info) + _attention_bytes(order, len(prompt), info)
     if size > MAX_CAPTURE_BYTES:
+        beside = f", and what {len(layers)} layers attend to," if layers else ""
         raise TooLarge(
-            f"the states of {len(points)} hook points at {len(positions)} positions are "
+            f"the states of {len(points)} hook points at {len(positions)} positions{beside} are "
             f"{size >> 20} MiB and {MAX_CAPTURE_BYTES >> 20} MiB are allowed: choose fewer "
-            "positions or points",
+            "positions or points" + (", or a shorter prompt" if layers else ""),
             param="/positions",
         )
     return order
@@ -55,29 +59,35 @@ def collect(
 ) -> list[Captured]:
     """What was captured under each prompt's ticket. Raises `SteerError` (`NotFinite` where a
     prompt's numbers ran over)."""
-    kept = [
-        _states(found, ticket, info)
-        for group in _messages(tickets, info)
-        for found, ticket in zip(_fetched(driver, group), group, strict=True)
-    ]
+    lengths = {
+        ticket.key: len(prompt) for ticket, prompt in zip(tickets, request.prompts, strict=True)
+    }
+    kept, attended = [], []
+    for group in _messages(tickets, lengths, info):
+        for found, ticket in zip(_fetched(driver, group), group, strict=True):
+            kept.append(_states(found, ticket, info))
+            attended.append(_attention(found, _order(ticket), lengths[ticket.key], info))
     prompts = list(zip(kept, tickets, request.prompts, strict=True))
     logits = [
         unembed(driver, _read(request, *one, info), info) if request.logits != "none" else None
         for one in prompts
     ]
     logprobs = _logprobs(driver, request, prompts, info)
-    found = []
-    for (states, ticket, prompt), rows, said in zip(prompts, logits, logprobs, strict=True):
+    results = []
+    for (states, ticket, prompt), rows, said, attention in zip(
+        prompts, logits, logprobs, attended, strict=True
+    ):
         place = _places(ticket)
         wanted = [place[position] for position in _positions(request, len(prompt))]
         captured = Captured(
             {point: states[point][wanted] for point in request.points},
             None if rows is None else request.kept_logits(rows),
             said,
+            attention,
         )
         check_captured(captured, steered=ticket.plan is not None)
-        found.append(captured)
-    return found
+        results.append(captured)
+    return results
 
 
 def unembed(driver: Driver, states: Tensor, info: ModelInfo) -> Tensor:
@@ -86,6 +96,36 @@ def unembed(driver: Driver, states: Tensor, info: ModelInfo) -> Tensor:
     answers = driver.rpc("steer_unembed", pack(rows))
     data = next(answer for answer in chain(*answers) if answer is not None)
     return unpack(data, info.vocab_size).reshape(*states.shape[:-1], -1)
+
+
+def project(driver: Driver, point: HookPoint, states: Tensor, info: ModelInfo) -> Tensor:
+    """What the output projection behind `point` makes of `states`, see `Engine.project`."""
+    rows = states.reshape(-1, states.shape[-1])
+    found = told(chain(*driver.rpc("steer_project", point.layer, point.site, pack(rows))))
+    return unpack(found[0]["made"], info.d_model).reshape(*states.shape[:-1], -1)
+
+
+def queries_and_keys(driver: Driver, layer: int, states: Tensor) -> QueriesKeys:
+    """See `Engine.queries_and_keys`; tensor-parallel workers have heads of their own. Data-parallel
+    engines all say the same."""
+    found = told(driver.rpc("steer_queries", layer, pack(states))[0])
+    found.sort(key=lambda answer: int(answer["rank"]))
+
+    def whole(name: str) -> Tensor:
+        rows = [torch.frombuffer(bytearray(one[name]), dtype=torch.float32) for one in found]
+        parts = zip(rows, found, strict=True)
+        return torch.cat([row.view(len(states), one["heads"], -1) for row, one in parts], 1)
+
+    return QueriesKeys(whole("queries"), whole("keys"))
+
+
+def told(answers: Iterable[Mapping[str, Any] | None]) -> list[Mapping[str, Any]]:
+    """What the workers that have the layer say. Raises `Unsupported` where one could not."""
+    found = [answer for answer in answers if answer is not None]
+    for answer in found:
+        if "error" in answer:
+            raise Unsupported(str(answer["error"]), code=str(answer["code"]))
+    return found
 
 
 def token_rows(driver: Driver, tokens: Sequence[int], info: ModelInfo) -> Tensor:
@@ -134,12 +174,16 @@ def _read(
     return states[_last(info)][[place[one] for one in request.read_for_logits(len(prompt))]]
 
 
-def _messages(tickets: Sequence[Ticket], info: ModelInfo) -> Iterator[list[Ticket]]:
-    """The tickets in runs whose states travel together."""
+def _messages(
+    tickets: Sequence[Ticket], lengths: Mapping[str, int], info: ModelInfo
+) -> Iterator[list[Ticket]]:
+    """The tickets in runs whose states travel together; `lengths` are those of the prompts, by
+    key."""
     group: list[Ticket] = []
     size = 0
     for ticket in tickets:
-        more = _bytes(_order(ticket), info)
+        order = _order(ticket)
+        more = _bytes(order, info) + _attention_bytes(order, lengths[ticket.key], info)
         if group and size + more > _AT_ONCE:
             yield group
             group, size = [], 0
@@ -184,6 +228,21 @@ def _bytes(order: CaptureOrder, info: ModelInfo) -> int:
     return 4 * len(order.positions) * sum(info.width(point.site) for point in order.points)
 
 
+def _attention_bytes(order: CaptureOrder, tokens: int, info: ModelInfo) -> int:
+    """What the weights and values of an order take, of a prompt of so many tokens."""
+    heads, head_dim = info.n_heads or 1, info.head_dim or 1
+    return 4 * len(order.attention) * heads * tokens * (order.attended + head_dim)
+
+
+def _attention(
+    found: Mapping[str, bytes], order: CaptureOrder, tokens: int, info: ModelInfo
+) -> dict[int, Attention]:
+    """What heads attend to, by layer."""
+    if not order.attention:
+        return {}
+    return read_attention(found, order.attention, tokens, order.attended, info.head_dim or 1)
+
+
 def _last(info: ModelInfo) -> HookPoint:
     return HookPoint(info.n_layers - 1, "resid_post")
 
@@ -192,7 +251,7 @@ def _positions(request: CaptureRequest, length: int) -> tuple[int, ...]:
     """The absolute positions in a prompt of `length` tokens whose states are asked for."""
     positions = request.positions
     if positions is None:
-        return tuple(range(length)) if request.points else ()
+        return tuple(range(length)) if request.points or request.attention else ()
     for position in positions:
         if not -length <= position < length:
             raise SpecError(

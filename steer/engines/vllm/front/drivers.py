@@ -284,6 +284,8 @@ class LocalDriver:
                 self._stepper.step()
             job = self._inbox.get()
         self._stepper.fail(EngineError("the engine was stopped", code="engine_stopped"))
+        # vLLM's own processes would otherwise stay as long as this one does.
+        self.llm.llm_engine.engine_core.shutdown()
 
 
 class ClientDriver:

@@ -22,6 +22,7 @@ from steer.engines.base import (
     Completion,
     EngineStats,
     GenerationRequest,
+    QueriesKeys,
     SamplingParams,
     TokenEvent,
 )
@@ -31,11 +32,20 @@ from steer.engines.checks import (
     check_projection,
     check_readouts,
     check_request,
+    check_scores,
 )
 from steer.engines.listeners import AsyncListener, BlockingListener, Mailbox
 from steer.engines.lora import check_lora, refuse_lora
 from steer.engines.vllm import plugin
-from steer.engines.vllm.front.capturing import capture_order, collect, token_rows, unembed
+from steer.engines.vllm.front.capturing import (
+    capture_order,
+    collect,
+    project,
+    queries_and_keys,
+    token_rows,
+    unembed,
+)
+from steer.engines.vllm.front.carrying import CarriedStates
 from steer.engines.vllm.front.drivers import ClientDriver, Driver, InlineDriver, LocalDriver
 from steer.engines.vllm.front.ends import model_ends
 from steer.engines.vllm.front.lora_requests import LoraRequests
@@ -46,7 +56,7 @@ from steer.engines.vllm.front.twins import TwinMaker
 from steer.engines.vllm.messages import read_info
 from steer.engines.vllm.options import REGISTRY_VARIABLE, registry_location
 from steer.errors import SteerError, Unsupported
-from steer.model import SAMPLING, Capabilities, HookPoint, ModelInfo
+from steer.model import PROJECTED_SITES, SAMPLING, Capabilities, HookPoint, ModelInfo
 from steer.plan.plan import check_rules
 from steer.prompts.roles import found_roles
 from steer.readouts.spec import READOUTS
@@ -79,16 +89,24 @@ class VllmEngine:
         self.info = read_info(answer)
         self._passes = int(answer["passes"])
         self.twins = TwinMaker(issuer, self.info)
+        self._carried = CarriedStates(driver, self.info, self.capture)
         driver.compare_with(self.twins)
         self.capabilities = Capabilities(
             engine="vllm",
             kinds=KINDS,
             sites=self.info.sites,
-            gate_scopes=("prompt", "token"),
+            gate_scopes=("prompt", "token", "onward"),
             sae_architectures=SUPPORTED,
             sampling=SAMPLING,
             captures=self.info.sites,
             roles=found_roles(tokenizer),
+            projections=tuple(
+                site
+                for site in PROJECTED_SITES
+                if all(site in worker.get("projections", ()) for worker in answers[0])
+            ),
+            carries=all(worker.get("carries", False) for worker in answers[0]),
+            attention=all(worker.get("attention", False) for worker in answers[0]),
             readouts=_readouts(lens=bool(answer.get("lens", False)), engines=len(answers)),
             lora=max_lora_rank is not None,
             limits={"slots": slots, "passes": self._passes, "batch": slots},
@@ -219,6 +237,8 @@ class VllmEngine:
         for point in request.points:
             self.info.check_point(point)
         check_attends(request, self.capabilities)
+        for layer in request.attention:
+            self.info.check_point(HookPoint(layer, "head_out"), param="/layers")
         plans = request.plans or [None] * len(request.prompts)
         roles = request.roles or [None] * len(request.prompts)
         orders = [capture_order(request, prompt, self.info) for prompt in request.prompts]
@@ -249,13 +269,26 @@ class VllmEngine:
         self.start()
         return token_rows(self._driver, tokens, self.info)
 
-    def project(self, point: HookPoint, states: Tensor) -> Tensor:  # noqa: ARG002
+    def project(self, point: HookPoint, states: Tensor) -> Tensor:
         check_projection(point, self.info, self.capabilities)
-        raise AssertionError("no site is among the projections of this engine")
+        self.start()
+        return project(self._driver, point, states, self.info)
 
-    def carry(self, source: HookPoint, target: HookPoint, states: Tensor) -> Tensor:  # noqa: ARG002
+    def carry(
+        self,
+        source: HookPoint,
+        target: HookPoint,
+        states: Tensor,
+        channels: range | None = None,
+    ) -> Tensor:
         check_carry(source, target, self.info, self.capabilities)
-        raise AssertionError("no block of this engine runs by itself")
+        self.start()
+        return self._carried(source, target, states, channels)
+
+    def queries_and_keys(self, layer: int, states: Tensor) -> QueriesKeys:
+        check_scores(layer, self.info, self.capabilities)
+        self.start()
+        return queries_and_keys(self._driver, layer, states)
 
     def stats(self) -> EngineStats:
         each = [workers[0] for workers in self._driver.rpc("steer_stats")]

@@ -40,13 +40,16 @@ class TicketIssuer:
         capture: CaptureOrder | None = None,
         roles: RoleRanges | None = None,
         readouts: ReadoutPlan | None = None,
+        arriving: bool = False,
     ) -> Ticket:
         """A ticket with a key of its own for one request of `n` choices; `roles` say whose words
-        its prompt is, where the plan asks."""
+        its prompt is, where the plan asks. With `attached` the receipt comes on the engine's last
+        output, with `arriving` what was read on each."""
         key = uuid.uuid4().hex
         order = None
         if readouts is not None:
-            order = ReadoutOrder(self._store.put(dump_readouts(readouts)), readouts.reads_prompt)
+            sha256 = self._store.put(dump_readouts(readouts))
+            order = ReadoutOrder(sha256, readouts.reads_prompt, arriving)
         if plan is None:
             return Ticket(key, n, capture=capture, readouts=order)
         sha256, rows = self._publish(plan)
@@ -62,6 +65,8 @@ class TicketIssuer:
             latents=plan.latents,
             roles=roles if plan.reads_roles else None,
             graphless=plan.graphless,
+            onward=plan.onward,
+            pooled=plan.pooled,
             capture=capture,
             readouts=order,
         )

@@ -13,10 +13,7 @@ T tokens of a pass, Q requests in it, P rules of a plan.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -25,35 +22,30 @@ from torch import Tensor
 
 from steer.batch.encoders import DeviceEncoders
 from steer.batch.gates import Decisions
-from steer.batch.ledger import PositionLedger
+from steer.batch.ledger import SHUT, PositionLedger
 from steer.batch.requests import Ints, Span
 from steer.batch.tables import MAX_RULES
+from steer.engines.vllm.static.passes import (
+    RULES,
+    Fault,
+    PassReport,
+    StaticPass,
+    bring_back,
+    gated_rules,
+    plan_of,
+    records_of,
+)
 from steer.engines.vllm.static.tables import (
-    DECIDES,
-    FOLLOWERS,
-    FOLLOWS,
-    MEASURED,
     NOT_EDITED,
-    RAMPED,
-    ROW,
     SELECTED,
-    SLOT,
     TOKEN_FIELDS,
     StaticTables,
     StepBuffers,
 )
-from steer.engines.vllm.taps import ops
 from steer.engines.vllm.taps.taps import ADDED, points_of
-from steer.errors import EngineError
-from steer.model import HookPoint, ModelInfo
-from steer.plan.plan import SteeringPlan
-
-Fault = Callable[[str], None]
-"""Told why a pass did not do what it had to."""
+from steer.model import ModelInfo
 
 _LAST_EPOCH = 2**31 - 1
-_RULES = (1 << MAX_RULES) - 1
-"""All rules, as bits."""
 
 
 class StaticForm:
@@ -81,7 +73,7 @@ class StaticForm:
     ) -> None:
         """`latents` is how many of TopK SAEs the tokens of one pass may rank together; `encoders`
         may be shared with other tables on `device`."""
-        from steer.engines.vllm.static.kernel import edit_group  # noqa: PLC0415
+        from steer.engines.vllm.static.kernel.launch import edit_group  # noqa: PLC0415
 
         self._launch, self.latents = edit_group, latents
         self._ledger: Callable[[], PositionLedger] = _no_ledger
@@ -108,7 +100,7 @@ class StaticForm:
         self._bits = torch.arange(MAX_RULES, dtype=torch.int32, device=device)
         self._written = 0
         self._epoch = 0
-        self._waiting: deque[_Report] = deque()
+        self._waiting: deque[PassReport] = deque()
         self._last: StaticPass | None = None
         """The last pass that steered, whose `lost` may still come."""
 
@@ -143,9 +135,9 @@ class StaticForm:
         ramped = False
         for row, span in enumerate(steered):
             place = span.place
-            records[place] = _records(span, row)
-            selected = records[place, SELECTED] & _RULES
-            opened[place] = selected & ~_gated(_plan(span))
+            records[place] = records_of(span, row)
+            selected = records[place, SELECTED] & RULES
+            opened[place] = selected & ~gated_rules(plan_of(span))
             mine = span.request.factors(span.positions)
             if mine is not None:
                 factors[place, : len(mine)] = mine.T
@@ -163,7 +155,7 @@ class StaticForm:
         if running.measured:  # a pass that failed, or a dummy pass, may have left some
             self.buffers.sizes[:, :tokens_in_batch] = NOT_EDITED
         if running.holds:
-            self._recall(running.rows)
+            self._recall(running)
         return running
 
     def clear(self) -> None:
@@ -183,7 +175,8 @@ class StaticForm:
     def report_later(self, running: StaticPass, positions: Ints, tokens: int) -> None:
         """Asks for what a pass over `tokens` tokens did; `collect` writes it down."""
         used = self.tables.groups + tokens
-        self._waiting.append(_Report(running, positions, *_bring_back(self.buffers.report[:used])))
+        report = bring_back(self.buffers.report[:used])
+        self._waiting.append(PassReport(running, positions, *report))
         self.collect()
 
     def _check_room(self, requests: int, tokens: int) -> None:
@@ -192,7 +185,7 @@ class StaticForm:
 
     def _make_room_to_rank(self, spans: Sequence[Span], tokens: int) -> None:
         """Gives each token that ranks latents a place for them."""
-        ranking = [(span, size) for span in spans if (size := _plan(span).latents)]
+        ranking = [(span, size) for span in spans if (size := plan_of(span).latents)]
         if not ranking:
             return
         places, end = np.zeros(tokens, dtype=np.int32), 0
@@ -204,14 +197,25 @@ class StaticForm:
             raise AssertionError(f"{end} latents to rank in one pass")
         self._upload(self.buffers.latents_at, places)
 
-    def _recall(self, rows: Ints) -> None:
+    def _recall(self, running: StaticPass) -> None:
         """Brings back what gates decided in earlier passes. A gate reads before anything that it
         rules, so the kernel opens it where it reads."""
-        buffers, ledger = self.buffers, self._ledger()
-        index = torch.from_numpy(rows).to(buffers.held.device)
+        buffers, ledger, count = self.buffers, self._ledger(), len(running.rows)
+        index = self._index(running.rows)
         decided = ledger.gate_open.index_select(0, index)
-        buffers.held[: len(rows)] = (decided << self._bits).sum(1, dtype=torch.int32)
-        buffers.values[: len(rows)] = ledger.gate_value.index_select(0, index)
+        if running.onward.any():
+            decided = decided | self._opened_before(running, index)
+        buffers.held[:count] = (decided << self._bits).sum(1, dtype=torch.int32)
+        buffers.values[:count] = ledger.gate_value.index_select(0, index)
+
+    def _opened_before(self, running: StaticPass, index: Tensor) -> Tensor:
+        """Which onward gates of the requests in the ledger's rows `index` were opened before the
+        tokens of this pass; that one of these opened it is forgotten."""
+        ledger, onward = self._ledger(), self._ruled(running.onward)
+        onset = ledger.onset.index_select(0, index)
+        before = onset < self._index(running.begins)[:, None]
+        ledger.onset[index] = torch.where(onward & ~before, SHUT, onset)
+        return onward & before
 
     def take(self, running: StaticPass, decisions: Decisions) -> None:
         """Opens what gates of earlier stages opened, and keeps what they decided for requests."""
@@ -219,12 +223,20 @@ class StaticForm:
         place, ruled = self._index(running.present), self._index(running.ruled_elsewhere)
         buffers.opened[place] |= (decisions.opened[place] & ruled).int()
         place, rows = self._index(running.deciding), self._index(running.deciding_rows)
-        ruled = self._index(running.elsewhere[running.deciding_rows])
+        by_prompt = running.elsewhere & ~running.onward
+        ruled = self._index(by_prompt[running.deciding_rows])
         held = (buffers.held[rows] & ~ruled) | (decisions.opened[place] & ruled)
         buffers.held[rows] = held.int()
         theirs = (ruled[:, None] >> self._bits & 1).bool()
         read = torch.where(theirs, decisions.values[place], buffers.values[rows])
         buffers.values[rows] = read
+        onward = running.elsewhere & running.onward
+        if onward.any():
+            held, values = (of[: len(running.rows)] for of in (buffers.held, buffers.values))
+            place = self._index(running.first_places)
+            opening = decisions.opened[place] & ~held & self._index(onward)
+            opening = (opening[:, None] >> self._bits & 1).bool()
+            values.copy_(torch.where(opening, decisions.values[place], values))
 
     def decisions(self, running: StaticPass) -> Decisions:
         """What gates of this stage and of those before it have decided in a pass."""
@@ -237,13 +249,25 @@ class StaticForm:
             found.values[place] = buffers.values[rows]
         return found
 
-    def remember(self, rows: Ints) -> None:
-        """Keeps the decisions of this pass's requests, whose ledger rows are `rows`."""
-        buffers, ledger = self.buffers, self._ledger()
-        index = torch.from_numpy(rows).to(buffers.held.device)
-        held = buffers.held[: len(rows), None] >> self._bits & 1
-        ledger.gate_open[index] = held.bool()
-        ledger.gate_value[index] = buffers.values[: len(rows)]
+    def remember(self, running: StaticPass) -> None:
+        """Keeps the decisions of this pass's requests."""
+        buffers, ledger, count = self.buffers, self._ledger(), len(running.rows)
+        index = self._index(running.rows)
+        held = (buffers.held[:count, None] >> self._bits & 1).bool()
+        ledger.gate_value[index] = buffers.values[:count]
+        if running.onward.any():
+            onward = self._ruled(running.onward)
+            held &= ~onward
+            # Of these requests the pass has one token each; of others the first does no harm.
+            begins = self._index(running.begins)[:, None]
+            opened = buffers.opened[self._index(running.first_places), None] >> self._bits & 1
+            found = torch.where(onward & opened.bool(), begins, SHUT)
+            ledger.onset[index] = torch.minimum(ledger.onset.index_select(0, index), found)
+        ledger.gate_open[index] = held
+
+    def _ruled(self, rules: Ints) -> Tensor:
+        """Which rules `[Q, P]` are among `rules` `[Q]`, bits."""
+        return (self._index(rules)[:, None] >> self._bits & 1).bool()
 
     def count_sizes(self, running: StaticPass) -> None:
         """Takes the relative sizes of a pass into the ledger, which expects its tokens, and starts
@@ -282,149 +306,6 @@ class StaticForm:
         target[: len(values)].copy_(source, non_blocking=True)
 
 
-class StaticPass:
-    """One pass as it was described to the kernels."""
-
-    def __init__(
-        self,
-        form: StaticForm,
-        ledger: Callable[[], PositionLedger],
-        spans: Sequence[Span],
-        records: NDArray[np.int32],
-        epoch: int,
-        fault: Fault,
-    ) -> None:
-        self.epoch, self.fault = epoch, fault
-        self._form, self._ledger, self._spans = form, ledger, spans
-        plans = [_plan(span) for span in spans]
-        self.rows: Ints = np.array([span.request.row for span in spans], dtype=np.int64)
-        """The ledger row of each request."""
-        self.tokens = len(records)
-        self.present: Ints = np.concatenate(
-            [np.arange(span.offset, span.offset + len(span.positions)) for span in spans]
-        )
-        """The tokens of the batch that belong to these requests, one request after another."""
-        self.present_rows: Ints = records[self.present, ROW].astype(np.int64)
-        """The row of each of these tokens among the requests of this pass."""
-        self.token_rows = self.rows[self.present_rows]
-        self._begun_at: Ints = self._positions
-        """Where these tokens stood when the pass was begun."""
-        self.expected = frozenset[int]().union(*map(form.tables.groups_of, plans))
-        self.holds = any(_holds(plan) for plan in plans)
-        """Whether gates are decided, or were, that a request holds."""
-        self._gated = any(plan.gated for plan in plans)
-        self._bits = (records[self.present, SELECTED] & _RULES).astype(np.int64)
-        self.measured: tuple[HookPoint, ...] = tuple(
-            {
-                p
-                for span, plan in zip(spans, plans, strict=True)
-                if span.request.measure
-                for p in plan.points
-            }
-        )
-        self._proved = False
-        self.elsewhere: Ints = np.array([_elsewhere(plan) for plan in plans], dtype=np.int64)
-        """The rules of each request whose gates an earlier stage decides, as bits."""
-        self.ruled_elsewhere: Ints = self.elsewhere[self.present_rows] & self._bits
-        """Those that select each present token."""
-        self.deciding: Ints = np.flatnonzero(records[:, SELECTED] & DECIDES)
-        """The tokens that decide for their requests, and the rows of these."""
-        self.deciding_rows: Ints = records[self.deciding, ROW].astype(np.int64)
-        self._lacks_decisions = bool(self.elsewhere.any())
-
-    @cached_property
-    def on_device(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The ledger rows of `present`, `present`, and where these tokens stood at first."""
-        device = self._form.tables.device
-        of_tokens = (self.token_rows, self.present, self._begun_at)
-        rows, places, positions = (torch.from_numpy(one).to(device) for one in of_tokens)
-        return rows, places, positions
-
-    @property
-    def _positions(self) -> Ints:
-        return np.concatenate([span.positions for span in self._spans])
-
-    def start(self) -> None:
-        """The kernels run it already: it was written into their buffers."""
-
-    def carry_on(self, changes: Mapping[int, Ints]) -> None:
-        """The same tokens' slots are edited again, by the same factors: there is nothing to
-        change."""
-        assert not changes
-
-    def take(self, decisions: Decisions) -> None:
-        if self._lacks_decisions:
-            self._form.take(self, decisions)
-            self._lacks_decisions = False
-
-    def decisions(self) -> Decisions | None:
-        return self._form.decisions(self) if self._gated else None
-
-    def finish(self) -> None:
-        """Takes down what the pass did; without gates that is known already."""
-        if self._lacks_decisions:
-            self.fault(
-                "an earlier pipeline stage did not hand on what gates decided, so the result is "
-                "withheld"
-            )
-        if self.holds:
-            self._form.remember(self.rows)
-        positions, ledger = self._positions, self._ledger()
-        ledger.expect(self.token_rows, positions)
-        if self.measured:
-            self._form.count_sizes(self)
-        if not self._gated:
-            ledger.record(self.token_rows, self._bits)
-        if self._gated or not self._proved:
-            self._proved = True
-            self._form.report_later(self, positions, self.tokens)
-
-    def write(self, ledger: PositionLedger, positions: Ints, report: NDArray[np.int32]) -> None:
-        """Writes down what came back; a pass whose taps were not all reached is at fault."""
-        groups = self._form.tables.groups
-        missed = sorted(g for g in self.expected if report[g] != self.epoch)
-        if missed:
-            tables = self._form.tables
-            names = [str(tables.points[tables.first_points[group]]) for group in missed]
-            self.fault(
-                f"the forward pass never reached {', '.join(names)}: the edits there were not "
-                "applied, so the result is withheld"
-            )
-        if self._gated:
-            bits = report[groups:][self.present].astype(np.int64)
-            ledger.expect(self.token_rows, positions)
-            ledger.record(self.token_rows, bits)
-
-
-@dataclass
-class _Report:
-    """What a pass did, on its way back from the device."""
-
-    running: StaticPass
-    positions: Ints
-    content: Tensor
-    event: Any
-
-    def arrived(self) -> bool:
-        return self.event is None or bool(self.event.query())
-
-    def write(self, ledger: PositionLedger) -> None:
-        if self.event is not None:
-            self.event.synchronize()
-        self.running.write(ledger, self.positions, self.content.numpy())
-
-
-def _bring_back(values: Tensor) -> tuple[Tensor, Any]:
-    """A copy of `values` in the host's memory, and the event after which it is there."""
-    if not values.is_cuda:
-        return values.clone(), None
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    host.copy_(values, non_blocking=True)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return host, event
-
-
 def _programs(device: torch.device) -> int:
     """The programs of a launch that a device runs at once, of those as large as ours one on each
     multiprocessor; one where they run behind one another."""
@@ -433,87 +314,5 @@ def _programs(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _plan(span: Span) -> SteeringPlan:
-    assert span.request.plan is not None
-    return span.request.plan
-
-
-def _gated(plan: SteeringPlan) -> int:
-    """The rules with a gate, as bits."""
-    return sum((one.gate is not None) << number for number, one in enumerate(plan.rules))
-
-
-def _holds(plan: SteeringPlan) -> bool:
-    """Whether a gate of `plan` is decided by the prompt, and then held."""
-    return any(one.gate is not None and one.gate.prompt_scope for one in plan.rules)
-
-
-def _elsewhere(plan: SteeringPlan) -> int:
-    """The rules whose gate an earlier stage of a pipeline decides, as bits."""
-    return sum(
-        (one.gate is not None and one.gate.elsewhere) << number
-        for number, one in enumerate(plan.rules)
-    )
-
-
-def _records(span: Span, row: int) -> NDArray[np.int32]:
-    """The records `[T, 4]` of the tokens of one request, in the `row` of this pass."""
-    request, count = span.request, len(span.positions)
-    found = np.zeros((count, TOKEN_FIELDS), dtype=np.int32)
-    found[:, SLOT] = request.slot
-    found[:, ROW] = row
-    for number, slots in enumerate(request.slots(span.positions, span.tokens)):
-        found[:, SELECTED] |= (slots != 0).astype(np.int32) << number
-    if request.measure:
-        found[:, SELECTED] |= MEASURED
-    if _plan(span).ramped:
-        found[:, SELECTED] |= RAMPED
-    last = np.flatnonzero(span.positions == request.prompt_length - 1)
-    if len(last) and _holds(_plan(span)):
-        (place,) = last
-        found[place, SELECTED] |= DECIDES
-        found[place, FOLLOWERS] = count - 1 - place
-        found[place + 1 :, SELECTED] |= FOLLOWS
-    return found
-
-
 def _no_ledger() -> PositionLedger:
     raise AssertionError("the form is bound to no ledger")
-
-
-_form: StaticForm | None = None
-
-
-def set_form(form: StaticForm | None) -> None:
-    """Makes `form` the one that the operators launch: a process has one model that is steered."""
-    global _form  # noqa: PLW0603
-    _form = form
-
-
-def _edit(hidden: Tensor, residual: Tensor | None, tap: int) -> None:
-    if _form is None:
-        raise EngineError("a tap was reached before its tables were made")
-    _form.edit(tap, hidden, residual)
-    # Where a graph is captured or replayed, nobody runs in Python.
-    ops.visit(tap, hidden, residual)
-
-
-def _edit_pair(hidden: Tensor, residual: Tensor, tap: int) -> None:
-    _edit(hidden, residual, tap)
-
-
-def _edit_one(hidden: Tensor, tap: int) -> None:
-    _edit(hidden, None, tap)
-
-
-def _nothing(*_: object) -> None:
-    """What the operators do to tensors without data."""
-
-
-_library: Any = torch.library.Library("steer", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("edit_pair(Tensor(a!) hidden, Tensor(b!) residual, int tap) -> ()")
-_library.define("edit_one(Tensor(a!) hidden, int tap) -> ()")
-_library.impl("edit_pair", _edit_pair, "CompositeExplicitAutograd")
-_library.impl("edit_one", _edit_one, "CompositeExplicitAutograd")
-torch.library.register_fake("steer::edit_pair", _nothing, lib=_library)
-torch.library.register_fake("steer::edit_one", _nothing, lib=_library)

@@ -28,14 +28,18 @@ class GraphRoom:
         ranked = (
             ticket.latents * tokens
             for ticket, tokens in scheduled
-            if not self.excludes(ticket, full=False)
+            if not self.excludes(ticket, tokens, full=False)
         )
         return sum(ranked) > self.latents
 
-    def excludes(self, ticket: Ticket, *, full: bool) -> bool:
-        """Whether Python steers this request in a step that is `full`, or in one that is not:
-        states leave a pass in Python alone, as what no kernel does is done in Python alone, and an
-        SAE may have more latents than there is room for."""
+    def excludes(self, ticket: Ticket, tokens: int, *, full: bool) -> bool:
+        """Whether Python steers this request in a step that computes so many `tokens` of it, and
+        that is `full` or not: states leave a pass in Python alone, as what no kernel does is done
+        in Python alone, and an SAE may have more latents than there is room for. A kernel's program
+        sees one token, so whether an onward gate was opened by the token before is known to it only
+        where that was computed in an earlier step."""
+        if ticket.onward and tokens > 1:
+            return True
         reads = ticket.capture is not None or ticket.readouts is not None
         alone = reads or ticket.graphless
         return alone or ticket.latents > (0 if full else self.latents)

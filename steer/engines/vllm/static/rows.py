@@ -28,8 +28,8 @@ CHANNEL_EDITS = 2
 offset where others read and write, then the lower and the upper bounds."""
 
 # Fields of a gate.
-ABOVE, BELOW, COSINE, GATE_BIAS = range(4)
-GATE_FIELDS = 4
+ABOVE, BELOW, COSINE, GATE_BIAS, ONWARD = range(5)
+GATE_FIELDS = 8
 LAW_STRIDE = 16
 """Laws, gates and records have a power of two of fields, so that their rows are aligned."""
 
@@ -112,9 +112,10 @@ class Bank:
 
     def write_gate(self, gate: Gate, taken: Taken) -> int:
         """Puts `gate` into a free constant row, which is added to `taken`."""
+        assert not gate.pools, "steps with such a gate leave their graph"
         row = self._write_constant(gate.direction, taken)
-        law = torch.tensor([gate.above, gate.below, float(gate.cosine), gate.bias])
-        self.gates[row] = law.to(self.gates)
+        law = [gate.above, gate.below, float(gate.cosine), gate.bias, float(gate.onward)]
+        self.gates[row, : len(law)] = torch.tensor(law).to(self.gates)
         return row
 
     def give_back(self, taken: Taken) -> None:

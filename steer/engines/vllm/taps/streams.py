@@ -37,7 +37,9 @@ TrialPass = Callable[[int], Tensor]
 
 Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-TRIAL_TOKENS = 3
+TRIAL_TOKENS = 5
+"""Not 3 or 4: rotary positions of images have that many rows, `[3, T]`, and which dimension of an
+argument counts tokens is told by its size (`inside/alone.py`)."""
 _UNWRITTEN = {torch.empty, torch.empty_like, torch.empty_strided, Tensor.new_empty}
 
 

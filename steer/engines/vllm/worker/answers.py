@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,22 +11,29 @@ from torch import Tensor
 
 from steer.engines.base import TokenLogprob
 from steer.engines.logprobs import following
+from steer.engines.vllm.inside.alone import LayersAlone
+from steer.engines.vllm.inside.carried import BlockStates
+from steer.engines.vllm.inside.projections import Projections
+from steer.engines.vllm.inside.queries import queries_and_keys
 from steer.engines.vllm.internals import ADAPTERS
-from steer.engines.vllm.messages import pack, unpack
+from steer.engines.vllm.messages import attention_entries, attention_error, pack, unpack
 from steer.engines.vllm.pipeline import unknown_answer
 from steer.engines.vllm.seams import check
 from steer.engines.vllm.taps.layouts import Unembed
 from steer.engines.vllm.taps.token_rows import HeadRows
-from steer.engines.vllm.worker.requests import WorkerRequests, receipt
+from steer.engines.vllm.worker.requests import WorkerRequest, WorkerRequests, receipt
 from steer.engines.vllm.worker.steering import WorkerSteering
 from steer.errors import EngineError, NotFinite, SteerError
-from steer.model import ModelInfo
+from steer.model import HookPoint, ModelInfo
 from steer.readouts.twins import chosen_at, divergences
+from steer.spec import Site
 
 _ROWS_AT_ONCE = 256
 
 
-def info_answer(steering: WorkerSteering) -> dict[str, Any]:
+def info_answer(
+    steering: WorkerSteering, projections: Projections, alone: LayersAlone
+) -> dict[str, Any]:
     """The worker's model and limits, for `read_info`."""
     answer = dataclasses.asdict(steering.model)
     answer["sites"] = list(steering.model.sites)
@@ -35,8 +42,11 @@ def info_answer(steering: WorkerSteering) -> dict[str, Any]:
         "model": answer,
         "compiled": steering.compiled,
         "static": steering.edits.static,
+        "projections": list(projections.sites),
         "slots": steering.edits.tables.slots,
         "lens": steering.reads_lenses,
+        "attention": alone.attention.complete,
+        "carries": alone.complete,
         "passes": steering.edits.tables.max_rules,
     }
 
@@ -125,9 +135,11 @@ def divergence_answer(
     return None if found is None else {"kl": found}
 
 
-def capture_answer(requests: WorkerRequests, key: str) -> dict[str, bytes]:
-    """The captured states under a ticket's key: float32 bytes by hook point, and an entry
-    `not_finite` where the prompt's numbers ran over."""
+@torch.inference_mode()
+def capture_answer(steering: WorkerSteering, key: str) -> dict[str, bytes]:
+    """The captured states under a ticket's key: float32 bytes by hook point, an entry `not_finite`
+    where the prompt's numbers ran over, and what heads attend to (`messages.attention_entries`)."""
+    requests = steering.requests
     records = requests.records(key)
     requests.forget(key)
     record = records.get(0)
@@ -135,7 +147,64 @@ def capture_answer(requests: WorkerRequests, key: str) -> dict[str, bytes]:
         return {}
     states = {str(point): pack(states) for point, states in record.request.states.items()}
     ran_over = record.ledger.runs_over(0, len(record.request.prompt))
-    return {**states, NotFinite.code: b""} if ran_over else states
+    if ran_over:
+        return {**states, NotFinite.code: b""}
+    return states | _attention_answer(steering, record.request)
+
+
+def _attention_answer(steering: WorkerSteering, request: WorkerRequest) -> dict[str, bytes]:
+    notes, order = request.attention, request.ticket.capture
+    if notes is None or order is None:
+        return {}
+    positions, here = order.positions[: order.attended], steering.attention
+    try:
+        return attention_entries(here.told(notes, positions), here.rank)
+    except SteerError as error:
+        return attention_error(error)
+
+
+def project_answer(
+    projections: Projections, layer: int, site: Site, data: bytes, info: ModelInfo
+) -> dict[str, Any] | None:
+    """What the output projection behind a hook point makes of packed states, or what is wrong; None
+    on a worker without the layer."""
+    try:
+        made = projections(HookPoint(layer, site), unpack(data, info.width(site)))
+    except SteerError as error:
+        return {"error": error.message, "code": error.code}
+    return None if made is None else {"made": pack(made)}
+
+
+def queries_answer(
+    steering: WorkerSteering, alone: LayersAlone, layer: int, data: bytes
+) -> dict[str, Any] | None:
+    """What the heads of this worker look with and are found by, of packed states, or what is wrong;
+    None on a worker without the layer."""
+    steering.pause()
+    try:
+        found = queries_and_keys(alone, layer, unpack(data, steering.model.d_model))
+    except SteerError as error:
+        return {"error": error.message, "code": error.code}
+    if found is None:
+        return None
+    return {
+        "rank": steering.attention.rank,
+        "heads": found.queries.shape[1],
+        "queries": pack(found.queries),
+        "keys": pack(found.keys),
+    }
+
+
+def carry_answer(
+    blocks: BlockStates, source: HookPoint, target: HookPoint, data: bytes, channels: slice
+) -> dict[str, Any] | None:
+    """The `channels` of what a block makes at `target` of packed states at `source`, or what is
+    wrong; None on a worker without the layer."""
+    try:
+        made = blocks(source, target, unpack(data, blocks.model.width(source.site)))
+    except SteerError as error:
+        return {"error": error.message, "code": error.code}
+    return None if made is None else {"made": pack(made[:, channels])}
 
 
 @torch.inference_mode()
@@ -202,16 +271,30 @@ def without_adapters(runner: Any, unembed: Unembed) -> Unembed:
     """
     if runner.lora_config is None:
         return unembed
-    check(*ADAPTERS)
     most = runner.vllm_config.scheduler_config.max_num_seqs
+    nobody = rows_of_nobody(runner)
 
     def plain(states: Tensor) -> Tensor | None:
         found = []
         for rows in torch.split(states, most):
-            nobody = (0,) * len(rows)
-            runner._set_active_loras(nobody, nobody, set())
+            nobody(len(rows))
             found.append(unembed(rows))
         whole = [one for one in found if one is not None]
         return torch.cat(whole) if len(whole) == len(found) else None
 
     return plain
+
+
+def rows_of_nobody(runner: Any) -> Callable[[int], None]:
+    """What says of so many rows that come next through the modules of `runner` that no adapter is
+    asked for; nothing where it has none."""
+    if runner.lora_config is None:
+        return lambda _: None
+    check(*ADAPTERS)
+    most = runner.vllm_config.scheduler_config.max_num_seqs
+
+    def say(rows: int) -> None:
+        # Requests are what logits are by, and no more than these.
+        runner._set_active_loras((0,) * min(rows, most), (0,) * rows, set())
+
+    return say

@@ -4,6 +4,7 @@ plans are found."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -12,9 +13,14 @@ import torch
 from torch import nn
 
 from steer.batch.encoders import DeviceEncoders
+from steer.engines.vllm.inside.alone import LayersAlone
+from steer.engines.vllm.inside.carried import BlockStates
+from steer.engines.vllm.inside.layers import AttentionLayers, AttentionSearch
+from steer.engines.vllm.inside.projections import Projections, find_projections
 from steer.engines.vllm.options import KEY, SteerOptions, is_static, registry_location
 from steer.engines.vllm.pipeline import own_part
-from steer.engines.vllm.static.form import StaticForm, set_form
+from steer.engines.vllm.static.form import StaticForm
+from steer.engines.vllm.static.operators import set_form
 from steer.engines.vllm.taps.decoder import find_decoder, unsupported
 from steer.engines.vllm.taps.inner_trial import Absent, open_inner_sites
 from steer.engines.vllm.taps.layouts import Unembed, choose_stack, find_unembedding
@@ -25,7 +31,12 @@ from steer.engines.vllm.taps.taps import CompiledTap, DecoderStack, EagerTap, Op
 from steer.engines.vllm.taps.token_rows import HeadRows, find_rows
 from steer.engines.vllm.worker.edits import Edits, StaticEdits, TapEdits
 from steer.engines.vllm.worker.steering import WorkerSteering
-from steer.engines.vllm.worker.tensor_parallel import check_unsplit, load_together, shards_of
+from steer.engines.vllm.worker.tensor_parallel import (
+    check_unsplit,
+    load_together,
+    own_rank,
+    shards_of,
+)
 from steer.errors import Unsupported
 from steer.model import ModelInfo
 from steer.plan.file import load_plan
@@ -42,18 +53,34 @@ _SHIFT_SPECS = 256
 @dataclass(frozen=True)
 class ReadModel:
     """The layers of a model as they can be tapped, why they lack other sites, the way from their
-    last state to logits, and the rows of its matrix."""
+    last state to logits, the rows of its matrix, and what lies inside of attention and MLP."""
 
     stack: DecoderStack
     absent: Absent
     unembed: Unembed | None
     rows: HeadRows | None
+    projections: Projections
+    alone: LayersAlone
+
+    @property
+    def attention(self) -> AttentionLayers:
+        """Which attention is a layer's."""
+        return self.alone.attention
 
 
-def read_model(model: nn.Module, run: TrialPass, vllm_config: Any, *, largest: int) -> ReadModel:
+def read_model(
+    model: nn.Module,
+    run: TrialPass,
+    vllm_config: Any,
+    device: torch.device,
+    *,
+    largest: int,
+    without_adapters: Callable[[int], None] = lambda _: None,
+) -> ReadModel:
     """What `model` is found to be.
 
-    `run` makes trial passes, of `largest` tokens at most. Raises `Unsupported` for a model that
+    `run` makes trial passes, of `largest` tokens at most; `without_adapters` says of so many coming
+    rows that they are the model's own. Raises `Unsupported` for a model that
     cannot be steered, or not at the sites that the options name.
     """
     config = vllm_config.model_config
@@ -61,14 +88,50 @@ def read_model(model: nn.Module, run: TrialPass, vllm_config: Any, *, largest: i
         raise unsupported(model, "it is an encoder with a decoder")
     decoder = find_decoder(model, config.get_total_num_hidden_layers())
     width, experts = config.get_hidden_size(), bool(config.is_moe)
-    streams = read_streams(decoder, run, width=width, largest=largest, experts=experts)
+    search = AttentionSearch(decoder, vllm_config.compilation_config.static_forward_context)
+    with search.looking():
+        streams = read_streams(decoder, run, width=width, largest=largest, experts=experts)
     options = SteerOptions.stamped(vllm_config.additional_config)
     asked = None if options.sites == "all" else options.sites
     inner, absent = open_inner_sites(decoder, run, asked, width=width, largest=largest)
     if is_static(vllm_config, options):
         check_unsplit(inner)
     stack = choose_stack(decoder, streams, inner)
-    return ReadModel(stack, absent, find_unembedding(decoder, streams), find_rows(decoder, streams))
+    return ReadModel(
+        stack,
+        absent,
+        find_unembedding(decoder, streams),
+        find_rows(decoder, streams),
+        find_projections(stack, shards_of(stack.inner), device, config.dtype),
+        LayersAlone(
+            search.calls,
+            search.found(*own_rank(vllm_config)),
+            partial(_without_cache, vllm_config),
+            without_adapters,
+            largest,
+        ),
+    )
+
+
+def _without_cache(vllm_config: Any) -> AbstractContextManager[Any]:
+    """What layers run in, without a cache. How many tokens they are given is not said: engines with
+    experts would then agree upon it with their data-parallel others, which are not asked."""
+    from vllm.forward_context import set_forward_context  # noqa: PLC0415
+
+    context: AbstractContextManager[Any] = set_forward_context(None, vllm_config)
+    return context
+
+
+def block_states(read: ReadModel, steering: WorkerSteering, vllm_config: Any) -> BlockStates:
+    """The blocks of the layers that were read and tapped, to be run by themselves."""
+    return BlockStates(
+        read.alone,
+        read.projections.shards,
+        steering.model,
+        steering.tapped,
+        experts_apart=bool(vllm_config.model_config.is_moe)
+        and vllm_config.parallel_config.data_parallel_size > 1,
+    )
 
 
 def attach(
@@ -120,6 +183,7 @@ def attach(
             read.unembed if reads_lenses(read, vllm_config) else None,
             vocab_size=info.vocab_size,
         ),
+        attention=read.attention,
     )
 
 

@@ -25,8 +25,9 @@ from steer.batch.requests import Ints, Span
 from steer.batch.slots import SlotTables
 from steer.batch.step import build_step
 from steer.batch.tables import Tables
-from steer.engines.vllm.static.form import Fault, StaticForm
+from steer.engines.vllm.static.form import StaticForm
 from steer.engines.vllm.static.graph_room import GraphRoom, Scheduled
+from steer.engines.vllm.static.passes import Fault
 from steer.engines.vllm.taps.forward_pass import ForwardPass
 from steer.engines.vllm.taps.inner_sites import Shard
 from steer.engines.vllm.taps.switch import TapSwitch
@@ -38,8 +39,9 @@ from steer.model import HookPoint, ModelInfo
 from steer.readouts.readings import Readings
 from steer.spec import Site
 
-TablesOf = Callable[[Ticket], SlotTables[Any]]
-"""The tables in which the plan of a request with this ticket has its slot."""
+TablesOf = Callable[[Ticket, int], SlotTables[Any]]
+"""The tables in which the plan of a request with this ticket has its slot, in a step that computes
+so many tokens of it."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,9 @@ class Edits(Protocol):
     def rest(self) -> None:
         """The coming passes steer nobody through the tables."""
 
+    def open_taps(self, layer: int) -> None:
+        """Puts the taps of `layer` in place until `rest`, where they are not always."""
+
     def collect(self) -> None:
         """Writes down what finished passes did, all of it."""
 
@@ -126,7 +131,7 @@ class TapEdits:
         return self.tables.in_use
 
     def tables_for(self, scheduled: Scheduled) -> TablesOf:  # noqa: ARG002 - all are alike here
-        return lambda _: self.tables
+        return lambda *_: self.tables
 
     def graphless(self, scheduled: Scheduled) -> bool:  # noqa: ARG002 - Python runs in every step
         return False
@@ -173,6 +178,10 @@ class TapEdits:
         if self._switch is not None:
             self._switch.turn(frozenset())
 
+    def open_taps(self, layer: int) -> None:
+        if self._switch is not None:
+            self._switch.turn(frozenset({layer}))
+
     def collect(self) -> None:
         """Passes have written down everything themselves."""
 
@@ -194,11 +203,12 @@ class StaticEdits:
 
     def tables_for(self, scheduled: Scheduled) -> TablesOf:
         excludes = partial(self._room.excludes, full=self._room.full(scheduled))
-        return lambda ticket: self._graphless.tables if excludes(ticket) else self.tables
+        python, kernels = self._graphless.tables, self.tables
+        return lambda ticket, tokens: python if excludes(ticket, tokens) else kernels
 
     def graphless(self, scheduled: Scheduled) -> bool:
         full = self._room.full(scheduled)
-        return any(self._room.excludes(ticket, full=full) for ticket, _ in scheduled)
+        return any(self._room.excludes(*one, full=full) for one in scheduled)
 
     def bind(self, ledger: Callable[[], PositionLedger]) -> None:
         self._ledger = ledger
@@ -235,6 +245,9 @@ class StaticEdits:
 
     def rest(self) -> None:
         self._form.clear()
+
+    def open_taps(self, layer: int) -> None:
+        """Graphs were captured with them."""
 
     def collect(self) -> None:
         self._form.collect(wait=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from steer.batch.gates import Decisions
 from steer.batch.ledger import PositionLedger
 from steer.batch.requests import Ints
+from steer.engines.vllm.inside.layers import AttendedRows
 from steer.engines.vllm.taps.shifts import Shifts
 from steer.engines.vllm.worker.requests import WorkerRequest
 from steer.errors import Unsupported
@@ -101,7 +102,9 @@ class ScheduledRequest:
         request = self.request
         if request.readouts is not None and self.start < len(request.prompt):
             return False
-        return not request.states and (request.plan is None or self.start >= request.fixed_from)
+        if request.states or request.attention is not None:
+            return False
+        return request.plan is None or self.start >= request.fixed_from
 
 
 class RunningPass(Protocol):
@@ -137,6 +140,8 @@ class Prepared:
     inline_selected: Ints
     running: RunningPass | None
     readings: Readings | None = None
+    attending: Sequence[AttendedRows] = ()
+    """What attentions write down of it."""
 
     def __post_init__(self) -> None:
         self._offsets = np.array([one.offset for one in self.placed], dtype=np.int64)
@@ -153,14 +158,17 @@ class Prepared:
         ]
 
     def logit_rows(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """The ledger rows of `placed` and their rows in the logits of the batch, one for each that
-        is computed of a request, with the positions of the tokens that these come from: where they
-        stood at first, when the pass is carried on."""
+        """The ledger rows of those of `placed` who are told where numbers run over, and their rows
+        in the logits of the batch, one for each that is computed of a request, with the positions
+        of the tokens that these come from: where they stood at first, when the pass is carried
+        on."""
         if self._logit_rows is None:
             rows: list[int] = []
             logits: list[int] = []
             positions: list[int] = []
             for one in self.placed:
+                if not one.request.tells_overflow:
+                    continue
                 count = 1 + one.drafts
                 rows += [one.request.row] * count
                 logits += range(one.logits, one.logits + count)

@@ -220,6 +220,7 @@ def _ticket(name: str, probe: _Probe, *, graphless: bool) -> Ticket:
         selections=(EVERYWHERE,),
         latents=probe.plan.latents,
         graphless=graphless or probe.plan.graphless,
+        onward=probe.plan.onward,
         capture=capture,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from steer.batch.slots import SlotTables
 from steer.engines.base import Receipt, SpeculationReceipt
 from steer.engines.checks import not_finite
 from steer.engines.receipts import receipt_of, shares_of
+from steer.engines.vllm.inside.notes import AttentionNotes
 from steer.engines.vllm.ticket import ReadoutOrder, Ticket
 from steer.errors import EngineError, NotFinite, SteerError
 from steer.model import HookPoint, ModelInfo
@@ -64,6 +65,8 @@ class WorkerRequest:
     states: dict[HookPoint, Tensor] = field(default_factory=dict)
     """Captured states by point, float32 `[positions, d]`; rows not reached yet are −inf, which no
     model computes throughout, while steering may make NaN."""
+    attention: AttentionNotes | None = None
+    """What attentions are handed for its prompt, where it asks."""
     readouts: RequestReadouts | None = None
     """What is read of its tokens, where it asks."""
     kept: KeptStates | None = None
@@ -84,6 +87,11 @@ class WorkerRequest:
     def seers(self) -> tuple[SeesRows, ...]:
         """Who sees its tokens in a pass."""
         return tuple(one for one in (self.readouts, self.kept) if one is not None)
+
+    @property
+    def tells_overflow(self) -> bool:
+        """Whether somebody is told where its numbers run over: a receipt, or whoever captures."""
+        return self.plan is not None or self.ticket.capture is not None
 
     @property
     def changes(self) -> bool:
@@ -123,7 +131,7 @@ class WorkerRequests:
     def __init__(
         self,
         model: ModelInfo,
-        tables_of: Callable[[Ticket], SlotTables[Any]],
+        tables_of: Callable[[Ticket, int], SlotTables[Any]],
         load: Callable[[str], SteeringPlan],
         *,
         rows: int,
@@ -135,8 +143,9 @@ class WorkerRequests:
         load_readouts: Callable[[str], ReadoutPlan] | None = None,
     ) -> None:
         """`tables_of` says which tables hold the plan of a request with this ticket, in a step
-        that has room for it. `collect` is called before the ledger is read: passes may still report
-        to it. `drafts` is the most drafted tokens that a pass computes for a request."""
+        that computes so many tokens of it and has room for it. `collect` is called before the
+        ledger is read: passes may still report to it. `drafts` is the most drafted tokens that a
+        pass computes for a request."""
         self._collect = collect
         self._model, self._tables_of = model, tables_of
         self._load, self._inline, self._owns = load, inline, owns
@@ -146,7 +155,7 @@ class WorkerRequests:
         self._records: OrderedDict[str, dict[int, Record]] = OrderedDict()
         self._ran_over: OrderedDict[str, None] = OrderedDict()
         self._load_readouts = load_readouts
-        self._readouts: OrderedDict[tuple[str, int], RequestReadouts | str] = OrderedDict()
+        self._readouts: OrderedDict[str, dict[int, RequestReadouts | str]] = OrderedDict()
         """By ticket and choice what is read of a request, or why nothing is, until its front end
         says that it has all of it."""
         self._kept: OrderedDict[tuple[str, int], KeptStates] = OrderedDict()
@@ -163,7 +172,7 @@ class WorkerRequests:
         if req_id in self._running:
             self.retire(req_id)
         plan, fault = None, None
-        tables = self._tables_of(ticket)
+        tables = self._tables_of(ticket, 1)
         try:
             if prompt is None:
                 raise EngineError("a prompt of embeddings has no tokens to steer")
@@ -272,20 +281,22 @@ class WorkerRequests:
         if receipt.tokens_cached and receipt.fingerprint in self._ran_over:
             raise not_finite("the cached states", steered=True)
 
-    def read(self, key: str) -> dict[int, RequestReadouts | str]:
+    def read(self, key: str) -> Mapping[int, RequestReadouts | str]:
         """What is read of the requests under a ticket's key, by choice; in the place of one that
         could not be, why."""
-        return {choice: one for (mine, choice), one in self._readouts.items() if mine == key}
+        return self._readouts.get(key, {})
 
     def forget_readouts(self, key: str) -> None:
         """The front end has all that was read under `key`, or asks for none of it any more."""
-        for mine in [one for one in self._readouts if one[0] == key]:
-            del self._readouts[mine]
+        self._readouts.pop(key, None)
 
     def take_kept(self, key: str, choice: int) -> KeptStates | str | None:
         """The states that were kept of a choice, or why none were; then nothing that was read of
         it is left. None where this worker never ran it."""
-        read = self._readouts.pop((key, choice), None)
+        left = self._readouts.get(key, {})
+        read = left.pop(choice, None)
+        if not left:
+            self.forget_readouts(key)
         return read if isinstance(read, str) else self._kept.pop((key, choice), None)
 
     def forget_kept(self, key: str) -> None:
@@ -305,7 +316,7 @@ class WorkerRequests:
         except Exception as error:  # an exception here would end the engine for everybody
             found = str(error)
         ticket, req_id = of
-        self._readouts[ticket.key, _child(req_id, ticket)] = found
+        self._readouts.setdefault(ticket.key, {})[_child(req_id, ticket)] = found
         while len(self._readouts) > _KEPT_RECORDS:
             self._readouts.popitem(last=False)
         return found if isinstance(found, RequestReadouts) else None

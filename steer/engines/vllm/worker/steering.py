@@ -6,7 +6,8 @@ of which requests the next forward pass computes, and when that pass is over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from steer.batch.gates import Decisions
 from steer.batch.requests import NOBODY, Ints, Span
 from steer.engines.base import EngineStats
+from steer.engines.vllm.inside.layers import AttendedRows, AttentionLayers
 from steer.engines.vllm.static.graph_room import Scheduled
 from steer.engines.vllm.taps import ops
 from steer.engines.vllm.taps.shifts import NoShifts, Shifts, ShiftTables
@@ -51,11 +53,13 @@ class WorkerSteering:
         drafts: int = 0,
         load_readouts: Callable[[str], ReadoutPlan] | None = None,
         instruments: Instruments | None = None,
+        attention: AttentionLayers | None = None,
     ) -> None:
         """`shifts` are given where a compiled graph adds constants by itself. `owns` says which
         hook points lie on this worker, one of `stages` of a pipeline; plans that `load` gives edit
         these alone. `drafts` is the most drafted tokens that a pass computes for a request.
-        `load_readouts` and `instruments` are what requests are read with."""
+        `load_readouts` and `instruments` are what requests are read with; `attention` tells what
+        heads attend to, where that can be had."""
         self.model, self.edits, self.shifts = model, edits, shifts or NoShifts()
         self.owns, self.stages = owns, stages
         self.requests = WorkerRequests(
@@ -71,6 +75,7 @@ class WorkerSteering:
             load_readouts=load_readouts,
         )
         self._instruments = instruments or Instruments(edits.tables.device)
+        self.attention = attention or AttentionLayers({}, frozenset())
         self.recover()
         self._carried: tuple[tuple[str, ...], Prepared] | None = None
         self._prepared: Prepared | None = None
@@ -106,6 +111,10 @@ class WorkerSteering:
             self._carried = None
             if not self.requests.resume(req_id, ticket):
                 self.requests.admit(req_id, prompt, ticket)
+                request, order = self.requests.get(req_id), ticket.capture
+                if request is not None and order is not None and order.attention:
+                    length = len(request.prompt)
+                    request.attention = self.attention.notes(order.attention, length)
 
     def returned(self, req_id: str, generated: int) -> None:
         """A request comes back after a preemption with so many `generated` tokens, of which the
@@ -134,6 +143,7 @@ class WorkerSteering:
     def rest(self) -> None:
         """The coming pass steers nobody."""
         self._received = None
+        self.attention.rest()
         if self._resting:
             return
         self._latest = None
@@ -156,6 +166,7 @@ class WorkerSteering:
             self._carried = (order, prepared) if lasting else None
         self._prepared = self._latest = prepared
         self.requests.ledger.expect(prepared.rows, prepared.positions)
+        self.attention.watch(prepared.attending)
         received, self._received = self._received, None
         if prepared.running is not None:
             if received is not None:
@@ -171,15 +182,33 @@ class WorkerSteering:
         latest = self._latest
         return None if latest is None or latest.running is None else latest.running.decisions()
 
+    def pause(self) -> None:
+        """Between two steps nobody is steered; the next pass is built anew."""
+        self.abandon()
+        self.rest()
+
+    @contextmanager
+    def tapped(self, layer: int) -> Iterator[None]:
+        """Between two steps: inside of the block the taps of `layer` are in place, and nobody is
+        steered."""
+        self.pause()
+        self.edits.open_taps(layer)
+        try:
+            yield
+        finally:
+            self.edits.rest()
+
     def abandon(self) -> None:
         """The pass failed: nothing is counted."""
         ops.set_running(None)
+        self.attention.rest()
         self._prepared = self._carried = self._latest = self._received = None
 
     def end(self) -> None:
         """The pass is over: counts what it did. A request whose edits were not all reached is at
         fault from then on, and its answer is withheld."""
         ops.set_running(None)
+        self.attention.rest()
         prepared, self._prepared = self._prepared, None
         if prepared is None:
             return
@@ -200,8 +229,12 @@ class WorkerSteering:
         if prepared is None or not prepared.placed:
             return
         rows, indices, positions = prepared.logit_rows(logits.device)
-        lost = ~logits.index_select(0, indices).amax(-1).isfinite()
-        self.requests.ledger.lose(rows, positions, lost)
+        if not len(indices):
+            return
+        # A copy of rows costs more than to look at as many again.
+        few = 2 * len(indices) < len(logits)
+        largest = logits.index_select(0, indices).amax(-1) if few else logits.amax(-1)[indices]
+        self.requests.ledger.lose(rows, positions, ~largest.isfinite())
 
     def stats(self) -> EngineStats:
         """Live figures: slots, and the requests that hold them."""
@@ -264,6 +297,11 @@ class WorkerSteering:
             _joined(inline_selected),
             running,
             readings,
+            [
+                AttendedRows(one.request.attention, one.offset, one.start, len(one.ids))
+                for one in placed
+                if one.request.attention is not None
+            ],
         )
 
     def _scheduled(self, tokens: Iterable[tuple[str, int]]) -> Scheduled:
@@ -313,7 +351,7 @@ class WorkerSteering:
         spans = []
         for one in placed:
             try:
-                tables = tables_of(one.request.ticket)
+                tables = tables_of(one.request.ticket, len(one.ids))
                 steered = self.requests.steered(one.request, tables, lambda: requests)
             except CapacityError as error:
                 one.request.fault = error.message

@@ -10,6 +10,7 @@ before it runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -35,6 +36,16 @@ def shards_of(inner: Sequence[InnerSite]) -> dict[Site, Shard]:
         for one in inner
         if one.workers > 1
     }
+
+
+def own_rank(vllm_config: Any) -> tuple[int, int]:
+    """This worker's rank in its tensor-parallel group, and how many there are."""
+    ranks = int(vllm_config.parallel_config.tensor_parallel_size)
+    if ranks == 1:
+        return 0, 1
+    from vllm.distributed import get_tensor_model_parallel_rank  # noqa: PLC0415
+
+    return int(get_tensor_model_parallel_rank()), ranks
 
 
 def load_together(load: Callable[[str], SteeringPlan]) -> Callable[[str], SteeringPlan]:

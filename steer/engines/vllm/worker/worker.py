@@ -15,21 +15,27 @@ from steer.engines.vllm.taps.streams import uncompiled
 from steer.engines.vllm.taps.taps import DecoderStack
 from steer.engines.vllm.worker.answers import (
     capture_answer,
+    carry_answer,
     divergence_answer,
     info_answer,
     logprobs_answer,
+    project_answer,
+    queries_answer,
     readout_answer,
     receipt_answer,
+    rows_of_nobody,
     token_rows_answer,
     unembed_answer,
     without_adapters,
 )
-from steer.engines.vllm.worker.build import attach, read_model
+from steer.engines.vllm.worker.build import attach, block_states, read_model
 from steer.engines.vllm.worker.proof import prove
 from steer.engines.vllm.worker.runner_v1 import RunnerV1
 from steer.engines.vllm.worker.runner_v2 import RunnerV2
 from steer.engines.vllm.worker.steering import WorkerSteering
 from steer.errors import Unsupported
+from steer.model import HookPoint
+from steer.spec import Site
 
 RUNNERS: dict[str, type[RunnerV1] | type[RunnerV2]] = {
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner": RunnerV1,
@@ -103,16 +109,20 @@ class SteerWorker:
                 runner.get_model(),
                 partial(steered.trial_pass, runner),
                 worker.vllm_config,
+                worker.device,
                 largest=runner.max_num_tokens,
+                without_adapters=rows_of_nobody(runner),
             )
         self._unembed = read.unembed and without_adapters(runner, read.unembed)
-        self._rows = read.rows
+        self._rows, self._projections = read.rows, read.projections
+        self._alone = read.alone
         self.steering = attach(
             read,
             worker.vllm_config,
             worker.device,
             tapped=partial(check_apart, read.stack, drafter),
         )
+        self._blocks = block_states(read, self.steering, worker.vllm_config)
         self._runner = steered(runner, self.steering)
         look_at_logits(runner.get_model(), self.steering)
 
@@ -135,7 +145,7 @@ class SteerWorker:
 
     def steer_info(self) -> dict[str, Any]:
         """The model's shape and what this worker can do."""
-        return info_answer(self.steering)
+        return info_answer(self.steering, self._projections, self._alone)
 
     def steer_receipts(self, asked: list[tuple[str, dict[int, int]]]) -> list[dict[int, Any]]:
         """For each `(key, {choice: tokens fed})` the receipts by choice; they are then dropped."""
@@ -155,8 +165,33 @@ class SteerWorker:
         return [divergence_answer(self.steering, *one) for one in asked]
 
     def steer_captured(self, keys: list[str]) -> list[dict[str, bytes]]:
-        """The states captured under each of `keys` by hook point; they are then dropped."""
-        return [capture_answer(self.steering.requests, key) for key in keys]
+        """What was captured under each of `keys`: states by hook point, and what heads attend to;
+        it is then dropped."""
+        return [capture_answer(self.steering, key) for key in keys]
+
+    def steer_project(self, layer: int, site: Site, states: bytes) -> dict[str, Any] | None:
+        """What the output projection behind a hook point makes of float32 states `[rows, width]`;
+        None on a worker without the layer. All tensor-parallel ranks must be asked."""
+        return project_answer(self._projections, layer, site, states, self.steering.model)
+
+    def steer_queries(self, layer: int, states: bytes) -> dict[str, Any] | None:
+        """What the attention of `layer` is handed of float32 states `[rows, d_model]` before the
+        layer; None on a worker without it. All tensor-parallel ranks must be asked."""
+        return queries_answer(self.steering, self._alone, layer, states)
+
+    def steer_carried(
+        self,
+        layer: int,
+        sites: tuple[Site, Site],
+        states: bytes,
+        channels: tuple[int, int] | None = None,
+    ) -> dict[str, Any] | None:
+        """What the block `layer` makes at the second of `sites` of float32 states `[rows, width]`
+        at the first, of `channels` from one number up to another; None on a worker without the
+        layer. All tensor-parallel ranks must be asked."""
+        source, target = (HookPoint(layer, site) for site in sites)
+        chosen = slice(*(channels or (None,)))
+        return carry_answer(self._blocks, source, target, states, chosen)
 
     def steer_unembed(self, states: bytes) -> bytes | None:
         """Float32 states `[rows, d_model]` after the last layer to logits `[rows, vocab]`; None on

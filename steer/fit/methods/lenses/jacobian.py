@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -23,14 +24,15 @@ from torch import Tensor
 from steer.artefacts.lens import Lens
 from steer.engines.base import Engine
 from steer.engines.gradients import DifferentiableModel, Edit, differentiable
-from steer.errors import SteerError, Unsupported
+from steer.errors import SteerError, Unsupported, pointer
 from steer.fit.data.jsonl import sha256_of
 from steer.fit.data.prompt import Prompt, prompt_json
+from steer.fit.methods.bookmark import Bookmark
 from steer.fit.methods.card import made_on, split
 from steer.fit.methods.lenses.sample import Tokens, layer_points
 from steer.fit.methods.lenses.yardstick import Yardstick
 from steer.fit.states import Progress, prompt_tokens
-from steer.model import HookPoint
+from steer.model import HookPoint, ModelInfo
 
 MEASURING = 512
 """Tokens on which the lens is measured."""
@@ -58,12 +60,14 @@ def fit_jacobian_lens(
     skip: int = 16,
     held_out: float = 0.2,
     seed: int = 0,
+    layers: Sequence[int] | None = None,
     batch: int = 4,
     description: str = "",
     licence: str = "",
     progress: Progress | None = None,
 ) -> Lens:
-    """A Jacobian lens for the model of `engine`, its embeddings' map included.
+    """A Jacobian lens for the model of `engine`: for the outputs of `layers`, or for every layer's
+    and the embeddings.
 
     Each text counts with its first `tokens` tokens; those with fewer than `skip` + 2 are left out.
     Every row of every J is the mean over `average` texts, or over all where it is None or there are
@@ -73,9 +77,11 @@ def fit_jacobian_lens(
     hundredth of the rows.
 
     Raises `Unsupported` (`no_gradients`, `no_unembedding`), `SteerError` (`no_prompts`) where no
-    text is long enough. Memory: n_layers · d² floats, and the graph of `batch` texts.
+    text is long enough, and at `/layers` for one that has no map. Memory: d² floats for each layer,
+    and the graph of `batch` texts from the first layer on.
     """
     check_engine(engine)
+    blocks = blocks_read(engine.info, layers)
     texts = [tuple(prompt_tokens(engine, prompt)[:tokens]) for prompt in prompts]
     long = [text for text in texts if len(text) >= skip + 2]
     fitted, tried = split(long, held_out, seed)
@@ -86,10 +92,12 @@ def fit_jacobian_lens(
             code="no_prompts",
         )
     each = len(fitted) if average is None else min(average, len(fitted))
-    jacobians = mean_jacobians(engine, fitted, each, skip, seed, batch, progress)
+    jacobians = mean_jacobians(engine, fitted, each, skip, seed, batch, progress, blocks)
     measuring = Yardstick.read(engine, tried, MEASURING, seed, batch, None)
+    depth = engine.info.n_layers
     return Lens.of_jacobians(
         jacobians,
+        depth=depth,
         name=name,
         model=engine.info.own_name,
         description=description,
@@ -104,7 +112,7 @@ def fit_jacobian_lens(
             "short": len(texts) - len(long),
             "held_out_tokens": measuring.states.shape[1],
             "seed": seed,
-            "kl": _measured(measuring, Lens.of_jacobians(jacobians)),
+            "kl": _measured(measuring, Lens.of_jacobians(jacobians, depth=depth)),
             **made_on(engine),
         },
     )
@@ -117,6 +125,24 @@ def check_engine(engine: Engine) -> None:
         raise Unsupported(engine.capabilities.no_unembedding, code="no_unembedding")
 
 
+def blocks_read(model: ModelInfo, layers: Sequence[int] | None) -> tuple[int, ...]:
+    """The blocks whose inputs the lens reads: those after `layers`, or all. Raises `SteerError` at
+    `/layers`."""
+    if layers is None:
+        return tuple(range(model.n_layers))
+    for place, layer in enumerate(layers):
+        at = pointer("layers", place)
+        model.check_point(HookPoint(layer), param=at)
+        if layer == model.n_layers - 1:
+            raise SteerError(
+                f"layer {layer} is the last: a lens leads to its output, which needs no map; leave "
+                "it out",
+                code="invalid_option",
+                param=at,
+            )
+    return tuple(sorted({layer + 1 for layer in layers}))
+
+
 def mean_jacobians(
     engine: Engine,
     texts: Sequence[Tokens],
@@ -125,22 +151,30 @@ def mean_jacobians(
     seed: int,
     batch: int,
     progress: Progress | None,
+    blocks: Sequence[int] | None = None,
 ) -> dict[int, Float[Tensor, "d d"]]:
-    """J by the block whose input it reads, float32, every row the mean over `each` of `texts`."""
-    width, points = engine.info.d_model, layer_points(engine)[:-1]
+    """J by the block whose input it reads, float32, every row the mean over `each` of `texts`: of
+    `blocks`, or of all. What was ended goes on from its bookmark, which holds the sums."""
+    chosen_blocks = blocks_read(engine.info, None) if blocks is None else tuple(blocks)
+    width, points = engine.info.d_model, [layer_points(engine)[block] for block in chosen_blocks]
     last = HookPoint(engine.info.n_layers - 1)
-    found = torch.zeros(len(points), width, width)
-    done = 0
-    for group in _groups(_shares(texts, width, each, seed), batch):
-        for rows, coordinates in _pieces(group):
+    bookmark = Bookmark(engine, ["jacobian-lens", texts, each, skip, seed, batch, chosen_blocks])
+    kept = bookmark.read()
+    found = kept["found"] if kept else torch.zeros(len(points), width, width)
+    begun = int(kept["pieces"]) if kept else 0
+    done, whole = 0, width * each
+    for piece, (rows, coordinates) in enumerate(_all_pieces(texts, width, each, seed, batch)):
+        before, done = done, done + sum(map(len, coordinates))
+        if piece >= begun:
             work = _rows([one.text for one in rows], coordinates, points, last, skip)
             chosen, gradients = differentiable(engine).differentiate(work)
             found.index_add_(1, chosen, gradients)
-            if progress is not None:
-                before, done = done, done + len(chosen)
-                whole = width * each
-                progress(PARTS * done // whole - PARTS * before // whole)
-    return dict(enumerate(found / each))
+            bookmark.write(partial(_kept_rows, found, piece + 1))
+        if progress is not None and piece >= begun - 1:
+            # What was done before is told of at once.
+            before = 0 if piece == begun - 1 else before
+            progress(PARTS * done // whole - PARTS * before // whole)
+    return dict(zip(chosen_blocks, found / each, strict=True))
 
 
 def _shares(texts: Sequence[Tokens], width: int, each: int, seed: int) -> list[_Share]:
@@ -168,6 +202,18 @@ def _groups(shares: Sequence[_Share], batch: int) -> Iterator[list[_Share]]:
             for turn in range(copies)
             if one.coordinates[turn::copies]
         ]
+
+
+def _all_pieces(
+    texts: Sequence[Tokens], width: int, each: int, seed: int, batch: int
+) -> Iterator[tuple[list[_Share], list[tuple[int, ...]]]]:
+    """The whole work in its order."""
+    for group in _groups(_shares(texts, width, each, seed), batch):
+        yield from _pieces(group)
+
+
+def _kept_rows(found: Tensor, pieces: int) -> dict[str, Tensor]:
+    return {"found": found, "pieces": torch.tensor(pieces)}
 
 
 def _pieces(group: Sequence[_Share]) -> Iterator[tuple[list[_Share], list[tuple[int, ...]]]]:
@@ -230,4 +276,5 @@ def _measured(on: Yardstick, lens: Lens) -> dict[str, JsonValue]:
             "jacobian": round(on.divergence(lens.translated(states, block, "resid_pre")), 4),
         }
         for block, states in enumerate(on.states[:-1])
+        if block in lens.translators
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,29 @@ class Regression:
         self._squares += b.double().pow(2).sum(0)
         self._gram += (a.T @ a).double()
         self._cross += (a.T @ b).double()
+
+    def state(self) -> dict[str, Tensor]:
+        """All that was taken, which `Regression.of` takes up again; nothing before the first."""
+        if self._origin is None:
+            return {}
+        x, y = self._origin
+        return {
+            "count": torch.tensor(self._count, dtype=torch.float64),
+            "origin": torch.stack([x, y]),
+            "sums": torch.stack([self._x, self._y, self._squares]),
+            "products": torch.stack([self._gram, self._cross]),
+        }
+
+    @staticmethod
+    def of(state: Mapping[str, Tensor], width: int) -> Regression:
+        """One that goes on from `state`."""
+        found = Regression(width)
+        if state:
+            x, y = state["origin"]
+            found._count, found._origin = float(state["count"]), (x, y)
+            found._x, found._y, found._squares = state["sums"]
+            found._gram, found._cross = state["products"]
+        return found
 
     def solve(self, penalty: float) -> Translator:
         """The map under a ridge of `penalty` times each input's own variance."""

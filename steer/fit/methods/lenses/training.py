@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,6 +14,12 @@ from torch.nn import functional
 
 from steer.engines.base import Engine
 from steer.engines.gradients import DifferentiableModel, differentiable
+from steer.fit.methods.bookmark import (
+    Bookmark,
+    FallingRates,
+    resume_training,
+    training_state,
+)
 from steer.fit.methods.lenses.regression import Translator
 from steer.fit.states import Progress
 
@@ -60,22 +68,31 @@ def train(
     bases: Mapping[int, Translator],
     states: Float[Tensor, "points n d_model"],
     training: Training,
+    what: Any,
     progress: Progress | None,
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """W and b of each block's translator after `training` on `states`, those of `layer_points`.
 
-    `progress` is told of every step. Raises `Unsupported` (`no_gradients`). Memory: four lenses,
-    and 4 · rows · vocabulary floats.
+    `what`, plain values, is all that `bases` and `states` depend on: training of the same that was
+    ended goes on from its bookmark. `progress` is told of every step. Raises `Unsupported`
+    (`no_gradients`). Memory: four lenses, and 4 · rows · vocabulary floats.
     """
     able = differentiable(engine)
     blocks = {block: _Correction(base) for block, base in bases.items()}
     parameters = [one for block in blocks.values() for one in block.parameters()]
     optimiser = torch.optim.Adam(parameters, lr=training.rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda n: 1 - n / training.steps)
     order = torch.randperm(
         states.shape[1], generator=torch.Generator().manual_seed(training.seed)
     ).repeat(-(-training.steps * training.rows // states.shape[1]))
-    for step in range(training.steps):
+    bookmark = Bookmark(engine, ["tuned-lens training", what, astuple(training)])
+    rates, kept = FallingRates(optimiser, training.steps), bookmark.read()
+    begun = int(kept["done"]) if kept else 0
+    if kept:
+        resume_training(optimiser, kept)
+        if progress is not None:
+            progress(begun)
+    for step in range(begun, training.steps):
+        rates.at(step)
         chosen = states[:, order[step * training.rows :][: training.rows]]
         wanted = able.differentiate(_wanted(chosen[-1]))
         optimiser.zero_grad()
@@ -83,10 +100,14 @@ def train(
         for block, correction in blocks.items():
             able.differentiate(_descent(correction, chosen[block], wanted))
         optimiser.step()
-        schedule.step()
+        bookmark.write(partial(_kept, optimiser, step + 1))
         if progress is not None:
             progress(1)
     return {block: one.folded() for block, one in blocks.items()}
+
+
+def _kept(optimiser: torch.optim.Optimizer, done: int) -> dict[str, Tensor]:
+    return {"done": torch.tensor(done), **training_state(optimiser)}
 
 
 def _wanted(last: Tensor) -> Callable[[DifferentiableModel], Tensor]:

@@ -10,7 +10,7 @@ the layer keeps the plain lens, so that the lens is never the worse of the two t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from steer.errors import SteerError, Unsupported
 from steer.fit.data.answering import with_own_answers
 from steer.fit.data.jsonl import sha256_of
 from steer.fit.data.prompt import Prompt, prompt_json
+from steer.fit.methods.bookmark import Bookmark
 from steer.fit.methods.card import made_on, split
 from steer.fit.methods.lenses.regression import Regression, Translator
 from steer.fit.methods.lenses.sample import Tokens, draw_places, layer_points, read_layers
@@ -88,7 +89,8 @@ def fit_tuned_lens(
     bases, best = _solved(layers, choosing, progress)
     if steps:
         training = Training(steps, rows, rate, seed)
-        for block, (weight, bias) in train(engine, bases, seen, training, progress).items():
+        what = [texts, held_out, seed, batch]
+        for block, (weight, bias) in train(engine, bases, seen, training, what, progress).items():
             one = _tried(choosing, block, weight, bias, "training")
             best[block] = min(best[block], one, key=lambda this: this.divergence)
     readings = {}
@@ -169,14 +171,42 @@ def _regress(
     progress: Progress | None,
 ) -> tuple[list[Regression], Float[Tensor, "points n d_model"]]:
     """A regression for each block's input over every token, and the states of `kept` tokens."""
-    layers = [Regression(engine.info.d_model) for _ in range(engine.info.n_layers)]
+    width, points = engine.info.d_model, len(layer_points(engine))
+    bookmark = Bookmark(engine, ["tuned-lens sums", texts, kept, seed, batch])
+    held = bookmark.read()
+    begun = int(held["done"]) if held else 0
+    layers = [Regression.of(_below(held, block), width) for block in range(points - 1)]
+    found = [held["found"] if held else torch.zeros(points, 0, width)]
     places = draw_places(texts, kept, seed)
-    found = [torch.zeros(len(layer_points(engine)), 0, engine.info.d_model)]
-    for states, chosen in zip(read_layers(engine, texts, batch, progress), places, strict=True):
-        for block, layer in enumerate(layers):
-            layer.add(states[block], states[-1])
-        found.append(states[:, chosen])
+
+    def state() -> dict[str, Tensor]:
+        found[:] = [torch.cat(found, dim=1)]
+        sums = {
+            f"{block}.{name}": value
+            for block, layer in enumerate(layers)
+            for name, value in layer.state().items()
+        }
+        return {"done": torch.tensor(done), "found": found[0], **sums}
+
+    done = begun
+    if begun and progress is not None:
+        progress(begun)
+    for first in range(begun, len(texts), batch):
+        group = texts[first : first + batch]
+        done = first + len(group)
+        chosen = places[first:done]
+        for states, those in zip(read_layers(engine, group, batch, progress), chosen, strict=True):
+            for block, layer in enumerate(layers):
+                layer.add(states[block], states[-1])
+            found.append(states[:, those])
+        bookmark.write(state)
     return layers, torch.cat(found, dim=1)
+
+
+def _below(held: Mapping[str, Tensor], block: int) -> dict[str, Tensor]:
+    """What a bookmark holds of a block's regression."""
+    start = f"{block}."
+    return {key[len(start) :]: one for key, one in held.items() if key.startswith(start)}
 
 
 def _solved(

@@ -105,6 +105,7 @@ def fit_low_rank(
         rows,
         lambda model, chosen: answer_loss(model, chosen, edits, default_where),
         torch.optim.Adam([p for edit in edits.values() for p in edit.parameters()], lr=rate),
+        what=["low_rank", exercises.sha256, list(layers), rank, site, where, rate],
         steps=steps,
         batch=batch,
         seed=seed,

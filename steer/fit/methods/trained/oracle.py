@@ -10,6 +10,7 @@ all examples; and the graph of one training batch.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -57,8 +58,7 @@ def oracle_rows(
     engine: Engine, form: OracleForm, examples: Sequence[OracleExample]
 ) -> list[OracleRow]:
     """The examples as they are asked, each with its answer and what ends it. Raises `SpecError`."""
-    end = answer_end(engine.tokenizer, chat=has_chat_template(engine.tokenizer))
-    ends = [] if end is None else [end]
+    ends = ends_of_answers(engine)
 
     @cache  # the same questions are asked of many states
     def asked(question: str, layer: int, states: int) -> OraclePrompt:
@@ -74,7 +74,13 @@ def oracle_rows(
     return rows
 
 
-def fit_oracle(
+def ends_of_answers(engine: Engine) -> list[int]:
+    """The token that ends an answer, where the model has one."""
+    end = answer_end(engine.tokenizer, chat=has_chat_template(engine.tokenizer))
+    return [] if end is None else [end]
+
+
+def train_oracle(
     engine: Engine,
     examples: Sequence[OracleExample],
     *,
@@ -106,12 +112,24 @@ def fit_oracle(
             lr=rate,
             weight_decay=0.01,
         ),
+        what=["oracle", _shown_what(rows), form.model_dump(mode="json"), rank, rate],
         steps=steps,
         batch=batch,
         seed=seed,
         progress=progress,
     )
     return Lora.of(parts), losses
+
+
+def _shown_what(rows: Sequence[OracleRow]) -> list[str]:
+    """The rows in short. States that are read in other batches differ in their last bits: then
+    training begins anew, as it has to."""
+    return [
+        hashlib.sha256(
+            repr((row.tokens, row.prompt, row.places)).encode() + row.states.numpy().tobytes()
+        ).hexdigest()
+        for row in rows
+    ]
 
 
 def oracle_loss(
@@ -121,15 +139,25 @@ def oracle_loss(
     parts: Mapping[str, LoraPart],
 ) -> Tensor:
     """The mean −log p of all answers' tokens."""
-    fed = [row.tokens[:-1] for row in rows]
-    point = HookPoint(form.layer, form.site)
-    traced = model.run(fed, edits={point: _shown(rows, form, model.device)}, lora=parts)
     losses = []
-    for n, row in enumerate(rows):
+    for row, logits in zip(rows, answer_logits(model, rows, form, parts), strict=True):
         wanted = torch.tensor(row.tokens[row.prompt :], device=model.device)
-        logits = traced.logits[n, row.prompt - 1 : len(row.tokens) - 1]
         losses.append(functional.cross_entropy(logits, wanted, reduction="none"))
     return torch.cat(losses).mean()
+
+
+def answer_logits(
+    model: DifferentiableModel,
+    rows: Sequence[OracleRow],
+    form: OracleForm,
+    parts: Mapping[str, LoraPart],
+) -> list[Float[Tensor, "answer vocab"]]:
+    """For each row the logits from which its answer's tokens are to be predicted."""
+    fed = [row.tokens[:-1] for row in rows]
+    point = HookPoint(form.layer, form.site)
+    edits = {point: _shown(rows, form, model.device)} if any(row.places for row in rows) else {}
+    traced = model.run(fed, edits=edits, lora=parts)
+    return [traced.logits[n, row.prompt - 1 : len(row.tokens) - 1] for n, row in enumerate(rows)]
 
 
 def _shown(rows: Sequence[OracleRow], form: OracleForm, device: torch.device) -> Edit:
@@ -150,16 +178,22 @@ def _shown(rows: Sequence[OracleRow], form: OracleForm, device: torch.device) ->
     return edit
 
 
+def check_rank(modules: Mapping[str, tuple[int, int]], rank: int) -> None:
+    """Raises `SteerError` for a rank above the least width of `modules` (inputs, outputs)."""
+    name, least = min(((n, min(sizes)) for n, sizes in modules.items()), key=lambda one: one[1])
+    if not 1 <= rank <= least:
+        raise SteerError(
+            f"a rank must be from 1 to {least}, the least width of {name}; got {rank!r}",
+            code="invalid_option",
+        )
+
+
 def _begun(model: DifferentiableModel, rank: int, seed: int) -> dict[str, LoraPart]:
     generator = torch.Generator().manual_seed(seed)
     parts = {}
-    for name, (inputs, outputs) in model.linear_modules().items():
-        if not 1 <= rank <= min(inputs, outputs):
-            raise SteerError(
-                f"a rank must be from 1 to {min(inputs, outputs)}, the least width of {name}; got "
-                f"{rank!r}",
-                code="invalid_option",
-            )
+    modules = model.linear_modules()
+    check_rank(modules, rank)
+    for name, (inputs, outputs) in modules.items():
         down = torch.randn(rank, inputs, generator=generator) / inputs**0.5
         up = torch.zeros(outputs, rank, device=model.device)
         parts[name] = LoraPart(nn.Parameter(down.to(model.device)), nn.Parameter(up), SCALE)

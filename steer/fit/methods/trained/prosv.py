@@ -13,6 +13,7 @@ trained. Memory: as for `reps`.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import astuple
 from typing import Literal, TypeAlias
 
 import torch
@@ -109,6 +110,10 @@ def fit_prosv(
         rows,
         _loss(scaled, where, loss),
         _optimiser(scaled.values(), width, beta, spread, rate),
+        what=[
+            *("prosv", [astuple(one) for one in rows], list(layers), loss),
+            *(first, last, beta, spread, site, rate),
+        ],
         steps=steps,
         batch=batch,
         seed=seed,

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple
 
 import torch
 from torch import Tensor, nn
@@ -119,10 +120,21 @@ def fit_reps(
             ],
             weight_decay=0.0,
         ),
+        what=[
+            "reps",
+            [astuple(one) for one in rows],
+            list(layers),
+            loss,
+            list(factors),
+            site,
+            where,
+            rate,
+        ],
         steps=steps,
         batch=batch,
         seed=seed,
         judged=_loss(vectors, default_where, loss, lambda: middle),
+        drawn=lambda: generator.choice(list(factors)),
         progress=progress,
     )
     return ControlVector.of(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,12 @@ from torch import Tensor
 from steer.engines.base import Engine
 from steer.engines.gradients import DifferentiableModel, differentiable
 from steer.errors import SteerError
+from steer.fit.methods.bookmark import (
+    Bookmark,
+    FallingRates,
+    resume_training,
+    training_state,
+)
 from steer.fit.states import Progress
 
 Row = TypeVar("Row")
@@ -40,10 +47,12 @@ def train(
     loss: Loss[Row],
     optimiser: torch.optim.Optimizer,
     *,
+    what: Any,
     steps: int,
     batch: int,
     seed: int,
     judged: Loss[Row] | None = None,
+    drawn: Callable[[], object] | None = None,
     progress: Progress | None = None,
 ) -> Losses:
     """Lowers `loss` over `steps` batches of `rows`, the rates falling to 0 in a line.
@@ -51,6 +60,10 @@ def train(
     What it came to, by `judged` (default: `loss`) on the same rows before and after: batches differ
     by more than what training does to them, and so does a loss that draws. Other requests go on
     between steps; `progress` is told of each.
+
+    `what`, plain values, is all that the rows and the loss depend on: training of the same that was
+    ended goes on from its bookmark, to the same bits. A loss that draws takes from `drawn` once in
+    each step.
     """
     watched = rows[:: -(-len(rows) // _WATCHED)]
     parts = [watched[first : first + batch] for first in range(0, len(watched), batch)]
@@ -62,14 +75,33 @@ def train(
         ]
         return sum(found) / len(watched)
 
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
-    before = mean_loss()
-    for _, chosen in zip(range(steps), batches(rows, batch, seed), strict=False):
+    bookmark = Bookmark(engine, [what, steps, batch, seed])
+    rates, kept = FallingRates(optimiser, steps), bookmark.read()
+    before = float(kept["before"]) if kept else mean_loss()
+    begun = int(kept["done"]) if kept else 0
+    if kept:
+        resume_training(optimiser, kept)
+        if progress is not None:
+            progress(begun)
+    for step, chosen in zip(range(steps), batches(rows, batch, seed), strict=False):
+        if step < begun:
+            if drawn is not None:
+                drawn()
+            continue
+        rates.at(step)
         differentiable(engine).differentiate(_step(chosen, loss, optimiser))
-        schedule.step()
+        bookmark.write(partial(_kept, optimiser, step + 1, before))
         if progress is not None:
             progress(1)
     return Losses(before, mean_loss())
+
+
+def _kept(optimiser: torch.optim.Optimizer, done: int, before: float) -> dict[str, Tensor]:
+    return {
+        "done": torch.tensor(done),
+        "before": torch.tensor(before, dtype=torch.float64),
+        **training_state(optimiser),
+    }
 
 
 def _judged(rows: list[Row], loss: Loss[Row]) -> Callable[[DifferentiableModel], float]:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, GetJsonSchemaHandler, StrictInt
+from pydantic import Field, GetJsonSchemaHandler, StrictInt, field_validator
 from pydantic_core import CoreSchema
 
 from steer.fit.requests.features.request import SAERequest
 from steer.fit.requests.features.texts import BatchField, PooledField
-from steer.fit.requests.fields import MAX_ITEMS, DataField, Seed
+from steer.fit.requests.fields import MAX_ITEMS, DataField, Seed, data_text
 from steer.fit.requests.inline import LABELLED, LabelledParam, count
 from steer.spec import exactly_one
 
 if TYPE_CHECKING:
-    from typing import Any
-
     from steer.engines.base import Engine
     from steer.fit.data.labels import LabelledSet
     from steer.fit.measure.answers import Progress
@@ -41,6 +39,11 @@ class TrustRequest(SAERequest):
     ] = 1
     batch: BatchField = 16
     seed: Annotated[Seed, Field(description="Halves the texts.")] = 0
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        return data_text(value, "texts")
 
     @classmethod
     def __get_pydantic_json_schema__(

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field, StrictInt
 
 from steer.errors import TooLarge
-from steer.fit.requests.fields import MAX_ITEMS, DataField, HeldOutField, NameField, Seed
+from steer.fit.requests.fields import (
+    ALL_BY_DEFAULT,
+    MAX_ITEMS,
+    DataField,
+    HeldOutField,
+    LayerList,
+    NameField,
+    Seed,
+    Spelled,
+)
 from steer.fit.requests.inline import PROMPTS
 from steer.fit.requests.request import CardFields, FitPlace, Fitted
 from steer.prompts import PromptParam
@@ -30,6 +39,7 @@ class JacobianLensRequest(CardFields):
     doing: ClassVar = "hundredths of the rows"
     batch_size: ClassVar = 4
     needs_gradients: ClassVar = True
+    resumes: ClassVar = True
 
     name: NameField
     prompts: (
@@ -39,6 +49,15 @@ class JacobianLensRequest(CardFields):
         | None
     ) = None
     data: DataField = None
+    layers: Annotated[
+        LayerList | None,
+        ALL_BY_DEFAULT,
+        Spelled("layers", "Such as 2-5 or 1,3; by default all, and the embeddings."),
+        Field(
+            description="The layers whose outputs the lens reads, each but the last; by default "
+            "all, and the embeddings."
+        ),
+    ] = None
     average: Annotated[
         StrictInt,
         Field(
@@ -61,10 +80,11 @@ class JacobianLensRequest(CardFields):
     ] = 0
 
     def check(self, engine: Engine, registry: Registry, data: list[Prompt]) -> None:
-        from steer.fit.methods.lenses.jacobian import check_engine
+        from steer.fit.methods.lenses.jacobian import blocks_read, check_engine
 
         del registry, data
         check_engine(engine)
+        blocks_read(engine.info, self.layers)
         if self.tokens > MAX_TOKENS:
             raise TooLarge(
                 f"a job differentiates at most {MAX_TOKENS} tokens of a text at once, beside the "
@@ -90,6 +110,7 @@ class JacobianLensRequest(CardFields):
             skip=self.skip,
             held_out=self.held_out,
             seed=self.seed,
+            layers=self.layers,
             batch=self.at_once(place),
             description=self.description,
             licence=self.licence,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 from pydantic import Field, StrictInt, model_validator
 
 from steer.errors import SteerError
-from steer.fit.requests.fields import LayerList, Ref, SiteField, Spelled
+from steer.fit.requests.fields import ALL_BY_DEFAULT, LayerList, Ref, SiteField, Spelled
 from steer.fit.requests.request import CardFields, FitPlace, Fitted, site_points
 from steer.spec import MAX_INTEGER, StoredName
 
@@ -46,6 +46,7 @@ class TokenRequest(CardFields):
     site: SiteField = "resid_post"
     layers: Annotated[
         LayerList | None,
+        ALL_BY_DEFAULT,
         Spelled("layers", "Such as 2-5 or 1,3; by default all that the lens has."),
         Field(description="The layers to keep; by default all that the lens has a map for."),
     ] = None

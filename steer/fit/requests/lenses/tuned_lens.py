@@ -37,6 +37,7 @@ class TunedLensRequest(CardFields):
     form: ClassVar = PROMPTS
     doing: ClassVar = "prompts and steps"
     batch_size: ClassVar = 8
+    resumes: ClassVar = True
 
     name: NameField
     prompts: (
@@ -79,11 +80,10 @@ class TunedLensRequest(CardFields):
 
         check_engine(engine, self.steps)
         if len(data) < LEAST_PROMPTS:
-            at = "/prompts" if self.data is None else "/data"
             raise SteerError(
                 f"a lens needs at least {LEAST_PROMPTS} prompts, of a few thousand tokens "
                 f"together; got {len(data)}",
-                param=at,
+                param=self.data_at,
                 code="no_prompts",
             )
         if self.rows > MAX_ROWS:

@@ -11,6 +11,7 @@ from steer.errors import SteerError, pointer
 from steer.fit.data.where import WhereName
 from steer.fit.methods.linear.reading import TokensRead
 from steer.fit.requests.fields import (
+    ALL_BY_DEFAULT,
     MAX_ITEMS,
     CaptureField,
     DataField,
@@ -64,6 +65,7 @@ class AlphaSteerRequest(CardFields):
     ]
     layers: Annotated[
         LayerList | None,
+        ALL_BY_DEFAULT,
         Spelled("layers", "Such as 2-5 or 1,3; by default the vector's."),
         Field(description="The layers to act on; by default the vector's."),
     ] = None

@@ -24,7 +24,7 @@ from steer.fit.requests.fields import (
     Spelled,
 )
 from steer.prompts import PromptParam, as_chat, prompt_of
-from steer.spec import Index, Where
+from steer.spec import Layer, Where
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,7 @@ class SAETrainingRequest(BaseModel):
         ),
     ]
     states: CaptureField = None
-    layer: Annotated[Index, Field(description="The layer whose states are rebuilt.")]
+    layer: Annotated[Layer, Field(description="The layer whose states are rebuilt.")]
     site: SiteField = "resid_post"
     labels: Annotated[
         dict[

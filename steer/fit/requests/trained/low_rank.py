@@ -34,6 +34,7 @@ class LowRankRequest(CardFields):
     doing: ClassVar = "training"
     batch_size: ClassVar = None
     needs_gradients: ClassVar = True
+    resumes: ClassVar = True
 
     name: NameField
     exercises: (

@@ -40,6 +40,7 @@ class PreferenceFields(CardFields):
     doing: ClassVar = "training"
     batch_size: ClassVar = None
     needs_gradients: ClassVar = True
+    resumes: ClassVar = True
 
     loss: str
     name: NameField

@@ -116,6 +116,48 @@ def test_decoder_norms_are_folded(make_sae, tmp_path):
     torch.testing.assert_close(sae.b_enc, tensors["b_enc"] * norms)
 
 
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk"])
+def test_a_batchtopk_saved_in_its_training_is_the_jumprelu_that_it_becomes(
+    make_sae, tmp_path, architecture
+):
+    tensors = tensors_of(make_sae()) | {"topk_threshold": torch.tensor(0.7, dtype=torch.float64)}
+    cfg = NEW | {"architecture": architecture, "k": 4.5, "rescale_acts_by_decoder_norm": True}
+
+    sae = load_directory(write(tmp_path / "sae", cfg, tensors))
+
+    x = torch.randn(50, 12, generator=torch.Generator().manual_seed(1)).double()
+    norms = tensors["W_dec"].double().norm(dim=-1)
+    a = (x @ tensors["W_enc"].double() + tensors["b_enc"].double()) * norms
+    features = torch.where(a > 0.7, a, torch.zeros_like(a))
+    decoded = (features / norms) @ tensors["W_dec"].double() + tensors["b_dec"].double()
+    assert (sae.architecture, sae.k) == ("jumprelu", None)
+    assert 0.05 < (features > 0).double().mean() < 0.8
+    torch.testing.assert_close(sae.encode(x.float()), features.float())
+    torch.testing.assert_close(sae.decode(sae.encode(x.float())), decoded.float())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "activation", "advice"),
+    [
+        (None, "tanh-relu", "it has relu"),
+        (None, "gelu", "it has relu"),
+        ("standard", "topk", "names its k in activation_fn_kwargs"),
+        ("gated", "tanh-relu", "it has relu"),
+        ("jumprelu", "tanh-relu", "it has relu or jumprelu"),
+        ("topk", "gelu", "it has topk or relu"),
+    ],
+)
+def test_an_activation_that_is_not_run_is_refused(
+    make_sae, tmp_path, architecture, activation, advice
+):
+    """Before version 6 it was named beside the architecture, which says nothing of it."""
+    cfg = NEW | {"architecture": architecture, "activation_fn_str": activation, "k": 4}
+    with pytest.raises(Unsupported, match=advice) as caught:
+        load_directory(write(tmp_path / "sae", cfg, tensors_of(make_sae())))
+    assert caught.value.code == "unsupported_activation"
+    assert repr(activation) in str(caught.value)
+
+
 def test_a_known_input_scale_is_folded_and_an_unknown_one_left(make_sae, tmp_path):
     cfg = NEW | {"normalize_activations": "expected_average_only_in"}
     path = write(tmp_path / "sae", cfg, tensors_of(make_sae()))
@@ -359,6 +401,8 @@ def test_what_is_written_is_what_version_6_writes(make_sae, tmp_path):
         ("blocks.11.hook_resid_pre", (11, "resid_pre")),
         ("blocks.0.mlp.hook_post", (0, "mlp_act")),
         ("blocks.7.attn.hook_z", (7, "head_out")),
+        ("blocks.7.hook_in", (7, "resid_pre")),
+        ("blocks.7.hook_out", (7, "resid_post")),
         ("model.layers.4", (4, "resid_post")),
         ("model.layers.4.output", (4, "resid_post")),
         ("model.language_model.layers.4.mlp", (4, "mlp_out")),

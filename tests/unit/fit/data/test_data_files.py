@@ -140,3 +140,52 @@ def test_what_a_table_cannot_answer_is_refused() -> None:
         Template("The capital")
     with pytest.raises(SteerError, match="shots"):
         Template("{subject}", shots=-1)
+
+
+@pytest.mark.parametrize("read", [*GOOD, read_pairs])
+def test_a_byte_order_mark_and_blank_lines_are_no_lines(
+    tmp_path: Path, read: Callable[[Path], Any]
+) -> None:
+    line = GOOD.get(read, '{"positive": "a", "negative": "b"}\n')
+    plain, marked = tmp_path / "plain.jsonl", tmp_path / "marked.jsonl"
+    plain.write_text(line, "utf-8")
+    marked.write_bytes(b"\xef\xbb\xbf" + line.replace("\n", "\r\n\r\n").encode())
+    found, expected = read(marked), read(plain)
+    assert len(found) == len(expected) == 1
+    # The hash is of the file as it lies.
+    assert found.sha256 == hashlib.sha256(marked.read_bytes()).hexdigest() != expected.sha256
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"text": "a", "text": "b", "label": "c"}\n', "the key 'text' stands twice"),
+        ('[{"text": "a", "label": "b"}]\n', "write each of them on a line of its own"),
+        ('[\n {"text": "a", "label": "b"}\n]\n', "JSON lines are needed, one {"),
+        ("text,label\na,b\n", "JSON lines are needed, one {"),
+    ],
+)
+def test_what_is_not_json_lines_is_told_what_to_become(
+    tmp_path: Path, text: str, says: str
+) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(text, "utf-8")
+    with pytest.raises(FileFormatError, match="line 1: ") as caught:
+        read_labelled(file)
+    assert says in str(caught.value)
+    assert caught.value.code == "invalid_labels"
+
+
+def test_labels_of_a_table_with_gaps_are_whole_numbers(tmp_path: Path) -> None:
+    file = written(tmp_path, {"text": "x", "label": 1.0}, {"text": "y", "label": 0})
+    assert read_labelled(file).labels == ("0", "1")
+    with pytest.raises(FileFormatError, match="'label' must be a text or a whole number"):
+        read_labelled(written(tmp_path, {"text": "x", "label": 0.5}))
+
+
+def test_an_empty_file_has_a_code_without_blanks(tmp_path: Path) -> None:
+    file = tmp_path / "none.jsonl"
+    file.write_text("\n", "utf-8")
+    with pytest.raises(FileFormatError) as caught:
+        read_labelled(file)
+    assert caught.value.code == "no_texts"

@@ -156,3 +156,33 @@ def test_what_cannot_be_fitted(lively: TransformersEngine) -> None:
     with pytest.raises(SteerError) as raised:
         fit_jacobian_lens(FakeEngine(fake_model()), TEXTS, name="x")
     assert raised.value.code == "no_gradients"
+
+
+def test_some_layers_are_those_of_the_whole_lens(lively: TransformersEngine) -> None:
+    how: dict[str, Any] = {"name": "j", "skip": SKIP, "average": 2, "held_out": 0.5}
+    whole = fit_jacobian_lens(lively, TEXTS, **how)
+    some = fit_jacobian_lens(lively, TEXTS, layers=[0], **how)
+    assert (some.card.layers, some.card.depth, some.blocks) == ((1,), 3, 3)
+    assert (whole.card.layers, whole.card.depth, whole.blocks) == ((0, 1, 2), None, 3)
+    torch.testing.assert_close(some.translators[1].weight, whole.translators[1].weight)
+    kls = [one.card.provenance["kl"] for one in (some, whole)]
+    assert list(kls[0]) == ["1"]
+    assert kls[0]["1"] == pytest.approx(kls[1]["1"], abs=1e-3)
+    some.check_fits(lively.info)
+
+
+def test_the_last_layer_alone_needs_no_depth_on_the_card(lively: TransformersEngine) -> None:
+    lens = fit_jacobian_lens(lively, TEXTS, name="j", skip=SKIP, average=1, layers=[1])
+    assert (lens.card.layers, lens.card.depth, lens.blocks) == ((2,), None, 3)
+
+
+@pytest.mark.parametrize(
+    ("layers", "code", "at"),
+    [([0, 2], "invalid_option", "/layers/1"), ([7], "layer_out_of_range", "/layers/0")],
+)
+def test_layers_without_a_map(
+    lively: TransformersEngine, layers: list[int], code: str, at: str
+) -> None:
+    with pytest.raises(SteerError) as caught:
+        fit_jacobian_lens(lively, TEXTS, name="j", skip=SKIP, layers=layers)
+    assert (caught.value.code, caught.value.param) == (code, at)

@@ -164,7 +164,9 @@ def test_training_lowers_what_it_trains(lively: TransformersEngine) -> None:
         bases[block] = regression.solve(10.0)
     untrained = Lens.of({n: (base.weight, base.bias) for n, base in bases.items()})
     told: list[int] = []
-    trained = Lens.of(train(lively, bases, states, Training(30, 64, 3e-3, 0), told.append))
+    trained = Lens.of(
+        train(lively, bases, states, Training(30, 64, 3e-3, 0), "a test", told.append)
+    )
     before, after = (divergences(lively, one, TEXTS)[1] for one in (untrained, trained))
     assert bool((after < 0.9 * before).all()), (before, after)
     assert told == [1] * 30

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from steer.artefacts.lens import Lens
-from steer.errors import SteerError
+from steer.errors import FileFormatError, SteerError
 from steer.formats.importing import check_model, read_artefact
 from steer.formats.options import ImportOptions
 from steer.model import ModelInfo
@@ -166,6 +166,36 @@ def test_a_lens_belongs_to_models_of_its_depth() -> None:
         with pytest.raises(SteerError) as raised:
             check_model(lens, model)
         assert raised.value.code == "layer_out_of_range"
+
+
+def test_a_lens_of_some_layers_says_its_models_depth(tmp_path: Path) -> None:
+    lens = Lens.of_jacobians({2: torch.eye(WIDTH) * 2}, depth=5)
+    (tmp_path / "file").write_bytes(lens.to_bytes())
+    back = read_artefact(tmp_path / "file", PLAIN, scratch=None, unpacked_limit=0)
+    assert isinstance(back, Lens)
+    assert (back.sha256, back.blocks, back.output_layers) == (lens.sha256, 5, [1])
+    for blocks in (3, 4, 6):
+        model = ModelInfo("m", "llama", blocks, WIDTH, 10, 8)
+        with pytest.raises(SteerError, match="blocks"):
+            back.check_fits(model)
+        with pytest.raises(SteerError, match="for a model of 5 layers"):
+            check_model(back, model)
+    fitting = ModelInfo("m", "llama", 5, WIDTH, 10, 8)
+    back.check_fits(fitting)
+    check_model(back, fitting)
+    assert not back.translates(4, "resid_post")
+
+
+def test_a_depth_that_the_maps_contradict(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match="at least 3 blocks, not of 2"):
+        Lens.of_jacobians({2: torch.eye(WIDTH)}, depth=2)
+    for depth, maps in ((3, {2: torch.eye(WIDTH)}), (1, {2: torch.eye(WIDTH)})):
+        whole = Lens.of_jacobians(maps)
+        lying = Lens(whole.translators, whole.card.model_copy(update={"depth": depth}))
+        (tmp_path / "file").write_bytes(lying.to_bytes())
+        with pytest.raises(FileFormatError) as caught:
+            read_artefact(tmp_path / "file", PLAIN, scratch=None, unpacked_limit=0)
+        assert caught.value.code == "invalid_card"
 
 
 MATRIX = matrices()[0]

@@ -2,51 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from artefacts import random_probe
+from planted_concepts import PlantedEngine, planted_example
+from pydantic import ValidationError
 
-from steer.engines.base import Captured, CaptureRequest
-from steer.engines.fake.engine import FakeEngine
+from steer.artefacts.concepts.network import CodeNetwork, summed_centroids
+from steer.artefacts.concepts.probe import ConceptProbe
+from steer.artefacts.library import MemoryLibrary
 from steer.errors import SteerError
 from steer.inspection import CONCEPTS, ConceptsRequest, ConceptsResult, concepts
-from steer.inspection.concepts.probe import CodeProbe, summed_centroids
-from steer.model import HookPoint
-
-COLOURS, SHAPES = ("red", "blue", "green", "white"), ("cube", "ball", "cone")
-
-
-class PlantedEngine(FakeEngine):
-    """The state of token 20 c + s is a direction of colour c, one of shape s, and noise of the
-    token before it."""
-
-    def capture(self, request: CaptureRequest) -> list[Captured]:
-        assert {point.layer for point in request.points} <= set(range(6))
-        return [
-            Captured({point: self._planted(prompt, point) for point in request.points})
-            for prompt in request.prompts
-        ]
-
-    def _planted(self, prompt: Sequence[int], point: HookPoint) -> Tensor:
-        drawn = torch.Generator().manual_seed(point.layer)
-        colours, shapes = torch.randn(10, 16, generator=drawn), torch.randn(10, 16, generator=drawn)
-        own = torch.Generator().manual_seed(1000 * point.layer + prompt[0])
-        noise = 0.3 * torch.randn(16, generator=own)
-        colour, shape = divmod(prompt[1], 20)
-        return (5.0 + colours[colour] + shapes[shape] + noise)[None]
-
-
-def example(n: int) -> dict[str, Any]:
-    colour, shape = n % len(COLOURS), n // 4 % len(SHAPES)
-    pairs = {"colour": COLOURS[colour], "shape": SHAPES[shape]}
-    return {"tokens": [n, 20 * colour + shape], "pairs": pairs}
 
 
 def read(count: int = 120, **fields: Any) -> ConceptsResult:
-    body = {"examples": [example(n) for n in range(count)], "dimensions": 1024, **fields}
+    body = {"examples": [planted_example(n) for n in range(count)], "dimensions": 1024, **fields}
     return concepts(PlantedEngine(), ConceptsRequest.model_validate(body))
 
 
@@ -80,7 +52,7 @@ def test_the_same_request_gives_the_same_probe() -> None:
 
 
 def test_a_filler_that_was_not_taught_is_not_counted() -> None:
-    examples = [example(n) for n in range(40)]
+    examples = [planted_example(n) for n in range(40)]
     examples = [{**one, "pairs": {"own": f"name {n}"}} for n, one in enumerate(examples)]
     body = {"examples": examples, "dimensions": 256}
     result = concepts(PlantedEngine(), ConceptsRequest.model_validate(body))
@@ -106,7 +78,7 @@ def test_the_network_learns_what_is_no_linear_function() -> None:
     """Which of two channels' signs agree: no hyperplane parts these."""
     inputs = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
     codes = torch.where(inputs.prod(-1) > 0, 1.0, -1.0)[:, None].repeat(1, 8)
-    probe = CodeProbe.fit(inputs[:150], codes[:150])
+    probe = CodeNetwork.fit(inputs[:150], codes[:150])
     assert (probe.code(inputs[150:]) == codes[150:]).float().mean() > 0.9
 
 
@@ -122,3 +94,61 @@ def test_what_cannot_be_probed_is_refused(fields: dict[str, Any], param: str, co
     with pytest.raises(SteerError) as caught:
         read(**fields)
     assert (caught.value.param, caught.value.code) == (param, code)
+
+
+def registered(**fields: Any) -> ConceptsResult:
+    probe = random_probe(1, 3, 5)
+    probe = ConceptProbe(probe.network, probe.card.model_copy(update={"name": "p"}))
+    body = {"probe": "p", "prompts": [{"tokens": [200, 21]}], **fields}
+    library = MemoryLibrary(probes={"p": probe})
+    return concepts(PlantedEngine(), ConceptsRequest.model_validate(body), library=library)
+
+
+def test_a_registered_probe_reads_by_itself() -> None:
+    result = registered()
+    assert result.layers == (3, 5)
+    assert result.probe is not None
+    assert result.probe.startswith("p@")
+    assert (result.trained, result.accuracy, result.roles) == (None, None, ())
+    (reading,) = result.readings
+    assert reading.position == 1
+    assert [one.role for one in reading.roles] == ["colour", "shape"]
+    assert registered(position=-2).readings[0].position == 0
+    assert CONCEPTS.draw(result).png().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"probe": "nobody"}, "/probe", "unknown_probe"),
+        ({"layers": [1]}, "/layers", "invalid_value"),
+        ({"clusters": 5}, "/clusters", "invalid_value"),
+        ({"dimensions": 256}, "/dimensions", "invalid_value"),
+        ({"held_out": 5}, "/held_out", "invalid_value"),
+        ({"seed": 0}, "/seed", "invalid_value"),
+        ({"prompts": []}, "/prompts", "invalid_value"),
+    ],
+)
+def test_a_registered_probe_is_not_taught_again(
+    fields: dict[str, Any], param: str, code: str
+) -> None:
+    with pytest.raises(SteerError) as caught:
+        registered(**fields)
+    assert (caught.value.param, caught.value.code) == (param, code)
+
+
+@pytest.mark.parametrize("given", [{}, {"probe": "p", "examples": [planted_example(0)] * 10}])
+def test_one_of_examples_and_a_probe_is_given(given: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="either 'examples'"):
+        ConceptsRequest.model_validate(given)
+
+
+@pytest.mark.parametrize(
+    ("probe", "code"),
+    [(random_probe(1, 3, width=8), "wrong_width"), (random_probe(1, 9), "layer_out_of_range")],
+)
+def test_a_probe_of_another_model(probe: ConceptProbe, code: str) -> None:
+    request = ConceptsRequest.model_validate({"probe": "p"})
+    with pytest.raises(SteerError) as caught:
+        concepts(PlantedEngine(), request, library=MemoryLibrary(probes={"p": probe}))
+    assert (caught.value.param, caught.value.code) == ("/probe", code)

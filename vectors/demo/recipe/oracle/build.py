@@ -20,7 +20,7 @@ from steer.artefacts.oracle import Oracle
 from steer.artefacts.oracle_form import FORMS
 from steer.engines.base import Engine
 from steer.engines.transformers.engine import TransformersEngine
-from steer.fit.methods.trained.oracle import fit_oracle
+from steer.fit.methods.trained.oracle import train_oracle
 
 DEMO = Path(__file__).resolve().parents[2]
 NAME = "oracle"
@@ -43,7 +43,7 @@ def build(engine: Engine, *, steps: int, rank: int, rate: float, seed: int = 0) 
     """The trained oracle, in bfloat16."""
     examples = training_examples(engine, seed=seed)
     with tqdm(total=steps, desc="steps", mininterval=10) as bar:
-        lora, losses = fit_oracle(
+        lora, losses = train_oracle(
             engine,
             examples,
             form=FORM,

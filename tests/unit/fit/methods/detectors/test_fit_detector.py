@@ -144,3 +144,19 @@ def test_the_command_shows_and_draws(tmp_path: Path) -> None:
     assert found.card.kind == "detector"
     with pytest.raises(SteerError, match="cannot be written"):
         plot_roc(found, tmp_path / "no" / "where.png")
+
+
+@pytest.mark.parametrize(("yes", "no"), [("1", "0"), ("yes", "no"), ("True", "FALSE")])
+def test_labels_mean_what_tables_mean_by_them(yes: str, no: str) -> None:
+    names = {"true": yes, "false": no}
+    renamed = LabelledSet.of([Labelled(one.prompt, names[one.label]) for one in TEXTS.items])
+    assert divided(renamed, 0.3, seed=1) == divided(TEXTS, 0.3, seed=1)
+
+
+def test_a_text_with_both_labels_is_refused_by_name() -> None:
+    first = TEXTS.items[0]
+    other = "false" if first.label == "true" else "true"
+    with pytest.raises(SteerError, match="labelled true in one place and false") as caught:
+        divided(LabelledSet.of([*TEXTS.items, Labelled(first.prompt, other)]), 0.3, seed=1)
+    assert caught.value.code == "invalid_labels"
+    assert str(first.prompt)[:20] in str(caught.value)

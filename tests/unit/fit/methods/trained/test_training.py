@@ -24,7 +24,9 @@ def trained(rate: float, *, maximize: bool = False, **options: Any) -> tuple[Any
         return (weight - torch.tensor(rows)).square().mean()
 
     optimiser = torch.optim.SGD([weight], lr=rate, maximize=maximize)
-    found = train(ENGINE, ROWS, loss, optimiser, steps=20, batch=2, seed=0, **options)
+    found = train(
+        ENGINE, ROWS, loss, optimiser, what="a test", steps=20, batch=2, seed=0, **options
+    )
     return found, weight
 
 
@@ -60,6 +62,7 @@ def test_many_rows_are_judged_by_a_few_of_all() -> None:
         rows,
         lambda _model, _rows: weight.square(),
         torch.optim.SGD([weight], lr=0.1),
+        what="a test",
         steps=1,
         batch=8,
         seed=0,

@@ -16,10 +16,11 @@ from steer.batch.requests import Span
 from steer.batch.step import Step, build_step
 from steer.batch.tables import Tables
 from steer.engines.listeners import Item
-from steer.engines.transformers.cache import RollingCache
 from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.prompts import Read, run_prompts
 from steer.engines.transformers.proof import prove_steering
+from steer.engines.transformers.rolling.cache import RollingCache
+from steer.engines.transformers.room import CacheRoom
 from steer.engines.transformers.sequences import (
     BatchSequence,
     RequestRows,
@@ -46,15 +47,20 @@ class RollingBatch(RequestRows):
         eos: frozenset[int],
         prefill_tokens: int = 4096,
         chunk: int = 512,
+        room: CacheRoom = CacheRoom(),  # noqa: B008 - frozen
     ) -> None:
-        super().__init__(hooked, tables, rows=rows, eos=eos)
+        super().__init__(hooked, tables, rows=rows, eos=eos, room=room)
         self._prefill_tokens = prefill_tokens
         self.causal = True  # or prompts could not be computed in parts
         self.chunk: int | None = chunk
-        self.max_length = hooked.info.max_length
-        self._cache = RollingCache(hooked.device)
+        self.max_length = min(hooked.info.max_length, room.widest)
+        self._cache = RollingCache(hooked.device, room)
         self._carried: Step | None = None
         self._carried_known = False
+
+    def fits(self, lengths: Sequence[int]) -> bool:
+        """Whether rows that may come to `lengths` have room beside those that run."""
+        return self.room.padded([*(s.longest for s in self.sequences), *lengths])
 
     def join(self, newcomers: Sequence[BatchSequence]) -> list[tuple[BatchSequence, Item]]:
         """Computes the prompts, samples their first tokens and adds the sequences to the batch.
@@ -124,7 +130,7 @@ class RollingBatch(RequestRows):
         """Takes every sequence out, after a failure; returns them."""
         left, self.sequences = self.sequences, []
         # The failed pass may have left the cache half-written.
-        self._cache = RollingCache(self.hooked.device)
+        self._cache = RollingCache(self.hooked.device, self.room)
         for sequence in left:
             self.give_back(sequence.steered)
         self._carried_known = False

@@ -1,84 +1,21 @@
-"""Which tokens an intervention touches: `Where`, resolved against a model, as masks.
-
-A token is prompt or generation by its absolute position against the prompt's length, and by
-nothing else. Chunked prefill, preemption and prefix caching change when a token is computed,
-never what it is; so every mask here is a function of (position, prompt length, token id), and where
-texts or roles are asked for also of the tokens before it and of the prompt's messages, which a
-`TokenTrace` knows. How much of an edit a token gets (`Ramp`) is a function of the first two.
-"""
+"""Which tokens of a sequence are selected: masks of positions, and of what is known of tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from steer.errors import SpecError, Unsupported, pointer
-from steer.plan.texts.automaton import TokenAutomaton, compile_automaton
-from steer.plan.texts.condition import RELATIONS, TextCondition, TextRelation
+from steer.plan.selection.counting import Counted, Factors, Ints, Mask, Ramp
+from steer.plan.texts.automaton import TokenAutomaton
+from steer.plan.texts.condition import TextCondition
 from steer.plan.texts.trace import TokenTrace
 from steer.prompts.roles import RoleRanges
-from steer.spec import Mark, Phase, RampPoints, Role, Schedule, Where
+from steer.spec import Phase, Role
 
-Mask = NDArray[np.bool_]
-Ints = NDArray[np.int64]
-Factors = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Counted:
-    """A `Schedule`; it counts from the position `origin`, or else from the prompt's end."""
-
-    nth: int = 1
-    first: int | None = None
-    origin: int | None = None
-
-    def mask(self, positions: Ints, prompt_length: int) -> Mask:
-        number = positions - (prompt_length if self.origin is None else self.origin)
-        chosen: Mask = (number >= 0) & (number % self.nth == 0)
-        return chosen if self.first is None else chosen & (number < self.first)
-
-
-@dataclass(frozen=True)
-class Ramp:
-    """How much of an edit a token gets: `points` joined by straight lines, constant before the
-    first and after the last.
-
-    It counts from the position `origin`, or else from the prompt's end. Factors are within 0 and 1.
-    """
-
-    points: RampPoints
-    origin: int | None = None
-
-    @staticmethod
-    def of(points: RampPoints | None) -> Ramp | None:
-        """The ramp through `points`; None where it leaves every edit as it is."""
-        if points is None or all(factor == 1 for _, factor in points):
-            return None
-        return Ramp(points)
-
-    def factors(self, positions: Ints, prompt_length: int) -> Factors:
-        """The factor of each token `[T]`, float32."""
-        tokens, factors = self._columns
-        number = positions - (prompt_length if self.origin is None else self.origin)
-        return np.interp(number, tokens, factors).astype(np.float32)
-
-    @property
-    def largest(self) -> float:
-        """The largest factor that a token may get."""
-        return max(factor for _, factor in self.points)
-
-    def fixed_from(self, prompt_length: int) -> int:
-        """The position from which on the factor stays as it is."""
-        return self.points[-1][0] + (prompt_length if self.origin is None else self.origin)
-
-    @cached_property
-    def _columns(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        tokens, factors = zip(*self.points, strict=True)
-        return np.array(tokens, dtype=np.float64), np.array(factors, dtype=np.float64)
+_FEW_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -303,120 +240,6 @@ def factors_of(
     return found
 
 
-_FEW_TOKENS = 8
-EVERYWHERE = Selection()
-
-
-@dataclass(frozen=True)
-class TokenReader:
-    """What turns a `Where` into a selection: how the model reads a text (`tokenize`), the bytes
-    that each of its tokens stands for (`vocabulary`), and the `roles` that are found in its
-    chats."""
-
-    tokenize: Callable[[str], list[int]] | None = None
-    vocabulary: Callable[[], Sequence[bytes]] | None = None
-    roles: Collection[Role] = ()
-
-
-NO_READER = TokenReader()
-
-
-def resolve(where: Where | None, reader: TokenReader = NO_READER, *, param: str = "") -> Selection:
-    """`where` as a `Selection`; a token string must be exactly one token of the model.
-
-    Raises `SpecError`, and `Unsupported` (`roles_unsupported`) for roles that are not found in the
-    model's chats; `param` is the pointer of `where`.
-    """
-    if where is None:
-        return EVERYWHERE
-    tokens = None
-    if where.tokens is not None:
-        tokens = frozenset(
-            token
-            if isinstance(token, int)
-            else _single_token(token, reader.tokenize, f"{param}/tokens/{i}")
-            for i, token in enumerate(where.tokens)
-        )
-    if where.roles is not None:
-        _check_roles(where.roles, reader.roles, param + "/roles")
-    return Selection(
-        phases=None if where.phases is None else frozenset(where.phases),
-        ranges=where.positions,
-        tokens=tokens,
-        roles=None if where.roles is None else frozenset(where.roles),
-        counted=None if where.every is None else _counted(where.every),
-        texts=_texts(where, reader, param),
-        excluded=None
-        if where.except_ is None
-        else resolve(where.except_, reader, param=f"{param}/except"),
-    )
-
-
-def _counted(schedule: Schedule) -> Counted:
-    return Counted(1 if schedule.nth is None else schedule.nth, schedule.first)
-
-
-def _check_roles(asked: Sequence[Role], known: Collection[Role], param: str) -> None:
-    for place, role in enumerate(asked):
-        if role not in known:
-            found = f"it finds {', '.join(sorted(known))}" if known else "it finds none"
-            raise Unsupported(
-                f"this engine does not find messages of the role {role!r} in the model's chats "
-                f"({found}): leave it out, or say the tokens by 'positions', 'between' or 'after'",
-                param=param + pointer(place),
-                code="roles_unsupported",
-            )
-
-
-def _texts(where: Where, reader: TokenReader, param: str) -> tuple[TextCondition, ...]:
-    found = []
-    for relation in RELATIONS:
-        pairs = _pairs(where, relation)
-        if not pairs:
-            continue
-        if reader.vocabulary is None:
-            raise Unsupported(
-                f"{relation!r} looks for texts among tokens, which nobody follows here: "
-                "send the spec to an engine, or select by 'phases', 'positions' or 'tokens'",
-                param=f"{param}/{relation}",
-                code="texts_unsupported",
-            )
-        vocabulary = reader.vocabulary()
-        automata = [compile_automaton(*pair, vocabulary) for pair in pairs]
-        found.append(TextCondition(relation, tuple(automata)))
-    return tuple(found)
-
-
-def _pairs(where: Where, relation: TextRelation) -> Sequence[tuple[Mark, Mark | None]]:
-    """The marks that one field of `where` looks for, each with its closing where it has one."""
-    match relation:
-        case "after":
-            return [(mark, None) for mark in where.after or ()]
-        case "before":
-            return [(mark, None) for mark in where.before or ()]
-        case "between":
-            return where.between or ()
-        case "outside":
-            return where.outside or ()
-
-
-def _single_token(text: str, tokenize: Callable[[str], list[int]] | None, param: str) -> int:
-    if tokenize is None:
-        raise SpecError(
-            f"the token {text!r} is a string and there is no tokenizer here: give its id",
-            param=param,
-        )
-    ids = tokenize(text)
-    if len(ids) != 1:
-        raise SpecError(
-            f"{text!r} is {len(ids)} tokens ({ids}): a trigger is one token; give one of these "
-            "ids, or a string that is a single token (a leading space counts)",
-            param=param,
-            code="not_one_token",
-        )
-    return ids[0]
-
-
 def _among(tokens: Ints, chosen: frozenset[int]) -> Mask:
     """Which of `tokens` are in `chosen`; a decode step asks about a single one."""
     if len(tokens) <= _FEW_TOKENS:
@@ -426,3 +249,6 @@ def _among(tokens: Ints, chosen: frozenset[int]) -> Mask:
 
 def _absolute(bound: int, prompt_length: int) -> int:
     return bound if bound >= 0 else max(prompt_length + bound, 0)
+
+
+EVERYWHERE = Selection()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import demo_specs
+import inside_answers
 import torch
 import vllm_engine
 from artefacts import random_vector
@@ -98,10 +99,16 @@ def capture_all(engine: Engine, plans: Plans) -> dict[str, torch.Tensor]:
     return found
 
 
+def look_inside(engine: Engine) -> dict[str, torch.Tensor]:
+    """What looks inside heads and neurons."""
+    found = inside_answers.matrices(engine) | inside_answers.inspections(engine)
+    return {f"inside/{name}": one for name, one in found.items()}
+
+
 def _run(engine: VllmEngine, plans: Plans, job: Mapping[str, Any]) -> dict[str, Any]:
     requests = sample(plans)
     done = engine.complete(requests)
-    torch.save(capture_all(engine, plans), job["tensors"])
+    torch.save(capture_all(engine, plans) | look_inside(engine), job["tensors"])
     stats = engine.stats()
     return {
         "completions": {
@@ -133,8 +140,8 @@ async def client(job: Mapping[str, Any]) -> dict[str, Any]:
     In the end its core is killed, and another takes its place.
     """
     os.environ["STEER_REGISTRY"] = job["registry"]
-    server = _start_client(job["options"])
-    engine = await VllmEngine.of_client(server, None)
+    server = start_client(job["options"])
+    engine = await VllmEngine.of_client(server, server.get_tokenizer())
     # Compiling asks the workers, and so waits for the event loop.
     plans = await asyncio.to_thread(vllm_engine.plans_for, engine)
     result = await asyncio.to_thread(_run, engine, plans, job)
@@ -148,7 +155,7 @@ async def client(job: Mapping[str, Any]) -> dict[str, Any]:
     result["dead"] = await asyncio.to_thread(_error, engine, before)
     server.shutdown()
 
-    again = await VllmEngine.of_client(_start_client(job["options"]), None)
+    again = await VllmEngine.of_client(start_client(job["options"]), None)
     again.tickets = engine.tickets
     PlanStore.put = _refuse_put  # type: ignore[method-assign]
     restarted = await asyncio.to_thread(again.complete, [before])
@@ -156,7 +163,8 @@ async def client(job: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _start_client(options: Mapping[str, Any]) -> Any:
+def start_client(options: Mapping[str, Any]) -> Any:
+    """vLLM's asynchronous engine."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from steer.inspection.concepts.codebook import Codebook
+from steer.artefacts.concepts.codebook import Codebook
 
 FILLERS = [f"filler {n}" for n in range(3000)]
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-DIMENSIONS = 4096
+from steer.artefacts.concepts.form import DIMENSIONS
 
 
 @dataclass(frozen=True)

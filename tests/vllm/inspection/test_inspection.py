@@ -1,0 +1,19 @@
+"""What looks inside attention and MLP, on vLLM in eager mode, in steps smaller than the prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import vllm_engine
+from vllm_inspection import *  # noqa: F403
+
+from steer.engines.vllm.front.engine import VllmEngine
+
+
+@pytest.fixture(scope="module")
+def engine(registry: Path) -> Iterator[VllmEngine]:
+    options = {"max_num_batched_tokens": 64, "max_num_seqs": 8, **vllm_engine.ALL_SITES}
+    with vllm_engine.start_engine(registry, **options) as running:
+        yield running
