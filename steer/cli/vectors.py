@@ -197,7 +197,8 @@ app.command("import")(
 PickleArgument = Annotated[
     Path,
     typer.Argument(
-        help="A pickle: of steering-vectors, of scikit-learn, or of tensors and NumPy arrays."
+        help="A pickle or joblib file: of steering-vectors, of scikit-learn, of a module of torch, "
+        "or of tensors and NumPy arrays."
     ),
 ]
 OutputOption = Annotated[

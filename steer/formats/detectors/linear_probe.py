@@ -22,11 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steer.artefacts.detection import Detection
 from steer.artefacts.detector import Detector
 from steer.artefacts.sae.storage.file_arrays import FileArray
 from steer.errors import FileFormatError, SteerError
 from steer.formats.arrays import as_row, is_foreign_weight, layer_beside
 from steer.formats.claims import check_claims, unhonoured
+from steer.formats.detectors.by_layer import layers_of, of_layer
 from steer.formats.guards.json_objects import read_json_object
 from steer.formats.guards.safetensors import SafetensorsFile
 from steer.formats.guards.torch import file_arrays
@@ -67,11 +69,43 @@ def read_linear_probe(path: Path, format: str, options: ImportOptions) -> Detect
 
 def probe_of_held(held: Any, path: Path, format: str, options: ImportOptions) -> Detector | None:
     """The detector in what a file held, as `read_linear_probe`."""
-    parts, about = _split(held)
+    parts, about = _split(_of_layer(held, options))
     if not _may_be_one(parts) or any(isinstance(one, FileArray | Tensor) for one in about.values()):
         return None
     arrays = {name: _tensor(name, one) for name, one in parts.items()}
-    return detector_of(arrays, about, path, format, options)
+    return detector_of(_one_of(arrays, options), about, path, format, options)
+
+
+def _of_layer(held: Any, options: ImportOptions) -> Any:
+    """What a dictionary of probes by layer, alone or in another, holds for the layer that is meant;
+    any other as it is."""
+    if not isinstance(held, Mapping):
+        return held
+    inner = {name: one for name, one in held.items() if isinstance(one, Mapping)}
+    if len(inner) == 1 and len(held) == 1:
+        (name,) = inner
+        found = _of_layer(inner[name], options)
+        return held if found is inner[name] else found
+    layers = layers_of(held)
+    if layers is None or len(inner) < len(held):
+        return held
+    if not all(_may_be_one(list(map(str, one))) for one in inner.values()):
+        return held
+    return of_layer({layers[name]: one for name, one in inner.items()}, options)
+
+
+def _one_of(arrays: Mapping[str, Tensor], options: ImportOptions) -> Mapping[str, Tensor]:
+    """Of probes under names by layer, of one width, the arrays of the layer that is meant. Layers
+    of a network have other widths, each its own."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, array in arrays.items():
+        groups.setdefault(name.rpartition(".")[0], {})[name] = array
+    layers = layers_of(groups) if len(groups) > 1 else None
+    weights = [one for name, one in arrays.items() if _role(name) == "weight"]
+    narrow = all(as_row(one).ndim == 1 or len(one) == _TWO for one in weights)
+    if layers is None or not narrow or len({one.shape for one in weights}) > 1:
+        return arrays
+    return of_layer({layers[name]: one for name, one in groups.items()}, options)
 
 
 def _beside(path: Path, format: str) -> tuple[dict[str, Any], list[str]]:
@@ -202,6 +236,8 @@ def detector_of(
     path: Path,
     format: str,
     options: ImportOptions,
+    *,
+    detects: str = "",
 ) -> Detector:
     """The detector of a probe's `arrays`, called as above, with what stands beside them in `about`.
     Raises `FileFormatError`, or `SteerError` for what the sender must say."""
@@ -220,6 +256,7 @@ def detector_of(
         layer=point.layer,
         bias=bias,
         site=point.site,
+        detection=Detection(detects=detects),
         provenance={"format": format, "file_sha256": file_hash(path), "tool": "linear probe"},
     )
 

@@ -1,7 +1,8 @@
 """Pickles of tensors and arrays in any form, for `steer vectors convert` alone.
 
 `torch.save` writes a zip with a pickle in it, `pickle.dump` the pickle itself, with each storage as
-a `torch.save` of the old form inside. The pickle is read by `pickled_tensors`, which calls nothing;
+a `torch.save` of the old form inside, and joblib a pickle with arrays' numbers in its midst, all of
+it compressed where that is asked for. The pickle is run by `pickle_machine`, which calls nothing;
 the functions around CPU tensors and NumPy arrays that such files need are added to what it knows.
 A server never comes here.
 """
@@ -14,19 +15,20 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import torch
 
 from steer.errors import FileFormatError, TooLarge
 from steer.formats.guards import pickled_arrays
+from steer.formats.guards.compressed import read_plain
+from steer.formats.guards.pickle_machine import Instance, refused
 from steer.formats.guards.pickled_arrays import PickledArray
 from steer.formats.guards.pickled_tensors import (
-    Instance,
     Storage,
     StoredTensor,
     read_pickle,
-    refused,
+    read_pickle_from,
     storage_id,
 )
 from steer.formats.guards.stand_ins import check_present
@@ -37,11 +39,12 @@ _MAX_DEPTH = 64
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PICKLES = 5
 Read: TypeAlias = Callable[[Storage], bytes | memoryview]
+Classes: TypeAlias = Callable[[str], bool]
 
 
-def load_pickle(path: Path, classes: frozenset[str] = frozenset()) -> Any:
-    """What `pickle.dump` or `torch.save` wrote to `path`: its tensors and arrays as tensors,
-    instances of `classes` as `Instance`.
+def load_pickle(path: Path, classes: Classes) -> Any:
+    """What `pickle.dump`, `joblib.dump` or `torch.save` wrote to `path`: its tensors and arrays as
+    tensors, arrays of texts and of objects as lists, instances of `classes` as `Instance`.
 
     Raises `FileFormatError` (`pickle_refused` for whatever else is in the file, by name), or
     `TooLarge`.
@@ -53,7 +56,7 @@ def load_pickle(path: Path, classes: frozenset[str] = frozenset()) -> Any:
     with path.open("rb") as stream:
         start = stream.read(4)
     zipped = start == b"PK\x03\x04"
-    found, read = _zipped(path, classes) if zipped else _plain(path.read_bytes(), classes)
+    found, read = _zipped(path, classes) if zipped else _plain(read_plain(path, MAX_BYTES), classes)
     return _Materialised(read).of(found)
 
 
@@ -80,6 +83,10 @@ class _Materialised:
         if isinstance(value, PickledArray):
             if value.array is None:
                 raise FileFormatError("an array in the pickle has no numbers")
+            if isinstance(value.array, list):
+                return self.of(value.array, depth)
+            if value.array.dtype.kind in "US":
+                return value.array.tolist()
             return torch.from_numpy(value.array)
         if isinstance(value, Instance):
             return Instance(value.kind, self.of(value.state, depth))
@@ -90,7 +97,7 @@ class _Materialised:
         return value
 
 
-def _zipped(path: Path, classes: frozenset[str]) -> tuple[Any, Read]:
+def _zipped(path: Path, classes: Classes) -> tuple[Any, Read]:
     """As torch.save writes: the pickle and each storage are members of a zip that only stores."""
     members = stored_members(path)
     programs = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -119,7 +126,7 @@ def _member(path: Path, name: str) -> bytes:
         raise FileFormatError(f"the file cannot be read: {error}") from error
 
 
-def _plain(data: bytes, classes: frozenset[str]) -> tuple[Any, Read]:
+def _plain(data: bytes, classes: Classes) -> tuple[Any, Read]:
     """As pickle.dump writes: each storage is a torch.save of the old form, inside the pickle."""
 
     def no_ids(_: Any) -> Storage:
@@ -128,11 +135,25 @@ def _plain(data: bytes, classes: frozenset[str]) -> tuple[Any, Read]:
     return _program(data, no_ids, classes), lambda storage: storage.source
 
 
-def _program(data: bytes, persistent: Callable[[Any], Storage], classes: frozenset[str]) -> Any:
+def _program(data: bytes, persistent: Callable[[Any], Storage], classes: Classes) -> Any:
     # Protocol 2 has no bytes: it writes them as a text and the call that encodes it.
-    calls = {"torch.storage._load_from_bytes": _storage_from_bytes, "_codecs.encode": _encoded}
+    calls = {
+        "torch.storage._load_from_bytes": _storage_from_bytes,
+        "_codecs.encode": _encoded,
+        "__builtin__.bytes": _no_bytes,
+    }
     names = {**pickled_arrays.NAMES, **calls}
-    return read_pickle(data, persistent=persistent, names=names, classes=classes, limit=MAX_BYTES)
+
+    def inner(stream: BinaryIO) -> Any:
+        return read_pickle_from(stream, persistent=persistent, names=names, classes=classes)
+
+    return read_pickle(
+        data,
+        persistent=persistent,
+        names={**names, **pickled_arrays.followed(inner)},
+        classes=classes,
+        limit=MAX_BYTES,
+    )
 
 
 def _encoded(arguments: tuple[Any, ...]) -> bytes:
@@ -140,6 +161,12 @@ def _encoded(arguments: tuple[Any, ...]) -> bytes:
         case (str(text), "latin1"):
             return text.encode("latin1")
     raise refused("encodes what is no text in latin1")
+
+
+def _no_bytes(arguments: tuple[Any, ...]) -> bytes:
+    if arguments:
+        raise refused("makes bytes of something")
+    return b""
 
 
 def _storage_from_bytes(arguments: tuple[Any, ...]) -> Storage:

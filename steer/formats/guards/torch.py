@@ -16,12 +16,12 @@ import torch
 
 from steer.artefacts.sae.storage.file_arrays import FileArray, OpenedFile
 from steer.errors import FileFormatError
+from steer.formats.guards.pickle_machine import refused
 from steer.formats.guards.pickled_tensors import (
     MAX_PICKLE_BYTES,
     Storage,
     StoredTensor,
     read_pickle,
-    refused,
     storage_id,
 )
 from steer.formats.guards.zip import UNREADABLE, data_offset, stored_members

@@ -17,9 +17,10 @@ from steer.artefacts.control_vector import ControlVector
 from steer.artefacts.detector import Detector
 from steer.errors import FileFormatError, Unsupported
 from steer.formats.detectors.linear_probe import detector_of, probe_of_held
-from steer.formats.detectors.scikit_learn import CLASSES, arrays_of, is_classifier
+from steer.formats.detectors.scikit_learn import fitted_probe
+from steer.formats.detectors.torch_module import with_state_dicts
+from steer.formats.guards.pickle_machine import Instance, refused
 from steer.formats.guards.pickled_files import load_pickle
-from steer.formats.guards.pickled_tensors import Instance
 from steer.formats.options import ImportOptions
 from steer.formats.placement import NamedRow, origin
 from steer.formats.vectors.pt import vector_of_held
@@ -35,19 +36,16 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def convert_pickle(path: Path, options: ImportOptions) -> ControlVector | Detector:
-    """What is in a file that `pickle.dump` or `torch.save` made: the vector of a SteeringVector or
-    of tensors and arrays in one of the layouts of `.pt` files, or the detector of a linear probe.
+    """What is in a file that `pickle.dump`, `joblib.dump` or `torch.save` made: the vector of a
+    SteeringVector, or of tensors and arrays in one of the layouts of `.pt` files, or the detector
+    of a linear probe.
 
     A SteeringVector's layers are 0-based already. Raises `FileFormatError` (`pickle_refused` for
     whatever else is in the file, by name), `Unsupported` for vectors that act on a norm's output,
     or `SteerError` where the sender has to say something, or has said too much.
     """
-    found = load_pickle(path, frozenset({_CLASS}) | CLASSES)
-    probe = (
-        detector_of(arrays_of(found), {}, path, "torch", options)
-        if is_classifier(found)
-        else probe_of_held(found, path, "torch", options)
-    )
+    found = with_state_dicts(load_pickle(path, lambda _: True))
+    probe = _probe(found, path, options)
     if probe is not None:
         return replace(probe, card=options.described(probe.card))
     if not isinstance(found, Instance):
@@ -63,6 +61,28 @@ def convert_pickle(path: Path, options: ImportOptions) -> ControlVector | Detect
         {layer: named.row for layer, named in rows.items()}, site=site, provenance=tool
     )
     return ControlVector(vector.directions, options.described(vector.card))
+
+
+def _probe(found: Any, path: Path, options: ImportOptions) -> Detector | None:
+    """A linear probe's detector, or None where there is none. Raises `FileFormatError` by name for
+    instances that neither is made of."""
+    fitted = fitted_probe(found, options)
+    if fitted is not None:
+        return detector_of(
+            fitted.arrays, fitted.about, path, "torch", options, detects=fitted.detects
+        )
+    _check_instances(found)
+    return probe_of_held(found, path, "torch", options)
+
+
+def _check_instances(found: Any) -> None:
+    if isinstance(found, Instance) and found.kind != _CLASS:
+        raise refused(f"names {found.kind[:120]!r}")
+    if isinstance(found, Instance):
+        found = found.state
+    if isinstance(found, dict | list | tuple):
+        for one in found.values() if isinstance(found, dict) else found:
+            _check_instances(one)
 
 
 def _site(layer_type: Any) -> Site:

@@ -8,18 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from sklearn.base import clone
-from sklearn.decomposition import PCA
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.linear_model import LogisticRegression, RidgeClassifier
-from sklearn.neural_network import MLPClassifier
+from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.svm import LinearSVC
 from torch import Tensor, nn
 
 from steer.artefacts.detector import Detector
@@ -132,7 +128,7 @@ ONE = {"weight": torch.ones(1, WIDTH), "bias": torch.zeros(1)}
             "of more classes",
         ),
         (
-            {f"{n}.{k}": v for n in (0, 2) for k, v in ONE.items()},
+            nn.Sequential(nn.Linear(WIDTH, 4), nn.ReLU(), nn.Linear(4, 1)).state_dict(),
             HERE,
             "unknown_layout",
             "2 layers of weights",
@@ -167,35 +163,6 @@ def test_weights_of_a_model_are_no_probe(tmp_path: Path) -> None:
     assert found.value.code == "model_weights"
 
 
-@pytest.mark.parametrize(
-    "estimator",
-    [
-        LogisticRegression(),
-        LogisticRegression(fit_intercept=False),
-        LinearSVC(),
-        LinearDiscriminantAnalysis(),
-        RidgeClassifier(),
-        make_pipeline(StandardScaler(), LogisticRegression()),
-        make_pipeline(StandardScaler(with_mean=False), LogisticRegression()),
-        make_pipeline(StandardScaler(with_std=False), LinearSVC()),
-        make_pipeline("passthrough", LogisticRegression()),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_what_scikit_learn_pickles_is_converted(
-    tmp_path: Path, estimator: Any, protocol: int
-) -> None:
-    fitted = clone(estimator).fit(STATES.numpy(), LABELS.numpy())
-    (tmp_path / "probe.pkl").write_bytes(pickle.dumps(fitted, protocol=protocol))
-    found = convert_pickle(tmp_path / "probe.pkl", HERE)
-    assert isinstance(found, Detector)
-    wanted = torch.from_numpy(fitted.decision_function(STATES.numpy())).double()
-    torch.testing.assert_close(found.scores(STATES).double(), wanted, rtol=1e-4, atol=1e-3)
-    (tmp_path / "probe.safetensors").write_bytes(found.to_bytes())
-    assert read(tmp_path / "probe.safetensors", ImportOptions()).sha256 == found.sha256
-
-
 def test_a_dictionary_of_arrays_in_a_pickle(tmp_path: Path) -> None:
     held = {"coef": np.ones((1, WIDTH)), "intercept": np.array([0.5]), "layer": 2}
     (tmp_path / "probe.pkl").write_bytes(pickle.dumps(held))
@@ -204,28 +171,97 @@ def test_a_dictionary_of_arrays_in_a_pickle(tmp_path: Path) -> None:
     assert (found.point, found.bias) == (HookPoint(2, "resid_mid"), 0.5)
 
 
+class Probe(nn.Module):
+    """As people write them; in the file is its name alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, 1)
+        self.dropout = nn.Dropout()
+
+    def forward(self, states: Tensor) -> Tensor:
+        return torch.sigmoid(self.linear(self.dropout(states)))
+
+
+class Centred(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", STATES.mean(0))
+        self.register_buffer("std", STATES.std(0))
+        self.head = nn.Linear(WIDTH, 1)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.head((states - self.mean) / self.std)
+
+
+MODULES: dict[str, tuple[nn.Module, Callable[[nn.Module, Tensor], Tensor]]] = {
+    "a layer": (nn.Linear(WIDTH, 1), lambda m, x: m(x)[:, 0]),
+    "without a bias": (nn.Linear(WIDTH, 1, bias=False), lambda m, x: m(x)[:, 0]),
+    "two classes": (nn.Linear(WIDTH, 2), lambda m, x: m(x)[:, 1] - m(x)[:, 0]),
+    "a sequence": (nn.Sequential(nn.Linear(WIDTH, 1), nn.Sigmoid()), lambda m, x: m(x)[:, 0]),
+    "their own": (Probe(), lambda m, x: m(x)[:, 0]),
+    "with buffers": (Centred(), lambda m, x: m(x)[:, 0]),
+}
+
+
+@pytest.mark.parametrize("what", MODULES)
+@pytest.mark.parametrize("how", ["torch", "pickle", "joblib", "beside others"])
+def test_a_whole_module_of_torch_is_converted(tmp_path: Path, what: str, how: str) -> None:
+    module, score = MODULES[what]
+    path = tmp_path / "probe.pt"
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(module))
+    elif how == "joblib":
+        joblib.dump(module, path)
+    else:
+        torch.save({"probe": module, "accuracy": 0.9} if how == "beside others" else module, path)
+    found = convert_pickle(path, HERE)
+    assert isinstance(found, Detector)
+    wanted = score(module.eval(), STATES).detach()
+    if what in ("a sequence", "their own"):
+        assert torch.equal(found.scores(STATES) > 0, wanted > 0.5)
+    else:
+        torch.testing.assert_close(found.scores(STATES), wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(SteerError) as raised:
+        read(path)
+    assert "steer vectors convert" in raised.value.message or how in ("pickle", "joblib")
+
+
 @pytest.mark.parametrize(
-    ("estimator", "says"),
+    ("module", "says"),
     [
-        (make_pipeline(StandardScaler(), StandardScaler(), LogisticRegression()), "one Standard"),
-        (make_pipeline(StandardScaler(), StandardScaler()), "linear classifier"),
-        (make_pipeline(PCA(3), LogisticRegression()), "PCA"),
-        (MLPClassifier((4,), max_iter=5), "MLPClassifier"),
+        (nn.Sequential(nn.Linear(WIDTH, 4), nn.ReLU(), nn.Linear(4, 1)), "2 layers of weights"),
+        (nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 1)), "2 layers of weights"),
+        (nn.Linear(WIDTH, 3), "of more classes"),
     ],
-    ids=str,
+    ids=["a network", "behind a norm", "three classes"],
 )
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_what_is_not_linear_is_refused_by_name(tmp_path: Path, estimator: Any, says: str) -> None:
-    try:
-        fitted = clone(estimator).fit(STATES.numpy(), LABELS.numpy())
-    except TypeError:
-        fitted = estimator
-    (tmp_path / "probe.pkl").write_bytes(pickle.dumps(fitted))
+def test_a_module_that_is_no_linear_probe(tmp_path: Path, module: nn.Module, says: str) -> None:
+    torch.save(module, tmp_path / "probe.pt")
     with pytest.raises(SteerError, match=says):
-        convert_pickle(tmp_path / "probe.pkl", HERE)
+        convert_pickle(tmp_path / "probe.pt", HERE)
 
 
-def test_what_was_not_fitted_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "probe.pkl").write_bytes(pickle.dumps(LogisticRegression()))
-    with pytest.raises(SteerError, match="fit it first"):
-        convert_pickle(tmp_path / "probe.pkl", HERE)
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("prefix", ["", "layers.", "layer_"])
+def test_of_a_probe_for_each_layer_the_stated_one(tmp_path: Path, writer: str, prefix: str) -> None:
+    held = {
+        f"{prefix}{layer}.{name}": one + layer for layer in (3, 12) for name, one in ONE.items()
+    }
+    WRITERS[writer](tmp_path / "probe", held)
+    options = ImportOptions(layers=(12,), site="resid_post")
+    found = read(tmp_path / "probe", options)
+    assert (found.point.layer, found.bias) == (12, 12.0)
+    for layers in ((5,), (3, 12), None):
+        with pytest.raises(SteerError, match=r"for the layers \[3, 12\]") as raised:
+            read(tmp_path / "probe", ImportOptions(layers=layers, site="resid_post"))
+        assert raised.value.code == "layer_required"
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("key", [str, int])
+def test_of_a_dictionary_of_probes_by_layer(tmp_path: Path, key: type, wrapped: bool) -> None:
+    held = {key(layer): {name: one + layer for name, one in ONE.items()} for layer in (3, 12)}
+    torch.save({"probes": held} if wrapped else held, tmp_path / "probe.pt")
+    found = read(tmp_path / "probe.pt", ImportOptions(layers=(3,), site="resid_post"))
+    assert (found.point.layer, found.bias) == (3, 3.0)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -52,12 +53,14 @@ def rows(dtype: torch.dtype = torch.float32) -> dict[int, torch.Tensor]:
 def written(path: Path, value: Any, how: str) -> Path:
     if how == "torch":
         torch.save(value, path)
+    elif how.startswith("joblib"):
+        joblib.dump(value, path, compress=how.removeprefix("joblib ") if " " in how else 0)
     else:
         path.write_bytes(pickle.dumps(value, protocol=int(how)))
     return path
 
 
-HOW = ["torch", "2", "3", "4", "5"]
+HOW = ["torch", "2", "3", "4", "5", "joblib", "joblib zlib", "joblib xz"]
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -108,6 +111,9 @@ def test_the_server_goes_on_refusing_them(
     path = written(tmp_path / "v", steering_vector(rows()), how)
     with pytest.raises(SteerError) as raised:
         read_artefact(path, PLAIN, scratch=tmp_path / "s", unpacked_limit=1 << 20)
+    if " " in how:
+        assert raised.value.code == "unknown_format"
+        return
     assert raised.value.code == "pickle_refused"
     assert "steer vectors convert" in raised.value.message or "SteeringVector" in str(raised.value)
 
@@ -252,12 +258,15 @@ ODD_ARRAYS: dict[str, Any] = {
 }
 
 
+LISTS = ("objects", "texts")
+
+
 @pytest.mark.parametrize("what", ODD_ARRAYS)
-@pytest.mark.parametrize("how", ["2", "5"])
+@pytest.mark.parametrize("how", ["2", "5", "joblib"])
 def test_other_arrays_are_refused(tmp_path: Path, how: str, what: str) -> None:
     with pytest.raises(SteerError) as raised:
         convert_pickle(written(tmp_path / "v", {2: ODD_ARRAYS[what]}, how), PLAIN)
-    assert raised.value.code == "pickle_refused"
+    assert raised.value.code == ("unknown_layout" if what in LISTS else "pickle_refused")
 
 
 def test_an_array_that_lies_about_its_shape(tmp_path: Path) -> None:
@@ -266,3 +275,34 @@ def test_an_array_that_lies_about_its_shape(tmp_path: Path) -> None:
     with pytest.raises(SteerError) as raised:
         convert_pickle(tmp_path / "v", PLAIN)
     assert raised.value.code == "truncated_file"
+
+
+@pytest.mark.parametrize("compress", [0, "zlib", "gzip", "bz2", "lzma", "xz"])
+def test_every_truncation_of_a_joblib_file_is_refused(tmp_path: Path, compress: Any) -> None:
+    joblib.dump({2: np.ones((3, 4)), 3: np.array(["a"], object)}, tmp_path / "v", compress=compress)
+    whole = (tmp_path / "v").read_bytes()
+    for length in range(1, len(whole)):
+        (tmp_path / "v").write_bytes(whole[:length])
+        with pytest.raises(SteerError):
+            convert_pickle(tmp_path / "v", PLAIN)
+
+
+def test_what_decompresses_to_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    joblib.dump({2: np.zeros(100_000, np.float32)}, tmp_path / "v", compress=9)
+    monkeypatch.setattr("steer.formats.guards.pickled_files.MAX_BYTES", 10_000)
+    with pytest.raises(SteerError) as raised:
+        convert_pickle(tmp_path / "v", PLAIN)
+    assert raised.value.code == "too_large"
+
+
+def test_joblib_and_lz4(tmp_path: Path) -> None:
+    (tmp_path / "v").write_bytes(b"\x04\x22\x4d\x18" + bytes(40))
+    with pytest.raises(SteerError, match="lz4"):
+        convert_pickle(tmp_path / "v", PLAIN)
+
+
+@pytest.mark.parametrize("key", [True, 1.0])
+def test_a_key_that_is_no_layer_is_not_taken_for_one(tmp_path: Path, key: Any) -> None:
+    with pytest.raises(SteerError) as raised:
+        convert_pickle(written(tmp_path / "v", {key: np.ones(4, np.float32)}, "4"), PLAIN)
+    assert raised.value.code == "layer_required"
