@@ -123,7 +123,7 @@ def list_vectors(
         nothing_yet(NAMED[kind].plural, f"steer vectors add{option}")
 
 
-FileArgument = Annotated[Path, typer.Argument(help="safetensors, GGUF, .npz, .svec or .pt.")]
+FileArgument = Annotated[Path, typer.Argument(help="safetensors, GGUF, .npz, .npy, .svec or .pt.")]
 
 
 def _add(values: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from steer.formats.guards.stand_ins import START_BYTES, check_start
 from steer.formats.table import FORMATS, is_zip
 
 _FOREIGN = {
-    b"\x93NUMPY": "a NumPy array: save it as .npz (numpy.savez)",
     b"\xfd7zXZ": "an xz archive: send .zip or .tar.gz",
     b"BZh": "a bzip2 archive: send .zip or .tar.gz",
     b"\x28\xb5\x2f\xfd": "a zstd archive: send .zip or .tar.gz",

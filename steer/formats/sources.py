@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from steer.spec import Site
 
-ARRAYS = frozenset({"safetensors", "npz", "torch", "json"})
+ARRAYS = frozenset({"safetensors", "npz", "npy", "torch", "json"})
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,11 @@ SOURCES: Mapping[str, Source] = {
     # Row k is transformers' hidden_states[k]: the embeddings, then the outputs of the blocks.
     "hidden-states": Source(ARRAYS, layer_offset=-1, counts_embeddings=True),
     "persona-vectors": Source(frozenset({"torch"}), layer_offset=-1, counts_embeddings=True),
-    "refusal-direction": Source(frozenset({"torch", "npz", "safetensors"}), site="resid_pre"),
+    "refusal-direction": Source(
+        frozenset({"torch", "npz", "npy", "safetensors"}), site="resid_pre"
+    ),
     # Row k is the output of block k, whatever of the package's files holds it.
-    "assistant-axis": Source(frozenset({"torch", "npz", "safetensors"})),
+    "assistant-axis": Source(frozenset({"torch", "npz", "npy", "safetensors"})),
     # The two whose tensors have the same names, for a folder without its configuration.
     "loreft": Source(frozenset({"pyreft"})),
     "direft": Source(frozenset({"pyreft"})),

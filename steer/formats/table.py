@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steer.artefacts.artefact import Artefact
+from steer.formats.guards.npy import NPY
 from steer.formats.guards.torch import load_tensors
 from steer.formats.guards.zip import member_names
 from steer.formats.lenses.jacobian_lens import is_jacobian_lens, lens_of_held
 from steer.formats.options import ImportOptions
 from steer.formats.vectors.gguf import read_gguf
-from steer.formats.vectors.npz import read_npz
+from steer.formats.vectors.npz import read_npy, read_npz
 from steer.formats.vectors.pt import vector_of_held
 from steer.formats.vectors.svec import read_svec
 
@@ -68,5 +69,6 @@ FORMATS: tuple[FileFormat, ...] = (
     FileFormat("gguf", "GGUF", lambda _, start: start.startswith(b"GGUF"), read_gguf),
     FileFormat("torch", ".pt with tensors alone", _is_torch, _read_torch),
     FileFormat("npz", ".npz", _is_npz, read_npz),
+    FileFormat("npy", ".npy", lambda _, start: start.startswith(NPY), read_npy),
     FileFormat("svec", ".svec and other JSON", _is_svec, read_svec),
 )

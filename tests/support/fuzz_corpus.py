@@ -194,6 +194,9 @@ def _arrays() -> Iterator[Seed]:
     yield Seed("npz deflated", _npz(np.savez_compressed, rows), parse_file)
     matrix = {"v": np.asfortranarray(np.random.default_rng(0).normal(size=(4, WIDTH)))}
     yield Seed("npz matrix", _npz(np.savez, matrix), parse_file, ImportOptions(source="blocks"))
+    npy = io.BytesIO()
+    np.save(npy, matrix["v"])
+    yield Seed("npy matrix", npy.getvalue(), parse_file, ImportOptions(source="blocks"))
     svec = {
         "model_type": "llama",
         "directions": {"1": [0.5, -1e-3, 2], "2": [[1, 2, 3.25]]},

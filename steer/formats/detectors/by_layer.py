@@ -22,18 +22,18 @@ def layers_of(keys: Iterable[Any]) -> dict[Any, int] | None:
     return {key: layer for key, layer in found.items() if layer is not None}
 
 
-def of_layer(by_layer: Mapping[int, T], options: ImportOptions) -> T:
-    """The one whose layer the sender states. Raises `SteerError` where none is stated, several are,
-    or one that is not there."""
-    wanted = options.layers
-    if wanted is None or len(wanted) != 1 or wanted[0] not in by_layer:
+def of_layer(by_layer: Mapping[int, T], options: ImportOptions) -> tuple[int, T]:
+    """The layer that the sender states, or the only one there is, and what is there for it. Raises
+    `SteerError` where several could be meant, or one that is not there."""
+    wanted = options.layers or tuple(by_layer)
+    if len(wanted) != 1 or wanted[0] not in by_layer:
         raise SteerError(
             f"the file holds probes for the layers {quoted(sorted(by_layer), 200)}: state in "
             "'layers' the one that is meant",
             code="layer_required",
             param="/layers",
         )
-    return by_layer[wanted[0]]
+    return wanted[0], by_layer[wanted[0]]
 
 
 def _layer_of(key: Any) -> int | None:

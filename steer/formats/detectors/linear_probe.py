@@ -72,31 +72,36 @@ def probe_of_held(held: Any, path: Path, format: str, options: ImportOptions) ->
     parts, about = _split(_of_layer(held, options))
     if not _may_be_one(parts) or any(isinstance(one, FileArray | Tensor) for one in about.values()):
         return None
-    arrays = {name: _tensor(name, one) for name, one in parts.items()}
-    return detector_of(_one_of(arrays, options), about, path, format, options)
+    arrays, layer = _one_of({name: _tensor(name, one) for name, one in parts.items()}, options)
+    return detector_of(
+        arrays, about if layer is None else {**about, "layer": layer}, path, format, options
+    )
 
 
-def _of_layer(held: Any, options: ImportOptions) -> Any:
+def _of_layer(held: Any, options: ImportOptions, wrappers: int = _MOST_WRAPPERS) -> Any:
     """What a dictionary of probes by layer, alone or in another, holds for the layer that is meant;
     any other as it is."""
     if not isinstance(held, Mapping):
         return held
-    inner = {name: one for name, one in held.items() if isinstance(one, Mapping)}
-    if len(inner) == 1 and len(held) == 1:
-        (name,) = inner
-        found = _of_layer(inner[name], options)
-        return held if found is inner[name] else found
     layers = layers_of(held)
-    if layers is None or len(inner) < len(held):
-        return held
-    if not all(_may_be_one(list(map(str, one))) for one in inner.values()):
-        return held
-    return of_layer({layers[name]: one for name, one in inner.items()}, options)
+    probes = [
+        isinstance(one, Mapping) and _may_be_one(list(map(str, one))) for one in held.values()
+    ]
+    if layers is not None and all(probes):
+        layer, chosen = of_layer({layers[name]: one for name, one in held.items()}, options)
+        return {**chosen, "layer": layer}
+    if len(held) == 1 and wrappers:
+        (only,) = held.values()
+        found = _of_layer(only, options, wrappers - 1)
+        return held if found is only else found
+    return held
 
 
-def _one_of(arrays: Mapping[str, Tensor], options: ImportOptions) -> Mapping[str, Tensor]:
-    """Of probes under names by layer, of one width, the arrays of the layer that is meant. Layers
-    of a network have other widths, each its own."""
+def _one_of(
+    arrays: Mapping[str, Tensor], options: ImportOptions
+) -> tuple[Mapping[str, Tensor], int | None]:
+    """Of probes under names by layer, of one width, the arrays of the layer that is meant, and that
+    layer. Layers of a network have other widths, each its own."""
     groups: dict[str, dict[str, Tensor]] = {}
     for name, array in arrays.items():
         groups.setdefault(name.rpartition(".")[0], {})[name] = array
@@ -104,8 +109,9 @@ def _one_of(arrays: Mapping[str, Tensor], options: ImportOptions) -> Mapping[str
     weights = [one for name, one in arrays.items() if _role(name) == "weight"]
     narrow = all(as_row(one).ndim == 1 or len(one) == _TWO for one in weights)
     if layers is None or not narrow or len({one.shape for one in weights}) > 1:
-        return arrays
-    return of_layer({layers[name]: one for name, one in groups.items()}, options)
+        return arrays, None
+    layer, chosen = of_layer({layers[name]: one for name, one in groups.items()}, options)
+    return chosen, layer
 
 
 def _beside(path: Path, format: str) -> tuple[dict[str, Any], list[str]]:

@@ -79,15 +79,17 @@ def _chosen(
     if _is_estimator(found):
         return [found], {}
     if isinstance(found, list | tuple):
-        return _ordered([one for one in found if _is_estimator(one)], len(found)), {}
+        held = [one for one in found if _is_estimator(one)]
+        return _ordered(held, len(found)) if held else [], {}
     if not isinstance(found, dict):
         return [], {}
-    held = {key: one for key, one in found.items() if _is_estimator(one)}
-    about = {str(key): one for key, one in found.items() if key not in held}
-    if layers := layers_of(held):
-        return [of_layer({layers[key]: one for key, one in held.items()}, options)], about
-    if held:
-        return _ordered(list(held.values()), len(held)), about
+    named = {key: one for key, one in found.items() if _is_estimator(one)}
+    about = {str(key): one for key, one in found.items() if key not in named}
+    if layers := layers_of(named):
+        layer, one = of_layer({layers[key]: one for key, one in named.items()}, options)
+        return [one], {**about, "layer": layer}
+    if named:
+        return _ordered(list(named.values()), len(named)), about
     inner = [name for name, one in about.items() if isinstance(one, dict)]
     if len(inner) == 1 and wrappers:
         steps, beside = _chosen(about.pop(inner[0]), options, wrappers - 1)
@@ -101,10 +103,10 @@ def _is_estimator(one: Any) -> bool:
 
 def _ordered(held: list[Instance], among: int) -> list[Instance]:
     """A classifier, and the one step in front of it if there is one, whichever comes first."""
-    if not held:
-        return []
-    last = [one for one in held if _name(one) in _CLASSIFIERS | _REGRESSIONS or _inner(one)]
-    front = [one for one in held if one not in last]
+    if len(held) <= 1 and among == len(held):
+        return held
+    last = [one for one in held if _ends(one)]
+    front = [one for one in held if not _ends(one)]
     if among != len(held) or len(last) != 1 or len(front) > 1:
         raise FileFormatError(
             f"the file holds {', '.join(map(_name, held))[:200]}: in which order they are meant, "
@@ -114,10 +116,16 @@ def _ordered(held: list[Instance], among: int) -> list[Instance]:
     return [*front, *last]
 
 
+def _ends(step: Instance) -> bool:
+    """Whether it gives a score, and is in front of nothing."""
+    return _name(step) in _CLASSIFIERS | _REGRESSIONS or bool(_inner(step))
+
+
 def _inner(step: Instance) -> list[Any] | None:
     """What an estimator runs in its own place, if it is made of others."""
-    if _name(step) == "Pipeline":
-        return [one for _, one in step.state.get("steps", ())]
+    steps = step.state.get("steps")
+    if isinstance(steps, list):  # a Pipeline's, each with its name
+        return [one[-1] for one in steps if isinstance(one, tuple) and one]
     best = step.state.get("best_estimator_")
     return None if best is None else [best]
 
@@ -245,8 +253,7 @@ def _other_width(step: Instance, array: Tensor, weight: Tensor) -> FileFormatErr
 
 
 def _array(fitted: Instance, name: str) -> Tensor:
-    # Support vector machines keep under such a name what a property gives.
-    value = fitted.state.get(name, fitted.state.get(f"_{name}"))
+    value = fitted.state.get(name)
     if isinstance(value, float):  # an intercept that was not fitted
         return torch.tensor([value], dtype=torch.float64)
     if not isinstance(value, Tensor) or not 1 <= value.ndim <= _BOTH:

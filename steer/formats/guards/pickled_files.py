@@ -1,7 +1,8 @@
 """Pickles of tensors and arrays in any form, for `steer vectors convert` alone.
 
 `torch.save` writes a zip with a pickle in it, `pickle.dump` the pickle itself, with each storage as
-a `torch.save` of the old form inside, and joblib a pickle with arrays' numbers in its midst, all of
+a `torch.save` of the old form inside, `numpy.save` of what is no array a pickle behind a header,
+and joblib a pickle with arrays' numbers in its midst, all of
 it compressed where that is asked for. The pickle is run by `pickle_machine`, which calls nothing;
 the functions around CPU tensors and NumPy arrays that such files need are added to what it knows.
 A server never comes here.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import io
 import pickletools
 import struct
+import tokenize
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ import torch
 from steer.errors import FileFormatError, TooLarge
 from steer.formats.guards import pickled_arrays
 from steer.formats.guards.compressed import read_plain
+from steer.formats.guards.npy import NPY, read_header
 from steer.formats.guards.pickle_machine import Instance, refused
 from steer.formats.guards.pickled_arrays import PickledArray
 from steer.formats.guards.pickled_tensors import (
@@ -55,9 +58,31 @@ def load_pickle(path: Path, classes: Classes) -> Any:
     check_present(path)
     with path.open("rb") as stream:
         start = stream.read(4)
-    zipped = start == b"PK\x03\x04"
-    found, read = _zipped(path, classes) if zipped else _plain(read_plain(path, MAX_BYTES), classes)
-    return _Materialised(read).of(found)
+    if start == b"PK\x03\x04":
+        found, read = _zipped(path, classes)
+    else:
+        found, read = _plain(_without_header(read_plain(path, MAX_BYTES)), classes)
+    held = _Materialised(read).of(found)
+    # What numpy.save makes of an object that is no array.
+    alone = isinstance(found, PickledArray) and isinstance(held, list) and len(held) == 1
+    return held[0] if alone else held
+
+
+def _without_header(data: bytes) -> bytes:
+    """The pickle in what `numpy.save` wrote of objects; any other file as it is."""
+    if not data.startswith(NPY):
+        return data
+    stream = io.BytesIO(data)
+    try:
+        *_, dtype = read_header("array", stream)
+    except (*UNREADABLE, SyntaxError, tokenize.TokenError) as error:
+        raise FileFormatError(f"the .npy file cannot be read: {str(error)[:300]}") from error
+    if not dtype.hasobject:
+        raise FileFormatError(
+            "the .npy file is no pickle: it is imported as it is (`steer vectors import`)",
+            code="invalid_option",
+        )
+    return data[stream.tell() :]
 
 
 class _Materialised:

@@ -1,7 +1,7 @@
-"""NumPy's `.npz`: a row per layer, one matrix [L, d], or one row [d].
+"""NumPy's `.npz`: a row per layer, one matrix [L, d], or one row [d]; `.npy`: one of these two.
 
-The members' headers are checked against their sizes before NumPy reads them, because it makes an
-array of whatever shape a header declares. Nothing pickled is read.
+Headers are checked against sizes before NumPy reads an array, because it makes one of whatever
+shape a header declares. Nothing pickled is read.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from steer.artefacts.control_vector import ControlVector
 from steer.artefacts.sae.storage.file_arrays import FileArray, OpenedFile
 from steer.errors import FileFormatError, TooLarge
 from steer.formats.arrays import vector_of_arrays
+from steer.formats.guards.npy import FLOATS, check_header
 from steer.formats.guards.zip import MAX_MEMBERS, UNREADABLE, check_directory, data_offset
 from steer.formats.options import ImportOptions
 
-_TYPES = {2: torch.float16, 4: torch.float32, 8: torch.float64}
 # Floats barely compress: a file that inflates to much more is no honest one.
 _MOST_INFLATED = 4
 _ALWAYS_READ = 8 << 20
@@ -33,6 +33,20 @@ def read_npz(path: Path, options: ImportOptions) -> ControlVector:
     """The vector in an `.npz` file. Raises `FileFormatError`, `TooLarge` or `SteerError`."""
     arrays = {name: torch.from_numpy(array) for name, array in _arrays(path).items()}
     return vector_of_arrays(arrays, lambda: arrays, path, "npz", options, about={})
+
+
+def read_npy(path: Path, options: ImportOptions) -> ControlVector:
+    """The vector in an `.npy` file. Raises `FileFormatError` or `SteerError`."""
+    try:
+        with path.open("rb") as stream:
+            check_header("array", path.stat().st_size, stream)
+            stream.seek(0)
+            with np.errstate(over="ignore"):
+                array = npy.read_array(stream, allow_pickle=False).astype(np.float32, order="C")
+    except (*UNREADABLE, OSError, SyntaxError, tokenize.TokenError) as error:
+        raise FileFormatError(f"the .npy file cannot be read: {str(error)[:300]}") from error
+    held = {"array": torch.from_numpy(array)}
+    return vector_of_arrays(held, lambda: held, path, "npy", options, about={})
 
 
 def arrays_in_place(path: Path) -> dict[str, FileArray | torch.Tensor]:
@@ -48,12 +62,12 @@ def arrays_in_place(path: Path) -> dict[str, FileArray | torch.Tensor]:
             source, found = OpenedFile.at(path), {}
             for member in members:
                 with file.open(member) as stream:
-                    shape, fortran, dtype, start = _check_header(member, stream)
+                    shape, fortran, dtype, start = _check_member(member, stream)
                 if dtype.byteorder == ">":
                     raise FileFormatError("the file is big-endian, which is not read")
                 array = FileArray.plain(
                     source,
-                    _TYPES[dtype.itemsize],
+                    FLOATS[dtype.itemsize],
                     data_offset(source, member) + start,
                     shape[::-1] if fortran else shape,
                 )
@@ -73,7 +87,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
             _check_sizes(members, path.stat().st_size)
             for member in members:
                 with file.open(member) as stream:
-                    _check_header(member, stream)
+                    _check_member(member, stream)
         # What is too large for float32 becomes infinite, which is refused as such later.
         with np.load(path, allow_pickle=False) as found, np.errstate(over="ignore"):
             return {name: found[name].astype(np.float32, order="C") for name in found.files}
@@ -92,31 +106,10 @@ def _check_sizes(members: list[zipfile.ZipInfo], size: int) -> None:
         )
 
 
-def _check_header(
+def _check_member(
     member: zipfile.ZipInfo, stream: IO[bytes]
 ) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """Shape, whether by columns, type and the place of the numbers that a member's header tells."""
     name = member.filename
     if not name.endswith(".npy") or member.flag_bits & 1:
         raise FileFormatError(f"the member {name[:80]!r} is no plain array", code="unknown_layout")
-    major, _ = npy.read_magic(stream)
-    if major not in (1, 2):
-        raise FileFormatError(f"the array {name[:80]!r} is of version {major}, which is not read")
-    read = npy.read_array_header_1_0 if major == 1 else npy.read_array_header_2_0
-    shape, fortran, dtype = read(stream)
-    start = stream.tell()
-    if dtype.kind != "f" or dtype.itemsize not in _TYPES:
-        raise FileFormatError(
-            f"the array {name[:80]!r} is of type {dtype.str}; a float type is needed (objects are "
-            "pickles, which are never read)",
-            code="pickle_refused" if dtype.hasobject else "invalid_file",
-        )
-    held, declared = member.file_size - start, dtype.itemsize
-    for length in shape:
-        declared *= length
-    if declared != held or len(shape) > 4:
-        raise FileFormatError(
-            f"the array {name[:80]!r} declares {declared} bytes, the file holds {held}",
-            code="truncated_file",
-        )
-    return shape, fortran, dtype, start
+    return check_header(name, member.file_size, stream)

@@ -5,6 +5,7 @@
   (`{trait}_response_avg_diff.pt`, [L+1, d]: row k is `hidden_states[k]`) or blocks;
 - an array [pos, L, d], `mean_diffs.pt` of refusal_direction (2406.11717): means of the *inputs* of
   layers at the last positions of the prompt, of which the sender chooses one;
+- a list of rows [d], which is an array [L, d] in pieces;
 - one row [d], whose layer and side of it the sender or a `direction_metadata.json` beside it says;
 - the files of assistant-axis (2601.10387): `axis.pt`, those of roles, and capping configurations.
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from steer.artefacts.control_vector import ControlVector
 from steer.errors import FileFormatError, SteerError
-from steer.formats.arrays import layer_beside, vector_of_arrays
+from steer.formats.arrays import as_row, layer_beside, vector_of_arrays
 from steer.formats.claims import check_claims, unhonoured
 from steer.formats.guards.json_objects import read_json_object
 from steer.formats.guards.torch import load_tensors
@@ -43,10 +44,11 @@ def vector_of_held(held: Any, path: Path, options: ImportOptions) -> ControlVect
     """The vector in what a `.pt` file held. Raises `FileFormatError` or `SteerError`."""
     if isinstance(held, dict):
         return _of_dictionary(held, path, options)
+    held = _plain(held)
     if not isinstance(held, Tensor):
         raise FileFormatError(
-            f"the file holds a {type(held).__name__}: a control vector is a tensor, or a "
-            "dictionary of rows by layer",
+            f"the file holds a {type(held).__name__}: a control vector is a tensor, a list of rows "
+            "of one length, or a dictionary of rows by layer",
             code="unknown_layout",
         )
     return _of_tensor("tensor", held, path, options)
@@ -200,7 +202,12 @@ def _mean_differences(path: Path, tensor: Tensor, options: ImportOptions) -> Con
 
 
 def _plain(value: Any) -> Any:
-    """The number of a tensor without dimensions, which is said beside rows and is no row."""
+    """The number of a tensor without dimensions, which is said beside rows and is no row; and the
+    array that rows in a list are."""
+    if isinstance(value, list | tuple) and all(isinstance(one, Tensor) for one in value):
+        rows = [as_row(one) for one in value]
+        alike = {(row.shape, row.dtype) for row in rows}
+        return torch.stack(rows) if len(alike) == 1 and rows[0].ndim == 1 else value
     return value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
 
 

@@ -265,3 +265,5 @@ def test_of_a_dictionary_of_probes_by_layer(tmp_path: Path, key: type, wrapped: 
     torch.save({"probes": held} if wrapped else held, tmp_path / "probe.pt")
     found = read(tmp_path / "probe.pt", ImportOptions(layers=(3,), site="resid_post"))
     assert (found.point.layer, found.bias) == (3, 3.0)
+    torch.save({key(7): ONE}, tmp_path / "probe.pt")
+    assert read(tmp_path / "probe.pt", ImportOptions(site="resid_post")).point.layer == 7

@@ -173,6 +173,8 @@ def test_of_classifiers_by_layer_the_stated_one(
     with pytest.raises(SteerError, match=r"for the layers \[3, 12\]") as raised:
         converted(tmp_path / "probe", ImportOptions(site="resid_post"))
     assert raised.value.code == "layer_required"
+    joblib.dump({12: fitted[0]}, tmp_path / "probe")
+    assert converted(tmp_path / "probe", ImportOptions(site="resid_post")).point.layer == 12
 
 
 REFUSED: list[tuple[Any, str]] = [
@@ -205,6 +207,7 @@ def test_what_is_no_linear_classifier_is_refused_by_name(
         (make_pipeline(StandardScaler(), StandardScaler()).fit(STATES), "linear classifier"),
         ([LogisticRegression().fit(STATES, TRUE)] * 2, "which of them"),
         ((StandardScaler(), PCA(), LogisticRegression()), "in which order"),
+        ({"clf": GaussianNB().fit(STATES, TRUE)}, "GaussianNB: read is a linear classifier"),
         (LogisticRegression(), "fit it first"),
         (LogisticRegression().fit(STATES, np.arange(60) % 3), "of more classes"),
         (SVC(kernel="linear").fit(STATES, np.arange(60) % 3), "of more classes"),

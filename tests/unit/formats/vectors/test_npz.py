@@ -146,3 +146,40 @@ def test_numbers_come_back_exactly(tmp_path_factory: pytest.TempPathFactory, row
     path = saved(folder, **{str(n): np.array(row, np.float32) for n, row in rows.items()})
     vector = read(path)
     assert {n: row.tolist() for n, row in vector.directions.items()} == rows
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", "<f2"])
+def test_an_array_in_a_file_of_its_own(tmp_path: Path, dtype: str, order: str) -> None:
+    matrix = np.asarray(np.arange(20).reshape(4, 5) + 1, dtype=dtype, order=order)
+    np.save(tmp_path / "v.npy", matrix)
+    assert refused(tmp_path / "v.npy").code == "layer_offset_required"
+    states = read(tmp_path / "v.npy", ImportOptions(source="hidden-states"))
+    assert {n: row[0].item() for n, row in states.directions.items()} == {0: 6, 1: 11, 2: 16}
+    assert states.card.provenance["format"] == "npy"
+    np.save(tmp_path / "v.npy", matrix[1])
+    assert refused(tmp_path / "v.npy").code == "layer_required"
+    row = read(tmp_path / "v.npy", ImportOptions(layers=(7,), source="blocks"))
+    assert torch.equal(row[7], torch.tensor([6.0, 7, 8, 9, 10]))
+
+
+@pytest.mark.parametrize(
+    ("array", "code"),
+    [
+        (np.arange(4), "invalid_file"),
+        (np.array({12: np.ones(4)}, object), "pickle_refused"),
+        (np.ones((2, 2, 2, 3)), "invalid_file"),
+        (np.float32(3), "invalid_file"),
+    ],
+)
+def test_a_file_of_another_array_is_refused(tmp_path: Path, array: np.ndarray, code: str) -> None:
+    np.save(tmp_path / "v.npy", array)
+    assert refused(tmp_path / "v.npy", ImportOptions(source="blocks", layers=(1,))).code == code
+
+
+def test_every_truncation_of_a_file_of_its_own_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", np.ones(4, np.float32))
+    whole = (tmp_path / "v.npy").read_bytes()
+    for length in range(1, len(whole)):
+        (tmp_path / "v.npy").write_bytes(whole[:length])
+        refused(tmp_path / "v.npy", ImportOptions(layers=(7,), source="blocks"))

@@ -53,6 +53,9 @@ def rows(dtype: torch.dtype = torch.float32) -> dict[int, torch.Tensor]:
 def written(path: Path, value: Any, how: str) -> Path:
     if how == "torch":
         torch.save(value, path)
+    elif how == "npy":
+        with path.open("wb") as stream:
+            np.save(stream, np.array(value, dtype=object) if isinstance(value, dict) else value)
     elif how.startswith("joblib"):
         joblib.dump(value, path, compress=how.removeprefix("joblib ") if " " in how else 0)
     else:
@@ -167,7 +170,7 @@ def test_a_storage_that_lies_about_its_length(
     assert raised.value.code == "truncated_file"
 
 
-@pytest.mark.parametrize("value", [5, {"layer_activations": {}}, {"a": {1, 2}}, [torch.ones(3)]])
+@pytest.mark.parametrize("value", [5, {"layer_activations": {}}, {"a": {1, 2}}, ["a row"]])
 def test_what_holds_no_vector_is_not_converted(tmp_path: Path, value: Any) -> None:
     with pytest.raises(SteerError) as raised:
         convert_pickle(written(tmp_path / "v", value, "torch"), PLAIN)
@@ -306,3 +309,19 @@ def test_a_key_that_is_no_layer_is_not_taken_for_one(tmp_path: Path, key: Any) -
     with pytest.raises(SteerError) as raised:
         convert_pickle(written(tmp_path / "v", {key: np.ones(4, np.float32)}, "4"), PLAIN)
     assert raised.value.code == "layer_required"
+
+
+@pytest.mark.parametrize("what", ["arrays by layer", "tensors by layer", "under a name"])
+def test_a_dictionary_that_numpy_saved(tmp_path: Path, what: str) -> None:
+    make, options = HELD[what]
+    path = written(tmp_path / "v.npy", make(), "npy")
+    assert torch.equal(convert_pickle(path, options)[2], torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    with pytest.raises(SteerError, match="steer vectors convert") as raised:
+        read_artefact(path, options, scratch=None, unpacked_limit=0)
+    assert raised.value.code == "pickle_refused"
+
+
+def test_an_array_that_numpy_saved_is_imported_as_it_is(tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", np.ones((3, 4)))
+    with pytest.raises(SteerError, match="steer vectors import"):
+        convert_pickle(tmp_path / "v.npy", PLAIN)

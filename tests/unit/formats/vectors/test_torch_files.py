@@ -211,7 +211,7 @@ def test_more_than_tensors_is_refused_by_name(tmp_path: Path, what: str) -> None
 
 
 def test_plain_values_are_no_vector(tmp_path: Path) -> None:
-    for value in ({"layers": [1, 2.5, None, "x"]}, [torch.ones(2)], {}):
+    for value in ({"layers": [1, 2.5, None, "x"]}, [torch.ones(2), "x"], {}):
         assert refused(saved(tmp_path, value)).code in ("unknown_layout", "invalid_file")
 
 
@@ -365,3 +365,22 @@ def test_a_dictionary_in_itself_is_refused(tmp_path: Path) -> None:
     held: dict[str, Any] = {}
     held["a"] = held
     refused(saved(tmp_path, held))
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+@pytest.mark.parametrize("under", [None, "vectors"])
+@pytest.mark.parametrize("shape", [(WIDTH,), (1, WIDTH), (WIDTH, 1)])
+def test_a_list_of_rows_is_a_matrix(
+    tmp_path: Path, kind: type, under: str | None, shape: tuple[int, ...]
+) -> None:
+    rows = kind(row.reshape(shape).clone() for row in marked(LAYERS, WIDTH))
+    path = saved(tmp_path, rows if under is None else {under: rows, "note": "x"})
+    assert refused(path).code == "layer_offset_required"
+    assert first_numbers(read(path, ImportOptions(source="blocks"))) == {0: 1, 1: 2, 2: 3, 3: 4}
+    states = read(path, ImportOptions(source="hidden-states"))
+    assert first_numbers(states) == {0: 2, 1: 3, 2: 4}
+
+
+@pytest.mark.parametrize("rows", [[torch.ones(3), torch.ones(4)], [torch.ones(2, 3)] * 2, [1, 2]])
+def test_a_list_of_other_things_is_refused(tmp_path: Path, rows: Any) -> None:
+    assert refused(saved(tmp_path, rows), ImportOptions(source="blocks")).code == "unknown_layout"
