@@ -1,19 +1,28 @@
-"""JSON lines, read one at a time: the file is never in memory, and every error names its line."""
+"""JSON lines, read one at a time: the file is never in memory, and every error names its line.
+
+What else people have their data in is read as the lines that it would be (`steer.fit.data.tables`).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from steer.errors import FileFormatError
+from steer.fit.data.tables import Columns, array_in, other_kind
 
 _MARK = b"\xef\xbb\xbf"
 """The byte order mark that some editors and spreadsheets put in front of UTF-8."""
+
+_KEYS = re.compile(r'"(\w+)":')
+_COMMON = ("text", "label", "prompt")
 
 Item = TypeVar("Item")
 
@@ -31,7 +40,8 @@ class DataSet(Generic[Item]):
 
 @dataclass
 class LineReader:
-    """Parses the lines of one file; `sha256` is of all its bytes, once they have been read.
+    """Parses the lines of one file, the items of one array, or the rows of a table; `sha256` is of
+    all its bytes, once they have been read.
 
     `what` names an item in errors, `shape` shows one, `code` is the errors' stable code.
     """
@@ -60,13 +70,7 @@ class LineReader:
         self, lines: Iterable[bytes], parse: Callable[[Any, str], Item]
     ) -> DataSet[Item]:
         """Lines that are already here; `path` only names them in errors."""
-        items: list[Item] = []
-        for number, line in enumerate(lines, start=1):
-            self._hash.update(line)
-            text = line.removeprefix(_MARK) if number == 1 else line
-            if text.strip():
-                at = f"{self.path}, line {number}"
-                items.append(parse(self._json(text, at, first=not items), at))
+        items = [parse(value, at) for value, at in self._values(lines)]
         if not items:
             raise FileFormatError(
                 f"{str(self.path)!r} holds no {self.what}s: write one {self.shape} per line",
@@ -78,23 +82,70 @@ class LineReader:
         """The lines of `data`."""
         return self.read_lines(io.BytesIO(data), parse)
 
-    def _json(self, line: bytes, at: str, *, first: bool) -> Any:
+    def _values(self, lines: Iterable[bytes]) -> Iterator[tuple[Any, str]]:
+        """The values that are parsed, each with where it stands."""
+        rest = self._hashed(lines)
+        number, first = next(((n, one) for n, one in enumerate(rest, 1) if one.strip()), (0, b""))
+        if not number:
+            return
+        at = f"{self.path}, line {number}"
+        columns = Columns.of(first, {*_COMMON, *_KEYS.findall(self.shape)})
+        with self._told(at, f"; needed is {self.shape} on each line, or an array or table of them"):
+            items = array_in(first, rest, _loads)
+            value = _loads(first) if items is None and columns is None else None
+        if items is not None:
+            for place, item in enumerate(items, start=1):
+                yield item, f"{self.path}, item {place}"
+        elif columns is not None:
+            yield from self._rows(columns, rest, number)
+        else:
+            yield value, at
+            yield from self._lines(rest, number)
+
+    def _hashed(self, lines: Iterable[bytes]) -> Iterator[bytes]:
+        for place, line in enumerate(lines):
+            self._hash.update(line)
+            yield line if place else line.removeprefix(_MARK)
+
+    def _lines(self, lines: Iterable[bytes], before: int) -> Iterator[tuple[Any, str]]:
+        for number, line in enumerate(lines, start=before + 1):
+            if line.strip():
+                at = f"{self.path}, line {number}"
+                with self._told(at):
+                    value = _loads(line)
+                yield value, at
+
+    def _rows(
+        self, columns: Columns, lines: Iterable[bytes], before: int
+    ) -> Iterator[tuple[Any, str]]:
+        rows, at = columns.rows(lines), before
+        while True:
+            with self._told(f"{self.path}, after line {at}"):
+                found = next(rows, None)
+            if found is None:
+                return
+            row, number = found
+            at = before + number
+            yield row, f"{self.path}, line {at}"
+
+    @contextmanager
+    def _told(self, at: str, needed: str = "") -> Iterator[None]:
+        """Raises `FileFormatError` for what is no JSON, no table and no text, and says where."""
         try:
-            value = json.loads(line.decode(), object_pairs_hook=_no_key_twice)
+            yield
         except UnicodeDecodeError as error:
-            raise FileFormatError(f"{at}: not UTF-8 text: {error}", code=self.code) from error
-        except (ValueError, RecursionError) as error:
-            why = f"not JSON: {error}"
-            if first:
-                why += f"; JSON lines are needed, one {self.shape} on each line"
+            why = other_kind(error.object) or f"not UTF-8 text: {error}"
             raise FileFormatError(f"{at}: {why}", code=self.code) from error
-        if first and _is_table(value):
-            raise FileFormatError(
-                f"{at}: a whole JSON array of objects: write each of them on a line of its own, "
-                f"as {self.shape}",
-                code=self.code,
-            )
-        return value
+        except (ValueError, RecursionError) as error:
+            raise FileFormatError(f"{at}: {error}{needed}", code=self.code) from error
+
+
+def _loads(line: bytes) -> Any:
+    text = line.decode()
+    try:
+        return json.loads(text, object_pairs_hook=_no_key_twice)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -104,15 +155,6 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice!r} stands twice in an object")
     return found
-
-
-def _is_table(value: Any) -> bool:
-    """Whether this is all items of a file in one array; a chat is an array of objects too."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(item, dict) and "role" not in item for item in value)
-    )
 
 
 def sha256_of(values: Sequence[Any]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steer.errors import FileFormatError
+from steer.errors import FileFormatError, quoted
 from steer.fit.data.jsonl import LineReader, sha256_of
 from steer.prompts import Prompt, parse_prompt, prompt_json
 
@@ -84,11 +84,12 @@ def read_judged(path: Path) -> tuple[Judged, ...]:
 def _judged(value: Any, at: str) -> Labelled | Judged:
     if not isinstance(value, dict) or "labels" not in value:
         return _labelled(value, at)
-    labels = value["labels"]
-    if not isinstance(labels, dict) or not all(isinstance(one, bool) for one in labels.values()):
+    given = value["labels"]
+    labels = {k: truth(v) for k, v in given.items()} if isinstance(given, dict) else {"": given}
+    if not all(isinstance(one, bool) for one in labels.values()):
         raise FileFormatError(
             f"{at}: 'labels' is an object of true and false; what is not known is left out; got "
-            f"{labels!r}",
+            f"{quoted(given, 200)}",
             code=_CODE,
         )
     rest = {key: one for key, one in value.items() if key != "labels"}
@@ -97,6 +98,11 @@ def _judged(value: Any, at: str) -> Labelled | Judged:
 
 def _reader(path: Path) -> LineReader:
     return LineReader(path, "labelled text", '{"text": …, "label": …}', _CODE)
+
+
+def truth(value: Any) -> Any:
+    """0 and 1, as a table holds what is known of a text, as truth values; any other as it is."""
+    return bool(value) if isinstance(value, int | float) and value in (0, 1) else value
 
 
 def label_text(label: Any) -> Any:

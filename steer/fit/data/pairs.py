@@ -63,8 +63,8 @@ def _reader(path: Path) -> LineReader:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts to generate from: JSON lines, each a text, messages, or an object with `messages`
-    (or `prompt`). Raises `FileFormatError` that names the line."""
+    """Prompts to generate from: JSON lines, each a text, messages, or an object with `messages`,
+    `prompt` or `text`. Raises `FileFormatError` that names the line."""
     return list(_prompt_reader(path).read(_loose_prompt).items)
 
 
@@ -87,5 +87,5 @@ def _pair(value: Any, at: str) -> Pair:
 
 def _loose_prompt(value: Any, at: str) -> Prompt:
     if isinstance(value, dict):
-        value = value.get("messages", value.get("prompt"))
+        value = next((value[key] for key in ("messages", "prompt", "text") if key in value), None)
     return parse_prompt(value, at, "a prompt")

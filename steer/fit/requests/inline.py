@@ -221,7 +221,7 @@ FACTS = DataForm(
 )
 PROMPTS: DataForm[list[Prompt]] = DataForm(
     "prompts",
-    "JSON lines: texts, messages, or objects with messages or prompt.",
+    "JSON lines: texts, messages, or objects with messages, prompt or text.",
     pairs.read_prompts,
     pairs.parse_prompts,
     lambda given: [prompt_of(one) for one in given],

@@ -81,11 +81,12 @@ async def test_a_trained_sae_is_registered_and_clamped(
     assert answer.json()["steering"]["tokens_steered"] > 0
 
 
+@pytest.mark.parametrize("kind", [bool, int, float])
 async def test_labels_become_the_first_features(
-    http: httpx.AsyncClient, registry: Registry
+    http: httpx.AsyncClient, registry: Registry, kind: type
 ) -> None:
     labels = {
-        name: [None if n % 5 == 0 else name in text for n, text in enumerate(TEXTS)]
+        name: [None if n % 5 == 0 else kind(name in text) for n, text in enumerate(TEXTS)]
         for name in ("fish", "bird")
     }
     job = await worked(http, {**BODY, "labels": labels})
@@ -101,7 +102,7 @@ async def test_labels_become_the_first_features(
         ({"layer": 99}, "/layer", "99"),
         ({"k": 25}, "/k", "25 of 24 latents cannot be active"),
         ({"labels": {"a/b": [True]}}, "/labels/a~1b", "given for 1 of 40 texts"),
-        ({"labels": {"a": [1] * 40}}, "/labels/a/0", "boolean"),
+        ({"labels": {"a": [2] * 40}}, "/labels/a/0", "true or false is needed"),
         (
             {"labels": {"a": [True] * 40}, "architecture": "matching_pursuit"},
             "/architecture",

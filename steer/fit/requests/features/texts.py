@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from steer.registry.features.survey import Survey
     from steer.registry.registry import Registry
 
-LINES = "JSON lines: texts, messages, or objects with messages or prompt."
+LINES = "JSON lines: texts, messages, or objects with messages, prompt or text."
 
 PooledField = Annotated[
     Literal["max", "mean", "last"],

@@ -9,9 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+)
 
 from steer.errors import SteerError, Unsupported, pointer
+from steer.fit.data.labels import truth
 from steer.fit.requests.fields import (
     MAX_ITEMS,
     CaptureField,
@@ -39,6 +48,9 @@ if TYPE_CHECKING:
 LEAST_TEXTS = 16
 Counter: TypeAlias = "Callable[[int, str], Progress | None]"
 """Given how many there are of what, gives what is to be told of those that are done."""
+Known: TypeAlias = Annotated[
+    StrictBool, BeforeValidator(truth, json_schema_input_type=bool | Literal[0, 1])
+]
 
 
 def _uncounted(_total: int, _what: str) -> None:
@@ -77,14 +89,14 @@ class SAETrainingRequest(BaseModel):
     labels: Annotated[
         dict[
             Annotated[str, Field(min_length=1, max_length=256)],
-            Annotated[tuple[StrictBool | None, ...], Field(max_length=MAX_ITEMS, fail_fast=True)],
+            Annotated[tuple[Known | None, ...], Field(max_length=MAX_ITEMS, fail_fast=True)],
         ]
         | None,
         Field(
             min_length=1,
             max_length=1024,
-            description="For each label whether each text has it: true, false, or null where that "
-            "is not known. The first latents are taught one of them each (G-SAE).",
+            description="For each label whether each text has it: true or 1, false or 0, or null "
+            "where that is not known. The first latents are taught one of them each (G-SAE).",
         ),
     ] = None
     chat: Annotated[

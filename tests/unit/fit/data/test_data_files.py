@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +15,8 @@ import pytest
 from steer.errors import FileFormatError, SteerError
 from steer.fit.data.exercises import Exercise, ExerciseSet, read_exercises
 from steer.fit.data.jsonl import LineReader
-from steer.fit.data.labels import Labelled, LabelledSet, read_labelled
-from steer.fit.data.pairs import Pair, read_pairs
+from steer.fit.data.labels import Labelled, LabelledSet, parse_labelled, read_labelled
+from steer.fit.data.pairs import Pair, read_pairs, read_prompts
 from steer.fit.data.prompt import Marked
 from steer.fit.data.relations import Fact, RelationTable, Template, read_relations
 
@@ -156,24 +158,106 @@ def test_a_byte_order_mark_and_blank_lines_are_no_lines(
     assert found.sha256 == hashlib.sha256(marked.read_bytes()).hexdigest() != expected.sha256
 
 
+ROWS = [{"text": "a, b", "label": "1"}, {"text": 'says "c"\n\nand d', "label": "0"}]
+
+
+def as_csv(delimiter: str, **options: Any) -> str:
+    found = io.StringIO()
+    writer = csv.DictWriter(found, ["text", "label"], delimiter=delimiter, **options)
+    writer.writeheader()
+    writer.writerows(ROWS)
+    return found.getvalue()
+
+
+TABLES = {
+    "an array": json.dumps(ROWS),
+    "an array on many lines": json.dumps(ROWS, indent=2),
+    "an array behind blank lines": "\n \n" + json.dumps(ROWS, indent=2) + "\n\n",
+    "commas": as_csv(","),
+    "tabs": as_csv("\t"),
+    "semicolons": as_csv(";"),
+    "all in quotation marks": as_csv(",", quoting=csv.QUOTE_ALL),
+    "lines end as on Unix": as_csv(",", lineterminator="\n"),
+    "with a mark and blank lines": "\ufeff\n" + as_csv(",") + "\n\n",
+    "as pandas writes them": ',text,label\n0,"a, b",1\n1,"says ""c""\n\nand d",0\n',
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_arrays_and_tables_are_read_as_the_lines_that_they_would_be(
+    tmp_path: Path, name: str
+) -> None:
+    file = tmp_path / "data"
+    file.write_bytes(TABLES[name].encode())
+    found = read_labelled(file)
+    assert found.items == read_labelled(written(tmp_path, *ROWS)).items
+    assert found.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    sent = parse_labelled(file.read_bytes(), "what was sent")
+    assert sent.items == found.items
+
+
+def test_every_kind_of_data_is_read_from_arrays_and_tables(tmp_path: Path) -> None:
+    for read, line in GOOD.items():
+        value = json.loads(line)
+        expected = read(written(tmp_path, value)).items
+        (tmp_path / "array.json").write_text(json.dumps([value], indent=1))
+        (tmp_path / "table.csv").write_text(",".join(value) + "\n" + ",".join(value.values()))
+        assert read(tmp_path / "array.json").items == expected
+        assert read(tmp_path / "table.csv").items == expected
+
+
+def test_a_chat_is_one_item_and_a_list_of_chats_is_many(tmp_path: Path) -> None:
+    file = tmp_path / "data"
+    for text, count in (
+        (json.dumps(CHAT) + "\n" + json.dumps(CHAT), 2),
+        (json.dumps([CHAT, CHAT]), 2),
+        (json.dumps([CHAT, CHAT], indent=1), 2),
+        (json.dumps(CHAT, indent=1), 1),
+        (json.dumps(["one", "two", CHAT]), 3),
+        (json.dumps("one") + "\n" + json.dumps(CHAT), 2),
+    ):
+        file.write_text(text)
+        assert len(read_prompts(file)) == count
+
+
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("data", "at", "says"),
     [
-        ('{"text": "a", "text": "b", "label": "c"}\n', "the key 'text' stands twice"),
-        ('[{"text": "a", "label": "b"}]\n', "write each of them on a line of its own"),
-        ('[\n {"text": "a", "label": "b"}\n]\n', "JSON lines are needed, one {"),
-        ("text,label\na,b\n", "JSON lines are needed, one {"),
+        ('{"text": "a", "text": "b", "label": "c"}\n', "line 1", "the key 'text' stands twice"),
+        ('[{"text": "a"}]\n', "item 1", "with 'label'"),
+        ('[{"text": "a", "label": "b"}, 3]\n', "item 2", "with 'label'"),
+        ('[{"text": "a", "label": "b"}]\n{}\n', "line 1", "more lines behind it"),
+        ('[\n {"text": "a", "label": "b"}\n', "line 1", "not JSON"),
+        ("sentence,label\na,b\n", "line 2", "got ['label', 'sentence']"),
+        ("text,label,id\na,b,c\n", "line 2", "got ['id', 'label', 'text']"),
+        ("text,label\na,b\nc\n", "line 3", "got ['text']"),
+        ("text,label\na,b\nc, d,e\n", "after line 2", "3 cells under 2 names"),
+        ("Dear all,\nhow are you\n", "line 1", 'needed is {"text": …, "label": …} on each line'),
+        ("a text\n", "line 1", "or an array or table of them"),
+        (b"text,label\na,\xff\n", "after line 1", "not UTF-8"),
+        (b"PAR1\x15\x04\xff\n", "line 1", "a Parquet file"),
+        (b"\x1f\x8b\x08\x00\xff\n", "line 1", "gunzip"),
+        (b"PK\x03\x04\xff\n", "line 1", "save the sheet as CSV"),
+        ("text,label\na,b\n".encode("utf-16"), "line 1", "UTF-16"),
     ],
 )
-def test_what_is_not_json_lines_is_told_what_to_become(
-    tmp_path: Path, text: str, says: str
+def test_what_cannot_be_read_is_told_where_and_what_to_do(
+    tmp_path: Path, data: str | bytes, at: str, says: str
 ) -> None:
     file = tmp_path / "data.jsonl"
-    file.write_text(text, "utf-8")
-    with pytest.raises(FileFormatError, match="line 1: ") as caught:
+    file.write_bytes(data if isinstance(data, bytes) else data.encode())
+    with pytest.raises(FileFormatError, match=f"{at}: ") as caught:
         read_labelled(file)
     assert says in str(caught.value)
     assert caught.value.code == "invalid_labels"
+
+
+def test_a_table_of_nothing_holds_nothing(tmp_path: Path) -> None:
+    for text in ("text,label\n", "[]", "[\n]\n", "\n"):
+        (tmp_path / "data").write_text(text)
+        with pytest.raises(FileFormatError) as caught:
+            read_labelled(tmp_path / "data")
+        assert caught.value.code == "no_texts"
 
 
 def test_labels_of_a_table_with_gaps_are_whole_numbers(tmp_path: Path) -> None:

@@ -1,0 +1,106 @@
+"""Data that is no JSON lines, as people have it: one JSON array, and tables of spreadsheets (CSV).
+
+Both become the values that JSON lines would have held.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+MAX_ARRAY_BYTES = 256 << 20
+_DELIMITERS = "\t;,"
+_OTHERS = (
+    (b"PAR1", "a Parquet file: pandas.read_parquet(…).to_json(…, orient='records', lines=True)"),
+    (b"\x1f\x8b", "compressed by gzip: gunzip it"),
+    (b"PK\x03\x04", "a zip file or a workbook: unpack it, or save the sheet as CSV"),
+    (b"\xff\xfe", "in UTF-16: save it as UTF-8"),
+    (b"\xfe\xff", "in UTF-16: save it as UTF-8"),
+)
+
+
+def other_kind(start: bytes) -> str | None:
+    """What a file is that begins so and is no text, and what to do about it."""
+    return next((what for magic, what in _OTHERS if start.startswith(magic)), None)
+
+
+def array_in(
+    first: bytes, rest: Iterable[bytes], loads: Callable[[bytes], Any]
+) -> list[Any] | None:
+    """The items of a file that is one JSON array, on one line or on many, given its first line and
+    an iterator of those behind it; None where each line is a value, and nothing of `rest` is used.
+
+    A line with a chat, which is an array of messages, is a value. Raises `ValueError`.
+    """
+    if not first.lstrip().startswith(b"["):
+        return None
+    try:
+        value = loads(first)
+    except ValueError:
+        value = loads(_joined(first, rest))
+        return [value] if _is_chat(value) else list(value)
+    if _is_chat(value):
+        return None
+    if any(line.strip() for line in rest):
+        raise ValueError("an array that is no chat, with more lines behind it")
+    return list(value)
+
+
+def _joined(first: bytes, rest: Iterable[bytes]) -> bytes:
+    pieces, size = [first], len(first)
+    for line in rest:
+        pieces.append(line)
+        size += len(line)
+        if size > MAX_ARRAY_BYTES:
+            raise ValueError(f"an array of more than {MAX_ARRAY_BYTES} bytes")
+    return b"".join(pieces)
+
+
+def _is_chat(value: list[Any]) -> bool:
+    return bool(value) and all(isinstance(one, dict) and "role" in one for one in value)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The first line of a table: the names of its columns, "" for one without, such as that of
+    pandas' row numbers; and what stands between them."""
+
+    names: tuple[str, ...]
+    delimiter: str
+
+    @staticmethod
+    def of(line: bytes, known: Collection[str]) -> Columns | None:
+        """Those of a line, or None where it does not name at least two columns, with one of `known`
+        among them."""
+        try:
+            text = line.decode().strip("\r\n")
+        except UnicodeDecodeError:
+            return None
+        delimiter = next((one for one in _DELIMITERS if one in text), None)
+        if delimiter is None:
+            return None
+        names = [one.strip() for one in next(csv.reader([text], delimiter=delimiter))]
+        named = [one for one in names if one]
+        if not len(set(named)) == len(named) > 1 or not set(named) & set(known):
+            return None
+        return Columns(tuple(names), delimiter)
+
+    def rows(self, lines: Iterable[bytes]) -> Iterator[tuple[dict[str, str], int]]:
+        """Objects of the cells that hold something, each with the number of its last line; a cell
+        in quotation marks may go over several lines. Raises `ValueError`."""
+        reader = csv.reader((line.decode() for line in lines), delimiter=self.delimiter)
+        try:
+            for cells in reader:
+                if len(cells) > len(self.names):
+                    raise ValueError(
+                        f"{len(cells)} cells under {len(self.names)} names: put those that hold "
+                        f"{self.delimiter!r} in quotation marks"
+                    )
+                found = dict(zip(self.names, cells, strict=False))
+                row = {name: cell for name, cell in found.items() if name and cell}
+                if row:
+                    yield row, reader.line_num
+        except csv.Error as error:
+            raise ValueError(str(error)) from error
