@@ -215,12 +215,14 @@ def _result(
     by_layer: list[ProjectedPart | None] = [None] * engine.info.n_layers
     if request.heads:
         with at_field("/heads"):
-            by_layer = list(projected_parts(engine, states, "head_out"))
+            leave_out = "leave 'heads' out"
+            by_layer = list(projected_parts(engine, states, "head_out", instead=leave_out))
     layers = tuple(shares.layer(layer, part) for layer, part in enumerate(by_layer))
     neurons = None
     if request.neurons:
         with at_field("/neurons"):
-            neurons = shares.neurons(projected_parts(engine, states, "mlp_act"), request.neurons)
+            parts = projected_parts(engine, states, "mlp_act", instead="leave 'neurons' out")
+            neurons = shares.neurons(parts, request.neurons)
     logit, constant = float(signs @ head.uncapped), float(signs @ head.constant)
     embedding = shares.of(0, "resid_pre")
     told = constant + embedding + sum(one.attention + one.mlp + one.rest for one in layers)

@@ -72,12 +72,14 @@ class ProjectedPart:
         return torch.cat(found) * self.state
 
 
-def projected_parts(engine: Engine, states: States, site: Site) -> Iterator[ProjectedPart]:
+def projected_parts(
+    engine: Engine, states: States, site: Site, *, instead: str
+) -> Iterator[ProjectedPart]:
     """The part behind `site` of each layer, at the last token of `states`.
 
     They hold `site` and where it is added, the latter as no steering edits it. Raises
     `Unsupported` (`unsupported_inspection`) where what is added is no multiple, channel by
-    channel, of what the projection makes.
+    channel, of what the projection makes; `instead` says what to do then.
     """
     for layer in range(engine.info.n_layers):
         point, out = HookPoint(layer, site), HookPoint(layer, ADDED[site])
@@ -87,10 +89,9 @@ def projected_parts(engine: Engine, states: States, site: Site) -> Iterator[Proj
         if gain is None:
             raise Unsupported(
                 f"what layer {layer} adds at {out.site!r} is no norm of what its output "
-                f"projection makes, so that the channels of {site!r} have no share in it: leave "
-                f"{'heads' if site == 'head_out' else 'neurons'!r} out",
+                "projection makes, so that the channels of "
+                f"{site!r} have no share in it: {instead}",
                 code="unsupported_inspection",
-                param="/heads" if site == "head_out" else "/neurons",
             )
         bias = projected(engine, point, torch.zeros_like(before[:1]))[0]
         yield ProjectedPart(point, before[-1], added[-1], gain, bias)

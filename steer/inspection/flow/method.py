@@ -165,7 +165,10 @@ def _heads(
     """The heads at each of `positions`, layer by layer."""
     parts = [
         projected_parts(
-            engine, {at: rows[: position + 1] for at, rows in captured.states.items()}, "head_out"
+            engine,
+            {at: rows[: position + 1] for at, rows in captured.states.items()},
+            "head_out",
+            instead="attribution without 'heads' says what each layer's attention adds as a whole",
         )
         for position in positions
     ]

@@ -115,7 +115,7 @@ def test_the_parts_of_every_family_sum_to_the_stream(name: str) -> None:
         points += [HookPoint(layer, site) for layer in layers for site in sites]
         (seen,) = engine.capture(CaptureRequest([ids], tuple(points), attention=tuple(layers)))
         before = seen.states[HookPoint(0, "resid_pre")][last].double()
-        for part in projected_parts(engine, seen.states, "head_out"):
+        for part in projected_parts(engine, seen.states, "head_out", instead="do not ask"):
             layer = part.point.layer
             out = OutputProjection.of(engine, layer)
             heads = HeadsAt.of(engine, seen.attention[layer], last, part, out)
