@@ -61,7 +61,7 @@ for kernel in (there / "vllm").glob("*.so"):
 lines = about.read_text().split("\n")
 about.write_text("\n".join(f"{x}+cpu" if x.startswith("Version: ") else x for x in lines))
 (here / "over.pth").write_text(f"import site; site.addsitedir({str(there)!r})\n")
-for name, call in (("pytest", "pytest:console_main"), ("steer", "steer.cli:app")):
+for name, call in (("pytest", "pytest:main"), ("steer", "steer.cli:app")):
     module, function = call.split(":")
     script = Path(sys.prefix, "bin", name)
     code = f"import sys\n\nfrom {module} import {function}\n\nsys.exit({function}())\n"

@@ -26,6 +26,11 @@ from steer.artefacts.sae.base import SAE
 from steer.errors import FileFormatError, Unsupported
 from steer.model import HookPoint
 
+FIRST_WATCHED = 1
+"""The first position of a sequence that a detector looks at. The token before it has seen nothing
+but itself, and in many models its state is a hundred times as long as others' (2402.17762): where
+it is always the same one it would fire always, or hide what fires behind it."""
+
 
 @dataclass(frozen=True, eq=False)
 class Detector:

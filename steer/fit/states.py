@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from steer.plan.plan import SteeringPlan
 from steer.prompts import Marked, check_text_length
 from steer.prompts.rendering import prompt_length, rendered_roles
 from steer.spec import Site, Where
+
+T = TypeVar("T", Tensor, Sequence[int])
 
 Progress: TypeAlias = Callable[[int], None]
 """Told of every item just done; whatever it raises ends the fit, which is how a job is
@@ -105,12 +107,14 @@ def read_rows(
     plan: SteeringPlan | None = None,
 ) -> dict[int, Tensor]:
     """One state for each prompt, `[n, width]` float32 per layer: the mean where several are
-    read. Under `plan`, as the model has them with its edits."""
+    read, of all tokens without the first. Under `plan`, as the model has them with its edits."""
     tokens = [prompt_tokens(engine, prompt) for prompt in prompts]
     places = [
         reading.places(engine.tokenizer, prompt, row)
         for prompt, row in zip(prompts, tokens, strict=True)
     ]
+    if reading.positions == "mean":
+        places = [behind_first(one) for one in places]
     # One position for the whole batch is read alone; else every token is, and the rest dropped.
     single = -1 if reading.positions == "last" else reading.positions
     wanted = (single,) if isinstance(single, int) else None
@@ -124,6 +128,16 @@ def read_rows(
             states = [s[list(p)] for s, p in zip(states, places, strict=True)]
         rows[point.layer] = torch.stack([state.mean(0) for state in states])
     return rows
+
+
+def behind_first(tokens: T) -> T:
+    """What is told of each token of a text, without the first of several.
+
+    The first has seen nothing but itself, so that it says nothing of the text; and in many models
+    it is what heads attend to that look for nothing, with a state a hundred times as long as
+    others', which would be all that is left of a mean (2309.17453, 2402.17762).
+    """
+    return tokens[1:] if len(tokens) > 1 else tokens
 
 
 def read_tokens(

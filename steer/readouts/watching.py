@@ -1,7 +1,8 @@
 """Detectors on a request: one number is read of each token, and what it means is decided here.
 
 Decisions are made of the numbers in the order of their positions, wherever these were computed: in
-what chunks, how often, and beside whom changes nothing.
+what chunks, how often, and beside whom changes nothing. The first token of a sequence is not
+watched (`FIRST_WATCHED`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from steer.artefacts.arming import ArmedDetector, ReadTokens
-from steer.artefacts.detector import Detector, ScoreWindow
+from steer.artefacts.detector import FIRST_WATCHED, Detector, ScoreWindow
 from steer.artefacts.library import Library
 from steer.errors import (
     EngineError,
@@ -219,4 +220,5 @@ def _union(asked: set[ReadTokens]) -> ReadTokens:
 
 
 def _span(tokens: ReadTokens, prompt_length: int) -> tuple[int, int]:
-    return ReadoutPlan((), (), tokens).wanted(prompt_length)
+    first, end = ReadoutPlan((), (), tokens).wanted(prompt_length)
+    return max(first, FIRST_WATCHED), end

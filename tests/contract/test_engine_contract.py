@@ -372,7 +372,8 @@ def test_an_onward_gate_opens_where_the_detector_first_fires(engine: Transformer
 def test_a_pooled_gate_fires_where_the_armed_detector_does(
     engine: TransformersEngine, scope: str, name: str, tokens: ReadTokens
 ) -> None:
-    """Both in one request; the gate reads what the detector watches, which is edited nowhere."""
+    """Both in one request; the gate reads what the detector watches, which is edited nowhere: not
+    the first token of all."""
     detector = DETECTORS[name]
     draw = random.Random(7)
     prompts = [tuple(draw.randrange(3, 99) for _ in range(draw.randint(2, 9))) for _ in range(24)]
@@ -386,14 +387,19 @@ def test_a_pooled_gate_fires_where_the_armed_detector_does(
         return watching, engine.complete(asked)
 
     def pools(completion: Completion) -> dict[int, float]:
-        window = detector.window()
-        return {row.position: window.push(row.numbers[0]) for row in completion.readouts}
+        window, first = detector.window(), 1 if tokens == "all" else 0
+        rows = [row for row in completion.readouts if row.position >= first]
+        return {row.position: window.push(row.numbers[0]) for row in rows}
 
     plain = [list(pools(one).values()) for one in answers(None, 0.0)[1]]
     told = sorted(values[-1] if scope == "prompt" else max(values) for values in plain)
     threshold = sum(told[11:13]) / 2
     when = {"detector": name, "scope": scope, "threshold": threshold}
-    where = {"where": {"phases": ["generation"]}} if tokens == "generated" else {}
+    where = {
+        "generated": {"where": {"phases": ["generation"]}},
+        "all": {"where": {"positions": [[1, None]]}},
+        "prompt": {},
+    }[tokens]
     watching, done = answers(plan(engine, one(add("v3", layers=[2]), when=when) | where), threshold)
     met = set()
     for prompt, completion in zip(prompts, done, strict=True):

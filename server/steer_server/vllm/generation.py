@@ -12,7 +12,7 @@ import json
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeGuard, cast
 
 from fastapi import APIRouter, Request
 from fastapi.routing import APIRoute
@@ -161,13 +161,19 @@ async def _answered(route: TheirRoute, request: Any, raw_request: Request) -> Re
                 events = with_default(events, cast("Any", beside.body_iterator))
             response.body_iterator = route.stream(events, pending, fields.steering, serving.metrics)
             return response
-        if response is None or response.status_code >= 400:
-            return response
-        return with_fields(response, receipt_of(pending))
+        if _is_answer(response) and response.status_code < 400:
+            return with_fields(response, receipt_of(pending))
+        return response
     try:
         return await _whole(route, raw_request, serving, fields, pending, request, plain)
     except _Refused as refused:
         return refused.response
+
+
+def _is_answer(response: Response | None) -> TypeGuard[Response]:
+    """Whether vLLM has answered. Where the client has hung up it gives nothing, and from 0.33 on
+    nothing in a response."""
+    return response is not None and bool(response.body)
 
 
 class _Refused(Exception):
@@ -215,7 +221,7 @@ async def _whole(
         finally:
             if beside is not None:
                 beside.cancel()
-        if response is None or (beside is not None and default is None):
+        if not _is_answer(response) or (beside is not None and not _is_answer(default)):
             raise ClientDisconnect
         for answer in (response, default):
             if answer is not None and answer.status_code >= 400:

@@ -61,7 +61,7 @@ def positions_json(at: object) -> Any:
 def read_positions(
     tokenizer: Any, prompt: Prompt, tokens: Sequence[int], at: PositionName | int
 ) -> range:
-    """The positions in `tokens` (what `render` gave) whose mean state stands for `prompt`.
+    """The positions in `tokens` (what `render` gave) that are read of `prompt`; of "mean" all.
 
     Raises `SteerError` where the prompt has no such place.
     """

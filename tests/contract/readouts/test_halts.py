@@ -68,12 +68,13 @@ def watched(
 def pooled(
     engine: TransformersEngine, request: GenerationRequest, done: Completion, name: str, tokens: str
 ) -> dict[int, float]:
-    """By position, the pooled scores of a whole answer, from a capture of its tokens."""
+    """By position, the pooled scores of a whole answer, from a capture of its tokens; the first of
+    all is not watched."""
     detector = LIBRARY.detectors[name]
     whole = [*request.prompt, *done.tokens]
     capture = CaptureRequest([whole], (detector.point,), plans=[request.plan])
     (captured,) = engine.capture(capture)
-    first = len(request.prompt) if tokens == "generated" else 0
+    first = len(request.prompt) if tokens == "generated" else 1
     end = len(request.prompt) if tokens == "prompt" else len(whole) - 1
     scores = detector.scores(captured.states[detector.point])[first:end].tolist()
     return dict(enumerate(map(detector.window().push, scores), start=first))
@@ -89,7 +90,7 @@ def crowd(engine: TransformersEngine) -> list[GenerationRequest]:
         found.append(
             GenerationRequest(
                 str(n),
-                tuple(draw.randrange(3, VOCABULARY) for _ in range(draw.randint(1, 30))),
+                tuple(draw.randrange(3, VOCABULARY) for _ in range(draw.randint(2, 30))),
                 SamplingParams(max_tokens=10, temperature=0, ignore_eos=True),
                 steered,
                 readouts=own if n % 3 == 0 else None,

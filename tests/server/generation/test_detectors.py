@@ -60,7 +60,7 @@ async def told(
     (request,) = engine.seen
     text = found["choices"][0]["message"]["content"]
     whole = [*request.prompt, *text.encode()]
-    start = 0 if tokens != "generated" else len(request.prompt)
+    start = 1 if tokens != "generated" else len(request.prompt)  # the first is not watched
     end = len(request.prompt) if tokens == "prompt" else len(whole) - 1
     detector = {"odd": random_detector(3, 2)}.get(name) or random_detector(
         3, 2, detection=Detection(pooling="mean", last=3)
@@ -136,7 +136,7 @@ async def test_a_prompt_that_fires_is_not_answered(
     choice = found["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("", "content_filter")
     (entry,) = found["detections"]
-    assert (entry["position"], entry["fired"]) == (0, True)
+    assert (entry["position"], entry["fired"]) == (1, True)
     fed = found["steering"]["tokens_steered"] + found["steering"]["tokens_skipped"]
     assert fed == found["usage"]["prompt_tokens"]
 

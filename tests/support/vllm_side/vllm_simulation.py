@@ -337,8 +337,8 @@ def watched(engine: VllmEngine) -> Iterator[ReceiptGuard]:
             watch.preempted.append(ticket.key)
         return preempt(request, *args, **named)
 
-    def find_watched(request: Any) -> Any:
-        found = find(request)
+    def find_watched(request: Any, *args: Any, **named: Any) -> Any:
+        found = find(request, *args, **named)
         ticket = ticket_of(request)
         if ticket is not None and ticket.key in watch.preempted and found[1]:
             watch.resumed_from_cache += 1

@@ -119,7 +119,7 @@ def test_a_pooled_gate_fires_where_the_armed_detector_does(
         spec = demo_specs.one(
             demo_specs.add("v1", layers=[3]),
             when={"detector": "d3", "scope": "onward", "threshold": threshold},
-            where={"positions": [[0, None]]} if tokens == "all" else {"phases": ["generation"]},
+            where={"positions": [[1, None]]} if tokens == "all" else {"phases": ["generation"]},
         )
         watching = WatchPlan(
             armed=(

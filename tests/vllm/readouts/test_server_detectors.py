@@ -113,7 +113,7 @@ def test_a_prompt_that_fires_is_not_answered(http: httpx.Client) -> None:
         choice = found["choices"][0]
         assert choice["message"]["content"] in ("", None)
         assert choice["finish_reason"] == "content_filter"
-        assert found["detections"][0]["position"] == 0
+        assert found["detections"][0]["position"] == 1  # the first is not watched
 
 
 def test_a_profiles_detectors_watch_whoever_uses_it(http: httpx.Client) -> None:

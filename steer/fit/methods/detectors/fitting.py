@@ -6,7 +6,7 @@ for each layer, texts · layers · d floats.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from steer.artefacts.calibration import MeasuredInterval
 from steer.artefacts.detection import Detection, DetectorMeasures, Pooling
-from steer.artefacts.detector import Detector, ScoreWindow
+from steer.artefacts.detector import FIRST_WATCHED, Detector, ScoreWindow
 from steer.engines.base import Engine
 from steer.errors import SteerError
 from steer.fit.data.labels import LabelledSet
@@ -30,7 +30,7 @@ from steer.fit.methods.detectors.probe import (
 from steer.fit.methods.detectors.roc import auroc_interval, roc_points, share_above
 from steer.fit.methods.detectors.thresholds import chosen_threshold
 from steer.fit.methods.linear.reading import positions_of
-from steer.fit.states import Progress, Reading, make_reading, read_tokens
+from steer.fit.states import Progress, Reading, make_reading, read_places
 from steer.prompts import Prompt
 from steer.spec import Site
 
@@ -71,9 +71,10 @@ def fit_detector(
     """A detector of what the texts labelled true have and those labelled false have not.
 
     A text's score is the greatest pooled score among its `tokens`, which is what a detector does
-    to an answer. Of the layers the one with the greatest AUROC of these on a validation part is
-    taken, the threshold is chosen on further harmless texts, and what the card reports is of held
-    out ones. `progress` is told of every text. Raises `SteerError`.
+    to an answer; like that, it leaves out a text's first token (`FIRST_WATCHED`). Of the layers the
+    one with the greatest AUROC of these on a validation part is taken, the threshold is chosen on
+    further harmless texts, and what the card reports is of held out ones. `progress` is told of
+    every text. Raises `SteerError`.
     """
     parts = divided(texts, held_out, seed)
     # What no probe can help is said before the model is asked.
@@ -137,11 +138,21 @@ def _labels(part: TextPart) -> Tensor:
     return torch.tensor([True] * len(part.positive) + [False] * len(part.negative))
 
 
+def _watched(
+    engine: Engine, reading: Reading, prompts: Sequence[Prompt]
+) -> Iterator[dict[int, Tensor]]:
+    """Of each prompt the states `[tokens, width]` per layer that a detector looks at; of one token,
+    that one."""
+    for _, places, by_layer in read_places(engine, prompts, reading):
+        watched = [n for n, place in enumerate(places) if place >= FIRST_WATCHED] or [0]
+        yield {layer: states[watched] for layer, states in by_layer.items()}
+
+
 def _means(
     engine: Engine, reading: Reading, prompts: Sequence[Prompt], progress: Progress | None
 ) -> dict[int, Tensor]:
     rows: dict[int, list[Tensor]] = {layer: [] for layer in reading.layers}
-    for _, by_layer in read_tokens(engine, prompts, reading):
+    for by_layer in _watched(engine, reading, prompts):
         for layer, states in by_layer.items():
             rows[layer].append(states.float().mean(0))
         if progress is not None:
@@ -159,7 +170,7 @@ def _scored(
 ) -> _Scored:
     scores: dict[int, list[float]] = {layer: [] for layer in reading.layers}
     means: dict[int, list[Tensor]] = {layer: [] for layer in reading.layers}
-    for _, by_layer in read_tokens(engine, prompts, reading):
+    for by_layer in _watched(engine, reading, prompts):
         for layer, states in by_layer.items():
             means[layer].append(states.float().mean(0))
             pooled = ScoreWindow(window.pooling, window.last)

@@ -61,7 +61,7 @@ def test_difference_of_means_equals_a_direct_computation(
         rows = []
         for pair in pairs.items:
             states = [direct_states(engine, p)[layer] for p in (pair.positive, pair.negative)]
-            read = [s[-1] if positions == "last" else s.mean(0) for s in states]
+            read = [s[-1] if positions == "last" else s[1:].mean(0) for s in states]
             rows.append(read[0] - read[1])
         torch.testing.assert_close(vector[layer], torch.stack(rows).mean(0), rtol=1e-4, atol=1e-5)
 

@@ -75,7 +75,7 @@ PAIRS = PairSet.of([Pair(f"sun {n} up", f"a day {n}") for n in range(8)])
 
 
 def means(engine: TransformersEngine, side: str, artefact: Any, layer: int) -> Tensor:
-    """The mean of the prompts' mean states under `artefact`."""
+    """The mean of the prompts' mean states, as fits read them, under `artefact`."""
     plan = None
     if artefact is not None:
         linear = isinstance(artefact, AffineMap)
@@ -85,7 +85,7 @@ def means(engine: TransformersEngine, side: str, artefact: Any, layer: int) -> T
     prompts = [engine.tokenizer.encode(getattr(one, side)) for one in PAIRS.items]
     point = HookPoint(layer)
     found = engine.capture(CaptureRequest(prompts, (point,), plans=[plan] * len(prompts)))
-    return torch.stack([one.states[point].mean(0) for one in found]).mean(0)
+    return torch.stack([one.states[point][1:].mean(0) for one in found]).mean(0)
 
 
 @pytest.mark.parametrize("transport", ["linear", "mean"])
