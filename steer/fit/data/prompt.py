@@ -44,8 +44,8 @@ Positions: TypeAlias = Annotated[
     | Annotated[Where, Tag("a selection")],
     Discriminator(_form),
 ]
-"""Which token's state stands for a prompt: the last one; the mean over all; the mean over the
-response; the last token of the subject; an index, negative from the end; or the mean over those
+"""Which token's state stands for a prompt: the last one; the mean over all but the first; that over
+the response; the last token of the subject; an index, negative from the end; or the mean over those
 that a selection names, for which a response is what was generated."""
 
 

@@ -119,8 +119,8 @@ PositionsField: TypeAlias = Annotated[
     Positions,
     Spelled("position"),
     Field(
-        description="Read the last token, the mean over all, the mean over the response, the "
-        "subject's last token, an index, or the mean over those of a selection: last, mean, "
+        description="Read the last token, the mean over all but the first, that over the response, "
+        "the subject's last token, an index, or the mean over those of a selection: last, mean, "
         'response, subject, -2, {"roles": ["user"]}.'
     ),
 ]

@@ -48,8 +48,8 @@ class ActRequest(ReadingFields):
         Positions,
         Spelled("position"),
         Field(
-            description="Read the mean over all tokens, the last one, the mean over the response, "
-            "the subject's last token, or an index."
+            description="Read the mean over all tokens but the first, the last, that over the "
+            "response, the subject's last token, or an index."
         ),
     ] = "mean"
     where: Annotated[
