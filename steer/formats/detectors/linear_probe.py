@@ -243,6 +243,7 @@ def detector_of(
     format: str,
     options: ImportOptions,
     *,
+    tool: str = "linear probe",
     detects: str = "",
 ) -> Detector:
     """The detector of a probe's `arrays`, called as above, with what stands beside them in `about`.
@@ -263,7 +264,7 @@ def detector_of(
         bias=bias,
         site=point.site,
         detection=Detection(detects=detects),
-        provenance={"format": format, "file_sha256": file_hash(path), "tool": "linear probe"},
+        provenance={"format": format, "file_sha256": file_hash(path), "tool": tool},
     )
 
 

@@ -68,9 +68,8 @@ def _probe(found: Any, path: Path, options: ImportOptions) -> Detector | None:
     instances that neither is made of."""
     fitted = fitted_probe(found, options)
     if fitted is not None:
-        return detector_of(
-            fitted.arrays, fitted.about, path, "torch", options, detects=fitted.detects
-        )
+        told = {"tool": "scikit-learn", "detects": fitted.detects}
+        return detector_of(fitted.arrays, fitted.about, path, "torch", options, **told)
     _check_instances(found)
     return probe_of_held(found, path, "torch", options)
 
