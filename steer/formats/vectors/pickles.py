@@ -19,7 +19,7 @@ from steer.errors import FileFormatError, Unsupported
 from steer.formats.detectors.linear_probe import detector_of, probe_of_held
 from steer.formats.detectors.scikit_learn import fitted_probe
 from steer.formats.detectors.torch_module import with_state_dicts
-from steer.formats.guards.pickle_machine import Instance, refused
+from steer.formats.guards.pickle_machine import Instance, Name, refused
 from steer.formats.guards.pickled_files import load_pickle
 from steer.formats.options import ImportOptions
 from steer.formats.placement import NamedRow, origin
@@ -75,8 +75,9 @@ def _probe(found: Any, path: Path, options: ImportOptions) -> Detector | None:
 
 
 def _check_instances(found: Any) -> None:
-    if isinstance(found, Instance) and found.kind != _CLASS:
-        raise refused(f"names {found.kind[:120]!r}")
+    if isinstance(found, Name) or (isinstance(found, Instance) and found.kind != _CLASS):
+        named = found.text if isinstance(found, Name) else found.kind
+        raise refused(f"names {named[:120]!r}")
     if isinstance(found, Instance):
         found = found.state
     if isinstance(found, dict | list | tuple):
