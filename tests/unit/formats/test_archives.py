@@ -86,12 +86,14 @@ def read(data: bytes, folder: Path, limit: int = LIMIT):
 
 
 def refused(data: bytes, folder: Path) -> SteerError:
-    before = {path for path in folder.parent.rglob("*") if folder not in path.parents}
+    inner = folder / "inner"  # around it nothing but this test writes
+    inner.mkdir(exist_ok=True)
+    before = {path for path in folder.rglob("*") if inner not in path.parents}
     with pytest.raises(SteerError) as raised:
-        read(data, folder)
-    after = {path for path in folder.parent.rglob("*") if folder not in path.parents}
+        read(data, inner)
+    after = {path for path in folder.rglob("*") if inner not in path.parents}
     assert after == before  # nothing outside
-    assert {path.name for path in folder.iterdir()} <= {"upload", "scratch"}
+    assert {path.name for path in inner.iterdir()} <= {"upload", "scratch"}
     assert 400 <= raised.value.status < 500
     return raised.value
 
