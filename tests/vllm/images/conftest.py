@@ -15,6 +15,18 @@ if TYPE_CHECKING:
 # they are imported in the fixtures.
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one engine follow each other, so that it is started once: pytest orders them by the
+    places that an engine has in the lists of the tests, which are not the same."""
+
+    def engine(item: pytest.Item) -> str:
+        called = getattr(item, "callspec", None)
+        return "" if called is None else str(called.params.get("llm", ""))
+
+    items.sort(key=engine)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("seeing")
