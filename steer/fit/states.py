@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,8 +24,6 @@ from steer.plan.plan import SteeringPlan
 from steer.prompts import Marked, check_text_length
 from steer.prompts.rendering import prompt_length, rendered_roles
 from steer.spec import Site, Where
-
-T = TypeVar("T", Tensor, Sequence[int])
 
 Progress: TypeAlias = Callable[[int], None]
 """Told of every item just done; whatever it raises ends the fit, which is how a job is
@@ -130,14 +128,14 @@ def read_rows(
     return rows
 
 
-def behind_first(tokens: T) -> T:
-    """What is told of each token of a text, without the first of several.
+def behind_first(places: Sequence[int]) -> Sequence[int]:
+    """Positions in a text, in rising order, without its first one where there are others.
 
-    The first has seen nothing but itself, so that it says nothing of the text; and in many models
+    That token has seen nothing but itself, so that it says nothing of the text; and in many models
     it is what heads attend to that look for nothing, with a state a hundred times as long as
     others', which would be all that is left of a mean (2309.17453, 2402.17762).
     """
-    return tokens[1:] if len(tokens) > 1 else tokens
+    return places[1:] if places[0] == 0 and len(places) > 1 else places
 
 
 def read_tokens(

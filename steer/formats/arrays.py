@@ -29,6 +29,8 @@ _FOREIGN_WEIGHTS = re.compile(
     r"lora_|ia3_|(?:^|\.)(?:embed_tokens|wte|lm_head)\.weight$|"
     r"(?:^|\.)(?:layers|h|blocks|block)\.\d+\..+\.weight$"
 )
+# A dictionary of a pickle may even hold itself.
+MOST_WRAPPERS = 4
 _LAYER_KEYS = ("layer", "layerNumber", "layer_idx", "layer_index")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from steer.errors import SteerError, quoted
@@ -12,19 +12,15 @@ from steer.formats.options import ImportOptions
 T = TypeVar("T")
 
 
-def layers_of(keys: Iterable[Any]) -> dict[Any, int] | None:
-    """The layer that each key numbers (12, "12", "layer_12"), or None where one numbers none, or
-    two the same."""
-    found = {key: _layer_of(key) for key in keys}
-    layers = [layer for layer in found.values() if layer is not None]
-    if not layers or len(set(layers)) != len(found):
+def of_stated_layer(held: Mapping[Any, T], options: ImportOptions) -> tuple[int, T] | None:
+    """The layer that the sender states, or the only one there is, and what is held for it; None
+    where a key numbers no layer (as 12, "12" and "layer_12" do), or two the same.
+
+    Raises `SteerError` where several could be meant, or one that is not there.
+    """
+    by_layer = {layer: one for key, one in held.items() if (layer := _layer_of(key)) is not None}
+    if not by_layer or len(by_layer) < len(held):
         return None
-    return {key: layer for key, layer in found.items() if layer is not None}
-
-
-def of_layer(by_layer: Mapping[int, T], options: ImportOptions) -> tuple[int, T]:
-    """The layer that the sender states, or the only one there is, and what is there for it. Raises
-    `SteerError` where several could be meant, or one that is not there."""
     wanted = options.layers or tuple(by_layer)
     if len(wanted) != 1 or wanted[0] not in by_layer:
         raise SteerError(

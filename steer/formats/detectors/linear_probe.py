@@ -26,9 +26,9 @@ from steer.artefacts.detection import Detection
 from steer.artefacts.detector import Detector
 from steer.artefacts.sae.storage.file_arrays import FileArray
 from steer.errors import FileFormatError, SteerError
-from steer.formats.arrays import as_row, is_foreign_weight, layer_beside
+from steer.formats.arrays import MOST_WRAPPERS, as_row, is_foreign_weight, layer_beside
 from steer.formats.claims import check_claims, unhonoured
-from steer.formats.detectors.by_layer import layers_of, of_layer
+from steer.formats.detectors.by_layer import of_stated_layer
 from steer.formats.guards.json_objects import read_json_object
 from steer.formats.guards.safetensors import SafetensorsFile
 from steer.formats.guards.torch import file_arrays
@@ -48,8 +48,6 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
 }
 _ROLES = {name: role for role, names in _NAMES.items() for name in names}
 _TWO = 2
-# A dictionary of a pickle may even hold itself.
-_MOST_WRAPPERS = 4
 
 
 def read_linear_probe(path: Path, format: str, options: ImportOptions) -> Detector | None:
@@ -78,18 +76,17 @@ def probe_of_held(held: Any, path: Path, format: str, options: ImportOptions) ->
     )
 
 
-def _of_layer(held: Any, options: ImportOptions, wrappers: int = _MOST_WRAPPERS) -> Any:
+def _of_layer(held: Any, options: ImportOptions, wrappers: int = MOST_WRAPPERS) -> Any:
     """What a dictionary of probes by layer, alone or in another, holds for the layer that is meant;
     any other as it is."""
     if not isinstance(held, Mapping):
         return held
-    layers = layers_of(held)
     probes = [
         isinstance(one, Mapping) and _may_be_one(list(map(str, one))) for one in held.values()
     ]
-    if layers is not None and all(probes):
-        layer, chosen = of_layer({layers[name]: one for name, one in held.items()}, options)
-        return {**chosen, "layer": layer}
+    if all(probes) and (stated := of_stated_layer(held, options)) is not None:
+        layer, probe = stated
+        return {**probe, "layer": layer}
     if len(held) == 1 and wrappers:
         (only,) = held.values()
         found = _of_layer(only, options, wrappers - 1)
@@ -105,13 +102,11 @@ def _one_of(
     groups: dict[str, dict[str, Tensor]] = {}
     for name, array in arrays.items():
         groups.setdefault(name.rpartition(".")[0], {})[name] = array
-    layers = layers_of(groups) if len(groups) > 1 else None
     weights = [one for name, one in arrays.items() if _role(name) == "weight"]
     narrow = all(as_row(one).ndim == 1 or len(one) == _TWO for one in weights)
-    if layers is None or not narrow or len({one.shape for one in weights}) > 1:
-        return arrays, None
-    layer, chosen = of_layer({layers[name]: one for name, one in groups.items()}, options)
-    return chosen, layer
+    several = len(groups) > 1 and narrow and len({one.shape for one in weights}) == 1
+    stated = of_stated_layer(groups, options) if several else None
+    return (arrays, None) if stated is None else (stated[1], stated[0])
 
 
 def _beside(path: Path, format: str) -> tuple[dict[str, Any], list[str]]:
@@ -132,7 +127,7 @@ def _json(path: Path) -> Any:
         return None
 
 
-def _split(held: Any, wrappers: int = _MOST_WRAPPERS) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split(held: Any, wrappers: int = MOST_WRAPPERS) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a dictionary, or the only one inside it, holds under the names of parts of a probe; and
     what stands beside that."""
     if not isinstance(held, Mapping):

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from steer.errors import FileFormatError, quoted
-from steer.formats.detectors.by_layer import layers_of, of_layer
+from steer.formats.arrays import MOST_WRAPPERS
+from steer.formats.detectors.by_layer import of_stated_layer
 from steer.formats.guards.pickle_machine import Instance
 from steer.formats.options import ImportOptions
 
@@ -32,8 +33,6 @@ _REGRESSIONS = frozenset(
 )
 _BOTH = 2
 _MOST_STEPS = 16
-# A dictionary of a pickle may even hold itself.
-_MOST_WRAPPERS = 4
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def fitted_probe(found: Any, options: ImportOptions) -> FittedProbe | None:
 
 
 def _chosen(
-    found: Any, options: ImportOptions, wrappers: int = _MOST_WRAPPERS
+    found: Any, options: ImportOptions, wrappers: int = MOST_WRAPPERS
 ) -> tuple[list[Instance], dict[str, Any]]:
     """The steps that are meant, in their order, and what stands beside them."""
     if _is_estimator(found):
@@ -85,8 +84,8 @@ def _chosen(
         return [], {}
     named = {key: one for key, one in found.items() if _is_estimator(one)}
     about = {str(key): one for key, one in found.items() if key not in named}
-    if layers := layers_of(named):
-        layer, one = of_layer({layers[key]: one for key, one in named.items()}, options)
+    if (stated := of_stated_layer(named, options)) is not None:
+        layer, one = stated
         return [one], {**about, "layer": layer}
     if named:
         return _ordered(list(named.values()), len(named)), about

@@ -42,12 +42,11 @@ _MAX_DEPTH = 64
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PICKLES = 5
 Read: TypeAlias = Callable[[Storage], bytes | memoryview]
-Classes: TypeAlias = Callable[[str], bool]
 
 
-def load_pickle(path: Path, classes: Classes) -> Any:
+def load_pickle(path: Path) -> Any:
     """What `pickle.dump`, `joblib.dump` or `torch.save` wrote to `path`: its tensors and arrays as
-    tensors, arrays of texts and of objects as lists, instances of `classes` as `Instance`.
+    tensors, arrays of texts and of objects as lists, instances of whatever class as `Instance`.
 
     Raises `FileFormatError` (`pickle_refused` for whatever else is in the file, by name), or
     `TooLarge`.
@@ -59,9 +58,9 @@ def load_pickle(path: Path, classes: Classes) -> Any:
     with path.open("rb") as stream:
         start = stream.read(4)
     if start == b"PK\x03\x04":
-        found, read = _zipped(path, classes)
+        found, read = _zipped(path)
     else:
-        found, read = _plain(_without_header(read_plain(path, MAX_BYTES)), classes)
+        found, read = _plain(_without_header(read_plain(path, MAX_BYTES)))
     held = _Materialised(read).of(found)
     # What numpy.save makes of an object that is no array.
     alone = isinstance(found, PickledArray) and isinstance(held, list) and len(held) == 1
@@ -122,7 +121,7 @@ class _Materialised:
         return value
 
 
-def _zipped(path: Path, classes: Classes) -> tuple[Any, Read]:
+def _zipped(path: Path) -> tuple[Any, Read]:
     """As torch.save writes: the pickle and each storage are members of a zip that only stores."""
     members = stored_members(path)
     programs = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -140,7 +139,7 @@ def _zipped(path: Path, classes: Classes) -> tuple[Any, Read]:
     def read(storage: Storage) -> bytes:
         return _member(path, storage.source)
 
-    return _program(_member(path, programs[0]), storage, classes), read
+    return _program(_member(path, programs[0]), storage), read
 
 
 def _member(path: Path, name: str) -> bytes:
@@ -151,16 +150,16 @@ def _member(path: Path, name: str) -> bytes:
         raise FileFormatError(f"the file cannot be read: {error}") from error
 
 
-def _plain(data: bytes, classes: Classes) -> tuple[Any, Read]:
+def _plain(data: bytes) -> tuple[Any, Read]:
     """As pickle.dump writes: each storage is a torch.save of the old form, inside the pickle."""
 
     def no_ids(_: Any) -> Storage:
         raise refused("refers to something outside of it")
 
-    return _program(data, no_ids, classes), lambda storage: storage.source
+    return _program(data, no_ids), lambda storage: storage.source
 
 
-def _program(data: bytes, persistent: Callable[[Any], Storage], classes: Classes) -> Any:
+def _program(data: bytes, persistent: Callable[[Any], Storage]) -> Any:
     # Protocol 2 has no bytes: it writes them as a text and the call that encodes it.
     calls = {
         "torch.storage._load_from_bytes": _storage_from_bytes,
@@ -170,13 +169,13 @@ def _program(data: bytes, persistent: Callable[[Any], Storage], classes: Classes
     names = {**pickled_arrays.NAMES, **calls}
 
     def inner(stream: BinaryIO) -> Any:
-        return read_pickle_from(stream, persistent=persistent, names=names, classes=classes)
+        return read_pickle_from(stream, persistent=persistent, names=names, instances=True)
 
     return read_pickle(
         data,
         persistent=persistent,
         names={**names, **pickled_arrays.followed(inner)},
-        classes=classes,
+        instances=True,
         limit=MAX_BYTES,
     )
 

@@ -64,14 +64,14 @@ class StoredTensor:
         return view.to(torch.float32, copy=True).contiguous()
 
 
-def _unread(name: str, converting: bool) -> FileFormatError:
+def _unread(name: str) -> FileFormatError:
     """The error for a name that is not known: some are harmless, and have a way of their own."""
     if name == "torch._utils._rebuild_tensor_v3":
         return FileFormatError(
             "the file has a tensor of a type that is not read (float8, unsigned 16 bits and wider):"
             " save it as float32 (tensor.float())"
         )
-    return refused(f"names {name[:120]!r}", "" if converting else _CONVERT)
+    return refused(f"names {name[:120]!r}", _CONVERT)
 
 
 def read_pickle(
@@ -79,20 +79,20 @@ def read_pickle(
     *,
     persistent: Callable[[Any], Any],
     names: Mapping[str, Call] | None = None,
-    classes: Callable[[str], bool] | None = None,
+    instances: bool = False,
     limit: int = MAX_PICKLE_BYTES,
 ) -> Any:
     """The object pickled in `data`; tensors come as `StoredTensor`, parameters as their tensors.
 
     `persistent` turns a persistent id into a `Storage`. `names` are further functions that may be
-    called, and `classes` says of which classes there may be instances, as `Instance`. Objects made
-    here take up to about 70 times the pickle's length, so that is limited. Raises
+    called; with `instances`, any other name stands for a class, and gives an `Instance`. Objects
+    made here take up to about 70 times the pickle's length, so that is limited. Raises
     `FileFormatError`.
     """
     if len(data) > limit:
         raise FileFormatError(f"the pickle has {len(data)} bytes; at most {limit} are read")
     return read_pickle_from(
-        io.BytesIO(data), persistent=persistent, names=names or {}, classes=classes
+        io.BytesIO(data), persistent=persistent, names=names or {}, instances=instances
     )
 
 
@@ -101,7 +101,7 @@ def read_pickle_from(
     *,
     persistent: Callable[[Any], Any],
     names: Mapping[str, Call],
-    classes: Callable[[str], bool] | None,
+    instances: bool,
 ) -> Any:
     """`read_pickle` of the next pickle in a stream of bounded length, which is left behind it."""
     known = {name: Name(name, call) for name, call in {**_CALLS, **names}.items()}
@@ -110,9 +110,9 @@ def read_pickle_from(
     def named(text: str) -> Name:
         if text in known:
             return known[text]
-        if classes is not None and classes(text):
+        if instances:
             return Name(text, lambda _: Instance(text))
-        raise _unread(text, converting=classes is not None)
+        raise _unread(text)
 
     return PickleMachine(named, persistent, stream).run()
 

@@ -44,7 +44,7 @@ def convert_pickle(path: Path, options: ImportOptions) -> ControlVector | Detect
     whatever else is in the file, by name), `Unsupported` for vectors that act on a norm's output,
     or `SteerError` where the sender has to say something, or has said too much.
     """
-    found = with_state_dicts(load_pickle(path, lambda _: True))
+    found = with_state_dicts(load_pickle(path))
     probe = _probe(found, path, options)
     if probe is not None:
         return replace(probe, card=options.described(probe.card))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from steer.artefacts.control_vector import ControlVector
 from steer.errors import FileFormatError, SteerError
-from steer.formats.arrays import as_row, layer_beside, vector_of_arrays
+from steer.formats.arrays import MOST_WRAPPERS, as_row, layer_beside, vector_of_arrays
 from steer.formats.claims import check_claims, unhonoured
 from steer.formats.guards.json_objects import read_json_object
 from steer.formats.guards.torch import load_tensors
@@ -36,8 +36,6 @@ from steer.formats.vectors.assistant_axis import (
 DIRECTION, METADATA = "direction.pt", "direction_metadata.json"
 MAX_METADATA_BYTES = 1 << 20
 _MEAN_DIFFERENCES = 3
-# A dictionary of a pickle may even hold itself.
-_MOST_WRAPPERS = 4
 
 
 def vector_of_held(held: Any, path: Path, options: ImportOptions) -> ControlVector:
@@ -105,7 +103,7 @@ def read_refusal_direction(folder: Path, options: ImportOptions) -> ControlVecto
 
 
 def _of_dictionary(
-    held: Mapping[Any, Any], path: Path, options: ImportOptions, wrappers: int = _MOST_WRAPPERS
+    held: Mapping[Any, Any], path: Path, options: ImportOptions, wrappers: int = MOST_WRAPPERS
 ) -> ControlVector:
     if is_capping(held):
         return read_capping(held, path, options)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from steer.artefacts.calibration import MeasuredInterval
 from steer.artefacts.detection import Detection, DetectorMeasures, Pooling
-from steer.artefacts.detector import FIRST_WATCHED, Detector, ScoreWindow
+from steer.artefacts.detector import Detector, ScoreWindow
 from steer.engines.base import Engine
 from steer.errors import SteerError
 from steer.fit.data.labels import LabelledSet
@@ -30,7 +30,7 @@ from steer.fit.methods.detectors.probe import (
 from steer.fit.methods.detectors.roc import auroc_interval, roc_points, share_above
 from steer.fit.methods.detectors.thresholds import chosen_threshold
 from steer.fit.methods.linear.reading import positions_of
-from steer.fit.states import Progress, Reading, make_reading, read_places
+from steer.fit.states import Progress, Reading, behind_first, make_reading, read_places
 from steer.prompts import Prompt
 from steer.spec import Site
 
@@ -71,7 +71,7 @@ def fit_detector(
     """A detector of what the texts labelled true have and those labelled false have not.
 
     A text's score is the greatest pooled score among its `tokens`, which is what a detector does
-    to an answer; like that, it leaves out a text's first token (`FIRST_WATCHED`). Of the layers the
+    to an answer; like that, it leaves out a text's first token (`behind_first`). Of the layers the
     one with the greatest AUROC of these on a validation part is taken, the threshold is chosen on
     further harmless texts, and what the card reports is of held out ones. `progress` is told of
     every text. Raises `SteerError`.
@@ -144,8 +144,8 @@ def _watched(
     """Of each prompt the states `[tokens, width]` per layer that a detector looks at; of one token,
     that one."""
     for _, places, by_layer in read_places(engine, prompts, reading):
-        watched = [n for n, place in enumerate(places) if place >= FIRST_WATCHED] or [0]
-        yield {layer: states[watched] for layer, states in by_layer.items()}
+        left_out = len(places) - len(behind_first(places))
+        yield {layer: states[left_out:] for layer, states in by_layer.items()}
 
 
 def _means(
