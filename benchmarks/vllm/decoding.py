@@ -16,7 +16,6 @@ from benchmarks.vllm.diets import (
     DIETS,
     DISTINCT_COUNTS,
     NOTHING,
-    TRIGGERED,
     Diet,
     distinct,
 )
@@ -32,7 +31,7 @@ Start = list[dict[str, Any]]
 """What one start of the engines gave: a diet, a batch size, and the rounds (`Paired`)."""
 
 TURN = 4
-ALL = (CONTROL, *DIETS, TRIGGERED)
+ALL = (CONTROL, *DIETS)
 _COLUMNS = (
     "batch",
     "diet",
@@ -125,7 +124,7 @@ def own_work(
         plans = PlanCache(library, shape.info(), CAPABILITIES)
         for batch in batches:
             plain = _plain(starts, batch)
-            for diet in (*DIETS, TRIGGERED):
+            for diet in DIETS:
                 wanted = diet.batch(shape, batch)
                 cost = step_cost(
                     shape,

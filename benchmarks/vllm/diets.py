@@ -119,6 +119,8 @@ def _mixed(shape: Shape, batch: int) -> Batch:
 CONSTANT, OTHER = {"compiled": 0.005}, {"compiled": 0.03}
 NOTHING = Diet("nothing steered", lambda _, b: [None] * b, {"compiled": 0.005, "eager": 0.01})
 CONTROL = Diet("plain beside plain", lambda _, b: [None] * b, {}, control=True)
+FADING = Diet("each its own vector, one layer, fading", fading, CONSTANT)
+TRIGGERED = Diet("each its own vector where a token triggers", triggered, CONSTANT)
 DIETS = (
     NOTHING,
     Diet("one shared vector, every layer", lambda _, b: [add(0, "all")] * b, CONSTANT),
@@ -131,7 +133,7 @@ DIETS = (
     Diet(
         f"each its own {CLAMPED} features clamped", lambda _, b: list(map(_clamp, range(b))), OTHER
     ),
+    FADING,
+    TRIGGERED,
 )
-FADING = Diet("each its own vector, one layer, fading", fading, CONSTANT)
-TRIGGERED = Diet("each its own vector where a token triggers", triggered, CONSTANT)
 DISTINCT_COUNTS = (1, 8, 32, 64)

@@ -29,7 +29,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.child import ROOT
-from benchmarks.vllm.diets import DIETS, FADING, TRIGGERED
+from benchmarks.vllm.diets import DIETS
 from benchmarks.vllm.overhead import StepAlone
 from benchmarks.vllm.report import Table
 from benchmarks.vllm.shapes import CAPABILITIES, SHAPES, library
@@ -44,7 +44,6 @@ void resume(void) { CALLGRIND_START_INSTRUMENTATION; }
 void pause_(void) { CALLGRIND_STOP_INSTRUMENTATION; }
 void dump(const char *name) { CALLGRIND_DUMP_STATS_AT(name); }
 """
-_DIETS = (*DIETS, FADING, TRIGGERED)
 _WORKER = "--worker"
 LINES = "lines from memory"
 _MISSES = ("ILmr", "DLmr", "DLmw")
@@ -79,7 +78,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="A JSON file.")] = None,
 ) -> None:
     """Counts one step of each diet; the interpreter, torch and the system libraries included."""
-    names = [one.name for one in _DIETS]
+    names = [one.name for one in DIETS]
     for name in diet or ():
         if name not in names:
             raise typer.BadParameter(f"{name!r} is none of {names}", param_hint="--diet")
@@ -200,7 +199,7 @@ def count(switch: Switch, asked: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     shape = SHAPES[asked["shape"]]
     plans = PlanCache(library(shape), shape.info(), CAPABILITIES)
-    diets = [one for one in _DIETS if one.name in (asked["diets"] or [one.name])]
+    diets = [one for one in DIETS if one.name in (asked["diets"] or [one.name])]
     for batch in asked["batches"]:
         for diet in diets:
             wanted = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.vllm import decoding, serving
-from benchmarks.vllm.diets import DIETS, TRIGGERED, Diet, all_kinds, of_kinds
+from benchmarks.vllm.diets import DIETS, Diet, all_kinds, of_kinds
 from benchmarks.vllm.shapes import CAPABILITIES, Shape, library
 from steer.plan.cache import PlanCache
 from steer.spec import KINDS, parse_spec
@@ -29,7 +29,7 @@ def test_no_two_chats_of_a_load_ask_for_the_same(load: serving.Load) -> None:
     assert len({PLANS.plan(parse_spec(one)).fingerprint for one in specs}) == len(specs)
 
 
-@pytest.mark.parametrize("diet", [*DIETS, TRIGGERED], ids=lambda one: one.name)
+@pytest.mark.parametrize("diet", DIETS, ids=lambda one: one.name)
 @pytest.mark.parametrize("batch", [1, 3, 64])
 def test_every_diet_can_be_planned(diet: Diet, batch: int) -> None:
     specs = diet.batch(SMALL, batch)
