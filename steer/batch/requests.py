@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steer.plan.plan import Gate, Rule, SteeringPlan
-from steer.plan.selection import Factors, factors_of
+from steer.plan.selection import FOREVER, Factors, factors_of
 from steer.plan.texts.trace import TokenTrace
 
 Ints = NDArray[np.int64]
@@ -98,12 +98,23 @@ class SteeredRequest:
 
     @property
     def fixed_from(self) -> int | None:
-        """The position from which on `slots` and `factors` no longer change; None where they may
-        change for ever."""
+        """The position from which on `slots` no longer change; None where they may change for
+        ever."""
         selections = [one.selection for one in self.rules]
         if any(selection.reads_tokens or selection.varies for selection in selections):
             return None
         return max((one.fixed_from(self.prompt_length) for one in selections), default=0)
+
+    def fixed_until(self, position: int) -> int:
+        """The position up to which generated tokens from `position` on have the slots of the one
+        there, whatever they are; `position` where the next may have others, or it is the prompt's.
+        """
+        selections = [one.selection for one in self.rules]
+        changing = any(selection.reads_tokens or selection.varies for selection in selections)
+        if changing or position < self.prompt_length:
+            return position
+        each = (one.fixed_until(position, self.prompt_length) for one in selections)
+        return min(each, default=FOREVER)
 
 
 @dataclass(frozen=True)

@@ -64,9 +64,8 @@ class Step:
             None if tokens.measured is None else torch.from_numpy(tokens.measured).to(device)
         )
         self._shared = tokens.shared
-        self._factors = (
-            None if tokens.factors is None else torch.from_numpy(tokens.factors).to(device)
-        )
+        self._ramps = tokens.ramps
+        self._factors = self._shares()
         self._chosen: dict[tuple[int, ...], Tensor] = {}
         self._editing: dict[HookPoint, list[tuple[int, Tensor]]] = {}
         """For each rule with blocks at a point, which slots have one: where sizes are measured."""
@@ -118,8 +117,7 @@ class Step:
         """Takes the same requests a token further, all of them in what they generate; `changes` are
         the slots `[P]` of the tokens that have others now than in the pass before.
 
-        Assumes: one token for each request, none of them possible where `possible` had none, all
-        past the ends of their ramps.
+        Assumes: one token for each request, none of them possible where `possible` had none.
         """
         for place, slots in changes.items():
             self._tokens.change(place, slots)
@@ -128,6 +126,8 @@ class Step:
         if self._gates is not None and self._gated is not None:
             self._gated = self._gated.carried_on(self._tokens.slots)
             self.slots = self._gates.close(self.slots, self._gated)
+        if self._ramps is not None and self._ramps.carry_on():
+            self._factors = self._shares()
 
     def take(self, decisions: Decisions) -> None:
         """Does what gates of earlier stages decided in this pass; called before the first hook."""
@@ -155,9 +155,15 @@ class Step:
         for number in range(len(slots)):
             applied |= (slots[number] != 0).astype(np.int64) << number
         self._ledger.record(self._tokens.rows[present], applied[present])
-        if self._tokens.factors is not None:
-            shares = np.where(slots != 0, self._tokens.factors, 0)[:, present]
+        if self._ramps is not None:
+            shares = np.where(slots != 0, self._ramps.factors, 0)[:, present]
             self._ledger.record_shares(self._tokens.rows[present], shares)
+
+    def _shares(self) -> Tensor | None:
+        """The factors `[P, T]` of ramps, where there are any."""
+        if self._ramps is None:
+            return None
+        return torch.from_numpy(self._ramps.factors).to(self._tables.device)
 
     def _work_at(self, point: HookPoint, live: set[int]) -> list[_Work]:
         """The tables that this batch's slots use at `point`."""
@@ -243,6 +249,24 @@ class Step:
         """Measures the `edited` tokens `[T]`; what became of the others does not matter."""
         size = relative_sizes(before, after)
         self._ledger.add_relative(point, self._row_index, size, edited)
+
+
+@dataclass
+class CarriedStep:
+    """A step that serves passes over the same requests, each a token further, and how many more
+    `passes` there may be."""
+
+    step: Step | None
+    passes: int
+
+    def carry_on(self) -> bool:
+        """Takes it on by a token; false where it holds no further."""
+        if self.passes <= 0:
+            return False
+        self.passes -= 1
+        if self.step is not None:
+            self.step.carry_on({})
+        return True
 
 
 def build_step(

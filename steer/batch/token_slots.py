@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steer.batch.pooling import PooledTokens
+from steer.batch.ramps import Ramps
 from steer.batch.requests import NOBODY, Ints, Span
-from steer.plan.selection import Factors
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class TokenSlots:
 
     `possible` `[P, T]` are the slots that tokens may have in the passes that carry this one on;
     None where these are their `slots`. `measured` `[T]` marks the tokens of requests that measure
-    how large their edits are; None where there are none. `factors` `[P, T]` multiply what edits
-    change, 1 where no ramp says otherwise; None where there are no ramps.
+    how large their edits are; None where there are none. `ramps` are those of edits; None where
+    there are none.
     """
 
     slots: Ints
@@ -58,7 +58,7 @@ class TokenSlots:
     gated: GatedTokens | None = None
     possible: Ints | None = None
     measured: NDArray[np.bool_] | None = None
-    factors: Factors | None = None
+    ramps: Ramps | None = None
 
     @staticmethod
     def of(
@@ -91,7 +91,7 @@ class TokenSlots:
             _gated(steered, slots),
             possible,
             measured if measured.any() else None,
-            _factors(steered, slots.shape),
+            Ramps.of(steered, slots.shape),
         )
 
     @property
@@ -116,16 +116,6 @@ class TokenSlots:
         """Gives the token at `place` other slots `[P]`; rules beyond them do not select it."""
         self.slots[:, place] = 0
         self.slots[: len(slots), place] = slots
-
-
-def _factors(steered: Sequence[Span], shape: tuple[int, ...]) -> Factors | None:
-    found: Factors | None = None
-    for span in steered:
-        mine = span.request.factors(span.positions)
-        if mine is not None:
-            found = np.ones(shape, dtype=np.float32) if found is None else found
-            found[: len(mine), span.place] = mine
-    return found
 
 
 def _gated(steered: Sequence[Span], slots: Ints) -> GatedTokens | None:

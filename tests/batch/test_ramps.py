@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from artefacts import EVERYTHING, artefacts, random_intervention, shape_of
+from artefacts import EVERYTHING, artefacts, random_intervention, random_ramp, shape_of
 from float64_reference import Float64Reference
 
 from steer.artefacts.library import MemoryLibrary
 from steer.batch.ledger import Ledger
+from steer.batch.ramps import Ramps
 from steer.batch.requests import Span, SteeredRequest
 from steer.batch.step import build_step
 from steer.batch.tables import Tables
@@ -168,6 +170,48 @@ def test_what_is_computed_again_counts_once() -> None:
     assert before[0] > 0
     run.ledger.recount(0)
     assert run.ledger.shares[0].sum() == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_factors_are_moved_as_they_are_looked_up(seed: int) -> None:
+    """Of many requests at once, to the bit, through every point of their ramps."""
+    draw = random.Random(seed)
+    requests: list[SteeredRequest] = []
+    while len(requests) < 12:
+        items = [
+            {**ADD, "layers": [layer], "ramp": random_ramp(draw)} if draw.random() < 0.7
+            else {**ADD, "layers": [layer]}
+            for layer in range(draw.randint(1, 3))
+        ]  # fmt: skip
+        plan = PLANS.plan(parse_spec({"interventions": items}))
+        if draw.random() < 0.3:
+            plan = replace(
+                plan,
+                rules=tuple(
+                    replace(one, selection=one.selection.anchored(PROMPT)) for one in plan.rules
+                ),
+            )
+        requests.append(SteeredRequest(len(requests), draw.randint(1, 9), plan, 1))
+    starts = [one.prompt_length + draw.randint(0, 6) for one in requests]
+
+    def spans(step: int) -> list[Span]:
+        places = (np.array([start + step]) for start in starts)
+        each = zip(requests, places, strict=True)
+        return [Span(one, n, at, at) for n, (one, at) in enumerate(each)]
+
+    shape = (max(len(one.rules) for one in requests), len(requests))
+    carried = Ramps.of(spans(0), shape)
+    assert carried is not None
+    moved = 0
+    for step in range(1, 40):
+        before = carried.factors.copy()
+        changed = carried.carry_on()
+        moved += changed
+        anew = Ramps.of(spans(step), shape)
+        assert anew is not None
+        assert np.array_equal(carried.factors, anew.factors)
+        assert changed or np.array_equal(carried.factors, before)
+    assert 1 <= moved < 39, "ramps move, and then are over"
 
 
 def test_a_text_read_as_one_prompt_has_the_factors_of_its_generation() -> None:

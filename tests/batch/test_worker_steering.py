@@ -1,7 +1,8 @@
 """A worker of vLLM's, without vLLM: what it does to the tokens of requests that decode together.
 
 Triggers look at every token, so that passes are carried on with other slots; each token must get
-its own edit and leave its own bits.
+its own edit and leave its own bits. Ramps give every token another share, windows end: a pass is
+built anew for an end, and for nothing else.
 """
 
 from __future__ import annotations
@@ -74,6 +75,60 @@ def test_a_plan_that_does_nothing_harms_nobody_and_has_its_receipt() -> None:
         for name in names:
             found = receipt(steering.requests.records(name)[0], PROMPT + 1)
             assert found.tokens_steered == (name == "steered")
+
+
+@pytest.mark.parametrize("kind", ["constant", "relative to the norm"])
+def test_a_pass_is_carried_on_while_ramps_change(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    amount: object = 1.5 if kind == "constant" else {"norm": 0.5}
+    item = {"kind": "add", "vector": "v0", "strength": amount, "layers": [POINT.layer]}
+    points = [[0, 1.0], [9, 0.25], [20, 0.0]]
+    ramped = np.interp(np.arange(STEPS), *zip(*points, strict=True))
+    windows = {
+        "fading": ({"ramp": points}, ramped),
+        "at first": ({"where": {"every": {"first": 12}}}, np.arange(STEPS) < 12),
+        "in the middle": (
+            {"where": {"positions": [[PROMPT + 5, PROMPT + 30]]}},
+            (np.arange(STEPS) >= 5) & (np.arange(STEPS) < 30),
+        ),
+    }
+    plans = {
+        name: PLANS.plan(parse_spec({"interventions": [item], **spec}))
+        for name, (spec, _) in windows.items()
+    }
+    edits, built = TapEdits(MODEL, 4, torch.device("cpu")), []
+    begin = edits.begin
+    monkeypatch.setattr(edits, "begin", lambda coming: (built.append(coming), begin(coming))[1])
+    steering = WorkerSteering(
+        MODEL,
+        {plan.fingerprint: plan for plan in plans.values()}.__getitem__,
+        edits,
+        max_requests=4,
+    )
+    for name, plan in plans.items():
+        steering.admit(name, [0] * PROMPT, _ticket(name, plan))
+    tap, vector = EagerTap(tap_of(POINT)), MADE["vectors"]["v0"][POINT.layer]
+    generator, ids = torch.Generator().manual_seed(0), np.zeros(1, dtype=np.int64)
+    each = np.ones(len(plans), dtype=np.int64)
+    anew = []
+    for step in range(STEPS):
+        stream = torch.randn(len(plans), WIDTH, generator=generator)
+        count = len(built)
+        steering.begin(BatchTokens([*plans], each * (PROMPT + step), each, lambda _: ids))
+        anew += [step] * (len(built) - count)
+        hidden, residual = tap(stream / 2, stream / 2)
+        steering.end()
+        for n, (_, shares) in enumerate(windows.values()):
+            size = 1.5 if kind == "constant" else 0.5 * stream[n].norm() / vector.norm()
+            wanted = stream[n] + float(shares[step]) * size * vector
+            torch.testing.assert_close(hidden[n] + residual[n], wanted, rtol=1e-5, atol=1e-5)
+    assert anew == [0, 5, 12, 20, 30]
+    for name, (_, shares) in windows.items():
+        found = receipt(steering.requests.records(name)[0], PROMPT + STEPS)
+        generated = int((shares > 0).sum())
+        assert found.tokens_steered == generated + (PROMPT if name == "fading" else 0)
+    assert found.ramps == ()
 
 
 @pytest.mark.parametrize("kind", ["constant", "relative to the norm"])

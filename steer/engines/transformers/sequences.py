@@ -27,7 +27,7 @@ from steer.engines.transformers.hooks import HookedModel
 from steer.engines.transformers.room import CacheRoom
 from steer.engines.transformers.sampling import NO_TOKEN, Sampler, choose, logprobs
 from steer.errors import EngineError, SteerError
-from steer.plan.selection import trace_of
+from steer.plan.selection import FOREVER, trace_of
 from steer.readouts.measures import kl_divergence
 from steer.readouts.readers import Instruments
 from steer.readouts.readings import Readings, ReadSpan, RequestReadouts
@@ -92,13 +92,12 @@ class BatchSequence:
         return prompt[position] if position < len(prompt) else self.tokens[position - len(prompt)]
 
     @property
-    def fixed(self) -> bool:
-        """Whether the slots of the tokens to come can no longer change."""
+    def fixed_for(self) -> int:
+        """For how many tokens to come their slots are those of the next one."""
         plan = self.steered.plan
         if plan is None or not plan.rules:
-            return True
-        bound = self.steered.fixed_from
-        return not plan.gated and bound is not None and self.fed >= bound
+            return FOREVER
+        return 0 if plan.gated else self.steered.fixed_until(self.fed) - self.fed
 
 
 class Batch(Protocol):

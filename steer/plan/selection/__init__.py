@@ -7,10 +7,11 @@ texts or roles are asked for also of the tokens before it and of the prompt's me
 `TokenTrace` knows. How much of an edit a token gets (`Ramp`) is a function of the first two.
 """
 
-from steer.plan.selection.counting import Counted, Factors, Ramp
+from steer.plan.selection.counting import Counted, Factors, Lines, Ramp
 from steer.plan.selection.resolving import NO_READER, TokenReader, resolve
 from steer.plan.selection.tokens import (
     EVERYWHERE,
+    FOREVER,
     Selection,
     factors_of,
     rules_selecting,
@@ -19,9 +20,11 @@ from steer.plan.selection.tokens import (
 
 __all__ = [
     "EVERYWHERE",
+    "FOREVER",
     "NO_READER",
     "Counted",
     "Factors",
+    "Lines",
     "Ramp",
     "Selection",
     "TokenReader",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,11 @@ from steer.spec import RampPoints
 Mask = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 Factors = NDArray[np.float32]
+Floats = NDArray[np.float64]
+
+_LEAST = 1e-30
+"""What is less than this at a point of a ramp is 0, so that nothing between two points rounds to 0
+in float32."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,30 @@ class Counted:
         number = positions - (prompt_length if self.origin is None else self.origin)
         chosen: Mask = (number >= 0) & (number % self.nth == 0)
         return chosen if self.first is None else chosen & (number < self.first)
+
+    def edges(self, prompt_length: int) -> list[int]:
+        """The positions at which the mask begins and ends, however often it changes between."""
+        start = prompt_length if self.origin is None else self.origin
+        return [start, start + (self.first or 0)]
+
+
+class Lines(NamedTuple):
+    """A ramp as lines, one behind the other: the token `begins[n]`, counted as the ramp counts, has
+    the factor `bases[n]`, and every token further `slopes[n]` more, up to the token `ends[n]`."""
+
+    begins: Floats
+    ends: Floats
+    bases: Floats
+    slopes: Floats
+
+    def at(self, numbers: Ints) -> Ints:
+        """The line of each of the tokens `numbers` `[T]`."""
+        return np.searchsorted(self.ends, numbers, side="right")
+
+    def factors(self, lines: Ints, numbers: Ints) -> Factors:
+        """The factor of each of the tokens `numbers` `[T]`, which lie on `lines` `[T]`; float32."""
+        found: Floats = self.bases[lines] + self.slopes[lines] * (numbers - self.begins[lines])
+        return found.astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -49,20 +79,35 @@ class Ramp:
 
     def factors(self, positions: Ints, prompt_length: int) -> Factors:
         """The factor of each token `[T]`, float32."""
-        tokens, factors = self._columns
-        number = positions - (prompt_length if self.origin is None else self.origin)
-        return np.interp(number, tokens, factors).astype(np.float32)
+        numbers: Ints = positions - self.start(prompt_length)
+        return self.lines.factors(self.lines.at(numbers), numbers)
+
+    def start(self, prompt_length: int) -> int:
+        """The position of the token that it counts as 0."""
+        return prompt_length if self.origin is None else self.origin
 
     @property
     def largest(self) -> float:
         """The largest factor that a token may get."""
         return max(factor for _, factor in self.points)
 
-    def fixed_from(self, prompt_length: int) -> int:
-        """The position from which on the factor stays as it is."""
-        return self.points[-1][0] + (prompt_length if self.origin is None else self.origin)
+    def edges(self, prompt_length: int) -> list[int]:
+        """The positions at which the factor becomes 0, or more than 0."""
+        near = np.array(sorted({token + more for token, _ in self.points for more in (0, 1)}))
+        near += self.start(prompt_length)
+        before, at = (self.factors(near - back, prompt_length) > 0 for back in (1, 0))
+        found: list[int] = near[before != at].tolist()
+        return found
 
     @cached_property
-    def _columns(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        tokens, factors = zip(*self.points, strict=True)
-        return np.array(tokens, dtype=np.float64), np.array(factors, dtype=np.float64)
+    def lines(self) -> Lines:
+        """Its own: one before the first point, one behind each."""
+        tokens, factors = (np.array(one, np.float64) for one in zip(*self.points, strict=True))
+        factors[factors < _LEAST] = 0
+        slopes = np.diff(factors) / np.diff(tokens)
+        return Lines(
+            begins=np.append(tokens[:1], tokens),
+            ends=np.append(tokens, np.inf),
+            bases=np.append(factors[:1], factors),
+            slopes=np.concatenate([[0.0], slopes, [0.0]]),
+        )

@@ -16,6 +16,8 @@ from steer.prompts.roles import RoleRanges
 from steer.spec import Phase, Role
 
 _FEW_TOKENS = 8
+FOREVER = 1 << 62
+"""A position that no sequence comes to."""
 
 
 @dataclass(frozen=True)
@@ -161,19 +163,28 @@ class Selection:
         )
 
     def fixed_from(self, prompt_length: int) -> int:
-        """The position from which on the mask depends on the tokens alone, unless it `varies`, and
-        no factor changes."""
-        bounds = [prompt_length]
+        """The position from which on the mask depends on the tokens alone, unless it `varies`."""
+        return max(self._edges(prompt_length))
+
+    def fixed_until(self, position: int, prompt_length: int) -> int:
+        """The position up to which the mask depends on the tokens alone, from `position` on, unless
+        it `varies`; `FOREVER` where it always will."""
+        later = (edge for edge in self._edges(prompt_length) if edge > position)
+        return min(later, default=FOREVER)
+
+    def _edges(self, prompt_length: int) -> list[int]:
+        """The positions at which the mask may begin to say something else of the same token."""
+        found = [prompt_length]
         if self.ramp is not None:
-            bounds.append(self.ramp.fixed_from(prompt_length))
+            found += self.ramp.edges(prompt_length)
         for selection in self._parts:
             if selection.counted is not None:
-                origin, first = selection.counted.origin, selection.counted.first
-                bounds.append((prompt_length if origin is None else origin) + (first or 0))
-            for start, end in selection.ranges or ():
-                bounds.append(_absolute(start, prompt_length))
-                bounds.append(prompt_length if end is None else _absolute(end, prompt_length))
-        return max(bounds)
+                found += selection.counted.edges(prompt_length)
+            if selection.from_last_prompt_token:
+                found.append(prompt_length - 1)
+            for bounds in selection.ranges or ():
+                found += [_absolute(one, prompt_length) for one in bounds if one is not None]
+        return found
 
     def first(
         self, prompt: Sequence[int], horizon: int, roles: RoleRanges | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer.errors import SpecError
-from steer.plan.selection import TokenReader, resolve
+from steer.plan.selection import FOREVER, Ramp, TokenReader, resolve
 from steer.spec import Where
 
 LENGTH = 24
@@ -38,6 +39,12 @@ def fields(**more: Any) -> st.SearchStrategy[dict[str, Any]]:
 
 
 wheres = fields(**{"except": fields()}).map(Where.model_validate)
+everies = st.fixed_dictionaries(
+    {}, optional={"nth": st.integers(1, 4), "first": st.integers(1, 12)}
+).filter(bool)
+ramps = st.none() | st.dictionaries(
+    st.integers(0, 20), st.sampled_from([0.0, 1e-44, 1e-31, 0.25, 0.7, 1.0]), min_size=1, max_size=5
+).map(lambda points: Ramp(tuple(sorted(points.items()))))
 prompt_lengths = st.integers(1, 20)
 tokens = st.lists(st.integers(0, 5), min_size=LENGTH, max_size=LENGTH)
 
@@ -91,6 +98,42 @@ def test_from_settled_on_the_mask_is_a_function_of_the_token(
     seen: dict[int, bool] = {}
     for token, chosen in list(zip(ids, mask.tolist(), strict=True))[resolved:]:
         assert seen.setdefault(token, chosen) == chosen
+
+
+@given(
+    where=fields(every=everies, **{"except": fields(every=everies)}).map(Where.model_validate),
+    ramp=ramps,
+    prompt_length=prompt_lengths,
+    ids=tokens,
+    anchored=st.booleans(),
+)
+def test_between_two_edges_the_mask_is_a_function_of_the_token(
+    where: Where, ramp: Ramp | None, prompt_length: int, ids: list[int], anchored: bool
+) -> None:
+    selection = replace(resolve(where), ramp=ramp)
+    if anchored:
+        selection, prompt_length = selection.anchored(prompt_length), LENGTH
+    mask = selection.mask(np.arange(LENGTH), prompt_length, np.array(ids)).tolist()
+    for place in range(LENGTH):
+        until = selection.fixed_until(place, prompt_length)
+        assert until > place
+        chosen: dict[int, bool] = {}
+        for token, one in list(zip(ids, mask, strict=True))[place:until]:
+            assert selection.varies or chosen.setdefault(token, one) == one
+    assert selection.fixed_until(selection.fixed_from(prompt_length), prompt_length) == FOREVER
+
+
+@given(ramp=ramps.filter(bool), places=st.lists(st.integers(-4, 40), min_size=1, max_size=20))
+def test_a_ramp_is_lines_from_point_to_point(ramp: Ramp, places: list[int]) -> None:
+    tokens, factors = zip(*ramp.points, strict=True)
+    found = ramp.factors(np.array(places) + 9, 9)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, np.interp(places, tokens, factors), rtol=2e-7, atol=1e-29)
+    at = dict(ramp.points)
+    for place, factor in zip(places, found.tolist(), strict=True):
+        assert 0 <= factor <= 1
+        if place in at and at[place] > 1e-30:
+            assert factor == np.float32(at[place])
 
 
 @given(where=wheres, ids=tokens, prompt_length=prompt_lengths)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from steer.batch.requests import Span, SteeredRequest
-from steer.batch.step import Step, build_step
+from steer.batch.step import CarriedStep, Step, build_step
 from steer.batch.tables import Tables
 from steer.engines.base import CaptureRequest, GenerationRequest, TokenReadout
 from steer.engines.listeners import Item
@@ -81,7 +81,7 @@ class PackedBatch(RequestRows):
         self._packed: dict[str, _Packed] = {}
         self._keys: dict[int, str] = {}
         self._joined = 0
-        self._carried: tuple[tuple[str, ...], Step | None] | None = None
+        self._carried: tuple[tuple[str, ...], CarriedStep] | None = None
 
     def take(self, request: GenerationRequest) -> SteeredRequest:
         self._carried = None  # the tables may change
@@ -207,7 +207,9 @@ class PackedBatch(RequestRows):
         # A final chunk of one token is the next token of its sequence, never an old one.
         decoding = all(chunk.length == 1 and chunk.final for chunk in chunks)
         if decoding and self._carried is not None and self._carried[0] == order:
-            return self._carried[1]
+            carried = self._carried[1]
+            if carried.carry_on():
+                return carried.step
         spans, offset = [], 0
         for chunk in chunks:
             packed = self._packed[chunk.key]
@@ -215,8 +217,10 @@ class PackedBatch(RequestRows):
                 spans.append(_span(packed, chunk, offset))
             offset += chunk.length
         step = build_step(self.tables, self.ledger, spans, offset)
-        if decoding and all(self._packed[key].sequence.fixed for key in order):
-            self._carried = (order, step)
+        if decoding:
+            each = (self._packed[key].sequence.fixed_for for key in order)
+            passes = min(each, default=0) - 1
+            self._carried = (order, CarriedStep(step, passes))
         return step
 
     def _check_place(self, packed: _Packed, chunk: Chunk) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from steer.batch.ledger import UNSEEN, PositionLedger
 from steer.batch.requests import NOBODY, Ints, Span, SteeredRequest
-from steer.batch.step import Step, build_step
+from steer.batch.step import CarriedStep, Step, build_step
 from steer.batch.tables import Tables
 from steer.engines.base import Receipt
 from steer.engines.receipts import receipt_of, shares_of
@@ -58,7 +58,7 @@ class AttachedBatch:
         self._cache: Callable[[], Any] = _nothing
         self._given: Any = None
         self._held: Any = None
-        self._carried: Step | None = None
+        self._carried: CarriedStep | None = None
         self._pass: _PassTokens | None = None
 
     def receipts(self) -> list[Receipt]:
@@ -111,15 +111,14 @@ class AttachedBatch:
     def _carries(self, call: PassCall, generation: Generation | None) -> bool:
         """Whether the step of the last pass holds for this one too: a token more for each row."""
         carries = (
-            self._carried is not None
-            and call.shape == (len(self._requests), 1)
+            call.shape == (len(self._requests), 1)
             and 0 < call.past == self._end
             and generation is self._generation
             and call.cache is self._cache()
         )
         if carries and generation is None:
             call.check_position_ids(self._padding)
-        return carries
+        return carries and self._carried is not None and self._carried.carry_on()
 
     def _placed(self, call: PassCall, generation: Generation | None) -> _PassTokens:
         (count, columns), past = call.shape, call.past
@@ -152,7 +151,8 @@ class AttachedBatch:
             rows[span.place], positions[span.place] = row, mine
         self._ledger.widen(int(positions.max(initial=0)) + 1)
         step = build_step(self._tables, self._ledger, spans, count * columns)
-        self._carried = step if past and columns == 1 and self._is_fixed(positions) else None
+        decoding = bool(past) and columns == 1
+        self._carried = CarriedStep(step, self._fixed_for(positions) - 1) if decoding else None
         return _PassTokens(step, rows, positions)
 
     def _starts_a_batch(self, call: PassCall, generation: Generation | None) -> bool:
@@ -220,13 +220,14 @@ class AttachedBatch:
         for row, before in enumerate(self._padding):
             self._ledger.forget(row, max(column - before, 0))
 
-    def _is_fixed(self, positions: Ints) -> bool:
-        """Whether the step of the tokens at `positions`, one a row, holds for all that follow."""
-        bounds = [steered.fixed_from for steered in self._requests]
-        return not self._plan.gated and all(
-            bound is not None and position >= bound
-            for bound, position in zip(bounds, positions, strict=True)
-        )
+    def _fixed_for(self, positions: Ints) -> int:
+        """For how many passes, the one of the tokens at `positions` included, one a row, its step
+        holds."""
+        if self._plan.gated:
+            return 0
+        places: list[int] = positions.tolist()
+        each = zip(self._requests, places, strict=True)
+        return min(steered.fixed_until(place) - place for steered, place in each)
 
 
 def _cache_in(output: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from steer.batch.requests import Span
-from steer.batch.step import Step, build_step
+from steer.batch.step import CarriedStep, Step, build_step
 from steer.batch.tables import Tables
 from steer.engines.listeners import Item
 from steer.engines.transformers.hooks import HookedModel
@@ -55,8 +55,7 @@ class RollingBatch(RequestRows):
         self.chunk: int | None = chunk
         self.max_length = min(hooked.info.max_length, room.widest)
         self._cache = RollingCache(hooked.device, room)
-        self._carried: Step | None = None
-        self._carried_known = False
+        self._carried: CarriedStep | None = None
 
     def fits(self, lengths: Sequence[int]) -> bool:
         """Whether rows that may come to `lengths` have room beside those that run."""
@@ -133,7 +132,7 @@ class RollingBatch(RequestRows):
         self._cache = RollingCache(self.hooked.device, self.room)
         for sequence in left:
             self.give_back(sequence.steered)
-        self._carried_known = False
+        self._carried = None
         return left
 
     def prove(self) -> None:
@@ -171,8 +170,8 @@ class RollingBatch(RequestRows):
 
     def _step(self) -> Step | None:
         """The step of this decode; the same object as long as nobody's slots can change."""
-        if self._carried_known:
-            return self._carried
+        if self._carried is not None and self._carried.carry_on():
+            return self._carried.step
         spans = [
             Span(
                 s.steered,
@@ -184,12 +183,12 @@ class RollingBatch(RequestRows):
             if s.steered.plan is not None
         ]
         step = build_step(self.tables, self.ledger, spans, len(self.sequences))
-        if all(s.fixed for s in self.sequences):
-            self._carried, self._carried_known = step, True
+        passes = min((s.fixed_for for s in self.sequences), default=0) - 1
+        self._carried = CarriedStep(step, passes)
         return step
 
     def _changed(self) -> None:
-        self._carried_known = False
+        self._carried = None
         self._cache.trim()
 
     def _take(

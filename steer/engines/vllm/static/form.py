@@ -23,6 +23,7 @@ from torch import Tensor
 from steer.batch.encoders import DeviceEncoders
 from steer.batch.gates import Decisions
 from steer.batch.ledger import SHUT, PositionLedger
+from steer.batch.ramps import Ramps
 from steer.batch.requests import Ints, Span
 from steer.batch.tables import MAX_RULES
 from steer.engines.vllm.static.passes import (
@@ -119,7 +120,8 @@ class StaticForm:
     def begin(self, spans: Sequence[Span], tokens_in_batch: int, fault: Fault) -> StaticPass | None:
         """Makes the pass over `spans` the one that the kernels run; None where it steers nobody.
 
-        The same pass may be run again as long as no token's rules change and no plan is gated.
+        The same pass may be run again as long as no token's rules change and no plan is gated; it
+        carries ramps on.
         """
         self.collect()
         self._take_lost()
@@ -131,26 +133,21 @@ class StaticForm:
         self._check_room(len(steered), tokens_in_batch)
         records = np.zeros((tokens_in_batch, TOKEN_FIELDS), dtype=np.int32)
         opened = np.zeros(tokens_in_batch, dtype=np.int32)
-        factors = np.ones((tokens_in_batch, MAX_RULES), dtype=np.float32)
-        ramped = False
         for row, span in enumerate(steered):
             place = span.place
             records[place] = records_of(span, row)
             selected = records[place, SELECTED] & RULES
             opened[place] = selected & ~gated_rules(plan_of(span))
-            mine = span.request.factors(span.positions)
-            if mine is not None:
-                factors[place, : len(mine)] = mine.T
-                ramped = True
         self._upload(self.buffers.tokens, records)
         self._upload(self.buffers.opened, opened)
-        if ramped:
-            self._upload(self.buffers.factors, factors)
+        ramps = Ramps.of(steered, (MAX_RULES, tokens_in_batch))
+        if ramps is not None:
+            self.share(ramps)
         self._make_room_to_rank(steered, tokens_in_batch)
         self._forget(tokens_in_batch)
         self._epoch = self._epoch % _LAST_EPOCH + 1
         self.buffers.epoch.fill_(self._epoch)
-        running = StaticPass(self, self._ledger, steered, records, self._epoch, fault)
+        running = StaticPass(self, self._ledger, steered, records, self._epoch, fault, ramps)
         self._last = running
         if running.measured:  # a pass that failed, or a dummy pass, may have left some
             self.buffers.sizes[:, :tokens_in_batch] = NOT_EDITED
@@ -161,6 +158,10 @@ class StaticForm:
     def clear(self) -> None:
         """Steers nobody in the passes that come."""
         self._forget(0)
+
+    def share(self, ramps: Ramps) -> None:
+        """Hands the kernels the factors of the tokens of the coming pass."""
+        self._upload(self.buffers.factors, np.ascontiguousarray(ramps.factors.T))
 
     def collect(self, *, wait: bool = False) -> None:
         """Writes down what finished passes did, in their order, as far as it has come back.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from steer.batch.gates import Decisions
 from steer.batch.ledger import PositionLedger
+from steer.batch.ramps import Ramps
 from steer.batch.requests import Ints, Span
 from steer.batch.tables import MAX_RULES
 from steer.engines.vllm.static.tables import (
@@ -54,8 +55,9 @@ class StaticPass:
         records: NDArray[np.int32],
         epoch: int,
         fault: Fault,
+        ramps: Ramps | None = None,
     ) -> None:
-        self.epoch, self.fault = epoch, fault
+        self.epoch, self.fault, self._ramps = epoch, fault, ramps
         self._form, self._ledger, self._spans = form, ledger, spans
         plans = [plan_of(span) for span in spans]
         self.rows: Ints = np.array([span.request.row for span in spans], dtype=np.int64)
@@ -115,9 +117,10 @@ class StaticPass:
         """The kernels run it already: it was written into their buffers."""
 
     def carry_on(self, changes: Mapping[int, Ints]) -> None:
-        """The same tokens' slots are edited again, by the same factors: there is nothing to
-        change."""
+        """The same tokens' slots are edited again: nothing changes but how much they get."""
         assert not changes
+        if self._ramps is not None and self._ramps.carry_on():
+            self._form.share(self._ramps)
 
     def take(self, decisions: Decisions) -> None:
         if self._lacks_decisions:

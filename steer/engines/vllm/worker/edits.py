@@ -90,7 +90,8 @@ class Edits(Protocol):
         """Whether a step that computes `scheduled` must run without its CUDA graph."""
 
     def lasts(self, request: ScheduledRequest) -> bool:
-        """Whether a pass with this request can be carried on, what it selects being fixed."""
+        """Whether a pass with this request can be carried on, as long as what it selects is
+        fixed."""
 
     def begin(self, coming: ComingPass) -> RunningPass | None:
         """Makes `coming` the pass that the taps reach; None where it does nothing."""

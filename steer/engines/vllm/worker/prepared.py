@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from steer.engines.vllm.inside.layers import AttendedRows
 from steer.engines.vllm.taps.shifts import Shifts
 from steer.engines.vllm.worker.requests import WorkerRequest
 from steer.errors import Unsupported
+from steer.plan.selection import FOREVER
 from steer.readouts.readings import Readings
 
 
@@ -97,14 +99,15 @@ class ScheduledRequest:
         return self.start + len(self.ids) - self.drafts
 
     @property
-    def fixed(self) -> bool:
-        """Whether what the coming tokens need depends on their ids alone."""
+    def fixed_until(self) -> int:
+        """The position up to which what the tokens to come need depends on their ids alone; its own
+        where the next one may need something else."""
         request = self.request
         if request.readouts is not None and self.start < len(request.prompt):
-            return False
+            return self.start
         if request.states or request.attention is not None:
-            return False
-        return request.plan is None or self.start >= request.fixed_from
+            return self.start
+        return FOREVER if request.plan is None else request.fixed_until(self.start)
 
 
 class RunningPass(Protocol):
@@ -157,6 +160,11 @@ class Prepared:
             if one.request.changes and not one.variants and one.request.steered is not None
         ]
 
+    @cached_property
+    def _until(self) -> Ints:
+        """The position of each request at which the pass must be built anew."""
+        return np.array([one.fixed_until for one in self.placed], dtype=np.int64)
+
     def logit_rows(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """The ledger rows of those of `placed` who are told where numbers run over, and their rows
         in the logits of the batch, one for each that is computed of a request, with the positions
@@ -188,9 +196,12 @@ class Prepared:
     def carry_on(self, batch: BatchTokens, shifts: Shifts) -> bool:
         """Takes the same requests on by one token each; false where the pass must be built anew.
 
-        Assumes: every request is `fixed`, and was one token in this pass.
+        Assumes: every request was one token in this pass.
         """
-        self.positions[self._offsets] = batch.starts[self._indices]
+        starts = batch.starts[self._indices]
+        if (starts >= self._until).any():
+            return False
+        self.positions[self._offsets] = starts
         for number, one in self._changing_inline:
             selected = _selected(one, batch)
             if selected != one.selected:
@@ -206,8 +217,7 @@ class Prepared:
                 one.selected = selected
                 changes[one.offset] = _slots(one, selected)
         if self.readings is not None:
-            starts = batch.starts[self._indices].tolist()
-            self.readings.move(dict(zip(self._offsets.tolist(), starts, strict=True)))
+            self.readings.move(dict(zip(self._offsets.tolist(), starts.tolist(), strict=True)))
         if self.running is not None:
             self.running.carry_on(changes)
         return True

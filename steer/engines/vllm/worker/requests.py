@@ -23,7 +23,7 @@ from steer.engines.vllm.ticket import ReadoutOrder, Ticket
 from steer.errors import EngineError, NotFinite, SteerError
 from steer.model import HookPoint, ModelInfo
 from steer.plan.plan import SteeringPlan
-from steer.plan.selection import rules_selecting, trace_of
+from steer.plan.selection import FOREVER, rules_selecting, trace_of
 from steer.plan.texts.trace import TokenTrace
 from steer.readouts.plan import ReadoutPlan
 from steer.readouts.readings import RequestReadouts, SeesRows
@@ -82,6 +82,14 @@ class WorkerRequest:
         if self.trace is not None:
             self.trace.read(start, ids)
         return self.rules(np.arange(start, start + len(ids), dtype=np.int64), ids)
+
+    def fixed_until(self, position: int) -> int:
+        """The position up to which the rules that select tokens from `position` on depend on their
+        ids alone, unless it `varies`; `position` where it is the prompt's."""
+        if position < len(self.prompt):
+            return position
+        each = (one.fixed_until(position, len(self.prompt)) for one in self.ticket.selections)
+        return min(each, default=FOREVER)
 
     @property
     def seers(self) -> tuple[SeesRows, ...]:

@@ -160,9 +160,7 @@ class WorkerSteering:
         prepared = self._carried_on(order, batch) if decoding else None
         if prepared is None:
             prepared = self._prepare(batch)
-            lasting = decoding and all(
-                one.fixed and self.edits.lasts(one) for one in prepared.placed
-            )
+            lasting = decoding and all(map(self.edits.lasts, prepared.placed))
             self._carried = (order, prepared) if lasting else None
         self._prepared = self._latest = prepared
         self.requests.ledger.expect(prepared.rows, prepared.positions)
