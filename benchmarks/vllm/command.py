@@ -42,13 +42,14 @@ class ShapeName(StrEnum):
 
 class Part(StrEnum):
     DECODE = "decode"
+    READ = "read"
     DISTINCT = "distinct"
     HTTP = "http"
     PEERS = "peers"
     REGISTRY = "registry"
 
 
-_EVERY_START = {Part.DECODE, Part.DISTINCT, Part.HTTP}
+_EVERY_START = {Part.DECODE, Part.READ, Part.DISTINCT, Part.HTTP}
 _BY_DEFAULT = (ShapeName.LARGE, ShapeName.DEMO)
 _FEW = 5
 """Rounds at most of what is far from its aim, and takes long."""
@@ -71,7 +72,8 @@ def main(
     fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on with the file.")] = False,
 ) -> None:
     """Two engines, one without Steer's plugin, take turns, and are started anew several times:
-    `decode` on every shape, `distinct`, `http`, `peers` and `registry` where there is a tokenizer.
+    `decode`, `read` and `distinct` on every shape, `http`, `peers` and `registry` where there is a
+    tokenizer.
     A run that was cut off goes on where it was."""
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of the peers' processes too
@@ -128,7 +130,7 @@ class Case:
 
     def parts(self, wanted: list[Part]) -> list[Part]:
         """Those that this shape has: a random model has no tokenizer."""
-        alone = (Part.DECODE, Part.DISTINCT)
+        alone = (Part.DECODE, Part.READ, Part.DISTINCT)
         return [one for one in wanted if self.shape.found is not None or one in alone]
 
     @property
@@ -154,7 +156,7 @@ def _start(kept: Kept, case: Case, wanted: list[Part], number: int) -> None:
                 kept.keep(name, _serve(case, files))
         in_process = [(one, name) for one, name in left if one != Part.HTTP]
         if in_process:
-            control = any(one == Part.DECODE for one, _ in in_process)
+            control = any(one in (Part.DECODE, Part.READ) for one, _ in in_process)
             with Pair(
                 files.model, files.registry, files.folder, case.settings, control=control
             ) as pair:
@@ -195,6 +197,8 @@ def _measured(part: Part, pair: Pair, case: Case, files: Files) -> Any:
     few = min(options.rounds, _FEW)
     if part == Part.DECODE:
         return decoding.measure(pair, shape, decoding.ALL, options.batches, **lengths)
+    if part == Part.READ:
+        return decoding.measure(pair, shape, decoding.READ, options.batches, **lengths)
     if part == Part.DISTINCT:
         diets = decoding.distinct_diets(mode)
         return decoding.measure(pair, shape, diets, [SLOTS], **lengths)
@@ -220,6 +224,9 @@ def _tables(kept: Kept, case: Case, wanted: list[Part]) -> Iterator[Table]:
             yield decoding.table(f"Decoding: {of_case}", mode, decoding.ALL, starts)
             if shape.name != ShapeName.HUGE:
                 yield from _alone(kept, case, batches, starts)
+        elif part == Part.READ:
+            title = f"Decoding while tokens are read: {of_case}"
+            yield decoding.table(title, mode, decoding.READ, starts)
         elif part == Part.DISTINCT:
             title = f"Distinct specs in a batch: {of_case}"
             yield decoding.table(title, mode, decoding.distinct_diets(mode), starts)

@@ -16,6 +16,7 @@ from benchmarks.vllm.diets import (
     DIETS,
     DISTINCT_COUNTS,
     NOTHING,
+    READING,
     Diet,
     distinct,
 )
@@ -32,6 +33,7 @@ Start = list[dict[str, Any]]
 
 TURN = 4
 ALL = (CONTROL, *DIETS)
+READ = (CONTROL, NOTHING, *READING)
 _COLUMNS = (
     "batch",
     "diet",
@@ -61,7 +63,8 @@ def measure(
         # Every other round runs backwards: nobody always follows the same neighbour.
         for diet, batch in cases if number % 2 else reversed(cases):
             specs = diet.batch(shape, batch)
-            one = pair.decode(specs, steps=steps, turn=TURN, control=diet.control)
+            asked = None if diet.inspect is None else diet.inspect(shape)
+            one = pair.decode(specs, steps=steps, turn=TURN, control=diet.control, inspect=asked)
             if number:
                 found[diet.name, batch].append(asdict(one))
     return [{"diet": name, "batch": b, "rounds": made} for (name, b), made in found.items()]

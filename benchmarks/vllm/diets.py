@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.vllm.shapes import FEATURES, VECTORS, Shape
+from benchmarks.vllm.shapes import FEATURES, READ_FEATURES, VECTORS, Shape
 
 Spec = dict[str, Any]
 Batch = list[Spec | None]
@@ -20,12 +20,14 @@ _EVERYWHERE = {"phases": ["prompt", "generation"]}
 @dataclass(frozen=True)
 class Diet:
     """`aims` are the largest extra cost allowed, by mode, as a share of the plain step. Of a
-    `control` the second engine is a plain one too: what it shows is what starts differ by."""
+    `control` the second engine is a plain one too: what it shows is what starts differ by.
+    `inspect` is what each request asks to be read of every token that is generated."""
 
     name: str
     batch: Callable[[Shape, int], Batch]
     aims: dict[str, float]
     control: bool = False
+    inspect: Callable[[Shape], Spec] | None = None
 
 
 def _one(item: Spec, **rest: Any) -> Spec:
@@ -135,5 +137,21 @@ DIETS = (
     ),
     FADING,
     TRIGGERED,
+)
+READING = (
+    Diet(
+        "4 projections read of each token",
+        lambda _, b: [None] * b,
+        {"compiled": 0.02},
+        inspect=lambda s: {
+            "projections": [{"vector": f"v{n}", "layers": [s.middle]} for n in range(4)]
+        },
+    ),
+    Diet(
+        f"the 5 most active of {READ_FEATURES:,} features read of each token",
+        lambda _, b: [None] * b,
+        {"compiled": 0.05},
+        inspect=lambda _: {"features": [{"sae": "wide", "top": 5}]},
+    ),
 )
 DISTINCT_COUNTS = (1, 8, 32, 64)

@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from benchmarks.child import Child
 from benchmarks.vllm.diets import Batch
@@ -83,9 +84,17 @@ class Pair:
         self.plain, self.steer = self.children[:2]
         self.control = self.children[2] if control else None
 
-    def decode(self, specs: Batch, *, steps: int, turn: int, control: bool = False) -> Paired:
+    def decode(
+        self,
+        specs: Batch,
+        *,
+        steps: int,
+        turn: int,
+        control: bool = False,
+        inspect: dict[str, Any] | None = None,
+    ) -> Paired:
         """The same prompts on the plain engine and on Steer's, or on the control, decoded `turn`
-        steps at a time in alternation."""
+        steps at a time in alternation; Steer's reads what `inspect` asks for."""
         other = self.control if control else self.steer
         if other is None:
             raise RuntimeError("this pair was started without a control")
@@ -94,7 +103,7 @@ class Pair:
         tokens = steps + 2
         start = [
             self.plain.do("start", specs=[None] * len(specs), prompts=prompts, tokens=tokens),
-            other.do("start", specs=specs, prompts=prompts, tokens=tokens),
+            other.do("start", specs=specs, prompts=prompts, tokens=tokens, inspect=inspect),
         ]
         seconds: tuple[list[float], list[float]] = ([], [])
         ratios = []

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # a host without the registry's packages measures kernels
 
 VECTORS = 8
 FEATURES = 1024
+READ_FEATURES = 4096
 SITES: tuple[Site, ...] = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 MAX_LENGTH = 256
 SLOTS = 64
@@ -116,7 +117,8 @@ CAPABILITIES = Capabilities("vllm", KINDS, SITES)
 
 def artefacts(shape: Shape) -> dict[str, Artefact]:
     """Random artefacts of the shape's width, by name: vectors `v0` … on every layer, the SAEs
-    `jumprelu` and `topk`, the adapter `reft` and the map `map` on the middle one."""
+    `jumprelu` and `topk`, the adapter `reft`, the map `map` and the larger SAE `wide` on the middle
+    one."""
     generator = torch.Generator().manual_seed(1)
     width = shape.d_model
 
@@ -144,6 +146,15 @@ def artefacts(shape: Shape) -> dict[str, Artefact]:
     bound = draw(width).abs()
     channels = Channels(1.0 + 0.1 * draw(width), 0.1 * draw(width), -bound, bound)
     made["map"] = AffineMap.of({shape.middle: channels})
+    made["wide"] = SAE.of(
+        "jumprelu",
+        W_enc=draw(width, READ_FEATURES) / width**0.5,
+        b_enc=0.1 * draw(READ_FEATURES),
+        W_dec=draw(READ_FEATURES, width) / width**0.5,
+        b_dec=0.1 * draw(width),
+        threshold=0.2 * draw(READ_FEATURES).abs(),
+        layer=shape.middle,
+    )
     return made
 
 

@@ -26,9 +26,13 @@ from steer.engines.vllm.messages import read_receipt
 from steer.engines.vllm.options import registry_location
 from steer.engines.vllm.ticket import Ticket
 from steer.plan.cache import PlanCache
+from steer.readouts.compiler import compile_readouts
+from steer.readouts.plan import ReadoutPlan
+from steer.readouts.spec import ReadoutSpec
 from steer.registry.blobs.plan_store import PlanStore
 from steer.registry.registry import Registry
 from steer_server.generation.kept_specs import spec_of
+from steer_server.vllm.fetching.arrived_readouts import ArrivedReadouts
 
 Prompts = Sequence[Sequence[int]]
 Specs = Sequence[dict[str, Any] | None]
@@ -66,21 +70,33 @@ class Engine:
         self._engine = self._llm.llm_engine
         self._driver = InlineDriver(self._llm)
         self._front: VllmEngine | None = None
+        self._arrived = ArrivedReadouts()
         if steered:
             issuer = TicketIssuer(PlanStore(registry_location()))
             answers = self._driver.rpc("steer_info")
             self._front = VllmEngine(self._driver, None, answers, issuer, frozenset())
+            self._arrived.watch(self._engine.output_processor)
         self._plans: dict[str, PlanCache] = {}
+        self._registries: dict[str, Registry] = {}
+        self._reads: ReadoutPlan | None = None
         self._asked: dict[str, tuple[Ticket | None, int]] = {}
         self._made: dict[str, list[int]] = {}
         self._tokens = self._number = 0
 
     # Orders
 
-    def start(self, specs: Specs, prompts: Prompts, tokens: int) -> float:
-        """Adds a batch and computes its prompts; the seconds this took."""
+    def start(
+        self,
+        specs: Specs,
+        prompts: Prompts,
+        tokens: int,
+        inspect: dict[str, Any] | None = None,
+    ) -> float:
+        """Adds a batch and computes its prompts; the seconds this took. What `inspect` asks for is
+        read of every generated token of all."""
         gc.collect()
         self._tokens, self._asked, self._made = tokens, {}, {}
+        self._reads = None if inspect is None else self._compiled(inspect)
         started = time.perf_counter()
         self._add(specs, prompts, tokens)
         while len(self._made) < len(prompts):
@@ -101,13 +117,15 @@ class Engine:
         return seconds
 
     def finish(self) -> int:
-        """Runs the batch to its end and asks for its receipts; how many tokens were steered."""
+        """Runs the batch to its end and asks for its receipts; how many tokens were steered. Raises
+        `RuntimeError` where not everything came that was to be read."""
         while self._engine.has_unfinished_requests():
             self._take(self._engine.step())
         self._engine.step()
         short = [key for key, made in self._made.items() if len(made) != self._tokens]
         if short:
             raise RuntimeError(f"{len(short)} requests did not get {self._tokens} tokens")
+        self._check_read()
         return self._receipts()
 
     def chats(
@@ -115,7 +133,7 @@ class Engine:
     ) -> tuple[float, list[list[int]]]:
         """A whole job with plans, tickets and receipts: tokens per second, and the tokens."""
         gc.collect()
-        self._tokens, self._asked, self._made = tokens, {}, {}
+        self._tokens, self._asked, self._made, self._reads = tokens, {}, {}, None
         started = time.perf_counter()
         self._add(specs, prompts, tokens, registry)
         self.finish()
@@ -159,11 +177,16 @@ class Engine:
     def _add(self, specs: Specs, prompts: Prompts, tokens: int, registry: str = "") -> None:
         for spec, prompt in zip(specs, prompts, strict=True):
             ticket = None
-            if spec is not None:
+            if spec is not None or self._reads is not None:
                 if self._front is None:
-                    raise RuntimeError("the plain engine cannot steer")
-                plan = self._plan_cache(registry or registry_location()).plan(spec_of(spec, at=""))
-                ticket = self._front.tickets.issue(plan)
+                    raise RuntimeError("the plain engine cannot steer, or read")
+                plan = None
+                if spec is not None:
+                    plans = self._plan_cache(registry or registry_location())
+                    plan = plans.plan(spec_of(spec, at=""))
+                ticket = self._front.tickets.issue(plan, readouts=self._reads, arriving=True)
+                if self._reads is not None:
+                    self._arrived.expect(ticket.key)
             self._number += 1
             key = f"r{self._number}"
             self._asked[key] = (ticket, len(prompt))
@@ -186,9 +209,29 @@ class Engine:
     def _plan_cache(self, registry: str) -> PlanCache:
         if registry not in self._plans:
             assert self._front is not None
-            library = Registry.open(registry)
+            self._registries[registry] = library = Registry.open(registry)
             self._plans[registry] = PlanCache(library, self._front.info, self._front.capabilities)
         return self._plans[registry]
+
+    def _compiled(self, inspect: dict[str, Any]) -> ReadoutPlan:
+        if self._front is None:
+            raise RuntimeError("the plain engine cannot read")
+        where = registry_location()
+        self._plan_cache(where)
+        front, spec = self._front, ReadoutSpec.model_validate(inspect)
+        return compile_readouts(spec, self._registries[where], front.info, front.capabilities, None)
+
+    def _check_read(self) -> None:
+        """Raises `RuntimeError` where a generated token that was fed was not read."""
+        if self._reads is None:
+            return
+        for ticket, length in self._asked.values():
+            assert ticket is not None
+            rows = self._arrived.take(ticket.key, length + self._tokens - 1, self._reads.width)
+            self._arrived.forget(ticket.key)
+            if rows is None or len(rows) != self._tokens - 1:
+                found = "nothing" if rows is None else f"{len(rows)} tokens"
+                raise RuntimeError(f"{found} of {self._tokens - 1} tokens were read")
 
     def _take(self, outputs: Sequence[Any]) -> None:
         for output in outputs:
@@ -198,7 +241,7 @@ class Engine:
         asked = [
             (ticket.key, {0: length + self._tokens - 1})
             for ticket, length in self._asked.values()
-            if ticket is not None
+            if ticket is not None and ticket.plan is not None
         ]
         if not asked:
             return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.vllm.diets import DIETS, TRIGGERED, Diet
+from benchmarks.vllm.diets import DIETS, READING, TRIGGERED, Diet
 from benchmarks.vllm.shapes import Shape, register
 from benchmarks.vllm.worker import Engine
 from steer.registry.registry import Registry
@@ -36,6 +36,24 @@ def test_every_diet_is_steered_as_it_is_timed(engine: Engine, diet: Diet) -> Non
     steered = engine.finish()
     asked = sum(spec is not None for spec in specs)
     assert steered == asked * (len(PROMPTS[0]) + TOKENS - 1)
+
+
+@pytest.mark.parametrize("diet", READING, ids=lambda one: one.name)
+def test_what_is_read_comes_with_every_step_that_is_timed(engine: Engine, diet: Diet) -> None:
+    assert diet.inspect is not None
+    engine.start(diet.batch(SMALL, BATCH), PROMPTS, TOKENS, diet.inspect(SMALL))
+    engine.steps(TOKENS - 1)
+    assert engine.finish() == 0
+    engine.start([None] * BATCH, PROMPTS, TOKENS, diet.inspect(SMALL))
+    engine.steps(1)
+    [(ticket, length), *_] = engine._asked.values()
+    assert ticket is not None
+    assert engine._reads is not None
+    engine._arrived.take(ticket.key, length + 1, engine._reads.width)  # and is missed at the end
+    with pytest.raises(RuntimeError, match=f"{TOKENS - 2} tokens of {TOKENS - 1} tokens were read"):
+        engine.finish()
+    engine.start([None] * BATCH, PROMPTS, TOKENS)
+    assert engine.finish() == 0
 
 
 def test_a_whole_job_gives_the_same_tokens_each_time(engine: Engine) -> None:
