@@ -7,6 +7,7 @@ every such fit runs on it unchanged, without the model, and comes to the same.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,9 +32,9 @@ from steer.prompts.roles import found_roles
 class StatesEngine:
     """An `Engine` that captures from the folder of a capture, and can do nothing else.
 
-    `tokenizer` is the model's. A text is found by its token ids. Raises `SteerError`
-    (`states_not_kept`) for what the folder does not hold, `Unsupported` (`no_model`) for what only
-    a model can say.
+    `tokenizer` is the model's. A text is found by its token ids, and what a text begins with in it,
+    where all tokens up to there are kept. Raises `SteerError` (`states_not_kept`) for what the
+    folder does not hold, `Unsupported` (`no_model`) for what only a model can say.
     """
 
     def __init__(self, folder: Path, tokenizer: Any) -> None:
@@ -52,6 +53,8 @@ class StatesEngine:
         }
         self._first = next(iter(self._states.values()))
         self._numbers = {one.tobytes(): n for n, one in enumerate(self._first.digests)}
+        self._begun: dict[int, dict[bytes, int]] = {}
+        """The texts by their beginnings, of each length that was asked for."""
         self.info, self.tokenizer = card.info, tokenizer
         self.capabilities = Capabilities(
             engine="kept",
@@ -93,7 +96,7 @@ class StatesEngine:
     def _read(
         self, tokens: tuple[int, ...], points: Sequence[HookPoint], asked: Sequence[int] | None
     ) -> dict[HookPoint, Tensor]:
-        number = self._numbers.get(text_digest(tokens))
+        number = self._number(tokens)
         if number is None:
             raise _not_kept(
                 f"a text of {len(tokens)} tokens that begins with "
@@ -110,6 +113,24 @@ class StatesEngine:
                 f"{len(here)}"
             )
         return {point: self._states[point].rows(start + found) for point in points}
+
+    def _number(self, tokens: tuple[int, ...]) -> int | None:
+        """The text that is `tokens`, or begins with them: what stands behind a token changes
+        nothing of its state."""
+        digest = text_digest(tokens)
+        found = self._numbers.get(digest)
+        return self._beginnings(len(tokens)).get(digest) if found is None else found
+
+    def _beginnings(self, length: int) -> dict[bytes, int]:
+        if length not in self._begun:
+            first, found = self._first, dict[bytes, int]()
+            for number, (start, stop) in enumerate(pairwise(first.text_starts.tolist())):
+                # Positions ascend, so that the last of them says that none is left out.
+                if start + length <= stop and first.positions[start + length - 1] == length - 1:
+                    ids = first.tokens[start : start + length].tolist()
+                    found.setdefault(text_digest(ids), number)
+            self._begun[length] = found
+        return self._begun[length]
 
     def start(self) -> None:
         """Nothing runs."""

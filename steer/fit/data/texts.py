@@ -1,7 +1,8 @@
 """Texts whose states are read: whatever file a fit takes, and token ids.
 
 A file is JSON lines: a text, messages, `{"tokens": [IDS]}`, or an object with one of `text`,
-`messages` and `prompt`, beside which `response`, `subject`, `label` and `labels` may stand; a pair
+`messages` and `prompt`, beside which `response`, `subject`, `label`, `labels` and the `pairs` of
+roles and fillers may stand; a pair
 `{"positive": …, "negative": …}` is two texts. So the states of a file's texts are found again by
 the fit that reads the same file.
 """
@@ -21,7 +22,7 @@ _CODE = "invalid_texts"
 _SHAPE = 'text, list of messages, or {"tokens": […]}'
 _SIDES = ("positive", "negative")
 _SOURCES = ("text", "messages", "prompt")
-_BESIDE = frozenset({"label", "labels"})
+_BESIDE = frozenset({"label", "labels", "pairs"})
 
 Tokens: TypeAlias = tuple[int, ...]
 GivenText: TypeAlias = Prompt | Tokens

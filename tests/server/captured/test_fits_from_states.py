@@ -31,6 +31,12 @@ BODIES: dict[str, dict[str, Any]] = {
     "fit/labels": {"texts": TEXTS, "layers": [1, 2]},
     "fit/detector": {"texts": TEXTS, "layers": [1, 2], "rate": 0.3},
     "fit/act": {"pairs": PAIRS, "layers": [1]},
+    "fit/concepts": {
+        "examples": [{"text": one["text"], "pairs": {"mood": one["label"]}} for one in TEXTS],
+        "position": "day",
+        "dimensions": 256,
+        "layers": [1, 2],
+    },
     "sae/train": {
         "prompts": PROMPTS,
         "layer": 2,
@@ -204,10 +210,8 @@ def _run(claim: Any) -> Any:
 
 
 def test_every_fit_that_reads_states_alone_can_take_them() -> None:
-    """As on the command line: with data, and without gradients. A probe reads several layers of one
-    token together, for which captured states have no form."""
+    """As on the command line: with data, and without gradients."""
     for request in FIT_REQUESTS:
         able = request.form is not None and not request.needs_gradients
-        able = able and request.command != "concepts"
         assert ("states" in request.model_fields) == able, request
     assert "states" in SAETrainingRequest.model_fields

@@ -10,7 +10,7 @@ from pydantic import Field, StrictFloat, StrictInt
 from steer.artefacts.concepts.form import DIMENSIONS, LEAST_EXAMPLES
 from steer.errors import SteerError
 from steer.fit.data.concepts import SaidText
-from steer.fit.requests.fields import DataField, LayerList, NameField, Spelled
+from steer.fit.requests.fields import CaptureField, DataField, LayerList, NameField, Spelled
 from steer.fit.requests.inline import SAID
 from steer.fit.requests.request import CardFields, FitPlace, Fitted
 from steer.prompts.forms import Place
@@ -42,6 +42,7 @@ class ConceptsFitRequest(CardFields):
         | None
     ) = None
     data: DataField = None
+    states: CaptureField = None
     layers: Annotated[
         LayerList | None,
         Spelled("layers", "Such as 2-5 or 1,3; by default the upper half."),

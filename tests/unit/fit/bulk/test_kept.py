@@ -19,6 +19,7 @@ from steer.engines.base import CaptureRequest, Engine, GenerationRequest
 from steer.engines.fake.engine import ByteTokenizer
 from steer.engines.transformers.engine import TransformersEngine
 from steer.errors import SteerError, Unsupported
+from steer.fit import SaidText, fit_concepts, said_texts
 from steer.fit.bulk.kept import StatesEngine
 from steer.fit.data.labels import Labelled, LabelledSet
 from steer.fit.data.pairs import Pair, PairSet
@@ -73,6 +74,34 @@ def test_vectors_of_labels_from_last_tokens_alone(
         same(mine[label], vector)
     with pytest.raises(SteerError, match="it holds 1: capture the same texts") as caught:
         fit_labels(states, LABELLED, name="v", layers=[1, 2], positions="mean")
+    assert caught.value.code == "states_not_kept"
+
+
+def test_a_probe_reads_beginnings_of_kept_texts(lively: TransformersEngine, tmp_path: Path) -> None:
+    """Of each text the states up to the token that is read, which stands elsewhere in each."""
+    texts = [
+        (f"{'so ' * (n % 4)}{mood} it is, {n}", mood) for n in range(24) for mood in ("dry", "wet")
+    ]
+    said = said_texts(
+        [SaidText.model_validate({"text": text, "pairs": {"mood": mood}}) for text, mood in texts]
+    )
+    states = kept(lively, [text for text, _ in texts], tmp_path)
+    how: dict[str, Any] = {"name": "p", "layers": [1, 2], "position": "it", "dimensions": 256}
+    mine, theirs = (fit_concepts(engine, said, **how) for engine in (states, lively))
+    assert mine.form.measures == theirs.form.measures
+    with pytest.raises(SteerError, match="begins with 'other'") as caught:
+        states.capture(CaptureRequest([list(b"other")], [HookPoint(1)], (-1,)))
+    assert caught.value.code == "states_not_kept"
+
+
+def test_a_beginning_of_which_a_token_is_missing_is_not_kept(
+    lively: TransformersEngine, tmp_path: Path
+) -> None:
+    states = kept(lively, ["a happy day"], tmp_path, where={"positions": [[0, 3], [4, None]]})
+    whole = ByteTokenizer().encode("a happy day")
+    states.capture(CaptureRequest([whole, whole[:3]], [HookPoint(1)], (-1,)))
+    with pytest.raises(SteerError) as caught:
+        states.capture(CaptureRequest([whole[:8]], [HookPoint(1)], (-1,)))
     assert caught.value.code == "states_not_kept"
 
 
