@@ -39,7 +39,7 @@ RUNNER = Path(__file__).parents[1] / "support" / "vllm_side" / "architecture_run
 CHOICE = "STEER_ARCHITECTURES"
 """An environment variable: `all`, some minutes more, or names separated by commas."""
 USUAL = ("llama", "gemma2", "mixtral", "gpt2", "granite", "olmo2", "falcon-h1", "lfm2", "gemma4",
-         "gpt-oss", "bloom")  # fmt: skip
+         "gpt-oss", "bloom", "paddleocr-vl")  # fmt: skip
 """One or more for each layout, with and without experts, of vLLM's own code and of transformers,
 and of layers that nobody read; for each way of making weights of scores."""
 NAMES = {"": USUAL, "all": tuple(ARCHITECTURES)}.get(

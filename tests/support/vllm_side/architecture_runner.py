@@ -64,6 +64,7 @@ def _run(job: dict[str, Any]) -> None:
             max_num_batched_tokens=512,
             block_size=32,
             gpu_memory_utilization=0.3,
+            limit_mm_per_prompt={"image": 0, "video": 0},  # models that see are asked in words
             max_logprobs=-1,
             logprobs_mode="raw_logits",
             additional_config={"steer": {"sites": "all"}},

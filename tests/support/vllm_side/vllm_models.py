@@ -97,7 +97,8 @@ class Architecture:
     @property
     def widths(self) -> dict[str, int]:
         """Of rows inside attention and MLP, as `ModelInfo` has them."""
-        d_mlp = self.options.get("intermediate_size") or self.options.get("ffn_dim") or 4 * WIDTH
+        options = self.options.get("text_config", self.options)
+        d_mlp = options.get("intermediate_size") or options.get("ffn_dim") or 4 * WIDTH
         return {"d_mlp": d_mlp, "n_heads": 4, "head_dim": WIDTH // 4}
 
     def build(self) -> PreTrainedModel:
@@ -125,6 +126,29 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma2": _causal("Gemma2", {**_HEADS, "sliding_window": 8, "query_pre_attn_scalar": 32}),
     "gemma3": _causal("Gemma3", {**_HEADS, "sliding_window": 8}, config="Gemma3TextConfig"),
     "glm4": _causal("Glm4", _HEADS),
+    # Three positions for each token (M-RoPE), which text has alike.
+    "paddleocr-vl": Architecture(
+        "PaddleOCRVLForConditionalGeneration",
+        "PaddleOCRVLConfig",
+        {
+            "text_config": {
+                **_HEADS,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 10_000.0,
+                    "mrope_section": [4, 6, 6],
+                },
+            },
+            "vision_config": {
+                "num_hidden_layers": 1,
+                "hidden_size": 32,
+                "num_attention_heads": 2,
+                "intermediate_size": 64,
+                "image_size": 28,
+            },
+            **{f"{name}_token_id": 90 + n for n, name in enumerate(("image", "video"))},
+        },
+    ),
     "nemotron": _causal("Nemotron", _HEADS),
     # vLLM computes the xIELU in another order.
     "apertus": _causal("Apertus", _GROUPED, tolerance=2e-3),
