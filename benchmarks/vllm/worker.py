@@ -76,8 +76,7 @@ class Engine:
             answers = self._driver.rpc("steer_info")
             self._front = VllmEngine(self._driver, None, answers, issuer, frozenset())
             self._arrived.watch(self._engine.output_processor)
-        self._plans: dict[str, PlanCache] = {}
-        self._registries: dict[str, Registry] = {}
+        self._opened: dict[str, tuple[Registry, PlanCache]] = {}
         self._reads: ReadoutPlan | None = None
         self._asked: dict[str, tuple[Ticket | None, int]] = {}
         self._made: dict[str, list[int]] = {}
@@ -182,7 +181,7 @@ class Engine:
                     raise RuntimeError("the plain engine cannot steer, or read")
                 plan = None
                 if spec is not None:
-                    plans = self._plan_cache(registry or registry_location())
+                    _, plans = self._open(registry or registry_location())
                     plan = plans.plan(spec_of(spec, at=""))
                 ticket = self._front.tickets.issue(plan, readouts=self._reads, arriving=True)
                 if self._reads is not None:
@@ -206,20 +205,21 @@ class Engine:
             extra_args=None if ticket is None else ticket.as_extra_args(),
         )
 
-    def _plan_cache(self, registry: str) -> PlanCache:
-        if registry not in self._plans:
+    def _open(self, place: str) -> tuple[Registry, PlanCache]:
+        """The registry at `place`, and the plans that were made with it."""
+        if place not in self._opened:
             assert self._front is not None
-            self._registries[registry] = library = Registry.open(registry)
-            self._plans[registry] = PlanCache(library, self._front.info, self._front.capabilities)
-        return self._plans[registry]
+            library = Registry.open(place)
+            plans = PlanCache(library, self._front.info, self._front.capabilities)
+            self._opened[place] = library, plans
+        return self._opened[place]
 
     def _compiled(self, inspect: dict[str, Any]) -> ReadoutPlan:
         if self._front is None:
             raise RuntimeError("the plain engine cannot read")
-        where = registry_location()
-        self._plan_cache(where)
+        library, _ = self._open(registry_location())
         front, spec = self._front, ReadoutSpec.model_validate(inspect)
-        return compile_readouts(spec, self._registries[where], front.info, front.capabilities, None)
+        return compile_readouts(spec, library, front.info, front.capabilities, None)
 
     def _check_read(self) -> None:
         """Raises `RuntimeError` where a generated token that was fed was not read."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steer.plan.plan import Gate, Rule, SteeringPlan
-from steer.plan.selection import FOREVER, Factors, factors_of
+from steer.plan.selection import Factors, factors_of, fixed_until
 from steer.plan.texts.trace import TokenTrace
 
 Ints = NDArray[np.int64]
@@ -110,11 +110,9 @@ class SteeredRequest:
         there, whatever they are; `position` where the next may have others, or it is the prompt's.
         """
         selections = [one.selection for one in self.rules]
-        changing = any(selection.reads_tokens or selection.varies for selection in selections)
-        if changing or position < self.prompt_length:
+        if any(selection.reads_tokens or selection.varies for selection in selections):
             return position
-        each = (one.fixed_until(position, self.prompt_length) for one in selections)
-        return min(each, default=FOREVER)
+        return fixed_until(selections, position, self.prompt_length)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class Step:
         )
         self._shared = tokens.shared
         self._ramps = tokens.ramps
-        self._factors = self._shares()
+        self._factors = self._factors_on_device()
         self._chosen: dict[tuple[int, ...], Tensor] = {}
         self._editing: dict[HookPoint, list[tuple[int, Tensor]]] = {}
         """For each rule with blocks at a point, which slots have one: where sizes are measured."""
@@ -127,7 +127,7 @@ class Step:
             self._gated = self._gated.carried_on(self._tokens.slots)
             self.slots = self._gates.close(self.slots, self._gated)
         if self._ramps is not None and self._ramps.carry_on():
-            self._factors = self._shares()
+            self._factors = self._factors_on_device()
 
     def take(self, decisions: Decisions) -> None:
         """Does what gates of earlier stages decided in this pass; called before the first hook."""
@@ -159,7 +159,7 @@ class Step:
             shares = np.where(slots != 0, self._ramps.factors, 0)[:, present]
             self._ledger.record_shares(self._tokens.rows[present], shares)
 
-    def _shares(self) -> Tensor | None:
+    def _factors_on_device(self) -> Tensor | None:
         """The factors `[P, T]` of ramps, where there are any."""
         if self._ramps is None:
             return None

@@ -14,6 +14,7 @@ from steer.plan.selection.tokens import (
     FOREVER,
     Selection,
     factors_of,
+    fixed_until,
     rules_selecting,
     trace_of,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "Selection",
     "TokenReader",
     "factors_of",
+    "fixed_until",
     "resolve",
     "rules_selecting",
     "trace_of",

@@ -21,22 +21,32 @@ _LEAST = 1e-30
 in float32."""
 
 
+class _Numbered:
+    """What counts tokens from the position `origin`, or else from the prompt's end."""
+
+    origin: int | None
+
+    def start(self, prompt_length: int) -> int:
+        """The position of the token that it counts as 0."""
+        return prompt_length if self.origin is None else self.origin
+
+
 @dataclass(frozen=True)
-class Counted:
-    """A `Schedule`; it counts from the position `origin`, or else from the prompt's end."""
+class Counted(_Numbered):
+    """A `Schedule`."""
 
     nth: int = 1
     first: int | None = None
     origin: int | None = None
 
     def mask(self, positions: Ints, prompt_length: int) -> Mask:
-        number = positions - (prompt_length if self.origin is None else self.origin)
+        number = positions - self.start(prompt_length)
         chosen: Mask = (number >= 0) & (number % self.nth == 0)
         return chosen if self.first is None else chosen & (number < self.first)
 
     def edges(self, prompt_length: int) -> list[int]:
         """The positions at which the mask begins and ends, however often it changes between."""
-        start = prompt_length if self.origin is None else self.origin
+        start = self.start(prompt_length)
         return [start, start + (self.first or 0)]
 
 
@@ -60,12 +70,9 @@ class Lines(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Ramp:
+class Ramp(_Numbered):
     """How much of an edit a token gets: `points` joined by straight lines, constant before the
-    first and after the last.
-
-    It counts from the position `origin`, or else from the prompt's end. Factors are within 0 and 1.
-    """
+    first and after the last. Factors are within 0 and 1."""
 
     points: RampPoints
     origin: int | None = None
@@ -81,10 +88,6 @@ class Ramp:
         """The factor of each token `[T]`, float32."""
         numbers: Ints = positions - self.start(prompt_length)
         return self.lines.factors(self.lines.at(numbers), numbers)
-
-    def start(self, prompt_length: int) -> int:
-        """The position of the token that it counts as 0."""
-        return prompt_length if self.origin is None else self.origin
 
     @property
     def largest(self) -> float:

@@ -237,6 +237,15 @@ def rules_selecting(
     return bits
 
 
+def fixed_until(selections: Iterable[Selection], position: int, prompt_length: int) -> int:
+    """The position up to which the masks of `selections` depend on the tokens alone, from
+    `position` on, unless one `varies`; `position` itself where it is the prompt's."""
+    if position < prompt_length:
+        return position
+    each = (one.fixed_until(position, prompt_length) for one in selections)
+    return min(each, default=FOREVER)
+
+
 def factors_of(
     selections: Sequence[Selection], positions: Ints, prompt_length: int
 ) -> Factors | None:

@@ -15,10 +15,10 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import pytest
 import torch
 from artefacts import EVERYTHING, artefacts, random_spec, shape_of
+from pieces import drawn_pieces
 from torch import Tensor
 
 from steer.artefacts.library import MemoryLibrary
@@ -194,21 +194,8 @@ def test_both_workers_do_the_same_whoever_meets_in_a_step(seed: int) -> None:
 def run_step(
     draw: random.Random, workers: list[Worker], running: list[Request], met: Counter[str]
 ) -> None:
-    counts = [
-        min(draw.randint(1, 5) if one.computed < one.prompt_length else 1, left)
-        for one in running
-        if (left := len(one.tokens) - one.computed)
-    ]
-    parts = [
-        one.tokens[one.computed : one.computed + n] for one, n in zip(running, counts, strict=True)
-    ]
-    batch = BatchTokens(
-        [one.name for one in running],
-        np.array([one.computed for one in running], dtype=np.int64),
-        np.array(counts, dtype=np.int64),
-        lambda index: np.array(parts[index], dtype=np.int64),
-    )
-    x = EMBEDDING[[token for part in parts for token in part]]
+    batch, tokens, counts = drawn_pieces(draw, running)
+    x = EMBEDDING[tokens]
     graphless = workers[0].graphless
     mine, other = (worker.step(batch, x.clone()) for worker in workers)
     left = workers[0].graphless > graphless

@@ -76,7 +76,8 @@ class AttachedBatch:
         return found
 
     def begin(self, call: PassCall, generation: Generation | None) -> None:
-        if self._carries(call, generation):
+        carried = self._carried
+        if carried is not None and self._is_next(call, generation) and carried.carry_on():
             assert self._pass is not None
             now = self._pass._replace(positions=self._pass.positions + 1)
             self._ledger.widen(int(now.positions.max()) + 1)
@@ -108,17 +109,17 @@ class AttachedBatch:
         if cache is not None:
             self._forget(int(cache.get_seq_length()))
 
-    def _carries(self, call: PassCall, generation: Generation | None) -> bool:
-        """Whether the step of the last pass holds for this one too: a token more for each row."""
-        carries = (
+    def _is_next(self, call: PassCall, generation: Generation | None) -> bool:
+        """Whether a pass computes a token more for each row of the last one."""
+        following = (
             call.shape == (len(self._requests), 1)
             and 0 < call.past == self._end
             and generation is self._generation
             and call.cache is self._cache()
         )
-        if carries and generation is None:
+        if following and generation is None:
             call.check_position_ids(self._padding)
-        return carries and self._carried is not None and self._carried.carry_on()
+        return following
 
     def _placed(self, call: PassCall, generation: Generation | None) -> _PassTokens:
         (count, columns), past = call.shape, call.past

@@ -142,7 +142,7 @@ class StaticForm:
         self._upload(self.buffers.opened, opened)
         ramps = Ramps.of(steered, (MAX_RULES, tokens_in_batch))
         if ramps is not None:
-            self.share(ramps)
+            self.weigh(ramps)
         self._make_room_to_rank(steered, tokens_in_batch)
         self._forget(tokens_in_batch)
         self._epoch = self._epoch % _LAST_EPOCH + 1
@@ -159,7 +159,7 @@ class StaticForm:
         """Steers nobody in the passes that come."""
         self._forget(0)
 
-    def share(self, ramps: Ramps) -> None:
+    def weigh(self, ramps: Ramps) -> None:
         """Hands the kernels the factors of the tokens of the coming pass."""
         self._upload(self.buffers.factors, np.ascontiguousarray(ramps.factors.T))
 

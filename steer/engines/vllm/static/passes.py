@@ -120,7 +120,7 @@ class StaticPass:
         """The same tokens' slots are edited again: nothing changes but how much they get."""
         assert not changes
         if self._ramps is not None and self._ramps.carry_on():
-            self._form.share(self._ramps)
+            self._form.weigh(self._ramps)
 
     def take(self, decisions: Decisions) -> None:
         if self._lacks_decisions:

@@ -23,7 +23,7 @@ from steer.engines.vllm.ticket import ReadoutOrder, Ticket
 from steer.errors import EngineError, NotFinite, SteerError
 from steer.model import HookPoint, ModelInfo
 from steer.plan.plan import SteeringPlan
-from steer.plan.selection import FOREVER, rules_selecting, trace_of
+from steer.plan.selection import fixed_until, rules_selecting, trace_of
 from steer.plan.texts.trace import TokenTrace
 from steer.readouts.plan import ReadoutPlan
 from steer.readouts.readings import RequestReadouts, SeesRows
@@ -86,10 +86,7 @@ class WorkerRequest:
     def fixed_until(self, position: int) -> int:
         """The position up to which the rules that select tokens from `position` on depend on their
         ids alone, unless it `varies`; `position` where it is the prompt's."""
-        if position < len(self.prompt):
-            return position
-        each = (one.fixed_until(position, len(self.prompt)) for one in self.ticket.selections)
-        return min(each, default=FOREVER)
+        return fixed_until(self.ticket.selections, position, len(self.prompt))
 
     @property
     def seers(self) -> tuple[SeesRows, ...]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from artefacts import (
     EVERYTHING,
@@ -22,6 +21,7 @@ from artefacts import (
     random_spec,
     shape_of,
 )
+from pieces import drawn_pieces
 from torch import Tensor, nn
 
 from steer.artefacts.library import MemoryLibrary
@@ -222,21 +222,8 @@ def assert_stages_do_what_one_worker_does(
 def _step(
     draw: random.Random, pipelines: Sequence[Pipeline], running: Sequence[Request]
 ) -> list[Tensor]:
-    counts = [
-        min(draw.randint(1, 5) if one.computed < one.prompt_length else 1, left)
-        for one in running
-        if (left := len(one.tokens) - one.computed)
-    ]
-    parts = [
-        one.tokens[one.computed : one.computed + n] for one, n in zip(running, counts, strict=True)
-    ]
-    batch = BatchTokens(
-        [one.name for one in running],
-        np.array([one.computed for one in running], dtype=np.int64),
-        np.array(counts, dtype=np.int64),
-        lambda index: np.array(parts[index], dtype=np.int64),
-    )
-    x = EMBEDDING[[token for part in parts for token in part]]
+    batch, tokens, counts = drawn_pieces(draw, running)
+    x = EMBEDDING[tokens]
     for one, count in zip(running, counts, strict=True):
         one.computed += count
     return [pipeline.step(batch, x.clone()) for pipeline in pipelines]
