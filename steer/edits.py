@@ -4,21 +4,14 @@ A block reads a residual row x once and writes once:
 
     x ← x + shift + gain ⊙ x + offset + Σ_k c_k(⟨r_k, x⟩) · w_k
 
-with every scalar law c taken from one family with nine parameters (`Law`):
-
-    a    = ⟨r, x⟩                  divided by ‖x‖ or σ(x) where `measure` says so
-    u    = a + bias                where that exceeds `threshold`, else 0; or the share of ‖x‖ it is
-    c(a) = clip(intercept + slope · u, floor, ceiling)         times a length where `relative`
-
-and c = 0 where `only_active` and u is 0. The length is ‖x‖, σ(x), or that of
-x in the plane that the block's other edits read; σ is the deviation of a row's channels from their
-mean. Gain and offset, a number for each channel, act on the channels whose value is inside their
-bounds (`CHANNEL_ROWS`). Under a ramp a token gets a share of the change (`part_way`).
+with every scalar law c taken from one family (`steer/laws.py`). Gain and offset, a number for each
+channel, act on the channels whose value is inside their bounds (`CHANNEL_ROWS`). Under a ramp a
+token gets a share of the change (`part_way`).
 A block may act only where x lies on one side of a row. It may read u at an earlier hook point of
 the layer (`Block.reads_at`): x is then only added to. Where features compete, an `Encoder` says
 which are active, or how much.
 
-Dot products, norms and the sum are float32; the result is cast once. This is the only place,
+Dot products, norms and the sum are float32; the result is cast once. These two are the only places,
 with `steer.batch.apply` and `steer.artefacts.sae`, where activations are computed with.
 
 Shapes: T tokens, K edits, d the width of the hook point.
@@ -37,56 +30,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steer.errors import EngineError, Unsupported
-from steer.model import HookPoint
-
-
-class Law(NamedTuple):
-    """The scalar law of one edit; the defaults are c(a) = a."""
-
-    bias: float = 0.0
-    threshold: float = -math.inf
-    intercept: float = 0.0
-    slope: float = 1.0
-    floor: float = -math.inf
-    ceiling: float = math.inf
-    relative: float = 0.0
-    """`TO_NORM`, `TO_PLANE`, `TO_DEVIATION`, or 0."""
-    measure: float = 0.0
-    """`PRODUCT`, `COSINE`, `CENTRED` or `SHARE`."""
-    only_active: float = 0.0
-
-    @staticmethod
-    def constant(value: float, *, relative: bool = False) -> Law:
-        """c = value, or value · ‖x‖: the law of an addition."""
-        return Law(intercept=value, slope=0.0, relative=TO_NORM if relative else 0.0)
-
-    @staticmethod
-    def toward(
-        target: float, mode: str = "set", *, bias: float = 0.0, threshold: float = -math.inf
-    ) -> Law:
-        """c = target − u: moves the value read to `target`, or only up, or only down to it."""
-        floor = 0.0 if mode == "at_least" else -math.inf
-        ceiling = 0.0 if mode == "at_most" else math.inf
-        return Law(bias, threshold, target, -1.0, floor, ceiling)
-
-    @staticmethod
-    def scaled(factor: float, *, bias: float = 0.0, threshold: float = -math.inf) -> Law:
-        """c = (factor − 1) · u: multiplies the value read."""
-        return Law(bias, threshold, 0.0, factor - 1.0)
-
-
-LAW_FIELDS = len(Law._fields)
-BIAS, THRESHOLD, INTERCEPT, SLOPE, FLOOR, CEILING, RELATIVE, MEASURE, ONLY_ACTIVE = range(
-    LAW_FIELDS
+from steer.laws import (
+    NO_TRAIT,
+    TINY,
+    Law,
+    LawColumns,
+    Lengths,
+    Told,
+    Traits,
+    activations,
+    coefficients,
+    squares_in_plane,
 )
-TO_NORM, TO_PLANE, TO_DEVIATION = RELATIONS = 1.0, 2.0, 3.0
-"""What a relative law is relative to: ‖x‖, the length of x in the plane that the block's edits of
-other laws read, whose rows are orthonormal, or σ(x)."""
-PRODUCT, COSINE, CENTRED, SHARE = MEASURES = 0.0, 1.0, 2.0, 3.0
-"""What a law reads: ⟨r, x⟩; that over ‖x‖; that over σ(x) + 1e-5, for a row r without a mean; or
-u/‖x‖, the share of the norm that is above the threshold."""
-EPSILON = 1e-5
-"""What keeps the division by σ(x) finite, as in the SAEs that are trained on centred tokens."""
+from steer.model import HookPoint
 
 CHANNEL_ROWS = GAIN, OFFSET, LOWER, UPPER = range(4)
 """The rows of a block's `channels`: x gets gain · x + offset where lower ≤ x ≤ upper."""
@@ -176,6 +132,12 @@ class Block:
         """What any of its laws has."""
         return NO_TRAIT if self.laws is None else Traits.of(self.laws)
 
+    @cached_property
+    def law_columns(self) -> LawColumns:
+        """Its laws as they are computed with. Assumes: it has edits."""
+        assert self.laws is not None, "a block without edits has no laws"
+        return LawColumns.of(self.laws, self.traits)
+
     @property
     def n_edits(self) -> int:
         return 0 if self.read is None else self.read.shape[0]
@@ -193,81 +155,6 @@ class Block:
         return Block(shift=self.shift + later.shift)
 
 
-class Traits(NamedTuple):
-    """What any of several laws has; what none has need not be computed."""
-
-    thresholded: bool = True
-    clipped: bool = True
-    relative: bool = True
-    planar: bool = True
-    spread: bool = True
-    cosine: bool = True
-    centred: bool = True
-    shared: bool = True
-    selective: bool = True
-
-    @staticmethod
-    def of(laws: Float[Tensor, "K 9"]) -> Traits:
-        """The traits of `laws`, which lie on the host."""
-        columns, relative, measure = laws.isfinite(), laws[:, RELATIVE], laws[:, MEASURE]
-        return Traits(
-            thresholded=bool(columns[:, THRESHOLD].any()),
-            clipped=bool(columns[:, FLOOR : CEILING + 1].any()),
-            relative=bool((relative == TO_NORM).any()),
-            planar=bool((relative == TO_PLANE).any()),
-            spread=bool((relative == TO_DEVIATION).any()),
-            cosine=bool((measure == COSINE).any()),
-            centred=bool((measure == CENTRED).any()),
-            shared=bool((measure == SHARE).any()),
-            selective=bool(laws[:, ONLY_ACTIVE].any()),
-        )
-
-    @property
-    def measures_norm(self) -> bool:
-        """Whether a law needs ‖x‖."""
-        return self.relative or self.cosine or self.shared
-
-    @property
-    def measures_deviation(self) -> bool:
-        """Whether a law needs σ(x)."""
-        return self.spread or self.centred
-
-    def either(self, other: Traits) -> Traits:
-        return Traits(*(mine or theirs for mine, theirs in zip(self, other, strict=True)))
-
-
-EVERY_TRAIT = Traits()
-NO_TRAIT = Traits(*(False,) * len(EVERY_TRAIT))
-
-_TINY = torch.finfo(torch.float32).tiny
-
-
-class Lengths(NamedTuple):
-    """What laws measure of each token, as far as their traits need it; `[T, 1]`, or `[1, K]` where
-    each edit has a token of its own."""
-
-    norm: Tensor | None = None
-    deviation: Tensor | None = None
-    plane: Tensor | None = None
-
-    @staticmethod
-    def of(x: Float[Tensor, "T d"], traits: Traits) -> Lengths:
-        """The lengths of x but that in the plane, which depends on the block."""
-        return Lengths(
-            x.norm(dim=-1, keepdim=True) if traits.measures_norm else None,
-            deviation(x) if traits.measures_deviation else None,
-        )
-
-    def read_at(self, there: Lengths, laws: Float[Tensor, "K 9"], traits: Traits) -> Lengths:
-        """These of the state that is written to, with those of the state `there` for laws that
-        measure it in its own length: what they write is in that length too."""
-        if not (traits.cosine or traits.centred):
-            return self
-        own = (laws[:, MEASURE] != COSINE) & (laws[:, MEASURE] != CENTRED)
-        pairs = zip(self, there, strict=True)
-        return Lengths(*(h if h is None or t is None else torch.where(own, h, t) for h, t in pairs))
-
-
 def relative_sizes(
     before: Float[Tensor, "T d"], after: Float[Tensor, "T d"]
 ) -> Float[Tensor, " T"]:
@@ -278,103 +165,12 @@ def relative_sizes(
     return changes / lengths
 
 
-def deviation(x: Float[Tensor, "T d"]) -> Float[Tensor, "T 1"]:
-    """σ(x): the unbiased standard deviation of each row's channels."""
-    length: Tensor = (x - x.mean(dim=-1, keepdim=True)).norm(dim=-1, keepdim=True)
-    free: float = max(x.shape[-1] - 1, 1)
-    return length / math.sqrt(free)
-
-
 class CarriedReads(NamedTuple):
     """What K edits have read of each token: u, `[T, K]`, or `[1, K]` where each edit has a token of
     its own; and the lengths of the state that it was read from."""
 
     values: Tensor
     lengths: Lengths
-
-
-class Told(NamedTuple):
-    """What encoders say of K edits: the least absolute pre-activation that counts as active, −∞
-    where there is none; and for the edits `given`, `[K]`, the `activations` themselves."""
-
-    cutoff: Tensor
-    given: Tensor | None = None
-    activations: Tensor | None = None
-
-    def of_one_token(self, tokens: Int[Tensor, " K"]) -> Told:
-        """The same of one token for each edit, `[1, K]`."""
-        cutoff = self.cutoff.gather(0, tokens[None])
-        if self.activations is None:
-            return Told(cutoff)
-        return Told(cutoff, self.given, self.activations.gather(0, tokens[None]))
-
-
-def activations(
-    products: Float[Tensor, "T K"],
-    laws: Float[Tensor, "K 9"],
-    lengths: Lengths,
-    told: Told | None = None,
-    traits: Traits = EVERY_TRAIT,
-) -> Float[Tensor, "T K"]:
-    """u for `products` ⟨r_k, x⟩, before any share of the norm is taken.
-
-    `traits` are those of `laws`, or more; `lengths` are what they need of x (`Lengths.of`).
-    """
-    value = _measured(products, laws[:, MEASURE], lengths, traits) + laws[:, BIAS]
-    if traits.thresholded or traits.selective or told is not None:
-        inactive = value <= laws[:, THRESHOLD]
-        if told is not None:
-            inactive |= value.abs() < told.cutoff
-        value = value.masked_fill(inactive, 0.0)
-    if told is not None and told.given is not None and told.activations is not None:
-        value = torch.where(told.given, told.activations, value)
-    return value
-
-
-def coefficients(
-    values: Float[Tensor, "T K"],
-    laws: Float[Tensor, "K 9"],
-    lengths: Lengths,
-    traits: Traits = EVERY_TRAIT,
-) -> Float[Tensor, "T K"]:
-    """c_k(u) for `values` u_k, each column by its own law.
-
-    `traits` and `lengths` are as for `activations`, with that in the plane (`squares_in_plane`).
-    """
-    value = values
-    if traits.shared and lengths.norm is not None:
-        share = value / lengths.norm.clamp_min(_TINY)
-        value = torch.where(laws[:, MEASURE] == SHARE, share, value)
-    c = torch.addcmul(laws[:, INTERCEPT], laws[:, SLOPE], value)
-    if traits.clipped:
-        c = torch.minimum(torch.maximum(c, laws[:, FLOOR]), laws[:, CEILING])
-    if traits.selective:
-        c = c.masked_fill((values == 0) & (laws[:, ONLY_ACTIVE] > 0), 0.0)
-    for relation, length in zip(
-        RELATIONS, (lengths.norm, lengths.plane, lengths.deviation), strict=True
-    ):
-        if length is not None:
-            c = torch.where(laws[:, RELATIVE] == relation, c * length, c)
-    return c
-
-
-def _measured(
-    products: Float[Tensor, "T K"], measure: Float[Tensor, " K"], lengths: Lengths, traits: Traits
-) -> Float[Tensor, "T K"]:
-    """What is read of each token, before any bias."""
-    value = products
-    if traits.cosine and lengths.norm is not None:
-        value = torch.where(measure == COSINE, value / lengths.norm.clamp_min(_TINY), value)
-    if traits.centred and lengths.deviation is not None:
-        value = torch.where(measure == CENTRED, value / (lengths.deviation + EPSILON), value)
-    return value
-
-
-def squares_in_plane(
-    products: Float[Tensor, "T K"], laws: Float[Tensor, "K 9"]
-) -> Float[Tensor, "T K"]:
-    """What each edit adds to the squared length of x in its block's plane."""
-    return products.square().masked_fill(laws[:, RELATIVE] == TO_PLANE, 0.0)
 
 
 def channel_changes(
@@ -390,11 +186,17 @@ def beyond(x: Float[Tensor, "T d"], side: Float[Tensor, "*T d"]) -> Bool[Tensor,
     return ((x * side).sum(-1, keepdim=True) > 0) | ~side.any(-1, keepdim=True)
 
 
-def rescaled(x: Float[Tensor, "T d"], norms: Float[Tensor, "T 1"]) -> Float[Tensor, "T d"]:
-    """x with its rows scaled to `norms`; a row too short to have a direction becomes zero."""
+def rescaled(
+    x: Float[Tensor, "T d"],
+    norms: Float[Tensor, "T 1"],
+    chosen: Bool[Tensor, "T 1"] | None = None,
+) -> Float[Tensor, "T d"]:
+    """x with its rows scaled to `norms`, or the `chosen` ones alone; a row too short to have a
+    direction becomes zero."""
     lengths: Tensor = x.norm(dim=-1, keepdim=True)
     factors = norms / lengths.clamp_min(torch.finfo(x.dtype).tiny)
-    return x * factors.masked_fill(factors.isinf(), 0.0)
+    factors = factors.masked_fill(factors.isinf(), 0.0)
+    return x * (factors if chosen is None else torch.where(chosen, factors, 1.0))
 
 
 def part_way(
@@ -451,31 +253,30 @@ def apply(
 def read(block: Block, x: Tensor) -> CarriedReads:
     """What the edits of `block` read of every row of `x` `[..., d]`."""
     assert block.read is not None, "a block without edits reads nothing"
-    assert block.laws is not None
     state = x.reshape(-1, x.shape[-1]).float()
-    products, lengths = state @ block.read.T, Lengths.of(state, block.traits)
-    if block.traits.planar:
-        plane = squares_in_plane(products, block.laws).sum(-1, keepdim=True).sqrt()
+    laws, products = block.law_columns, state @ block.read.T
+    lengths = Lengths.of(state, laws.traits)
+    if laws.traits.planar:
+        plane = squares_in_plane(products, laws).sum(-1, keepdim=True).sqrt()
         lengths = lengths._replace(plane=plane)
     told = None
     if block.encoder is not None:
         columns = torch.tensor(block.columns, device=state.device)
-        told = told_of(state, len(block.laws), [EncoderUse(block.encoder, slice(None), columns)])
-    values = activations(products, block.laws, lengths, told, block.traits)
-    return CarriedReads(values, lengths)
+        told = told_of(state, len(laws), [EncoderUse(block.encoder, slice(None), columns)])
+    return CarriedReads(activations(products, laws, lengths, told), lengths)
 
 
 def _changes(
     block: Block, before: Float[Tensor, "T d"], readings: CarriedReads | None
 ) -> Float[Tensor, "T K"]:
     """The coefficients of a block's edits."""
-    assert block.laws is not None
+    laws = block.law_columns
     if block.reads_at is None:
         values, lengths = read(block, before)
     else:
         values, there = elsewhere(readings, block.reads_at)
-        lengths = Lengths.of(before, block.traits).read_at(there, block.laws, block.traits)
-    return coefficients(values, block.laws, lengths, block.traits)
+        lengths = Lengths.of(before, laws.traits).read_at(there, laws)
+    return coefficients(values, laws, lengths)
 
 
 def elsewhere(readings: CarriedReads | None, point: HookPoint) -> CarriedReads:
@@ -528,7 +329,7 @@ def gate_open(
     """
     x = x.float()
     value = (x * direction).sum(-1)
-    length = x.norm(dim=-1).clamp_min(_TINY)
+    length = x.norm(dim=-1).clamp_min(TINY)
     value = torch.where(cosine, value / length, value) + bias
     return in_range(value, above, below), value
 

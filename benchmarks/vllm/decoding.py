@@ -20,7 +20,7 @@ from benchmarks.vllm.diets import (
     Diet,
     distinct,
 )
-from benchmarks.vllm.overhead import step_cost, tap_costs
+from benchmarks.vllm.overhead import StepAlone, step_cost, tap_costs
 from benchmarks.vllm.pair import Pair
 from benchmarks.vllm.report import Table, micro, milliseconds, percent, starts_percent
 from benchmarks.vllm.shapes import CAPABILITIES, Shape
@@ -129,11 +129,8 @@ def own_work(
             plain = _plain(starts, batch)
             for diet in DIETS:
                 wanted = diet.batch(shape, batch)
-                cost = step_cost(
-                    shape,
-                    [None if spec is None else plans.plan(parse_spec(spec)) for spec in wanted],
-                    compiled=mode == "compiled",
-                )
+                asked = [None if spec is None else plans.plan(parse_spec(spec)) for spec in wanted]
+                cost = step_cost(StepAlone(shape, asked, compiled=mode == "compiled"))
                 share = cost.total / plain
                 parts = (cost.begin, cost.taps, cost.end, cost.total)
                 aim = diet.aims.get(mode)

@@ -23,7 +23,7 @@ from benchmarks.vllm.shapes import SLOTS, Shape
 from steer.engines.vllm.taps.shifts import ShiftTables
 from steer.engines.vllm.taps.taps import CompiledTap, EagerTap, OpaqueTap
 from steer.engines.vllm.ticket import Ticket
-from steer.engines.vllm.worker.edits import TapEdits
+from steer.engines.vllm.worker.edits import Edits, TapEdits
 from steer.engines.vllm.worker.runner_v1 import RunnerV1
 from steer.engines.vllm.worker.steering import WorkerSteering
 from steer.plan.plan import SteeringPlan
@@ -59,20 +59,17 @@ class _TapsAlone:
     )
 
     def __init__(
-        self, shape: Shape, batch: int, *, compiled: bool, between: Callable[[], None] | None
+        self,
+        shape: Shape,
+        batch: int,
+        taps: Sequence[Callable[[Tensor, Tensor], Any]],
+        between: Callable[[], None] | None,
     ) -> None:
-        self._between = between
+        self._taps, self._between = taps, between
         self.input_batch = SimpleNamespace(
             req_ids=[f"r{n}" for n in range(batch)],
             num_computed_tokens_cpu=np.zeros(batch, dtype=np.int32),
             token_ids_cpu=np.zeros((batch, MAX_LENGTH), dtype=np.int32),
-        )
-        count = 2 * shape.layers + 1
-        visit = torch.ops.steer.visit_pair
-        self._taps: list[Callable[[Tensor, Tensor], Any]] = (
-            [partial(_at, visit, tap) for tap in range(count)]
-            if compiled
-            else [EagerTap(tap) for tap in range(count)]
         )
         generator = torch.Generator().manual_seed(2)
         self._base = torch.randn(2, batch * PROMPT, shape.d_model, generator=generator)
@@ -110,7 +107,8 @@ class StepAlone:
     """Steer's work in a decode step of the requests of `plans`, which steer a model of `shape`.
 
     In a compiled engine the constants are part of the graph and not of this; `tap_costs` has them.
-    `between` is called before every tap, where a model would compute its layer.
+    `between` is called before every tap, where a model would compute its layer. `edits` and `taps`
+    may be others than those that run in Python.
     """
 
     def __init__(
@@ -120,6 +118,8 @@ class StepAlone:
         *,
         compiled: bool,
         between: Callable[[], None] | None = None,
+        edits: Edits | None = None,
+        taps: Sequence[Callable[[Tensor, Tensor], Any]] | None = None,
     ) -> None:
         self._batch = batch = len(plans)
         known = {_hash(plan): plan for plan in plans if plan is not None}
@@ -127,11 +127,12 @@ class StepAlone:
         self._steering = WorkerSteering(
             model,
             known.__getitem__,
-            TapEdits(model, SLOTS, torch.device("cpu")),
+            edits or TapEdits(model, SLOTS, torch.device("cpu")),
             max_requests=SLOTS,
             shifts=_shift_tables(shape) if compiled else None,
         )
-        self._runner = _TapsAlone(shape, batch, compiled=compiled, between=between)
+        taps = _taps(shape, compiled=compiled) if taps is None else taps
+        self._runner = _TapsAlone(shape, batch, taps, between)
         self._adapter = RunnerV1(self._runner, self._steering)
         self._arriving: Sequence[object] = [
             SimpleNamespace(
@@ -179,9 +180,8 @@ class StepAlone:
 
 
 @torch.inference_mode()
-def step_cost(shape: Shape, plans: Plans, *, compiled: bool, steps: int = 400) -> StepCost:
+def step_cost(alone: StepAlone, steps: int = 400) -> StepCost:
     """What a decode step costs, after a tenth of the steps that does not count."""
-    alone = StepAlone(shape, plans, compiled=compiled)
     alone.begin()
     found = []
     for number in range(steps + steps // 10):
@@ -275,6 +275,13 @@ def _shift_tables(shape: Shape) -> ShiftTables:
 def _visit_all(taps: Sequence[nn.Module], hidden: Tensor, residual: Tensor) -> None:
     for tap in taps:
         tap(hidden, residual)
+
+
+def _taps(shape: Shape, *, compiled: bool) -> list[Callable[[Tensor, Tensor], Any]]:
+    numbers, visit = range(2 * shape.layers + 1), torch.ops.steer.visit_pair
+    if compiled:
+        return [partial(_at, visit, tap) for tap in numbers]
+    return [EagerTap(tap) for tap in numbers]
 
 
 def _at(visit: Any, tap: int, hidden: Tensor, residual: Tensor) -> None:

@@ -9,17 +9,19 @@ from torch import Tensor
 from steer.batch.tables import TableView
 from steer.edits import (
     CarriedReads,
-    Lengths,
-    activations,
     beyond,
     channel_changes,
-    coefficients,
     elsewhere,
     overflow_shown,
     part_way,
     rescaled,
-    squares_in_plane,
     told_of,
+)
+from steer.laws import (
+    Lengths,
+    activations,
+    coefficients,
+    squares_in_plane,
 )
 
 
@@ -31,7 +33,7 @@ def read_table(
 ) -> CarriedReads:
     """What the edits of `view` read of each token of `x`; with `solo`, each of its one token."""
     x = x.float()
-    lengths = Lengths.of(x, view.traits)
+    lengths = Lengths.of(x, view.laws.traits)
     return _read(view, x, lengths, slots, solo)
 
 
@@ -56,7 +58,7 @@ def apply_table(
         shift = view.shift.index_select(0, slots)
         return (x.float() + (shift if factors is None else shift * factors[:, None])).to(x.dtype)
     before = after = x.float()
-    lengths = Lengths.of(before, view.traits)
+    lengths = Lengths.of(before, view.laws.traits)
     if needs.replacing:
         after = before.masked_fill(view.replace.index_select(0, slots)[:, None], 0.0)
     if view.shifting:
@@ -66,7 +68,7 @@ def apply_table(
     if needs.edits:
         c = _coefficients(view, before, lengths, slots, solo, readings)
         if solo is None:
-            after = after + c @ view.write
+            after = torch.addmm(after, c, view.write)
         else:
             after = after.index_add(0, solo, c.T * view.write)
     if factors is not None:
@@ -74,7 +76,7 @@ def apply_table(
     if needs.preserving:
         preserved = view.preserve.index_select(0, slots)[:, None]
         norms = before.norm(dim=-1, keepdim=True) if lengths.norm is None else lengths.norm
-        after = torch.where(preserved, rescaled(after, norms), after)
+        after = rescaled(after, norms, preserved)
     if needs.choosing:
         after = torch.where(beyond(before, view.sides.of(slots)), after, before)
     return torch.where((slots != 0)[:, None], overflow_shown(after).to(x.dtype), x)
@@ -94,8 +96,8 @@ def _coefficients(
         values, here = _read(view, x, lengths, slots, solo)
     else:
         values, there = elsewhere(readings, view.reads_at)
-        here = _of_each(lengths, solo).read_at(there, view.laws, view.traits)
-    c = coefficients(values, view.laws, here, view.traits)
+        here = _of_each(lengths, solo).read_at(there, view.laws)
+    c = coefficients(values, view.laws, here)
     owned = slots[:, None] if solo is None else slots.index_select(0, solo)[None]
     return c.masked_fill(view.owner != owned, 0.0)
 
@@ -112,13 +114,13 @@ def _read(
         products = x @ view.read.T
     else:
         products = (x.index_select(0, solo) * view.read).sum(-1)[None]
-    if view.traits.planar:
+    if view.laws.traits.planar:
         lengths = lengths._replace(plane=_lengths_in_plane(view, products, slots, solo))
     told = told_of(x, len(view.laws), view.encoders)
     if told is not None and solo is not None:
         told = told.of_one_token(solo)
     lengths = _of_each(lengths, solo)
-    return CarriedReads(activations(products, view.laws, lengths, told, view.traits), lengths)
+    return CarriedReads(activations(products, view.laws, lengths, told), lengths)
 
 
 def _lengths_in_plane(

@@ -17,16 +17,22 @@ T tokens, P rules.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from steer.batch.ledger import SHUT, Ledger
 from steer.batch.requests import Ints
-from steer.batch.tables import MAX_RULES, GateTable, Tables
+from steer.batch.tables import HELD, MAX_RULES, ONWARD, GateTable, Tables
 from steer.batch.token_slots import GatedTokens
-from steer.edits import gate_open, in_range
+from steer.edits import (
+    gate_open,
+    in_range,
+)
 from steer.model import HookPoint
 
 
@@ -50,8 +56,41 @@ class Decisions:
         return Decisions(self.opened | other.opened, values)
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """The tokens of a pass that one table of gates is shown, G of T: those of requests with a gate
+    in it, whether its rule selects them or not.
+
+    `places` are theirs in the batch, `rows` those in the ledger, `selected` their slots behind an
+    open gate. `held` are those whose gate is decided once for the request, `follows` those of them
+    that come after the token which decides, and `onward` those whose gate stays open: None where
+    there are none. `deciding` are the numbers among the G of the D tokens that decide.
+    """
+
+    number: int
+    gates: GateTable
+    places: Int[Tensor, " G"]
+    rows: Int[Tensor, " G"]
+    read: Int[Tensor, " G"]
+    selected: Int[Tensor, " G"]
+    held: Bool[Tensor, " G"] | None
+    follows: Bool[Tensor, " G"] | None
+    deciding: Int[Tensor, " D"]
+    onward: Bool[Tensor, " G"] | None
+
+    @cached_property
+    def laws(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What each token's gate is: direction, cosine, above, below and bias (`gate_open`)."""
+        gates, read = self.gates, self.read
+        each = (gates.direction, gates.cosine, gates.above, gates.below, gates.bias)
+        direction, cosine, above, below, bias = (one.index_select(0, read) for one in each)
+        return direction, cosine, above, below, bias
+
+
 class Gates:
     """The gates of one pass, and with `close` again of those that carry it on.
+
+    Nothing is computed of tokens that have no gate.
 
     Assumes: `decide` is called in forward order, once per hook point.
     """
@@ -66,128 +105,165 @@ class Gates:
             for point in points
             if (live := [(n, g) for n, g in enumerate(tables.gates(point)) if g and g.live])
         }
-        self._decided: list[tuple[int, GateTable, Tensor, Tensor]] = []
-        """Rule, gates, which tokens find them open, and what was read, as it is decided."""
+        self._made: dict[tuple[HookPoint, int], tuple[bytes, _Shown]] = {}
+        """What each table was shown last, and by what that is known."""
+        self._shown: dict[HookPoint, list[_Shown]] = {}
+        self._decided: list[tuple[_Shown, Tensor, Tensor]] = []
+        """Which tokens find their gates open, and what was read, as it is decided."""
 
     def points(self, slots: set[int]) -> set[HookPoint]:
         """The hook points at which gates of `slots` read."""
         return {p for p, row in self._tables.items() if any(slots & g.live for _, g in row)}
 
-    def close(self, slots: Int[Tensor, "P T"], tokens: GatedTokens) -> Int[Tensor, "P T"]:
-        """`slots` as far as they are free: those behind a gate are 0 until `decide`.
+    def close(self, slots: Ints, tokens: GatedTokens) -> Int[Tensor, "P T"]:
+        """`slots` `[P, T]` as far as they are free: those behind a gate are 0 until `decide`.
 
         A decision that a request holds is taken as it stands by the tokens after the one that made
         it, also where the prompt is computed anew in the same pass.
         """
-        device = slots.device
-        until_decision = torch.from_numpy(tokens.until_decision).to(device)
-        self._selected, self._read = slots, torch.from_numpy(tokens.read).to(device)
-        self._deciding = until_decision == 0
+        found = torch.tensor(slots, device=self._rows.device)
         self._decided = []
-        self._positions = torch.from_numpy(tokens.positions).to(device)
-        self._forget_coming(tokens.onward, torch.from_numpy(tokens.begins).to(device))
+        self._forget_coming(tokens)
         self._windows = self._ledger.scores.expect(tokens.pooled, tokens.read, tokens.positions)
-        gated = torch.zeros_like(slots, dtype=torch.bool)
-        held = torch.zeros_like(gated)
-        for row in self._tables.values():
-            for number, gates in row:
-                if number < len(slots):
-                    gated[number] |= (gates.held | gates.per_token)[slots[number]]
-                    held[number] |= gates.held[slots[number]]
-        remembered = self._ledger.gate_open[self._rows, : len(slots)].T
-        free = ~gated | (held & remembered & (until_decision < 0))
-        return torch.where(free, slots, 0)
+        self._shown = {}
+        for point, row in self._tables.items():
+            each = [
+                shown
+                for number, gates in row
+                if number < len(slots)
+                and (shown := self._shown_to(point, number, gates, slots, tokens)) is not None
+            ]
+            self._shown[point] = each
+            for shown in each:
+                if shown.follows is None:
+                    found[shown.number].index_fill_(0, shown.places, 0)
+                else:
+                    remembered = self._ledger.gate_open[shown.rows, shown.number]
+                    free = torch.where(shown.follows & remembered, shown.selected, 0)
+                    found[shown.number].index_copy_(0, shown.places, free)
+        return found
 
     def decide(self, point: HookPoint, x: Float[Tensor, "T d"], slots: Int[Tensor, "P T"]) -> None:
         """Lets the gates that read `point` decide, and opens `slots` in place where they do."""
-        for number, gates in self._tables.get(point, ()):
-            if number < len(slots):
-                read = self._read[number]
-                opened, value = gate_open(
-                    x,
-                    gates.direction[read],
-                    gates.cosine[read],
-                    gates.above[read],
-                    gates.below[read],
-                    gates.bias[read],
-                )
-                windows = self._windows.get((point, number))
-                if windows is not None:
-                    value = self._ledger.scores.pooled(windows, value)
-                    opened = in_range(value, gates.above[read], gates.below[read])
-                self._rule(number, gates, opened, value, slots)
+        for shown in self._shown.get(point, ()):
+            opened, value = gate_open(x.index_select(0, shown.places), *shown.laws)
+            windows = self._windows.get((point, shown.number))
+            if windows is not None:
+                _, _, above, below, _ = shown.laws
+                of_all = value.new_zeros(len(x)).index_copy(0, shown.places, value)
+                pooled = self._ledger.scores.pooled(windows, of_all)
+                value = pooled.index_select(0, shown.places)
+                opened = in_range(value, above, below)
+            self._rule(shown, opened, value, slots)
 
     def take(self, decisions: Decisions, slots: Int[Tensor, "P T"]) -> set[HookPoint]:
         """Opens `slots` in place where gates of earlier stages did; the hook points of these."""
-        found = set()
-        for point, row in self._tables.items():
-            for number, gates in row:
-                if gates.elsewhere:
-                    found.add(point)
-                    if number < len(slots):
-                        opened = (decisions.opened >> number & 1).bool()
-                        self._rule(number, gates, opened, decisions.values[:, number], slots)
-        return found
+        for each in self._shown.values():
+            for shown in each:
+                if shown.gates.elsewhere:
+                    bits = decisions.opened.index_select(0, shown.places)
+                    value = decisions.values[:, shown.number].index_select(0, shown.places)
+                    self._rule(shown, (bits >> shown.number & 1).bool(), value, slots)
+        return {p for p, row in self._tables.items() if any(gates.elsewhere for _, gates in row)}
 
     def decisions(self) -> Decisions:
         """What this stage and those before it have decided in the pass so far."""
         found = Decisions.none(len(self._rows), self._rows.device)
-        for number, gates, opened, value in self._decided:
-            read = self._read[number]
-            ruled = gates.held[read] | gates.per_token[read]
-            found.opened.bitwise_or_((ruled & opened).int() << number)
-            found.values[:, number] = torch.where(ruled, value, found.values[:, number])
+        for shown, opened, value in self._decided:
+            found.opened[shown.places] |= opened.int() << shown.number
+            found.values[shown.places, shown.number] = value
         return found
+
+    def _shown_to(
+        self, point: HookPoint, number: int, gates: GateTable, slots: Ints, tokens: GatedTokens
+    ) -> _Shown | None:
+        """What rule `number` at `point` is shown: what it was before, where that is the same."""
+        read = tokens.read[number]
+        places = np.flatnonzero(gates.kinds[read])
+        if not len(places):
+            return None
+        read, selected, left = read[places], slots[number, places], tokens.until_decision[places]
+        key = np.stack((places, read, selected, np.sign(left))).tobytes()
+        made = self._made.get((point, number))
+        if made is not None and made[0] == key:
+            return made[1]
+        kinds = gates.kinds[read]
+        held = kinds == HELD
+        shown = _Shown(
+            number,
+            gates,
+            self._on_device(places),
+            self._rows[self._on_device(places)],
+            self._on_device(read),
+            self._on_device(selected),
+            self._if_any(held),
+            self._if_any(held & (left < 0)),
+            self._on_device(np.flatnonzero(held & (left == 0))),
+            self._if_any(kinds == ONWARD),
+        )
+        self._made[point, number] = key, shown
+        return shown
 
     def _rule(
         self,
-        number: int,
-        gates: GateTable,
-        opened: Bool[Tensor, " T"],
-        value: Float[Tensor, " T"],
+        shown: _Shown,
+        opened: Bool[Tensor, " G"],
+        value: Float[Tensor, " G"],
         slots: Int[Tensor, "P T"],
     ) -> None:
-        """Opens `slots` of rule `number` by what each token's gate decided; what is decided for a
-        request is kept."""
-        read, selected = self._read[number], self._selected[number]
-        deciding = gates.held[read] & self._deciding
-        if bool(deciding.any()):
-            rows = self._rows[deciding]
-            self._ledger.gate_open[rows, number] = opened[deciding]
-            self._ledger.gate_value[rows, number] = value[deciding]
-        # Tokens after the last prompt token may be computed in the pass that decides.
-        held = self._ledger.gate_open[self._rows, number]
-        opened = torch.where(gates.held[read], held, opened)
-        if gates.opening:
-            opened = self._from_onset(number, gates, opened, value)
-        ruled = gates.held[selected] | gates.per_token[selected]
-        slots[number] = torch.where(ruled, torch.where(opened, selected, 0), slots[number])
-        self._decided.append((number, gates, opened, value))
+        """Opens `slots` of the tokens `shown` by what each one's gate decided; what is decided for
+        a request is kept."""
+        number, ledger = shown.number, self._ledger
+        if len(shown.deciding):
+            rows = shown.rows[shown.deciding]
+            ledger.gate_open[rows, number] = opened[shown.deciding]
+            ledger.gate_value[rows, number] = value[shown.deciding]
+        if shown.held is not None:
+            # Tokens after the last prompt token may be computed in the pass that decides.
+            opened = torch.where(shown.held, ledger.gate_open[shown.rows, number], opened)
+        if shown.onward is not None:
+            opened = self._from_onset(shown, shown.onward, opened, value)
+        slots[number].index_copy_(0, shown.places, torch.where(opened, shown.selected, 0))
+        self._decided.append((shown, opened, value))
 
-    def _forget_coming(self, onward: Ints, begins: Int[Tensor, " T"]) -> None:
+    def _forget_coming(self, tokens: GatedTokens) -> None:
         """Forgets where onward gates opened at tokens that this pass computes, or that come after
-        them: for requests that have `onward` `[P, T]` slots, whose first tokens are `begins`."""
+        them."""
         onset = self._ledger.onset
-        for number, slots in enumerate(onward):
-            if slots.any():
-                theirs = torch.from_numpy(slots != 0).to(onset.device)
-                rows = self._rows[theirs]
+        if not tokens.onward.any():
+            return
+        self._positions = self._on_device(tokens.positions)
+        for number, slots in enumerate(tokens.onward):
+            theirs = np.flatnonzero(slots)
+            if len(theirs):
+                rows, begins = self._rows[self._on_device(theirs)], tokens.begins[theirs]
                 known = onset[rows, number]
-                onset[rows, number] = torch.where(known < begins[theirs], known, SHUT)
+                onset[rows, number] = torch.where(known < self._on_device(begins), known, SHUT)
 
     def _from_onset(
-        self, number: int, gates: GateTable, opened: Bool[Tensor, " T"], value: Float[Tensor, " T"]
-    ) -> Bool[Tensor, " T"]:
-        """`opened`, and of onward gates whether each token is the first that opened it, or comes
+        self,
+        shown: _Shown,
+        onward: Bool[Tensor, " G"],
+        opened: Bool[Tensor, " G"],
+        value: Float[Tensor, " G"],
+    ) -> Bool[Tensor, " G"]:
+        """`opened`, and of `onward` gates whether each token is the first that opened it, or comes
         after that one; the ledger then holds where that was, and what was read there.
 
         What an earlier stage decided of each token may be given as well: it gives the same.
         """
-        ledger, reads = self._ledger, gates.onward[self._read[number]]
-        found = torch.where(reads & opened, self._positions, SHUT)
-        onset = ledger.onset[:, number].scatter_reduce(0, self._rows, found, "amin")
+        ledger, rows, number = self._ledger, shown.rows, shown.number
+        positions = self._positions[shown.places]
+        found = torch.where(onward & opened, positions, SHUT)
+        onset = ledger.onset[:, number].scatter_reduce(0, rows, found, "amin")
         ledger.onset[:, number] = onset
-        of_token = onset[self._rows]
-        first = reads & (self._positions == of_token)
-        ledger.gate_value[self._rows[first], number] = value[first]
-        return torch.where(reads, of_token <= self._positions, opened)
+        of_token = onset[rows]
+        first = onward & (positions == of_token)
+        ledger.gate_value[rows[first], number] = value[first]
+        return torch.where(onward, of_token <= positions, opened)
+
+    def _if_any(self, mask: NDArray[np.bool_]) -> Tensor | None:
+        return torch.from_numpy(mask).to(self._rows.device) if mask.any() else None
+
+    def _on_device(self, numbers: Ints) -> Tensor:
+        return torch.from_numpy(numbers).to(self._rows.device)

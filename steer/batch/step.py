@@ -24,7 +24,12 @@ from steer.batch.ledger import Ledger
 from steer.batch.requests import NOBODY, Ints, Span
 from steer.batch.tables import Table, Tables, TableView
 from steer.batch.token_slots import TokenSlots
-from steer.edits import CarriedReads, apply, read, relative_sizes
+from steer.edits import (
+    CarriedReads,
+    apply,
+    read,
+    relative_sizes,
+)
 from steer.errors import EngineError
 from steer.model import HookPoint
 
@@ -78,7 +83,7 @@ class Step:
         self._gated = tokens.gated
         if tokens.gated is not None:
             self._gates = Gates(tables, ledger, self._row_index, points)
-            self.slots = self._gates.close(self.slots, tokens.gated)
+            self.slots = self._gates.close(tokens.slots, tokens.gated)
             gated = self._gates.points(in_use)
         self._work = {point: work for point in points if (work := self._work_at(point, in_use))}
         self._reading: dict[HookPoint, list[_Work]] = {}
@@ -121,11 +126,11 @@ class Step:
         """
         for place, slots in changes.items():
             self._tokens.change(place, slots)
-        if changes or self._gates is not None:
-            self.slots = torch.from_numpy(self._tokens.slots).to(self._tables.device)
         if self._gates is not None and self._gated is not None:
             self._gated = self._gated.carried_on(self._tokens.slots)
-            self.slots = self._gates.close(self.slots, self._gated)
+            self.slots = self._gates.close(self._tokens.slots, self._gated)
+        elif changes:
+            self.slots = torch.from_numpy(self._tokens.slots).to(self._tables.device)
         if self._ramps is not None and self._ramps.carry_on():
             self._factors = self._factors_on_device()
 

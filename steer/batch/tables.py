@@ -16,13 +16,24 @@ from dataclasses import dataclass, field
 from functools import reduce
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from steer.batch.encoders import DeviceEncoders
 from steer.batch.slots import Holding, SlotTables
-from steer.edits import LAW_FIELDS, NO_TRAIT, Block, Encoder, EncoderUse, Traits
+from steer.edits import (
+    Block,
+    Encoder,
+    EncoderUse,
+)
 from steer.errors import CapacityError
+from steer.laws import (
+    LAW_FIELDS,
+    NO_TRAIT,
+    LawColumns,
+    Traits,
+)
 from steer.model import HookPoint, ModelInfo, forward_order
 from steer.plan.plan import Gate, SteeringPlan, check_rules
 
@@ -81,13 +92,11 @@ class TableView:
     sides: SlotRows
     read: Tensor
     write: Tensor
-    laws: Tensor
+    laws: LawColumns
     owner: Tensor
     encoders: tuple[EncoderUse, ...]
     reads_at: HookPoint | None
     needs: Needs
-    traits: Traits
-    """Of the laws of these slots."""
     shifting: bool
     """Whether any of these slots adds a constant."""
 
@@ -149,6 +158,7 @@ class Table:
         chosen: slice | Tensor = slice(self.bank_rows)
         if compact:
             chosen = torch.tensor(rows, dtype=torch.long, device=self.device)
+        traits = reduce(Traits.either, (self.blocks[slot].traits for slot in slots), NO_TRAIT)
         return TableView(
             self.shift,
             self.replace,
@@ -157,12 +167,11 @@ class Table:
             self.sides,
             self.read[chosen],
             self.write[chosen],
-            self.laws[chosen],
+            LawColumns.of(self.laws[chosen], traits),
             self.owner[chosen],
             self._uses(slots, chosen),
             next((self.blocks[slot].reads_at for slot in slots), None),
             self.needs(slots),
-            reduce(Traits.either, (self.blocks[slot].traits for slot in slots), NO_TRAIT),
             any(self.blocks[slot].shift is not None for slot in slots),
         )
 
@@ -271,6 +280,11 @@ def _no_channels(width: int, device: torch.device) -> Tensor:
     return rows[:, None].repeat(1, width)
 
 
+HELD, EACH, ONWARD = 1, 2, 3
+"""Kinds of gates: decided on the last prompt token and then held; decided by each token for itself;
+open from the first token that finds it so."""
+
+
 class GateTable:
     """The gates that read one hook point for one rule, a row per slot."""
 
@@ -280,13 +294,8 @@ class GateTable:
         self.below = torch.full((slots,), float("-inf"), device=device)
         self.bias = torch.zeros(slots, device=device)
         self.cosine = torch.zeros(slots, dtype=torch.bool, device=device)
-        self.held = torch.zeros(slots, dtype=torch.bool, device=device)
-        """Slots whose gate is decided here on the last prompt token and then held."""
-        self.per_token = torch.zeros(slots, dtype=torch.bool, device=device)
-        """Slots whose gate each token decides, for itself or onward."""
-        self.onward = torch.zeros(slots, dtype=torch.bool, device=device)
-        self.opening: set[int] = set()
-        """The slots in use whose gate is onward."""
+        self.kinds = np.zeros(slots, dtype=np.int8)
+        """Of each slot, on the host: `HELD`, `EACH`, `ONWARD`, or 0 where it has no gate here."""
         self.live: set[int] = set()
         self.elsewhere = False
         """Whether `point` lies on an earlier stage of a pipeline, which decides."""
@@ -295,21 +304,14 @@ class GateTable:
         self.direction[slot] = gate.direction.to(self.direction.device)
         self.above[slot], self.below[slot] = gate.above, gate.below
         self.cosine[slot], self.bias[slot] = gate.cosine, gate.bias
-        self.held[slot] = gate.prompt_scope
-        self.per_token[slot] = not gate.prompt_scope
-        self.onward[slot] = gate.onward
-        if gate.onward:
-            self.opening.add(slot)
+        self.kinds[slot] = HELD if gate.prompt_scope else ONWARD if gate.onward else EACH
         self.elsewhere = gate.elsewhere
         self.live.add(slot)
 
     def clear(self, slot: int) -> None:
         self.above[slot], self.below[slot] = float("inf"), float("-inf")
-        self.held[slot] = False
-        self.per_token[slot] = False
-        self.onward[slot] = False
+        self.kinds[slot] = 0
         self.live.discard(slot)
-        self.opening.discard(slot)
 
 
 @dataclass

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from steer.artefacts.sae.encoders import LatentRows, TopKEncoder
-from steer.edits import Block, Law
+from steer.edits import Block
+from steer.laws import Law
 from steer.model import INNER_SITES, SITE_ORDER, HookPoint, ModelInfo
 from steer.plan.plan import Rule, SteeringPlan
 from steer.plan.selection import EVERYWHERE

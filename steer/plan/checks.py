@@ -8,20 +8,22 @@ import torch
 from torch import Tensor
 
 from steer.edits import (
-    BIAS,
     CHANNEL_ROWS,
     GAIN,
+    OFFSET,
+    Block,
+)
+from steer.errors import IncompatibleArtefact, NotFinite, SteerError
+from steer.laws import (
+    BIAS,
     INTERCEPT,
     LAW_FIELDS,
     MEASURE,
     MEASURES,
-    OFFSET,
     RELATIONS,
     RELATIVE,
     SLOPE,
-    Block,
 )
-from steer.errors import IncompatibleArtefact, NotFinite, SteerError
 from steer.model import HookPoint, ModelInfo, forward_order
 from steer.plan.plan import Gate, Rule
 

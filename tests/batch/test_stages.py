@@ -62,7 +62,7 @@ def test_a_stage_that_hears_of_no_decision_withholds_the_answer(
 
     def answer() -> dict[str, Any]:
         pipeline.admit("key", tokens.tolist(), ticket)
-        batch = BatchTokens(["key"], np.array([0]), np.array([3]), lambda _: tokens)
+        batch = BatchTokens(["key"], np.array([0]), np.array([3]), lambda: tokens)
         pipeline.step(batch, torch.randn(3, WIDTH))
         pipeline.retire("key")
         return pipeline.receipt("key", 3)

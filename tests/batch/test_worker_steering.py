@@ -65,10 +65,10 @@ def test_a_plan_that_does_nothing_harms_nobody_and_has_its_receipt() -> None:
         for name in names:
             steering.admit(name, [0] * PROMPT, _ticket(name, plans[name]))
         for start, count in ((0, PROMPT), (PROMPT, 1)):
-            ids = np.zeros(count, dtype=np.int64)
             each = np.full(len(names), 1, dtype=np.int64)
+            ids = np.zeros(count * len(names), dtype=np.int64)
             steering.begin(
-                BatchTokens(names, start * each, count * each, lambda _, ids=ids: ids)  # type: ignore[misc]
+                BatchTokens(names, start * each, count * each, lambda ids=ids: ids)  # type: ignore[misc]
             )
             EagerTap(tap_of(POINT))(*torch.randn(2, count * len(names), WIDTH))
             steering.end()
@@ -109,13 +109,13 @@ def test_a_pass_is_carried_on_while_ramps_change(
     for name, plan in plans.items():
         steering.admit(name, [0] * PROMPT, _ticket(name, plan))
     tap, vector = EagerTap(tap_of(POINT)), MADE["vectors"]["v0"][POINT.layer]
-    generator, ids = torch.Generator().manual_seed(0), np.zeros(1, dtype=np.int64)
+    generator, ids = torch.Generator().manual_seed(0), np.zeros(len(plans), dtype=np.int64)
     each = np.ones(len(plans), dtype=np.int64)
     anew = []
     for step in range(STEPS):
         stream = torch.randn(len(plans), WIDTH, generator=generator)
         count = len(built)
-        steering.begin(BatchTokens([*plans], each * (PROMPT + step), each, lambda _: ids))
+        steering.begin(BatchTokens([*plans], each * (PROMPT + step), each, lambda: ids))
         anew += [step] * (len(built) - count)
         hidden, residual = tap(stream / 2, stream / 2)
         steering.end()
@@ -169,7 +169,7 @@ def test_every_token_gets_what_it_triggers(seed: int, compiled: bool, kind: str)
             order,
             np.full(len(order), PROMPT + step, dtype=np.int64),
             np.ones(len(order), dtype=np.int64),
-            lambda n, tokens=tokens: np.array([tokens[n]], dtype=np.int64),  # type: ignore[misc]
+            lambda tokens=tokens: np.array(tokens, dtype=np.int64),  # type: ignore[misc]
         )
         before = torch.randn(2, len(order), WIDTH, generator=generator)
         hidden, residual = before.clone()

@@ -27,18 +27,15 @@ from steer.batch.ramps import Ramps
 from steer.batch.requests import Ints, Span
 from steer.batch.tables import MAX_RULES
 from steer.engines.vllm.static.passes import (
-    RULES,
     Fault,
     PassReport,
     StaticPass,
     bring_back,
-    gated_rules,
     plan_of,
     records_of,
 )
 from steer.engines.vllm.static.tables import (
     NOT_EDITED,
-    SELECTED,
     TOKEN_FIELDS,
     StaticTables,
     StepBuffers,
@@ -118,11 +115,7 @@ class StaticForm:
             self._launch(self.tables, self.buffers, group, hidden, residual, streams)
 
     def begin(self, spans: Sequence[Span], tokens_in_batch: int, fault: Fault) -> StaticPass | None:
-        """Makes the pass over `spans` the one that the kernels run; None where it steers nobody.
-
-        The same pass may be run again as long as no token's rules change and no plan is gated; it
-        carries ramps on.
-        """
+        """Makes the pass over `spans` the one that the kernels run; None where it steers nobody."""
         self.collect()
         self._take_lost()
         self._last = None
@@ -132,14 +125,8 @@ class StaticForm:
             return None
         self._check_room(len(steered), tokens_in_batch)
         records = np.zeros((tokens_in_batch, TOKEN_FIELDS), dtype=np.int32)
-        opened = np.zeros(tokens_in_batch, dtype=np.int32)
         for row, span in enumerate(steered):
-            place = span.place
-            records[place] = records_of(span, row)
-            selected = records[place, SELECTED] & RULES
-            opened[place] = selected & ~gated_rules(plan_of(span))
-        self._upload(self.buffers.tokens, records)
-        self._upload(self.buffers.opened, opened)
+            records[span.place] = records_of(span, row)
         ramps = Ramps.of(steered, (MAX_RULES, tokens_in_batch))
         if ramps is not None:
             self.weigh(ramps)
@@ -148,12 +135,24 @@ class StaticForm:
         self._epoch = self._epoch % _LAST_EPOCH + 1
         self.buffers.epoch.fill_(self._epoch)
         running = StaticPass(self, self._ledger, steered, records, self._epoch, fault, ramps)
+        self._upload(self.buffers.tokens, records)
+        self._upload(self.buffers.opened, running.opened)
         self._last = running
         if running.measured:  # a pass that failed, or a dummy pass, may have left some
             self.buffers.sizes[:, :tokens_in_batch] = NOT_EDITED
         if running.holds:
             self._recall(running)
         return running
+
+    def carry_on(self, running: StaticPass, *, changed: bool) -> None:
+        """Makes the pass `running`, taken a token further, the one that the kernels run again;
+        `changed` is whether rules select other tokens than before."""
+        if changed:
+            self._upload(self.buffers.tokens, running.records)
+        if changed or running.gated:
+            self._upload(self.buffers.opened, running.opened)
+        if running.onward.any():
+            self._recall(running)
 
     def clear(self) -> None:
         """Steers nobody in the passes that come."""

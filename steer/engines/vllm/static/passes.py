@@ -75,8 +75,11 @@ class StaticPass:
         self.expected = frozenset[int]().union(*map(form.tables.groups_of, plans))
         self.holds = any(_decides(plan) or plan.onward for plan in plans)
         """Whether gates are decided, or were, that a request holds."""
-        self._gated = any(plan.gated for plan in plans)
-        self._bits = (records[self.present, SELECTED] & RULES).astype(np.int64)
+        self.gated = any(plan.gated for plan in plans)
+        self.records = records
+        """What the kernels know of each token of the batch."""
+        self._free: Ints = ~np.array([gated_rules(plan) for plan in plans], dtype=np.int64)
+        """The rules of each request that have no gate, as bits, and all others of 64."""
         self.measured: tuple[HookPoint, ...] = tuple(
             {
                 p
@@ -85,11 +88,9 @@ class StaticPass:
                 for p in plan.points
             }
         )
-        self._proved = False
+        self._proved = self._remembered = False
         self.elsewhere: Ints = np.array([_elsewhere(plan) for plan in plans], dtype=np.int64)
         """The rules of each request whose gates an earlier stage decides, as bits."""
-        self.ruled_elsewhere: Ints = self.elsewhere[self.present_rows] & self._bits
-        """Those that select each present token."""
         self.deciding: Ints = np.flatnonzero(records[:, SELECTED] & DECIDES)
         """The tokens that decide for their requests, and the rows of these."""
         self.deciding_rows: Ints = records[self.deciding, ROW].astype(np.int64)
@@ -98,8 +99,7 @@ class StaticPass:
         """The rules of each request whose gate is onward, as bits; of such a request the pass has
         one token."""
         self.first_places: Ints = np.array([span.offset for span in spans], dtype=np.int64)
-        self.begins: Ints = np.array([span.positions[0] for span in spans], dtype=np.int64)
-        """Of each request's first token in this pass the place in the batch, and the position."""
+        """Of each request's first token in this pass the place in the batch."""
 
     @cached_property
     def on_device(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,6 +110,29 @@ class StaticPass:
         return rows, places, positions
 
     @property
+    def selected(self) -> Ints:
+        """The rules that select each present token, as bits."""
+        found: Ints = (self.records[self.present, SELECTED] & RULES).astype(np.int64)
+        return found
+
+    @property
+    def opened(self) -> NDArray[np.int32]:
+        """Those of each token of the batch that act on it whatever gates decide."""
+        found = np.zeros(self.tokens, dtype=np.int32)
+        found[self.present] = self.selected & self._free[self.present_rows]
+        return found
+
+    @property
+    def ruled_elsewhere(self) -> Ints:
+        """Those that select each present token, of which an earlier stage decides the gate."""
+        return self.selected & self.elsewhere[self.present_rows]
+
+    @property
+    def begins(self) -> Ints:
+        """The position of each request's first token in this pass."""
+        return np.array([span.positions[0] for span in self._spans], dtype=np.int64)
+
+    @property
     def _positions(self) -> Ints:
         return np.concatenate([span.positions for span in self._spans])
 
@@ -117,10 +140,16 @@ class StaticPass:
         """The kernels run it already: it was written into their buffers."""
 
     def carry_on(self, changes: Mapping[int, Ints]) -> None:
-        """The same tokens' slots are edited again: nothing changes but how much they get."""
-        assert not changes
+        """Takes the same requests a token further; `changes` are the slots `[P]` of the tokens that
+        have others now. Nothing is built anew: one buffer is written where tokens have other rules,
+        another where gates may have opened some of those that were written there."""
+        for place, slots in changes.items():
+            bits = int(np.bitwise_or.reduce((slots != 0).astype(np.int32) << np.arange(len(slots))))
+            self.records[place, SELECTED] = self.records[place, SELECTED] & ~RULES | bits
+        self._form.carry_on(self, changed=bool(changes))
         if self._ramps is not None and self._ramps.carry_on():
             self._form.weigh(self._ramps)
+        self._lacks_decisions = bool(self.elsewhere.any())
 
     def take(self, decisions: Decisions) -> None:
         if self._lacks_decisions:
@@ -128,7 +157,7 @@ class StaticPass:
             self._lacks_decisions = False
 
     def decisions(self) -> Decisions | None:
-        return self._form.decisions(self) if self._gated else None
+        return self._form.decisions(self) if self.gated else None
 
     def finish(self) -> None:
         """Takes down what the pass did; without gates that is known already."""
@@ -137,15 +166,17 @@ class StaticPass:
                 "an earlier pipeline stage did not hand on what gates decided, so the result is "
                 "withheld"
             )
-        if self.holds:
+        # What the last prompt token decided stays as it is, however far the pass is carried on.
+        if self.holds and not (self._remembered and not self.onward.any()):
             self._form.remember(self)
+            self._remembered = True
         positions, ledger = self._positions, self._ledger()
         ledger.expect(self.token_rows, positions)
         if self.measured:
             self._form.count_sizes(self)
-        if not self._gated:
-            ledger.record(self.token_rows, self._bits)
-        if self._gated or not self._proved:
+        if not self.gated:
+            ledger.record(self.token_rows, self.selected)
+        if self.gated or not self._proved:
             self._proved = True
             self._form.report_later(self, positions, self.tokens)
 
@@ -160,7 +191,7 @@ class StaticPass:
                 f"the forward pass never reached {', '.join(names)}: the edits there were not "
                 "applied, so the result is withheld"
             )
-        if self._gated:
+        if self.gated:
             bits = report[groups:][self.present].astype(np.int64)
             ledger.expect(self.token_rows, positions)
             ledger.record(self.token_rows, bits)

@@ -99,7 +99,7 @@ class ForwardPass:
         stream = hidden.float() + residual.float()
         edited = stream if self._step is None else self._step.edit(point, stream)
         if edited is not stream:
-            residual.copy_(residual.float() - (stream - edited))
+            residual.sub_(stream - edited)  # in float32, whatever its own type
         self._show(point, stream, edited)
 
     def _show(self, point: HookPoint, before: Tensor, after: Tensor) -> None:

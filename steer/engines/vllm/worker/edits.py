@@ -89,10 +89,6 @@ class Edits(Protocol):
     def graphless(self, scheduled: Scheduled) -> bool:
         """Whether a step that computes `scheduled` must run without its CUDA graph."""
 
-    def lasts(self, request: ScheduledRequest) -> bool:
-        """Whether a pass with this request can be carried on, as long as what it selects is
-        fixed."""
-
     def begin(self, coming: ComingPass) -> RunningPass | None:
         """Makes `coming` the pass that the taps reach; None where it does nothing."""
 
@@ -144,9 +140,6 @@ class TapEdits:
         return TapEdits(
             self._model, requests, self.tables.device, self._shards, switch=self._switch
         )
-
-    def lasts(self, request: ScheduledRequest) -> bool:  # noqa: ARG002 - slots may change
-        return True
 
     def begin(self, coming: ComingPass) -> ForwardPass | None:
         assert self._ledger is not None
@@ -220,12 +213,6 @@ class StaticEdits:
         """Its kernels write into the same buffers: taps know no others."""
         return StaticEdits(self._form, self._graphless.rehearsal(requests))
 
-    def lasts(self, request: ScheduledRequest) -> bool:
-        """In kernels, as long as its tokens' slots stay the same."""
-        one = request.request
-        reads = one.changes or (one.plan is not None and one.plan.gated)
-        return self._in_python(one) or one.plan is None or not reads
-
     def begin(self, coming: ComingPass) -> RunningPass | None:
         apart = [one for one in coming.steered if self._in_python(one.request)]
         places = {one.offset for one in apart}
@@ -275,9 +262,9 @@ class MixedPass:
         self._taps.start()
 
     def carry_on(self, changes: Mapping[int, Ints]) -> None:
-        """Only requests that Python steers have `changes`, or none could be carried on."""
-        self._kernels.carry_on({})
-        self._taps.carry_on(changes)
+        in_python = {span.offset for span in self._spans}
+        self._kernels.carry_on({at: one for at, one in changes.items() if at not in in_python})
+        self._taps.carry_on({at: one for at, one in changes.items() if at in in_python})
 
     def take(self, decisions: Decisions) -> None:
         self._kernels.take(decisions)

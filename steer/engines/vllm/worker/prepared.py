@@ -30,19 +30,34 @@ from steer.readouts.readings import Readings
 @dataclass(frozen=True)
 class BatchTokens:
     """The tokens of one forward pass: request i computes `counts[i]` tokens, the first of them at
-    position `starts[i]`. Requests lie behind one another in this order. `ids(i)` gives the tokens
-    of one and is asked only where a plan reads them, before the pass: they may be on a device. The
-    last `drafts[i]` of its tokens were drafted, and may not stay; None where none was."""
+    position `starts[i]`. Requests lie behind one another in this order. `read` gives all tokens
+    `[T]`, and is called only where a plan reads some, once, before the pass: they may be on a
+    device. The last `drafts[i]` of a request's tokens were drafted, and may not stay; None where
+    none was."""
 
     req_ids: Sequence[str]
     starts: Ints
     counts: Ints
-    ids: Callable[[int], Ints]
+    read: Callable[[], Ints]
     drafts: Ints | None = None
+
+    @cached_property
+    def offsets(self) -> Ints:
+        """Where each request begins in the batch."""
+        return np.cumsum(self.counts) - self.counts
+
+    @cached_property
+    def tokens(self) -> Ints:
+        """The tokens of all requests."""
+        return self.read()
 
     def tokens_of(self, index: int, known: bool) -> Ints:
         """The tokens of a request; −1 for each where nobody has to know them."""
-        return self.ids(index) if known else np.full(int(self.counts[index]), -1, dtype=np.int64)
+        count = int(self.counts[index])
+        if not known:
+            return np.full(count, -1, dtype=np.int64)
+        start = int(self.offsets[index])
+        return self.tokens[start : start + count]
 
 
 def refuse_split_batches(vllm_config: Any) -> None:
@@ -203,7 +218,7 @@ class Prepared:
             return False
         self.positions[self._offsets] = starts
         for number, one in self._changing_inline:
-            selected = _selected(one, batch)
+            selected = _selected_now(one, batch)
             if selected != one.selected:
                 variant = one.variants.get(selected)
                 if variant is None:
@@ -212,7 +227,7 @@ class Prepared:
                 shifts.change(one.offset, variant)
         changes: dict[int, Ints] = {}
         for one in self._changing:
-            selected = _selected(one, batch)
+            selected = _selected_now(one, batch)
             if selected != one.selected:
                 one.selected = selected
                 changes[one.offset] = _slots(one, selected)
@@ -223,10 +238,11 @@ class Prepared:
         return True
 
 
-def _selected(placed: ScheduledRequest, batch: BatchTokens) -> int:
-    """The rules that select the one token of a request in `batch`."""
-    request, start = placed.request, int(batch.starts[placed.index])
-    return int(request.selected(start, batch.tokens_of(placed.index, request.reads_tokens))[0])
+def _selected_now(placed: ScheduledRequest, batch: BatchTokens) -> int:
+    """The rules that select the token of a request in `batch`, in which each has one."""
+    request, index = placed.request, placed.index
+    token = int(batch.tokens[index]) if request.reads_tokens else -1
+    return request.selected_at(int(batch.starts[index]), token)
 
 
 def _slots(placed: ScheduledRequest, selected: int) -> Ints:

@@ -197,8 +197,7 @@ def _rehearse(
         rehearsed.admit(name, [0], _ticket(name, probe, graphless=graphless))
     tokens = len(probes) + 1
     each = np.zeros(tokens, dtype=np.int64)
-    token = np.zeros(1, dtype=np.int64)
-    rehearsed.begin(BatchTokens(["nobody", *names], each, each + 1, lambda _: token))
+    rehearsed.begin(BatchTokens(["nobody", *names], each, each + 1, lambda: each))
     try:
         made = run(tokens, graphless=graphless)
         return made, [_states(rehearsed, name) for name in names]

@@ -83,6 +83,12 @@ class WorkerRequest:
             self.trace.read(start, ids)
         return self.rules(np.arange(start, start + len(ids), dtype=np.int64), ids)
 
+    def selected_at(self, position: int, token: int) -> int:
+        """The rules that select one `token` at `position`: `selected`, for less."""
+        if position >= self.fixed_from and not self.varies:
+            return self.selected_by(token if self.reads_tokens else -1)
+        return int(self.selected(position, np.array([token], dtype=np.int64))[0])
+
     def fixed_until(self, position: int) -> int:
         """The position up to which the rules that select tokens from `position` on depend on their
         ids alone, unless it `varies`; `position` where it is the prompt's."""

@@ -102,17 +102,18 @@ class RunnerV1:
         if ahead:  # this waits for the device
             starts = self._runner.positions[torch.from_numpy(ends - counts)].cpu().numpy()
 
-        def ids(index: int) -> Ints:
-            start, count = int(starts[index]), int(counts[index])
-            tokens = batch.token_ids_cpu[index, start : start + count]
+        def read() -> Ints:
+            rows = np.repeat(np.arange(len(req_ids)), counts)
+            tokens = batch.token_ids_cpu[
+                rows, np.arange(len(rows)) + (starts - ends + counts)[rows]
+            ]
             if ahead or (tokens < 0).any():
                 # With asynchronous scheduling the host holds −1 for a token that was sampled in
                 # the step before; the input that the model is about to read has it.
-                end = int(ends[index])
-                tokens = self._runner.input_ids.gpu[end - count : end].cpu().numpy()
+                tokens = self._runner.input_ids.gpu[: len(rows)].cpu().numpy()
             return np.array(tokens, dtype=np.int64)
 
-        return BatchTokens(req_ids, starts, counts, ids, _drafts(req_ids, self._drafted))
+        return BatchTokens(req_ids, starts, counts, read, _drafts(req_ids, self._drafted))
 
 
 def _drafts(req_ids: Sequence[str], drafted: Mapping[str, Sequence[int]]) -> Ints | None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -130,14 +129,12 @@ def _dummy_pass(runner: Any, tokens: int, **options: Any) -> Tensor:
 def _batch(batch: Any, *, ahead: bool = False) -> BatchTokens:
     """The tokens of a step, from vLLM's `InputBatch`; where the host is `ahead` of what it knows,
     the device says where requests stand."""
-    bounds, drafts = batch.query_start_loc_np, batch.num_draft_tokens_per_req
-    starts = batch.num_computed_tokens_np
+    starts, drafts = batch.num_computed_tokens_np, batch.num_draft_tokens_per_req
     if ahead:  # this waits for the device
-        first = torch.from_numpy(bounds[: len(starts)].astype(np.int64))
+        first = torch.from_numpy(batch.query_start_loc_np[: len(starts)].astype(np.int64))
         starts = batch.positions[first].cpu().numpy()
 
-    @cache
-    def tokens() -> Ints:
+    def read() -> Ints:
         # Tokens that the last step sampled are known on the device alone: on a GPU this waits.
         found: Ints = batch.input_ids[: batch.num_tokens].cpu().numpy().astype(np.int64)
         return found
@@ -146,7 +143,7 @@ def _batch(batch: Any, *, ahead: bool = False) -> BatchTokens:
         batch.req_ids,
         starts.astype(np.int64),
         batch.num_scheduled_tokens.astype(np.int64),
-        lambda index: tokens()[bounds[index] : bounds[index + 1]],
+        read,
         None if drafts is None else drafts.astype(np.int64),
     )
 

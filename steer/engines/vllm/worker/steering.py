@@ -160,8 +160,7 @@ class WorkerSteering:
         prepared = self._carried_on(order, batch) if decoding else None
         if prepared is None:
             prepared = self._prepare(batch)
-            lasting = decoding and all(map(self.edits.lasts, prepared.placed))
-            self._carried = (order, prepared) if lasting else None
+            self._carried = (order, prepared) if decoding else None
         self._prepared = self._latest = prepared
         self.requests.ledger.expect(prepared.rows, prepared.positions)
         self.attention.watch(prepared.attending)
@@ -310,13 +309,12 @@ class WorkerSteering:
     def _placed(self, batch: BatchTokens) -> list[ScheduledRequest]:
         """The known requests of a pass that can be carried out."""
         drafts = np.zeros_like(batch.counts) if batch.drafts is None else batch.drafts
-        offsets = np.cumsum(batch.counts) - batch.counts
         logits = np.cumsum(1 + drafts) - (1 + drafts)
         return [
             ScheduledRequest(
                 request,
                 n,
-                int(offsets[n]),
+                int(batch.offsets[n]),
                 int(batch.starts[n]),
                 batch.tokens_of(n, request.ticket.reads_tokens),
                 int(drafts[n]),

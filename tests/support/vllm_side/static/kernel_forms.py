@@ -39,10 +39,11 @@ from torch import Tensor
 
 from steer.artefacts.library import MemoryLibrary
 from steer.batch.ledger import SHUT, PositionLedger
-from steer.batch.requests import Span, SteeredRequest
+from steer.batch.requests import Ints, Span, SteeredRequest
 from steer.batch.step import build_step
 from steer.batch.tables import Tables
 from steer.engines.vllm.static.form import StaticForm
+from steer.engines.vllm.static.passes import StaticPass
 from steer.engines.vllm.static.tables import StaticTables
 from steer.engines.vllm.taps.forward_pass import ForwardPass
 from steer.engines.vllm.taps.taps import SITES, points_of, tap_of
@@ -140,6 +141,9 @@ class Simulation:
         self.windows = self.resumed = self.untouched = self.edited = self.rejected = 0
         self.opened = 0
         """Onward gates that a request's ledger holds open, counted after each pass."""
+        self.carried = self.changed = 0
+        """Passes of the kernel that were carried on, and tokens in them that got other slots."""
+        self.running_pass: StaticPass | None = None
 
     def run(self, requests: list[Request]) -> None:
         waiting = list(requests)
@@ -183,6 +187,10 @@ class Simulation:
 
     def _pass(self) -> None:
         chosen = [r for r in self.running if self.draw.random() < 0.8]
+        # Each computes a token, and then perhaps the next of them too.
+        single = self.draw.random() < 0.5
+        if single:
+            chosen = [r for r in chosen if r.computed >= r.prompt_length] or chosen
         spans: tuple[list[Span], list[Span]] = ([], [])
         ids: list[int] = []
         self._settle(chosen)
@@ -190,7 +198,7 @@ class Simulation:
             left = len(request.tokens) - request.computed
             # A token behind others of its request, whose gate is onward, is no kernel's.
             onward = request.plan is not None and request.plan.onward
-            end = request.computed + (1 if onward else self.draw.randint(1, left))
+            end = request.computed + (1 if onward or single else self.draw.randint(1, left))
             positions = np.arange(request.computed, end)
             chunk, stayed = self._drafted(request, end)
             for found, steered in zip(spans, self._steered(request), strict=True):
@@ -201,11 +209,43 @@ class Simulation:
         if not ids:
             return
         self._compute(spans, ids)
+        while (
+            single
+            and all(r.prompt_length < r.computed < len(r.tokens) for r in chosen)
+            and self.draw.random() < 0.8
+        ):
+            spans = self._carry_on(chosen, spans)
         for request in chosen:
             if request.computed == len(request.tokens):
                 self.running.remove(request)
                 self._free_slots(request)
                 self.free.append(request.row)
+
+    def _carry_on(
+        self, chosen: list[Request], spans: tuple[list[Span], list[Span]]
+    ) -> tuple[list[Span], list[Span]]:
+        """The same requests compute their next tokens: the form's pass is carried on, and the torch
+        form's built anew."""
+        ids = [request.tokens[request.computed] for request in chosen]
+        before = [span.request.slots(span.positions, span.tokens) for span in spans[1]]
+        for span in spans[1]:
+            span.positions[0] += 1  # the same numbers as in the other form's spans
+        now = tuple(
+            [replace(span, tokens=np.array([token])) for span, token in zip(of, ids, strict=True)]
+            for of in spans
+        )
+        after = [span.request.slots(span.positions, span.tokens) for span in now[1]]
+        changes = {
+            n: new[:, 0]
+            for n, (old, new) in enumerate(zip(before, after, strict=True))
+            if not np.array_equal(old, new)
+        }
+        self.carried += 1
+        self.changed += len(changes)
+        for request in chosen:
+            request.computed += 1
+        self._compute((now[0], now[1]), ids, changes)
+        return now[0], now[1]
 
     def _drafted(self, request: Request, end: int) -> tuple[list[int], int]:
         """The tokens of a pass up to `end`, some of them drafted, and how far they stay; the first
@@ -227,11 +267,21 @@ class Simulation:
             for ledger in self.ledgers:
                 ledger.settle(np.array([request.row]), np.array([request.computed]))
 
-    def _compute(self, spans: tuple[list[Span], list[Span]], ids: list[int]) -> None:
+    def _compute(
+        self,
+        spans: tuple[list[Span], list[Span]],
+        ids: list[int],
+        changes: dict[int, Ints] | None = None,
+    ) -> None:
+        """A pass; with `changes`, that of the form is the one before, carried on."""
         total = len(ids)
         step = build_step(self.tables, self.ledgers[0], spans[0], total)
         reference = ForwardPass(step, total, LAYERS)
-        running = self.form.begin(spans[1], total, no_fault)
+        if changes is None:
+            self.running_pass = self.form.begin(spans[1], total, no_fault)
+        elif self.running_pass is not None:
+            self.running_pass.carry_on(changes)
+        running = self.running_pass
         assert (running is None) == (step is None)
         rows = np.full(total, -1, dtype=np.int64)
         positions = np.zeros(total, dtype=np.int64)
@@ -326,13 +376,17 @@ def random_when(draw: random.Random) -> dict[str, Any]:
     }
 
 
-def random_plan(draw: random.Random) -> SteeringPlan:
+def random_plan(draw: random.Random, *, triggered: bool = False) -> SteeringPlan:
     """Any kind at any site, gated or not; what no kernel does, or the tables cannot hold, is drawn
-    again."""
+    again. Of those that are `triggered` every other token is selected."""
     tables = StaticTables(MODEL, [points_of(tap, LAYERS) for tap in TAPS], slots=1, edit_rows=128)
     while True:
         raw = random_spec(draw, layers=LAYERS, longest=4)
+        if triggered:
+            raw["where"] = {"tokens": draw.sample(range(VOCABULARY), VOCABULARY // 2)}
         for item in raw["interventions"]:
+            if triggered:
+                item.pop("where", None)
             if "layers" in item and draw.random() < 0.6:
                 item["site"] = draw.choice(SITES)
                 item["layers"] = [draw.randrange(LAYERS)]

@@ -32,10 +32,11 @@ def drawn_pieces(
     parts = [
         one.tokens[one.computed : one.computed + n] for one, n in zip(running, counts, strict=True)
     ]
+    tokens = [token for part in parts for token in part]
     batch = BatchTokens(
         [one.name for one in running],
         np.array([one.computed for one in running], dtype=np.int64),
         np.array(counts, dtype=np.int64),
-        lambda index: np.array(parts[index], dtype=np.int64),
+        lambda: np.array(tokens, dtype=np.int64),
     )
-    return batch, [token for part in parts for token in part], counts
+    return batch, tokens, counts

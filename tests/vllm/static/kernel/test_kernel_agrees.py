@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from kernel_forms import (
     no_fault,
     onward_plan,
     plan_of,
+    random_plan,
     random_requests,
     ranking_plan,
     reading_plan,
@@ -52,6 +54,16 @@ def test_an_onward_gate_is_open_from_its_first_token_in_both_forms(seed: int) ->
     simulation.run(random_requests(random.Random(700 + seed), REQUESTS // 3, onward_plan))
     assert simulation.opened > 10
     assert simulation.edited > 10
+    assert simulation.carried > 5
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_pass_is_carried_on_while_tokens_trigger_and_gates_decide(seed: int) -> None:
+    simulation = Simulation(seed, torch.float32)
+    watching = partial(random_plan, triggered=True)
+    simulation.run(random_requests(random.Random(800 + seed), REQUESTS, watching))
+    assert simulation.carried >= 10
+    assert simulation.changed > 5
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -81,9 +93,9 @@ def test_what_is_read_at_one_point_is_written_at_another(seed: int, programs: in
 
 def test_the_simulation_meets_what_it_is_about(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens behind a decision in the same pass, drafts that do not stay, requests taken up again,
-    gates, every kind."""
+    passes that are carried on while tokens get other slots, gates, every kind."""
     monkeypatch.setattr(Simulation, "_compute", lambda *_: None)
-    windows = resumed = detecting = rejected = 0
+    windows = resumed = detecting = rejected = carried = changed = 0
     scopes: Counter[str] = Counter()
     plans: set[str] = set()
     kinds: set[str] = set()
@@ -96,6 +108,8 @@ def test_the_simulation_meets_what_it_is_about(monkeypatch: pytest.MonkeyPatch) 
         windows += simulation.windows
         resumed += simulation.resumed
         rejected += simulation.rejected
+        carried += simulation.carried
+        changed += simulation.changed
         scopes.update(gate.scope for gate in gates)
         detecting += sum(gate.bias != 0 for gate in gates)
         plans |= {plan.fingerprint for plan in steered}
@@ -103,6 +117,8 @@ def test_the_simulation_meets_what_it_is_about(monkeypatch: pytest.MonkeyPatch) 
     assert windows > 10
     assert resumed > 5
     assert rejected > 20
+    assert carried > 60
+    assert changed > 10
     assert all(scopes[scope] > 10 for scope in SCOPES)
     assert detecting > 10
     assert len(plans) > 4 * SLOTS

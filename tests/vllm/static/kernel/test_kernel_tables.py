@@ -10,11 +10,12 @@ import pytest
 import torch
 from kernel_forms import GENERATOR, KINDS, LAYERS, MODEL, TAPS, WIDTH, plan_of, random_plan
 
-from steer.edits import LAW_FIELDS, Block
+from steer.edits import Block
 from steer.engines.vllm.static.rows import rows_needed
 from steer.engines.vllm.static.tables import StaticTables
 from steer.engines.vllm.taps.taps import points_of
 from steer.errors import CapacityError, TooLarge, Unsupported
+from steer.laws import LAW_FIELDS
 from steer.model import HookPoint
 from steer.plan.plan import Rule, SteeringPlan
 from steer.plan.selection import EVERYWHERE

@@ -24,7 +24,7 @@ def length_of(x):
 
 @triton.jit
 def deviation_of(x, width, BLOCK: tl.constexpr):
-    """`steer.edits.deviation`."""
+    """`steer.laws.deviation`."""
     columns = tl.arange(0, BLOCK)
     rest = tl.where(columns < width, x - tl.sum(x, axis=0) / width, 0.0)
     return tl.sqrt_rn(tl.sum(rest * rest, axis=0) / (width - 1))

@@ -1,4 +1,4 @@
-"""`steer.edits` in Triton: what an edit reads, and how much of its direction it writes."""
+"""`steer.laws` in Triton: what an edit reads, and how much of its direction it writes."""
 
 # mypy: disable-error-code="import-not-found, no-untyped-def, untyped-decorator, no-untyped-call"
 # Triton reads the source of its kernels: what they take are its own pointers and scalars.
@@ -35,7 +35,7 @@ from steer.engines.vllm.static.kernel.names import (
 
 @triton.jit
 def activation_of(product, law, norm, deviation, cutoff):
-    """`steer.edits.activations` of one edit, whose law is at `law`."""
+    """`steer.laws.activations` of one edit, whose law is at `law`."""
     value = product
     measure = tl.load(law + MEASURE)
     if measure == READS_COSINE:
@@ -49,7 +49,7 @@ def activation_of(product, law, norm, deviation, cutoff):
 
 @triton.jit
 def coefficient_of(value, law, norm, length, deviation):
-    """`steer.edits.coefficients` of one edit, whose law is at `law`."""
+    """`steer.laws.coefficients` of one edit, whose law is at `law`."""
     share = value
     if tl.load(law + MEASURE) == READS_SHARE:
         share = value / tl.maximum(norm, TINY)

@@ -17,7 +17,7 @@ from steer.batch.ledger import PositionLedger
 from steer.batch.requests import Span, SteeredRequest
 from steer.batch.step import build_step
 from steer.batch.tables import Tables
-from steer.edits import Block, Law
+from steer.edits import Block
 from steer.engines.proof import probe_plan
 from steer.engines.vllm.options import SteerOptions
 from steer.engines.vllm.static.rows import budget_rows
@@ -35,6 +35,7 @@ from steer.engines.vllm.worker.edits import TapEdits
 from steer.engines.vllm.worker.proof import prove
 from steer.engines.vllm.worker.steering import WorkerSteering
 from steer.errors import SpecError, Unsupported
+from steer.laws import Law
 from steer.model import INNER_SITES, HookPoint
 from steer.plan.plan import Rule
 from steer.plan.selection import EVERYWHERE
