@@ -11,6 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+_LONG, _PART = 4096, 64
+"""From this length on rows are ranked by parts of this length, where they have many for each number
+that is asked for."""
 _TINY = 1e-30
 """What keeps the division by a state's length finite."""
 
@@ -55,9 +58,27 @@ class Ranked(NamedTuple):
 
 
 def ranked(numbers: Float[Tensor, "T n"], k: int) -> Ranked:
-    """The `k` largest of each row, all of them where there are fewer."""
+    """The `k` largest of each row, all of them where there are fewer; NaN is larger than all."""
+    long = numbers.shape[-1] >= max(_LONG, 4 * k * _PART)
+    # By its length alone, so that a row's order among equals is the same in any batch.
+    if long and numbers.device.type == "cpu":
+        return _ranked_by_parts(numbers, k)
     best = numbers.topk(min(k, numbers.shape[-1]), dim=-1)
     return Ranked(best.values, best.indices)
+
+
+def _ranked_by_parts(numbers: Float[Tensor, "T n"], k: int) -> Ranked:
+    """`ranked` of long rows: what is among the k largest lies in one of the k parts whose largest
+    number is largest, or in the shorter part at the end. On a CPU several times as fast."""
+    whole = numbers.shape[-1] // _PART * _PART
+    parts, rest = numbers[:, :whole].reshape(len(numbers), -1, _PART), numbers[:, whole:]
+    chosen = parts.amax(-1).topk(k, dim=-1).indices
+    among = parts.gather(1, chosen[..., None].expand(-1, -1, _PART)).flatten(1)
+    best = torch.cat([among, rest], dim=-1).topk(k, dim=-1)
+    part, within = best.indices // _PART, best.indices % _PART
+    inside = chosen.gather(-1, part.clamp(max=k - 1)) * _PART + within
+    at_end = best.indices - k * _PART + whole
+    return Ranked(best.values, torch.where(part < k, inside, at_end))
 
 
 def likeliest(logits: Float[Tensor, "T vocab"], k: int) -> Ranked:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from steer.errors import FileFormatError
-from steer.fit.data.tables import Columns, array_in, other_kind
+from steer.fit.data.tables import Columns, array_in, object_in, other_kind
 
 _MARK = b"\xef\xbb\xbf"
 """The byte order mark that some editors and spreadsheets put in front of UTF-8."""
@@ -40,8 +40,8 @@ class DataSet(Generic[Item]):
 
 @dataclass
 class LineReader:
-    """Parses the lines of one file, the items of one array, or the rows of a table; `sha256` is of
-    all its bytes, once they have been read.
+    """Parses the lines of one file, the items of one array or object, or the rows of a table;
+    `sha256` is of all its bytes, once they have been read.
 
     `what` names an item in errors, `shape` shows one, `code` is the errors' stable code.
     """
@@ -89,9 +89,11 @@ class LineReader:
         if not number:
             return
         at = f"{self.path}, line {number}"
-        columns = Columns.of(first, {*_COMMON, *_KEYS.findall(self.shape)})
+        known = {*_COMMON, *_KEYS.findall(self.shape)}
+        columns = Columns.of(first, known)
         with self._told(at, f"; needed is {self.shape} on each line, or an array or table of them"):
             items = array_in(first, rest, _loads)
+            items = object_in(first, rest, _loads, known) if items is None else items
             value = _loads(first) if items is None and columns is None else None
         if items is not None:
             for place, item in enumerate(items, start=1):

@@ -1,7 +1,8 @@
 """Contrastive prompts: the data that a vector is fitted on.
 
 A file is JSON lines, `{"positive": PROMPT, "negative": PROMPT}`, with prompts as
-`steer.prompts` describes them.
+`steer.prompts` describes them; or one prompt with two answers, as preferences and the data of
+contrastive activation addition have it (`_ANSWERED`).
 """
 
 from __future__ import annotations
@@ -77,7 +78,23 @@ def _prompt_reader(path: Path) -> LineReader:
     return LineReader(path, "prompt", "text or list of messages", "invalid_pairs")
 
 
+_ANSWERED = (
+    ("prompt", "chosen", "rejected"),
+    ("question", "answer_matching_behavior", "answer_not_matching_behavior"),  # 2312.06681
+)
+"""Fields of one prompt, the answer that has the attribute, and the one that has not; beside them
+files hold what they like."""
+
+
 def _pair(value: Any, at: str) -> Pair:
+    for prompt, *answers in _ANSWERED:
+        if isinstance(value, dict) and value.keys() >= {prompt, *answers}:
+            each = [{"prompt": value[prompt], "response": value[answer]} for answer in answers]
+            positive, negative = (
+                parse_prompt(one, at, f"{prompt!r} with {answer!r}")
+                for one, answer in zip(each, answers, strict=True)
+            )
+            return Pair(positive, negative)
     pair = check_keys(value, ("positive", "negative"), at, "pair", "invalid_pairs")
     return Pair(
         parse_prompt(pair["positive"], at, "'positive'"),

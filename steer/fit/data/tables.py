@@ -1,6 +1,7 @@
-"""Data that is no JSON lines, as people have it: one JSON array, and tables of spreadsheets (CSV).
+"""Data that is no JSON lines, as people have it: one JSON array, an object of lists, and tables of
+spreadsheets (CSV).
 
-Both become the values that JSON lines would have held.
+All become the values that JSON lines would have held.
 """
 
 from __future__ import annotations
@@ -46,6 +47,46 @@ def array_in(
     if any(line.strip() for line in rest):
         raise ValueError("an array that is no chat, with more lines behind it")
     return list(value)
+
+
+def object_in(
+    first: bytes, rest: Iterable[bytes], loads: Callable[[bytes], Any], known: Collection[str]
+) -> list[Any] | None:
+    """The items of a file that is one JSON object, given its first line and an iterator of those
+    behind it: of columns, `{"text": [..], "label": [..]}`; of one array of items under a name that
+    is not among those `known` of an item; or itself one item, on many lines. None where each line
+    is a value, and nothing of `rest` is used.
+
+    Raises `ValueError`.
+    """
+    if not first.lstrip().startswith(b"{"):
+        return None
+    try:
+        value = loads(first)
+    except ValueError as broken:
+        try:
+            value = loads(_joined(first, rest))
+        except ValueError:
+            raise broken from None
+        items = _items_of(value, known)
+        return [value] if items is None else items
+    items = _items_of(value, known)
+    if items is not None and any(line.strip() for line in rest):
+        raise ValueError("an object of lists, with more lines behind it")
+    return items
+
+
+def _items_of(value: dict[str, Any], known: Collection[str]) -> list[Any] | None:
+    """The items of an object of lists; None where it is an item itself."""
+    columns = list(value.values())
+    if not columns or not all(isinstance(one, list) and not _is_chat(one) for one in columns):
+        return None
+    if len(value) == 1 and not set(value) & set(known):
+        return list(columns[0])
+    if len({len(one) for one in columns}) > 1:
+        sizes = ", ".join(f"{len(one)} of {name!r}" for name, one in value.items())
+        raise ValueError(f"an object of lists has as many items in each; got {sizes}")
+    return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
 
 
 def _joined(first: bytes, rest: Iterable[bytes]) -> bytes:

@@ -173,6 +173,11 @@ TABLES = {
     "an array": json.dumps(ROWS),
     "an array on many lines": json.dumps(ROWS, indent=2),
     "an array behind blank lines": "\n \n" + json.dumps(ROWS, indent=2) + "\n\n",
+    "an object of columns": json.dumps({key: [row[key] for row in ROWS] for key in ROWS[0]}),
+    "an object of columns on many lines": json.dumps(
+        {key: [row[key] for row in ROWS] for key in ROWS[0]}, indent=1
+    ),
+    "an array under a name": json.dumps({"data": ROWS}, indent=2),
     "commas": as_csv(","),
     "tabs": as_csv("\t"),
     "semicolons": as_csv(";"),
@@ -206,6 +211,22 @@ def test_every_kind_of_data_is_read_from_arrays_and_tables(tmp_path: Path) -> No
         assert read(tmp_path / "table.csv").items == expected
 
 
+def test_one_item_may_stand_on_many_lines_and_its_chats_are_no_columns(tmp_path: Path) -> None:
+    file = tmp_path / "data"
+    for value, expected in (
+        ({"positive": CHAT, "negative": CHAT}, [Pair(CHAT, CHAT)]),
+        ({"positive": [CHAT, "a"], "negative": ["b", CHAT]}, [Pair(CHAT, "b"), Pair("a", CHAT)]),
+        ({"positive": ["a"], "negative": ["b"]}, [Pair("a", "b")]),
+    ):
+        for indent in (None, 2):
+            file.write_text(json.dumps(value, indent=indent))
+            assert list(read_pairs(file).items) == expected
+    file.write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": "b"}))
+    assert read_prompts(file) == ["a", "b"]
+    file.write_text(json.dumps({"prompt": ["a", "b"]}))
+    assert read_prompts(file) == ["a", "b"]
+
+
 def test_a_chat_is_one_item_and_a_list_of_chats_is_many(tmp_path: Path) -> None:
     file = tmp_path / "data"
     for text, count in (
@@ -228,6 +249,11 @@ def test_a_chat_is_one_item_and_a_list_of_chats_is_many(tmp_path: Path) -> None:
         ('[{"text": "a", "label": "b"}, 3]\n', "item 2", "with 'label'"),
         ('[{"text": "a", "label": "b"}]\n{}\n', "line 1", "more lines behind it"),
         ('[\n {"text": "a", "label": "b"}\n', "line 1", "not JSON"),
+        ('{"text": ["a", "b"], "label": ["c"]}\n', "line 1", "got 2 of 'text', 1 of 'label'"),
+        ('{"text": ["a"], "label": ["b"]}\n{}\n', "line 1", "more lines behind it"),
+        ('{"text": ["a"], "label": "b"}\n', "line 1", "text"),
+        ('{"text": "a", "label": "b"\n{"text": "a", "label": "b"}\n', "line 1", "not JSON"),
+        ('{"data": [{"text": "a"}]}\n', "item 1", "with 'label'"),
         ("sentence,label\na,b\n", "line 2", "got ['label', 'sentence']"),
         ("text,label,id\na,b,c\n", "line 2", "got ['id', 'label', 'text']"),
         ("text,label\na,b\nc\n", "line 3", "got ['text']"),

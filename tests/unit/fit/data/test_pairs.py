@@ -11,6 +11,7 @@ import pytest
 from steer.engines.fake.engine import ByteTokenizer
 from steer.errors import FileFormatError, SteerError
 from steer.fit.data.pairs import Pair, PairSet, read_pairs, read_prompts, render
+from steer.prompts import Marked
 
 CHAT = [{"role": "user", "content": "hi"}]
 
@@ -29,6 +30,28 @@ def test_a_set_in_memory_has_the_hash_of_its_file(tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"positive": "é", "negative": [{"role": "user", "content": "hi"}]}\n', "utf-8")
     assert read_pairs(file) == pairs
+
+
+@pytest.mark.parametrize("prompt", ["Is it so?\n (A) Yes\n (B) No", CHAT], ids=["text", "chat"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("prompt", "chosen", "rejected"),
+        ("question", "answer_matching_behavior", "answer_not_matching_behavior"),
+    ],
+    ids=["preferences", "behaviours"],
+)
+def test_a_prompt_with_two_answers_is_a_pair(
+    tmp_path: Path, names: tuple[str, str, str], prompt: object
+) -> None:
+    file = tmp_path / "pairs.jsonl"
+    line = {**dict(zip(names, (prompt, " (A)", " (B)"), strict=True)), "source": "elsewhere"}
+    file.write_text(json.dumps(line))
+    (pair,) = read_pairs(file).items
+    assert pair == Pair(Marked(prompt, " (A)"), Marked(prompt, " (B)"))
+    file.write_text(json.dumps({**line, names[2]: ""}))
+    with pytest.raises(FileFormatError, match=f"line 1: {names[0]!r} with {names[2]!r}"):
+        read_pairs(file)
 
 
 @pytest.mark.parametrize(
