@@ -33,7 +33,7 @@ def _one_of(kind: str, shape: Shape, batch: int) -> Batch:
     return [of_kinds(shape, batch)[kind], *others]
 
 
-_ONE = (
+WATCHING = (
     Diet("each its own ablation", lambda s, b: [of_kinds(s, n)["ablate"] for n in range(b)], {}),
     Diet("one of them gated by the prompt", partial(_one_of, "add, gated by prompt"), {}),
     Diet("one of them gated by token", partial(_one_of, "ablate, gated by token"), {}),
@@ -47,8 +47,8 @@ def _gated(shape: Shape, n: int) -> dict[str, object]:
     return {**add(n, [shape.middle]), "when": gate}
 
 
-class _Kernels:
-    """The form that kernels read, with taps that launch none."""
+class Kernels:
+    """Edits in kernels, with `taps` that launch none."""
 
     def __init__(self, shape: Shape) -> None:
         model, device = shape.info(MAX_LENGTH), torch.device("cpu")
@@ -81,8 +81,8 @@ def main(
     plans = PlanCache(library(one), one.info(), CAPABILITIES)
     rows = []
     for size in batch or (1, 8, 32, 64):
-        for diet in (*DIETS, *_ONE):
-            kernels = _Kernels(one)
+        for diet in (*DIETS, *WATCHING):
+            kernels = Kernels(one)
             asked = [
                 None if s is None else plans.plan(parse_spec(s)) for s in diet.batch(one, size)
             ]

@@ -156,4 +156,5 @@ def test_a_token_that_the_host_does_not_know_yet_is_read_from_the_models_input()
         ),
     )
     batch = RunnerV1(runner, None)._batch({"prompt": 3, "in flight": 1, "known": 1})
-    assert [list(batch.ids(n)) for n in range(3)] == [[7, 8, 9], [41], [10]]
+    assert [list(batch.tokens_of(n, True)) for n in range(3)] == [[7, 8, 9], [41], [10]]
+    assert list(batch.tokens) == [7, 8, 9, 41, 10]

@@ -2,7 +2,8 @@
 
 A file is JSON lines, `{"positive": PROMPT, "negative": PROMPT}`, with prompts as
 `steer.prompts` describes them; or one prompt with two answers, as preferences and the data of
-contrastive activation addition have it (`_ANSWERED`).
+contrastive activation addition have it (`_ANSWERED`). In an array a pair may be a list of two, the
+positive one first, as other packages take them.
 """
 
 from __future__ import annotations
@@ -95,11 +96,17 @@ def _pair(value: Any, at: str) -> Pair:
                 for one, answer in zip(each, answers, strict=True)
             )
             return Pair(positive, negative)
+    if isinstance(value, list) and len(value) == 2 and not any(map(_is_message, value)):
+        value = dict(zip(("positive", "negative"), value, strict=True))
     pair = check_keys(value, ("positive", "negative"), at, "pair", "invalid_pairs")
     return Pair(
         parse_prompt(pair["positive"], at, "'positive'"),
         parse_prompt(pair["negative"], at, "'negative'"),
     )
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and "role" in value
 
 
 def _loose_prompt(value: Any, at: str) -> Prompt:

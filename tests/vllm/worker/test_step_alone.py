@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.vllm import instructions
 from benchmarks.vllm.diets import DIETS, TRIGGERED, Diet
+from benchmarks.vllm.kernel_steps import WATCHING, Kernels
 from benchmarks.vllm.overhead import StepAlone
 from benchmarks.vllm.shapes import CAPABILITIES, SHAPES, Shape, library
 from steer.plan.cache import PlanCache
@@ -31,6 +32,21 @@ def test_every_diet_decodes(diet: Diet, compiled: bool) -> None:
     for _ in range(3):
         alone.prepare()
         assert len(alone.step()) == 3
+    alone.check()
+
+
+@pytest.mark.parametrize("diet", [*DIETS, *WATCHING], ids=lambda one: one.name)
+@torch.inference_mode()
+def test_every_diet_decodes_around_kernels(diet: Diet) -> None:
+    wanted = [
+        None if one is None else PLANS.plan(parse_spec(one)) for one in diet.batch(SMALL, BATCH)
+    ]
+    kernels = Kernels(SMALL)
+    alone = StepAlone(SMALL, wanted, compiled=True, edits=kernels.edits, taps=kernels.taps)
+    alone.begin()
+    for _ in range(3):
+        alone.prepare()
+        alone.step()
     alone.check()
 
 

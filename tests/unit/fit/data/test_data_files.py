@@ -217,6 +217,7 @@ def test_one_item_may_stand_on_many_lines_and_its_chats_are_no_columns(tmp_path:
         ({"positive": CHAT, "negative": CHAT}, [Pair(CHAT, CHAT)]),
         ({"positive": [CHAT, "a"], "negative": ["b", CHAT]}, [Pair(CHAT, "b"), Pair("a", CHAT)]),
         ({"positive": ["a"], "negative": ["b"]}, [Pair("a", "b")]),
+        ([["a", "b"], ["c", CHAT]], [Pair("a", "b"), Pair("c", CHAT)]),
     ):
         for indent in (None, 2):
             file.write_text(json.dumps(value, indent=indent))
