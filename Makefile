@@ -108,6 +108,7 @@ clients:
 
 # Each does nothing when its environment is in place.
 vllm: vllm-$(VLLM_AHEAD)
+	bash tests/vllm/torchvision.sh $(VLLM_VERSION)
 
 vllm-$(VLLM_AHEAD): vllm-$(VLLM_VERSION)
 	bash deploy/vllm-ahead.sh $(VLLM_AHEAD) $(VLLM_VERSION)

@@ -17,7 +17,7 @@ import demo_specs
 import torch
 from float64_reference import Float64Reference, chosen, f64
 from PIL.Image import Image
-from tiny_vision import IMAGE
+from tiny_vision import Family, replaced
 from torch import Tensor, nn
 from transformers import AutoProcessor
 
@@ -41,24 +41,32 @@ class Said:
 
 
 class SeeingOracle:
-    """Specs are of edits at `resid_post` without gates."""
+    """Specs are of edits at `resid_post` without gates, and name images and their tokens as those
+    of `tiny_vision` do, whatever the family."""
 
-    def __init__(self, model: Any, folder: Path) -> None:
-        self._model, self._processor = model, AutoProcessor.from_pretrained(folder)
+    def __init__(self, model: Any, folder: Path, family: Family) -> None:
+        self.model, self._processor = model, AutoProcessor.from_pretrained(folder)
         self.image: int = self._processor.image_token_id
+        self.family = family
 
     def say(
         self, text: str, images: Sequence[Image], spec: dict[str, Any] | None, *, new: int
     ) -> Said:
-        more = {"images": list(images), "input_data_format": "channels_last"} if images else {}
+        more = {"images": list(images)} if images else {}
+        text = self.family.worded(text)
         seen = dict(self._processor(text=text, **more, return_tensors="pt"))
         prompt = seen.pop("input_ids")[0].tolist()
         del seen["attention_mask"]
+        # Which tokens are images, where the family asks to be told: none of what is generated.
+        kinds = seen.pop("mm_token_type_ids", None)
         tokens, logprobs = list(prompt), []
-        parsed = None if spec is None else parse_spec(self._with_ids(spec))
+        spec = replaced(self.family.spec(spec), self.family.token, self.image)
+        parsed = None if spec is None else parse_spec(spec)
         with self._steered(parsed, tokens, len(prompt)), torch.no_grad():
-            for _ in range(new):
-                logits = self._model(torch.tensor([tokens]), use_cache=False, **seen).logits
+            for made in range(new):
+                if kinds is not None:
+                    seen["mm_token_type_ids"] = nn.functional.pad(kinds, (0, made))
+                logits = self.model(torch.tensor([tokens]), use_cache=False, **seen).logits
                 scores = logits[0, -1].log_softmax(-1)
                 tokens.append(int(scores.argmax()))
                 logprobs.append(float(scores.max()))
@@ -67,14 +75,6 @@ class SeeingOracle:
             for n, token in enumerate(tokens[:-1])
         ]
         return Said(prompt, tokens[len(prompt) :], logprobs, steered)
-
-    def _with_ids(self, spec: Any) -> Any:
-        """The spec with the image's token as its id."""
-        if isinstance(spec, dict):
-            return {name: self._with_ids(one) for name, one in spec.items()}
-        if isinstance(spec, list):
-            return [self._with_ids(one) for one in spec]
-        return self.image if spec == IMAGE else spec
 
     @contextmanager
     def _steered(self, spec: SteeringSpec | None, tokens: list[int], length: int) -> Iterator[None]:
@@ -88,7 +88,7 @@ class SeeingOracle:
                 rows[n] = _ARTEFACTS.steer(spec, *at)
             return torch.from_numpy(rows)[None].to(output)
 
-        layers = self._model.model.text_model.layers if spec is not None else ()
+        layers = self.model.get_decoder().layers if spec is not None else ()
         hooks = [one.register_forward_hook(partial(edit, n)) for n, one in enumerate(layers)]
         try:
             yield

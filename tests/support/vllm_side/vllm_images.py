@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import demo_specs
 import pytest
+from PIL.Image import Image
 from seeing_oracle import Said, SeeingOracle
-from tiny_vision import IMAGE, picture
+from tiny_vision import IMAGE, Family
 
 from steer.engines.vllm.front.offline import Steered, SteeredOutput
 
@@ -51,6 +52,39 @@ SPECS: dict[str, Any] = {
     "norm preserved": demo_specs.SPECS["norm preserved"],
 }
 
+ONE = Asked(f"{IMAGE} What is in the park? The cat sat on the house and the dog is in it", (1,))
+OTHER = ONE._replace(images=(5,))
+
+
+class Cached(NamedTuple):
+    """What `second` finds in the cache after `first`, in tokens."""
+
+    first: tuple[Asked, Any]
+    second: tuple[Asked, Any]
+    tokens: int
+
+
+EVERYWHERE, TEXT, IMAGES = (SPECS[name] for name in ("everywhere", "text", "images"))
+GENERATED, LATE = SPECS["what is generated"], {"positions": [[BLOCK, None]]}
+CACHED = {
+    "the same": Cached((ONE, EVERYWHERE), (ONE, EVERYWHERE), BLOCK),
+    "another image, unsteered": Cached((ONE, None), (OTHER, None), 0),
+    "another image, steered alike": Cached((ONE, EVERYWHERE), (OTHER, EVERYWHERE), 0),
+    "another image, steered behind it": Cached((ONE, GENERATED), (OTHER, GENERATED), 0),
+    "unsteered and steered": Cached((ONE, None), (ONE, EVERYWHERE), 0),
+    "steered and unsteered": Cached((ONE, EVERYWHERE), (ONE, None), 0),
+    "unsteered, and steered behind the image": Cached(
+        (ONE, None), (ONE, {"interventions": [ADD], "where": LATE}), BLOCK
+    ),
+    "text and all": Cached((ONE, TEXT), (ONE, EVERYWHERE), 0),
+    "text and images": Cached((ONE, TEXT), (ONE, IMAGES), 0),
+    "only what is generated": Cached((ONE, None), (ONE, GENERATED), BLOCK),
+}
+
+
+IN_EVERY_FORM = ("the same", "another image, steered alike", "text and images")
+"""The engine core makes the keys, and is the same in each form."""
+
 
 @pytest.fixture(scope="module")
 def steered(llm: Any) -> Steered:
@@ -62,21 +96,29 @@ def empty_cache(llm: Any) -> None:
     assert llm.reset_prefix_cache()
 
 
-def ask(steered: Steered, asked: Sequence[Asked], specs: Sequence[Any]) -> list[SteeredOutput]:
+def ask(
+    steered: Steered, family: Family, asked: Sequence[Asked], specs: Sequence[Any]
+) -> list[SteeredOutput]:
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=NEW, temperature=0, logprobs=0, ignore_eos=True)
     prompts = [
-        {"prompt": one.text, "multi_modal_data": {"image": [picture(n) for n in one.images]}}
-        if one.images
-        else {"prompt": one.text}
+        {
+            "prompt": family.worded(one.text),
+            **({"multi_modal_data": {"image": pictures(family, one)}} if one.images else {}),
+        }
         for one in asked
     ]
+    specs = [family.spec(one) for one in specs]
     return steered.generate(prompts, params, specs, full_receipt=True, use_tqdm=False)
 
 
 def said(oracle: SeeingOracle, asked: Asked, spec: Any) -> Said:
-    return oracle.say(asked.text, [picture(n) for n in asked.images], spec, new=NEW)
+    return oracle.say(asked.text, pictures(oracle.family, asked), spec, new=NEW)
+
+
+def pictures(family: Family, asked: Asked) -> list[Image]:
+    return [family.picture(n) for n in asked.images]
 
 
 def assert_said(answer: SteeredOutput, wanted: Said) -> None:
@@ -92,6 +134,18 @@ def assert_said(answer: SteeredOutput, wanted: Said) -> None:
     else:
         assert answer.receipt.tokens_steered == steered
         assert answer.receipt.tokens_skipped == len(wanted.steered) - steered
+
+
+def assert_told_apart(steered: Steered, oracle: SeeingOracle, name: str) -> None:
+    """That the second prompt of `CACHED` finds what it may of the first one's, and no more."""
+    case = CACHED[name]
+    for (asked, spec), cached in ((case.first, 0), (case.second, case.tokens)):
+        (answer,) = ask(steered, oracle.family, [asked], [spec])
+        wanted = said(oracle, asked, spec)
+        assert_said(answer, wanted)
+        assert answer.output.num_cached_tokens == cached
+        if answer.receipt is not None:
+            assert answer.receipt.tokens_cached == sum(wanted.steered[:cached])
 
 
 @contextmanager
@@ -122,7 +176,7 @@ def test_specs_and_images_share_a_batch(llm: Any, steered: Steered, oracle: Seei
     asked = [one for one in PROMPTS for _ in SPECS]
     specs = [*SPECS.values()] * len(PROMPTS)
     with pieces(llm) as begun:
-        answers = ask(steered, asked, specs)
+        answers = ask(steered, oracle.family, asked, specs)
     wanted = [said(oracle, *both) for both in zip(asked, specs, strict=True)]
     for answer, one in zip(answers, wanted, strict=True):
         assert_said(answer, one)

@@ -28,13 +28,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("seeing")
+def family() -> str:
+    return "idefics3"
 
 
 @pytest.fixture(scope="module")
-def oracle(folder: Path) -> SeeingOracle:
-    from seeing_oracle import SeeingOracle
-    from tiny_vision import write_seeing_model
+def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp(family)
 
-    return SeeingOracle(write_seeing_model(folder, vllm_engine.DEMO_MODEL), folder)
+
+@pytest.fixture(scope="module")
+def oracle(family: str, folder: Path) -> SeeingOracle:
+    from seeing_oracle import SeeingOracle
+    from tiny_vision import FAMILIES, write_seeing_model
+
+    model = write_seeing_model(folder, vllm_engine.DEMO_MODEL, family)
+    return SeeingOracle(model, folder, FAMILIES[family])

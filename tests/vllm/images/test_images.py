@@ -13,15 +13,26 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import demo_specs
 import pytest
 import vllm_engine
 from seeing_oracle import SeeingOracle
-from tiny_vision import IMAGE, PARTS
+from tiny_vision import PARTS
 from vllm_images import *  # noqa: F403
-from vllm_images import ADD, BLOCK, CHUNK, PROMPTS, SPECS, Asked, ask, assert_said, said
+from vllm_images import (
+    BLOCK,
+    CACHED,
+    CHUNK,
+    IN_EVERY_FORM,
+    PROMPTS,
+    SPECS,
+    ask,
+    assert_said,
+    assert_told_apart,
+    said,
+)
 
 from steer.engines.vllm.front.offline import Steered
 from steer.registry.registry import Registry
@@ -55,44 +66,11 @@ def llm(oracle: SeeingOracle, folder: Path, request: pytest.FixtureRequest) -> I
 @pytest.mark.parametrize("name", SPECS)
 def test_tokens_are_steered_as_by_hooks(steered: Steered, oracle: SeeingOracle, name: str) -> None:
     spec = SPECS[name]
-    for asked, answer in zip(PROMPTS, ask(steered, PROMPTS, [spec] * 4), strict=True):
+    answers = ask(steered, oracle.family, PROMPTS, [spec] * 4)
+    for asked, answer in zip(PROMPTS, answers, strict=True):
         wanted = said(oracle, asked, spec)
         assert wanted.prompt.count(oracle.image) == PARTS * len(asked.images)
         assert_said(answer, wanted)
-
-
-ONE = Asked(f"{IMAGE} What is in the park? The cat sat on the house and the dog is in it", (1,))
-OTHER = ONE._replace(images=(4,))
-
-
-class Cached(NamedTuple):
-    """What `second` finds in the cache after `first`, in tokens."""
-
-    first: tuple[Asked, Any]
-    second: tuple[Asked, Any]
-    tokens: int
-
-
-EVERYWHERE, TEXT, IMAGES = (SPECS[name] for name in ("everywhere", "text", "images"))
-GENERATED, LATE = SPECS["what is generated"], {"positions": [[BLOCK, None]]}
-CACHED = {
-    "the same": Cached((ONE, EVERYWHERE), (ONE, EVERYWHERE), BLOCK),
-    "another image, unsteered": Cached((ONE, None), (OTHER, None), 0),
-    "another image, steered alike": Cached((ONE, EVERYWHERE), (OTHER, EVERYWHERE), 0),
-    "another image, steered behind it": Cached((ONE, GENERATED), (OTHER, GENERATED), 0),
-    "unsteered and steered": Cached((ONE, None), (ONE, EVERYWHERE), 0),
-    "steered and unsteered": Cached((ONE, EVERYWHERE), (ONE, None), 0),
-    "unsteered, and steered behind the image": Cached(
-        (ONE, None), (ONE, {"interventions": [ADD], "where": LATE}), BLOCK
-    ),
-    "text and all": Cached((ONE, TEXT), (ONE, EVERYWHERE), 0),
-    "text and images": Cached((ONE, TEXT), (ONE, IMAGES), 0),
-    "only what is generated": Cached((ONE, None), (ONE, GENERATED), BLOCK),
-}
-
-
-IN_EVERY_FORM = ("the same", "another image, steered alike", "text and images")
-"""The engine core makes the keys, and is the same in each form."""
 
 
 @pytest.mark.parametrize(
@@ -107,11 +85,4 @@ IN_EVERY_FORM = ("the same", "another image, steered alike", "text and images")
 def test_the_cache_tells_images_and_specs_apart(
     steered: Steered, oracle: SeeingOracle, name: str
 ) -> None:
-    case = CACHED[name]
-    for (asked, spec), cached in ((case.first, 0), (case.second, case.tokens)):
-        (answer,) = ask(steered, [asked], [spec])
-        wanted = said(oracle, asked, spec)
-        assert_said(answer, wanted)
-        assert answer.output.num_cached_tokens == cached
-        if answer.receipt is not None:
-            assert answer.receipt.tokens_cached == sum(wanted.steered[:cached])
+    assert_told_apart(steered, oracle, name)

@@ -45,7 +45,7 @@ def test_the_cache_tells_specs_on_text_and_on_images_apart(
 ) -> None:
     """Each asked twice: the second time what was computed comes from the cache, and counts."""
     for name in ("text", "images", "text", "images"):
-        (answer,) = ask(steered, PROMPTS[1:2], [SPECS[name]])
+        (answer,) = ask(steered, oracle.family, PROMPTS[1:2], [SPECS[name]])
         assert_said(answer, said(oracle, PROMPTS[1], SPECS[name]))
     assert answer.receipt is not None
     assert answer.receipt.tokens_cached > 0

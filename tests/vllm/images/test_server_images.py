@@ -14,7 +14,7 @@ import openai
 import pytest
 from liveness import LIVENESS_SECONDS
 from seeing_oracle import SeeingOracle
-from tiny_vision import IMAGE, picture
+from tiny_vision import FAMILIES, IMAGE
 from vllm_server import running_server
 
 from steer.registry.registry import Registry
@@ -64,7 +64,7 @@ def ask(oracle: SeeingOracle, folder: Path) -> Iterator[Callable[..., Any]]:
 
 def data_url(image: int) -> str:
     file = io.BytesIO()
-    picture(image).save(file, "png")
+    FAMILIES["idefics3"].picture(image).save(file, "png")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
@@ -76,7 +76,10 @@ def test_a_chat_with_an_image_is_steered_as_by_hooks(
     for image in (1, 2):
         answer = ask(image, SPECS[name])
         wanted = oracle.say(
-            f"user:{IMAGE} {QUESTION}\nassistant:", [picture(image)], SPECS[name], new=NEW
+            f"user:{IMAGE} {QUESTION}\nassistant:",
+            [oracle.family.picture(image)],
+            SPECS[name],
+            new=NEW,
         )
         assert answer.model_extra["prompt_token_ids"] == wanted.prompt
         logprobs = [one.logprob for one in answer.choices[0].logprobs.content]

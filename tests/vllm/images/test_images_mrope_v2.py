@@ -1,0 +1,54 @@
+"""Three positions for each token and features between layers on model runner V2, in the form for
+CUDA graphs, its kernels interpreted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import demo_specs
+import pytest
+import torchvision_beside  # noqa: F401
+import v2_on_cpu
+import vllm_engine
+
+v2_on_cpu.enable()
+
+from seeing_oracle import SeeingOracle  # noqa: E402
+from vllm_images import BLOCK, CHUNK, PROMPTS, SPECS, ask, assert_said, said  # noqa: E402
+
+from steer.engines.vllm.front.offline import Steered  # noqa: E402
+from steer.engines.vllm.worker.runner_v2 import RunnerV2  # noqa: E402
+from steer.registry.registry import Registry  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def family() -> str:
+    return "qwen3-vl"
+
+
+@pytest.fixture(scope="module")
+def llm(oracle: SeeingOracle, folder: Path) -> Iterator[Any]:
+    registry = folder / "registry"
+    with Registry.open(registry) as opened:
+        demo_specs.register(opened)
+    os.environ["STEER_REGISTRY"] = str(registry)
+    from vllm import LLM
+
+    options = {"model": str(folder), "max_num_batched_tokens": CHUNK, "block_size": BLOCK}
+    options |= {"additional_config": {"steer": {"form": "static"}}}
+    running = LLM(**vllm_engine.OPTIONS | options, limit_mm_per_prompt={"image": 2, "video": 0})
+    worker = running.llm_engine.model_executor.driver_worker.worker
+    assert type(worker._runner) is RunnerV2
+    yield running
+    running.llm_engine.engine_core.shutdown()
+
+
+def test_prompts_in_pieces_are_steered_as_by_hooks(llm: Any, oracle: SeeingOracle) -> None:
+    asked = [one for one in PROMPTS[:2] for _ in range(3)]
+    specs = [SPECS[name] for name in ("text", "images", "norm preserved")] * 2
+    answers = ask(Steered(llm, library=demo_specs.LIBRARY), oracle.family, asked, specs)
+    for one, spec, answer in zip(asked, specs, answers, strict=True):
+        assert_said(answer, said(oracle, one, spec))
