@@ -147,7 +147,7 @@ class PositionLedger(Ledger):
         the next layer writes keys and values of it; on a CPU one look at the whole pass, the
         norm of all its states together, tells that there is none.
         """
-        if after.device.type == "cpu" and _all_finite(after):
+        if after.device.type == "cpu" and all_finite(after):
             return after
         sound = after.float().norm(dim=-1).isfinite()
         lost = ~sound & before.float().norm(dim=-1).isfinite()
@@ -301,7 +301,7 @@ class PositionLedger(Ledger):
         return self._on_device["positions"]
 
 
-def _all_finite(states: Tensor) -> bool:
+def all_finite(states: Tensor) -> bool:
     """Whether the norm of `states` `[T, d]` is finite, all together; then each one's is.
 
     Assumes: on a CPU, where looking at a number waits for nobody.

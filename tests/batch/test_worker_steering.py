@@ -77,6 +77,45 @@ def test_a_plan_that_does_nothing_harms_nobody_and_has_its_receipt() -> None:
             assert found.tokens_steered == (name == "steered")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "hidden", "logit", "lost"),
+    [
+        (torch.float32, 1.0, 1.0, False),
+        (torch.bfloat16, 1.0, 1.0, False),
+        (torch.float32, 1e25, 1.0, False),  # its square is beyond float32
+        (torch.float32, torch.nan, torch.nan, True),
+        (torch.bfloat16, torch.inf, torch.nan, True),
+        (torch.float32, 1e25, torch.nan, True),
+        (torch.float16, 1e4, torch.inf, True),
+    ],
+    ids=str,
+)
+def test_logits_that_are_not_finite_are_noted_of_their_request_alone(
+    dtype: torch.dtype, hidden: float, logit: float, lost: bool
+) -> None:
+    plan = triggered({0}, 1.0, "relative to the norm")
+    edits = TapEdits(MODEL, 4, torch.device("cpu"))
+    steering = WorkerSteering(MODEL, lambda _: plan, edits, max_requests=4)
+    for name in ("this", "other"):
+        steering.admit(name, [0] * PROMPT, _ticket(name, plan))
+    for start, count in ((0, PROMPT), (PROMPT, 1)):
+        each, ids = np.ones(2, dtype=np.int64), np.zeros(2 * count, dtype=np.int64)
+        steering.begin(
+            BatchTokens(["this", "other"], start * each, count * each, lambda ids=ids: ids)  # type: ignore[misc]
+        )
+        EagerTap(tap_of(POINT))(*torch.randn(2, count * 2, WIDTH))
+        steering.end()
+        made = torch.ones(2, WIDTH, dtype=dtype), torch.ones(2, VOCABULARY, dtype=dtype)
+        if start:
+            made[0][0, 3] = hidden
+            made[1][0] = logit
+        steering.look(*made)
+    ledger = steering.requests.ledger
+    rows = [steering.requests.get(name).row for name in ("this", "other")]  # type: ignore[union-attr]
+    assert [ledger.runs_over(row, PROMPT + 1) for row in rows] == [lost, False]
+    assert not ledger.runs_over(rows[0], PROMPT)
+
+
 @pytest.mark.parametrize("kind", ["constant", "relative to the norm"])
 def test_a_pass_is_carried_on_while_ramps_change(
     kind: str, monkeypatch: pytest.MonkeyPatch

@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from steer.batch.gates import Decisions
+from steer.batch.ledger import all_finite
 from steer.batch.requests import NOBODY, Ints, Span
 from steer.engines.base import EngineStats
 from steer.engines.vllm.inside.layers import AttendedRows, AttentionLayers
@@ -218,12 +220,12 @@ class WorkerSteering:
         if prepared.readings is not None:
             prepared.readings.finish()
 
-    def look(self, logits: Tensor) -> None:
+    def look(self, hidden: Tensor, logits: Tensor) -> None:
         """Takes note of the requests of the last pass of whose rows of `logits` `[n, vocab]` one
-        holds NaN, or nothing finite; whoever samples would choose any token there. Waits for no
-        device."""
+        holds NaN, or nothing finite; whoever samples would choose any token there. They are made of
+        the rows `hidden` `[n, d]`. Waits for no device."""
         prepared, self._latest = self._latest, None
-        if prepared is None or not prepared.placed:
+        if prepared is None or not prepared.placed or _cannot_overflow(hidden):
             return
         rows, indices, positions = prepared.logit_rows(logits.device)
         if not len(indices):
@@ -359,6 +361,13 @@ class WorkerSteering:
         self._carried = None
         for one in placed:
             one.request.fault = why
+
+
+def _cannot_overflow(hidden: Tensor) -> bool:
+    """Whether logits of these rows are finite for certain, where a CPU sees that at a glance: it
+    has far fewer of them to look at than of logits. Squares whose sum is finite leave no product
+    with a weight beyond float32; float16 ends much earlier."""
+    return hidden.device.type == "cpu" and hidden.dtype != torch.float16 and all_finite(hidden)
 
 
 def _joined(parts: Sequence[Ints]) -> Ints:

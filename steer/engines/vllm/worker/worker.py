@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from steer.engines.vllm.seams import version
 from steer.engines.vllm.taps.streams import uncompiled
@@ -58,14 +58,14 @@ def adapter(runner: Any) -> type[RunnerV1] | type[RunnerV2]:
 
 
 def look_at_logits(model: Any, steering: WorkerSteering) -> None:
-    """Shows `steering` the first logits after each pass: a row for each request of the batch, on
-    the workers that compute them."""
+    """Shows `steering` the first logits after each pass, and what they are made of: a row for each
+    request of the batch, on the workers that compute them."""
     compute = model.compute_logits
 
-    def compute_logits(*args: Any, **named: Any) -> Any:
-        logits = compute(*args, **named)
+    def compute_logits(hidden_states: Tensor, *args: Any, **named: Any) -> Any:
+        logits = compute(hidden_states, *args, **named)
         if logits is not None:
-            steering.look(logits)
+            steering.look(hidden_states, logits)
         return logits
 
     model.compute_logits = compute_logits
