@@ -9,9 +9,9 @@ import torch
 
 from benchmarks.vllm import instructions
 from benchmarks.vllm.diets import DIETS, TRIGGERED, Diet
-from benchmarks.vllm.kernel_steps import WATCHING, Kernels
 from benchmarks.vllm.overhead import StepAlone
 from benchmarks.vllm.shapes import CAPABILITIES, SHAPES, Shape, library
+from benchmarks.vllm.steps.around_kernels import WATCHING, Kernels
 from steer.plan.cache import PlanCache
 from steer.spec import parse_spec
 

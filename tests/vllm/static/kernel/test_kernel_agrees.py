@@ -62,8 +62,8 @@ def test_a_pass_is_carried_on_while_tokens_trigger_and_gates_decide(seed: int) -
     simulation = Simulation(seed, torch.float32)
     watching = partial(random_plan, triggered=True)
     simulation.run(random_requests(random.Random(800 + seed), REQUESTS, watching))
-    assert simulation.carried >= 10
-    assert simulation.changed > 5
+    assert simulation.carried > 4
+    assert simulation.changed > 2
 
 
 @pytest.mark.parametrize("seed", range(3))

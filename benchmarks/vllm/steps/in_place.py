@@ -1,4 +1,5 @@
-"""`python -m benchmarks.vllm.in_place`: where the time of a decode step goes, inside of an engine.
+"""Where the time of a decode step goes, inside of an engine: `python -m
+benchmarks.vllm.steps.in_place`.
 
 One engine with Steer decodes what every diet asks for, in turns, with timers around its forward
 pass and around Steer's own parts: what they take in place, with caches that the model has emptied,

@@ -1,4 +1,5 @@
-"""`python -m benchmarks.vllm.kernel_steps`: what Python does in a step whose edits run in kernels.
+"""What Python does in a step whose edits run in kernels: `python -m
+benchmarks.vllm.steps.around_kernels`.
 
 Inside CUDA graphs no Python runs, so that this is all that a decode step of steered requests costs
 the host: the worker's adapter before and after the forward pass, for a model that consists of taps

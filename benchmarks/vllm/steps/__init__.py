@@ -1,0 +1,1 @@
+"""Decode steps looked into: around kernels, and in place."""
