@@ -79,7 +79,7 @@ def object_in(
 def _items_of(value: dict[str, Any], known: Collection[str]) -> list[Any] | None:
     """The items of an object of lists; None where it is an item itself."""
     columns = list(value.values())
-    if not columns or not all(isinstance(one, list) and not _is_chat(one) for one in columns):
+    if not columns or not all(_is_column(name, one) for name, one in value.items()):
         return None
     if len(value) == 1 and not set(value) & set(known):
         return list(columns[0])
@@ -87,6 +87,13 @@ def _items_of(value: dict[str, Any], known: Collection[str]) -> list[Any] | None
         sizes = ", ".join(f"{len(one)} of {name!r}" for name, one in value.items())
         raise ValueError(f"an object of lists has as many items in each; got {sizes}")
     return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
+
+
+def _is_column(name: str, value: Any) -> bool:
+    """Whether a field holds many items' values: not a chat of one, and not the token ids of one."""
+    if not isinstance(value, list) or _is_chat(value):
+        return False
+    return name != "tokens" or any(isinstance(one, list) for one in value)
 
 
 def _joined(first: bytes, rest: Iterable[bytes]) -> bytes:

@@ -222,6 +222,10 @@ def test_one_item_may_stand_on_many_lines_and_its_chats_are_no_columns(tmp_path:
         for indent in (None, 2):
             file.write_text(json.dumps(value, indent=indent))
             assert list(read_pairs(file).items) == expected
+    for value, count in (({"tokens": [5, 6, 7]}, 1), ({"tokens": [[5, 6], [7]]}, 2)):
+        file.write_text(json.dumps(value))
+        reader = LineReader(file, "text", '{"tokens": […]}', "invalid_texts")
+        assert len(reader.read(lambda item, _: item["tokens"])) == count
     file.write_text(json.dumps({"prompt": "a"}) + "\n" + json.dumps({"prompt": "b"}))
     assert read_prompts(file) == ["a", "b"]
     file.write_text(json.dumps({"prompt": ["a", "b"]}))
