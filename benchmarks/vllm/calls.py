@@ -25,7 +25,7 @@ from rich.table import Table
 
 from benchmarks.child import ROOT, Child
 from benchmarks.vllm.diets import DIETS, NOTHING, Diet
-from benchmarks.vllm.pair import PROMPT, Settings, child
+from benchmarks.vllm.pair import Settings, child, prompts_of
 from benchmarks.vllm.shapes import SHAPES, Shape, register
 from steer.registry.registry import Registry
 
@@ -117,7 +117,7 @@ def _measured(engine: Child, shape: Shape, diet: Diet) -> dict[str, Any]:
     """The calls of a step, and those of a request beside its steps."""
     order = {
         "specs": diet.batch(shape, REQUESTS),
-        "prompts": [[3 + (7 * n + 5 * t) % 2048 for t in range(PROMPT)] for n in range(REQUESTS)],
+        "prompts": prompts_of(REQUESTS),
     }
     engine.do("chats", tokens=LONG, **order)  # compiles and loads what is kept
     short, long = (engine.do("counted", tokens=count, **order) for count in (SHORT, LONG))

@@ -20,13 +20,12 @@ from benchmarks.vllm.diets import (
     Diet,
     distinct,
 )
-from benchmarks.vllm.overhead import StepAlone, step_cost, tap_costs
+from benchmarks.vllm.overhead import StepAlone, planned, step_cost, tap_costs
 from benchmarks.vllm.pair import Pair
 from benchmarks.vllm.report import Table, micro, milliseconds, percent, starts_percent
 from benchmarks.vllm.shapes import CAPABILITIES, Shape
 from steer.plan.cache import PlanCache
 from steer.registry.registry import Registry
-from steer.spec import parse_spec
 
 Start = list[dict[str, Any]]
 """What one start of the engines gave: a diet, a batch size, and the rounds (`Paired`)."""
@@ -128,8 +127,7 @@ def own_work(
         for batch in batches:
             plain = _plain(starts, batch)
             for diet in DIETS:
-                wanted = diet.batch(shape, batch)
-                asked = [None if spec is None else plans.plan(parse_spec(spec)) for spec in wanted]
+                asked = planned(plans, diet.batch(shape, batch))
                 cost = step_cost(StepAlone(shape, asked, compiled=mode == "compiled"))
                 share = cost.total / plain
                 parts = (cost.begin, cost.taps, cost.end, cost.total)

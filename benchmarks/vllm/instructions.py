@@ -30,11 +30,10 @@ from rich.console import Console
 
 from benchmarks.child import ROOT
 from benchmarks.vllm.diets import DIETS
-from benchmarks.vllm.overhead import StepAlone
+from benchmarks.vllm.overhead import StepAlone, planned
 from benchmarks.vllm.report import Table
 from benchmarks.vllm.shapes import CAPABILITIES, SHAPES, library
 from steer.plan.cache import PlanCache
-from steer.spec import parse_spec
 
 STEPS, COLD_STEPS, WARM = 8, 2, 16
 """Steps that are counted, after those in which caches fill. To empty the caches takes seconds."""
@@ -202,10 +201,7 @@ def count(switch: Switch, asked: dict[str, Any]) -> None:
     diets = [one for one in DIETS if one.name in (asked["diets"] or [one.name])]
     for batch in asked["batches"]:
         for diet in diets:
-            wanted = [
-                None if spec is None else plans.plan(parse_spec(spec))
-                for spec in diet.batch(shape, batch)
-            ]
+            wanted = planned(plans, diet.batch(shape, batch))
             told = {"batch": batch, "diet": diet.name, "steps": STEPS}
             between = _Between(switch) if asked["cold"] else None
             alone = StepAlone(shape, wanted, compiled=asked["compiled"], between=between)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.vllm.diets import Batch
 from benchmarks.vllm.pair import PROMPT
 from benchmarks.vllm.shapes import SLOTS, Shape
 from steer.engines.vllm.taps.shifts import ShiftTables
@@ -26,7 +27,9 @@ from steer.engines.vllm.ticket import Ticket
 from steer.engines.vllm.worker.edits import Edits, TapEdits
 from steer.engines.vllm.worker.runner_v1 import RunnerV1
 from steer.engines.vllm.worker.steering import WorkerSteering
+from steer.plan.cache import PlanCache
 from steer.plan.plan import SteeringPlan
+from steer.spec import parse_spec
 
 MAX_LENGTH = 2048
 _INLINE_SPECS = 16
@@ -101,6 +104,11 @@ class _TapsAlone:
                 self._between()
             tap(hidden, residual)
         self.left = time.perf_counter()
+
+
+def planned(plans: PlanCache, batch: Batch) -> list[SteeringPlan | None]:
+    """The plan of each spec of a batch."""
+    return [None if spec is None else plans.plan(parse_spec(spec)) for spec in batch]
 
 
 class StepAlone:

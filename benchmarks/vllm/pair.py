@@ -24,6 +24,11 @@ ENVIRONMENT = {
 }
 
 
+def prompts_of(count: int) -> list[list[int]]:
+    """So many prompts, each of `PROMPT` tokens of its own."""
+    return [[3 + (7 * n + 5 * t) % 2048 for t in range(PROMPT)] for n in range(count)]
+
+
 @dataclass(frozen=True)
 class Settings:
     """What all engines of a run share. `weights` are read from the model's folder, or random."""
@@ -98,7 +103,7 @@ class Pair:
         other = self.control if control else self.steer
         if other is None:
             raise RuntimeError("this pair was started without a control")
-        prompts = [[3 + (7 * n + 5 * t) % 2048 for t in range(PROMPT)] for n in range(len(specs))]
+        prompts = prompts_of(len(specs))
         # The first token comes with the prompt, the last one with what ends the request.
         tokens = steps + 2
         start = [

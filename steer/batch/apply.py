@@ -17,12 +17,7 @@ from steer.edits import (
     rescaled,
     told_of,
 )
-from steer.laws import (
-    Lengths,
-    activations,
-    coefficients,
-    squares_in_plane,
-)
+from steer.laws import Lengths, activations, coefficients, squares_in_plane
 
 
 def read_table(

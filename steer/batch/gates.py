@@ -29,10 +29,7 @@ from steer.batch.ledger import SHUT, Ledger
 from steer.batch.requests import Ints
 from steer.batch.tables import HELD, MAX_RULES, ONWARD, GateTable, Tables
 from steer.batch.token_slots import GatedTokens
-from steer.edits import (
-    gate_open,
-    in_range,
-)
+from steer.edits import gate_open, in_range
 from steer.model import HookPoint
 
 
@@ -187,13 +184,13 @@ class Gates:
         made = self._made.get((point, number))
         if made is not None and made[0] == key:
             return made[1]
-        kinds = gates.kinds[read]
+        kinds, at = gates.kinds[read], self._on_device(places)
         held = kinds == HELD
         shown = _Shown(
             number,
             gates,
-            self._on_device(places),
-            self._rows[self._on_device(places)],
+            at,
+            self._rows[at],
             self._on_device(read),
             self._on_device(selected),
             self._if_any(held),

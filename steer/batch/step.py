@@ -24,12 +24,7 @@ from steer.batch.ledger import Ledger
 from steer.batch.requests import NOBODY, Ints, Span
 from steer.batch.tables import Table, Tables, TableView
 from steer.batch.token_slots import TokenSlots
-from steer.edits import (
-    CarriedReads,
-    apply,
-    read,
-    relative_sizes,
-)
+from steer.edits import CarriedReads, apply, read, relative_sizes
 from steer.errors import EngineError
 from steer.model import HookPoint
 

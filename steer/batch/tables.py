@@ -22,18 +22,9 @@ from torch import Tensor
 
 from steer.batch.encoders import DeviceEncoders
 from steer.batch.slots import Holding, SlotTables
-from steer.edits import (
-    Block,
-    Encoder,
-    EncoderUse,
-)
+from steer.edits import Block, Encoder, EncoderUse
 from steer.errors import CapacityError
-from steer.laws import (
-    LAW_FIELDS,
-    NO_TRAIT,
-    LawColumns,
-    Traits,
-)
+from steer.laws import LAW_FIELDS, NO_TRAIT, LawColumns, Traits
 from steer.model import HookPoint, ModelInfo, forward_order
 from steer.plan.plan import Gate, SteeringPlan, check_rules
 

@@ -7,23 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from steer.edits import (
-    CHANNEL_ROWS,
-    GAIN,
-    OFFSET,
-    Block,
-)
+from steer.edits import CHANNEL_ROWS, GAIN, OFFSET, Block
 from steer.errors import IncompatibleArtefact, NotFinite, SteerError
-from steer.laws import (
-    BIAS,
-    INTERCEPT,
-    LAW_FIELDS,
-    MEASURE,
-    MEASURES,
-    RELATIONS,
-    RELATIVE,
-    SLOPE,
-)
+from steer.laws import BIAS, INTERCEPT, LAW_FIELDS, MEASURE, MEASURES, RELATIONS, RELATIVE, SLOPE
 from steer.model import HookPoint, ModelInfo, forward_order
 from steer.plan.plan import Gate, Rule
 

@@ -21,13 +21,7 @@ from steer.artefacts.sae.competing import MEASURES, check_k, competing
 from steer.artefacts.sae.reads import FeatureReads
 from steer.edits import Block
 from steer.errors import SpecError, SteerError, TooLarge, Unsupported
-from steer.laws import (
-    COSINE,
-    SHARE,
-    TO_DEVIATION,
-    TO_NORM,
-    Law,
-)
+from steer.laws import COSINE, SHARE, TO_DEVIATION, TO_NORM, Law
 from steer.model import HookPoint
 from steer.plan.plan import Blocks
 from steer.plan.resolve import Resolved

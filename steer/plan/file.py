@@ -31,12 +31,7 @@ from steer.artefacts.sae.encoders import PursuitEncoder, TopKEncoder
 from steer.edits import Block
 from steer.errors import FileFormatError, IncompatibleArtefact, SpecError, TooLarge
 from steer.formats.guards.safetensors import MAX_HEADER_BYTES
-from steer.laws import (
-    COSINE,
-    LAW_FIELDS,
-    MEASURE,
-    ONLY_ACTIVE,
-)
+from steer.laws import COSINE, LAW_FIELDS, MEASURE, ONLY_ACTIVE
 from steer.model import HookPoint, ModelInfo, forward_order
 from steer.plan.checks import check_block, check_gate, check_model
 from steer.plan.plan import Gate, Rule, SteeringPlan

@@ -21,13 +21,7 @@ from steer.artefacts.affine import channel_rows
 from steer.artefacts.control_vector import ControlVector
 from steer.edits import Block
 from steer.errors import SpecError
-from steer.laws import (
-    COSINE,
-    PRODUCT,
-    TO_NORM,
-    TO_PLANE,
-    Law,
-)
+from steer.laws import COSINE, PRODUCT, TO_NORM, TO_PLANE, Law
 from steer.plan.clamps import clamp, with_absorbers
 from steer.plan.concepts import concept, read_concept
 from steer.plan.plan import Blocks

@@ -16,10 +16,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from steer.artefacts.detection import Pooling
-from steer.edits import (
-    Block,
-    Encoder,
-)
+from steer.edits import Block, Encoder
 from steer.errors import Unsupported
 from steer.model import HookPoint, forward_order
 from steer.plan.selection import Selection

@@ -23,10 +23,7 @@ from pydantic import (
 
 from steer.artefacts.detection import MAX_WINDOW, Pooling
 from steer.errors import FileFormatError, SpecError, SteerError
-from steer.laws import (
-    CENTRED,
-    PRODUCT,
-)
+from steer.laws import CENTRED, PRODUCT
 from steer.plan.selection import Counted, Ramp, Selection
 from steer.plan.texts.automaton import Moves, TokenAutomaton
 from steer.plan.texts.condition import TextCondition, TextRelation

@@ -18,14 +18,13 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.vllm.diets import DIETS, Batch, Diet, add, of_kinds
-from benchmarks.vllm.overhead import MAX_LENGTH, StepAlone, step_cost
+from benchmarks.vllm.overhead import MAX_LENGTH, StepAlone, planned, step_cost
 from benchmarks.vllm.pair import PROMPT
 from benchmarks.vllm.report import Table, micro
 from benchmarks.vllm.shapes import CAPABILITIES, FEATURES, SHAPES, SLOTS, Shape, library
 from steer.engines.vllm.static.form import StaticForm
 from steer.engines.vllm.worker.edits import StaticEdits, TapEdits
 from steer.plan.cache import PlanCache
-from steer.spec import parse_spec
 
 
 def _one_of(kind: str, shape: Shape, batch: int) -> Batch:
@@ -84,9 +83,7 @@ def main(
     for size in batch or (1, 8, 32, 64):
         for diet in (*DIETS, *WATCHING):
             kernels = Kernels(one)
-            asked = [
-                None if s is None else plans.plan(parse_spec(s)) for s in diet.batch(one, size)
-            ]
+            asked = planned(plans, diet.batch(one, size))
             alone = StepAlone(one, asked, compiled=compiled, edits=kernels.edits, taps=kernels.taps)
             cost = step_cost(alone)
             parts = (cost.begin, cost.end, cost.begin + cost.end)

@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.vllm.diets import DIETS, Diet
-from benchmarks.vllm.pair import ENVIRONMENT, PROMPT
+from benchmarks.vllm.pair import ENVIRONMENT, prompts_of
 from benchmarks.vllm.report import Table, micro
 from benchmarks.vllm.shapes import SHAPES, Shape, register
 from steer.registry.registry import Registry
@@ -40,7 +40,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Decode steps of a turn.")] = 12,
     diet: Annotated[list[str] | None, typer.Option(help="Default: all.")] = None,
 ) -> None:
-    """Milliseconds of a step, medians over the rounds: all of it, the forward pass without Steer's
+    """Microseconds of a step, medians over the rounds: all of it, the forward pass without Steer's
     taps, and Steer's parts before, in and after it, and at its logits."""
     one = SHAPES[shape]
     diets = [known for known in DIETS if not diet or known.name in diet]
@@ -72,7 +72,7 @@ def _measured(
     seconds: Seconds = defaultdict(list)
     _put_timers(seconds)
     engine = Engine(str(model), steered=True, eager=False)
-    prompts = [[3 + (7 * n + 5 * t) % 2048 for t in range(PROMPT)] for n in range(batch)]
+    prompts = prompts_of(batch)
     found: dict[str, list[tuple[float, ...]]] = {one.name: [] for one in diets}
     for number in range(rounds + 1):
         for one in diets if number % 2 else reversed(diets):

@@ -18,11 +18,7 @@ from steer.artefacts.sae.reads import Measure
 from steer.artefacts.sae.storage.rows import KEPT_DTYPES
 from steer.edits import Encoder
 from steer.errors import IncompatibleArtefact, Unsupported
-from steer.laws import (
-    CENTRED,
-    COSINE,
-    PRODUCT,
-)
+from steer.laws import CENTRED, COSINE, PRODUCT
 
 MEASURES: dict[Measure, float] = {"product": PRODUCT, "cosine": COSINE, "centred": CENTRED}
 """What laws call what an SAE's features are read by."""

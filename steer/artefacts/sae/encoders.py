@@ -18,13 +18,7 @@ from torch import Tensor
 from steer.artefacts.sae.normalisation import Normalisation, scaling
 from steer.artefacts.sae.pursuit import Pursuit, pursue
 from steer.artefacts.sae.storage.rows import BLOCK_BYTES, FeatureRows
-from steer.laws import (
-    CENTRED,
-    COSINE,
-    EPSILON,
-    PRODUCT,
-    deviation,
-)
+from steer.laws import CENTRED, COSINE, EPSILON, PRODUCT, deviation
 
 _TINY = torch.finfo(torch.float32).tiny
 _MOST_ACTIVATIONS = 2**24

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from steer.fit.data.jsonl import LineReader, check_keys, sha256_of
+from steer.fit.data.tables import is_chat
 from steer.prompts import Messages, Prompt, parse_prompt, prompt_json, render
 
 __all__ = ["Messages", "Pair", "PairSet", "Prompt", "read_pairs", "read_prompts", "render"]
@@ -96,17 +97,13 @@ def _pair(value: Any, at: str) -> Pair:
                 for one, answer in zip(each, answers, strict=True)
             )
             return Pair(positive, negative)
-    if isinstance(value, list) and len(value) == 2 and not any(map(_is_message, value)):
+    if isinstance(value, list) and len(value) == 2 and not is_chat(value):
         value = dict(zip(("positive", "negative"), value, strict=True))
     pair = check_keys(value, ("positive", "negative"), at, "pair", "invalid_pairs")
     return Pair(
         parse_prompt(pair["positive"], at, "'positive'"),
         parse_prompt(pair["negative"], at, "'negative'"),
     )
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and "role" in value
 
 
 def _loose_prompt(value: Any, at: str) -> Prompt:

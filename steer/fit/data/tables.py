@@ -41,8 +41,8 @@ def array_in(
         value = loads(first)
     except ValueError:
         value = loads(_joined(first, rest))
-        return [value] if _is_chat(value) else list(value)
-    if _is_chat(value):
+        return [value] if is_chat(value) else list(value)
+    if is_chat(value):
         return None
     if any(line.strip() for line in rest):
         raise ValueError("an array that is no chat, with more lines behind it")
@@ -91,7 +91,7 @@ def _items_of(value: dict[str, Any], known: Collection[str]) -> list[Any] | None
 
 def _is_column(name: str, value: Any) -> bool:
     """Whether a field holds many items' values: not a chat of one, and not the token ids of one."""
-    if not isinstance(value, list) or _is_chat(value):
+    if not isinstance(value, list) or is_chat(value):
         return False
     return name != "tokens" or any(isinstance(one, list) for one in value)
 
@@ -106,7 +106,8 @@ def _joined(first: bytes, rest: Iterable[bytes]) -> bytes:
     return b"".join(pieces)
 
 
-def _is_chat(value: list[Any]) -> bool:
+def is_chat(value: list[Any]) -> bool:
+    """Whether a list is the messages of one chat, and not items."""
     return bool(value) and all(isinstance(one, dict) and "role" in one for one in value)
 
 

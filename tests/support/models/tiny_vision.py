@@ -123,71 +123,66 @@ _TOWER = {
 
 
 def _qwen25(tokenizer: Any, text: Any) -> tuple[Any, Any]:
-    tower = {
-        **_TOWER,
-        "out_hidden_size": text.config.hidden_size,
-        # Windows of 2 × 2 parts, and layers that look across them and not.
-        "window_size": 2 * _CELL,
-        "fullatt_block_indexes": [1],
-    }
-    config = transformers.Qwen2_5_VLConfig(
-        text_config=_mrope_text(text, {"mrope_section": [4, 6, 6]}),
-        vision_config=tower,
-        **_qwen_ids(tokenizer),
-    )
-    processor = transformers.Qwen2_5_VLProcessor(
-        _pixels(transformers.Qwen2VLImageProcessor),
+    return _with_mrope(
+        "Qwen2_5_VL",
         tokenizer,
-        _pixels(transformers.Qwen2VLVideoProcessor),
+        text,
+        {"mrope_section": [4, 6, 6]},
+        # Windows of 2 × 2 parts, and layers that look across them and not.
+        {"window_size": 2 * _CELL, "fullatt_block_indexes": [1]},
+        _qwen_ids(tokenizer),
+        (transformers.Qwen2VLImageProcessor, transformers.Qwen2VLVideoProcessor),
     )
-    return transformers.Qwen2_5_VLForConditionalGeneration(config), processor
 
 
 def _qwen3(tokenizer: Any, text: Any) -> tuple[Any, Any]:
     """Features of both layers of the tower are added to the stream, behind layers 0 and 1."""
-    tower = {
-        **_TOWER,
-        "out_hidden_size": text.config.hidden_size,
-        "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0, 1],
-    }
-    rope = {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
-    config = transformers.Qwen3VLConfig(
-        text_config=_mrope_text(text, rope), vision_config=tower, **_qwen_ids(tokenizer)
-    )
-    processor = transformers.Qwen3VLProcessor(
-        _pixels(transformers.Qwen2VLImageProcessor),
+    return _with_mrope(
+        "Qwen3VL",
         tokenizer,
-        _pixels(transformers.Qwen3VLVideoProcessor),
+        text,
+        {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
+        {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+        _qwen_ids(tokenizer),
+        (transformers.Qwen2VLImageProcessor, transformers.Qwen3VLVideoProcessor),
     )
-    return transformers.Qwen3VLForConditionalGeneration(config), processor
 
 
 def _glm4v(tokenizer: Any, text: Any) -> tuple[Any, Any]:
-    start, end, begin_video, end_video, video = tokenizer.convert_tokens_to_ids(list(_GLM_FRAME))
-    tower = {
-        **_TOWER,
-        "out_hidden_size": text.config.hidden_size,
-        "image_size": 8 * PATCH,
-    }
-    rope = {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}
-    config = transformers.Glm4vConfig(
-        text_config=_mrope_text(text, rope),
-        vision_config=tower,
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image|>"),
-        image_start_token_id=start,
-        image_end_token_id=end,
-        video_token_id=video,
-        video_start_token_id=begin_video,
-        video_end_token_id=end_video,
-        tie_word_embeddings=True,
-    )
-    processor = transformers.Glm4vProcessor(
-        _pixels(transformers.Glm4vImageProcessor),
+    names = ("image_start", "image_end", "video_start", "video_end", "video")
+    numbers = tokenizer.convert_tokens_to_ids(list(_GLM_FRAME))
+    ids = {f"{name}_token_id": one for name, one in zip(names, numbers, strict=True)}
+    return _with_mrope(
+        "Glm4v",
         tokenizer,
-        _pixels(transformers.Glm4vVideoProcessor),
+        text,
+        {"mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5},
+        {"image_size": 8 * PATCH},
+        {"image_token_id": tokenizer.convert_tokens_to_ids("<|image|>"), **ids},
+        (transformers.Glm4vImageProcessor, transformers.Glm4vVideoProcessor),
     )
-    return transformers.Glm4vForConditionalGeneration(config), processor
+
+
+def _with_mrope(
+    name: str,
+    tokenizer: Any,
+    text: Any,
+    rope: dict[str, Any],
+    tower: dict[str, Any],
+    ids: dict[str, int],
+    seen: tuple[Any, Any],
+) -> tuple[Any, Any]:
+    """What transformers calls `name`, with what its positions and its tower have of their own, and
+    its classes that prepare images and videos."""
+    config = getattr(transformers, f"{name}Config")(
+        text_config=_mrope_text(text, rope),
+        vision_config={**_TOWER, "out_hidden_size": text.config.hidden_size, **tower},
+        tie_word_embeddings=True,
+        **ids,
+    )
+    images, videos = map(_pixels, seen)
+    processor = getattr(transformers, f"{name}Processor")(images, tokenizer, videos)
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config), processor
 
 
 def _mrope_text(text: Any, rope: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +199,6 @@ def _qwen_ids(tokenizer: Any) -> dict[str, Any]:
         "video_token_id": video,
         "vision_start_token_id": start,
         "vision_end_token_id": end,
-        "tie_word_embeddings": True,
     }
 
 

@@ -6,20 +6,26 @@ Files of `tests/vllm/images` give their own `llm` and take the tests in.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import demo_specs
 import pytest
+import vllm_engine
 from PIL.Image import Image
 from seeing_oracle import Said, SeeingOracle
 from tiny_vision import IMAGE, Family
 
 from steer.engines.vllm.front.offline import Steered, SteeredOutput
+from steer.registry.registry import Registry
 
 NEW = 6
 BLOCK, CHUNK = 32, 48
+STILL = {"image": 2, "video": 0}
+"""What a prompt of a model that also takes videos may have."""
 
 
 class Asked(NamedTuple):
@@ -84,6 +90,29 @@ CACHED = {
 
 IN_EVERY_FORM = ("the same", "another image, steered alike", "text and images")
 """The engine core makes the keys, and is the same in each form."""
+
+
+def use_registry(location: Path) -> None:
+    """Makes the demo's vectors, in a registry there, those of engines that are started."""
+    with Registry.open(location) as opened:
+        demo_specs.register(opened)
+    os.environ["STEER_REGISTRY"] = str(location)
+
+
+@contextmanager
+def running_llm(folder: Path, **options: Any) -> Iterator[Any]:
+    """vLLM over the model in `folder`, which takes two images in a prompt."""
+    from vllm import LLM
+
+    usual = {
+        "model": str(folder),
+        "max_num_batched_tokens": CHUNK,
+        "block_size": BLOCK,
+        "limit_mm_per_prompt": {"image": 2},
+    }
+    running = LLM(**vllm_engine.OPTIONS | usual | options)
+    yield running
+    running.llm_engine.engine_core.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -30,10 +30,7 @@ from torch import Tensor
 
 from steer.artefacts.library import MemoryLibrary
 from steer.artefacts.sae.base import SAE
-from steer.edits import (
-    Block,
-    apply,
-)
+from steer.edits import Block, apply
 from steer.errors import (
     FileFormatError,
     IncompatibleArtefact,

@@ -15,27 +15,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import demo_specs
 import pytest
-import vllm_engine
 from seeing_oracle import SeeingOracle
 from tiny_vision import PARTS
 from vllm_images import *  # noqa: F403
 from vllm_images import (
-    BLOCK,
     CACHED,
-    CHUNK,
     IN_EVERY_FORM,
     PROMPTS,
     SPECS,
     ask,
     assert_said,
     assert_told_apart,
+    running_llm,
     said,
+    use_registry,
 )
 
 from steer.engines.vllm.front.offline import Steered
-from steer.registry.registry import Registry
 
 ENGINES: dict[str, dict[str, Any]] = {
     "in Python": {},
@@ -49,17 +46,9 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=ENGINES)
 def llm(oracle: SeeingOracle, folder: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
-    registry = folder / "registry"
-    with Registry.open(registry) as opened:
-        demo_specs.register(opened)
-    os.environ["STEER_REGISTRY"] = str(registry)
-    from vllm import LLM
-
-    options = {"model": str(folder), "max_num_batched_tokens": CHUNK, "block_size": BLOCK}
-    options = vllm_engine.OPTIONS | options | ENGINES[request.param]
-    running = LLM(**options, limit_mm_per_prompt={"image": 2})
-    yield running
-    running.llm_engine.engine_core.shutdown()
+    use_registry(folder / "registry")
+    with running_llm(folder, **ENGINES[request.param]) as running:
+        yield running
 
 
 @pytest.mark.parametrize("llm", ["in Python"], indirect=True)

@@ -4,21 +4,25 @@ than it has tokens; Qwen3-VL adds features of images to the stream between layer
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import demo_specs
 import pytest
 import torchvision_beside  # noqa: F401
-import vllm_engine
 from seeing_oracle import SeeingOracle
 from vllm_images import *  # noqa: F403
-from vllm_images import BLOCK, CHUNK, IN_EVERY_FORM, PROMPTS, assert_told_apart, said
+from vllm_images import (
+    IN_EVERY_FORM,
+    PROMPTS,
+    STILL,
+    assert_told_apart,
+    running_llm,
+    said,
+    use_registry,
+)
 
 from steer.engines.vllm.front.offline import Steered
-from steer.registry.registry import Registry
 
 
 class Running(NamedTuple):
@@ -46,24 +50,17 @@ def family(running: Running) -> str:
 
 
 @pytest.fixture(scope="session")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> str:
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One for all engines: a process keeps the first one's."""
-    location = str(tmp_path_factory.mktemp("registry"))
-    with Registry.open(location) as opened:
-        demo_specs.register(opened)
-    os.environ["STEER_REGISTRY"] = location
+    location = tmp_path_factory.mktemp("registry")
+    use_registry(location)
     return location
 
 
 @pytest.fixture(scope="module")
-def llm(running: Running, oracle: SeeingOracle, folder: Path, registry: str) -> Iterator[Any]:
-    from vllm import LLM
-
-    options = {"model": str(folder), "max_num_batched_tokens": CHUNK, "block_size": BLOCK}
-    options = vllm_engine.OPTIONS | options | running.options
-    engine = LLM(**options, limit_mm_per_prompt={"image": 2, "video": 0})
-    yield engine
-    engine.llm_engine.engine_core.shutdown()
+def llm(running: Running, oracle: SeeingOracle, folder: Path, registry: Path) -> Iterator[Any]:
+    with running_llm(folder, limit_mm_per_prompt=STILL, **running.options) as engine:
+        yield engine
 
 
 @pytest.mark.parametrize("name", IN_EVERY_FORM)

@@ -9,11 +9,10 @@ import torch
 
 from benchmarks.vllm import instructions
 from benchmarks.vllm.diets import DIETS, TRIGGERED, Diet
-from benchmarks.vllm.overhead import StepAlone
+from benchmarks.vllm.overhead import StepAlone, planned
 from benchmarks.vllm.shapes import CAPABILITIES, SHAPES, Shape, library
 from benchmarks.vllm.steps.around_kernels import WATCHING, Kernels
 from steer.plan.cache import PlanCache
-from steer.spec import parse_spec
 
 SMALL = Shape("small", d_model=16, layers=4, heads=2, ffn=32, vocabulary=64)
 PLANS = PlanCache(library(SMALL), SMALL.info(), CAPABILITIES)
@@ -24,9 +23,7 @@ BATCH = 20
 @pytest.mark.parametrize("diet", DIETS, ids=lambda one: one.name)
 @torch.inference_mode()
 def test_every_diet_decodes(diet: Diet, compiled: bool) -> None:
-    wanted = [
-        None if one is None else PLANS.plan(parse_spec(one)) for one in diet.batch(SMALL, BATCH)
-    ]
+    wanted = planned(PLANS, diet.batch(SMALL, BATCH))
     alone = StepAlone(SMALL, wanted, compiled=compiled)
     alone.begin()
     for _ in range(3):
@@ -38,9 +35,7 @@ def test_every_diet_decodes(diet: Diet, compiled: bool) -> None:
 @pytest.mark.parametrize("diet", [*DIETS, *WATCHING], ids=lambda one: one.name)
 @torch.inference_mode()
 def test_every_diet_decodes_around_kernels(diet: Diet) -> None:
-    wanted = [
-        None if one is None else PLANS.plan(parse_spec(one)) for one in diet.batch(SMALL, BATCH)
-    ]
+    wanted = planned(PLANS, diet.batch(SMALL, BATCH))
     kernels = Kernels(SMALL)
     alone = StepAlone(SMALL, wanted, compiled=True, edits=kernels.edits, taps=kernels.taps)
     alone.begin()

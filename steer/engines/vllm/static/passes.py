@@ -88,7 +88,9 @@ class StaticPass:
                 for p in plan.points
             }
         )
-        self._proved = self._remembered = False
+        self._finished = False
+        """Whether it has run once: by then it is known that all taps were reached, and what prompts
+        decided."""
         self.elsewhere: Ints = np.array([_elsewhere(plan) for plan in plans], dtype=np.int64)
         """The rules of each request whose gates an earlier stage decides, as bits."""
         self.deciding: Ints = np.flatnonzero(records[:, SELECTED] & DECIDES)
@@ -166,18 +168,17 @@ class StaticPass:
                 "an earlier pipeline stage did not hand on what gates decided, so the result is "
                 "withheld"
             )
+        first, self._finished = not self._finished, True
         # What the last prompt token decided stays as it is, however far the pass is carried on.
-        if self.holds and not (self._remembered and not self.onward.any()):
+        if self.holds and (first or self.onward.any()):
             self._form.remember(self)
-            self._remembered = True
         positions, ledger = self._positions, self._ledger()
         ledger.expect(self.token_rows, positions)
         if self.measured:
             self._form.count_sizes(self)
         if not self.gated:
             ledger.record(self.token_rows, self.selected)
-        if self.gated or not self._proved:
-            self._proved = True
+        if self.gated or first:
             self._form.report_later(self, positions, self.tokens)
 
     def write(self, ledger: PositionLedger, positions: Ints, report: NDArray[np.int32]) -> None:

@@ -14,13 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steer.edits import (
-    GAIN,
-    LOWER,
-    OFFSET,
-    UPPER,
-    Block,
-)
+from steer.edits import GAIN, LOWER, OFFSET, UPPER, Block
 from steer.engines.vllm.taps.shifts import only_shifts
 from steer.laws import LAW_FIELDS
 from steer.plan.plan import Gate, SteeringPlan

@@ -75,7 +75,7 @@ class WorkerRequest:
 
     def selected(self, start: int, ids: Ints) -> NDArray[np.uint8]:
         """The rules that select each of the tokens `ids` at positions from `start` on."""
-        if start >= self.fixed_from and not self.varies:
+        if self._by_token(start):
             if not self.reads_tokens:
                 return np.full(len(ids), self.selected_by(-1), dtype=np.uint8)
             return np.array([self.selected_by(token) for token in ids.tolist()], dtype=np.uint8)
@@ -85,9 +85,13 @@ class WorkerRequest:
 
     def selected_at(self, position: int, token: int) -> int:
         """The rules that select one `token` at `position`: `selected`, for less."""
-        if position >= self.fixed_from and not self.varies:
+        if self._by_token(position):
             return self.selected_by(token if self.reads_tokens else -1)
         return int(self.selected(position, np.array([token], dtype=np.int64))[0])
+
+    def _by_token(self, position: int) -> bool:
+        """Whether from `position` on a token's id alone says which rules select it."""
+        return position >= self.fixed_from and not self.varies
 
     def fixed_until(self, position: int) -> int:
         """The position up to which the rules that select tokens from `position` on depend on their

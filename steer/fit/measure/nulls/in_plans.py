@@ -11,11 +11,7 @@ from torch import Tensor
 from steer.artefacts.control_vector import ControlVector
 from steer.edits import Block
 from steer.errors import SteerError, Unsupported
-from steer.laws import (
-    INTERCEPT,
-    SLOPE,
-    Law,
-)
+from steer.laws import INTERCEPT, SLOPE, Law
 from steer.plan.plan import SteeringPlan
 
 

@@ -11,10 +11,7 @@ from hypothesis import strategies as st
 
 from steer.artefacts.library import MemoryLibrary
 from steer.artefacts.sae.encoders import LatentRows, TopKEncoder
-from steer.edits import (
-    Block,
-    apply,
-)
+from steer.edits import Block, apply
 from steer.errors import IncompatibleArtefact
 from steer.laws import Law
 from steer.plan.compiler import compile_plan

@@ -27,19 +27,10 @@ from kernel_forms import (
 from steer.artefacts.sae.encoders import LatentRows, TopKEncoder
 from steer.batch.ledger import PositionLedger
 from steer.batch.requests import Span, SteeredRequest
-from steer.edits import (
-    LOWER,
-    UPPER,
-    Block,
-    apply,
-)
+from steer.edits import LOWER, UPPER, Block, apply
 from steer.engines.vllm.static.form import StaticForm
 from steer.engines.vllm.taps.taps import tap_of
-from steer.laws import (
-    TO_NORM,
-    TO_PLANE,
-    Law,
-)
+from steer.laws import TO_NORM, TO_PLANE, Law
 from steer.model import HookPoint
 from steer.plan.plan import Rule
 from steer.plan.selection import EVERYWHERE
